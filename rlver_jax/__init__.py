@@ -1,0 +1,1 @@
+"""RLVER in JAX: reinforcement learning of empathetic language models against a simulated user."""

@@ -1,0 +1,1 @@
+"""Profiles of simulated users: schema, dataset builder, and the reader that training resumes."""

@@ -1,0 +1,1 @@
+"""Text as tokens: tokenizers, chat segments, and byte automata over token streams."""

@@ -1,0 +1,40 @@
+"""Package metadata; lint, type-check and test settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4"]
+
+setup(
+    name="rlver_jax",
+    version="0.1.0",
+    description="RLVER in JAX: train empathetic language models against a simulated user, on TPU pods",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rlver_jax", "rlver_jax.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "transformers>=5.20",  # tokenizer and config files only; nothing here imports torch
+        "tokenizers>=0.22",
+        "sentencepiece>=0.2.1",
+        "safetensors>=0.7",
+        "ml-collections>=1.1",
+        "absl-py>=2.3",
+        "tensorflow-datasets>=4.9.10",
+        "array-record>=0.8",
+        "importlib_resources>=6.5",  # tensorflow-datasets needs it and does not ask for it
+        "jaxtyping>=0.3",
+        "jinja2>=3.1",
+        "rich>=14",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "test": TEST,
+        "parity": ["torch==2.13.0"],
+    },
+)
