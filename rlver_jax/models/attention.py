@@ -1,0 +1,83 @@
+"""Grouped-query attention over causal, branched rows: a dense and a query-chunked implementation, equal in result.
+
+Visibility (design of packed dialogues): query at slot i sees key at slot j iff j <= i and the key's branch is 0
+(canonical history) or the query's own branch. Without branches this is plain causal attention. Padding needs no mask:
+it lies after every valid token of its row.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
+
+
+class Visibility(NamedTuple):
+    """Which keys each query may see."""
+
+    q_slot: Int[Array, "B Q"]  # slot of each query among the keys
+    q_branch: Int[Array, "B Q"] | None = None  # None: every token is canonical
+    k_branch: Int[Array, "B C"] | None = None
+
+
+def visible(see: Visibility, num_keys: int) -> Array:
+    """Boolean mask [B, Q, C]."""
+    mask = jnp.arange(num_keys)[None, None, :] <= see.q_slot[:, :, None]
+    if see.k_branch is not None and see.q_branch is not None:
+        key = see.k_branch[:, None, :]
+        mask &= (key == 0) | (key == see.q_branch[:, :, None])
+    return mask
+
+
+def dense_attention(
+    q: Float[Array, "B Q H hd"], k: Float[Array, "B K C hd"], v: Float[Array, "B K C hd"], see: Visibility
+) -> Float[Array, "B Q H hd"]:
+    """softmax(q k^T / sqrt(hd)) v with scores and softmax in float32; H/K query heads share a key head."""
+    b, length, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("bqkgd,bkcd->bkgqc", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = jnp.where(visible(see, k.shape[2])[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgqc,bkcd->bqkgd", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(b, length, heads, dim).astype(q.dtype)
+
+
+def chunked_attention(
+    q: Float[Array, "B Q H hd"],
+    k: Float[Array, "B K C hd"],
+    v: Float[Array, "B K C hd"],
+    see: Visibility,
+    chunk: int,
+) -> Float[Array, "B Q H hd"]:
+    """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time."""
+    b, length = q.shape[:2]
+    if length <= chunk:
+        return dense_attention(q, k, v, see)
+    pad = -length % chunk
+    count = (length + pad) // chunk
+
+    def split(x: Array) -> Array:  # [B, Q, ...] -> [count, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, count, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(piece: tuple[Array, Array, Array | None]) -> Array:
+        q_piece, slot, branch = piece
+        return dense_attention(q_piece, k, v, Visibility(slot, branch, see.k_branch))
+
+    pieces = (split(q), split(see.q_slot), None if see.q_branch is None else split(see.q_branch))
+    out = jax.lax.map(one, pieces)
+    return jnp.moveaxis(out, 0, 1).reshape(b, length + pad, *q.shape[2:])[:, :length]
+
+
+def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N hd"]:
+    """Rotary position embedding in float32 (arXiv 2104.09864, the half-split layout of Hugging Face)."""
+    half = x.shape[-1] // 2
+    inverse = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * inverse
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

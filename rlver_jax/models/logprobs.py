@@ -1,0 +1,133 @@
+"""Log-probabilities of given tokens without a [B, L, V] array: the vocabulary projection in chunks, recomputed backward."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class TokenLogprobs(NamedTuple):
+    """Per position: log p(target), and the entropy of p in nats; both float32."""
+
+    logprob: Float[Array, "*b"]
+    entropy: Float[Array, "*b"]
+
+
+class _Static(NamedTuple):
+    """What `token_logprobs` is compiled for."""
+
+    chunk: int
+    temperature: float
+    vocab_shards: int
+
+
+def token_logprobs(
+    hidden: Float[Array, "*b D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "*b"],
+    *,
+    chunk: int = 8192,
+    temperature: float = 1.0,
+    vocab_shards: int = 1,
+) -> TokenLogprobs:
+    """log softmax(hidden head^T / temperature)[target] and its entropy, never holding more than `chunk` logits a position.
+
+    Differentiable in `hidden` and `head` through both results; the backward pass computes each chunk again. Products
+    accumulate in float32.
+
+    Args:
+        hidden: final hidden states; any leading shape.
+        head: output projection, the tied embedding or `lm_head`.
+        targets: int32 ids below V.
+        chunk: logits per position at a time (per vocabulary shard); V need not be a multiple of it.
+        temperature: of the distribution, > 0.
+        vocab_shards: devices over which the rows of `head` are split (the `tensor` axis): chunks are then cut inside
+            each shard, so no device needs another one's rows.
+    """
+    rows = head.shape[0]
+    if rows % vocab_shards:
+        raise ValueError(f"head has {rows} rows, which {vocab_shards} vocabulary shards do not divide")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be above 0; greedy decoding has no log-probabilities")
+    static = _Static(min(chunk, rows // vocab_shards), float(temperature), vocab_shards)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logprob, entropy = _chunked(static, flat, head, targets.reshape(-1))
+    return TokenLogprobs(logprob.reshape(targets.shape), entropy.reshape(targets.shape))
+
+
+def _num_chunks(static: _Static, rows: int) -> int:
+    return -(-(rows // static.vocab_shards) // static.chunk)
+
+
+def _chunk_logits(static: _Static, hidden: Array, head: Array, i: Array) -> tuple[Array, Array, Array, Array]:
+    """Chunk i: (logits [N, T, C] float32, kernel [T, C, D], ids [T, C], start in its shard).
+
+    The last chunk is moved back to stay inside the shard; the rows it shares with the one before get logits of -inf.
+    """
+    shards, rows = static.vocab_shards, head.shape[0] // static.vocab_shards
+    start = jnp.minimum(i * static.chunk, rows - static.chunk)
+    split = head.reshape(shards, rows, head.shape[1])
+    kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1)
+    logits = jnp.einsum("nd,tcd->ntc", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    local = start + jnp.arange(static.chunk)
+    ids = jnp.arange(shards)[:, None] * rows + local
+    fresh = local >= i * static.chunk
+    return jnp.where(fresh, logits / static.temperature, -jnp.inf), kernel, ids, start
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(static: _Static, hidden: Array, head: Array, targets: Array) -> tuple[Array, Array]:
+    return _forward(static, hidden, head, targets)[0]
+
+
+def _forward(static: _Static, hidden: Array, head: Array, targets: Array):
+    def body(i, carry):
+        top, total, weighted, chosen = carry  # running max, sum e^(l-max), sum e^(l-max) l, target's logit
+        logits, _, ids, _ = _chunk_logits(static, hidden, head, i)
+        new_top = jnp.maximum(top, logits.max((1, 2)))
+        weights = jnp.exp(logits - new_top[:, None, None])
+        scale = jnp.exp(top - new_top)
+        finite = jnp.where(weights > 0, logits, 0.0)  # 0 * -inf would be NaN
+        total = total * scale + weights.sum((1, 2))
+        weighted = weighted * scale + (weights * finite).sum((1, 2))
+        hit = (ids == targets[:, None, None]) & (logits > -jnp.inf)
+        return new_top, total, weighted, chosen + jnp.where(hit, logits, 0.0).sum((1, 2))
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    carry = (jnp.full(targets.shape, -jnp.inf), zeros, zeros, zeros)
+    top, total, weighted, chosen = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
+    normalizer = top + jnp.log(total)
+    entropy = normalizer - weighted / total
+    return (chosen - normalizer, entropy), (hidden, head, targets, normalizer, entropy)
+
+
+def _backward(static: _Static, saved, cotangents):
+    hidden, head, targets, normalizer, entropy = saved
+    d_logprob, d_entropy = (x[:, None, None] for x in cotangents)
+    shards, rows = static.vocab_shards, head.shape[0] // static.vocab_shards
+
+    def body(i, carry):
+        d_hidden, d_head = carry
+        logits, kernel, ids, start = _chunk_logits(static, hidden, head, i)
+        log_p = logits - normalizer[:, None, None]
+        p = jnp.exp(log_p)
+        log_p = jnp.where(p > 0, log_p, 0.0)
+        hit = (ids == targets[:, None, None]) & (logits > -jnp.inf)
+        # d log p(t) / d l = 1[t] - p,   d H / d l = -p (log p + H)
+        d_logits = d_logprob * (hit - p) - d_entropy * p * (log_p + entropy[:, None, None])
+        d_logits = (d_logits / static.temperature).astype(hidden.dtype)
+        f32 = {"preferred_element_type": jnp.float32}
+        d_hidden += jnp.einsum("ntc,tcd->nd", d_logits, kernel.astype(hidden.dtype), **f32)
+        d_kernel = jnp.einsum("ntc,nd->tcd", d_logits, hidden, **f32)
+        old = jax.lax.dynamic_slice_in_dim(d_head, start, static.chunk, axis=1)
+        new = (old.astype(jnp.float32) + d_kernel).astype(d_head.dtype)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)
+
+    carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((shards, rows, head.shape[1]), head.dtype))
+    d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
+    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None
+
+
+_chunked.defvjp(_forward, _backward)

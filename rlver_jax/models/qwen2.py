@@ -1,0 +1,288 @@
+"""Qwen2.5 as a functional Flax model (arXiv 2412.15115): tokens in, final hidden states and the cache out.
+
+The module never makes [B, L, V] logits; see `logits` for a few positions and `logprobs.token_logprobs` for training.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.kv_cache import KVCache, write
+from rlver_jax.parallel import rules
+
+Params = dict[str, Any]
+
+# What the backward pass of a layer keeps; everything else is computed again.
+REMAT_POLICIES = {
+    "none": None,  # keep all activations
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the results of weight products
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep only the layer's input
+}
+ATTENTION = ("dense", "chunked")
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias), kernel [in, out] with logical axes."""
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S I"]) -> Float[Array, "B S O"]:
+        """Product in `dtype`."""
+        kernel_init = nn.with_partitioning(nn.initializers.normal(0.02), self.axes)
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias_init = nn.with_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+            y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, statistics in float32 (arXiv 1910.07467)."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Same dtype out as in."""
+        init = nn.with_partitioning(nn.initializers.ones_init(), ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return scale.astype(x.dtype) * wide.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with QKV bias; keys and values come from the row itself or from the cache."""
+
+    config: Qwen2Config
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    attention_chunk: int
+
+    @nn.compact
+    def __call__(self, x, positions, see: Visibility, start, keys, values, layer):
+        """x [B, S, D]; keys/values None, or caches to write at `start` [B]. Returns (out, keys, values)."""
+        c = self.config
+        b, s, _ = x.shape
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            linear = Linear(heads * c.head_dim, ("embed", axis), True, self.dtype, self.param_dtype, name=name)
+            return rules.constrain(linear(x).reshape(b, s, heads, c.head_dim), "batch", "length", axis, "head_dim")
+
+        q = rotate(project("q", c.num_heads, "heads"), positions, c.rope_theta)
+        k = rotate(project("k", c.num_kv_heads, "kv_heads"), positions, c.rope_theta)
+        v = project("v", c.num_kv_heads, "kv_heads")
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, hd]: each head's slots lie together
+        if keys is not None:
+            keys, values = write(keys, k, start, layer), write(values, v, start, layer)
+            k, v = (keys, values) if layer is None else (keys[layer], values[layer])
+        if self.attention == "chunked":
+            out = chunked_attention(q, k.astype(q.dtype), v.astype(q.dtype), see, self.attention_chunk)
+        else:
+            out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), see)
+        o = Linear(c.hidden_size, ("heads", "embed"), False, self.dtype, self.param_dtype, name="o")
+        return o(out.reshape(b, s, -1)), keys, values
+
+
+class Block(nn.Module):
+    """Pre-norm decoder layer. As the body of a scan its carry is (x, keys, values): the cache is updated in place."""
+
+    config: Qwen2Config
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    attention_chunk: int
+
+    @nn.compact
+    def __call__(self, carry, layer, positions, see: Visibility, start):
+        """Returns (carry, None) as `nn.scan` wants it."""
+        c = self.config
+        x, keys, values = carry
+        norm = RMSNorm(c.rms_norm_eps, self.param_dtype, name="attn_norm")
+        attention = Attention(
+            c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn"
+        )
+        out, keys, values = attention(norm(x), positions, see, start, keys, values, layer)
+        x = rules.constrain(x + out, "batch", "length", "activation")
+        x = x + self.mlp(RMSNorm(c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x))
+        return (rules.constrain(x, "batch", "length", "activation"), keys, values), None
+
+    def mlp(self, x: Array) -> Array:
+        """Gated MLP: down(silu(gate(x)) * up(x))."""
+        f, d = self.config.intermediate_size, self.config.hidden_size
+        options = (False, self.dtype, self.param_dtype)
+        gate = Linear(f, ("embed", "mlp"), *options, name="gate")(x)
+        up = Linear(f, ("embed", "mlp"), *options, name="up")(x)
+        return Linear(d, ("mlp", "embed"), *options, name="down")(nn.silu(gate) * up)
+
+
+class Embedding(nn.Module):
+    """Token embedding [V, D]; also the output head when the model ties them."""
+
+    rows: int
+    features: int
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Rows of the table in `dtype`."""
+        init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        table = self.param("kernel", init, (self.rows, self.features), self.param_dtype)
+        return table[tokens].astype(self.dtype)
+
+
+class Qwen2(nn.Module):
+    """Decoder trunk with its output head.
+
+    `scan_layers=True` compiles one layer (parameters stacked on axis 0 under `layers`); False unrolls them under
+    `layer_0`, `layer_1`, … (XLA's CPU backend copies scanned weights at every decode step).
+    """
+
+    config: Qwen2Config
+    dtype: Any = jnp.float32  # of activations
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: str = "none"
+    attention: str = "dense"
+    attention_chunk: int = 512  # queries at a time with attention="chunked"
+
+    def __post_init__(self):
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r}; expected one of {', '.join(ATTENTION)}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        branch: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+        start: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Hidden states after the final norm, and the cache with the new tokens in it.
+
+        Args:
+            tokens: int32; padding, if any, at the end of a row.
+            positions: int32 rotary positions; a branch's positions continue from its canonical prefix.
+            branch: int32, 0 for canonical tokens (see `attention`); with a cache, what it already holds is canonical.
+            cache: keys and values of earlier tokens; the new ones are written at slots start..start+S-1.
+            start: int32 valid slots of each row; wanted exactly when there is a cache.
+        """
+        see = self._visibility(tokens, branch, cache, start)
+        embed = Embedding(
+            self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed"
+        )
+        x = rules.constrain(embed(tokens), "batch", "length", "activation")
+        keys, values = (None, None) if cache is None else cache
+        x, keys, values = self._layers(x, keys, values, positions, see, start)
+        x = RMSNorm(self.config.rms_norm_eps, self.param_dtype, name="norm")(x)
+        if not self.config.tie_embeddings:
+            init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+            shape = (self.config.vocab_size, self.config.hidden_size)
+            self.param("lm_head", init, shape, self.param_dtype)  # read by `head`
+        return x, None if cache is None else KVCache(keys, values)
+
+    def _visibility(self, tokens, branch, cache, start) -> Visibility:
+        if (cache is None) != (start is None):
+            raise ValueError("cache and start go together: give both or neither")
+        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if cache is None or start is None:
+            return Visibility(slots, branch, branch)
+        slots = start[:, None] + slots
+        if branch is None:
+            return Visibility(slots)
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        k_branch = jnp.zeros((tokens.shape[0], cache.capacity), branch.dtype)
+        return Visibility(slots, branch, k_branch.at[rows, slots].set(branch, mode="drop"))
+
+    def _layers(self, x, keys, values, positions, see, start):
+        fields = (self.config, self.dtype, self.param_dtype, self.attention, self.attention_chunk)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        if self.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=self.config.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            layers = jnp.arange(self.config.num_layers)
+            carry, _ = scanned(*fields, name="layers")((x, keys, values), layers, positions, see, start)
+            return carry
+        new = []
+        for i in range(self.config.num_layers):
+            cached = (None, None) if keys is None else (keys[i], values[i])
+            (x, *kv), _ = block(*fields, name=f"layer_{i}")((x, *cached), None, positions, see, start)
+            new.append(kv)
+        if keys is None:
+            return x, None, None
+        return x, tuple(k for k, _ in new), tuple(v for _, v in new)
+
+
+def init_params(model: Qwen2, key: jax.Array, mesh: Mesh | None = None) -> Params:
+    """Fresh parameters: normal(0.02) kernels, zero biases, unit norms.
+
+    With a mesh every leaf is created where `parallel.rules` places it: no device ever holds more than its part.
+    """
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def create(key: jax.Array) -> Params:
+        return nn.unbox(model.init(key, tokens, tokens))["params"]
+
+    if mesh is None:
+        return jax.jit(create)(key)
+    shapes, axes = abstract_params(model)
+    return jax.jit(create, out_shardings=rules.tree_shardings(axes, shapes, mesh))(key)
+
+
+def abstract_params(model: Qwen2) -> tuple[Params, Params]:
+    """(shapes, logical axes) of the parameters, both as trees: ShapeDtypeStructs and PartitionSpecs of logical names."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(lambda k: model.init(k, tokens, tokens), jax.random.key(0))["params"]
+    return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def head(params: Params) -> Float[Array, "V D"]:
+    """The output projection: the embedding itself when it is tied."""
+    return params["lm_head"] if "lm_head" in params else params["embed"]["kernel"]
+
+
+def logits(params: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+    """float32 logits for a few positions (decoding, tests); training uses `token_logprobs`."""
+    kernel = head(params).astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def stack_layers(params: Params) -> Params:
+    """Parameters of an unrolled model -> of a scanned one."""
+    count = sum(name.startswith("layer_") for name in params)
+    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *(params[f"layer_{i}"] for i in range(count)))}
+
+
+def unstack_layers(params: Params) -> Params:
+    """Parameters of a scanned model -> of an unrolled one."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)}

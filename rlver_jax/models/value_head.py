@@ -1,0 +1,27 @@
+"""Value head: one number per position on the hidden states of a Qwen2.5 trunk (the critic of PPO)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class ValueHead(nn.Module):
+    """value = hidden . kernel + bias, in float32.
+
+    The kernel starts at zero, so an untrained critic predicts `bias_init` everywhere: the first advantages are then
+    rewards against one constant instead of noise.
+    """
+
+    bias_init: float = 0.0  # in units of reward
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
+        """Values in units of reward."""
+        zeros, constant = nn.initializers.zeros_init(), nn.initializers.constant(self.bias_init)
+        kernel = self.param("kernel", nn.with_partitioning(zeros, ("embed",)), (hidden.shape[-1],), self.param_dtype)
+        bias = self.param("bias", constant, (), self.param_dtype)
+        product = jnp.einsum("...d,d->...", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return product + bias.astype(jnp.float32)

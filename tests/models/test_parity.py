@@ -1,0 +1,203 @@
+"""The real 0.5B checkpoint against transformers on torch (extra `parity`). Prints every measured figure (-s)."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.hf_weights import load_params, save_params
+from rlver_jax.models.kv_cache import init_kv_cache
+from rlver_jax.models.qwen2 import Qwen2, logits
+from rlver_jax.parallel.mesh import make_mesh
+
+pytestmark = pytest.mark.parity
+
+PROMPTS = [
+    "I had a terrible day at work and nobody noticed.",
+    "今天和妈妈吵了一架,心里很难受,不知道该怎么办。",
+    "def quicksort(items):\n    if len(items) < 2:\n        return items\n",
+    "你好！Tell me, 为什么 people say 'time heals'? 🙂\n\n1. ",
+]
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="extra `parity` is not installed")
+
+
+@pytest.fixture(scope="module")
+def text_tokens(checkpoint):
+    """Long mixed text: the checkpoint's own chat template and this file, over and over."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    with open(__file__, encoding="utf-8") as file:
+        text = "\n".join(PROMPTS) + file.read()
+    ids = tokenizer.encode(text * 2).ids
+    assert len(ids) > 2100
+    return tokenizer, ids
+
+
+@pytest.fixture(scope="module")
+def prompts(text_tokens):
+    tokenizer, ids = text_tokens
+    return [tokenizer.encode(p).ids for p in PROMPTS] + [ids[:1500]]
+
+
+@pytest.fixture(scope="module")
+def reference(torch, checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(torch, reference, prompts):
+    with torch.no_grad():
+        return [reference(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+
+
+@pytest.fixture(scope="module")
+def float32(checkpoint):
+    model = Qwen2(Qwen2Config.from_hf(checkpoint))
+    return model, load_params(checkpoint, model)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens, pos, cache=None, start=None):
+    hidden, cache = model.apply({"params": params}, tokens, pos, None, cache, start)
+    return logits(params, hidden), cache
+
+
+def whole(model, params, ids):
+    """Padded to a multiple of 64, so that few lengths compile; padding at the end is never seen."""
+    tokens = jnp.asarray(np.pad(np.asarray(ids), (0, -len(ids) % 64)))[None]
+    found, _ = forward(model, params, tokens, jnp.arange(tokens.shape[1])[None])
+    return np.asarray(found[0, : len(ids)])
+
+
+def test_float32_logits(float32, prompts, expected):
+    worst = [float(np.abs(whole(*float32, ids) - want).max()) for ids, want in zip(prompts, expected, strict=True)]
+    print("max |difference of logits| per prompt:", worst)
+    assert max(worst) <= 1e-4
+
+
+def test_float32_logits_chunked_attention(float32, prompts, expected):
+    model = float32[0].clone(attention="chunked", attention_chunk=256)
+    worst = float(np.abs(whole(model, float32[1], prompts[-1]) - expected[-1]).max())
+    print("max |difference of logits|, chunked attention, 1,500 tokens:", worst)
+    assert worst <= 1e-4
+
+
+def test_through_the_cache(float32, prompts, expected):
+    """Prefill in two pieces, then one by one."""
+    model, params = float32
+    ids, want = prompts[-1], expected[-1]
+    cache = init_kv_cache(model.config, 1, 1536, jnp.float32, scan_layers=True)
+    found = []
+    for first, last in [(0, 700), (700, 1484)] + [(i, i + 1) for i in range(1484, 1500)]:
+        tokens, pos = jnp.asarray([ids[first:last]]), jnp.arange(first, last)[None]
+        part, cache = forward(model, params, tokens, pos, cache, jnp.array([first]))
+        found.append(np.asarray(part[0]))
+    worst = float(np.abs(np.concatenate(found) - want).max())
+    print("max |difference of logits| through the cache:", worst)
+    assert worst <= 1e-4
+
+
+def test_greedy_tokens(torch, float32, reference, prompts):
+    model, params = float32
+    for ids in prompts[:2]:
+        with torch.no_grad():
+            want = reference.generate(
+                torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False,
+                top_p=None, top_k=None, temperature=None, repetition_penalty=1.0,
+            )[0, len(ids):].tolist()  # fmt: skip
+        cache = init_kv_cache(model.config, 1, 128, jnp.float32, scan_layers=True)
+        part, cache = forward(model, params, jnp.asarray([ids]), jnp.arange(len(ids))[None], cache, jnp.array([0]))
+        found, banned = [], {151643, 151645}  # min_new_tokens bans the end tokens in transformers
+        for step in range(64):
+            row = np.asarray(part[0, -1]).copy()
+            row[list(banned)] = -np.inf
+            found.append(int(row.argmax()))
+            at = len(ids) + step
+            part, cache = forward(model, params, jnp.array([[found[-1]]]), jnp.array([[at]]), cache, jnp.array([at]))
+        assert found == want
+
+
+def test_on_a_mesh(checkpoint, prompts, expected):
+    """2 x 4 (fsdp x tensor), eight fake devices: every parameter sharded, 14 heads not divisible by 4."""
+    mesh = make_mesh(fsdp=2, tensor=4)
+    model = Qwen2(Qwen2Config.from_hf(checkpoint))
+    params = load_params(checkpoint, model, mesh=mesh)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device.id == 0)
+    assert held < size / 7
+    worst = []
+    for which in (0, 1, 4):
+        ids = prompts[which]
+        tokens = jnp.asarray([ids, ids])
+        with jax.set_mesh(mesh):
+            found, _ = forward(model, params, tokens, jnp.broadcast_to(jnp.arange(len(ids)), tokens.shape))
+        worst.append(float(np.abs(np.asarray(found) - expected[which]).max()))
+    print("max |difference of logits| on fsdp 2 x tensor 4:", worst)
+    assert max(worst) <= 1e-3
+
+
+def test_bfloat16_next_token(torch, checkpoint, text_tokens):
+    """Greedy next tokens over 2,000 positions of text, bfloat16 weights and activations on both sides."""
+    from transformers import AutoModelForCausalLM
+
+    ids = text_tokens[1][:2000]
+    model = Qwen2(Qwen2Config.from_hf(checkpoint), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    found = whole(model, load_params(checkpoint, model), ids).argmax(-1)
+    shares = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+        with torch.no_grad():
+            want = reference(torch.tensor([ids])).logits[0].float().numpy().argmax(-1)
+        shares[str(dtype)] = float((found == want).mean())
+    print("bfloat16 next-token agreement with transformers in", shares)
+    assert min(shares.values()) >= 0.98
+
+
+def test_export_loads_in_transformers(torch, checkpoint, float32, prompts, expected, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_params(tmp_path / "out", float32[1], float32[0].config, tokenizer_from=checkpoint, max_shard_bytes=10**9)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = model(torch.tensor([prompts[1]])).logits[0].numpy()
+    np.testing.assert_array_equal(found, expected[1])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(PROMPTS[1]).input_ids == prompts[1]
+    again = load_params(tmp_path / "out", float32[0])
+    jax.tree.map(np.testing.assert_array_equal, float32[1], again)
+
+
+LOAD = """
+import resource, sys, time
+import jax, jax.numpy as jnp
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.hf_weights import load_params
+from rlver_jax.models.qwen2 import Qwen2
+jax.block_until_ready(jnp.zeros(1) + 1)
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+model = Qwen2(Qwen2Config.from_hf(sys.argv[1]), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+params = jax.block_until_ready(load_params(sys.argv[1], model))
+print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+"""
+
+
+@pytest.mark.real
+def test_loading_time_and_memory(checkpoint):
+    """bfloat16 load in a fresh process: at most 10 s and 1.5 GB above the interpreter's."""
+    out = subprocess.run([sys.executable, "-c", LOAD, str(checkpoint)], check=True, capture_output=True, text=True)
+    seconds, gigabytes = map(float, out.stdout.split())
+    print(f"load: {seconds:.1f} s, {gigabytes:.2f} GB above the interpreter's")
+    assert seconds <= 10
+    assert gigabytes <= 1.5

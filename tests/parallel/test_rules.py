@@ -1,0 +1,63 @@
+"""Logical axes to mesh axes, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from rlver_jax.parallel.mesh import make_mesh, resolve_mesh_shape
+from rlver_jax.parallel.rules import RULES, ShardingError, constrain, partition_spec, sharding
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(replica=2, fsdp=2, tensor=2)
+
+
+def test_layout(mesh):
+    assert partition_spec(("layers", "embed", "mlp"), (3, 8, 6), mesh) == PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert partition_spec(("batch", "length"), (8, 5), mesh) == PartitionSpec(("replica", "fsdp"), None)
+    array = jax.device_put(jnp.zeros((8, 6)), sharding(("batch", "heads"), (8, 6), mesh))
+    assert {s.data.shape for s in array.addressable_shards} == {(2, 3)}
+
+
+def test_errors_name_array_axis_and_sizes(mesh):
+    with pytest.raises(ShardingError, match=r"tokens \(6, 5\): axis 'batch' of size 6 .* replica=2 x fsdp=2 = 4"):
+        partition_spec(("batch", "length"), (6, 5), mesh, "tokens")
+    with pytest.raises(ShardingError, match=r"layer/w: logical axes 'heads' and 'mlp' both map to mesh axis 'tensor'"):
+        partition_spec(("heads", "mlp"), (8, 8), mesh, "layer/w")
+    with pytest.raises(ShardingError, match="unknown logical axis 'hidden'"):
+        partition_spec(("hidden",), (8,), mesh)
+    with pytest.raises(ShardingError, match="2 logical axes"):
+        partition_spec(("batch", "length"), (8,), mesh)
+
+
+def test_every_rule_names_mesh_axes(mesh):
+    for axes in RULES.values():
+        assert set(axes or ()) <= set(mesh.axis_names)
+
+
+def test_hints_are_hints(mesh):
+    """No mesh: nothing happens. With one: laid out where it divides, left alone where it does not."""
+    x = jnp.arange(24.0).reshape(4, 6)
+    assert constrain(x, "batch", "heads") is x
+    with jax.set_mesh(mesh):
+        laid_out = jax.jit(lambda x: constrain(x, "batch", "heads"))(x)
+        odd = jax.jit(lambda x: constrain(x, "batch", "heads"))(jnp.arange(20.0).reshape(4, 5))
+    assert {s.data.shape for s in laid_out.addressable_shards} == {(1, 3)}
+    assert (laid_out == x).all()
+    assert odd.shape == (4, 5)
+
+
+def test_mesh_sizes():
+    assert resolve_mesh_shape(1, -1, 2, 8) == (1, 4, 2)
+    assert resolve_mesh_shape(2, 2, 2, 8) == (2, 2, 2)
+    for bad, message in [
+        ((1, 3, -1), "cannot be divided by 3"),
+        ((1, 4, 4), "product 16, but there are 8"),
+        ((-1, -1, 1), "at most one"),
+        ((0, 1, 1), "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            resolve_mesh_shape(*bad, 8)
+    assert dict(make_mesh(tensor=2).shape) == {"replica": 1, "fsdp": 4, "tensor": 2}
