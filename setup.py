@@ -13,7 +13,7 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["rlver_jax", "rlver_jax.*"]),
+    packages=find_packages(include=["rlver_jax", "rlver_jax.*", "configs"]),
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -1,0 +1,1 @@
+"""Configs: `base.py` documents every field; each other file changes a few lines of it."""

@@ -1,0 +1,193 @@
+"""Validation of a config across its fields, before anything is compiled.
+
+Every fault is reported at once; each message names the field, its value, what is allowed, and a remedy.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "policy.dtype": ("bfloat16", "float32"),
+    "policy.param_dtype": ("bfloat16", "float32"),
+    "policy.attention": ("dense", "chunked"),
+    "policy.remat": ("none", "dots", "full"),
+    "policy.mode": ("think", "direct"),
+    "user.dtype": ("bfloat16", "float32"),
+    "user.param_dtype": ("bfloat16", "float32"),
+    "user.attention": ("dense", "chunked"),
+    "user.style": ("vanilla", "challenging"),
+    "user.scenario": ("heart_to_heart", "chit_chat"),
+    "user.readout": ("argmax", "sample", "mean"),
+    "data.language": ("zh", "en"),
+    "reward.kind": ("final", "per_turn", "mixed"),
+}
+# field: (lowest, highest or None, unit)
+RANGES: dict[str, tuple[float, float | None, str]] = {
+    "policy.attention_chunk": (1, None, "queries"),
+    "user.attention_chunk": (1, None, "queries"),
+    "user.reply_temperature": (0, None, ""),
+    "user.field_tokens": (1, None, "tokens"),
+    "user.reply_tokens": (1, None, "tokens"),
+    "rollout.batch": (1, None, "dialogues"),
+    "rollout.group": (1, None, "dialogues"),
+    "rollout.max_turns": (1, None, "turns"),
+    "rollout.context": (1, None, "tokens"),
+    "rollout.think_tokens": (1, None, "tokens"),
+    "rollout.say_tokens": (1, None, "tokens"),
+    "rollout.temperature": (0, None, ""),
+    "rollout.top_k": (0, None, "tokens"),
+    "rollout.top_p": (0, 1, ""),
+    "emotion.initial": (0, 100, "points"),
+    "emotion.floor": (-1, 100, "points"),
+    "emotion.ceiling": (0, 101, "points"),
+    "emotion.max_change": (1, 100, "points"),
+    "reward.discount": (0, 1, ""),
+    "reward.final_weight": (0, 1, ""),
+    "eval.num_profiles": (1, None, "profiles"),
+    "eval.initial_emotion": (0, 100, "points"),
+    "eval.max_turns": (1, None, "turns"),
+    "eval.batch": (1, None, "dialogues"),
+    "eval.temperature": (0, None, ""),
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message lists every fault."""
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{"a.b": value} of every leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = None) -> None:
+    """Checks a config against `base` (the documented fields) and its fields against each other.
+
+    Args:
+        config: what will run.
+        base: `configs/base.py:get_config()`; its leaves are the fields that exist, their types the allowed ones.
+        num_devices: of the mesh; None skips what depends on it.
+
+    Raises:
+        ConfigError: with one line for every fault.
+    """
+    values, fields = flatten(config), flatten(base)
+    faults = list(_names_and_types(values, fields))
+    if not faults:  # the other checks may rely on names and types
+        faults += list(_choices_and_ranges(values))
+        faults += list(_emotion(values))
+        faults += list(_lengths(values))
+        faults += list(_mesh(values, num_devices))
+        faults += list(_paths(values))
+    if faults:
+        raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def _names_and_types(values: dict[str, Any], fields: dict[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1, 0.5)
+            hint = f"did you mean {close[0]}?" if close else "see configs/base.py for all fields"
+            yield f"{name}={value!r}: unknown field; {hint}"
+            continue
+        wanted = type(fields[name])
+        whole = wanted is float and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not wanted and not whole:
+            yield f"{name}={value!r}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
+    for name in fields:
+        if name not in values:
+            yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
+
+
+def _choices_and_ranges(values: dict[str, Any]) -> Iterator[str]:
+    for name, allowed in CHOICES.items():
+        if values[name] not in allowed:
+            close = difflib.get_close_matches(values[name], allowed, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            yield f"{name}={values[name]!r}: expected one of {', '.join(allowed)}{hint}"
+    for name, (low, high, unit) in RANGES.items():
+        if not low <= values[name] <= (float("inf") if high is None else high):
+            allowed_range = f"at least {low}" if high is None else f"{low} to {high}"
+            yield f"{name}={values[name]!r}: expected {allowed_range} {unit}".rstrip()
+
+
+def _emotion(values: dict[str, Any]) -> Iterator[str]:
+    thresholds = tuple(values["emotion.thresholds"])
+    if len(thresholds) != 4 or list(thresholds) != sorted(set(thresholds)):
+        yield (
+            f"emotion.thresholds={thresholds}: expected four rising numbers, the lower bounds of bands C, B, A, S; "
+            f"SAGE's are (10, 40, 70, 100)"
+        )
+    floor, ceiling = values["emotion.floor"], values["emotion.ceiling"]
+    for name in ("emotion.initial", "eval.initial_emotion"):
+        if not floor < values[name] < ceiling:
+            yield (
+                f"{name}={values[name]}: must lie above emotion.floor={floor} and below emotion.ceiling={ceiling}, or "
+                f"every dialogue ends before its first turn; choose e.g. {(max(floor, 0) + min(ceiling, 100)) // 2}"
+            )
+
+
+def _lengths(values: dict[str, Any]) -> Iterator[str]:
+    context, say = values["rollout.context"], values["rollout.say_tokens"]
+    think = values["rollout.think_tokens"] if values["policy.mode"] == "think" else 0
+    reply = values["user.reply_tokens"]
+    for name in ("rollout.max_turns", "eval.max_turns"):
+        # History keeps says and replies; one thought at a time lies on top of it.
+        least = values[name] * (say + reply) + think
+        if least > context:
+            fits = max((context - think) // values[name] - reply, 0)
+            yield (
+                f"rollout.context={context}: {name}={values[name]} turns of rollout.say_tokens={say} and "
+                f"user.reply_tokens={reply} and one thought of {think} may need {least} tokens before any profile; raise "
+                f"rollout.context or lower rollout.say_tokens below {fits}"
+            )
+
+
+def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
+    batch, group = values["rollout.batch"], values["rollout.group"]
+    if batch % group:
+        yield (
+            f"rollout.batch={batch}: must be a multiple of rollout.group={group} (profiles x group); "
+            f"choose {max(batch // group, 1) * group}"
+        )
+    if num_devices is None:
+        return
+    sizes = {axis: values[f"mesh.{axis}"] for axis in ("replica", "fsdp", "tensor")}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = 1
+    for size in sizes.values():
+        fixed *= size if size != -1 else 1
+    text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        yield f"{text}: each size must be at least 1, at most one of them -1 (= whatever is left)"
+    elif num_devices % fixed or (not free and fixed != num_devices):
+        yield f"{text}: product {fixed} does not make {num_devices} devices; set one of them to -1 to fill them"
+    else:
+        sizes |= dict.fromkeys(free, num_devices // fixed)
+        rows = sizes["replica"] * sizes["fsdp"]
+        for name in ("rollout.batch", "eval.batch"):
+            if values[name] % rows:
+                yield (
+                    f"{name}={values[name]}: must be a multiple of mesh.replica x mesh.fsdp = {rows}, which split the "
+                    f"batch; choose {-(-values[name] // rows) * rows}, or a smaller mesh.fsdp"
+                )
+
+
+def _paths(values: dict[str, Any]) -> Iterator[str]:
+    for name in ("policy.path", "user.path", "user.prompts"):
+        if values[name] and not Path(values[name]).is_dir():
+            yield f"{name}={values[name]!r}: no such folder"
+    for name in ("data.train", "data.eval"):
+        for file in filter(None, values[name].split(",")):
+            if not Path(file).is_file():
+                yield f"{name}={values[name]!r}: {file} is not a file; expected JSONL profiles, comma-separated"

@@ -1,0 +1,96 @@
+"""Every kind of fault is reported with its field, value and remedy; the shipped configs are valid."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs.base import get_config
+from rlver_jax.config import CHOICES, RANGES, ConfigError, flatten, validate
+
+CONFIGS = sorted(Path(__file__).resolve().parents[1].joinpath("configs").glob("[!_]*.py"))
+
+
+def changed(**fields):
+    config = get_config()
+    for name, value in fields.items():
+        with config.unlocked(), config.ignore_type():
+            config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config
+
+
+def faults(config, devices=None):
+    with pytest.raises(ConfigError) as error:
+        validate(config, get_config(), devices)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    validate(module.get_config(), get_config(), 8)
+    assert "python -m rlver_jax." in module.__doc__, "the docstring holds the command"
+    validate(module.get_config("challenging"), get_config(), 8)
+    assert module.get_config("challenging").user.style == "challenging"
+
+
+def test_every_field_is_documented():
+    """Each field's line in base.py carries a comment, save a few whose name says all."""
+    lines = CONFIGS[[p.name for p in CONFIGS].index("base.py")].read_text().splitlines()
+    bare = [line.strip() for line in lines if line.startswith("    c.") and "#" not in line]
+    bare = [line for line in bare if "ConfigDict()" not in line and "get_model()" not in line]
+    assert bare == ["c.eval.seed = 0"]
+
+
+def test_choices_and_ranges_name_fields_that_exist():
+    assert set(CHOICES) | set(RANGES) <= set(flatten(get_config()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"rollout__bacth": 3}, ["rollout.bacth=3", "unknown field", "did you mean rollout.batch?"]),
+        ({"policy__mode": "thikn"}, ["policy.mode='thikn'", "think, direct", "did you mean 'think'"]),
+        ({"rollout__top_p": 1.5}, ["rollout.top_p=1.5", "0 to 1"]),
+        ({"rollout__batch": 0}, ["rollout.batch=0", "at least 1 dialogues"]),
+        ({"rollout__batch": "many"}, ["rollout.batch='many'", "is str, expected int"]),
+        ({"rollout__group": 5}, ["rollout.batch=32", "multiple of rollout.group=5", "choose 30"]),
+        ({"emotion__thresholds": (10, 70, 40, 100)}, ["emotion.thresholds=(10, 70, 40, 100)", "rising"]),
+        ({"emotion__initial": 5}, ["emotion.initial=5", "emotion.floor=9"]),
+        ({"rollout__context": 4096}, ["rollout.context=4096", "rollout.max_turns=8", "rollout.say_tokens=512", "5632"]),
+        ({"policy__path": "/no/such"}, ["policy.path='/no/such'", "no such folder"]),
+        ({"data__train": "/no/such.jsonl"}, ["data.train", "/no/such.jsonl is not a file"]),
+    ],
+)
+def test_faults(fields, parts):
+    message = faults(changed(**fields))
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"mesh__fsdp": 3}, ["mesh.fsdp=3", "product 3 does not make 8 devices"]),
+        ({"mesh__fsdp": -1, "mesh__tensor": -1}, ["at most one of them -1"]),
+        ({"rollout__batch": 12}, ["rollout.batch=12", "mesh.replica x mesh.fsdp = 8", "choose 16"]),
+    ],
+)
+def test_mesh_faults(fields, parts):
+    message = faults(changed(**fields), devices=8)
+    for part in parts:
+        assert part in message, message
+
+
+def test_all_faults_are_listed_at_once():
+    message = faults(changed(policy__mode="x", rollout__top_k=-1, emotion__initial=100))
+    assert message.count("\n  - ") == 3
+
+
+def test_a_missing_field_is_named():
+    config = ConfigDict(get_config().to_dict())
+    del config.emotion["floor"]
+    assert "emotion.floor: missing" in faults(config)
