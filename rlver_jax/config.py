@@ -148,8 +148,8 @@ def _lengths(values: dict[str, Any]) -> Iterator[str]:
             fits = max((context - think) // values[name] - reply, 0)
             yield (
                 f"rollout.context={context}: {name}={values[name]} turns of rollout.say_tokens={say} and "
-                f"user.reply_tokens={reply} and one thought of {think} may need {least} tokens before any profile; raise "
-                f"rollout.context or lower rollout.say_tokens below {fits}"
+                f"user.reply_tokens={reply} and one thought of {think} may need {least} tokens before any profile; "
+                f"raise rollout.context or lower rollout.say_tokens below {fits}"
             )
 
 

@@ -25,7 +25,8 @@ def checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def published() -> Path:
     """Folder of RLVER's published profiles: RLVER_JAX_PROFILES, else ../shared/data/rlver beside the clone."""
-    folder = Path(os.environ.get("RLVER_JAX_PROFILES", ROOT.parent / "shared" / "data" / "rlver"))
+    default = ROOT.parent / "shared" / "data" / "rlver"
+    folder = Path(os.environ.get("RLVER_JAX_PROFILES", default))
     if not (folder / "train_profile.jsonl").exists():
         pytest.skip(f"no published profiles in {folder}: set RLVER_JAX_PROFILES")
     return folder

@@ -60,7 +60,10 @@ def test_choices_and_ranges_name_fields_that_exist():
         ({"rollout__group": 5}, ["rollout.batch=32", "multiple of rollout.group=5", "choose 30"]),
         ({"emotion__thresholds": (10, 70, 40, 100)}, ["emotion.thresholds=(10, 70, 40, 100)", "rising"]),
         ({"emotion__initial": 5}, ["emotion.initial=5", "emotion.floor=9"]),
-        ({"rollout__context": 4096}, ["rollout.context=4096", "rollout.max_turns=8", "rollout.say_tokens=512", "5632"]),
+        (
+            {"rollout__context": 4096},
+            ["rollout.context=4096", "rollout.max_turns=8", "rollout.say_tokens=512", "5632"],
+        ),
         ({"policy__path": "/no/such"}, ["policy.path='/no/such'", "no such folder"]),
         ({"data__train": "/no/such.jsonl"}, ["data.train", "/no/such.jsonl is not a file"]),
     ],

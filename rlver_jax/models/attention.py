@@ -77,8 +77,9 @@ def chunked_attention(
 def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N hd"]:
     """Rotary position embedding in float32 (arXiv 2104.09864, the half-split layout of Hugging Face)."""
     dim = x.shape[-1]
-    # In NumPy, rounded as the checkpoints were trained: at position 1,500 one ulp of a frequency is 1e-4 of a radian.
-    inverse = 1.0 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    # Rounded where the checkpoints' own code rounds: at position 1,500 one ulp of a frequency is 1e-4 of a radian.
+    power = (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)).astype(np.float32)
+    inverse = np.float32(1) / power
     angle = positions.astype(jnp.float32)[:, :, None, None] * inverse
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -53,7 +53,9 @@ class Qwen2Config:
         raw = json.loads(file.read_text(encoding="utf-8"))
         names = raw.get("architectures") or [raw.get("model_type")]
         if ARCHITECTURE not in names:
-            raise ValueError(f"{file}: architecture {names[0]!r}, but only {ARCHITECTURE} (Qwen2, Qwen2.5) is supported")
+            raise ValueError(
+                f"{file}: architecture {names[0]!r}, but only {ARCHITECTURE} (Qwen2, Qwen2.5) is supported"
+            )
         _refuse_unsupported(file, raw)
         try:
             heads = raw["num_attention_heads"]
@@ -109,7 +111,9 @@ def _refuse_unsupported(file: Path, raw: dict[str, Any]) -> None:
         raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
 
 
-def _preset(layers: int, d: int, f: int, heads: int, kv: int, *, vocab: int = 152_064, tied: bool = False) -> Qwen2Config:
+def _preset(
+    layers: int, d: int, f: int, heads: int, kv: int, *, vocab: int = 152_064, tied: bool = False
+) -> Qwen2Config:
     return Qwen2Config(vocab, d, f, layers, heads, kv, head_dim=d // heads, rms_norm_eps=1e-6, tie_embeddings=tied)
 
 

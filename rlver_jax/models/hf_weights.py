@@ -35,7 +35,11 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-_OUTER = {"embed/kernel": "model.embed_tokens.weight", "norm/scale": "model.norm.weight", "lm_head": "lm_head.weight"}
+_OUTER = {
+    "embed/kernel": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
 _LAYER = {
     "attn_norm/scale": "input_layernorm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
@@ -115,7 +119,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     for file in sorted(set(files.values())):
         wanted = [name for name, f in files.items() if f == file]
         if not file.exists():
-            raise WeightsError(f"{file}: no such file, but {INDEX_FILE} places {len(wanted)} tensors in it, e.g. {wanted[0]}")
+            raise WeightsError(
+                f"{file}: no such file, but {INDEX_FILE} places {len(wanted)} tensors in it, e.g. {wanted[0]}"
+            )
         _check_complete(file)
         with _open(file) as opened:
             held = set(opened.keys())
@@ -196,7 +202,7 @@ def load_params(
     def leaf(path: str, shape: tuple[int, ...], placement: Any) -> jax.Array:
         source = sources[path]
 
-        def device_slice(index: tuple[slice, ...]) -> np.ndarray:
+        def device_slice(index: Any) -> np.ndarray:
             size = tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True))
             out = np.empty(size, dtype)
             names, inner = (source.tensors[index[0]], index[1:]) if source.stacked else (source.tensors, index)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without a [B, L, V] array: the vocabulary projection in chunks, recomputed backward."""
+"""Log-probabilities of given tokens without a [B, L, V] array: the vocabulary in chunks, recomputed backward."""
 
 import functools
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def token_logprobs(
     temperature: float = 1.0,
     vocab_shards: int = 1,
 ) -> TokenLogprobs:
-    """log softmax(hidden head^T / temperature)[target] and its entropy, never holding more than `chunk` logits a position.
+    """log softmax(hidden head^T / temperature)[target] and its entropy, `chunk` logits a position at a time.
 
     Differentiable in `hidden` and `head` through both results; the backward pass computes each chunk again. Products
     accumulate in float32.

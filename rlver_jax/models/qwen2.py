@@ -27,6 +27,11 @@ REMAT_POLICIES = {
 ATTENTION = ("dense", "chunked")
 
 
+def partitioned(init: Any, *axes: str) -> Any:
+    """An initializer whose parameter remembers its logical axes."""
+    return nn.with_partitioning(init, axes)
+
+
 class Linear(nn.Module):
     """x @ kernel (+ bias), kernel [in, out] with logical axes."""
 
@@ -39,11 +44,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B S I"]) -> Float[Array, "B S O"]:
         """Product in `dtype`."""
-        kernel_init = nn.with_partitioning(nn.initializers.normal(0.02), self.axes)
+        kernel_init = partitioned(nn.initializers.normal(0.02), *self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
-            bias_init = nn.with_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+            bias_init = partitioned(nn.initializers.zeros_init(), *self.axes[1:])
             y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(self.dtype)
         return y
 
@@ -57,7 +62,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Same dtype out as in."""
-        init = nn.with_partitioning(nn.initializers.ones_init(), ("norm",))
+        init = partitioned(nn.initializers.ones_init(), "norm")
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -113,9 +118,7 @@ class Block(nn.Module):
         c = self.config
         x, keys, values = carry
         norm = RMSNorm(c.rms_norm_eps, self.param_dtype, name="attn_norm")
-        attention = Attention(
-            c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn"
-        )
+        attention = Attention(c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn")
         out, keys, values = attention(norm(x), positions, see, start, keys, values, layer)
         x = rules.constrain(x + out, "batch", "length", "activation")
         x = x + self.mlp(RMSNorm(c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x))
@@ -141,7 +144,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Rows of the table in `dtype`."""
-        init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
         table = self.param("kernel", init, (self.rows, self.features), self.param_dtype)
         return table[tokens].astype(self.dtype)
 
@@ -187,15 +190,13 @@ class Qwen2(nn.Module):
             start: int32 valid slots of each row; wanted exactly when there is a cache.
         """
         see = self._visibility(tokens, branch, cache, start)
-        embed = Embedding(
-            self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed"
-        )
+        embed = Embedding(self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed")
         x = rules.constrain(embed(tokens), "batch", "length", "activation")
         keys, values = (None, None) if cache is None else cache
         x, keys, values = self._layers(x, keys, values, positions, see, start)
         x = RMSNorm(self.config.rms_norm_eps, self.param_dtype, name="norm")(x)
         if not self.config.tie_embeddings:
-            init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+            init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
             shape = (self.config.vocab_size, self.config.hidden_size)
             self.param("lm_head", init, shape, self.param_dtype)  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
@@ -257,7 +258,7 @@ def init_params(model: Qwen2, key: jax.Array, mesh: Mesh | None = None) -> Param
 
 
 def abstract_params(model: Qwen2) -> tuple[Params, Params]:
-    """(shapes, logical axes) of the parameters, both as trees: ShapeDtypeStructs and PartitionSpecs of logical names."""
+    """(shapes, logical axes) of the parameters as trees: ShapeDtypeStructs, and PartitionSpecs of logical names."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     boxed = jax.eval_shape(lambda k: model.init(k, tokens, tokens), jax.random.key(0))["params"]
     return nn.unbox(boxed), nn.get_partition_spec(boxed)

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlver_jax.models.qwen2 import partitioned
+
 
 class ValueHead(nn.Module):
     """value = hidden . kernel + bias, in float32.
@@ -21,7 +23,7 @@ class ValueHead(nn.Module):
     def __call__(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
         """Values in units of reward."""
         zeros, constant = nn.initializers.zeros_init(), nn.initializers.constant(self.bias_init)
-        kernel = self.param("kernel", nn.with_partitioning(zeros, ("embed",)), (hidden.shape[-1],), self.param_dtype)
+        kernel = self.param("kernel", partitioned(zeros, "embed"), (hidden.shape[-1],), self.param_dtype)
         bias = self.param("bias", constant, (), self.param_dtype)
         product = jnp.einsum("...d,d->...", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
         return product + bias.astype(jnp.float32)

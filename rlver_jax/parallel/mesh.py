@@ -27,13 +27,13 @@ def resolve_mesh_shape(replica: int, fsdp: int, tensor: int, num_devices: int) -
             raise ValueError(f"{text}: {num_devices} devices cannot be divided by {fixed}; choose a divisor")
         sizes[free[0]] = num_devices // fixed
     elif fixed != num_devices:
-        raise ValueError(f"{text}: product {fixed}, but there are {num_devices} devices; set one size to -1 to fill them")
+        raise ValueError(
+            f"{text}: product {fixed}, but there are {num_devices} devices; set one size to -1 to fill them"
+        )
     return sizes["replica"], sizes["fsdp"], sizes["tensor"]
 
 
-def make_mesh(
-    replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over all devices (or the given ones), `tensor` innermost so that its neighbours are the closest chips."""
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve_mesh_shape(replica, fsdp, tensor, len(devices))

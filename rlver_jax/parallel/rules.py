@@ -58,7 +58,9 @@ def partition_spec(
             by the devices along its mesh axes. The message names the array, the axis and the sizes.
     """
     if len(axes) != len(shape):
-        raise ShardingError(f"{name}: {len(axes)} logical axes {tuple(axes)} for {len(shape)} dimensions {tuple(shape)}")
+        raise ShardingError(
+            f"{name}: {len(axes)} logical axes {tuple(axes)} for {len(shape)} dimensions {tuple(shape)}"
+        )
     used: dict[str, str] = {}
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):

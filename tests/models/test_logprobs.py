@@ -68,7 +68,12 @@ def test_vocabulary_over_devices(shards):
     placed = jax.device_put(hidden, rows), jax.device_put(head, NamedSharding(mesh, PartitionSpec("tensor")))
     mine = weighted(lambda h, w, t: token_logprobs(h, w, t, chunk=48, vocab_shards=shards), targets, weights)
     compiled = jax.jit(mine).lower(*placed).compile()
-    assert_same(compiled(*placed), weighted(lambda h, w, t: full(h, w, t, 1.0), targets, weights)(hidden, head), 1e-5, 1e-5)
+    assert_same(
+        compiled(*placed),
+        weighted(lambda h, w, t: full(h, w, t, 1.0), targets, weights)(hidden, head),
+        1e-5,
+        1e-5,
+    )
     gathers = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
     assert not any("512" in line.split("=")[1].split("all-gather")[0] for line in gathers)
 

@@ -72,7 +72,9 @@ def test_ragged_cache_equals_transformers(name, scan):
         counts = np.array([8, 15, 0], np.int32)
     for _ in range(5):  # then one by one; what padding wrote past each length must not be seen
         now = np.minimum(start, 39)
-        found, cache = forward(model, params, tokens[np.arange(3), now][:, None], now[:, None], None, cache, jnp.asarray(now))
+        found, cache = forward(
+            model, params, tokens[np.arange(3), now][:, None], now[:, None], None, cache, jnp.asarray(now)
+        )
         np.testing.assert_allclose(found[:, 0], expected[np.arange(3), now], atol=2e-5)
         start = start + 1
 
@@ -146,7 +148,9 @@ def test_decoding_updates_a_scanned_cache_in_place():
     cache = init_kv_cache(config, 4, 4096, jnp.float32, scan_layers=True)
     token = jnp.zeros((4, 1), jnp.int32)
     step = jax.jit(lambda p, c, s: model.apply({"params": p}, token, s[:, None], None, c, s), donate_argnums=1)
-    memory = step.lower(init_params(model, jax.random.key(0)), cache, jnp.zeros(4, jnp.int32)).compile().memory_analysis()
+    memory = (
+        step.lower(init_params(model, jax.random.key(0)), cache, jnp.zeros(4, jnp.int32)).compile().memory_analysis()
+    )
     size = cache.k.nbytes + cache.v.nbytes
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size  # a layer's slice, never the stacked cache
@@ -169,7 +173,9 @@ def test_parameters_are_created_sharded():
     assert {s.data.shape for s in kernel.addressable_shards} == {(3, 12, 40)}
     assert {s.data.shape for s in params["embed"]["kernel"].addressable_shards} == {(64, 12)}
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, init_params(model, jax.random.key(3))
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        params,
+        init_params(model, jax.random.key(3)),
     )
 
 

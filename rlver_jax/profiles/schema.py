@@ -1,0 +1,349 @@
+"""One profile of a simulated user, as RLVER's and SAGE's files write it, and a strict reader of such files.
+
+RLVER (arXiv 2507.03112) publishes one JSON object a line: `id`, `player` (the persona), `scene`, `main_cha`,
+`cha_group` (character traits), `task` (the hidden intention) and, in its test set, `first_talk`. SAGE (arXiv
+2505.02847) writes results that carry the profile too: `character` stands for `main_cha`, `topic` is new, and
+the first talk opens `history`. Both are read into `Profile`; other keys of a line (SAGE's `emo_point`, …) are
+not ours and are left alone.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+PathLike = str | os.PathLike[str]
+Paths = PathLike | Iterable[PathLike]
+Kind = Literal["rational", "emotional"]
+
+MAX_FAULTS_SHOWN = 20
+
+# How published scenes end: a heading, then `***` and the hidden intention.
+_SCENE_ENDING = re.compile(
+    r"\n?####[ \t]*(?:隐藏主题|hidden (?:theme|intention))[ \t]*[:：]?[ \t]*\n\*\*\*(?P<said>[^\n]*)\s*\Z",
+    re.IGNORECASE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenIntention:
+    """One of the eight published wishes that a simulated user holds and must not reveal.
+
+    `key` is a short English name, `kind` says whether reason or feeling serves it, `chinese` is RLVER's own
+    sentence, `english` is ours.
+    """
+
+    key: str
+    kind: Kind
+    chinese: str
+    english: str
+
+
+HIDDEN_INTENTIONS: tuple[HiddenIntention, ...] = (
+    HiddenIntention(
+        "advice",
+        "rational",
+        "你想获得能真实帮助你解决当下困境的建议",
+        "You want advice that really helps you out of your present difficulty",
+    ),
+    HiddenIntention(
+        "balanced_analysis",
+        "rational",
+        "你希望对方辩证地分析事件中的问题",
+        "You want the other person to examine the problems in what happened from every side",
+    ),
+    HiddenIntention(
+        "others_motives",
+        "rational",
+        "你想分析事件中其他人物这么做的原因",
+        "You want to work out why the other people involved acted as they did",
+    ),
+    HiddenIntention(
+        "self_reflection",
+        "rational",
+        "你希望对方引导你针对事件进行自我反思，收获自我成长",
+        "You want to be led to reflect on your own part in what happened, and to grow from it",
+    ),
+    HiddenIntention(
+        "deep_empathy",
+        "emotional",
+        "你希望对方深刻共情你的感受，而不是简单的安慰",
+        "You want the other person to feel deeply with you, not merely to comfort you",
+    ),
+    HiddenIntention(
+        "listening",
+        "emotional",
+        "你希望对方用心倾听你的情绪宣泄",
+        "You want the other person to listen with care while you let your feelings out",
+    ),
+    HiddenIntention(
+        "praise",
+        "emotional",
+        "你希望对方真诚地夸奖你在事件中的具体行为",
+        "You want sincere praise for particular things that you did",
+    ),
+    HiddenIntention(
+        "vindication",
+        "emotional",
+        "你认为自己在事件中没有任何责任和错误，你想要对方也认同你没有错",
+        "You believe that you did nothing wrong in what happened, and want the other person to agree",
+    ),
+)
+
+_INTENTION_OF_TEXT = {text: one for one in HIDDEN_INTENTIONS for text in (one.chinese, one.english)}
+
+
+class ProfileError(ValueError):
+    """Profiles that cannot be used. `faults` holds every fault found; the message shows the first twenty."""
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        super().__init__(self.faults)  # as the only argument, so that the error survives pickling between processes
+
+    def __str__(self) -> str:
+        count = len(self.faults)
+        shown = "\n".join(f"  {fault}" for fault in self.faults[:MAX_FAULTS_SHOWN])
+        rest = f"\n  … and {count - MAX_FAULTS_SHOWN} more" if count > MAX_FAULTS_SHOWN else ""
+        return f"{count} fault{'s' * (count != 1)} in the profiles, none was loaded; correct:\n{shown}{rest}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One simulated user, as written; texts are kept to the letter, white space included.
+
+    `persona` is who the user is, `scene` what happened to them (a published scene ends with the hidden
+    intention; see `background`), `hidden_intention` the wish it must not reveal, `main_character` and
+    `traits` labels of its temper, `topic` (SAGE only) a label of the scene, `first_talk` the words that open
+    the dialogue, where known.
+    """
+
+    id: str
+    persona: str
+    scene: str
+    hidden_intention: str
+    main_character: str
+    traits: tuple[str, ...] = ()
+    topic: str | None = None
+    first_talk: str | None = None
+
+    @classmethod
+    def from_json(cls, obj: object) -> "Profile":
+        """The profile in one parsed JSON value of RLVER's or SAGE's schema (told apart by their keys).
+
+        Raises `ProfileError` with every fault of the object; keys that no profile has are not looked at.
+        """
+        if not isinstance(obj, dict):
+            raise ProfileError([f"found {_found(obj)}, expected a JSON object with the fields of a profile"])
+        taker = _Taker(obj)
+        sage = "history" in obj or ("character" in obj and "main_cha" not in obj)
+        profile = cls(
+            id=taker.text("id"),
+            persona=taker.text("player"),
+            scene=taker.text("scene"),
+            hidden_intention=taker.text("task"),
+            main_character=taker.text("character" if sage else "main_cha"),
+            traits=() if sage else taker.texts("cha_group"),
+            topic=taker.optional_text("topic"),
+            first_talk=taker.opening("history") if sage else taker.optional_text("first_talk"),
+        )
+        said = _SCENE_ENDING.search(profile.scene)
+        if said and profile.hidden_intention and said["said"].strip() != profile.hidden_intention.strip():
+            taker.faults.append(
+                f"field 'scene' ends with the hidden intention {_short(said['said'])} but field 'task' says "
+                f"{_short(profile.hidden_intention)}, expected the same sentence in both"
+            )
+        if taker.faults:
+            raise ProfileError(taker.faults)
+        return profile
+
+    def to_json(self) -> dict[str, Any]:
+        """The profile in RLVER's schema; `topic` and `first_talk` are left out where unknown."""
+        obj: dict[str, Any] = {
+            "id": self.id,
+            "player": self.persona,
+            "scene": self.scene,
+            "main_cha": self.main_character,
+            "cha_group": list(self.traits),
+            "task": self.hidden_intention,
+        }
+        known = {"topic": self.topic, "first_talk": self.first_talk}
+        return obj | {name: text for name, text in known.items() if text is not None}
+
+    @property
+    def background(self) -> str:
+        """The scene without its closing section, which states the hidden intention (the scene if it has
+        none).
+        """
+        return _SCENE_ENDING.sub("", self.scene)
+
+    @property
+    def kind(self) -> Kind | None:
+        """Kind of the hidden intention; None if it isn't one of the eight published ones."""
+        intention = intention_of(self)
+        return intention.kind if intention else None
+
+
+def intention_of(profile: Profile) -> HiddenIntention | None:
+    """Which of the eight hidden intentions a profile holds, by its Chinese or English sentence; else None."""
+    return _INTENTION_OF_TEXT.get(profile.hidden_intention.strip().rstrip("。."))
+
+
+def read_profiles(paths: Paths) -> list[Profile]:
+    """Reads one JSONL file, or several in the order given, in RLVER's or SAGE's schema (or mixed).
+
+    Every line is checked. Lines of white space alone hold no profile and are passed over, but count in line
+    numbers; any other line becomes a profile or a fault. Ids must be unique over all files.
+
+    Raises `ProfileError` that lists every fault of every file as `file:line: what was found, what is
+    expected`.
+    """
+    files = as_paths(paths)
+    profiles: list[Profile] = []
+    faults: list[str] = [] if files else ["no file was given, expected at least one JSONL file of profiles"]
+    first_seen: dict[str, str] = {}
+    for path in files:
+        try:
+            data = read_file(path)
+        except ProfileError as error:
+            faults += error.faults
+            continue
+        for number, line in enumerate(data.split(b"\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                profile = _parse_line(line)
+            except ProfileError as error:
+                faults += [f"{place}: {fault}" for fault in error.faults]
+                continue
+            if profile.id in first_seen:
+                found = f"found id {_short(profile.id)} again, which {first_seen[profile.id]} has already"
+                faults.append(f"{place}: {found}, expected ids that differ")
+            first_seen.setdefault(profile.id, place)
+            profiles.append(profile)
+    if faults:
+        raise ProfileError(faults)
+    return profiles
+
+
+def as_paths(paths: Paths) -> tuple[Path, ...]:
+    """One path or several, as a tuple of `Path`."""
+    if isinstance(paths, str | os.PathLike):
+        return (Path(paths),)
+    return tuple(Path(path) for path in paths)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of one file of profiles, without a byte order mark.
+
+    Raises `ProfileError` that says what to do if the file is missing, unreadable or empty.
+    """
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        remedy = "check the path, or download RLVER's train_profile.jsonl from its public repository"
+        raise ProfileError([f"{path}: found no such file, expected a JSONL file of profiles; {remedy}"]) from None
+    except OSError as error:
+        raise ProfileError([f"{path}: found {error.strerror}, expected a readable JSONL file of profiles"]) from None
+    if not data.strip():
+        raise ProfileError([f"{path}:1: found an empty file, expected one JSON object a line"])
+    return data
+
+
+def _parse_line(line: bytes) -> Profile:
+    """The profile of one line; raises ProfileError with faults that don't yet name the place."""
+    try:
+        obj = json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_repeats)
+    except ProfileError:
+        raise
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        raise ProfileError([f"found {bad}, expected UTF-8 text; save the file as UTF-8"]) from None
+    except json.JSONDecodeError as error:
+        bad = f"text that is not JSON ({error.msg}, column {error.colno})"
+        raise ProfileError([f"found {bad}, expected one whole JSON object on the line"]) from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting that Python refuses
+        raise ProfileError([f"found JSON that can't be read ({error}), expected one plain JSON object"]) from None
+    return Profile.from_json(obj)
+
+
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a repeated key is a fault, because json would silently keep the last one."""
+    obj = dict(pairs)
+    if len(obj) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ProfileError([f"found field {name!r} more than once in an object, expected it once" for name in twice])
+    return obj
+
+
+class _Taker:
+    """Takes checked values out of a JSON object, noting faults rather than stopping at the first."""
+
+    def __init__(self, obj: Mapping[str, Any]):
+        self.obj = obj
+        self.faults: list[str] = []
+
+    def text(self, name: str) -> str:
+        """A required text; the empty string stands in where there is a fault."""
+        if name not in self.obj:
+            has = ", ".join(sorted(self.obj)) or "no field"
+            self.faults.append(f"found no field {name!r}, expected it to hold a text; the object has {_cut(has)}")
+            return ""
+        return self._checked(f"field {name!r}", self.obj[name])
+
+    def optional_text(self, name: str) -> str | None:
+        """A text, or None where the field is absent or null."""
+        value = self.obj.get(name)
+        return None if value is None else self._checked(f"field {name!r}", value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A required list of texts, which may be empty."""
+        value = self.obj.get(name)
+        if not isinstance(value, list):
+            found = f"{_found(value)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            self.faults.append(f"found {found}, expected a list of texts")
+            return ()
+        return tuple(self._checked(f"item {i} of field {name!r}", item) for i, item in enumerate(value, start=1))
+
+    def opening(self, name: str) -> str | None:
+        """The content of the first message of a list of chat messages, which must be the user's."""
+        messages = self.obj.get(name)
+        first = messages[0] if isinstance(messages, list) and messages else None
+        if not isinstance(first, dict) or first.get("role") != "user" or "content" not in first:
+            found = f"{_found(messages)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            self.faults.append(f"found {found}, expected a list of messages opened by one of role 'user'")
+            return None
+        return self._checked(f"the first message of field {name!r}", first["content"])
+
+    def _checked(self, where: str, value: object) -> str:
+        """The value if it is a text that can be used, else a fault and the empty string."""
+        if not isinstance(value, str):
+            self.faults.append(f"found {_found(value)} in {where}, expected a text")
+        elif not value.strip():
+            self.faults.append(f"found an empty text in {where}, expected at least one visible character")
+        elif not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            self.faults.append(
+                f"found half of a surrogate pair (\\ud800–\\udfff) in {where}, expected whole characters"
+            )
+        else:
+            return value
+        return ""
+
+
+def _found(value: object) -> str:
+    """A JSON value in words, cut short."""
+    kinds = {dict: "an object", list: "a list", str: "the text", bool: "the value", type(None): "null"}
+    kind = kinds.get(type(value), "the number")
+    return kind if value is None else f"{kind} {_cut(json.dumps(value, ensure_ascii=False))}"
+
+
+def _short(text: str) -> str:
+    return _cut(repr(text))
+
+
+def _cut(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[:limit] + "…"

@@ -1,0 +1,45 @@
+"""Opens tokenizers; the one module that other packages import them from."""
+
+from pathlib import Path
+
+from rlver_jax.text.tokenizer_base import CHATML, END_OF_TEXT, IM_END, IM_START, Tokenizer
+from rlver_jax.text.tokenizer_bpe import HFTokenizer
+from rlver_jax.text.tokenizer_spm import SentencePieceTokenizer, train_sentencepiece
+
+__all__ = [
+    "CHATML",
+    "END_OF_TEXT",
+    "IM_END",
+    "IM_START",
+    "HFTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "train_sentencepiece",
+]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Opens a tokenizer: a folder with tokenizer.json or one *.model, or either file itself.
+
+    Raises FileNotFoundError when nothing of the kind is there, ValueError when what is there can't be used.
+    """
+    path = Path(path)
+    if path.name == "tokenizer.json" and path.is_file():
+        return HFTokenizer(path.parent)
+    if path.suffix == ".model" and path.is_file():
+        return SentencePieceTokenizer(path)
+    if (path / "tokenizer.json").is_file():
+        return HFTokenizer(path)
+    models = sorted(path.glob("*.model")) if path.is_dir() else []
+    named = [model for model in models if model.name == "tokenizer.model"]
+    if len(named or models) == 1:
+        return SentencePieceTokenizer((named or models)[0])
+    if path.is_dir():
+        found = "a folder with " + (", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing in it")
+    else:
+        found = "another kind of file" if path.exists() else "nothing"
+    raise FileNotFoundError(
+        f"no tokenizer at {path}: found {found}; expected a folder with tokenizer.json (Qwen2.5) or with "
+        "tokenizer.model or a single *.model (SentencePiece), or one of these files."
+    )

@@ -1,0 +1,81 @@
+"""Two tokenizers made on the spot: a byte-level BPE in Qwen2.5's format and a SentencePiece model."""
+
+import json
+import random
+
+import pytest
+import tokenizers
+
+from rlver_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer, train_sentencepiece
+
+QWEN_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+# The part of Qwen2.5's chat template that dialogues without tools use.
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+    "You are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + "
+    "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def sentences() -> list[str]:
+    """A few hundred sentences of the kind the project sees."""
+    draw = random.Random(0)
+    who = ["我", "妈妈", "我的朋友", "I", "my boss", "She's my sister, and she"]
+    what = ["今天很难过", "不知道怎么办", "又吵架了", "felt awful", "did not listen", "said goodbye"]
+    end = ["。", "！\n", ", 2024.\n\n", "</think>\n\n", " <think>\n", "再见。"]
+    return [draw.choice(who) + " " + draw.choice(what) + draw.choice(end) for _ in range(400)]
+
+
+def write_bpe(folder, special=ADDED):
+    """Writes a small tokenizer.json as Qwen2.5's: NFC, its regular expression, byte level, added tokens."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_REGEX), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(sentences(), trainer)
+    for token in special:  # as in Qwen2.5, the tool tokens are added but not special
+        flagged = "tool" not in token
+        bpe.add_tokens([tokenizers.AddedToken(token, normalized=False, special=flagged)])
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory):
+    return write_bpe(tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(scope="session")
+def bpe(bpe_folder) -> HFTokenizer:
+    return HFTokenizer(bpe_folder)
+
+
+@pytest.fixture(scope="session")
+def spm(tmp_path_factory) -> SentencePieceTokenizer:
+    return train_sentencepiece(sentences(), tmp_path_factory.mktemp("spm") / "tokenizer.model", 450)
+
+
+@pytest.fixture(scope="session")
+def qwen(checkpoint) -> HFTokenizer:
+    return HFTokenizer(checkpoint)
+
+
+@pytest.fixture(scope="session", params=["bpe", "spm", pytest.param("qwen", marks=pytest.mark.real)])
+def tokenizer(request):
+    """Each tokenizer in turn; the real one only with its marker."""
+    return request.getfixturevalue(request.param)
