@@ -33,7 +33,7 @@ def partitioned(init: Any, *axes: str) -> Any:
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias), kernel [in, out] with logical axes."""
+    """x @ kernel (+ bias), kernel [in, out] with logical axes. The result is float32: the caller rounds it, once."""
 
     features: int
     axes: tuple[str, str]
@@ -43,13 +43,13 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S I"]) -> Float[Array, "B S O"]:
-        """Product in `dtype`."""
+        """Operands in `dtype`, accumulated and returned in float32."""
         kernel_init = partitioned(nn.initializers.normal(0.02), *self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
         if self.use_bias:
             bias_init = partitioned(nn.initializers.zeros_init(), *self.axes[1:])
-            y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(self.dtype)
+            y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(jnp.float32)
         return y
 
 
@@ -57,16 +57,17 @@ class RMSNorm(nn.Module):
     """x / rms(x) * scale, statistics in float32 (arXiv 1910.07467)."""
 
     eps: float
+    dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Same dtype out as in."""
+        """Result in `dtype`, rounded once."""
         init = partitioned(nn.initializers.ones_init(), "norm")
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return scale.astype(x.dtype) * wide.astype(x.dtype)
+        return (scale.astype(jnp.float32) * wide).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -88,9 +89,10 @@ class Attention(nn.Module):
             linear = Linear(heads * c.head_dim, ("embed", axis), True, self.dtype, self.param_dtype, name=name)
             return rules.constrain(linear(x).reshape(b, s, heads, c.head_dim), "batch", "length", axis, "head_dim")
 
-        q = rotate(project("q", c.num_heads, "heads"), positions, c.rope_theta)
-        k = rotate(project("k", c.num_kv_heads, "kv_heads"), positions, c.rope_theta)
-        v = project("v", c.num_kv_heads, "kv_heads")
+        # Qwen2.5's key biases reach hundreds: product, bias and rotation stay in float32 and are rounded once.
+        q = rotate(project("q", c.num_heads, "heads"), positions, c.rope_theta).astype(self.dtype)
+        k = rotate(project("k", c.num_kv_heads, "kv_heads"), positions, c.rope_theta).astype(self.dtype)
+        v = project("v", c.num_kv_heads, "kv_heads").astype(self.dtype)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, hd]: each head's slots lie together
         if keys is not None:
             keys, values = write(keys, k, start, layer), write(values, v, start, layer)
@@ -100,7 +102,7 @@ class Attention(nn.Module):
         else:
             out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), see)
         o = Linear(c.hidden_size, ("heads", "embed"), False, self.dtype, self.param_dtype, name="o")
-        return o(out.reshape(b, s, -1)), keys, values
+        return o(out.reshape(b, s, -1)).astype(self.dtype), keys, values
 
 
 class Block(nn.Module):
@@ -117,20 +119,21 @@ class Block(nn.Module):
         """Returns (carry, None) as `nn.scan` wants it."""
         c = self.config
         x, keys, values = carry
-        norm = RMSNorm(c.rms_norm_eps, self.param_dtype, name="attn_norm")
+        norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="attn_norm")
         attention = Attention(c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn")
         out, keys, values = attention(norm(x), positions, see, start, keys, values, layer)
         x = rules.constrain(x + out, "batch", "length", "activation")
-        x = x + self.mlp(RMSNorm(c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x))
+        x = x + self.mlp(RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="mlp_norm")(x))
         return (rules.constrain(x, "batch", "length", "activation"), keys, values), None
 
     def mlp(self, x: Array) -> Array:
-        """Gated MLP: down(silu(gate(x)) * up(x))."""
+        """Gated MLP: down(silu(gate(x)) * up(x)), the elementwise part in float32."""
         f, d = self.config.intermediate_size, self.config.hidden_size
         options = (False, self.dtype, self.param_dtype)
         gate = Linear(f, ("embed", "mlp"), *options, name="gate")(x)
         up = Linear(f, ("embed", "mlp"), *options, name="up")(x)
-        return Linear(d, ("mlp", "embed"), *options, name="down")(nn.silu(gate) * up)
+        inner = (nn.silu(gate) * up).astype(self.dtype)
+        return Linear(d, ("mlp", "embed"), *options, name="down")(inner).astype(self.dtype)
 
 
 class Embedding(nn.Module):
@@ -194,7 +197,7 @@ class Qwen2(nn.Module):
         x = rules.constrain(embed(tokens), "batch", "length", "activation")
         keys, values = (None, None) if cache is None else cache
         x, keys, values = self._layers(x, keys, values, positions, see, start)
-        x = RMSNorm(self.config.rms_norm_eps, self.param_dtype, name="norm")(x)
+        x = RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
         if not self.config.tie_embeddings:
             init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
             shape = (self.config.vocab_size, self.config.hidden_size)
