@@ -14,6 +14,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["rlver_jax", "rlver_jax.*", "configs"]),
+    package_data={
+        "rlver_jax.user.prompts": [
+            f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
+        ],
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

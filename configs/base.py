@@ -31,6 +31,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.policy.remat = "none"  # what the backward pass keeps: none (all) | dots (weight products) | full (layer inputs)
     c.policy.mode = "think"  # think: <think>thought</think> before each reply (RLVER's main setting) | direct
 
+    c.policy.enforce_format = False  # think: forbid ending a message before </think> and a visible reply
+
     c.user = get_model()
     c.user.style = arg or "vanilla"  # vanilla | challenging (never hints at the hidden intention)
     c.user.scenario = "heart_to_heart"  # heart_to_heart | chit_chat
@@ -62,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.emotion.floor = 9  # a dialogue ends at or below it, as a failure (SAGE: below 10)
     c.emotion.ceiling = 100  # a dialogue ends at or above it, as a success (SAGE: 100)
     c.emotion.max_change = 10  # points by which one reply can move the emotion (SAGE: 10)
-    c.emotion.thresholds = (10, 40, 70, 100)  # lower bounds of bands C, B, A, S; F lies below (SAGE)
+    c.emotion.thresholds = (100, 70, 40, 10)  # lower bounds of bands S, A, B, C; F lies below (SAGE)
 
     c.reward = ConfigDict()
     c.reward.kind = "final"  # final (emotion/100) | per_turn (change/10) | mixed

@@ -43,8 +43,8 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "rollout.top_p": (0, 1, ""),
     "emotion.initial": (0, 100, "points"),
     "emotion.floor": (-1, 100, "points"),
-    "emotion.ceiling": (0, 101, "points"),
-    "emotion.max_change": (1, 100, "points"),
+    "emotion.ceiling": (0, 100, "points"),
+    "emotion.max_change": (1, 10, "points"),
     "reward.discount": (0, 1, ""),
     "reward.final_weight": (0, 1, ""),
     "eval.num_profiles": (1, None, "profiles"),
@@ -123,10 +123,10 @@ def _choices_and_ranges(values: dict[str, Any]) -> Iterator[str]:
 
 def _emotion(values: dict[str, Any]) -> Iterator[str]:
     thresholds = tuple(values["emotion.thresholds"])
-    if len(thresholds) != 4 or list(thresholds) != sorted(set(thresholds)):
+    if len(thresholds) != 4 or list(thresholds) != sorted(set(thresholds), reverse=True):
         yield (
-            f"emotion.thresholds={thresholds}: expected four rising numbers, the lower bounds of bands C, B, A, S; "
-            f"SAGE's are (10, 40, 70, 100)"
+            f"emotion.thresholds={thresholds}: expected four falling numbers, the lower bounds of bands S, A, B, C; "
+            f"SAGE's are (100, 70, 40, 10)"
         )
     floor, ceiling = values["emotion.floor"], values["emotion.ceiling"]
     for name in ("emotion.initial", "eval.initial_emotion"):

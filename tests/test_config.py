@@ -58,7 +58,7 @@ def test_choices_and_ranges_name_fields_that_exist():
         ({"rollout__batch": 0}, ["rollout.batch=0", "at least 1 dialogues"]),
         ({"rollout__batch": "many"}, ["rollout.batch='many'", "is str, expected int"]),
         ({"rollout__group": 5}, ["rollout.batch=32", "multiple of rollout.group=5", "choose 30"]),
-        ({"emotion__thresholds": (10, 70, 40, 100)}, ["emotion.thresholds=(10, 70, 40, 100)", "rising"]),
+        ({"emotion__thresholds": (100, 40, 70, 10)}, ["emotion.thresholds=(100, 40, 70, 10)", "falling"]),
         ({"emotion__initial": 5}, ["emotion.initial=5", "emotion.floor=9"]),
         (
             {"rollout__context": 4096},

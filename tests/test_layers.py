@@ -13,6 +13,7 @@ LAYERS = [
     {"trainer"},
     {"runs"},
     {"learning"},
+    {"players"},
     {"dialogue"},
     {"rewards"},
     {"user"},

@@ -1,8 +1,10 @@
 """Grouped-query attention over causal, branched rows: a dense and a query-chunked implementation, equal in result.
 
-Visibility (design of packed dialogues): query at slot i sees key at slot j iff j <= i and the key's branch is 0
-(canonical history) or the query's own branch. Without branches this is plain causal attention. Padding needs no mask:
-it lies after every valid token of its row.
+Visibility (packed dialogues): query at slot i sees key at slot j iff j <= i and the key's branch is 0 (canonical
+history), the query's own branch, or the parent of it. A branch id is parent + twig: parents are multiples of
+`BRANCH_RADIX`, twigs 0..BRANCH_RADIX-1, so a thought is branch t * BRANCH_RADIX and each option of a choice made within
+it t * BRANCH_RADIX + 1, + 2, …; ids below BRANCH_RADIX hang from the canonical history itself. Without branches this
+is plain causal attention. Padding needs no mask: it lies after every valid token of its row.
 """
 
 from typing import NamedTuple
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
 
@@ -27,8 +30,8 @@ def visible(see: Visibility, num_keys: int) -> Array:
     """Boolean mask [B, Q, C]."""
     mask = jnp.arange(num_keys)[None, None, :] <= see.q_slot[:, :, None]
     if see.k_branch is not None and see.q_branch is not None:
-        key = see.k_branch[:, None, :]
-        mask &= (key == 0) | (key == see.q_branch[:, :, None])
+        key, query = see.k_branch[:, None, :], see.q_branch[:, :, None]
+        mask &= (key == 0) | (key == query) | (key == query - query % BRANCH_RADIX)
     return mask
 
 
@@ -42,8 +45,9 @@ def dense_attention(
     scores = jnp.einsum("bqkgd,bkcd->bkgqc", q, k, preferred_element_type=jnp.float32) * dim**-0.5
     scores = jnp.where(visible(see, k.shape[2])[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgqc,bkcd->bqkgd", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(b, length, heads, dim).astype(q.dtype)
+    # Transposed afterwards: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
+    out = jnp.einsum("bkgqc,bkcd->bkgqd", weights, v, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out, 3, 1).reshape(b, length, heads, dim).astype(q.dtype)
 
 
 def chunked_attention(

@@ -57,6 +57,14 @@ def token_logprobs(
     return TokenLogprobs(logprob.reshape(targets.shape), entropy.reshape(targets.shape))
 
 
+def log_normalizer(hidden: Float[Array, "*b D"], head: Float[Array, "V D"], *, chunk: int = 8192) -> Float[Array, "*b"]:
+    """log sum_v exp(hidden . head_v), float32, in chunks of the vocabulary; not differentiable (for sampling)."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    static = _Static(min(chunk, head.shape[0]), 1.0, 1)
+    _, (_, _, _, normalizer, _) = _forward(static, flat, head, jnp.zeros(flat.shape[:1], jnp.int32))
+    return normalizer.reshape(hidden.shape[:-1])
+
+
 def _num_chunks(static: _Static, rows: int) -> int:
     return -(-(rows // static.vocab_shards) // static.chunk)
 

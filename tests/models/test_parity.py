@@ -210,16 +210,18 @@ def test_export_loads_in_transformers(torch, checkpoint, float32, prompts, expec
 
 
 LOAD = """
-import resource, sys, time
+import re, sys, time
 import jax, jax.numpy as jnp
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen2 import Qwen2
+def peak_kb():  # of this program alone; getrusage counts what its parent had before exec
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jnp.zeros(1) + 1)
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before, start = peak_kb(), time.perf_counter()
 model = Qwen2(Qwen2Config.from_hf(sys.argv[1]), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 params = jax.block_until_ready(load_params(sys.argv[1], model))
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+print(time.perf_counter() - start, (peak_kb() - before) / 1e6)
 """
 
 
@@ -230,4 +232,4 @@ def test_loading_time_and_memory(checkpoint):
     seconds, gigabytes = map(float, out.stdout.split())
     print(f"load: {seconds:.1f} s, {gigabytes:.2f} GB above the interpreter's")
     assert seconds <= 10
-    assert gigabytes <= 1.5
+    assert 0.9 <= gigabytes <= 1.5  # the weights alone are 0.99

@@ -1,0 +1,207 @@
+"""Both sides of the table, ready to play: models, one tokenizer, prompts, and profiles in tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+from ml_collections import ConfigDict
+
+from rlver_jax.dialogue import (
+    Dialogues,
+    PlayLimits,
+    PolicyTables,
+    Profiles,
+    Spec,
+    build_policy_tables,
+    room_needed,
+    sample_dialogues,
+)
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.hf_weights import load_params
+from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.sampling.cache import LM
+from rlver_jax.sampling.decode import Truncation
+from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.prompts import Prompts, load_prompts
+from rlver_jax.user.simulated import UserLimits, UserTables, build_user_tables
+
+WIDTH_STEP = 128  # prefix widths are multiples of it, so that other profiles rarely mean another compilation
+
+
+def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
+    """Refuses two tokenizers that are not one: dialogues pass between the models as token ids.
+
+    Raises:
+        ValueError: their fingerprints differ.
+    """
+    if policy.fingerprint != user.fingerprint:
+        raise ValueError(
+            f"policy and user have different tokenizers ({policy.vocab_size} and {user.vocab_size} tokens, "
+            f"fingerprints {policy.fingerprint[:12]} and {user.fingerprint[:12]}), but they exchange token ids; "
+            f"choose two models of one family, e.g. two Qwen2.5 sizes"
+        )
+
+
+def load_model(config: ConfigDict, name: str, mesh: Mesh | None = None) -> tuple[LM, Tokenizer]:
+    """Model and tokenizer of `config.policy` or `config.user`.
+
+    Raises:
+        ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
+    """
+    if not config.path:
+        raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
+    model = Qwen2(
+        Qwen2Config.from_hf(config.path),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        scan_layers=config.scan_layers,
+        attention=config.attention,
+        attention_chunk=config.attention_chunk,
+    )
+    return LM(load_params(config.path, model, mesh=mesh), model), load_tokenizer(config.path)
+
+
+def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
+    """The emotion's rules of a config, starting from `initial`."""
+    c = config.emotion
+    return EmotionRules(initial, c.floor, c.ceiling, c.max_change, tuple(c.thresholds))
+
+
+def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int) -> Spec:
+    """What the sampler is compiled for, from a config."""
+    return Spec(
+        mode=config.policy.mode,
+        enforce_format=config.policy.enforce_format,
+        group=group,
+        max_turns=max_turns,
+        context=config.rollout.context,
+        think_tokens=config.rollout.think_tokens,
+        say_tokens=config.rollout.say_tokens,
+        user_tokens=max(config.user.field_tokens, config.user.reply_tokens),
+        readout=config.user.readout,
+        rules=emotion_rules(config, initial_emotion),
+        truncation=Truncation(config.rollout.top_k, config.rollout.top_p),
+    )
+
+
+def limits_of(config: ConfigDict, spec: Spec, temperature: float) -> PlayLimits:
+    """The lengths and temperatures of a config, as arguments of the sampler."""
+    return PlayLimits(
+        max_turns=jnp.int32(spec.max_turns),
+        think_tokens=jnp.int32(config.rollout.think_tokens),
+        say_tokens=jnp.int32(config.rollout.say_tokens),
+        temperature=jnp.float32(temperature),
+        initial_emotion=jnp.int32(spec.rules.initial),
+        user=UserLimits(
+            jnp.int32(config.user.field_tokens),
+            jnp.int32(config.user.reply_tokens),
+            jnp.float32(config.user.reply_temperature),
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Players:
+    """Two models with one tokenizer, and everything that is compiled or looked up for them."""
+
+    policy: LM
+    user: LM
+    tokenizer: Tokenizer
+    prompts: Prompts
+    tables: tuple[PolicyTables, UserTables]
+    style: str
+    scenario: str
+    spec: Spec
+
+    @classmethod
+    def build(cls, policy: LM, user: LM, tokenizer: Tokenizer, prompts: Prompts, spec: Spec, **how: str) -> "Players":
+        """Players from loaded models; `how` holds the user's `style` and `scenario`."""
+        tables = (
+            build_policy_tables(tokenizer, prompts, policy.model.config.vocab_size, spec),
+            build_user_tables(tokenizer, prompts, user.model.config.vocab_size),
+        )
+        return cls(policy, user, tokenizer, prompts, tables, spec=spec, **how)
+
+    @classmethod
+    def load(cls, config: ConfigDict, spec: Spec, mesh: Mesh | None = None) -> "Players":
+        """Players of a config. One folder for both is loaded once.
+
+        Raises:
+            ValueError: the two models have different tokenizers, or one of them cannot be loaded.
+        """
+        policy, tokenizer = load_model(config.policy, "policy", mesh)
+        same = all(config.policy[name] == config.user[name] for name in config.user if name in config.policy)
+        user, other = (policy, tokenizer) if same else load_model(config.user, "user", mesh)
+        check_tokenizers(tokenizer, other)
+        prompts = load_prompts(config.data.language, config.user.prompts or None)
+        return cls.build(policy, user, tokenizer, prompts, spec, style=config.user.style, scenario=config.user.scenario)
+
+    def prefix(self, profile: Profile) -> list[int]:
+        """What the user reads before the first turn: its system prompt, the cue, the opening of its message."""
+        system = self.prompts.user_system(
+            profile.persona,
+            profile.background,
+            profile.hidden_intention,
+            style=self.style,
+            scenario=self.scenario,
+            rules=self.spec.rules,
+        )
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": self.prompts.opening}]
+        return ChatTemplate(self.tokenizer).conversation(messages, generation_prompt=True)
+
+    def encode(self, profiles: Sequence[Profile], dialogue_ids: Sequence[int], count: int | None = None) -> Profiles:
+        """Profiles in tokens, padded to `count` of them with rows that don't play.
+
+        Args:
+            dialogue_ids: one for each dialogue, group members of a profile together; below 2**32.
+
+        Raises:
+            ValueError: a profile leaves no room for a turn in the context.
+        """
+        count, group = count or len(profiles), self.spec.group
+        if len(dialogue_ids) != len(profiles) * group:
+            raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
+        prefixes = [self.prefix(p) for p in profiles]
+        first = [self.tokenizer.encode(p.first_talk.strip()) if p.first_talk else [] for p in profiles]
+        prefix, prefix_count = _pad(prefixes, count)
+        talk, talk_count = _pad(first, count)
+        self._check_room(profiles, prefix_count + talk_count, talk.shape[1])
+        ids = np.zeros(count * group, np.uint32)
+        ids[: len(dialogue_ids)] = dialogue_ids
+        active = np.arange(count * group) < len(dialogue_ids)
+        return Profiles(*map(jnp.asarray, (prefix, prefix_count, talk, talk_count, ids, active)))
+
+    def _check_room(self, profiles: Sequence[Profile], lengths: np.ndarray, first_width: int) -> None:
+        limits = UserLimits(self.spec.user_tokens, self.spec.user_tokens, 0.0)  # type: ignore[arg-type]
+        full = PlayLimits(0, 0, 0, 0.0, 0, limits)  # type: ignore[arg-type]
+        _, room = room_needed(self.tables, self.spec, full, first_width)
+        worst = int(np.argmax(lengths))
+        if lengths[worst] + room > self.spec.context:
+            raise ValueError(
+                f"profile {profiles[worst].id} takes {lengths[worst]} tokens and a turn may take {room} more, but "
+                f"rollout.context is {self.spec.context}; raise it to {lengths[worst] + room} for one turn at least"
+            )
+
+    def play(self, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits) -> Dialogues:
+        """Plays a batch; see `dialogue.sample_dialogues`."""
+        if int(limits.max_turns) > self.spec.max_turns:
+            raise ValueError(
+                f"limits.max_turns={limits.max_turns}, but the sampler is compiled for {self.spec.max_turns}"
+            )
+        return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
+
+
+def _pad(rows: Sequence[Sequence[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [count, W], counts): padded with zeros to a multiple of WIDTH_STEP."""
+    width = -(-max(map(len, rows), default=1) // WIDTH_STEP) * WIDTH_STEP or WIDTH_STEP
+    tokens, counts = np.zeros((count, width), np.int32), np.zeros(count, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        counts[i] = len(row)
+    return tokens, counts

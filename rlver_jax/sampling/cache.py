@@ -1,0 +1,106 @@
+"""The context of every row of a batch as keys and values: each row has its own length and grows by its own count."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlver_jax.models.kv_cache import KVCache, init_kv_cache
+from rlver_jax.models.qwen2 import Params, Qwen2, head, logits
+
+
+@flax.struct.dataclass
+class LM:
+    """A model with its parameters; the module is static, so a jitted function compiles once per architecture."""
+
+    params: Params
+    model: Qwen2 = flax.struct.field(pytree_node=False)
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """float32 logits of a few positions."""
+        return logits(self.params, hidden)
+
+    def read(self, tokens: Array, positions: Array, branch: Array | None, cache: "Cache") -> tuple[Array, KVCache]:
+        """Hidden states [B, S, D] of new tokens after each row's length, and keys and values with them."""
+        result: Any = self.model.apply({"params": self.params}, tokens, positions, branch, cache.kv, cache.length)
+        return result
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """Output projection."""
+        return head(self.params)
+
+
+@flax.struct.dataclass
+class Cache:
+    """What each row has read. Row b's tokens lie in slots 0..length[b]-1; what lies beyond is garbage, never seen."""
+
+    kv: KVCache
+    length: Int[Array, "B"]
+    hidden: Float[Array, "B D"]  # of each row's last token: what predicts the next one
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return self.kv.capacity
+
+
+def init_cache(lm: LM, batch: int, capacity: int) -> Cache:
+    """Empty context for `batch` rows; append something before generating."""
+    model = lm.model
+    kv = init_kv_cache(model.config, batch, capacity, model.dtype, scan_layers=model.scan_layers)
+    return Cache(kv, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, model.config.hidden_size), model.dtype))
+
+
+def append(lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B"]) -> Cache:
+    """Row b reads its first count[b] tokens (0: nothing changes for it). One forward pass over [B, S].
+
+    Every row that reads must have S free slots, padding included: length + S <= capacity. The caller checks it, once
+    per turn, because a check per step would cost a host sync.
+    """
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    hidden, kv = lm.read(tokens, positions, None, cache)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return Cache(kv, cache.length + count, jnp.where(count[:, None] > 0, last, cache.hidden))
+
+
+def rollback(cache: Cache, length: Int[Array, "B"]) -> Cache:
+    """Forgets each row's tokens from slot length[b] on. Append before generating: the last hidden state is stale."""
+    return dataclasses.replace(cache, length=length)
+
+
+def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
+    """Every row `times` times over, neighbours together, in a cache of `capacity` slots: a group shares one prefill."""
+
+    def grow(x: Array, axis: int) -> Array:
+        x = jnp.repeat(x, times, axis=axis)
+        pad = [(0, 0)] * x.ndim
+        pad[-2] = (0, capacity - x.shape[-2])
+        return jnp.pad(x, pad)
+
+    axis = 0 if isinstance(cache.kv.k, tuple) else 1
+    kv = jax.tree.map(lambda x: grow(x, axis), cache.kv)
+    return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
+
+
+Piece = tuple[Array, Array | int | None]
+
+
+def join(batch: int, *pieces: Piece) -> tuple[Int[Array, "B S"], Int[Array, "B"]]:
+    """Concatenates ragged pieces row by row, without gaps.
+
+    Each piece is (tokens [n] or [B, n], count [B] or int or None for all n). Returns (tokens, count); what lies beyond
+    a row's count is padding.
+    """
+    tokens, masks = [], []
+    for piece, count in pieces:
+        wide = jnp.broadcast_to(piece, (batch, piece.shape[-1])).astype(jnp.int32)
+        size = jnp.broadcast_to(jnp.asarray(wide.shape[1] if count is None else count), (batch,))
+        tokens.append(wide)
+        masks.append(jnp.arange(wide.shape[1]) < size[:, None])
+    mask = jnp.concatenate(masks, axis=1)
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return jnp.take_along_axis(jnp.concatenate(tokens, axis=1), order, axis=1), mask.sum(axis=1, dtype=jnp.int32)

@@ -1,0 +1,231 @@
+"""Generating tokens and choosing among options, for all rows of a batch at once, on the device."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rlver_jax.models.logprobs import log_normalizer
+from rlver_jax.sampling.cache import LM, Cache, append
+from rlver_jax.sampling.grammar import Grammar
+
+
+class Truncation(NamedTuple):
+    """What of the distribution is kept (static: sorting the vocabulary is compiled only where it is asked for)."""
+
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+
+KEEP_ALL = Truncation()
+
+
+@flax.struct.dataclass
+class Generated:
+    """What every row said; positions from count[b] on are 0."""
+
+    tokens: Int[Array, "B M"]
+    count: Int[Array, "B"]  # the stop token included
+    logprob: Float[Array, "B M"]  # of the distribution really sampled; 0 for greedy
+    raw_logprob: Float[Array, "B M"]  # of the model itself: temperature 1, nothing forbidden
+    found_at: Int[Array, "B"]  # index of the token that completed the pattern; -1: none
+    stopped: Bool[Array, "B"]  # the last token is a stop token or completed the pattern; False: cut by a limit
+
+    @property
+    def text_count(self) -> Int[Array, "B"]:
+        """Tokens without the last one where it only ends the text."""
+        return self.count - self.stopped
+
+
+def gumbel(key: Key[Array, ""], step: Int[Array, ""] | int, rows: int) -> Float[Array, "V"]:
+    """The noise of one row at one step of a generation: argmax(log p + noise) is a sample of p."""
+    return jax.random.gumbel(jax.random.fold_in(key, step), (rows,), jnp.float32)
+
+
+def truncate(log_p: Float[Array, "B V"], truncation: Truncation) -> Float[Array, "B V"]:
+    """-inf for what top-k and top-p leave out; the likeliest token always stays."""
+    if truncation.top_k:
+        least = jax.lax.top_k(log_p, truncation.top_k)[0][:, -1:]
+        log_p = jnp.where(log_p < least, -jnp.inf, log_p)
+    if truncation.top_p < 1:
+        p = jax.nn.softmax(log_p, axis=-1)
+        ordered = jnp.sort(p, axis=-1, descending=True)
+        before = jnp.cumsum(ordered, axis=-1) - ordered  # mass of what is likelier
+        least = jnp.min(jnp.where(before < truncation.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        log_p = jnp.where(p < least, -jnp.inf, log_p)
+    return log_p
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "B"],
+    step: Int[Array, ""],
+    temperature: Float[Array, ""],
+    truncation: Truncation,
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """One token a row and its log-probability. Temperature 0 is greedy (ties: the lowest id), its log-probability 0."""
+
+    def sampled() -> tuple[Array, Array]:
+        scaled = truncate(logits / temperature, truncation)
+        noise = jax.vmap(gumbel, (0, None, None))(keys, step, logits.shape[1])
+        token = jnp.argmax(scaled + noise, axis=-1)
+        chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
+        return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+    def greedy() -> tuple[Array, Array]:
+        return jnp.argmax(logits, axis=-1), jnp.zeros(logits.shape[0], jnp.float32)
+
+    return jax.lax.cond(temperature > 0, sampled, greedy)
+
+
+class Limits(NamedTuple):
+    """Lengths of a generation, in tokens: arguments, not part of the program."""
+
+    before: Int[Array, ""]  # until the pattern is found (or at all, without one)
+    after: Int[Array, ""]  # after it was found; 0: finding it ends the generation
+
+
+class _Loop(NamedTuple):
+    step: Array
+    cache: Cache
+    state: Array
+    alive: Array
+    said: Generated
+
+
+def generate(
+    lm: LM,
+    cache: Cache,
+    keys: Key[Array, "B"],
+    grammar: Grammar,
+    *,
+    max_tokens: int,
+    limits: Limits,
+    temperature: Float[Array, ""],
+    active: Bool[Array, "B"],
+    truncation: Truncation = KEEP_ALL,
+) -> tuple[Cache, Generated]:
+    """Every active row speaks until its grammar stops it or a limit does; the loop leaves when all have ended.
+
+    All tokens said, the last one included, are in the returned cache. `max_tokens` is the compiled size of the result;
+    the limits may be anything up to it.
+    """
+    batch = cache.length.shape[0]
+    zeros = jnp.zeros((batch, max_tokens), jnp.float32)
+    said = Generated(
+        tokens=jnp.zeros((batch, max_tokens), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        logprob=zeros,
+        raw_logprob=zeros,
+        found_at=jnp.full(batch, -1, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+    )
+
+    def body(loop: _Loop) -> _Loop:
+        logits = lm.logits(loop.cache.hidden)
+        allowed = jnp.where(grammar.forbidden[loop.state], -jnp.inf, logits)
+        token, logprob = draw(allowed, keys, loop.step, temperature, truncation)
+        raw = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        state = jnp.where(loop.alive, grammar.table[loop.state, token].astype(jnp.int32), loop.state)
+        said = _record(loop, grammar, token, logprob, raw, state, limits)
+        limit = jnp.where(said.found_at >= 0, said.found_at + 1 + limits.after, limits.before)
+        alive = loop.alive & ~said.stopped & (said.count < jnp.minimum(limit, max_tokens))
+        cache = append(lm, loop.cache, token[:, None], loop.alive.astype(jnp.int32))
+        return _Loop(loop.step + 1, cache, state, alive, said)
+
+    start = jnp.full(batch, grammar.begin, jnp.int32)
+    first = _Loop(jnp.int32(0), cache, start, active & (jnp.minimum(limits.before, max_tokens) > 0), said)
+    last = jax.lax.while_loop(lambda loop: loop.alive.any(), body, first)
+    return last.cache, last.said
+
+
+def _record(loop: _Loop, grammar: Grammar, token, logprob, raw, state, limits: Limits) -> Generated:
+    """Writes the step's results of the rows that are still speaking."""
+    said, alive = loop.said, loop.alive
+
+    def put(array: Array, value: Array) -> Array:
+        return array.at[:, loop.step].set(jnp.where(alive, value, 0).astype(array.dtype))
+
+    newly_found = alive & grammar.found(state) & (said.found_at < 0)
+    found_at = jnp.where(newly_found, loop.step, said.found_at)
+    return Generated(
+        tokens=put(said.tokens, token),
+        count=said.count + alive,
+        logprob=put(said.logprob, logprob),
+        raw_logprob=put(said.raw_logprob, raw),
+        found_at=found_at,
+        stopped=said.stopped | (alive & ((state == grammar.stop) | (newly_found & (limits.after == 0)))),
+    )
+
+
+@flax.struct.dataclass
+class Options:
+    """Options of a choice, flattened so that one forward pass scores them all, each on its own branch.
+
+    N tokens of O options; the C distinct contexts in which a token is predicted are evaluated once each.
+    """
+
+    tokens: Int[Array, "N"]
+    branch: Int[Array, "N"]  # 1..O
+    offset: Int[Array, "N"]  # place in its option
+    contexts: Int[Array, "C"]  # 0: the cache's last token; j + 1: after token j
+    pair_context: Int[Array, "P"]  # index into contexts
+    pair_token: Int[Array, "P"]
+    pair_option: Int[Array, "P"]
+    padded: Int[Array, "O W"]  # the options again, one a row
+    counts: Int[Array, "O"]
+
+
+def build_options(options: Sequence[Sequence[int]]) -> Options:
+    """Options from their token ids. None may be empty or the beginning of another: it could never be told apart."""
+    tuples = [tuple(o) for o in options]
+    for a in tuples:
+        for b in tuples:
+            if a is not b and b[: len(a)] == a:
+                raise ValueError(f"option {a} is the beginning of option {b}; end each option with a terminator token")
+    flat = [(i, j, t) for i, option in enumerate(tuples) for j, t in enumerate(option)]
+    place = {(i, j): n for n, (i, j, _) in enumerate(flat)}
+    contexts: dict[tuple[int, ...], int] = {}
+    where: list[int] = []
+    pairs: list[tuple[int, int, int]] = []
+    for i, option in enumerate(tuples):
+        for j, token in enumerate(option):
+            if option[:j] not in contexts:
+                contexts[option[:j]] = len(where)
+                where.append(0 if j == 0 else place[i, j - 1] + 1)
+            pairs.append((contexts[option[:j]], token, i))
+    width = max(map(len, tuples))
+    arrays = [
+        [t for _, _, t in flat],
+        [i + 1 for i, _, _ in flat],
+        [j for _, j, _ in flat],
+        where,
+        *zip(*pairs, strict=True),
+        [o + (0,) * (width - len(o)) for o in tuples],
+        [len(o) for o in tuples],
+    ]
+    return Options(*(jnp.asarray(np.array(a, np.int32)) for a in arrays))
+
+
+def choose(lm: LM, cache: Cache, options: Options) -> tuple[Cache, Float[Array, "B O"]]:
+    """log p(option | context) of every option, exactly, in one forward pass; the context is left as it was.
+
+    Raw model probabilities at temperature 1; normalize over the options with `log_softmax`. The options' tokens are
+    written beyond each row's length as scratch: N free slots are needed.
+    """
+    batch = cache.length.shape[0]
+    tokens, branch = (jnp.broadcast_to(x, (batch, x.shape[0])) for x in (options.tokens, options.branch))
+    positions = cache.length[:, None] + options.offset
+    hidden, kv = lm.read(tokens, positions, branch, cache)
+    hidden = jnp.concatenate([cache.hidden[:, None], hidden], axis=1)[:, options.contexts]
+    pair_hidden = hidden[:, options.pair_context]
+    kernel = lm.head[options.pair_token].astype(hidden.dtype)
+    logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, preferred_element_type=jnp.float32)
+    logprob = logits - log_normalizer(hidden, lm.head)[:, options.pair_context]
+    total = jnp.zeros((batch, options.counts.shape[0]), jnp.float32)
+    return dataclasses.replace(cache, kv=kv), total.at[:, options.pair_option].add(logprob)

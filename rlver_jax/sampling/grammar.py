@@ -1,0 +1,114 @@
+"""What a generation may say and where it ends, as one state per row and two tables over tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from rlver_jax.text.automaton import LINE_END, THINK_CLOSE, TokenAutomaton, build_automaton
+from rlver_jax.text.tokenizer import Tokenizer
+
+
+@flax.struct.dataclass
+class Grammar:
+    """A byte automaton with two more states: `begin`, before the first token, and `stop`, after a stop token.
+
+    States from `first_found` to `begin` - 1 mean that a pattern has been found.
+    """
+
+    table: Int[Array, "N V"]  # next state
+    forbidden: Bool[Array, "N V"]  # tokens that may not come next
+    first_found: int = flax.struct.field(pytree_node=False)
+    begin: int = flax.struct.field(pytree_node=False)
+    stop: int = flax.struct.field(pytree_node=False)
+
+    def found(self, state: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Whether a pattern has been found (and no stop token has come since)."""
+        return (state >= self.first_found) & (state < self.begin)
+
+
+def _pieces(tokenizer: Tokenizer, rows: int) -> list[bytes]:
+    if rows < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model has {rows} embedding rows but its tokenizer {tokenizer.vocab_size} tokens; the two do not "
+            f"belong together: give the folder that holds both"
+        )
+    return [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] + [b""] * (rows - tokenizer.vocab_size)
+
+
+def whitespace_tokens(tokenizer: Tokenizer, rows: int) -> np.ndarray:
+    """Bool [rows]: tokens of nothing but white space."""
+    return np.array([bool(p) and not p.strip() for p in _pieces(tokenizer, rows)])
+
+
+def _grammar(
+    tokenizer: Tokenizer, rows: int, automaton: TokenAutomaton | None, forbidden: np.ndarray, begin: np.ndarray
+) -> Grammar:
+    """Adds `begin` and `stop`. `forbidden` [n, rows] and `begin` [rows]: what the pattern itself rules out."""
+    table = np.zeros((1, rows), np.int16) if automaton is None else automaton.table
+    states = len(table)
+    stops = [tokenizer.im_end_id, tokenizer.pad_id]
+    table = np.concatenate([table, table[:1], np.full((1, rows), states + 1, np.int16)])
+    table[:, stops] = states + 1
+    never = np.arange(rows) >= tokenizer.vocab_size
+    never[list(tokenizer.special_ids.values())] = True
+    never[stops] = False
+    # The end of text is a stop that some base models say; where a message can end, <|im_end|> says it.
+    forbidden = np.concatenate([forbidden, (forbidden[0] | begin)[None], np.zeros((1, rows), bool)]) | never
+    first_found = states if automaton is None else automaton.first_found
+    return Grammar(jnp.asarray(table), jnp.asarray(forbidden), first_found, states, states + 1)
+
+
+def free_text(tokenizer: Tokenizer, rows: int) -> Grammar:
+    """Anything up to a stop token: a reply in direct mode."""
+    _pieces(tokenizer, rows)
+    return _grammar(tokenizer, rows, None, np.zeros((1, rows), bool), np.zeros(rows, bool))
+
+
+def thought_then_say(tokenizer: Tokenizer, rows: int, *, enforce: bool = False) -> Grammar:
+    """A thought, `</think>`, and a reply up to a stop token.
+
+    Qwen merges the tag's end with what follows (`>\n\n`). Tokens that would merge it with more than white space are
+    forbidden there, so that the border between thought and say is a border between tokens.
+
+    Args:
+        enforce: no stop token before something visible is said after `</think>`: a model that hasn't learned the format
+            is kept from breaking it early (a thought may still run into its limit).
+    """
+    pieces = _pieces(tokenizer, rows)
+    automaton = build_automaton([THINK_CLOSE], tokenizer, pad_vocab_to=rows)
+    forbidden = np.zeros(automaton.table.shape, bool)
+    for key, left in zip(automaton.completing, automaton.left_over, strict=True):
+        state, token = divmod(int(key), rows)
+        forbidden[state, token] = left > 0 and bool(pieces[token][-int(left) :].strip())
+    if enforce:
+        stops, found = [tokenizer.im_end_id, tokenizer.pad_id], automaton.first_found
+        # One more found state, `found + 1`, for "something visible has been said"; until then no stop.
+        said = np.full((1, rows), found + 1, automaton.table.dtype)
+        silent = np.where(whitespace_tokens(tokenizer, rows), found, found + 1).astype(automaton.table.dtype)
+        table = np.concatenate([automaton.table[:found], silent[None], said])
+        forbidden = np.concatenate([forbidden, np.zeros((1, rows), bool)])
+        forbidden[: found + 1, stops] = True
+        automaton = dataclasses.replace(automaton, table=table)
+    return _grammar(tokenizer, rows, automaton, forbidden, np.zeros(rows, bool))
+
+
+def one_line(tokenizer: Tokenizer, rows: int) -> Grammar:
+    """One line that is not empty, ended by a line end or a stop token: a field of a script.
+
+    A line end always starts its token (never `.\\n`), so that dropping the last token drops the line end alone.
+    """
+    pieces = _pieces(tokenizer, rows)
+    automaton = build_automaton([LINE_END], tokenizer, pad_vocab_to=rows)
+    merged = np.array([piece.find(LINE_END) > 0 for piece in pieces])
+    blank = np.array([not piece.strip() for piece in pieces])  # white space, specials and stop tokens
+    return _grammar(tokenizer, rows, automaton, np.tile(merged, (len(automaton.table), 1)), blank)
+
+
+def matcher(patterns: Sequence[bytes], tokenizer: Tokenizer, rows: int) -> tuple[Array, int]:
+    """(table, first found state) of an automaton that watches finished text, e.g. for goodbyes."""
+    automaton = build_automaton(patterns, tokenizer, pad_vocab_to=rows)
+    return jnp.asarray(automaton.table), automaton.first_found

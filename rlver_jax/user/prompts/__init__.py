@@ -1,0 +1,26 @@
+"""Prompts of the user and the policy, Chinese and English, as files; `load_prompts` reads and checks them."""
+
+from rlver_jax.sampling.script import Part, parse_script
+from rlver_jax.user.prompts.load import (
+    FILES,
+    LANGUAGES,
+    MODES,
+    SCENARIOS,
+    STYLES,
+    Intention,
+    Prompts,
+    load_prompts,
+)
+
+__all__ = [
+    "FILES",
+    "LANGUAGES",
+    "MODES",
+    "SCENARIOS",
+    "STYLES",
+    "Intention",
+    "Part",
+    "Prompts",
+    "load_prompts",
+    "parse_script",
+]

@@ -1,0 +1,199 @@
+"""The simulated user on the device: it appraises a reply, its emotion moves, and it answers."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rlver_jax.sampling.cache import LM, Cache, append, join, rollback
+from rlver_jax.sampling.decode import Generated, Options, build_options, choose
+from rlver_jax.sampling.grammar import Grammar, matcher, one_line
+from rlver_jax.sampling.script import Script, compile_script, run_fields
+from rlver_jax.text.automaton import GOODBYES
+from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.user.emotion import BANDS, CHANGES, EmotionRules, change_readout
+from rlver_jax.user.prompts import Prompts
+
+# Parts of a turn's randomness; fields of a script follow their base.
+KEY_POLICY, KEY_READOUT, KEY_APPRAISAL, KEY_REPLY = 0, 1, 16, 48
+
+
+@flax.struct.dataclass
+class UserTables:
+    """All constants of the user's side, on the device."""
+
+    open_user: Int[Array, "_"]
+    open_assistant: Int[Array, "_"]
+    close: Int[Array, "_"]
+    appraisal: Script
+    reply: Script
+    options: Options
+    grammar: Grammar
+    goodbye: Int[Array, "N V"]
+    goodbye_found: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def scratch(self) -> int:
+        """Slots that `choose` needs beyond the context."""
+        return self.options.tokens.shape[0]
+
+
+@flax.struct.dataclass
+class UserLimits:
+    """What may change between calls without compiling again."""
+
+    field_tokens: Int[Array, ""]
+    reply_tokens: Int[Array, ""]
+    reply_temperature: Float[Array, ""]
+
+
+@flax.struct.dataclass
+class UserTurn:
+    """What one turn of the user produced; F fields of the appraisal, G of the reply script (the reply is the last)."""
+
+    appraisal: Generated  # each array [F, B, …]
+    change_logprobs: Float[Array, "B 21"]  # log p(option | context), not normalized over the options
+    change: Int[Array, "B"]
+    emotion: Int[Array, "B"]  # after the change
+    reply: Generated  # each array [G, B, …]
+    goodbye: Bool[Array, "B"]
+    prefilled: Int[Array, "B"]  # tokens read, not generated
+
+
+def option_text(change: int) -> str:
+    """How a change is written in an appraisal; the line end keeps "+1" from being the beginning of "+10"."""
+    return f"{change:+d}\n" if change else "0\n"
+
+
+def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int) -> UserTables:
+    """Tables for a user model with `rows` embedding rows."""
+    chat = ChatTemplate(tokenizer)
+    slots = {"emotion": [str(n) for n in range(101)], "band": BANDS}
+    goodbye, found = matcher(GOODBYES, tokenizer, rows)
+    return UserTables(
+        open_user=jnp.asarray(chat.open("user"), jnp.int32),
+        open_assistant=jnp.asarray(chat.open("assistant"), jnp.int32),
+        close=jnp.asarray(chat.close, jnp.int32),
+        appraisal=compile_script(prompts.appraisal, tokenizer, slots),
+        reply=compile_script(prompts.reply, tokenizer, slots),
+        options=build_options([tokenizer.encode(option_text(c)) for c in CHANGES]),
+        grammar=one_line(tokenizer, rows),
+        goodbye=goodbye,
+        goodbye_found=found,
+    )
+
+
+def part_keys(turn_keys: Key[Array, "B"], base: int, count: int) -> Key[Array, "F B"]:
+    """Keys of `count` fields of a script, one for each row."""
+    return jax.vmap(lambda part: jax.vmap(jax.random.fold_in, (0, None))(turn_keys, part))(base + jnp.arange(count))
+
+
+def user_turn(
+    lm: LM,
+    tables: UserTables,
+    cache: Cache,
+    last_reply: tuple[Int[Array, "B R"], Int[Array, "B"]],
+    say: tuple[Int[Array, "B S"], Int[Array, "B"]],
+    emotion: Int[Array, "B"],
+    turn_keys: Key[Array, "B"],
+    *,
+    rules: EmotionRules,
+    readout: str,
+    limits: UserLimits,
+    max_tokens: int,
+    active: Bool[Array, "B"],
+    may_reply: Bool[Array, ""],
+) -> tuple[Cache, UserTurn]:
+    """One turn: read the policy's say, appraise it, move the emotion, and answer under the new band.
+
+    The cache comes in and goes out at the opening of an assistant message, without `last_reply`, the answer of the turn
+    before, which is read here with the new say. Rows that are not active, or whose dialogue the new emotion or
+    `may_reply` ends, say nothing.
+    """
+    batch = active.shape[0]
+    base = join(
+        batch, last_reply, (tables.close, None), (tables.open_user, None), say, (tables.close, None),
+        (tables.open_assistant, None),
+    )  # fmt: skip
+    read = jnp.where(active, base[1], 0)
+    cache = append(lm, cache, base[0], read)
+    opening = cache.length
+    cache, appraisal, change_logprobs, appraisal_read = _appraise(
+        lm, tables, cache, emotion, turn_keys, rules, limits, max_tokens, active
+    )
+    keys = part_keys(turn_keys, KEY_READOUT, 1)[0] if readout == "sample" else None
+    change = jnp.where(active, rules.clamp(change_readout(change_logprobs, readout, keys)), 0)
+    moved = rules.update(emotion, change)
+    speaks = active & ~rules.ended(moved) & may_reply
+    cache, reply, reply_read = _reply(lm, tables, cache, change, moved, turn_keys, rules, limits, max_tokens, speaks)
+    said = jax.tree.map(lambda x: x[-1], reply)
+    turn = UserTurn(
+        appraisal=appraisal,
+        change_logprobs=change_logprobs,
+        change=change,
+        emotion=moved,
+        reply=reply,
+        goodbye=speaks & says(tables.goodbye, tables.goodbye_found, said.tokens, said.text_count),
+        prefilled=read + appraisal_read + reply_read,
+    )
+    return rollback(cache, opening), turn
+
+
+def _appraise(lm, tables, cache, emotion, turn_keys, rules, limits, max_tokens, active):
+    tokens, counts = tables.appraisal.render(emotion, rules.band(emotion))
+    fields = tokens.shape[0] - 1  # the last literal leads to the choice
+    cache, said = run_fields(
+        lm,
+        cache,
+        (tokens[:-1], counts[:-1]),
+        part_keys(turn_keys, KEY_APPRAISAL, fields),
+        tables.grammar,
+        max_tokens=max_tokens,
+        limits=jnp.full(fields, limits.field_tokens),
+        temperatures=jnp.zeros(fields, jnp.float32),  # appraisals are greedy: the reward can be derived again
+        active=active,
+    )
+    cache = append(lm, cache, tokens[-1], jnp.where(active, counts[-1], 0))
+    cache, logprobs = choose(lm, cache, tables.options)
+    read = jnp.where(active, counts.sum(0) + tables.scratch, 0)
+    return cache, said, jnp.where(active[:, None], logprobs, 0.0), read
+
+
+def _reply(lm, tables, cache, change, emotion, turn_keys, rules, limits, max_tokens, active):
+    tokens, counts = tables.reply.render(emotion, rules.band(emotion))
+    fields, batch, _ = tokens.shape
+    chosen = change - CHANGES[0]
+    first = join(
+        batch,
+        (tables.options.padded[chosen], tables.options.counts[chosen]),
+        (tokens[0], counts[0]),
+    )
+    extra = first[0].shape[1] - tokens.shape[2]
+    tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, extra))).at[0].set(first[0])
+    counts = counts.at[0].set(first[1])
+    spoken = jnp.arange(fields) == fields - 1
+    cache, said = run_fields(
+        lm,
+        cache,
+        (tokens, counts),
+        part_keys(turn_keys, KEY_REPLY, fields),
+        tables.grammar,
+        max_tokens=max_tokens,
+        limits=jnp.where(spoken, limits.reply_tokens, limits.field_tokens),
+        temperatures=jnp.where(spoken, limits.reply_temperature, 0.0),
+        active=active,
+    )
+    return cache, said, jnp.where(active, counts.sum(0), 0)
+
+
+def says(table: Int[Array, "N V"], first_found: int, tokens: Int[Array, "B M"], count: Int[Array, "B"]):
+    """Bool [B]: whether an automaton finds one of its patterns in the first count[b] tokens."""
+
+    def step(state: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
+        token, i = xs
+        return jnp.where(i < count, table[state, token].astype(jnp.int32), state), None
+
+    start = jnp.zeros(tokens.shape[0], jnp.int32)
+    state, _ = jax.lax.scan(step, start, (tokens.T, jnp.arange(tokens.shape[1])))
+    return state >= first_found
