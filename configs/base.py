@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.policy.remat = "none"  # what the backward pass keeps: none (all) | dots (weight products) | full (layer inputs)
     c.policy.mode = "think"  # think: <think>thought</think> before each reply (RLVER's main setting) | direct
 
-    c.policy.enforce_format = False  # think: forbid ending a message before </think> and a visible reply
+    c.policy.enforce_format = False  # think: close a thought at its limit, no end of message before a visible reply
 
     c.user = get_model()
     c.user.style = arg or "vanilla"  # vanilla | challenging (never hints at the hidden intention)

@@ -205,6 +205,14 @@ class _State(NamedTuple):
     log: Dialogues
 
 
+def _fingerprint(profiles: Profiles) -> Array:
+    """uint32 [P] of each prefix: a made-up first utterance depends on its profile, not on who shares the batch."""
+    place = jnp.arange(profiles.prefix.shape[1])
+    weights = jnp.cumprod(jnp.full(place.shape, 0x01000193, jnp.uint32))
+    terms = (profiles.prefix.astype(jnp.uint32) + 1) * weights
+    return jnp.where(place < profiles.prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
+
+
 def _open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits):
     """Both caches for all rows, and the first utterances: each profile, and the policy's system prompt, read once."""
     policy_tables, user_tables = tables
@@ -215,7 +223,7 @@ def _open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, l
     heads = init_cache(user, count, width + spec.user_tokens + 1)
     heads = append(user, heads, profiles.prefix, jnp.where(wanted, profiles.prefix_count, 0))
     prefix = heads.length
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1), profiles.dialogue_ids[:: spec.group])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1), _fingerprint(profiles))
     heads, made = generate(
         user,
         heads,

@@ -180,7 +180,13 @@ class Players:
     def _check_room(self, profiles: Sequence[Profile], lengths: np.ndarray, first_width: int) -> None:
         limits = UserLimits(self.spec.user_tokens, self.spec.user_tokens, 0.0)  # type: ignore[arg-type]
         full = PlayLimits(0, 0, 0, 0.0, 0, limits)  # type: ignore[arg-type]
-        _, room = room_needed(self.tables, self.spec, full, first_width)
+        policy_room, room = room_needed(self.tables, self.spec, full, first_width)
+        system = self.tables[0].system.shape[0]
+        if system + policy_room > self.spec.context:
+            raise ValueError(
+                f"the policy's system prompt takes {system} tokens and a turn may take {policy_room} more, but "
+                f"rollout.context is {self.spec.context}; raise it to {system + policy_room} for one turn at least"
+            )
         worst = int(np.argmax(lengths))
         if lengths[worst] + room > self.spec.context:
             raise ValueError(

@@ -21,14 +21,15 @@ MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but
 class Visibility(NamedTuple):
     """Which keys each query may see."""
 
-    q_slot: Int[Array, "B Q"]  # slot of each query among the keys
+    q_slot: Int[Array, "B Q"] | None  # slot of each query among the keys; None: query i is slot i (no cache)
     q_branch: Int[Array, "B Q"] | None = None  # None: every token is canonical
     k_branch: Int[Array, "B C"] | None = None
 
 
 def visible(see: Visibility, num_keys: int) -> Array:
     """Boolean mask [B, Q, C]."""
-    mask = jnp.arange(num_keys)[None, None, :] <= see.q_slot[:, :, None]
+    slots = jnp.arange(num_keys)[None] if see.q_slot is None else see.q_slot
+    mask = jnp.arange(num_keys)[None, None, :] <= slots[:, :, None]
     if see.k_branch is not None and see.q_branch is not None:
         key, query = see.k_branch[:, None, :], see.q_branch[:, :, None]
         mask &= (key == 0) | (key == query) | (key == query - query % BRANCH_RADIX)
@@ -57,25 +58,43 @@ def chunked_attention(
     see: Visibility,
     chunk: int,
 ) -> Float[Array, "B Q H hd"]:
-    """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time."""
-    b, length = q.shape[:2]
-    if length <= chunk:
-        return dense_attention(q, k, v, see)
-    pad = -length % chunk
-    count = (length + pad) // chunk
+    """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
 
-    def split(x: Array) -> Array:  # [B, Q, ...] -> [count, B, chunk, ...]
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, count, chunk, *x.shape[2:]), 1, 0)
+    Without a cache, keys after a chunk's last query are left out: half of the products.
+    """
+    if q.shape[1] <= chunk:
+        return dense_attention(q, k, v, see)
+    if see.q_slot is None:
+        return _causal_chunks(q, k, v, see, chunk)
+    pad = -q.shape[1] % chunk
+    branches = None if see.q_branch is None else _split(see.q_branch, chunk, pad)
+    pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), branches)
 
     @jax.checkpoint
     def one(piece: tuple[Array, Array, Array | None]) -> Array:
         q_piece, slot, branch = piece
         return dense_attention(q_piece, k, v, Visibility(slot, branch, see.k_branch))
 
-    pieces = (split(q), split(see.q_slot), None if see.q_branch is None else split(see.q_branch))
-    out = jax.lax.map(one, pieces)
-    return jnp.moveaxis(out, 0, 1).reshape(b, length + pad, *q.shape[2:])[:, :length]
+    out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
+    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
+
+
+def _split(x: Array, chunk: int, pad: int) -> Array:
+    """[B, Q, ...] -> [count, B, chunk, ...], padded at the end."""
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _causal_chunks(q: Array, k: Array, v: Array, see: Visibility, chunk: int) -> Array:
+    attend = jax.checkpoint(dense_attention)
+    outs = []
+    for start in range(0, q.shape[1], chunk):
+        end = min(start + chunk, q.shape[1])
+        slots = jnp.broadcast_to(jnp.arange(start, end), (q.shape[0], end - start))
+        q_branch = None if see.q_branch is None else see.q_branch[:, start:end]
+        k_branch = None if see.k_branch is None else see.k_branch[:, :end]
+        outs.append(attend(q[:, start:end], k[:, :, :end], v[:, :, :end], Visibility(slots, q_branch, k_branch)))
+    return jnp.concatenate(outs, axis=1)
 
 
 def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N hd"]:

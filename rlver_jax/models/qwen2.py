@@ -207,10 +207,9 @@ class Qwen2(nn.Module):
     def _visibility(self, tokens, branch, cache, start) -> Visibility:
         if (cache is None) != (start is None):
             raise ValueError("cache and start go together: give both or neither")
-        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if cache is None or start is None:
-            return Visibility(slots, branch, branch)
-        slots = start[:, None] + slots
+            return Visibility(None, branch, branch)
+        slots = start[:, None] + jnp.arange(tokens.shape[1])
         if branch is None:
             return Visibility(slots)
         rows = jnp.arange(tokens.shape[0])[:, None]

@@ -129,7 +129,7 @@ def generate(
     def body(loop: _Loop) -> _Loop:
         logits = lm.logits(loop.cache.hidden)
         allowed = jnp.where(grammar.forbidden[loop.state], -jnp.inf, logits)
-        token, logprob = draw(allowed, keys, loop.step, temperature, truncation)
+        token, logprob = _close(loop, grammar, limits, *draw(allowed, keys, loop.step, temperature, truncation))
         raw = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         state = jnp.where(loop.alive, grammar.table[loop.state, token].astype(jnp.int32), loop.state)
         said = _record(loop, grammar, token, logprob, raw, state, limits)
@@ -142,6 +142,19 @@ def generate(
     first = _Loop(jnp.int32(0), cache, start, active & (jnp.minimum(limits.before, max_tokens) > 0), said)
     last = jax.lax.while_loop(lambda loop: loop.alive.any(), body, first)
     return last.cache, last.said
+
+
+def _close(loop: _Loop, grammar: Grammar, limits: Limits, token: Array, logprob: Array) -> tuple[Array, Array]:
+    """Replaces the last tokens before the limit by the grammar's closing, where the pattern has not been found.
+
+    What is not drawn has log-probability 0, as a greedy token has.
+    """
+    size = grammar.closing.shape[0]
+    if not size:
+        return token, logprob
+    place = loop.said.count - (limits.before - size)
+    forced = (loop.said.found_at < 0) & (place >= 0)
+    return jnp.where(forced, grammar.closing[place], token), jnp.where(forced, 0.0, logprob)
 
 
 def _record(loop: _Loop, grammar: Grammar, token, logprob, raw, state, limits: Limits) -> Generated:
@@ -184,9 +197,9 @@ class Options:
 def build_options(options: Sequence[Sequence[int]]) -> Options:
     """Options from their token ids. None may be empty or the beginning of another: it could never be told apart."""
     tuples = [tuple(o) for o in options]
-    for a in tuples:
-        for b in tuples:
-            if a is not b and b[: len(a)] == a:
+    for i, a in enumerate(tuples):
+        for j, b in enumerate(tuples):
+            if i != j and b[: len(a)] == a:
                 raise ValueError(f"option {a} is the beginning of option {b}; end each option with a terminator token")
     flat = [(i, j, t) for i, option in enumerate(tuples) for j, t in enumerate(option)]
     place = {(i, j): n for n, (i, j, _) in enumerate(flat)}

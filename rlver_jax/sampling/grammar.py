@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Int
 from rlver_jax.text.automaton import LINE_END, THINK_CLOSE, TokenAutomaton, build_automaton
 from rlver_jax.text.tokenizer import Tokenizer
 
+CLOSING = "\n</think>\n\n"
+
 
 @flax.struct.dataclass
 class Grammar:
@@ -24,6 +26,8 @@ class Grammar:
     first_found: int = flax.struct.field(pytree_node=False)
     begin: int = flax.struct.field(pytree_node=False)
     stop: int = flax.struct.field(pytree_node=False)
+    # Said before the limit where the pattern has not been found by then; empty: nothing is.
+    closing: Int[Array, "K"] = flax.struct.field(default_factory=lambda: jnp.zeros(0, jnp.int32))
 
     def found(self, state: Int[Array, "B"]) -> Bool[Array, "B"]:
         """Whether a pattern has been found (and no stop token has come since)."""
@@ -45,7 +49,12 @@ def whitespace_tokens(tokenizer: Tokenizer, rows: int) -> np.ndarray:
 
 
 def _grammar(
-    tokenizer: Tokenizer, rows: int, automaton: TokenAutomaton | None, forbidden: np.ndarray, begin: np.ndarray
+    tokenizer: Tokenizer,
+    rows: int,
+    automaton: TokenAutomaton | None,
+    forbidden: np.ndarray,
+    begin: np.ndarray,
+    closing: str = "",
 ) -> Grammar:
     """Adds `begin` and `stop`. `forbidden` [n, rows] and `begin` [rows]: what the pattern itself rules out."""
     table = np.zeros((1, rows), np.int16) if automaton is None else automaton.table
@@ -59,7 +68,8 @@ def _grammar(
     # The end of text is a stop that some base models say; where a message can end, <|im_end|> says it.
     forbidden = np.concatenate([forbidden, (forbidden[0] | begin)[None], np.zeros((1, rows), bool)]) | never
     first_found = states if automaton is None else automaton.first_found
-    return Grammar(jnp.asarray(table), jnp.asarray(forbidden), first_found, states, states + 1)
+    end = jnp.asarray(tokenizer.encode(closing), jnp.int32)
+    return Grammar(jnp.asarray(table), jnp.asarray(forbidden), first_found, states, states + 1, end)
 
 
 def free_text(tokenizer: Tokenizer, rows: int) -> Grammar:
@@ -75,8 +85,8 @@ def thought_then_say(tokenizer: Tokenizer, rows: int, *, enforce: bool = False) 
     forbidden there, so that the border between thought and say is a border between tokens.
 
     Args:
-        enforce: no stop token before something visible is said after `</think>`: a model that hasn't learned the format
-            is kept from breaking it early (a thought may still run into its limit).
+        enforce: a model that hasn't learned the format is kept to it: no stop token before something visible is said
+            after `</think>`, and a thought that runs into its limit is closed for it.
     """
     pieces = _pieces(tokenizer, rows)
     automaton = build_automaton([THINK_CLOSE], tokenizer, pad_vocab_to=rows)
@@ -93,7 +103,7 @@ def thought_then_say(tokenizer: Tokenizer, rows: int, *, enforce: bool = False) 
         forbidden = np.concatenate([forbidden, np.zeros((1, rows), bool)])
         forbidden[: found + 1, stops] = True
         automaton = dataclasses.replace(automaton, table=table)
-    return _grammar(tokenizer, rows, automaton, forbidden, np.zeros(rows, bool))
+    return _grammar(tokenizer, rows, automaton, forbidden, np.zeros(rows, bool), CLOSING if enforce else "")
 
 
 def one_line(tokenizer: Tokenizer, rows: int) -> Grammar:

@@ -1,12 +1,9 @@
-"""Two tokenizers made on the spot: a byte-level BPE in Qwen2.5's format and a SentencePiece model."""
+"""What the tokenizers of the tests are made of; the fixtures themselves are in tests/conftest.py."""
 
 import json
 import random
 
-import pytest
 import tokenizers
-
-from rlver_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 QWEN_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -53,29 +50,3 @@ def write_bpe(folder, special=ADDED):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="session")
-def bpe_folder(tmp_path_factory):
-    return write_bpe(tmp_path_factory.mktemp("bpe"))
-
-
-@pytest.fixture(scope="session")
-def bpe(bpe_folder) -> HFTokenizer:
-    return HFTokenizer(bpe_folder)
-
-
-@pytest.fixture(scope="session")
-def spm(tmp_path_factory) -> SentencePieceTokenizer:
-    return train_sentencepiece(sentences(), tmp_path_factory.mktemp("spm") / "tokenizer.model", 450)
-
-
-@pytest.fixture(scope="session")
-def qwen(checkpoint) -> HFTokenizer:
-    return HFTokenizer(checkpoint)
-
-
-@pytest.fixture(scope="session", params=["bpe", "spm", pytest.param("qwen", marks=pytest.mark.real)])
-def tokenizer(request):
-    """Each tokenizer in turn; the real one only with its marker."""
-    return request.getfixturevalue(request.param)

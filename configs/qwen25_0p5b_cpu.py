@@ -1,0 +1,35 @@
+"""The real Qwen2.5-0.5B as policy and as simulated user on two CPU cores: a look at whole dialogues, no training.
+
+Use: python -m rlver_jax.evaluate --config=configs/qwen25_0p5b_cpu.py --config.policy.path=DIR --config.user.path=DIR
+     --config.data.eval=PROFILES.jsonl --out=OUT    (--config=configs/qwen25_0p5b_cpu.py:challenging for the hard user)
+
+DIR is the Hugging Face folder of Qwen2.5-0.5B or Qwen2.5-0.5B-Instruct.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Short dialogues of four profiles; `arg` as in `base.get_config`."""
+    c = base.get_config(arg)
+    for model in (c.policy, c.user):
+        model.dtype = "float32"  # a log's log-probabilities are then derived again to 1e-3
+        model.param_dtype = "float32"
+        model.scan_layers = False
+        model.attention = "chunked"
+        model.attention_chunk = 256
+    c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
+    c.user.field_tokens = 24
+    c.user.reply_tokens = 48
+    c.rollout.batch = 4
+    c.rollout.max_turns = 3
+    c.rollout.context = 4608  # a published profile takes 2,000 to 3,000 tokens
+    c.rollout.think_tokens = 64
+    c.rollout.say_tokens = 64
+    c.eval.num_profiles = 4
+    c.eval.batch = 4
+    c.eval.max_turns = 3
+    c.mesh.fsdp, c.mesh.tensor = 1, -1  # a batch of 4 need not divide by the devices
+    return c

@@ -1,0 +1,229 @@
+"""Plays held-out profiles with a policy and scores it as SAGE does: by the user's emotion at the end.
+
+    python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=HF_FOLDER] --out=DIR
+
+DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
+what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. An interrupted evaluation goes on where it was
+when it is started again with the same settings and DIR. Exit status: 0 done, 2 bad usage, 130 interrupted.
+"""
+
+import collections
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from configs import base
+from rlver_jax.config import ConfigError, config_from_flags, reward_settings, validate
+from rlver_jax.dialogue import END_REASONS, Dialogues, Profiles
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import Players, limits_of, spec_of
+from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.runs import evaluation_folder
+from rlver_jax.runs.dialogue_log import Record, dialogue_records, generated_tokens
+from rlver_jax.runs.evaluation_folder import EvaluationFolder
+from rlver_jax.runs.render import print_dialogue
+from rlver_jax.user.emotion import SAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Everything that is needed to play, loaded and checked."""
+
+    config: ConfigDict
+    players: Players
+    profiles: Sequence[Profile]
+    tokens: Profiles  # of all profiles, as wide as the longest, so that every batch has one shape
+    batch: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        config, out = _arguments(sys.argv[1:] if argv is None else argv)
+        profiles = chosen_profiles(config)
+        folder = EvaluationFolder.open(out, evaluation_folder.settings_of(config, profiles))
+        with console.status("loading the models"):
+            evaluation = load(config, profiles)
+    except (ValueError, OSError) as error:
+        errors.print(f"evaluate: {error}", markup=False, highlight=False)
+        return 2
+    try:
+        records = play_missing(evaluation, folder, console)
+    except KeyboardInterrupt:
+        errors.print(f"evaluate: interrupted; the same command goes on with {folder.path}", highlight=False)
+        return 130
+    summary = summarize(records, folder)
+    folder.finish(records, summary)
+    print_dialogue(records[0], console)
+    console.print(headline(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("out", None, "folder for summary.json and dialogues.jsonl", flag_values=values)
+        flags.DEFINE_string("checkpoint", None, "Hugging Face folder that replaces policy.path", flag_values=values)
+
+    config, options, rest = config_from_flags(argv, __doc__, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
+    if not options.out:
+        raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
+    if options.checkpoint:
+        config.policy.path = options.checkpoint
+    validate(config, base.get_config(), jax.device_count())
+    return config, options.out
+
+
+def chosen_profiles(config: ConfigDict) -> list[Profile]:
+    """The first `eval.num_profiles` of data.eval, or of data.train where that is empty.
+
+    Raises:
+        ValueError: neither is set, or a file is not one of profiles.
+    """
+    files = config.data.eval or config.data.train
+    if not files:
+        raise ConfigError("data.eval and data.train are empty; set --config.data.eval to a JSONL file of profiles")
+    return read_profiles([file for file in files.split(",") if file])[: config.eval.num_profiles]
+
+
+def load(config: ConfigDict, profiles: Sequence[Profile], mesh: Mesh | None = None) -> Evaluation:
+    """Loads the models and encodes all profiles.
+
+    Raises:
+        ValueError, OSError: a model cannot be loaded, or a profile doesn't fit the context.
+    """
+    if mesh is None and jax.device_count() > 1:
+        mesh = make_mesh(**config.mesh)
+    rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
+    spec = spec_of(config, group=1, max_turns=config.eval.max_turns, initial_emotion=config.eval.initial_emotion)
+    players = Players.load(config, spec, mesh)
+    tokens = jax.device_get(players.encode(profiles, range(len(profiles))))
+    # No wider than there are profiles: padding rows cost as much as playing ones.
+    batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
+    return Evaluation(config, players, profiles, tokens, batch)
+
+
+def batch_of(tokens: Profiles, indices: Sequence[int], count: int) -> Profiles:
+    """The given profiles' rows (groups of 1), padded to `count` with rows that don't play."""
+    rows = np.resize(np.asarray(indices), count)
+    picked = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[rows]), tokens)
+    return dataclasses.replace(picked, active=jnp.arange(count) < len(indices))
+
+
+def play_missing(evaluation: Evaluation, folder: EvaluationFolder, console: Console) -> list[Record]:
+    """Plays what the folder doesn't hold yet, batch by batch; returns all records in the profiles' order."""
+    records = folder.records
+    done = {record["dialogue"] for record in records}
+    missing = [i for i in range(len(evaluation.profiles)) if i not in done]
+    if done:
+        console.print(f"{len(done)} of {len(evaluation.profiles)} dialogues are in {folder.path}", highlight=False)
+    with _Meter(console, len(evaluation.profiles), records) as meter:
+        for start in range(0, len(missing), evaluation.batch):
+            began = time.monotonic()
+            indices = missing[start : start + evaluation.batch]
+            played = _play(evaluation, indices)
+            new = _records(evaluation, played, indices)
+            generated, seconds = sum(map(generated_tokens, new)), time.monotonic() - began
+            folder.add(new, {"generated": generated, "prefilled": prefilled_tokens(played), "seconds": seconds})
+            records = records + new
+            meter.update(records, generated, seconds)
+    return sorted(records, key=lambda record: record["dialogue"])
+
+
+def _play(evaluation: Evaluation, indices: Sequence[int]) -> Dialogues:
+    players, config = evaluation.players, evaluation.config
+    limits = limits_of(config, players.spec, config.eval.temperature)
+    key = jax.random.key(config.eval.seed)
+    return jax.device_get(players.play(batch_of(evaluation.tokens, indices, evaluation.batch), key, limits))
+
+
+def _records(evaluation: Evaluation, played: Dialogues, indices: Sequence[int]) -> list[Record]:
+    return dialogue_records(
+        played,
+        evaluation.players,
+        [evaluation.profiles[i] for i in indices],
+        indices,
+        seed=evaluation.config.eval.seed,
+        reward=reward_settings(evaluation.config),
+    )
+
+
+def prefilled_tokens(played: Dialogues) -> int:
+    """Tokens that both models read in a batch without having generated them just there, prefixes included."""
+    return int(played.prefix_tokens) + int(np.sum(played.policy.prefilled)) + int(np.sum(played.user.prefilled))
+
+
+class _Meter:
+    """Progress: a bar in a terminal, a line a batch elsewhere."""
+
+    def __init__(self, console: Console, total: int, records: Sequence[Record]):
+        self._console, self._total, self._done = console, total, len(records)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True)
+        # ETA from what this process plays: dialogues found in the folder took it no time.
+        self._task = self._bar.add_task("", total=total - self._done, state="compiling and playing the first batch")
+        self._bar.disable = not console.is_terminal
+
+    def __enter__(self) -> "_Meter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, records: Sequence[Record], generated: int, seconds: float) -> None:
+        """Shows where the evaluation stands after a batch of `generated` tokens in `seconds`."""
+        emotion = float(np.mean([record["emotion"] for record in records]))
+        state = f"{generated / seconds:.1f} tokens/s · mean emotion {emotion:.1f}"
+        self._bar.update(self._task, completed=len(records) - self._done, state=state)
+        if self._bar.disable:
+            self._console.print(f"{len(records)}/{self._total} dialogues · {state}", highlight=False)
+
+
+def summarize(records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
+    """What summary.json holds; success and failure by SAGE's borders, whatever the config's."""
+    outcomes = [SAGE.outcome(record["emotion"]) for record in records]
+    reasons = collections.Counter(record["end_reason"] for record in records)
+    return {
+        "score": float(np.mean([record["emotion"] for record in records])),
+        "success": outcomes.count(1),
+        "failure": outcomes.count(-1),
+        "n": len(records),
+        "turns_mean": float(np.mean([record["turns"] for record in records])),
+        "end_reasons": {reason: reasons[reason] for reason in END_REASONS[1:]},
+        "reward_mean": float(np.mean([record["reward"] for record in records])),
+        "tokens": {name: int(folder.spent(name)) for name in ("generated", "prefilled")},
+        "seconds": round(folder.spent("seconds"), 3),
+        "settings": folder.settings,
+    }
+
+
+def headline(summary: dict[str, Any], path: Path) -> str:
+    """The summary in a few lines."""
+    reasons = ", ".join(f"{name} {count}" for name, count in summary["end_reasons"].items() if count)
+    rate = summary["tokens"]["generated"] / summary["seconds"] if summary["seconds"] else 0.0
+    return (
+        f"score {summary['score']:.2f} of 100 · success {summary['success']} · failure {summary['failure']} · "
+        f"n {summary['n']} · {summary['turns_mean']:.2f} turns · ends: {reasons}\n"
+        f"{summary['tokens']['generated']} tokens generated, {summary['tokens']['prefilled']} prefilled, "
+        f"{summary['seconds']:.1f} s ({rate:.1f} tokens/s)\n"
+        f"{path / 'summary.json'} · {path / 'dialogues.jsonl'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

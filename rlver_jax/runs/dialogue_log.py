@@ -1,0 +1,338 @@
+"""Dialogues as JSON lines: whole enough to derive every reward again, plain enough to read.
+
+One dialogue a line. `emotions` begins with the initial one. `messages` opens with the user's first words; then each
+turn is the policy's message and, unless it broke the think format, the user's reaction: its appraisal, the change with
+the unnormalized log-probabilities of all 21 options, what it considered, and its reply (content null, and all fields of
+the reply script empty, where the dialogue ended before one). `tokens` are ids of the very tokens that were sampled: of
+the policy with the stop token, of the user's reply without it (`all_tokens`: with it). `logprobs` belong to the
+distribution really sampled (0 for greedy), `raw_logprobs` to the model itself.
+
+Floats have the fewest digits that read back as the same float32.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlver_jax.dialogue import END_REASONS, Dialogues
+from rlver_jax.players import Players
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.rewards import reward as compute_reward
+from rlver_jax.sampling.decode import Generated
+from rlver_jax.text.automaton import THINK_CLOSE
+from rlver_jax.text.tokenizer import Tokenizer
+
+Record = dict[str, Any]  # of one dialogue, as it stands on its line
+
+# What a reaction holds by field of the two scripts.
+SCRIPT_FIELDS = tuple(
+    f"{script}_{what}" for script in ("appraisal", "consideration") for what in ("tokens", "stopped", "logprobs")
+)
+_NUMBER, _TEXT, _NO = (int, float), (str,), (type(None),)
+# What a line must hold. Null is what SAGE's files don't know (`runs.sage`).
+_RECORD: dict[str, tuple[type, ...]] = {
+    "dialogue": (int,),
+    "profile": _TEXT,
+    "seed": (int, *_NO),
+    "mode": _TEXT,
+    "language": _TEXT + _NO,
+    "style": _TEXT + _NO,
+    "scenario": _TEXT + _NO,
+    "readout": _TEXT + _NO,
+    "initial_emotion": (int,),
+    "hidden_intention": _TEXT,
+    "end_reason": _TEXT,
+    "turns": (int,),
+    "violation": (bool,),
+    "reward": _NUMBER,
+    "emotion": (int,),
+    "emotions": (list,),
+    "messages": (list,),
+}
+_OPENING: dict[str, tuple[type, ...]] = {
+    "content": _TEXT,
+    "tokens": (list, *_NO),
+    "emotion": (int,),
+    "generated": (bool, *_NO),
+}
+_ASSISTANT: dict[str, tuple[type, ...]] = {
+    "thought": _TEXT + _NO,
+    "content": _TEXT,
+    "violation": (bool,),
+    "stopped": (bool, *_NO),
+} | dict.fromkeys(("tokens", "say_tokens", "logprobs", "raw_logprobs"), (list, *_NO))
+_REACTION: dict[str, tuple[type, ...]] = (
+    {"content": _TEXT + _NO, "stopped": (bool, *_NO), "change": (int,), "emotion": (int,)}
+    | dict.fromkeys(("appraisal", "considerations"), (dict,))
+    | dict.fromkeys(("tokens", "all_tokens", "logprobs", "raw_logprobs", "change_logprobs"), (list, *_NO))
+    | dict.fromkeys(SCRIPT_FIELDS, (dict, *_NO))
+)
+
+
+class DialogueLogError(ValueError):
+    """A log that cannot be used; the message names file, line and what to do."""
+
+
+class _Said(NamedTuple):
+    """One generation of one row, on the host."""
+
+    tokens: list[int]
+    length: int  # of the text: without a last token that only ends it
+    stopped: bool
+    logprobs: list[float]
+    raw: list[float]
+
+
+def dialogue_records(
+    dialogues: Dialogues,
+    players: Players,
+    profiles: Sequence[Profile],
+    dialogue_ids: Sequence[int],
+    *,
+    seed: int,
+    reward: Mapping[str, Any],
+) -> list[Record]:
+    """Records of a batch, in its order, without the rows that only pad it.
+
+    Args:
+        dialogues: of `Players.play`, on the device or the host.
+        profiles: that were played, each for `players.spec.group` dialogues.
+        dialogue_ids: one for each dialogue, as given to `Players.encode`.
+        seed: of the key that they were played with.
+        reward: `name`, `gamma` and `weight`, see `config.reward_settings`.
+
+    Raises:
+        ValueError: another number of ids than profiles and groups make.
+    """
+    group = players.spec.group
+    if len(dialogue_ids) != len(profiles) * group:
+        raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
+    log: Dialogues = jax.device_get(dialogues)
+    rewards = np.asarray(
+        compute_reward(emotions=log.emotions, n_turns=log.turns, violation=log.violation, **reward).reward
+    )
+    return [
+        _record(log, players, profiles[row // group], row, dialogue=int(number), seed=seed, reward=rewards[row])
+        for row, number in enumerate(dialogue_ids)
+    ]
+
+
+def _record(log: Dialogues, players: Players, profile: Profile, row: int, **given: Any) -> Record:
+    turns = int(log.turns[row])
+    emotions = log.emotions[row, : turns + 1].tolist()
+    return {
+        "dialogue": given["dialogue"],
+        "profile": profile.id,
+        "seed": given["seed"],
+        "mode": players.spec.mode,
+        "language": players.prompts.language,
+        "style": players.style,
+        "scenario": players.scenario,
+        "readout": players.spec.readout,
+        "initial_emotion": emotions[0],
+        "hidden_intention": profile.hidden_intention,
+        "end_reason": END_REASONS[int(log.end_reason[row])],
+        "turns": turns,
+        "violation": bool(log.violation[row]),
+        "reward": _floats([given["reward"]])[0],
+        "emotion": emotions[-1],
+        "emotions": emotions,
+        "messages": list(_messages(log, players, profile, row)),
+    }
+
+
+def _messages(log: Dialogues, players: Players, profile: Profile, row: int) -> Iterator[Record]:
+    decode = players.tokenizer.decode
+    first = log.first_talk[row, : int(log.first_count[row])].tolist()
+    emotion, generated = int(log.emotions[row, 0]), not profile.first_talk
+    yield {"role": "user", "content": decode(first), "tokens": first, "emotion": emotion, "generated": generated}
+    for turn in range(int(log.turns[row])):
+        yield _policy_message(log, players, turn, row)
+        if log.appraised[turn, row]:
+            yield _user_message(log, players, turn, row)
+
+
+def _policy_message(log: Dialogues, players: Players, turn: int, row: int) -> Record:
+    said = _said(log.policy.said, turn, row)
+    say = log.policy.say[turn, row, : int(log.policy.say_count[turn, row])].tolist()
+    think = players.spec.mode == "think"
+    return {
+        "role": "assistant",
+        "thought": thought_of(players.tokenizer, said.tokens[: said.length]) if think else None,
+        "content": players.tokenizer.decode(say),
+        "tokens": said.tokens,
+        "say_tokens": say,
+        "logprobs": said.logprobs,
+        "raw_logprobs": said.raw,
+        "stopped": said.stopped,
+        "violation": bool(log.policy.violation[turn, row]),
+    }
+
+
+def thought_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """What was thought: the text before the first `</think>` (all of it where there is none), trimmed."""
+    return tokenizer.decode(tokens).partition(THINK_CLOSE.decode())[0].strip()
+
+
+def _user_message(log: Dialogues, players: Players, turn: int, row: int) -> Record:
+    tables, reaction, decode = players.tables[1], log.user, players.tokenizer.decode
+
+    def fields(names: Sequence[str], generated: Generated) -> dict[str, _Said]:
+        return {name: _said(generated, turn, place, row) for place, name in enumerate(names)}
+
+    appraisal = fields(tables.appraisal.names[:-1], reaction.appraisal)  # the last one is the choice
+    considered = fields(tables.reply.names, reaction.reply)
+    reply = considered.pop(tables.reply.names[-1])
+    tokens = reply.tokens[: reply.length]
+    return {
+        "role": "user",
+        "content": decode(tokens) if tokens else None,
+        "tokens": tokens,
+        "stopped": reply.stopped,
+        "logprobs": reply.logprobs,
+        "raw_logprobs": reply.raw,
+        "all_tokens": reply.tokens,
+        "appraisal": {name: decode(one.tokens[: one.length]) for name, one in appraisal.items()},
+        "appraisal_tokens": {name: one.tokens for name, one in appraisal.items()},
+        "appraisal_stopped": {name: one.stopped for name, one in appraisal.items()},
+        "appraisal_logprobs": {name: one.raw for name, one in appraisal.items()},
+        "change": int(reaction.change[turn, row]),
+        "change_logprobs": _floats(reaction.change_logprobs[turn, row]),
+        "considerations": {name: decode(one.tokens[: one.length]) for name, one in considered.items()},
+        "consideration_tokens": {name: one.tokens for name, one in considered.items()},
+        "consideration_stopped": {name: one.stopped for name, one in considered.items()},
+        "consideration_logprobs": {name: one.raw for name, one in considered.items()},
+        "emotion": int(reaction.emotion[turn, row]),
+    }
+
+
+def _said(generated: Generated, *place: int) -> _Said:
+    count, stopped = int(generated.count[place]), bool(generated.stopped[place])
+    tokens = generated.tokens[place][:count].tolist()
+    logprobs, raw = (_floats(x[place][:count]) for x in (generated.logprob, generated.raw_logprob))
+    return _Said(tokens, count - stopped, stopped, logprobs, raw)
+
+
+def _floats(values: Iterable[Any]) -> list[float]:
+    """Python floats of few digits, each the same float32 as its origin.
+
+    The shortest decimal reads back through float64, which could round twice in a rare unlucky case: then all digits.
+    """
+    singles = [np.float32(value) for value in values]
+    shorts = [float(str(single)) for single in singles]
+    return [
+        short if np.float32(short) == single else float(single) for short, single in zip(shorts, singles, strict=True)
+    ]
+
+
+def generated_tokens(record: Record) -> int:
+    """Tokens of a dialogue that the two models generated, stop tokens included (that of a first utterance excepted)."""
+    first, *messages = record["messages"]
+    count = len(first["tokens"] or ()) if first["generated"] else 0
+    for message in messages:
+        parts = [message["tokens"] if message["role"] == "assistant" else message["all_tokens"]]
+        for kind in ("appraisal_tokens", "consideration_tokens"):
+            parts += (message.get(kind) or {}).values()
+        count += sum(len(part or ()) for part in parts)
+    return count
+
+
+def write_dialogues(path: str | os.PathLike[str], records: Iterable[Record], *, append: bool = False) -> None:
+    """Writes records, one a line: a whole new file at once, or behind what the file holds.
+
+    A new file takes the place of an old one only when it is complete. What is appended is flushed to disk; a last line
+    that an interrupted process left unfinished is cut off first.
+    """
+    path = Path(path)
+    text = "".join(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = path if append else path.with_name(path.name + ".tmp")
+    with target.open("r+b" if append and path.exists() else "wb") as file:
+        if append:
+            file.seek(_whole_lines(path))
+            file.truncate()
+        file.write(text.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+    if not append:
+        target.replace(path)
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes of a file up to its last line end."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def read_dialogues(path: str | os.PathLike[str], *, unfinished: bool = False) -> list[Record]:
+    """Reads and checks a log.
+
+    Args:
+        unfinished: pass over a last line without an end, which an interrupted process left.
+
+    Raises:
+        DialogueLogError: no such file, or a line that is not a dialogue; with file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, as evaluate writes") from None
+    last = lines.pop()
+    if last and not unfinished:
+        lines.append(last)
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, place: str) -> Record:
+    remedy = "restore the line, or remove it to go on without this dialogue"
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DialogueLogError(f"{place}: not a JSON object ({error}); {remedy}") from None
+    fault = next(_faults(record), None)
+    if fault is not None:
+        raise DialogueLogError(f"{place}: {fault}; {remedy}")
+    return record
+
+
+def _faults(record: Any) -> Iterator[str]:
+    """What keeps a JSON value from being a dialogue, the first thing first."""
+    if not isinstance(record, dict):
+        yield f"found {type(record).__name__}, expected an object"
+        return
+    yield from _field_faults(record, _RECORD, "")
+    if not record["messages"]:
+        yield "messages is empty, expected the user's first words at least"
+    expected = "user"
+    for index, message in enumerate(record["messages"]):
+        where = f"messages[{index}]"
+        role = message.get("role") if isinstance(message, dict) else None
+        if role != expected:
+            yield f"{where} has role {role!r}, expected {expected!r}: user and assistant take turns"
+            return
+        fields = _OPENING if index == 0 else _ASSISTANT if role == "assistant" else _REACTION
+        yield from _field_faults(message, fields, where + ".")
+        expected = "assistant" if role == "user" else "user"
+    said = sum(message["role"] == "assistant" for message in record["messages"])
+    if record["turns"] != said or len(record["emotions"]) != said + 1:
+        yield (
+            f"turns is {record['turns']} with {len(record['emotions'])} emotions, "
+            f"but its messages hold {said} replies of the policy (and so {said + 1} emotions)"
+        )
+    if record["end_reason"] not in END_REASONS:
+        yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(END_REASONS)}"
+
+
+def _field_faults(obj: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str) -> Iterator[str]:
+    for name, types in fields.items():
+        if name not in obj:
+            yield f"no field {where}{name}"
+        # bool is an int in Python, not in a log
+        elif not isinstance(obj[name], types) or (isinstance(obj[name], bool) and bool not in types):
+            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            yield f"field {where}{name} holds {type(obj[name]).__name__}, expected {wanted}"

@@ -1,0 +1,102 @@
+"""A dialogue as a person reads it in the terminal.
+
+Everything that a model or a profile wrote goes into `Text`, which has no markup, and loses what would move the cursor,
+recolour the terminal or reorder the line: a reply can't draw over the emotion that it earned.
+"""
+
+import unicodedata
+from collections.abc import Iterator
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.text import Text
+
+from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.user.emotion import SAGE
+
+BAR = 25  # characters for emotions 0..100
+_BAND_STYLES = {"S": "bold green", "A": "green", "B": "yellow", "C": "dark_orange", "F": "red"}
+# Marks and controls that turn the direction of what follows them.
+_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def plain(text: str) -> str:
+    """The text without controls of terminal and direction and half characters; line ends stay, tabs become spaces."""
+    lines = text.replace("\r\n", "\n").replace("\u2028", "\n").replace("\u2029", "\n").replace("\t", "    ")
+    return "".join(
+        char
+        for char in lines
+        if char == "\n" or (unicodedata.category(char) not in ("Cc", "Cs") and char not in _DIRECTIONS)
+    )
+
+
+def emotion_bar(emotion: int) -> Text:
+    """`██████░░░░  43 B`: a bar, the number and its band (SAGE's borders)."""
+    filled = round(emotion / 100 * BAR)
+    band = SAGE.band_name(emotion)
+    return Text.assemble(
+        ("█" * filled, _BAND_STYLES[band]), ("░" * (BAR - filled), "dim"), f" {emotion:3d} ", (band, _BAND_STYLES[band])
+    )
+
+
+def change_text(change: int) -> Text:
+    """A change with its sign: green up, red down, dim for none."""
+    return Text(f"{change:+d}" if change else "0", "green" if change > 0 else "red" if change < 0 else "dim")
+
+
+def render_dialogue(record: Record) -> Group:
+    """One dialogue of a log: thoughts and appraisals dim, what was said plain, the emotion after each turn."""
+    title = f"dialogue {record['dialogue']} · profile {plain(record['profile'])[:36]} · {record['mode']}"
+    hidden = Text.assemble(("hidden intention  ", "dim"), plain(record["hidden_intention"]))
+    return Group(Rule(Text(title)), hidden, *_messages(record), Rule(_ending(record)))
+
+
+def print_dialogue(record: Record, console: Console) -> None:
+    """Prints `render_dialogue`."""
+    console.print(render_dialogue(record), highlight=False)
+
+
+def _messages(record: Record) -> Iterator[Text | Padding]:
+    turn = 0
+    for message in record["messages"]:
+        if message["role"] == "assistant":
+            turn += 1
+            yield Text(f"\nturn {turn}", "bold dim")
+            if message["thought"]:
+                yield _block("thinks", message["thought"], "dim italic")
+            yield _said("policy", message["content"], "cyan")
+            if message["violation"]:
+                yield Text("broke the think format", "red")
+            continue
+        yield from _reaction(message)
+        if message["content"] is not None:
+            yield _said("user", message["content"], "magenta")
+        yield emotion_bar(message["emotion"])
+
+
+def _reaction(message: Record) -> Iterator[Text | Padding]:
+    for name, text in message.get("appraisal", {}).items():
+        yield _block(name, text, "dim")
+    if "change" in message:
+        yield Text.assemble(("  change  ", "dim"), change_text(message["change"]))
+    for name, text in message.get("considerations", {}).items() if message["content"] is not None else ():
+        yield _block(name, text, "dim")
+
+
+def _said(who: str, text: str, style: str) -> Text:
+    return Text.assemble((f"{who}  ", f"bold {style}"), plain(text))
+
+
+def _block(name: str, text: str, style: str) -> Padding:
+    return Padding(Text.assemble((f"{plain(name)}  ", "dim bold"), (plain(text), style)), (0, 0, 0, 2), expand=False)
+
+
+def _ending(record: Record) -> Text:
+    moved = change_text(record["emotion"] - record["initial_emotion"])
+    return Text.assemble(
+        f"{record['end_reason']} after {record['turns']} turns · emotion {record['initial_emotion']} → "
+        f"{record['emotion']} (",
+        moved,
+        f") · reward {record['reward']:g}",
+    )

@@ -1,0 +1,223 @@
+"""Derives a simulated user's appraisals, changes and replies again, from a finished dialogue, in one forward pass.
+
+The whole dialogue becomes one packed row (see `models.attention`): plain messages are branch 0; what the user reasoned
+in turn t is branch t * BRANCH_RADIX, and each option of its change a twig of that branch. One pass of the user gives
+every distribution that the sampler drew from, so each token can be held against the user's own choice.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.models.logprobs import log_normalizer
+from rlver_jax.models.qwen2 import Qwen2, head, logits
+from rlver_jax.sampling.cache import LM
+from rlver_jax.sampling.decode import gumbel
+from rlver_jax.user.simulated import KEY_APPRAISAL, KEY_REPLY, UserTables
+
+LENGTH_STEP = 512  # rows are padded to multiples of it, so that few lengths are compiled
+QUERY_STEP = 32  # tokens whose whole distributions are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """One generated line: its tokens, the one that ended it included if `stopped`."""
+
+    tokens: Sequence[int]
+    stopped: bool
+
+    @property
+    def text_tokens(self) -> Sequence[int]:
+        """Without the token that only ended the line."""
+        return self.tokens[: len(self.tokens) - self.stopped]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggedTurn:
+    """What a log says of one turn that the user appraised."""
+
+    turn: int
+    emotion_before: int
+    emotion_after: int
+    say: Sequence[int]
+    appraisal: Sequence[Said]
+    change: int
+    reply: Sequence[Said]  # the reply script's fields, the reply last; empty if the dialogue ended before
+
+
+class Query(NamedTuple):
+    """A generated token to hold against the distribution it came from."""
+
+    place: int  # index of the token before it
+    token: int
+    state: int  # of the grammar before it
+    part: int  # which key of the turn
+    step: int
+    turn: int
+    field: int  # position in appraisal + reply
+    spoken: bool  # sampled at the reply's temperature rather than greedily
+
+
+@dataclasses.dataclass
+class Packed:
+    """One packed dialogue under construction (host lists)."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    positions: list[int] = dataclasses.field(default_factory=list)
+    branch: list[int] = dataclasses.field(default_factory=list)
+    queries: list[Query] = dataclasses.field(default_factory=list)
+    choices: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (last token before, first option token)
+
+    def add(self, tokens: Sequence[int], branch: int, position: int) -> int:
+        """Adds tokens of one branch from `position` on; returns the position after them."""
+        self.tokens += tokens
+        self.branch += [branch] * len(tokens)
+        self.positions += range(position, position + len(tokens))
+        return position + len(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rederived:
+    """What the user says itself: for each query and each choice of a packed dialogue."""
+
+    margin: np.ndarray  # [Q] how far the logged token lies below the likeliest (noise added where it was sampled)
+    logprob: np.ndarray  # [Q] raw log-probability of the logged token
+    change_logprobs: np.ndarray  # [choices, 21]
+
+
+def pack_dialogue(
+    tables: UserTables, prefix: Sequence[int], first_talk: Sequence[int], turns: Sequence[LoggedTurn], band
+) -> Packed:
+    """Packs a dialogue; `band` maps an emotion to the index of its band."""
+    packed, marks = Packed(), [np.asarray(x).tolist() for x in (tables.close, tables.open_user, tables.open_assistant)]
+    close, open_user, open_assistant = marks
+    position = packed.add(list(prefix), 0, 0)
+    last_reply = list(first_talk)
+    for index, turn in enumerate(turns):
+        base = [*last_reply, *close, *open_user, *turn.say, *close, *open_assistant]
+        position = packed.add(base, 0, position)
+        _pack_branch(packed, tables, turn, (index + 1) * BRANCH_RADIX, position, band)
+        last_reply = list(turn.reply[-1].text_tokens) if turn.reply else []
+    return packed
+
+
+def _pack_branch(packed: Packed, tables: UserTables, turn: LoggedTurn, branch: int, position: int, band) -> None:
+    """The reasoning of one turn: appraisal, options on their twigs, the chosen one, reply script."""
+    literals = _literals(tables.appraisal, turn.emotion_before, band)
+    for i, said in enumerate(turn.appraisal):
+        position = packed.add(literals[i], branch, position)
+        position = _pack_said(packed, tables, said, branch, position, turn.turn, i, KEY_APPRAISAL + i, False)
+    position = packed.add(literals[-1], branch, position)
+    packed.choices.append((len(packed.tokens) - 1, len(packed.tokens)))
+    for token, twig, offset in zip(*(np.asarray(x).tolist() for x in _options(tables)), strict=True):
+        packed.add([token], branch + twig, position + offset)
+    if not turn.reply:
+        return
+    option = turn.change + 10
+    count = int(tables.options.counts[option])
+    literals = _literals(tables.reply, turn.emotion_after, band)
+    literals[0] = [*np.asarray(tables.options.padded[option, :count]).tolist(), *literals[0]]
+    last = len(turn.reply) - 1
+    for i, said in enumerate(turn.reply):
+        position = packed.add(literals[i], branch, position)
+        field = len(turn.appraisal) + i
+        position = _pack_said(packed, tables, said, branch, position, turn.turn, field, KEY_REPLY + i, i == last)
+
+
+def _options(tables: UserTables):
+    return tables.options.tokens, tables.options.branch, tables.options.offset
+
+
+def _literals(script, emotion: int, band) -> list[list[int]]:
+    tokens, counts = script.render(jnp.array([emotion]), jnp.array([band(emotion)]))
+    return [row[:n].tolist() for row, n in zip(np.asarray(tokens[:, 0]), np.asarray(counts[:, 0]), strict=True)]
+
+
+def _pack_said(packed, tables: UserTables, said: Said, branch, position, turn, field, part, spoken) -> int:
+    """One line: its text tokens, and a query for each token, the ending one included."""
+    state = tables.grammar.begin
+    before = len(packed.tokens) - 1
+    position = packed.add(list(said.text_tokens), branch, position)
+    for step, token in enumerate(said.tokens):
+        packed.queries.append(Query(before + step, token, state, part, step, turn, field, spoken))
+        state = int(tables.grammar.table[state, token])
+    return position
+
+
+def rederive(lm: LM, tables: UserTables, packed: Packed, row_key: Key[Array, ""], temperature: float) -> Rederived:
+    """Runs the user once over a packed dialogue and holds every logged token against it.
+
+    Args:
+        row_key: the dialogue's key, as the sampler folded it.
+        temperature: of the user's spoken replies; 0: greedy.
+    """
+    size = -(-len(packed.tokens) // LENGTH_STEP) * LENGTH_STEP
+    row = [
+        np.pad(np.array(x, np.int32), (0, size - len(x)))[None]
+        for x in (packed.tokens, packed.positions, packed.branch)
+    ]
+    hidden = _read(lm, *row)
+    queries = _pad_queries(packed.queries)
+    margin, logprob = _hold(lm, tables, hidden, queries, row_key, jnp.float32(temperature))
+    count = len(packed.queries)
+    choices = np.array(packed.choices, np.int32).reshape(-1, 2)
+    return Rederived(
+        np.asarray(margin).reshape(-1)[:count],
+        np.asarray(logprob).reshape(-1)[:count],
+        np.array([_change_logprobs(lm, tables, hidden, c) for c in choices]).reshape(len(choices), -1),
+    )
+
+
+@jax.jit
+def _read(lm: LM, tokens: Int[Array, "1 L"], positions: Int[Array, "1 L"], branch: Int[Array, "1 L"]):
+    model: Qwen2 = lm.model
+    hidden, _ = model.apply({"params": lm.params}, tokens, positions, branch)
+    return hidden[0]
+
+
+def _pad_queries(queries: Sequence[Query]) -> Int[Array, "n k 8"]:
+    """Queries as rows of integers, in groups of QUERY_STEP; the last group is padded with zeros."""
+    array = np.array([list(map(int, q)) for q in queries], np.int32).reshape(-1, len(Query._fields))
+    return jnp.asarray(np.pad(array, ((0, -len(array) % QUERY_STEP), (0, 0))).reshape(-1, QUERY_STEP, array.shape[1]))
+
+
+@jax.jit
+def _hold(lm: LM, tables: UserTables, hidden: Float[Array, "L D"], queries, row_key, temperature):
+    """(margin, raw log-prob) of every query, QUERY_STEP distributions at a time."""
+
+    def some(group: Int[Array, "k 8"]):
+        place, token, state, part, step, turn, _, spoken = group.T
+        scores = logits(lm.params, hidden[place])
+        logprob = jnp.take_along_axis(scores, token[:, None], 1)[:, 0] - jax.nn.logsumexp(scores, axis=-1)
+        allowed = jnp.where(tables.grammar.forbidden[state], -jnp.inf, scores)
+        drawn = (spoken == 1) & (temperature > 0)
+
+        def with_noise() -> Array:
+            keys = jax.vmap(lambda t, p: jax.random.fold_in(jax.random.fold_in(row_key, t), p))(turn, part)
+            noise = jax.vmap(gumbel, (0, 0, None))(keys, step, scores.shape[1])
+            return jnp.where(drawn[:, None], allowed / jnp.maximum(temperature, 1e-9) + noise, allowed)
+
+        allowed = jax.lax.cond(drawn.any(), with_noise, lambda: allowed)
+        return allowed.max(-1) - jnp.take_along_axis(allowed, token[:, None], 1)[:, 0], logprob
+
+    return jax.lax.map(some, queries)
+
+
+@jax.jit
+def _change_logprobs(
+    lm: LM, tables: UserTables, hidden: Float[Array, "L D"], choice: Int[Array, "2"]
+) -> Float[Array, "21"]:
+    """log p of every option from the hidden states of its twig; what `choose` computes from a cache."""
+    options = tables.options
+    place = jnp.where(options.contexts == 0, choice[0], choice[1] + options.contexts - 1)
+    contexts = hidden[place]
+    kernel = head(lm.params)
+    scores = jnp.einsum("pd,pd->p", contexts[options.pair_context], kernel[options.pair_token].astype(contexts.dtype))
+    logprob = scores.astype(jnp.float32) - log_normalizer(contexts, kernel)[options.pair_context]
+    return jnp.zeros(options.counts.shape[0], jnp.float32).at[options.pair_option].add(logprob)

@@ -1,0 +1,130 @@
+"""Ragged contexts against plain forward passes over whole rows."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlver_jax.models.qwen2 import Qwen2, stack_layers
+from rlver_jax.sampling.cache import LM, init_cache, join, repeat_rows, rollback
+
+from ..conftest import appended, plain, read
+
+
+def random_rows(lengths, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, 57, n).tolist() for n in lengths]
+
+
+def last_hidden(lm, rows):
+    return np.stack([hidden[-1] for hidden in plain(lm, rows)[0]])
+
+
+@pytest.fixture(params=[False, True], ids=["unrolled", "scanned"])
+def lm(request, toy) -> LM:
+    if not request.param:
+        return toy
+    return LM(stack_layers(toy.params), Qwen2(toy.model.config, scan_layers=True))
+
+
+def test_ragged_pieces_equal_plain_rows(lm):
+    """Three appends, each row growing by its own count (also none); padding is garbage on purpose."""
+    pieces = [[7, 3, 1, 8], [2, 0, 8, 5], [0, 4, 6, 1]]
+    rows = random_rows(np.sum(pieces, axis=0))
+    cache, done = init_cache(lm, 4, 64), np.zeros(4, int)
+    for counts in pieces:
+        tokens = np.full((4, 24), 55, np.int32)
+        for b, n in enumerate(counts):
+            tokens[b, :n] = rows[b][done[b] : done[b] + n]
+        cache = read(lm, cache, tokens, jnp.asarray(counts, jnp.int32))
+        done += counts
+        np.testing.assert_array_equal(cache.length, done)
+        want = last_hidden(lm, [row[:n] for row, n in zip(rows, done, strict=True)])
+        np.testing.assert_allclose(cache.hidden, want, atol=2e-5)
+
+
+def test_nothing_read_changes_nothing_seen(toy):
+    rows = random_rows([5, 9, 1, 7])
+    cache = appended(toy, rows)
+    same = read(toy, cache, np.full((4, 24), 3, np.int32), jnp.zeros(4, jnp.int32))
+    np.testing.assert_array_equal(same.hidden, cache.hidden)
+    np.testing.assert_array_equal(same.length, cache.length)
+    for old, new in zip(jax.tree.leaves(cache.kv), jax.tree.leaves(same.kv), strict=True):
+        for b, row in enumerate(rows):
+            np.testing.assert_array_equal(old[b, :, : len(row)], new[b, :, : len(row)])
+
+
+def test_rollback_then_append_is_a_fresh_context(lm):
+    """A tail of each row's own length is forgotten; what is read next is as if it had never been."""
+    keep, tail, new = random_rows([9, 4, 12, 1], 1), random_rows([6, 11, 0, 3], 2), random_rows([3, 7, 5, 8], 3)
+    cache = appended(lm, [k + t for k, t in zip(keep, tail, strict=True)])
+    cache = rollback(cache, jnp.asarray([len(k) for k in keep], jnp.int32))
+    tokens = np.zeros((4, 24), np.int32)
+    for b, row in enumerate(new):
+        tokens[b, : len(row)] = row
+    cache = read(lm, cache, tokens, jnp.asarray([len(n) for n in new], jnp.int32))
+    fresh = [k + n for k, n in zip(keep, new, strict=True)]
+    np.testing.assert_array_equal(cache.length, [len(f) for f in fresh])
+    np.testing.assert_allclose(cache.hidden, last_hidden(lm, fresh), atol=2e-5)
+
+
+def test_repeated_rows_go_their_own_ways(toy):
+    """Neighbours share a prefill; each copy then continues alone, in a larger cache."""
+    rows, tails = random_rows([6, 13], 4), random_rows([2, 5, 1, 4], 5)
+    few = appended(toy, rows, 32)
+    cache = repeat_rows(few, 2, 64)
+    assert cache.capacity == 64
+    np.testing.assert_array_equal(cache.length, [6, 6, 13, 13])
+    np.testing.assert_array_equal(cache.hidden, np.repeat(few.hidden, 2, axis=0))
+    tokens = np.zeros((4, 24), np.int32)
+    for b, row in enumerate(tails):
+        tokens[b, : len(row)] = row
+    cache = read(toy, cache, tokens, jnp.asarray([len(t) for t in tails], jnp.int32))
+    want = last_hidden(toy, [rows[b // 2] + tail for b, tail in enumerate(tails)])
+    np.testing.assert_allclose(cache.hidden, want, atol=2e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(toy):
+    rows = random_rows([5, 11, 8, 2], 6)
+    here = appended(toy, rows).hidden[1]
+    for order in ([1, 1, 1, 1], [2, 1, 0, 3], [3, 1, 3, 2]):
+        np.testing.assert_array_equal(appended(toy, [rows[i] for i in order]).hidden[1], here)
+    np.testing.assert_allclose(appended(toy, rows[::-1]).hidden[2], here, atol=1e-5)
+
+
+def test_cache_takes_the_models_dtype(toy):
+    half = LM(toy.params, dataclasses.replace(toy.model, dtype=jnp.bfloat16))
+    cache = init_cache(half, 2, 8)
+    assert {x.dtype for x in jax.tree.leaves(cache.kv)} == {jnp.dtype(jnp.bfloat16)}
+    assert cache.hidden.dtype == jnp.bfloat16
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def joined(kinds, arrays, counts):
+    given_counts = [{"rows": c, "one": c[0], "all": None}[k] for k, c in zip(kinds, counts, strict=True)]
+    return join(3, *zip(arrays, given_counts, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_join_equals_a_loop(data):
+    """Pieces shared by all rows or of each row, with counts for each row, for all, or none."""
+    kinds = data.draw(st.sampled_from([("rows", "all", "rows"), ("one", "rows", "all"), ("all", "rows", "one")]))
+    shared = data.draw(st.sampled_from([(False, True, True), (True, False, False)]))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    arrays = [draw.integers(1, 99, 4 if flat else (3, 4)).astype(np.int32) for flat in shared]
+    counts = [draw.integers(0, 5, 3).astype(np.int32) for _ in kinds]
+    tokens, count = joined(kinds, arrays, counts)
+    assert tokens.shape == (3, 12)
+    for b in range(3):
+        want = []
+        for kind, array, sizes in zip(kinds, arrays, counts, strict=True):
+            size = {"rows": sizes[b], "one": sizes[0], "all": 4}[kind]
+            want += (array if array.ndim == 1 else array[b])[:size].tolist()
+        assert count[b] == len(want)
+        assert tokens[b, : count[b]].tolist() == want

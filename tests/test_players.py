@@ -1,0 +1,146 @@
+"""Putting two sides together: what belongs together, what fits, and what is padding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from rlver_jax.dialogue import Spec
+from rlver_jax.models.hf_weights import save_params
+from rlver_jax.players import Players, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.sampling.cache import LM
+from rlver_jax.text.tokenizer import HFTokenizer
+
+from .conftest import Fresh, check_claims, some_profiles
+from .text.conftest import ADDED, write_bpe
+
+SPEC = Spec("direct", False, 2, 3, 704, 24, 16, 16)
+HOW = {"style": "vanilla", "scenario": "heart_to_heart"}
+
+
+@pytest.fixture(scope="module")
+def players(policy_lm, user_lm, bpe, prompts) -> Players:
+    return Players.build(policy_lm, user_lm, bpe, prompts, SPEC, **HOW)
+
+
+@pytest.fixture(scope="module")
+def folder(policy_lm, bpe, tmp_path_factory):
+    """The policy as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("hf")
+    save_params(folder, policy_lm.params, policy_lm.model.config)
+    bpe.save(folder)
+    return folder
+
+
+def config_of(policy, user):
+    config = get_config()
+    for side, path in ((config.policy, policy), (config.user, user)):
+        side.path, side.scan_layers, side.dtype, side.param_dtype = str(path), False, "float32", "float32"
+    config.rollout.context, config.rollout.say_tokens, config.rollout.think_tokens = 1024, 40, 50
+    config.user.reply_tokens, config.user.field_tokens = 33, 21
+    return config
+
+
+def test_encode_pads_profiles_and_rows(players, bpe):
+    """Prefix, cue, first talk and padding, against the texts."""
+    profiles = some_profiles(3)
+    encoded = players.encode(profiles, [7, 8, 20, 21, 5, 6], count=4)
+    assert encoded.prefix.shape[0] == 4
+    assert encoded.prefix.shape[1] % 128 == 0
+    assert encoded.active.tolist() == [True] * 6 + [False] * 2
+    assert encoded.dialogue_ids.tolist() == [7, 8, 20, 21, 5, 6, 0, 0]
+    for i, p in enumerate(profiles):
+        tokens = encoded.prefix[i, : encoded.prefix_count[i]].tolist()
+        system = f"{p.persona}\n{p.scene}\n{p.hidden_intention}"
+        starts = [k for k, t in enumerate(tokens) if t == bpe.im_start_id]
+        texts = [bpe.decode(tokens[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        assert texts == [f"system\n{system}\n", "user\nGo.\n", "assistant\n"]
+        assert bpe.decode(encoded.first_talk[i, : encoded.first_count[i]].tolist()) == (p.first_talk or "")
+    assert encoded.prefix_count[3] == encoded.first_count[3] == 0
+
+
+def test_wrong_numbers_of_ids_are_refused(players):
+    with pytest.raises(ValueError, match="3 dialogue ids for 2 profiles in groups of 2"):
+        players.encode(some_profiles(2), [1, 2, 3])
+
+
+def test_a_profile_without_room_is_refused_by_name(players):
+    long = dataclasses.replace(some_profiles(3)[1], id="the-long-one", persona="felt awful " * 150)
+    with pytest.raises(ValueError, match=r"profile the-long-one takes \d+ tokens .* rollout.context is 704; raise it"):
+        players.encode([*some_profiles(2), long], range(6))
+    wider = Players.build(
+        players.policy, players.user, players.tokenizer, players.prompts, dataclasses.replace(SPEC, context=1500), **HOW
+    )
+    assert wider.encode([*some_profiles(2), long], range(6)).prefix_count.max() > 300
+
+
+def test_a_policy_without_room_is_refused(players):
+    spec = dataclasses.replace(SPEC, say_tokens=500)
+    tight = Players.build(players.policy, players.user, players.tokenizer, players.prompts, spec, **HOW)
+    with pytest.raises(ValueError, match="policy's system prompt takes .* raise it to"):
+        tight.encode(some_profiles(1), [0, 1])
+
+
+def test_more_turns_than_compiled_are_refused(players):
+    config = config_of("", "")
+    limits = dataclasses.replace(limits_of(config, SPEC, 1.0), max_turns=jnp.int32(4))
+    with pytest.raises(ValueError, match="compiled for 3"):
+        players.play(players.encode(some_profiles(1), [0, 1]), jax.random.key(0), limits)
+
+
+def test_two_tokenizers_are_refused(bpe, tmp_path):
+    other = HFTokenizer(write_bpe(tmp_path, [*ADDED, "<|extra|>"]))
+    with pytest.raises(ValueError, match="different tokenizers .* choose two models of one family"):
+        check_tokenizers(bpe, other)
+    check_tokenizers(bpe, bpe)
+
+
+def test_two_folders_with_different_tokenizers_are_refused(folder, policy_lm, tmp_path):
+    save_params(tmp_path, policy_lm.params, policy_lm.model.config)
+    write_bpe(tmp_path, [*ADDED, "<|extra|>"])
+    config = config_of(folder, tmp_path)
+    spec = spec_of(config, group=1, max_turns=2, initial_emotion=30)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        Players.load(config, spec)
+
+
+def test_one_folder_for_both_sides_is_loaded_once(folder, policy_lm):
+    config = config_of(folder, folder)
+    spec = spec_of(config, group=4, max_turns=2, initial_emotion=35)
+    players = Players.load(config, spec)
+    assert players.policy is players.user
+    jax.tree.map(np.testing.assert_array_equal, players.policy.params, policy_lm.params)
+    assert (spec.mode, spec.group, spec.max_turns, spec.context, spec.rules.initial) == ("think", 4, 2, 1024, 35)
+    assert (spec.think_tokens, spec.say_tokens, spec.user_tokens, spec.policy_tokens) == (50, 40, 33, 90)
+    limits = limits_of(config, spec, 0.5)
+    assert (int(limits.user.field_tokens), int(limits.user.reply_tokens)) == (21, 33)
+    assert float(limits.temperature) == 0.5
+    config.user.dtype = "bfloat16"
+    other = Players.load(config, spec)
+    assert other.user.model.dtype == jnp.bfloat16
+    assert other.policy.model.dtype == jnp.float32
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(ValueError, match="user.path is empty; set --config.user.path"):
+        load_model(get_config().user, "user")
+
+
+@pytest.mark.slow
+def test_sides_of_different_dtypes_play(players, bpe):
+    """A bfloat16 user beside a float32 policy: whole dialogues, log-probabilities as far as bfloat16 goes."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), players.user.params)
+    user = LM(half, dataclasses.replace(players.user.model, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    mixed = Players.build(players.policy, user, bpe, players.prompts, SPEC, **HOW)
+    profiles = some_profiles(2)
+    config = config_of("", "")
+    config.rollout.say_tokens = config.user.field_tokens = config.user.reply_tokens = 16
+    played = mixed.play(mixed.encode(profiles, range(4)), jax.random.key(2), limits_of(config, SPEC, 1.0))
+    d, fresh = jax.device_get(played), Fresh(bpe, False, 9, 100)
+    assert (d.end_reason > 0).all()
+    for b in range(4):
+        check_claims(players.policy, fresh.policy_rows(d, b))
+        check_claims(user, fresh.user_rows(d, b, profiles[b // 2], 3), atol=0.15)

@@ -1,0 +1,237 @@
+"""A fresh log is derived completely; every planted edit is found, in the log alone and through the command line."""
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlver_jax.dialogue import PlayLimits, Spec
+from rlver_jax.players import Players
+from rlver_jax.runs.dialogue_log import dialogue_records
+from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.simulated import UserLimits
+from rlver_jax.verify import Settings, _is_tie, check_settings, logged_turns, verify_dialogue
+
+from .conftest import some_profiles
+
+TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emotion starting at 30
+COUNT = PROFILES * GROUP
+REWARD = {"name": "final", "gamma": 1.0, "weight": 0.5}
+SETTINGS = Settings(
+    reply_temperature=0.9, field_tokens=12, reply_tokens=16, max_turns=TURNS + 1, reward=REWARD, tolerance=1e-3
+)
+
+
+def make_players(policy_lm, user_lm, bpe, prompts, readout):
+    spec = Spec(
+        mode="think",
+        enforce_format=True,
+        group=GROUP,
+        max_turns=TURNS,
+        context=900,
+        think_tokens=24,
+        say_tokens=20,
+        user_tokens=16,
+        readout=readout,
+        rules=EmotionRules(initial=30),
+    )
+    return Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+
+
+@pytest.fixture(scope="module", params=["argmax", "mean", "sample"])
+def log(request, policy_lm, user_lm, bpe, prompts):
+    """(players, profiles, records), with policy replies and user replies sampled."""
+    players, profiles = make_players(policy_lm, user_lm, bpe, prompts, request.param), some_profiles(PROFILES)
+    user = UserLimits(jnp.int32(12), jnp.int32(16), jnp.float32(0.9))
+    limits = PlayLimits(jnp.int32(TURNS), jnp.int32(24), jnp.int32(20), jnp.float32(1.0), jnp.int32(30), user)
+    encoded = players.encode(profiles, range(COUNT))
+    played = jax.device_get(players.play(encoded, jax.random.key(SEED), limits))
+    records = dialogue_records(played, players, profiles, range(COUNT), seed=SEED, reward=REWARD)
+    return players, profiles, records
+
+
+def check(log, record):
+    players, profiles, _ = log
+    return verify_dialogue(players, {p.id: p for p in profiles}[record["profile"]], record, SETTINGS)
+
+
+def test_a_fresh_log_is_derived_completely(log):
+    reports = [check(log, record) for record in log[2]]
+    assert [report.faults for report in reports] == [[]] * COUNT
+    appraised = sum(m["role"] == "user" for record in log[2] for m in record["messages"][1:])
+    assert sum(report.turns for report in reports) == appraised > COUNT
+    generated = sum(
+        len(tokens)
+        for record in log[2]
+        for m in record["messages"][1:]
+        if m["role"] == "user"
+        for tokens in [*m["appraisal_tokens"].values(), *m["consideration_tokens"].values(), m["all_tokens"]]
+    )
+    assert sum(report.tokens for report in reports) == generated
+
+
+def longest(log):
+    """A dialogue whose first two turns both have a reply."""
+    return copy.deepcopy(
+        next(
+            r for r in log[2]
+            if sum(m["role"] == "user" and bool(m["content"]) and bool(m["tokens"]) for m in r["messages"][1:]) >= 2
+        )
+    )  # fmt: skip
+
+
+def other_token(players, tokens, place=0):
+    """The same tokens with one of them exchanged for another piece of text."""
+    pieces = [t for t in range(players.tokenizer.vocab_size) if players.tokenizer.token_bytes(t).isalpha()]
+    tokens[place] = next(t for t in pieces if t != tokens[place])
+
+
+def user_messages(record):
+    return [m for m in record["messages"][1:] if m["role"] == "user"]
+
+
+def edit_reward(players, r):
+    r["reward"] += 0.01
+
+
+def edit_final_emotion(players, r):
+    r["emotion"] += 1
+
+
+def edit_emotion_after_a_turn(players, r):
+    user_messages(r)[0]["emotion"] += 1
+
+
+def edit_change_alone(players, r):
+    user_messages(r)[0]["change"] += 1 if user_messages(r)[0]["change"] < 10 else -1
+
+
+def edit_change_and_all_that_follows(players, r):
+    """A consistent forgery: change, emotions and reward fit each other; only the user model disagrees."""
+    delta = 1 if user_messages(r)[-1]["change"] < 10 else -1
+    last = user_messages(r)[-1]
+    before = r["emotions"][-2] if not r["violation"] else r["emotions"][-3]
+    last["change"] += delta
+    last["emotion"] = int(np.clip(before + last["change"], 0, 100))
+    places = [-1, -2] if r["violation"] else [-1]
+    for place in places:
+        r["emotions"][place] = last["emotion"]
+    r["emotion"] = last["emotion"]
+    r["reward"] = 0.0 if r["violation"] else float(np.float32(last["emotion"] / 100))
+
+
+def edit_appraisal_text(players, r):
+    user_messages(r)[0]["appraisal"]["feeling"] += " happy"
+
+
+def edit_appraisal_tokens(players, r):
+    user = user_messages(r)[0]
+    tokens = user["appraisal_tokens"]["feeling"]
+    other_token(players, tokens)
+    user["appraisal"]["feeling"] = players.tokenizer.decode(
+        tokens[: len(tokens) - user["appraisal_stopped"]["feeling"]]
+    )
+
+
+def edit_reply_text(players, r):
+    user_messages(r)[0]["content"] = "Thank you, goodbye."
+
+
+def edit_reply_tokens(players, r):
+    user = user_messages(r)[0]
+    other_token(players, user["all_tokens"])
+    user["tokens"][0] = user["all_tokens"][0]
+    user["content"] = players.tokenizer.decode(user["tokens"])
+
+
+def edit_say_text(players, r):
+    r["messages"][1]["content"] = "I understand you completely."
+
+
+def edit_say_tokens(players, r):
+    """A consistent forgery of what the policy said: found by what the user thought of it."""
+    m = r["messages"][1]
+    place = len(m["tokens"]) - m["stopped"] - len(m["say_tokens"])
+    other_token(players, m["say_tokens"])
+    m["tokens"][place] = m["say_tokens"][0]
+    m["content"] = players.tokenizer.decode(m["say_tokens"])
+
+
+def edit_first_talk(players, r):
+    other_token(players, r["messages"][0]["tokens"])
+    r["messages"][0]["content"] = players.tokenizer.decode(r["messages"][0]["tokens"])
+
+
+def edit_change_distribution(players, r):
+    user_messages(r)[0]["change_logprobs"][3] += 0.01
+
+
+def edit_cut_field(players, r):
+    """A field without its end: shorter, and no line end."""
+    user = user_messages(r)[0]
+    user["appraisal_tokens"]["feeling"] = user["appraisal_tokens"]["feeling"][:-1]
+    user["appraisal_logprobs"]["feeling"] = user["appraisal_logprobs"]["feeling"][:-1]
+    user["appraisal_stopped"]["feeling"] = False
+
+
+EDITS = [value for name, value in list(globals().items()) if name.startswith("edit_")]
+
+
+@pytest.mark.parametrize("log", ["argmax"], indirect=True)
+@pytest.mark.parametrize("edit", EDITS, ids=lambda e: e.__name__.removeprefix("edit_"))
+def test_planted_edits_are_found(log, edit):
+    record = longest(log)
+    assert check(log, record).faults == []
+    edit(log[0], record)
+    faults = check(log, record).faults
+    assert faults, "the edit was not found"
+    assert all(fault.startswith(f"dialogue {record['dialogue']}") for fault in faults)
+
+
+def test_a_dialogue_of_an_unknown_profile(log):
+    report = verify_dialogue(log[0], None, log[2][0], SETTINGS)
+    assert report.turns == 0
+    assert "is not in data.eval or data.train" in report.faults[0]
+
+
+def test_turns_of_a_dialogue_that_ended_on_an_emotion(log):
+    record = longest(log)
+    last = user_messages(record)[-1]
+    assert (last["content"] is None) == (not logged_turns(record)[-1].reply)
+
+
+def test_ties():
+    logprobs = np.full(21, -9.0, np.float32)
+    logprobs[[12, 15]] = -1.0, -1.00005
+    assert _is_tie("argmax", logprobs, 2, 5)
+    logprobs[15] = -1.001
+    assert not _is_tie("argmax", logprobs, 2, 5)
+    even = np.full(21, -np.inf, np.float32)
+    even[[12, 13]] = -1.0
+    assert _is_tie("mean", even, 2, 3)
+    assert not _is_tie("mean", even, 2, 4)
+
+
+def test_another_config_than_the_logs_is_refused(log):
+    from configs.base import get_config
+
+    config = get_config("challenging")
+    config.data.language = "en"
+    config.user.readout = log[2][0]["readout"]
+    with pytest.raises(ValueError, match="user.style='vanilla'"):
+        check_settings(log[2], config)
+    config.user.style = "vanilla"
+    check_settings(log[2], config)
+
+
+def test_temperature_matters(log):
+    """Replies were sampled: held against a greedy user they are faults."""
+    players, profiles, records = log
+    by_id = {p.id: p for p in profiles}
+    greedy = dataclasses.replace(SETTINGS, reply_temperature=0.0)
+    faults = [f for r in records for f in verify_dialogue(players, by_id[r["profile"]], r, greedy).faults]
+    assert any("'reply'" in fault for fault in faults)
+    assert not any("'feeling'" in fault for fault in faults)
