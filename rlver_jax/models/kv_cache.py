@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlver_jax.models.config import Qwen2Config
+from rlver_jax.parallel import rules
+
+UNROLLED_ROWS = 16  # more rows are written in a loop: the program stays small
 
 
 class KVCache(NamedTuple):
@@ -42,29 +45,45 @@ def write(
 ) -> Float[Array, "*L B K C hd"]:
     """Writes S new slots of every row at `start` (the row's own length); start + S must not exceed the capacity.
 
-    One scatter with the batch as a batching dimension, so that it stays local when the batch is sharded, and with the
-    layer as an index, so that scanned layers update the stacked cache without taking a layer out of it.
+    Row by row, in place: XLA compiles one scatter into something far slower, on CPU and on TPU (another cache layout,
+    hence copies). Only a batch that is split over devices is written by a scatter, with the batch as a batching
+    dimension, because that stays local to each device.
     """
+    new = new.astype(cache.dtype)
+    if _batch_is_split():
+        return _scatter(cache, new, start, layer)
+
+    def row(b: Array | int, cache: Array) -> Array:
+        piece = jax.lax.dynamic_slice_in_dim(new, b, 1)
+        place = (b, 0, start[b], 0) if layer is None else (layer, b, 0, start[b], 0)
+        return jax.lax.dynamic_update_slice(cache, piece if layer is None else piece[None], place)
+
+    if new.shape[0] > UNROLLED_ROWS:
+        return jax.lax.fori_loop(0, new.shape[0], row, cache)
+    for b in range(new.shape[0]):
+        cache = row(b, cache)
+    return cache
+
+
+def _batch_is_split() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in rules.mesh_axes("batch") if axis in mesh.shape)
+
+
+def _scatter(cache: Array, new: Array, start: Array, layer: Array | None) -> Array:
     if layer is None:
-        indices, window, batching = start[:, None], (1, 2, 3), (0,)
+        indices, batching = start[:, None], (0,)
         operand_dims: tuple[int, ...] = (2,)
         inserted: tuple[int, ...] = ()
     else:
         indices = jnp.stack([jnp.broadcast_to(layer, start.shape), start], axis=1)
-        window, batching, operand_dims, inserted = (1, 2, 3), (1,), (0, 3), (0,)
+        batching, operand_dims, inserted = (1,), (0, 3), (0,)
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=window,
+        update_window_dims=(1, 2, 3),
         inserted_window_dims=inserted,
         scatter_dims_to_operand_dims=operand_dims,
         operand_batching_dims=batching,
         scatter_indices_batching_dims=(0,),
     )
-    return jax.lax.scatter(
-        cache,
-        indices,
-        new.astype(cache.dtype),
-        numbers,
-        indices_are_sorted=True,
-        unique_indices=True,
-        mode=jax.lax.GatherScatterMode.CLIP,
-    )
+    clip = jax.lax.GatherScatterMode.CLIP
+    return jax.lax.scatter(cache, indices, new, numbers, indices_are_sorted=True, unique_indices=True, mode=clip)

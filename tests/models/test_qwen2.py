@@ -11,7 +11,7 @@ import pytest
 
 from rlver_jax.models.config import PRESETS, Qwen2Config, preset
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.kv_cache import init_kv_cache
+from rlver_jax.models.kv_cache import init_kv_cache, write
 from rlver_jax.models.qwen2 import Qwen2, abstract_params, init_params, logits, stack_layers, unstack_layers
 from rlver_jax.parallel.mesh import make_mesh
 
@@ -232,3 +232,19 @@ def test_bad_configs_are_refused_by_name(tmp_path):
     for options, message in [({"remat": "some"}, "dots"), ({"attention": "flash"}, "chunked")]:
         with pytest.raises(ValueError, match=message):
             Qwen2(PRESETS["0.5b"], **options)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("rows", [4, 40])  # unrolled, looped
+def test_cache_writes_equal_numpy(rows, layer):
+    """Rows at their own lengths; alone, and with the batch split over devices (a scatter there)."""
+    rng = np.random.default_rng(0)
+    cache = rng.normal(size=(rows, 2, 12, 3) if layer is None else (3, rows, 2, 12, 3)).astype(np.float32)
+    new, start = rng.normal(size=(rows, 2, 5, 3)).astype(np.float32), rng.integers(0, 8, rows)
+    want = cache.copy()
+    for b in range(rows):
+        (want if layer is None else want[layer])[b, :, start[b] : start[b] + 5] = new[b]
+    arguments = jnp.asarray(cache), jnp.asarray(new), jnp.asarray(start), None if layer is None else jnp.int32(layer)
+    np.testing.assert_array_equal(jax.jit(write)(*arguments), want)
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        np.testing.assert_array_equal(jax.jit(write)(*arguments), want)

@@ -183,7 +183,7 @@ def test_forbidden_tokens_are_never_said(toy, grammar):
 
 
 def test_a_closing_is_said_before_the_limit_where_nothing_was_found(toy, grammar):
-    """Rows that found the pattern themselves are left alone; forced tokens have log-probability 0, the raw one stays."""
+    """Rows that found the pattern themselves are left alone; a forced token has log-probability 0."""
     closing = [8, PERIODS[0]]
     _, own = play(toy, grammar, ROWS, range(8), (6, 3), 1.3)
     cache, said = play(toy, grammar.replace(closing=jnp.asarray(closing)), ROWS, range(8), (6, 3), 1.3)
