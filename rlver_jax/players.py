@@ -195,11 +195,21 @@ class Players:
             )
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits) -> Dialogues:
-        """Plays a batch; see `dialogue.sample_dialogues`."""
-        if int(limits.max_turns) > self.spec.max_turns:
-            raise ValueError(
-                f"limits.max_turns={limits.max_turns}, but the sampler is compiled for {self.spec.max_turns}"
-            )
+        """Plays a batch; see `dialogue.sample_dialogues`.
+
+        Raises:
+            ValueError: a limit exceeds what the sampler is compiled for.
+        """
+        spec, user = self.spec, limits.user
+        for name, limit, most in (
+            ("max_turns", limits.max_turns, spec.max_turns),
+            ("think_tokens", limits.think_tokens, spec.think_tokens),
+            ("say_tokens", limits.say_tokens, spec.say_tokens),
+            ("user.field_tokens", user.field_tokens, spec.user_tokens),
+            ("user.reply_tokens", user.reply_tokens, spec.user_tokens),
+        ):
+            if int(limit) > most:
+                raise ValueError(f"limits.{name}={limit}, but the sampler is compiled for at most {most}")
         return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
 
 
