@@ -293,7 +293,9 @@ def check_settings(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> 
 
 def load_user(config: ConfigDict) -> Players:
     """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place."""
-    user, tokenizer = load_model(config.user, "user")
+    scanned = config.user.copy_and_resolve_references()
+    scanned.scan_layers = True  # unrolling pays for single tokens; a long row only compiles longer
+    user, tokenizer = load_model(scanned, "user")
     spec = spec_of(config, group=1, max_turns=1, initial_emotion=config.eval.initial_emotion)
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
