@@ -137,7 +137,8 @@ def test_sides_of_different_dtypes_play(players, bpe):
     mixed = Players.build(players.policy, user, bpe, players.prompts, SPEC, **HOW)
     profiles = some_profiles(2)
     config = config_of("", "")
-    config.rollout.say_tokens = config.user.field_tokens = config.user.reply_tokens = 16
+    config.rollout.think_tokens = config.rollout.say_tokens = 16
+    config.user.field_tokens = config.user.reply_tokens = 16
     played = mixed.play(mixed.encode(profiles, range(4)), jax.random.key(2), limits_of(config, SPEC, 1.0))
     d, fresh = jax.device_get(played), Fresh(bpe, False, 9, 100)
     assert (d.end_reason > 0).all()
