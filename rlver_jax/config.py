@@ -191,9 +191,14 @@ def _paths(values: dict[str, Any]) -> Iterator[str]:
         if values[name] and not Path(values[name]).is_dir():
             yield f"{name}={values[name]!r}: no such folder"
     for name in ("data.train", "data.eval"):
-        for file in filter(None, values[name].split(",")):
+        for file in profile_files(values[name]):
             if not Path(file).is_file():
                 yield f"{name}={values[name]!r}: {file} is not a file; expected JSONL profiles, comma-separated"
+
+
+def profile_files(*fields: str) -> list[str]:
+    """The files that comma-separated fields such as `data.train` name, in order."""
+    return [file for field in fields for file in field.split(",") if file]
 
 
 def reward_settings(config: ConfigDict) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 from rlver_jax.user.prompts import Prompts
-from rlver_jax.user.simulated import KEY_POLICY, UserLimits, UserTables, UserTurn, part_keys, user_turn
+from rlver_jax.user.simulated import KEY_POLICY, UserLimits, UserTables, UserTurn, dialogue_key, part_keys, user_turn
 
 # Why a dialogue ended; a Dialogues' end_reason indexes it.
 END_REASONS = ("running", "success", "failure", "goodbye", "turn_limit", "format", "context")
@@ -77,7 +77,7 @@ class PolicyTables:
 
 @flax.struct.dataclass
 class Profiles:
-    """Profiles of a batch in tokens; see `profile_batch.encode_profiles`. B = P x group; neighbours share a profile."""
+    """Profiles of a batch in tokens; see `players.Players.encode`. B = P x group; neighbours share a profile."""
 
     prefix: Int[Array, "P L"]  # the user's system prompt and the cue, up to its first assistant message
     prefix_count: Int[Array, "P"]
@@ -328,7 +328,7 @@ def sample_dialogues(
     """Plays a batch of dialogues to the end: one XLA program, no host in between.
 
     Args:
-        policy, user: any two Qwen2.5 models with one tokenizer (checked by `profile_batch.check_tokenizers`).
+        policy, user: any two Qwen2.5 models with one tokenizer (checked by `players.check_tokenizers`).
         tables: constants of the two sides.
         profiles: P profiles for B = P x spec.group dialogues.
         key: of the run; each dialogue folds its own id into it, so its course doesn't depend on its batch.
@@ -336,7 +336,7 @@ def sample_dialogues(
     """
     policy_cache, user_cache, reply, prefix = _open_dialogues(policy, user, tables, profiles, key, spec, limits)
     batch = profiles.active.shape[0]
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), profiles.dialogue_ids)
+    row_keys = jax.vmap(dialogue_key, (None, 0))(key, profiles.dialogue_ids)
     emotion = jnp.full(batch, limits.initial_emotion, jnp.int32)
     room = room_needed(tables, spec, limits, profiles.first_talk.shape[1])
     run = functools.partial(_turn, policy, user, tables, spec, limits, row_keys, room)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs import base
-from rlver_jax.config import ConfigError, config_from_flags, reward_settings, validate
+from rlver_jax.config import ConfigError, config_from_flags, profile_files, reward_settings, validate
 from rlver_jax.dialogue import END_REASONS, Dialogues, Profiles
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players, limits_of, spec_of
@@ -97,7 +97,7 @@ def chosen_profiles(config: ConfigDict) -> list[Profile]:
     files = config.data.eval or config.data.train
     if not files:
         raise ConfigError("data.eval and data.train are empty; set --config.data.eval to a JSONL file of profiles")
-    return read_profiles([file for file in files.split(",") if file])[: config.eval.num_profiles]
+    return read_profiles(profile_files(files))[: config.eval.num_profiles]
 
 
 def load(config: ConfigDict, profiles: Sequence[Profile], mesh: Mesh | None = None) -> Evaluation:

@@ -22,14 +22,14 @@ from rich.progress import track
 
 from configs import base
 from rlver_jax import rewards
-from rlver_jax.config import ConfigError, config_from_flags, reward_settings, validate
+from rlver_jax.config import ConfigError, config_from_flags, profile_files, reward_settings, validate
 from rlver_jax.players import Players, load_model, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import read_dialogues
 from rlver_jax.user.emotion import CHANGES, change_readout
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.rederive import LoggedTurn, Packed, Rederived, Said, pack_dialogue, rederive
-from rlver_jax.user.simulated import KEY_READOUT
+from rlver_jax.user.simulated import KEY_READOUT, dialogue_key
 
 TIE = 1e-4  # in nats
 LOGPROB_TOLERANCE = 1e-3  # between a logged log-probability and its derivation, float32 (see `tolerance`)
@@ -73,7 +73,7 @@ def verify_dialogue(players: Players, profile: Profile | None, record: Mapping[s
     packed = pack_dialogue(
         players.tables[1], players.prefix(profile), record["messages"][0]["tokens"], turns, players.spec.rules.band
     )
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(record["seed"]), 0), np.uint32(record["dialogue"]))
+    key = dialogue_key(jax.random.key(record["seed"]), jnp.uint32(record["dialogue"]))
     found = rederive(players.user, players.tables[1], packed, key, settings.reply_temperature)
     report.turns, report.tokens = len(turns), len(packed.queries)
     _check_tokens(players, record, packed, found, settings, place, report)
@@ -259,7 +259,7 @@ def verify_log(path: str, config: ConfigDict, console: Console) -> Report:
     records = read_dialogues(path)
     check_settings(records, config)
     players = load_user(config)
-    files = [file for names in (config.data.eval, config.data.train) for file in names.split(",") if file]
+    files = profile_files(config.data.eval, config.data.train)
     profiles = {profile.id: profile for file in files for profile in read_profiles(file)}
     settings, total = settings_of(config, records), Report()
     for record in track(records, "verifying", console=console):

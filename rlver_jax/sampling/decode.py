@@ -235,10 +235,15 @@ def choose(lm: LM, cache: Cache, options: Options) -> tuple[Cache, Float[Array, 
     tokens, branch = (jnp.broadcast_to(x, (batch, x.shape[0])) for x in (options.tokens, options.branch))
     positions = cache.length[:, None] + options.offset
     hidden, kv = lm.read(tokens, positions, branch, cache)
-    hidden = jnp.concatenate([cache.hidden[:, None], hidden], axis=1)[:, options.contexts]
-    pair_hidden = hidden[:, options.pair_context]
-    kernel = lm.head[options.pair_token].astype(hidden.dtype)
+    contexts = jnp.concatenate([cache.hidden[:, None], hidden], axis=1)[:, options.contexts]
+    return dataclasses.replace(cache, kv=kv), score_options(lm, options, contexts)
+
+
+def score_options(lm: LM, options: Options, contexts: Float[Array, "B C D"]) -> Float[Array, "B O"]:
+    """log p of every option from the hidden states of its contexts."""
+    kernel = lm.head[options.pair_token].astype(contexts.dtype)
+    pair_hidden = contexts[:, options.pair_context]
     logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, preferred_element_type=jnp.float32)
-    logprob = logits - log_normalizer(hidden, lm.head)[:, options.pair_context]
-    total = jnp.zeros((batch, options.counts.shape[0]), jnp.float32)
-    return dataclasses.replace(cache, kv=kv), total.at[:, options.pair_option].add(logprob)
+    logprob = logits - log_normalizer(contexts, lm.head)[:, options.pair_context]
+    total = jnp.zeros((contexts.shape[0], options.counts.shape[0]), jnp.float32)
+    return total.at[:, options.pair_option].add(logprob)

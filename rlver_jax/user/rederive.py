@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.models.logprobs import log_normalizer
-from rlver_jax.models.qwen2 import Qwen2, head, logits
+from rlver_jax.models.qwen2 import Qwen2, logits
 from rlver_jax.sampling.cache import LM
-from rlver_jax.sampling.decode import gumbel
+from rlver_jax.sampling.decode import gumbel, score_options
+from rlver_jax.user.emotion import CHANGES
 from rlver_jax.user.simulated import KEY_APPRAISAL, KEY_REPLY, UserTables
 
 LENGTH_STEP = 512  # rows are padded to multiples of it, so that few lengths are compiled
@@ -119,7 +119,7 @@ def _pack_branch(packed: Packed, tables: UserTables, turn: LoggedTurn, branch: i
         packed.add([token], branch + twig, position + offset)
     if not turn.reply:
         return
-    option = turn.change + 10
+    option = turn.change - CHANGES[0]
     count = int(tables.options.counts[option])
     literals = _literals(tables.reply, turn.emotion_after, band)
     literals[0] = [*np.asarray(tables.options.padded[option, :count]).tolist(), *literals[0]]
@@ -216,8 +216,4 @@ def _change_logprobs(
     """log p of every option from the hidden states of its twig; what `choose` computes from a cache."""
     options = tables.options
     place = jnp.where(options.contexts == 0, choice[0], choice[1] + options.contexts - 1)
-    contexts = hidden[place]
-    kernel = head(lm.params)
-    scores = jnp.einsum("pd,pd->p", contexts[options.pair_context], kernel[options.pair_token].astype(contexts.dtype))
-    logprob = scores.astype(jnp.float32) - log_normalizer(contexts, kernel)[options.pair_context]
-    return jnp.zeros(options.counts.shape[0], jnp.float32).at[options.pair_option].add(logprob)
+    return score_options(lm, options, hidden[place][None])[0]

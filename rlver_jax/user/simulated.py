@@ -84,6 +84,11 @@ def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int) -> User
     )
 
 
+def dialogue_key(key: Key[Array, ""], dialogue_id: Int[Array, ""]) -> Key[Array, ""]:
+    """Key of one dialogue of a run, whatever batch it stands in; its turns fold their index into it."""
+    return jax.random.fold_in(jax.random.fold_in(key, 0), dialogue_id)
+
+
 def part_keys(turn_keys: Key[Array, "B"], base: int, count: int) -> Key[Array, "F B"]:
     """Keys of `count` fields of a script, one for each row."""
     return jax.vmap(lambda part: jax.vmap(jax.random.fold_in, (0, None))(turn_keys, part))(base + jnp.arange(count))
