@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class TokenLogprobs(NamedTuple):
@@ -13,6 +13,13 @@ class TokenLogprobs(NamedTuple):
 
     logprob: Float[Array, "*b"]
     entropy: Float[Array, "*b"]
+
+
+class Forbidden(NamedTuple):
+    """Tokens that a grammar rules out: in state s, those of table[s]. The rest shares all of the probability."""
+
+    table: Bool[Array, "N V"]
+    state: Int[Array, "*b"]  # of each position
 
 
 class _Static(NamedTuple):
@@ -31,6 +38,7 @@ def token_logprobs(
     chunk: int = 8192,
     temperature: float = 1.0,
     vocab_shards: int = 1,
+    forbidden: Forbidden | None = None,
 ) -> TokenLogprobs:
     """log softmax(hidden head^T / temperature)[target] and its entropy, `chunk` logits a position at a time.
 
@@ -45,6 +53,8 @@ def token_logprobs(
         temperature: of the distribution, > 0.
         vocab_shards: devices over which the rows of `head` are split (the `tensor` axis): chunks are then cut inside
             each shard, so no device needs another one's rows.
+        forbidden: what the sampler's grammar left out, so that the result belongs to the distribution really sampled;
+            a forbidden target's log-probability is -log of the allowed mass (its logit counts as 0): mask it out.
     """
     rows = head.shape[0]
     if rows % vocab_shards:
@@ -53,7 +63,9 @@ def token_logprobs(
         raise ValueError(f"temperature={temperature} must be above 0; greedy decoding has no log-probabilities")
     static = _Static(min(chunk, rows // vocab_shards), float(temperature), vocab_shards)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logprob, entropy = _chunked(static, flat, head, targets.reshape(-1))
+    if forbidden is not None:
+        forbidden = Forbidden(forbidden.table, forbidden.state.reshape(-1))
+    logprob, entropy = _chunked(static, flat, head, targets.reshape(-1), forbidden)
     return TokenLogprobs(logprob.reshape(targets.shape), entropy.reshape(targets.shape))
 
 
@@ -61,7 +73,7 @@ def log_normalizer(hidden: Float[Array, "*b D"], head: Float[Array, "V D"], *, c
     """log sum_v exp(hidden . head_v), float32, in chunks of the vocabulary; not differentiable (for sampling)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     static = _Static(min(chunk, head.shape[0]), 1.0, 1)
-    _, (_, _, _, normalizer, _) = _forward(static, flat, head, jnp.zeros(flat.shape[:1], jnp.int32))
+    _, (_, _, _, normalizer, _) = _forward(static, flat, head, jnp.zeros(flat.shape[:1], jnp.int32), None)
     return normalizer.reshape(hidden.shape[:-1])
 
 
@@ -69,10 +81,13 @@ def _num_chunks(static: _Static, rows: int) -> int:
     return -(-(rows // static.vocab_shards) // static.chunk)
 
 
-def _chunk_logits(static: _Static, hidden: Array, head: Array, i: Array) -> tuple[Array, Array, Array, Array]:
+def _chunk_logits(
+    static: _Static, hidden: Array, head: Array, forbidden: Forbidden | None, i: Array
+) -> tuple[Array, Array, Array, Array]:
     """Chunk i: (logits [N, T, C] float32, kernel [T, C, D], ids [T, C], start in its shard).
 
-    The last chunk is moved back to stay inside the shard; the rows it shares with the one before get logits of -inf.
+    The last chunk is moved back to stay inside the shard; the rows it shares with the one before get logits of -inf,
+    as forbidden tokens do.
     """
     shards, rows = static.vocab_shards, head.shape[0] // static.vocab_shards
     start = jnp.minimum(i * static.chunk, rows - static.chunk)
@@ -81,19 +96,24 @@ def _chunk_logits(static: _Static, hidden: Array, head: Array, i: Array) -> tupl
     logits = jnp.einsum("nd,tcd->ntc", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     local = start + jnp.arange(static.chunk)
     ids = jnp.arange(shards)[:, None] * rows + local
-    fresh = local >= i * static.chunk
-    return jnp.where(fresh, logits / static.temperature, -jnp.inf), kernel, ids, start
+    keep = jnp.broadcast_to(local >= i * static.chunk, (1, *ids.shape))
+    if forbidden is not None:
+        table = forbidden.table.reshape(-1, shards, rows)
+        keep &= ~jax.lax.dynamic_slice_in_dim(table, start, static.chunk, axis=2)[forbidden.state]
+    return jnp.where(keep, logits / static.temperature, -jnp.inf), kernel, ids, start
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(static: _Static, hidden: Array, head: Array, targets: Array) -> tuple[Array, Array]:
-    return _forward(static, hidden, head, targets)[0]
+def _chunked(
+    static: _Static, hidden: Array, head: Array, targets: Array, forbidden: Forbidden | None
+) -> tuple[Array, Array]:
+    return _forward(static, hidden, head, targets, forbidden)[0]
 
 
-def _forward(static: _Static, hidden: Array, head: Array, targets: Array):
+def _forward(static: _Static, hidden: Array, head: Array, targets: Array, forbidden: Forbidden | None):
     def body(i, carry):
         top, total, weighted, chosen = carry  # running max, sum e^(l-max), sum e^(l-max) l, target's logit
-        logits, _, ids, _ = _chunk_logits(static, hidden, head, i)
+        logits, _, ids, _ = _chunk_logits(static, hidden, head, forbidden, i)
         new_top = jnp.maximum(top, logits.max((1, 2)))
         weights = jnp.exp(logits - new_top[:, None, None])
         scale = jnp.exp(top - new_top)
@@ -104,21 +124,22 @@ def _forward(static: _Static, hidden: Array, head: Array, targets: Array):
         return new_top, total, weighted, chosen + jnp.where(hit, logits, 0.0).sum((1, 2))
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    carry = (jnp.full(targets.shape, -jnp.inf), zeros, zeros, zeros)
+    # A finite start: a chunk that is forbidden as a whole would make -inf - -inf.
+    carry = (jnp.full(targets.shape, -1e30), zeros, zeros, zeros)
     top, total, weighted, chosen = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
     normalizer = top + jnp.log(total)
     entropy = normalizer - weighted / total
-    return (chosen - normalizer, entropy), (hidden, head, targets, normalizer, entropy)
+    return (chosen - normalizer, entropy), (hidden, head, targets, forbidden, normalizer, entropy)
 
 
 def _backward(static: _Static, saved, cotangents):
-    hidden, head, targets, normalizer, entropy = saved
+    hidden, head, targets, forbidden, normalizer, entropy = saved
     d_logprob, d_entropy = (x[:, None, None] for x in cotangents)
     shards, rows = static.vocab_shards, head.shape[0] // static.vocab_shards
 
     def body(i, carry):
         d_hidden, d_head = carry
-        logits, kernel, ids, start = _chunk_logits(static, hidden, head, i)
+        logits, kernel, ids, start = _chunk_logits(static, hidden, head, forbidden, i)
         log_p = logits - normalizer[:, None, None]
         p = jnp.exp(log_p)
         log_p = jnp.where(p > 0, log_p, 0.0)
@@ -135,7 +156,7 @@ def _backward(static: _Static, saved, cotangents):
 
     carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((shards, rows, head.shape[1]), head.dtype))
     d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
-    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None
+    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None, None
 
 
 _chunked.defvjp(_forward, _backward)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlver_jax.models.logprobs import token_logprobs
+from rlver_jax.models.logprobs import Forbidden, token_logprobs
 from rlver_jax.parallel.mesh import make_mesh
 
 
@@ -49,6 +49,32 @@ def test_values_and_gradients(chunk, temperature):
     mine = weighted(lambda h, w, t: token_logprobs(h, w, t, chunk=chunk, temperature=temperature), targets, weights)
     plain = weighted(lambda h, w, t: full(h, w, t, temperature), targets, weights)
     assert_same(mine(hidden, head), plain(hidden, head), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [7, 50, 128])
+def test_forbidden_tokens_have_no_share(chunk):
+    """Against log_softmax over logits of -inf; in one state the whole first chunk is forbidden."""
+    hidden, head, targets, weights = problem(3, 5, 128, 16)
+    table = np.random.default_rng(0).random((3, 128)) < 0.3
+    table[1, :60] = True
+    state = np.arange(15).reshape(3, 5) % 3
+    allowed = [np.flatnonzero(~table[s]) for s in state.ravel()]
+    targets = jnp.asarray([a[t % len(a)] for a, t in zip(allowed, np.asarray(targets).ravel(), strict=True)]).reshape(
+        3, 5
+    )
+
+    def plain(hidden, head, targets):
+        scores = jnp.where(table[state], -jnp.inf, jnp.einsum("bld,vd->blv", hidden, head) / 0.7)
+        log_p = jax.nn.log_softmax(scores)
+        p = jnp.exp(log_p)
+        return jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0], -(p * jnp.where(p > 0, log_p, 0)).sum(-1)
+
+    def mine(hidden, head, targets):
+        forbidden = Forbidden(jnp.asarray(table), jnp.asarray(state))
+        return token_logprobs(hidden, head, targets, chunk=chunk, temperature=0.7, forbidden=forbidden)
+
+    found = weighted(mine, targets, weights)(hidden, head)
+    assert_same(found, weighted(plain, targets, weights)(hidden, head), 1e-5, 1e-5)
 
 
 def test_extreme_logits_stay_finite():

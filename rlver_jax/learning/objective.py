@@ -1,0 +1,141 @@
+"""What one minibatch is trained for: the policy's and the critic's loss as one function of both parameter trees."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlver_jax.learning import losses
+from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.models.logprobs import Forbidden, TokenLogprobs, token_logprobs
+from rlver_jax.models.qwen2 import Params, Qwen2, head
+from rlver_jax.models.value_head import ValueHead
+from rlver_jax.sampling.grammar import Grammar
+
+Trained = dict[
+    str, Any
+]  # {"policy": Qwen2 parameters, "critic": {"trunk": Qwen2 parameters, "head": …}}, as far as had
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Options of the loss; see `losses` for the equations, `configs/base.py` for what they mean and their sources."""
+
+    ratio: str = "token"  # token | sequence
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    normalization: str = "token_mean"
+    length: int = 1  # constant of normalization="dr_grpo", in tokens
+    entropy: float = 0.0
+    kl: float = 0.0
+    kl_estimator: str = "k3"
+    value: float = 1.0  # weight of the critic's loss beside the policy's
+    value_clip: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The models and options that an update is compiled for (static and hashable)."""
+
+    model: Qwen2
+    trunk: Qwen2 | None  # the critic's own; None: it shares the policy's, or there is no critic
+    value_head: ValueHead | None
+    loss: Loss
+    temperature: float = 1.0  # the policy was sampled at
+    vocab_chunk: int = 8192
+    vocab_shards: int = 1
+
+
+@flax.struct.dataclass
+class Sample:
+    """A minibatch, or a part of one, with all that its loss takes as given; arrays [B, L], 0 where no action is."""
+
+    batch: PackedBatch
+    old: Float[Array, "B L"]  # log-probs that the ratio starts from
+    advantage: Float[Array, "B L"]
+    weight: Float[Array, "B L"]  # of each token in the policy's loss, over the whole minibatch
+    mean: Float[Array, "B L"]  # of each token in a mean over the whole minibatch
+    reference: Float[Array, "B L"] | None = None  # log-probs of the reference model
+    importance: Float[Array, "B L"] | None = None  # truncated importance weights
+    value: Float[Array, "B L"] | None = None  # the critic's before the update
+    returns: Float[Array, "B L"] | None = None
+
+
+def read(model: Qwen2, params: Params, batch: PackedBatch) -> Float[Array, "B L D"]:
+    """Hidden states of packed rows."""
+    return model.apply({"params": params}, batch.tokens, batch.positions, batch.branch)[0]  # type: ignore[index]
+
+
+def action_logprobs(
+    learner: Learner, params: Params, hidden: Float[Array, "B L D"], batch: PackedBatch, grammar: Grammar
+) -> TokenLogprobs:
+    """log p(action) and entropy of the distribution that was sampled from; 0 where no action is."""
+    found = token_logprobs(
+        hidden,
+        head(params),
+        batch.target,
+        chunk=learner.vocab_chunk,
+        temperature=learner.temperature,
+        vocab_shards=learner.vocab_shards,
+        forbidden=Forbidden(grammar.forbidden, batch.state),
+    )
+    return TokenLogprobs(*(jnp.where(batch.mask, x, 0.0) for x in found))
+
+
+def values(learner: Learner, critic: Params, hidden: Float[Array, "B L D"], batch: PackedBatch) -> Float[Array, "B L"]:
+    """The critic's values; `hidden` are the policy's, for a critic without a trunk of its own."""
+    assert learner.value_head is not None
+    if learner.trunk is not None:
+        hidden = read(learner.trunk, critic["trunk"], batch)
+    found: Any = learner.value_head.apply({"params": critic["head"]}, hidden)
+    return jnp.where(batch.mask, found, 0.0)
+
+
+def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -> tuple[Array, dict[str, dict]]:
+    """The part of a minibatch's loss that these rows make, and its metrics.
+
+    Losses and metrics under "sum" of all parts add up to those of the minibatch; of those under "max" the largest
+    counts. So the result doesn't depend on how the minibatch is divided.
+    """
+    batch, mask, options = sample.batch, sample.batch.mask, learner.loss
+    hidden = read(learner.model, trained["policy"], batch)
+    new, entropy = action_logprobs(learner, trained["policy"], hidden, batch, grammar)
+    ratio_of = losses.sequence_ratio if options.ratio == "sequence" else losses.token_ratio
+    ratio = ratio_of(new, sample.old, mask)
+    objective = losses.clipped_objective(
+        ratio,
+        sample.advantage,
+        mask,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        dual_clip=options.dual_clip,
+    )
+    importance = 1.0 if sample.importance is None else sample.importance
+    policy_loss = (sample.weight * importance * objective.loss).sum()
+    metrics = losses.ratio_metrics(new, sample.old, objective.clipped, mask, sample.mean)
+    metrics["sum"] |= {"policy/loss": policy_loss, "policy/entropy": (sample.mean * entropy).sum()}
+    total = policy_loss - options.entropy * (sample.weight * entropy).sum()
+    if sample.reference is not None:
+        penalty = losses.kl_penalty(new, sample.reference, mask, estimator=options.kl_estimator)
+        metrics["sum"]["policy/reference_kl"] = (sample.mean * penalty).sum()
+        total = total + options.kl * (sample.weight * penalty).sum()
+    if sample.value is not None:
+        value_loss = _value_loss(learner, trained["critic"], hidden, sample)
+        metrics["sum"]["critic/loss"] = value_loss
+        total = total + options.value * value_loss
+    return total, metrics
+
+
+def _value_loss(learner: Learner, critic: Params, hidden: Array, sample: Sample) -> Array:
+    value = values(learner, critic, hidden, sample.batch)
+    clip = learner.loss.value_clip
+    per_token = losses.value_loss(value, sample.value, sample.returns, sample.batch.mask, clip=clip)
+    return (sample.mean * per_token).sum()
+
+
+def combine(parts: dict[str, dict]) -> dict[str, Array]:
+    """Metrics of a minibatch from those of its parts, stacked on axis 0."""
+    return {name: x.sum(0) for name, x in parts["sum"].items()} | {name: x.max(0) for name, x in parts["max"].items()}

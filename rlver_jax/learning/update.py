@@ -1,0 +1,306 @@
+"""One training step on packed dialogues: advantages, then epochs x minibatches x microbatches (design 9)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from rlver_jax.learning import advantages, losses
+from rlver_jax.learning.masked import masked_mean, masked_var, whiten
+from rlver_jax.learning.objective import Learner, Sample, Trained, action_logprobs, combine, loss, read, values
+from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.models.qwen2 import Params
+from rlver_jax.rewards import Rewards
+from rlver_jax.sampling.grammar import Grammar
+
+ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_pp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage:
+    """How rewards become advantages; see `advantages` for the equations."""
+
+    estimator: str = "gae"
+    credit: str = "dialogue"  # gae: over the dialogue | turn: each turn ends with the dialogue's reward (RLVER's form)
+    gamma: float = 1.0
+    lam: float = 1.0
+    whiten: bool = True  # gae: to zero mean and unit deviation over the batch's action tokens
+    scale: bool = True  # grpo: by the group's standard deviation
+    group: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a batch is walked through."""
+
+    epochs: int = 1
+    minibatches: int = 1  # optimizer steps an epoch
+    microbatches: int = 1  # parts of a minibatch whose gradients are summed: less memory, same result
+    critic_warmup: int = 0  # training steps in which only the critic learns
+    recompute: bool = False  # ratios start from the trainer's own log-probs rather than the sampler's
+    importance_cap: float = 0.0  # with recompute: truncated importance weights; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizers:
+    """One for each trained tree; gradients are clipped, and their steps counted, apart."""
+
+    policy: optax.GradientTransformation
+    critic: optax.GradientTransformation | None = None
+
+    def of(self, name: str) -> optax.GradientTransformation:
+        """That of `policy` or `critic`."""
+        return getattr(self, name)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training and is needed to go on."""
+
+    step: Int[Array, ""]  # training steps done
+    params: Trained
+    opt_state: dict[str, Any]  # by the same names as params
+    skipped: Int[Array, ""]  # updates left out because a gradient was not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything static that `train_step` is compiled for."""
+
+    learner: Learner
+    advantage: Advantage
+    schedule: Schedule
+    optimizers: Optimizers
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    grad_clip: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    moment_dtype: str,
+) -> optax.GradientTransformation:
+    """AdamW behind a gradient clip; the learning rate rises linearly over `warmup_steps` updates and stays.
+
+    The first update already moves: its rate is learning_rate / (warmup_steps + 1).
+    """
+    rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    rate = rise if warmup_steps else learning_rate
+    adam = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mu_dtype=jnp.dtype(moment_dtype))
+    return optax.chain(optax.clip_by_global_norm(grad_clip), adam)
+
+
+def init_state(params: Trained, optimizers: Optimizers) -> TrainState:
+    """State before the first step."""
+    opt_state = {name: optimizers.of(name).init(tree) for name, tree in params.items()}
+    return TrainState(jnp.int32(0), params, opt_state, jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_step(
+    setup: Setup,
+    state: TrainState,
+    batch: PackedBatch,
+    rewards: Rewards,
+    grammar: Grammar,
+    key: Key[Array, ""],
+    reference: Params | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Updates policy and critic on one batch of B dialogues. The old state's buffers are reused.
+
+    Args:
+        grammar: the policy's, as it was sampled under.
+        key: of the run; what is shuffled depends on it and on the step alone.
+        reference: parameters of the model that a KL penalty holds the policy to.
+
+    Returns:
+        the new state, and metrics: float32 scalars by the names of metrics.jsonl.
+    """
+    sample, metrics = prepare(setup, state, batch, rewards, grammar, reference)
+    key = jax.random.fold_in(key, state.step)
+    state, found = _epochs(setup, state, sample, grammar, key)
+    first = jax.tree.map(lambda x: x[0], found)
+    metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in found.items()}
+    metrics["policy/ratio_max_first"] = first["policy/ratio_max"]
+    metrics["policy/update_kl"] = _moved(setup, state.params["policy"], sample, grammar)
+    metrics["train/skipped_updates"] = state.skipped.astype(jnp.float32)
+    return dataclasses.replace(state, step=state.step + 1), metrics
+
+
+def prepare(
+    setup: Setup,
+    state: TrainState,
+    batch: PackedBatch,
+    rewards: Rewards,
+    grammar: Grammar,
+    reference: Params | None = None,
+) -> tuple[Sample, dict[str, Array]]:
+    """All that the loss takes as given: values, log-probs to start from, advantages. Weights are still zero."""
+    learner, schedule, mask = setup.learner, setup.schedule, batch.mask
+    parts = schedule.minibatches * schedule.microbatches
+    params = state.params
+
+    def look(part: PackedBatch) -> dict[str, Array]:
+        found = {}
+        if schedule.recompute or (learner.value_head is not None and learner.trunk is None):
+            hidden = read(learner.model, params["policy"], part)
+            if schedule.recompute:
+                found["old"] = action_logprobs(learner, params["policy"], hidden, part, grammar).logprob
+        else:
+            hidden = jnp.zeros(0)  # a critic with its own trunk doesn't read it
+        if learner.value_head is not None:
+            found["value"] = values(learner, params["critic"], hidden, part)
+        if reference is not None:
+            own = read(learner.model, reference, part)
+            found["reference"] = action_logprobs(learner, reference, own, part, grammar).logprob
+        return found
+
+    looked = _together(_loop(lambda _, part: (None, look(part)), None, _split(batch, parts))[1])
+    importance = None
+    if schedule.recompute and schedule.importance_cap:
+        importance = losses.importance_weights(looked["old"], batch.logprob, mask, cap=schedule.importance_cap)
+    advantage, returns = compute_advantages(setup.advantage, rewards, batch, looked.get("value"))
+    zeros = jnp.zeros_like(batch.logprob)
+    sample = Sample(
+        batch, looked.get("old", batch.logprob), advantage, zeros, zeros, looked.get("reference"), importance,
+        looked.get("value"), returns,
+    )  # fmt: skip
+    return sample, _given_metrics(sample)
+
+
+def _given_metrics(sample: Sample) -> dict[str, Array]:
+    mask = sample.batch.mask
+    metrics = {
+        "advantage/mean": masked_mean(sample.advantage, mask),
+        "advantage/std": jnp.sqrt(masked_var(sample.advantage, mask)),
+        "tokens/actions": mask.sum(dtype=jnp.float32),
+        "tokens/packed": sample.batch.count.sum(dtype=jnp.float32),
+    }
+    if sample.value is not None and sample.returns is not None:
+        unexplained = masked_var(sample.returns - sample.value, mask)
+        spread = masked_var(sample.returns, mask)
+        metrics["critic/value_mean"] = masked_mean(sample.value, mask)
+        # Returns that are all equal have nothing to explain.
+        metrics["critic/explained_variance"] = jnp.where(
+            spread > 0, 1 - unexplained / jnp.where(spread > 0, spread, 1), 0
+        )
+    return metrics
+
+
+def compute_advantages(
+    how: Advantage, rewards: Rewards, batch: PackedBatch, value: Float[Array, "B L"] | None
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"] | None]:
+    """Advantages of the action tokens, and the critic's targets where there is a critic.
+
+    Raises:
+        ValueError: an unknown estimator or form of credit.
+    """
+    mask = batch.mask
+    if how.estimator == "gae":
+        if how.credit not in ("dialogue", "turn"):
+            raise ValueError(f"credit={how.credit!r}; expected dialogue or turn")
+        by_turn = how.credit == "turn"
+        place = advantages.terminal_on_every_turn if by_turn else advantages.token_rewards
+        given = place(rewards.reward if by_turn else rewards.turns, batch.turn, mask)
+        segment = batch.turn if by_turn else None
+        found = advantages.gae(given, value, mask, gamma=how.gamma, lam=how.lam, segment=segment)
+        return whiten(found.advantage, mask) if how.whiten else found.advantage, found.returns
+    if how.estimator == "grpo":
+        return advantages.broadcast(advantages.group_advantages(rewards.reward, how.group, scale=how.scale), mask), None
+    if how.estimator == "rloo":
+        return advantages.broadcast(advantages.rloo(rewards.reward, how.group), mask), None
+    if how.estimator == "reinforce_pp":
+        return advantages.reinforce_pp(rewards.reward, mask, how.group), None
+    raise ValueError(f"estimator={how.estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+
+
+def _epochs(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, key: Key[Array, ""]):
+    """Every minibatch of every epoch, one optimizer step each; metrics [epochs * minibatches]."""
+    schedule = setup.schedule
+    size = sample.advantage.shape[0]
+    order = jnp.tile(jnp.arange(size), (schedule.epochs, 1))
+    if schedule.minibatches > 1:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(schedule.epochs))
+        order = jax.vmap(jax.random.permutation, (0, None))(keys, size)
+
+    def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
+        picked = sample if schedule.minibatches == 1 else jax.tree.map(lambda x: x[rows], sample)
+        return _minibatch(setup, state, picked, grammar)
+
+    return _loop(one, state, order.reshape(schedule.epochs * schedule.minibatches, -1))
+
+
+def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar):
+    """One optimizer step."""
+    options, mask = setup.learner.loss, sample.batch.mask
+    sample = dataclasses.replace(
+        sample,
+        weight=losses.token_weights(mask, options.normalization, length=options.length),
+        mean=losses.token_weights(mask, "token_mean", length=options.length),
+    )
+
+    def part(total: Trained, rows: Sample) -> tuple[Trained, dict]:
+        gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.learner, state.params, rows, grammar)
+        return jax.tree.map(jnp.add, total, gradient), metrics
+
+    parts = _split(sample, setup.schedule.microbatches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+    gradients, metrics = _loop(part, zeros, parts)
+    frozen = {"policy": state.step < setup.schedule.critic_warmup, "critic": jnp.bool_(False)}
+    norms = {name: optax.global_norm(tree) for name, tree in gradients.items()}
+    params, opt_state, skipped = {}, {}, jnp.int32(0)
+    for name, gradient in gradients.items():
+        finite = jnp.isfinite(norms[name])
+        params[name], opt_state[name] = _apply(
+            setup.optimizers.of(name), gradient, state.opt_state[name], state.params[name], finite & ~frozen[name]
+        )
+        skipped += ~finite
+    new = TrainState(state.step, params, opt_state, state.skipped + skipped)
+    return new, combine(metrics) | {f"{name}/grad_norm": norm for name, norm in norms.items()}
+
+
+def _apply(optimizer, gradient: Params, opt_state: Any, params: Params, wanted: Array) -> tuple[Params, Any]:
+    """The optimizer's step, or everything as it was where it is not wanted."""
+    updates, new_state = optimizer.update(gradient, opt_state, params)
+    new_params = optax.apply_updates(params, updates)
+    keep = lambda new, old: jnp.where(wanted, new, old)  # noqa: E731
+    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_state, opt_state)
+
+
+def _moved(setup: Setup, params: Params, sample: Sample, grammar: Grammar) -> Array:
+    """KL of the updated policy to the one that acted, estimated on one microbatch.
+
+    With one optimizer step a batch, ratios inside the update are all 1 and say nothing of how far it went.
+    """
+    parts = setup.schedule.minibatches * setup.schedule.microbatches
+    some = jax.tree.map(lambda x: x[0], _split(sample, parts))
+    new = action_logprobs(setup.learner, params, read(setup.learner.model, params, some.batch), some.batch, grammar)
+    kl = losses.kl_penalty(some.old, new.logprob, some.batch.mask, estimator="k3")
+    return masked_mean(kl, some.batch.mask)
+
+
+def _split(tree: Any, parts: int) -> Any:
+    """[B, …] -> [parts, B / parts, …]; a device's rows stay on it, because neighbours go to different parts."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
+
+
+def _together(tree: Any) -> Any:
+    """Undoes `_split`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def _loop(function: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan`, but a single turn is no loop: XLA then needs no second copy of what is carried."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(function, carry, xs)
+    carry, y = function(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], y)
