@@ -11,10 +11,20 @@ from ml_collections import ConfigDict
 CHALLENGING = "challenging"
 
 
+def words(arg: str, *known: str) -> list[str]:
+    """The words of a config's argument, "a,b"; raises ValueError for one that the config doesn't know."""
+    found = [word for word in arg.split(",") if word]
+    for word in found:
+        if word not in known:
+            raise ValueError(f"config argument {word!r}; expected any of {', '.join(known)}, joined by commas")
+    return found
+
+
 def get_model() -> ConfigDict:
     """Fields that the policy and the simulated user have in common."""
     c = ConfigDict()
     c.path = ""  # Hugging Face folder of a Qwen2.5 model with its tokenizer files
+    c.init = "path"  # weights: path (of the folder) | random (only the folder's config.json and tokenizer are read)
     c.dtype = "bfloat16"  # of activations and caches: bfloat16 | float32
     c.param_dtype = "bfloat16"  # of weights: bfloat16 | float32
     c.scan_layers = True  # compile one layer and scan it (TPU); False unrolls: faster decoding on CPU
@@ -28,13 +38,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
 
     c.policy = get_model()
+    c.policy.param_dtype = "float32"  # updates of 1e-6 vanish in bfloat16; the sampler reads a copy in policy.dtype
     c.policy.remat = "none"  # what the backward pass keeps: none (all) | dots (weight products) | full (layer inputs)
     c.policy.mode = "think"  # think: <think>thought</think> before each reply (RLVER's main setting) | direct
-
     c.policy.enforce_format = False  # think: close a thought at its limit, no end of message before a visible reply
 
     c.user = get_model()
-    c.user.style = arg or "vanilla"  # vanilla | challenging (never hints at the hidden intention)
+    c.user.style = "".join(words(arg, CHALLENGING)) or "vanilla"  # vanilla | challenging (never hints at it)
     c.user.scenario = "heart_to_heart"  # heart_to_heart | chit_chat
     c.user.readout = "argmax"  # of the change's distribution: argmax (deterministic) | sample | mean
     c.user.prompts = ""  # folder of own prompt files, replacing those of rlver_jax/user/prompts with the same name
@@ -71,7 +81,77 @@ def get_config(arg: str = "") -> ConfigDict:
     c.reward.discount = 1.0  # of later turns in `mixed`
     c.reward.final_weight = 0.5  # of the final emotion in `mixed`; the per-turn changes get the rest
 
+    c.algorithm = ConfigDict()
+    c.algorithm.estimator = "gae"  # of advantages: gae (PPO) | grpo | rloo | reinforce_pp; all but gae have no critic
+    c.algorithm.credit = "dialogue"  # gae: over a dialogue | turn: each turn ends with the final reward (RLVER's form)
+    c.algorithm.gamma = 1.0  # discount a token (RLVER: 1)
+    c.algorithm.lam = 1.0  # GAE's lambda (RLVER: 1)
+    c.algorithm.whiten = True  # gae: advantages to mean 0 and deviation 1 over the batch's tokens
+    c.algorithm.scale = True  # grpo: divide by the group's standard deviation; False: Dr. GRPO (arXiv 2503.20783)
+
+    c.loss = ConfigDict()
+    c.loss.ratio = "token"  # token (PPO) | sequence (GSPO, arXiv 2507.18071: one ratio a dialogue)
+    c.loss.clip_low = 0.2  # ratios below 1 - clip_low earn no more (RLVER: 0.2)
+    c.loss.clip_high = 0.2  # ratios above 1 + clip_high earn no more (RLVER: 0.2; DAPO, arXiv 2503.14476: 0.28)
+    c.loss.dual_clip = 0.0  # most that a bad token's ratio can cost, e.g. 3 (arXiv 1912.09729); 0: off
+    c.loss.normalization = "token_mean"  # token_mean | dialogue_mean (GRPO) | dr_grpo (sum over a constant length)
+    c.loss.entropy = 0.0  # weight of the entropy bonus
+    c.loss.kl = 0.0  # weight of the KL penalty to the reference model; 0: no such model is loaded (RLVER: 0)
+    c.loss.kl_estimator = "k3"  # k1 | k2 | k3
+    c.loss.value_clip = 0.5  # how far a value may move in one update, in units of reward (RLVER: 0.5); 0: off
+    c.loss.value_weight = 1.0  # of the critic's loss; matters only where critic and policy share a trunk
+    c.loss.recompute = False  # ratios start from the trainer's own log-probs (one more forward pass), not the sampler's
+    c.loss.importance_cap = 0.0  # with recompute: truncated importance weights sampler -> trainer, e.g. 2; 0: off
+    c.loss.vocab_chunk = 8192  # logits of each position that exist at a time
+
+    c.critic = get_model()  # gae only
+    c.critic.param_dtype = "float32"  # as policy.param_dtype
+    c.critic.remat = "none"  # as policy.remat
+    c.critic.kind = "separate"  # separate (a trunk of its own, from critic.path or else policy.path) | shared
+    c.critic.learning_rate = 5e-6  # RLVER
+    c.critic.warmup_steps = 0  # training steps in which only the critic learns
+
+    c.reference = ConfigDict()
+    c.reference.path = ""  # Hugging Face folder for the KL penalty; empty: policy.path
+
+    c.train = ConfigDict()
+    c.train.steps = 500  # batches played and learned from
+    c.train.seed = 0  # of all that is drawn in training
+    c.train.learning_rate = 1e-6  # of the policy (RLVER)
+    c.train.warmup_steps = 50  # updates over which both learning rates rise (RLVER)
+    c.train.grad_clip = 1.0  # largest norm of a gradient (RLVER)
+    c.train.beta1 = 0.9  # AdamW
+    c.train.beta2 = 0.999  # AdamW
+    c.train.weight_decay = 0.01  # AdamW, times the learning rate
+    c.train.moment_dtype = "float32"  # of Adam's first moment: float32 | bfloat16
+    c.train.epochs = 1  # passes over each batch (RLVER: 1)
+    c.train.minibatches = 1  # optimizer steps a pass
+    c.train.microbatches = 1  # parts of a minibatch whose gradients are summed: less memory, same result
+    c.train.length_buckets = 4  # lengths of packed rows that may be compiled; a batch takes the least that fits
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # steps; the last step and an interrupted one are always saved
+    c.checkpoint.keep_last = 2  # newest checkpoints that stay
+    c.checkpoint.keep_best = 1  # by eval/score
+
+    c.log = ConfigDict()
+    c.log.tensorboard = True  # write WORKDIR/tensorboard
+    c.log.wandb = ""  # project of Weights & Biases (extra `wandb`); empty: off
+    c.log.dialogues_every = 10  # steps between files of all dialogues of a step; 0: never
+
+    c.alarms = ConfigDict()  # a figure beyond its limit stops the run; see rlver_jax/runs/collapse.py
+    c.alarms.readable_min = (
+        0.5  # least share of replies that are valid text, end by themselves and don't go round in loops
+    )
+    c.alarms.reply_tokens_min = 1.0  # least mean length of a reply, in tokens
+    c.alarms.reply_tokens_max = 0.0  # largest; 0: no limit
+    c.alarms.entropy_min = 0.0  # least mean entropy of the policy, in nats
+    c.alarms.entropy_max = 8.0  # largest (uniform over Qwen's vocabulary: 11.9)
+    c.alarms.ratio_max = 100.0  # largest ratio of any token within an update
+    c.alarms.kl_max = 1.0  # largest KL that one step may move the policy by, in nats a token
+
     c.eval = ConfigDict()
+    c.eval.every = 0  # steps between evaluations in training, step 0 included; 0: never
     c.eval.num_profiles = 100  # profiles played (SAGE: 100); fewer if the file has fewer
     c.eval.initial_emotion = 40  # SAGE
     c.eval.max_turns = 10  # SAGE

@@ -27,6 +27,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "user.readout": ("argmax", "sample", "mean"),
     "data.language": ("zh", "en"),
     "reward.kind": ("final", "per_turn", "mixed"),
+    "policy.init": ("path", "random"),
+    "user.init": ("path", "random"),
+    "critic.init": ("path", "random"),
+    "critic.dtype": ("bfloat16", "float32"),
+    "critic.param_dtype": ("bfloat16", "float32"),
+    "critic.attention": ("dense", "chunked"),
+    "critic.remat": ("none", "dots", "full"),
+    "critic.kind": ("separate", "shared"),
+    "algorithm.estimator": ("gae", "grpo", "rloo", "reinforce_pp"),
+    "algorithm.credit": ("dialogue", "turn"),
+    "loss.ratio": ("token", "sequence"),
+    "loss.normalization": ("token_mean", "dialogue_mean", "dr_grpo"),
+    "loss.kl_estimator": ("k1", "k2", "k3"),
+    "train.moment_dtype": ("bfloat16", "float32"),
 }
 # field: (lowest, highest or None, unit)
 RANGES: dict[str, tuple[float, float | None, str]] = {
@@ -50,6 +64,44 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "emotion.max_change": (1, 10, "points"),
     "reward.discount": (0, 1, ""),
     "reward.final_weight": (0, 1, ""),
+    "critic.attention_chunk": (1, None, "queries"),
+    "critic.learning_rate": (0, None, ""),
+    "critic.warmup_steps": (0, None, "steps"),
+    "algorithm.gamma": (0, 1, ""),
+    "algorithm.lam": (0, 1, ""),
+    "loss.clip_low": (0, 1, ""),
+    "loss.clip_high": (0, None, ""),
+    "loss.dual_clip": (0, None, ""),
+    "loss.entropy": (0, None, ""),
+    "loss.kl": (0, None, ""),
+    "loss.value_clip": (0, None, "units of reward"),
+    "loss.value_weight": (0, None, ""),
+    "loss.importance_cap": (0, None, ""),
+    "loss.vocab_chunk": (1, None, "tokens"),
+    "train.steps": (1, None, "steps"),
+    "train.seed": (0, 2**32 - 1, ""),
+    "train.learning_rate": (0, None, ""),
+    "train.warmup_steps": (0, None, "updates"),
+    "train.grad_clip": (0, None, ""),
+    "train.beta1": (0, 1, ""),
+    "train.beta2": (0, 1, ""),
+    "train.weight_decay": (0, None, ""),
+    "train.epochs": (1, None, "passes"),
+    "train.minibatches": (1, None, "updates"),
+    "train.microbatches": (1, None, "parts"),
+    "train.length_buckets": (1, None, "lengths"),
+    "checkpoint.every": (1, None, "steps"),
+    "checkpoint.keep_last": (1, None, "checkpoints"),
+    "checkpoint.keep_best": (0, None, "checkpoints"),
+    "log.dialogues_every": (0, None, "steps"),
+    "alarms.readable_min": (0, 1, ""),
+    "alarms.reply_tokens_min": (0, None, "tokens"),
+    "alarms.reply_tokens_max": (0, None, "tokens"),
+    "alarms.entropy_min": (0, None, "nats"),
+    "alarms.entropy_max": (0, None, "nats"),
+    "alarms.ratio_max": (1, None, ""),
+    "alarms.kl_max": (0, None, "nats"),
+    "eval.every": (0, None, "steps"),
     "eval.num_profiles": (1, None, "profiles"),
     "eval.initial_emotion": (0, 100, "points"),
     "eval.max_turns": (1, None, "turns"),
@@ -90,6 +142,7 @@ def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = Non
         faults += list(_choices_and_ranges(values))
         faults += list(_emotion(values))
         faults += list(_lengths(values))
+        faults += list(_learning(values))
         faults += list(_mesh(values, num_devices))
         faults += list(_paths(values))
     if faults:
@@ -156,6 +209,25 @@ def _lengths(values: dict[str, Any]) -> Iterator[str]:
             )
 
 
+def _learning(values: dict[str, Any]) -> Iterator[str]:
+    estimator, group, batch = values["algorithm.estimator"], values["rollout.group"], values["rollout.batch"]
+    if estimator in ("grpo", "rloo") and group < 2:
+        yield (
+            f"algorithm.estimator={estimator!r} compares dialogues of one profile, but rollout.group={group}; raise "
+            f"rollout.group (RLVER: 4 with GRPO), or use gae or reinforce_pp"
+        )
+    parts = values["train.minibatches"] * values["train.microbatches"]
+    if batch % parts:
+        yield (
+            f"rollout.batch={batch}: must be a multiple of train.minibatches x train.microbatches = {parts}; choose "
+            f"{-(-batch // parts) * parts}, or fewer parts"
+        )
+    if values["loss.importance_cap"] and not values["loss.recompute"]:
+        yield "loss.importance_cap weighs the trainer's log-probs against the sampler's: set loss.recompute as well"
+    if 0 < values["loss.dual_clip"] <= 1:
+        yield f"loss.dual_clip={values['loss.dual_clip']}: expected above 1, e.g. 3, or 0 for none"
+
+
 def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
     batch, group = values["rollout.batch"], values["rollout.group"]
     if batch % group:
@@ -187,13 +259,34 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
 
 
 def _paths(values: dict[str, Any]) -> Iterator[str]:
-    for name in ("policy.path", "user.path", "user.prompts"):
+    for name in ("policy.path", "user.path", "critic.path", "reference.path", "user.prompts"):
         if values[name] and not Path(values[name]).is_dir():
             yield f"{name}={values[name]!r}: no such folder"
     for name in ("data.train", "data.eval"):
         for file in profile_files(values[name]):
             if not Path(file).is_file():
                 yield f"{name}={values[name]!r}: {file} is not a file; expected JSONL profiles, comma-separated"
+
+
+def check_training(config: ConfigDict) -> None:
+    """What only training needs, of a valid config.
+
+    Raises:
+        ConfigError: with one line for every fault.
+    """
+    values = flatten(config)
+    faults = []
+    if not values["data.train"]:
+        faults.append("data.train is empty; set --config.data.train to a JSONL file of profiles")
+    if not values["rollout.temperature"]:
+        faults.append("rollout.temperature=0: greedy replies have no log-probs to learn from; RLVER's is 1")
+    if (values["rollout.top_k"] or values["rollout.top_p"] < 1) and not values["loss.recompute"]:
+        faults.append(
+            f"rollout.top_k={values['rollout.top_k']}, rollout.top_p={values['rollout.top_p']}: the sampler's "
+            f"log-probs are then of another distribution than the trainer's; set loss.recompute"
+        )
+    if faults:
+        raise ConfigError("the config cannot be trained with:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
 def profile_files(*fields: str) -> list[str]:

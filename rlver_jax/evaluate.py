@@ -7,8 +7,6 @@ what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. An inte
 when it is started again with the same settings and DIR. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
-import collections
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -16,36 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs import base
-from rlver_jax.config import ConfigError, config_from_flags, profile_files, reward_settings, validate
-from rlver_jax.dialogue import END_REASONS, Dialogues, Profiles
-from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.players import Players, limits_of, spec_of
-from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.config import ConfigError, config_from_flags, validate
+from rlver_jax.evaluation import Evaluation, chosen_profiles, load, scores
 from rlver_jax.runs import evaluation_folder
-from rlver_jax.runs.dialogue_log import Record, dialogue_records, generated_tokens
+from rlver_jax.runs.dialogue_log import Record, generated_tokens
 from rlver_jax.runs.evaluation_folder import EvaluationFolder
+from rlver_jax.runs.figures import prefilled_count
 from rlver_jax.runs.render import print_dialogue
-from rlver_jax.user.emotion import SAGE
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Everything that is needed to play, loaded and checked."""
-
-    config: ConfigDict
-    players: Players
-    profiles: Sequence[Profile]
-    tokens: Profiles  # of all profiles, as wide as the longest, so that every batch has one shape
-    batch: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,42 +70,6 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     return config, options.out
 
 
-def chosen_profiles(config: ConfigDict) -> list[Profile]:
-    """The first `eval.num_profiles` of data.eval, or of data.train where that is empty.
-
-    Raises:
-        ValueError: neither is set, or a file is not one of profiles.
-    """
-    files = config.data.eval or config.data.train
-    if not files:
-        raise ConfigError("data.eval and data.train are empty; set --config.data.eval to a JSONL file of profiles")
-    return read_profiles(profile_files(files))[: config.eval.num_profiles]
-
-
-def load(config: ConfigDict, profiles: Sequence[Profile], mesh: Mesh | None = None) -> Evaluation:
-    """Loads the models and encodes all profiles.
-
-    Raises:
-        ValueError, OSError: a model cannot be loaded, or a profile doesn't fit the context.
-    """
-    if mesh is None and jax.device_count() > 1:
-        mesh = make_mesh(**config.mesh)
-    rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
-    spec = spec_of(config, group=1, max_turns=config.eval.max_turns, initial_emotion=config.eval.initial_emotion)
-    players = Players.load(config, spec, mesh)
-    tokens = jax.device_get(players.encode(profiles, range(len(profiles))))
-    # No wider than there are profiles: padding rows cost as much as playing ones.
-    batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
-    return Evaluation(config, players, profiles, tokens, batch)
-
-
-def batch_of(tokens: Profiles, indices: Sequence[int], count: int) -> Profiles:
-    """The given profiles' rows (groups of 1), padded to `count` with rows that don't play."""
-    rows = np.resize(np.asarray(indices), count)
-    picked = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[rows]), tokens)
-    return dataclasses.replace(picked, active=jnp.arange(count) < len(indices))
-
-
 def play_missing(evaluation: Evaluation, folder: EvaluationFolder, console: Console) -> list[Record]:
     """Plays what the folder doesn't hold yet, batch by batch; returns all records in the profiles' order."""
     records = folder.records
@@ -135,36 +81,13 @@ def play_missing(evaluation: Evaluation, folder: EvaluationFolder, console: Cons
         for start in range(0, len(missing), evaluation.batch):
             began = time.monotonic()
             indices = missing[start : start + evaluation.batch]
-            played = _play(evaluation, indices)
-            new = _records(evaluation, played, indices)
+            played = evaluation.play(indices)
+            new = evaluation.records(played, indices)
             generated, seconds = sum(map(generated_tokens, new)), time.monotonic() - began
-            folder.add(new, {"generated": generated, "prefilled": prefilled_tokens(played), "seconds": seconds})
+            folder.add(new, {"generated": generated, "prefilled": prefilled_count(played), "seconds": seconds})
             records = records + new
             meter.update(records, generated, seconds)
     return sorted(records, key=lambda record: record["dialogue"])
-
-
-def _play(evaluation: Evaluation, indices: Sequence[int]) -> Dialogues:
-    players, config = evaluation.players, evaluation.config
-    limits = limits_of(config, players.spec, config.eval.temperature)
-    key = jax.random.key(config.eval.seed)
-    return jax.device_get(players.play(batch_of(evaluation.tokens, indices, evaluation.batch), key, limits))
-
-
-def _records(evaluation: Evaluation, played: Dialogues, indices: Sequence[int]) -> list[Record]:
-    return dialogue_records(
-        played,
-        evaluation.players,
-        [evaluation.profiles[i] for i in indices],
-        indices,
-        seed=evaluation.config.eval.seed,
-        reward=reward_settings(evaluation.config),
-    )
-
-
-def prefilled_tokens(played: Dialogues) -> int:
-    """Tokens that both models read in a batch without having generated them just there, prefixes included."""
-    return int(played.prefix_tokens) + int(np.sum(played.policy.prefilled)) + int(np.sum(played.user.prefilled))
 
 
 class _Meter:
@@ -195,17 +118,8 @@ class _Meter:
 
 
 def summarize(records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
-    """What summary.json holds; success and failure by SAGE's borders, whatever the config's."""
-    outcomes = [SAGE.outcome(record["emotion"]) for record in records]
-    reasons = collections.Counter(record["end_reason"] for record in records)
-    return {
-        "score": float(np.mean([record["emotion"] for record in records])),
-        "success": outcomes.count(1),
-        "failure": outcomes.count(-1),
-        "n": len(records),
-        "turns_mean": float(np.mean([record["turns"] for record in records])),
-        "end_reasons": {reason: reasons[reason] for reason in END_REASONS[1:]},
-        "reward_mean": float(np.mean([record["reward"] for record in records])),
+    """What summary.json holds."""
+    return scores(records) | {
         "tokens": {name: int(folder.spent(name)) for name in ("generated", "prefilled")},
         "seconds": round(folder.spent("seconds"), 3),
         "settings": folder.settings,

@@ -1,11 +1,16 @@
 """Both sides of the table, ready to play: models, one tokenizer, prompts, and profiles in tokens."""
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
@@ -21,7 +26,7 @@ from rlver_jax.dialogue import (
 )
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.models.qwen2 import Params, Qwen2, init_params
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
@@ -49,7 +54,7 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
 
 
 def load_model(config: ConfigDict, name: str, mesh: Mesh | None = None) -> tuple[LM, Tokenizer]:
-    """Model and tokenizer of `config.policy` or `config.user`.
+    """Model and tokenizer of `config.policy`, `config.user` or `config.critic`; random weights differ by `name`.
 
     Raises:
         ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
@@ -64,7 +69,24 @@ def load_model(config: ConfigDict, name: str, mesh: Mesh | None = None) -> tuple
         attention=config.attention,
         attention_chunk=config.attention_chunk,
     )
-    return LM(load_params(config.path, model, mesh=mesh), model), load_tokenizer(config.path)
+    if config.init == "random":
+        params = init_params(model, jax.random.key(zlib.crc32(name.encode())), mesh)
+    else:
+        params = load_params(config.path, model, mesh=mesh)
+    return LM(params, model), load_tokenizer(config.path)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def sampling_copy(params: Params, dtype: DTypeLike) -> Params:
+    """Parameters as the sampler reads them at every token: weight matrices rounded to the dtype of its products.
+
+    The model would round them there anyway, so nothing that it says changes.
+    """
+
+    def cast(path: Any, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key in ("kernel", "lm_head") else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
@@ -104,6 +126,35 @@ def limits_of(config: ConfigDict, spec: Spec, temperature: float) -> PlayLimits:
             jnp.float32(config.user.reply_temperature),
         ),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileTokens:
+    """Profiles in tokens, on the host; all as wide as the longest, so that every batch of them has one shape."""
+
+    prefix: np.ndarray  # int32 [N, L]
+    prefix_count: np.ndarray  # int32 [N]
+    first_talk: np.ndarray  # int32 [N, R]
+    first_count: np.ndarray  # int32 [N]
+
+    def batch(self, indices: Sequence[int], dialogue_ids: Sequence[int], count: int | None = None) -> Profiles:
+        """The given profiles' rows, padded to `count` of them with rows that don't play.
+
+        Args:
+            dialogue_ids: below 2**32; equally many for each profile, those of one profile together.
+
+        Raises:
+            ValueError: another number of ids.
+        """
+        count, group = count or len(indices), max(len(dialogue_ids) // len(indices), 1)
+        if len(dialogue_ids) != len(indices) * group:
+            raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(indices)} profiles: expected groups of a size")
+        rows = np.resize(np.asarray(indices), count)
+        ids = np.zeros(count * group, np.uint32)
+        ids[: len(dialogue_ids)] = dialogue_ids
+        active = np.arange(count * group) < len(dialogue_ids)
+        tokens = (self.prefix, self.prefix_count, self.first_talk, self.first_count)
+        return Profiles(*map(jnp.asarray, (*(x[rows] for x in tokens), ids, active)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,27 +206,23 @@ class Players:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": self.prompts.opening}]
         return ChatTemplate(self.tokenizer).conversation(messages, generation_prompt=True)
 
-    def encode(self, profiles: Sequence[Profile], dialogue_ids: Sequence[int], count: int | None = None) -> Profiles:
-        """Profiles in tokens, padded to `count` of them with rows that don't play.
-
-        Args:
-            dialogue_ids: one for each dialogue, group members of a profile together; below 2**32.
+    def tokens(self, profiles: Sequence[Profile]) -> ProfileTokens:
+        """Profiles in tokens.
 
         Raises:
             ValueError: a profile leaves no room for a turn in the context.
         """
-        count, group = count or len(profiles), self.spec.group
+        prefix, prefix_count = _pad([self.prefix(p) for p in profiles])
+        talk, talk_count = _pad([self.tokenizer.encode(p.first_talk.strip()) if p.first_talk else [] for p in profiles])
+        self._check_room(profiles, prefix_count + talk_count, talk.shape[1])
+        return ProfileTokens(prefix, prefix_count, talk, talk_count)
+
+    def encode(self, profiles: Sequence[Profile], dialogue_ids: Sequence[int], count: int | None = None) -> Profiles:
+        """A batch of these profiles alone; see `ProfileTokens.batch`."""
+        group = self.spec.group
         if len(dialogue_ids) != len(profiles) * group:
             raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
-        prefixes = [self.prefix(p) for p in profiles]
-        first = [self.tokenizer.encode(p.first_talk.strip()) if p.first_talk else [] for p in profiles]
-        prefix, prefix_count = _pad(prefixes, count)
-        talk, talk_count = _pad(first, count)
-        self._check_room(profiles, prefix_count + talk_count, talk.shape[1])
-        ids = np.zeros(count * group, np.uint32)
-        ids[: len(dialogue_ids)] = dialogue_ids
-        active = np.arange(count * group) < len(dialogue_ids)
-        return Profiles(*map(jnp.asarray, (prefix, prefix_count, talk, talk_count, ids, active)))
+        return self.tokens(profiles).batch(range(len(profiles)), dialogue_ids, count)
 
     def _check_room(self, profiles: Sequence[Profile], lengths: np.ndarray, first_width: int) -> None:
         limits = UserLimits(self.spec.user_tokens, self.spec.user_tokens, 0.0)  # type: ignore[arg-type]
@@ -195,10 +242,14 @@ class Players:
             )
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits) -> Dialogues:
-        """Plays a batch; see `dialogue.sample_dialogues`.
+        """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
+        return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
+
+    def check_limits(self, limits: PlayLimits) -> PlayLimits:
+        """The limits, if they are none above what the sampler is compiled for.
 
         Raises:
-            ValueError: a limit exceeds what the sampler is compiled for.
+            ValueError: one is.
         """
         spec, user = self.spec, limits.user
         for name, limit, most in (
@@ -210,13 +261,13 @@ class Players:
         ):
             if int(limit) > most:
                 raise ValueError(f"limits.{name}={limit}, but the sampler is compiled for at most {most}")
-        return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
+        return limits
 
 
-def _pad(rows: Sequence[Sequence[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [count, W], counts): padded with zeros to a multiple of WIDTH_STEP."""
+def _pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N, W], counts): padded with zeros to a multiple of WIDTH_STEP."""
     width = -(-max(map(len, rows), default=1) // WIDTH_STEP) * WIDTH_STEP or WIDTH_STEP
-    tokens, counts = np.zeros((count, width), np.int32), np.zeros(count, np.int32)
+    tokens, counts = np.zeros((len(rows), width), np.int32), np.zeros(len(rows), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         counts[i] = len(row)

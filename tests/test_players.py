@@ -88,7 +88,7 @@ def test_more_turns_than_compiled_are_refused(players):
     config = config_of("", "")
     limits = dataclasses.replace(limits_of(config, SPEC, 1.0), max_turns=jnp.int32(4))
     with pytest.raises(ValueError, match="limits.max_turns=.* compiled for at most 3"):
-        players.play(players.encode(some_profiles(1), [0, 1]), jax.random.key(0), limits)
+        players.check_limits(limits)
 
 
 def test_two_tokenizers_are_refused(bpe, tmp_path):

@@ -15,6 +15,7 @@ from rlver_jax.learning import advantages, losses
 from rlver_jax.learning.masked import masked_mean, masked_var, whiten
 from rlver_jax.learning.objective import Learner, Sample, Trained, action_logprobs, combine, loss, read, values
 from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.models.precision import wide
 from rlver_jax.models.qwen2 import Params
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.grammar import Grammar
@@ -105,7 +106,12 @@ def init_state(params: Trained, optimizers: Optimizers) -> TrainState:
     return TrainState(jnp.int32(0), params, opt_state, jnp.int32(0))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def compile_step(setup: Setup, state: TrainState) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """`train_step` with its setup bound and jitted: the new state lies where the old one did, in its buffers."""
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(functools.partial(train_step, setup), donate_argnums=0, out_shardings=(where, None))
+
+
 def train_step(
     setup: Setup,
     state: TrainState,
@@ -115,7 +121,7 @@ def train_step(
     key: Key[Array, ""],
     reference: Params | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Updates policy and critic on one batch of B dialogues. The old state's buffers are reused.
+    """Updates policy and critic on one batch of B dialogues.
 
     Args:
         grammar: the policy's, as it was sampled under.
@@ -253,7 +259,7 @@ def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar
         return jax.tree.map(jnp.add, total, gradient), metrics
 
     parts = _split(sample, setup.schedule.microbatches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), state.params)
     gradients, metrics = _loop(part, zeros, parts)
     frozen = {"policy": state.step < setup.schedule.critic_warmup, "critic": jnp.bool_(False)}
     norms = {name: optax.global_norm(tree) for name, tree in gradients.items()}

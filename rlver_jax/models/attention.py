@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rlver_jax.models.precision import wide
+
 BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
@@ -43,11 +45,11 @@ def dense_attention(
     b, length, heads, dim = q.shape
     kv_heads = k.shape[1]
     q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bqkgd,bkcd->bkgqc", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = jnp.einsum("bqkgd,bkcd->bkgqc", q, k, preferred_element_type=wide(q.dtype)) * dim**-0.5
     scores = jnp.where(visible(see, k.shape[2])[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     # Transposed afterwards: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
-    out = jnp.einsum("bkgqc,bkcd->bkgqd", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkgqc,bkcd->bkgqd", weights, v, preferred_element_type=wide(v.dtype))
     return jnp.moveaxis(out, 3, 1).reshape(b, length, heads, dim).astype(q.dtype)
 
 
@@ -103,7 +105,7 @@ def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], theta: flo
     # Rounded where the checkpoints' own code rounds: at position 1,500 one ulp of a frequency is 1e-4 of a radian.
     power = (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)).astype(np.float32)
     inverse = np.float32(1) / power
-    angle = positions.astype(jnp.float32)[:, :, None, None] * inverse
+    angle = positions.astype(wide(x.dtype))[:, :, None, None] * inverse
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    x1, x2 = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlver_jax.models.precision import wide
+
 
 class TokenLogprobs(NamedTuple):
     """Per position: log p(target), and the entropy of p in nats; both float32."""
@@ -73,7 +75,7 @@ def log_normalizer(hidden: Float[Array, "*b D"], head: Float[Array, "V D"], *, c
     """log sum_v exp(hidden . head_v), float32, in chunks of the vocabulary; not differentiable (for sampling)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     static = _Static(min(chunk, head.shape[0]), 1.0, 1)
-    _, (_, _, _, normalizer, _) = _forward(static, flat, head, jnp.zeros(flat.shape[:1], jnp.int32), None)
+    _, (_, _, _, _, normalizer, _) = _forward(static, flat, head, jnp.zeros(flat.shape[:1], jnp.int32), None)
     return normalizer.reshape(hidden.shape[:-1])
 
 
@@ -93,7 +95,8 @@ def _chunk_logits(
     start = jnp.minimum(i * static.chunk, rows - static.chunk)
     split = head.reshape(shards, rows, head.shape[1])
     kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1)
-    logits = jnp.einsum("nd,tcd->ntc", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    product = {"preferred_element_type": wide(hidden.dtype)}
+    logits = jnp.einsum("nd,tcd->ntc", hidden, kernel.astype(hidden.dtype), **product)
     local = start + jnp.arange(static.chunk)
     ids = jnp.arange(shards)[:, None] * rows + local
     keep = jnp.broadcast_to(local >= i * static.chunk, (1, *ids.shape))
@@ -123,9 +126,9 @@ def _forward(static: _Static, hidden: Array, head: Array, targets: Array, forbid
         hit = (ids == targets[:, None, None]) & (logits > -jnp.inf)
         return new_top, total, weighted, chosen + jnp.where(hit, logits, 0.0).sum((1, 2))
 
-    zeros = jnp.zeros(targets.shape, jnp.float32)
+    zeros = jnp.zeros(targets.shape, wide(hidden.dtype))
     # A finite start: a chunk that is forbidden as a whole would make -inf - -inf.
-    carry = (jnp.full(targets.shape, -1e30), zeros, zeros, zeros)
+    carry = (jnp.full_like(zeros, -1e30), zeros, zeros, zeros)
     top, total, weighted, chosen = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
     normalizer = top + jnp.log(total)
     entropy = normalizer - weighted / total
@@ -147,14 +150,14 @@ def _backward(static: _Static, saved, cotangents):
         # d log p(t) / d l = 1[t] - p,   d H / d l = -p (log p + H)
         d_logits = d_logprob * (hit - p) - d_entropy * p * (log_p + entropy[:, None, None])
         d_logits = (d_logits / static.temperature).astype(hidden.dtype)
-        f32 = {"preferred_element_type": jnp.float32}
-        d_hidden += jnp.einsum("ntc,tcd->nd", d_logits, kernel.astype(hidden.dtype), **f32)
-        d_kernel = jnp.einsum("ntc,nd->tcd", d_logits, hidden, **f32)
+        product = {"preferred_element_type": wide(hidden.dtype)}
+        d_hidden += jnp.einsum("ntc,tcd->nd", d_logits, kernel.astype(hidden.dtype), **product)
+        d_kernel = jnp.einsum("ntc,nd->tcd", d_logits, hidden, **product)
         old = jax.lax.dynamic_slice_in_dim(d_head, start, static.chunk, axis=1)
-        new = (old.astype(jnp.float32) + d_kernel).astype(d_head.dtype)
+        new = (old.astype(d_kernel.dtype) + d_kernel).astype(d_head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)
 
-    carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((shards, rows, head.shape[1]), head.dtype))
+    carry = (jnp.zeros(hidden.shape, wide(hidden.dtype)), jnp.zeros((shards, rows, head.shape[1]), head.dtype))
     d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
     return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None, None
 

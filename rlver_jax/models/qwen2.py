@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import KVCache, write
+from rlver_jax.models.precision import wide
 from rlver_jax.parallel import rules
 
 Params = dict[str, Any]
@@ -29,7 +30,7 @@ ATTENTION = ("dense", "chunked")
 
 def partitioned(init: Any, *axes: str) -> Any:
     """An initializer whose parameter remembers its logical axes."""
-    return nn.with_partitioning(init, axes)
+    return nn.with_logical_partitioning(init, axes)  # plain partitioning would take the names for mesh axes
 
 
 class Linear(nn.Module):
@@ -46,10 +47,10 @@ class Linear(nn.Module):
         """Operands in `dtype`, accumulated and returned in float32."""
         kernel_init = partitioned(nn.initializers.normal(0.02), *self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=wide(self.dtype))
         if self.use_bias:
             bias_init = partitioned(nn.initializers.zeros_init(), *self.axes[1:])
-            y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(jnp.float32)
+            y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)
         return y
 
 
@@ -65,9 +66,9 @@ class RMSNorm(nn.Module):
         """Result in `dtype`, rounded once."""
         init = partitioned(nn.initializers.ones_init(), "norm")
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (scale.astype(jnp.float32) * wide).astype(self.dtype)
+        y = x.astype(wide(x.dtype))
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (scale.astype(y.dtype) * y).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -274,7 +275,7 @@ def head(params: Params) -> Float[Array, "V D"]:
 def logits(params: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """float32 logits for a few positions (decoding, tests); training uses `token_logprobs`."""
     kernel = head(params).astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=wide(hidden.dtype))
 
 
 def stack_layers(params: Params) -> Params:

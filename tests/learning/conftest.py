@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTurn, Spec, build_policy_tables
+from rlver_jax.learning.pack import PackedBatch, pack
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.sampling.cache import LM
@@ -16,6 +17,7 @@ from rlver_jax.user.simulated import UserLimits, UserTurn
 
 from ..conftest import random_params
 
+LENGTH = 320  # enough for eight turns
 SPARE = 9  # embedding rows without a token
 
 
@@ -132,6 +134,13 @@ def to_arrays(spec: Spec, dialogues: list[list[Turn]], draw) -> Dialogues:
     return jax.tree.map(jnp.asarray, arrays)
 
 
+_pack = jax.jit(pack, static_argnums=(2, 4))
+
+
+def packed(world: World, length: int = LENGTH) -> PackedBatch:
+    return _pack(world.dialogues, world.tables, world.spec, limits_for(world.spec), length)
+
+
 class PlainRow(NamedTuple):
     """One turn as a row of its own: said[j] is predicted at place start - 1 + j."""
 
@@ -162,8 +171,8 @@ def plain_rows(world: World, tokenizer) -> list[PlainRow]:
     return rows
 
 
-def small_lm(tokenizer, seed: int = 3, **fields) -> LM:
-    config = Qwen2Config(tokenizer.vocab_size + SPARE, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+def small_lm(tokenizer, seed: int = 3, layers: int = 2, **fields) -> LM:
+    config = Qwen2Config(tokenizer.vocab_size + SPARE, 32, 48, layers, num_heads=4, num_kv_heads=2, head_dim=8)
     model = Qwen2(config, **fields)
     return LM(jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, random_params(model, seed)), model)
 

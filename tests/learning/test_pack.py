@@ -10,20 +10,12 @@ import pytest
 
 from rlver_jax.learning import losses
 from rlver_jax.learning.objective import Learner, Loss, Sample, action_logprobs, loss, read
-from rlver_jax.learning.pack import max_length, pack, row_lengths
+from rlver_jax.learning.pack import max_length, row_lengths
 from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.qwen2 import logits
 from rlver_jax.models.value_head import ValueHead
 
-from .conftest import limits_for, make_world, plain_rows, small_lm
-
-LENGTH = 320
-
-
-def packed(world, length=LENGTH):
-    return jax.jit(pack, static_argnums=(2, 4))(
-        world.dialogues, world.tables, world.spec, limits_for(world.spec), length
-    )
+from .conftest import LENGTH, make_world, packed, plain_rows, small_lm
 
 
 def actions(batch, b, t):

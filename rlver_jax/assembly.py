@@ -1,0 +1,170 @@
+"""From a config to everything that a training run holds beside its state: players, learner, optimizers, profiles."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from rlver_jax.config import profile_files
+from rlver_jax.dialogue import PlayLimits
+from rlver_jax.learning.objective import Learner, Loss, Trained
+from rlver_jax.learning.pack import max_length
+from rlver_jax.learning.update import (
+    Advantage,
+    Optimizers,
+    Schedule,
+    Setup,
+    TrainState,
+    init_state,
+    make_optimizer,
+)
+from rlver_jax.models.qwen2 import Params
+from rlver_jax.models.value_head import ValueHead
+from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.profiles.reader import ProfileReader
+from rlver_jax.profiles.schema import Profile, read_profiles
+
+LENGTH_STEP = 128  # packed rows are multiples of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same through a run."""
+
+    config: ConfigDict
+    mesh: Mesh
+    players: Players  # with the policy that training starts from
+    profiles: list[Profile]
+    tokens: ProfileTokens
+    reader: ProfileReader
+    limits: PlayLimits
+    setup: Setup
+    lengths: tuple[int, ...]  # of packed rows, rising
+    reference: Params | None  # for the KL penalty
+
+    def length_for(self, longest: int) -> int:
+        """The least length that is compiled for a batch whose longest row has so many tokens."""
+        return next(length for length in self.lengths if length >= longest)
+
+
+def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
+    """Loads everything; returns the run and its state before the first step.
+
+    Raises:
+        ValueError, OSError: a model or the profiles cannot be loaded, or don't fit together.
+    """
+    profiles = read_profiles(profile_files(config.data.train))
+    reader = ProfileReader(profiles, seed=config.data.seed, batch_size=config.rollout.batch // config.rollout.group)
+    spec = spec_of(
+        config,
+        group=config.rollout.group,
+        max_turns=config.rollout.max_turns,
+        initial_emotion=config.emotion.initial,
+    )
+    players = Players.load(config, spec, mesh)
+    tokens = players.tokens(profiles)
+    limits = players.check_limits(limits_of(config, spec, config.rollout.temperature))
+    longest = max_length(players.tables[0], spec, tokens.first_talk.shape[1])
+    trained, trunk = _trained(config, players, mesh)
+    setup = _setup(config, players, trunk, "critic" in trained, mesh)
+    reference = None
+    if config.loss.kl:
+        reference = _model(config, "reference", config.policy, mesh, players)[0].params
+    run = Run(
+        config, mesh, players, profiles, tokens, reader, limits, setup, _lengths(longest, config), reference
+    )  # fmt: skip
+    return run, _placed_state(trained, setup.optimizers, mesh)
+
+
+def _lengths(longest: int, config: ConfigDict) -> tuple[int, ...]:
+    """Evenly spread up to the longest row possible."""
+    count = config.train.length_buckets
+    up = lambda x: -(-x // LENGTH_STEP) * LENGTH_STEP  # noqa: E731
+    return tuple(sorted({up(-(-longest * (i + 1) // count)) for i in range(count)}))
+
+
+def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, players: Players):
+    """Model of `config.NAME`; an empty path is the policy's. It must share the policy's tokenizer."""
+    settings = like.copy_and_resolve_references()
+    settings.path = config[name].path or config.policy.path
+    lm, tokenizer = load_model(settings, name, mesh)
+    check_tokenizers(players.tokenizer, tokenizer)
+    return lm, tokenizer
+
+
+def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained, Any]:
+    """All parameters that learn, and the module of the critic's own trunk, if it has one."""
+    policy = players.policy.params
+    if players.user.params is policy:  # one folder for both: the update reuses the policy's buffers, the user keeps its
+        policy = jax.tree.map(jnp.copy, policy)
+    if config.algorithm.estimator != "gae":
+        return {"policy": policy}, None
+    head = _value_head(config)
+    width = players.policy.model.config.hidden_size
+    trunk, critic = None, {}
+    if config.critic.kind == "separate":
+        lm, _ = _model(config, "critic", config.critic, mesh, players)
+        width, trunk = lm.model.config.hidden_size, lm.model.clone(remat=config.critic.remat)
+        critic["trunk"] = lm.params
+    critic["head"] = nn.unbox(head.init(jax.random.key(0), jnp.zeros((1, width))))["params"]  # a constant: no draw
+    return {"policy": policy, "critic": critic}, trunk
+
+
+def _value_head(config: ConfigDict) -> ValueHead:
+    """It starts from what a dialogue would earn if nothing moved the user."""
+    return ValueHead(bias_init=config.emotion.initial / 100 if config.reward.kind == "final" else 0.0)
+
+
+def _setup(config: ConfigDict, players: Players, trunk: Any, has_critic: bool, mesh: Mesh) -> Setup:
+    c, t = config.loss, config.train
+    loss = Loss(
+        c.ratio, c.clip_low, c.clip_high, c.dual_clip, c.normalization,
+        length=config.rollout.max_turns * players.spec.policy_tokens,
+        entropy=c.entropy, kl=c.kl, kl_estimator=c.kl_estimator, value=c.value_weight, value_clip=c.value_clip,
+    )  # fmt: skip
+    learner = Learner(
+        players.policy.model.clone(remat=config.policy.remat),
+        trunk,
+        _value_head(config) if has_critic else None,
+        loss,
+        temperature=config.rollout.temperature,
+        vocab_chunk=c.vocab_chunk,
+        vocab_shards=mesh.shape["tensor"],
+    )
+    a = config.algorithm
+    advantage = Advantage(a.estimator, a.credit, a.gamma, a.lam, a.whiten, a.scale, config.rollout.group)
+    schedule = Schedule(
+        t.epochs, t.minibatches, t.microbatches, config.critic.warmup_steps, c.recompute, c.importance_cap
+    )
+    shared = {"warmup_steps": t.warmup_steps, "grad_clip": t.grad_clip, "beta1": t.beta1, "beta2": t.beta2}
+    shared |= {"weight_decay": t.weight_decay, "moment_dtype": t.moment_dtype}
+    policy = make_optimizer(learning_rate=t.learning_rate, **shared)
+    critic = make_optimizer(learning_rate=config.critic.learning_rate, **shared) if has_critic else None
+    return Setup(learner, advantage, schedule, Optimizers(policy, critic))
+
+
+def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> TrainState:
+    """The first state; each of Adam's moments lies where its parameter does."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    spread = lambda x: len(x.sharding.device_set) == mesh.size  # noqa: E731
+    trained = jax.tree.map(lambda x: x if spread(x) else jax.device_put(x, whole), trained)
+    where = jax.tree.map(lambda x: x.sharding, trained)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizers), trained)
+    opt_state = {
+        name: optax.tree.map_params(
+            optimizers.of(name),
+            lambda _, place: place,
+            shapes.opt_state[name],
+            where[name],
+            transform_non_params=lambda _: whole,
+        )
+        for name in trained
+    }
+    made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=opt_state)(trained)
+    zero = jax.device_put(jnp.int32(0), whole)
+    return TrainState(zero, trained, made, jnp.copy(zero))

@@ -1,0 +1,106 @@
+"""Held-out profiles played with a policy, and scored as SAGE does: by the user's emotion at the end."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlver_jax.config import ConfigError, profile_files, reward_settings
+from rlver_jax.dialogue import END_REASONS, Dialogues, PlayLimits
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import Players, ProfileTokens, limits_of, spec_of
+from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.runs.dialogue_log import Record, dialogue_records
+from rlver_jax.user.emotion import SAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Everything that is needed to play, loaded and checked."""
+
+    config: ConfigDict
+    players: Players
+    profiles: Sequence[Profile]
+    tokens: ProfileTokens
+    limits: PlayLimits
+    batch: int
+
+    def play(self, indices: Sequence[int]) -> Dialogues:
+        """At most `batch` of the profiles by number, once each; on the host, padding rows included."""
+        wanted = self.tokens.batch(indices, indices, self.batch)
+        key = jax.random.key(self.config.eval.seed)
+        return jax.device_get(self.players.play(wanted, key, self.limits))
+
+    def play_all(self) -> list[Record]:
+        """Records of all profiles, in their order."""
+        batches = [range(i, min(i + self.batch, len(self.profiles))) for i in range(0, len(self.profiles), self.batch)]
+        return [record for indices in batches for record in self.records(self.play(indices), indices)]
+
+    def records(self, played: Dialogues, indices: Sequence[int]) -> list[Record]:
+        """What `play` played, as records."""
+        return dialogue_records(
+            played,
+            self.players,
+            [self.profiles[i] for i in indices],
+            indices,
+            seed=self.config.eval.seed,
+            reward=reward_settings(self.config),
+        )
+
+
+def chosen_profiles(config: ConfigDict) -> list[Profile]:
+    """The first `eval.num_profiles` of data.eval, or of data.train where that is empty.
+
+    Raises:
+        ValueError: neither is set, or a file is not one of profiles.
+    """
+    files = config.data.eval or config.data.train
+    if not files:
+        raise ConfigError("data.eval and data.train are empty; set --config.data.eval to a JSONL file of profiles")
+    return read_profiles(profile_files(files))[: config.eval.num_profiles]
+
+
+def load(config: ConfigDict, profiles: Sequence[Profile], mesh: Mesh | None = None) -> Evaluation:
+    """Loads the models and encodes all profiles.
+
+    Raises:
+        ValueError, OSError: a model cannot be loaded, or a profile doesn't fit the context.
+    """
+    if mesh is None and jax.device_count() > 1:
+        mesh = make_mesh(**config.mesh)
+    return of_players(config, Players.load(config, eval_spec(config), mesh), profiles, mesh)
+
+
+def of_players(config: ConfigDict, players: Players, profiles: Sequence[Profile], mesh: Mesh | None) -> Evaluation:
+    """An evaluation by players who are there already; raises ValueError as `load` does."""
+    rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
+    players = dataclasses.replace(players, spec=eval_spec(config))
+    limits = players.check_limits(limits_of(config, players.spec, config.eval.temperature))
+    # No wider than there are profiles: padding rows cost as much as playing ones.
+    batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
+    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch)
+
+
+def eval_spec(config: ConfigDict) -> Any:
+    """What the sampler is compiled for in evaluations."""
+    return spec_of(config, group=1, max_turns=config.eval.max_turns, initial_emotion=config.eval.initial_emotion)
+
+
+def scores(records: Sequence[Record]) -> dict[str, Any]:
+    """Score (mean final emotion, 0-100), outcomes by SAGE's borders whatever the config's, and how dialogues ended."""
+    outcomes = [SAGE.outcome(record["emotion"]) for record in records]
+    reasons = collections.Counter(record["end_reason"] for record in records)
+    return {
+        "score": float(np.mean([record["emotion"] for record in records])),
+        "success": outcomes.count(1),
+        "failure": outcomes.count(-1),
+        "n": len(records),
+        "turns_mean": float(np.mean([record["turns"] for record in records])),
+        "end_reasons": {reason: reasons[reason] for reason in END_REASONS[1:]},
+        "reward_mean": float(np.mean([record["reward"] for record in records])),
+    }

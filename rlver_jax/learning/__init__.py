@@ -1,0 +1,1 @@
+"""Learning from dialogues: packed batches, advantages, losses and the update."""

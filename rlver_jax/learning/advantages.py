@@ -1,0 +1,147 @@
+"""From rewards to advantages at the places where action tokens are predicted.
+
+B dialogues, L packed tokens, T turns. `mask` is true where an action token is predicted: only these places count.
+A group is `group` neighbouring dialogues of one profile: whole dialogues, never turns, so long ones weigh no more.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from rlver_jax.learning.masked import keep, whiten
+
+# Rewards nearer to each other than this (relative to the largest, if above 1) differ by float rounding only: eight
+# changes summed in another order. Divided by the standard deviation of that they would be advantages of up to 0.4.
+_SAME = 1e-5
+
+
+class Advantages(NamedTuple):
+    """advantage: weight of each action's log-prob; returns: the critic's target. Both float32, 0 without action."""
+
+    advantage: Float[Array, "B L"]
+    returns: Float[Array, "B L"]
+
+
+def token_rewards(
+    turn_rewards: Num[Array, "B T"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """Each turn's reward at that turn's last action place, 0 elsewhere.
+
+    turn[b, l] is the turn, 0..T-1, of the action predicted at l (ignored without action); a turn's actions follow
+    each other, with any gaps of no action. A turn without action has no place for its reward, which is left out. An
+    index past T gives NaN, so that it is noticed.
+    """
+    rewards = turn_rewards.astype(jnp.promote_types(turn_rewards.dtype, jnp.float32))
+    placed = jnp.take_along_axis(rewards, turn, axis=1, mode="fill", fill_value=jnp.nan)
+    return keep(placed, _last_of_turn(turn, mask))
+
+
+def terminal_on_every_turn(
+    reward: Num[Array, " B"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """The dialogue's reward at the last action place of every turn, 0 elsewhere (arguments as in `token_rewards`).
+
+    RLVER's own form (arXiv 2507.03112): each turn is a sample of its own that earns what the dialogue earned. It goes
+    with `gae(..., segment=turn)`.
+    """
+    return broadcast(reward, _last_of_turn(turn, mask))
+
+
+def gae(
+    rewards: Float[Array, "B L"],
+    values: Float[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    gamma: float,
+    lam: float,
+    segment: Int[Array, "B L"] | None = None,
+) -> Advantages:
+    """Generalized advantage estimation (arXiv 1506.02438) from action to action, whatever lies between them.
+
+        delta_k = r_k + gamma V_{k+1} - V_k,    A_k = delta_k + gamma lam A_{k+1},    returns_k = A_k + V_k
+
+    k counts a dialogue's action tokens, which is also what gamma and lam discount. V and A are 0 after the last one
+    and, with `segment`, after the last one of each run of equal `segment`: runs are samples of their own.
+    """
+    rewards, values = keep(rewards, mask), keep(values, mask)
+    segment = jnp.zeros(mask.shape, jnp.int32) if segment is None else segment
+
+    def step(following, here):
+        reward, value, is_action, label = here
+        next_advantage, next_value, next_label = following
+        linked = label == next_label
+        delta = reward + gamma * jnp.where(linked, next_value, 0.0) - value
+        advantage = delta + gamma * lam * jnp.where(linked, next_advantage, 0.0)
+        carry = (advantage, value, label)
+        return tuple(jnp.where(is_action, x, y) for x, y in zip(carry, following, strict=True)), advantage
+
+    nothing = jnp.zeros_like(rewards[:, 0])
+    places = (rewards.T, values.T, mask.T, segment.T)
+    _, advantage = jax.lax.scan(step, (nothing, nothing, segment[:, -1]), places, reverse=True)
+    advantage = keep(advantage.T, mask)
+    return Advantages(advantage, advantage + values)
+
+
+def group_advantages(reward: Num[Array, " B"], group: int, *, scale: bool, eps: float = 1e-6) -> Float[Array, " B"]:
+    """GRPO (arXiv 2402.03300): (R - mean) / (std + eps) over the group; scale=False, Dr. GRPO (2503.20783): R - mean.
+
+    std is the sample one (ddof 1), as verl and TRL compute it. Groups of equal rewards give exactly 0. Raises
+    ValueError for a group of one, or one that doesn't divide B.
+    """
+    deviation = _deviation(reward, _of_many(group, "group_advantages"))
+    if scale:
+        std = jnp.sqrt((deviation**2).sum(1, keepdims=True) / (group - 1))
+        deviation = deviation / (std + eps)
+    return deviation.reshape(-1)
+
+
+def rloo(reward: Num[Array, " B"], group: int) -> Float[Array, " B"]:
+    """RLOO (arXiv 2402.14740): R minus the mean of the group's others. Raises ValueError as `group_advantages` does."""
+    # R - (sum - R) / (n - 1) = (R - mean) n / (n - 1)
+    return _deviation(reward, _of_many(group, "rloo")).reshape(-1) * (group / (group - 1))
+
+
+def reinforce_pp(
+    reward: Num[Array, " B"], mask: Bool[Array, "B L"], group: int, *, eps: float = 1e-8
+) -> Float[Array, "B L"]:
+    """REINFORCE++ (arXiv 2501.03262): R, less the group's mean if group > 1, normalized over all action tokens.
+
+    Each dialogue's number stands at all its action places; mean and (population) std are taken over the action
+    places of the whole batch, so longer dialogues weigh more in both. Raises ValueError if group doesn't divide B.
+    """
+    if group != 1:
+        reward = _deviation(reward, group).reshape(-1)
+    return whiten(broadcast(reward, mask), mask, eps)
+
+
+def broadcast(advantage: Num[Array, " B"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    """A dialogue's number at each of its action places, 0 elsewhere."""
+    return keep(jnp.broadcast_to(advantage[:, None], (*advantage.shape, mask.shape[1])), mask)
+
+
+def _last_of_turn(turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
+    length = mask.shape[1]
+    place = jnp.where(mask, jnp.arange(length), length)
+    onward = jax.lax.cummin(place, axis=1, reverse=True)  # the first action place from here on
+    following = jnp.pad(onward[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    next_turn = jnp.take_along_axis(turn, jnp.minimum(following, length - 1), axis=1)
+    return mask & ((following == length) | (next_turn != turn))
+
+
+def _of_many(group: int, who: str) -> int:
+    if group == 1:
+        raise ValueError(f"{who} compares dialogues of one profile, and group=1 leaves none to compare: use 2 or more")
+    return group
+
+
+def _deviation(reward: Num[Array, " B"], group: int) -> Float[Array, "G n"]:
+    """R - mean of its group, exactly 0 where all of a group are equal (up to rounding)."""
+    if reward.ndim != 1 or group < 1 or reward.shape[0] % group:
+        raise ValueError(f"rewards {reward.shape} can't be cut into groups of {group}: give [B], B a multiple of it")
+    rewards = reward.astype(jnp.promote_types(reward.dtype, jnp.float32)).reshape(-1, group)
+    spread = jnp.ptp(rewards, axis=1, keepdims=True)
+    size = jnp.abs(rewards).max(axis=1, keepdims=True)
+    equal = spread <= _SAME * jnp.maximum(size, 1.0)
+    return jnp.where(equal, 0.0, rewards - rewards.mean(axis=1, keepdims=True))

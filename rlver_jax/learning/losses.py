@@ -1,0 +1,184 @@
+"""Losses by token, [B, L]: multiply by `token_weights` and sum. One small pure function each.
+
+B dialogues, L packed tokens. `mask` is true where an action token is predicted; elsewhere every result is 0, and what
+stands there, NaN and inf too, reaches no value and no gradient. Only `new` (or `ratio`) and `value` are differentiated;
+everything else is a constant of the loss. Log-probs are in nats.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rlver_jax.learning.masked import keep, masked_max, masked_mean
+
+NORMALIZATIONS = ("token_mean", "dialogue_mean", "dr_grpo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+# exp is continued along its tangent from here on, so that no log-ratio makes inf: even where the clip doesn't take the
+# ratio, inf would be 0 * inf = NaN in the gradient. Clamping instead would stop the gradient of the worst tokens.
+_TANGENT = 20.0
+
+
+class Clipped(NamedTuple):
+    """loss: by token; clipped: where the clip decided, that is where the loss doesn't depend on the ratio."""
+
+    loss: Float[Array, "B L"]
+    clipped: Bool[Array, "B L"]
+
+
+def token_weights(mask: Bool[Array, "B L"], kind: str, *, length: int = 0) -> Float[Array, "B L"]:
+    """Weights w such that sum(w * loss) is the loss of a minibatch; float32, 0 without action.
+
+        token_mean     1 / action tokens of the minibatch                              DAPO, arXiv 2503.14476
+        dialogue_mean  1 / (action tokens of the dialogue * dialogues with an action)  GRPO, arXiv 2402.03300
+        dr_grpo        1 / (B * length), with a constant length > 0                    Dr. GRPO, arXiv 2503.20783
+
+    Made once for a whole minibatch and cut along with it: the microbatches' losses then add up to the minibatch's,
+    however many there are. In dialogue_mean a dialogue without action is not counted; in dr_grpo it is one of the B.
+    Raises ValueError for an unknown kind, and for dr_grpo without a length.
+    """
+    actions = mask.astype(jnp.float32)
+    if kind == "token_mean":
+        return actions / jnp.maximum(actions.sum(), 1)
+    if kind == "dialogue_mean":
+        dialogues = jnp.maximum(mask.any(axis=1).sum(), 1)
+        return actions / jnp.maximum(actions.sum(axis=1, keepdims=True), 1) / dialogues
+    if kind == "dr_grpo":
+        if length <= 0:
+            raise ValueError(f"dr_grpo divides by a constant length: length={length} must be above 0")
+        return actions / float(mask.shape[0] * length)
+    raise ValueError(f"normalization {kind!r} is unknown: use one of {', '.join(NORMALIZATIONS)}")
+
+
+def token_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    """exp(new - old) of each action token (PPO, arXiv 1707.06347); never inf (see `_exp`)."""
+    return keep(_exp(_log_ratio(new, old, mask)), mask)
+
+
+def sequence_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    """GSPO (arXiv 2507.18071): exp(mean over the dialogue's action tokens of new - old), at each of its action places.
+
+    Every place passes a gradient to all of its dialogue's tokens: with one advantage a dialogue and the weights of
+    dialogue_mean, the clipped objective is then GSPO's.
+    """
+    mean = masked_mean(_log_ratio(new, old, mask), mask, axis=1)
+    return keep(jnp.broadcast_to(_exp(mean)[:, None], mask.shape), mask)
+
+
+def clipped_objective(
+    ratio: Float[Array, "B L"],
+    advantage: Float[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 0.0,
+) -> Clipped:
+    """The clipped loss of PPO (arXiv 1707.06347): max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
+
+    clip_high above clip_low is DAPO's clip-higher (2503.14476); clip_low=1, clip_high=inf is no clip. With
+    dual_clip = c > 1 (1912.09729) the loss of a negative advantage is at most -A c; 0 turns this off. A ratio on
+    a bound is not clipped yet. Raises ValueError for a dual_clip other than 0 or above 1.
+    """
+    if dual_clip and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip} must be above 1 (a multiple of the old probability), or 0 for none")
+    ratio, advantage = keep(ratio, mask), jax.lax.stop_gradient(keep(advantage, mask))
+    # The maximum is spelled out as a choice, so that ties have one gradient and `clipped` says what happened.
+    gain, loss = advantage > 0, advantage < 0
+    limit = jnp.where(gain, 1.0 + clip_high, 1.0 - clip_low)
+    clipped = (gain & (ratio > limit)) | (loss & (ratio < limit))
+    if dual_clip:
+        too_far = loss & (ratio > dual_clip)
+        limit, clipped = jnp.where(too_far, dual_clip, limit), clipped | too_far
+    clipped = clipped & mask
+    return Clipped(keep(-advantage * jnp.where(clipped, limit, ratio), mask), clipped)
+
+
+def value_loss(
+    value: Float[Array, "B L"],
+    old_value: Float[Array, "B L"],
+    returns: Float[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    clip: float,
+) -> Float[Array, "B L"]:
+    """0.5 max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2), as in OpenAI's PPO; clip 0 turns the clip off.
+
+    A value that has come nearer to R by more than `clip` has no gradient; one that has moved away from R has one.
+    """
+    value, returns = keep(value, mask), jax.lax.stop_gradient(keep(returns, mask))
+    error = (value - returns) ** 2
+    if clip:
+        old_value = jax.lax.stop_gradient(keep(old_value, mask))
+        near = jnp.clip(value, old_value - clip, old_value + clip)
+        error = jnp.maximum(error, (near - returns) ** 2)
+    return keep(0.5 * error, mask)
+
+
+def kl_penalty(
+    new: Float[Array, "B L"], reference: Float[Array, "B L"], mask: Bool[Array, "B L"], *, estimator: str
+) -> Float[Array, "B L"]:
+    """Estimates of KL(new || reference) from tokens that `new` sampled (J. Schulman, "Approximating KL divergence").
+
+    With d = reference - new:  k1 = -d (unbiased),  k2 = d^2 / 2,  k3 = exp(d) - 1 - d (unbiased, never negative).
+
+    As a loss k1 teaches nothing: the mean gradient of a log-prob is 0. It belongs into rewards. k3 never overflows (see
+    `_exp`). Raises ValueError for an unknown estimator.
+    """
+    d = -_log_ratio(new, reference, mask)
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return 0.5 * d**2
+    if estimator == "k3":
+        return _k3(d)
+    raise ValueError(f"KL estimator {estimator!r} is unknown: use one of {', '.join(KL_ESTIMATORS)}")
+
+
+def importance_weights(
+    old: Float[Array, "B L"], behaviour: Float[Array, "B L"], mask: Bool[Array, "B L"], *, cap: float
+) -> Float[Array, "B L"]:
+    """min(exp(old - behaviour), cap): truncated importance weights for a sampler that isn't quite the trainer's policy.
+
+    `behaviour` holds the sampler's log-probs, `old` the trainer's of the same weights. Multiply the policy loss by it;
+    no gradient flows. cap 0 turns it off: all weights are 1.
+    """
+    if not cap:
+        return keep(jnp.ones(mask.shape, jnp.float32), mask)
+    return jax.lax.stop_gradient(keep(jnp.minimum(_exp(_log_ratio(old, behaviour, mask)), cap), mask))
+
+
+def ratio_metrics(
+    new: Float[Array, "B L"],
+    old: Float[Array, "B L"],
+    clipped: Bool[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    mean: Float[Array, "B L"],
+) -> dict[str, dict[str, Float[Array, ""]]]:
+    """How far the policy has moved: {"sum": approx_kl and clip_fraction, "max": ratio_max}; no gradient flows.
+
+    `clipped` is `clipped_objective`'s, `mean` the minibatch's `token_weights(..., "token_mean")`: sums of microbatches
+    add up to the minibatch's means, and the largest maximum is the minibatch's. approx_kl is k3 of KL(old || new);
+    ratio_max the largest factor by which an action's probability rose or fell, 1 if there is no action.
+    """
+    log_ratio = jax.lax.stop_gradient(_log_ratio(new, old, mask))
+    sums = {"policy/approx_kl": (mean * _k3(log_ratio)).sum(), "policy/clip_fraction": (mean * clipped).sum()}
+    return {"sum": sums, "max": {"policy/ratio_max": _exp(masked_max(jnp.abs(log_ratio), mask, empty=0.0))}}
+
+
+def _log_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    # A constant `old` also makes the on-policy call with old = new right: ratio 1, gradient that of the log-prob.
+    return keep(new, mask) - jax.lax.stop_gradient(keep(old, mask))
+
+
+def _exp(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """exp up to _TANGENT, its tangent from there on: positive, rising, with a gradient, and never inf."""
+    return jnp.exp(jnp.minimum(x, _TANGENT)) * (1.0 + jnp.maximum(x - _TANGENT, 0.0))
+
+
+def _k3(d: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """exp(d) - 1 - d, exact for small d (expm1), with exp as in `_exp`; 0 at d = 0."""
+    return jnp.expm1(jnp.minimum(d, _TANGENT)) + math.exp(_TANGENT) * jnp.maximum(d - _TANGENT, 0.0) - d

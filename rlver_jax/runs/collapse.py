@@ -1,0 +1,42 @@
+"""Figures that tell when a policy collapses, and the limits at which a run stops.
+
+RLVER's published training met garbage replies from step 2 on and went on without a word.
+"""
+
+from collections.abc import Mapping
+
+# metric: (field of config.alarms, whether a figure above the limit is the fault, what it may mean)
+_WATCHED = {
+    "reply/readable_share": ("readable_min", False, "replies are garbled, repeat themselves or don't end"),
+    "reply/tokens_mean": ("reply_tokens_min", False, "replies shrink to nothing"),
+    "policy/entropy": ("entropy_min", False, "the policy says one thing only"),
+}
+_WATCHED_ABOVE = {
+    "reply/tokens_mean": ("reply_tokens_max", True, "replies grow without end"),
+    "policy/entropy": ("entropy_max", True, "the policy speaks at random"),
+    "policy/ratio_max": ("ratio_max", True, "the update left the region that its gradient is true for"),
+    "policy/update_kl": ("kl_max", True, "one step changed the policy beyond recognition"),
+}
+
+
+class CollapseError(RuntimeError):
+    """A figure is beyond its limit; the message names it, the limit and what may help."""
+
+
+def breach(metrics: Mapping[str, float], limits: Mapping[str, float], step: int) -> str | None:
+    """What is wrong with a step's metrics, if anything: figure, limit, meaning, remedy.
+
+    Args:
+        limits: the fields of config.alarms; an upper limit of 0 is none. A figure that is no number is a breach.
+    """
+    for watched in (_WATCHED, _WATCHED_ABOVE):
+        for name, (field, above, meaning) in watched.items():
+            if name not in metrics or (above and not limits[field]):
+                continue
+            value, limit = metrics[name], limits[field]
+            if not (value <= limit if above else value >= limit):
+                return (
+                    f"step {step}: {name} is {value:.4g}, {'above' if above else 'below'} alarms.{field}={limit:g}: "
+                    f"{meaning}. Lower train.learning_rate, hold the policy with loss.kl, or set another limit"
+                )
+    return None

@@ -1,0 +1,77 @@
+"""Trains a policy with PPO or GRPO on the emotions of a simulated user (RLVER, arXiv 2507.03112).
+
+    python -m rlver_jax.train --config=FILE[:ARG] [--config.a.b=v …] --workdir=DIR
+
+DIR holds config.json, metrics.jsonl (a row a step), tensorboard/, checkpoints/ and dialogues/. The same command goes on
+after an interruption, with equal results; SIGTERM finishes the step and saves. Exit status: 0 done or stopped by
+SIGTERM, 1 an alarm (config.alarms), 2 bad usage, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from configs import base
+from rlver_jax.config import ConfigError, check_training, config_from_flags, validate
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.runs.collapse import CollapseError
+from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.trainer import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    say = lambda text: errors.print(f"train: {text}", markup=False, highlight=False)  # noqa: E731
+    try:
+        config, workdir = _arguments(sys.argv[1:] if argv is None else argv)
+        done = train(config, workdir, make_mesh(**config.mesh), console)
+    except (ValueError, OSError) as error:
+        say(error)
+        return 2
+    except CollapseError as alarm:
+        say(f"stopped by an alarm at {alarm}. Its checkpoints stay in {workdir}")
+        return 1
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on in {workdir}")
+        return 130
+    console.print(_summary(workdir, done, config.train.steps), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "folder of the run; an interrupted run goes on", flag_values=values)
+
+    config, options, rest = config_from_flags(argv, __doc__, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --workdir=DIR; --help lists them")
+    if not options.workdir:
+        raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
+    validate(config, base.get_config(), jax.device_count())
+    check_training(config)
+    return config, options.workdir
+
+
+def _summary(workdir: str, done: int, steps: int) -> str:
+    """The last figures, and where everything lies."""
+    rows = read_metrics(RunFolder(workdir).metrics)
+    trained = [row for row in rows if "emotion/final_mean" in row]
+    scores = [row["eval/score"] for row in rows if "eval/score" in row]
+    text = f"{done} of {steps} steps"
+    if trained:
+        text += f" · emotion {trained[0]['emotion/final_mean']:.1f} → {trained[-1]['emotion/final_mean']:.1f}"
+    if scores:
+        text += f" · eval/score {scores[0]:.2f} → {scores[-1]:.2f}"
+    if done < steps:
+        text += " · stopped by a signal: the same command goes on"
+    return f"{text}\n{workdir}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

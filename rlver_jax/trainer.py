@@ -1,0 +1,245 @@
+"""The training loop: play, reward, advantages, update, log, checkpoint (RLVER, arXiv 2507.03112, section 2)."""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from rlver_jax import evaluation
+from rlver_jax.assembly import Run, assemble
+from rlver_jax.config import flatten, reward_settings
+from rlver_jax.dialogue import Dialogues, PolicyTables, Spec
+from rlver_jax.evaluation import Evaluation
+from rlver_jax.learning.pack import pack, row_lengths
+from rlver_jax.learning.update import TrainState, compile_step
+from rlver_jax.players import Players, sampling_copy
+from rlver_jax.profiles.reader import Batch, warn_shared_personas
+from rlver_jax.rewards import Rewards, reward
+from rlver_jax.runs.checkpoint import Checkpoints
+from rlver_jax.runs.collapse import CollapseError, breach
+from rlver_jax.runs.dialogue_log import dialogue_records, write_dialogues
+from rlver_jax.runs.figures import dialogue_metrics, reply_metrics
+from rlver_jax.runs.metrics import MetricsWriter
+from rlver_jax.runs.progress import TrainingProgress
+from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.sampling.cache import LM
+
+# Fields that may change between the parts of an interrupted run: none of them changes what is computed.
+FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms")
+
+pack_batch = jax.jit(pack, static_argnums=(2, 4))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "how"))
+def score(dialogues: Dialogues, tables: PolicyTables, spec: Spec, how: tuple) -> tuple[Rewards, Int[Array, ""]]:
+    """Rewards of a batch, and the tokens of its longest packed row; `how` holds the items of `reward_settings`."""
+    rewards = reward(emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(how))
+    return rewards, row_lengths(dialogues, tables, spec).max()
+
+
+@dataclasses.dataclass
+class Step:
+    """A step whose figures have not been fetched yet: the device is left alone until the next one is under way."""
+
+    number: int
+    batch: Batch
+    ids: list[int]
+    dialogues: Dialogues
+    rewards: Rewards
+    metrics: dict[str, Array]
+    times: dict[str, float]
+    learning_since: float
+    evaluated: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Trainer:
+    """One run in its folder. `train` is the whole story; the other methods are its sentences."""
+
+    def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
+        self.config, self.folder, self.run, self.console = config, folder, run, console
+        self.held_out = held_out
+        self.key = jax.random.key(config.train.seed)
+        self.how = tuple(sorted(reward_settings(config).items()))
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+        )
+        self.pending: Step | None = None
+        self.best: float | None = None
+
+    def train(self, state: TrainState) -> int:
+        """Trains to the last step or until SIGTERM; returns the number of steps done.
+
+        Raises:
+            CollapseError: an alarm; what was saved before stays.
+        """
+        # 1. Newest whole checkpoint, if there is one  2. the reader's place  3. metrics and dialogues up to there
+        state, done = self.resume(state)
+        self.learn = compile_step(self.run.setup, state)
+        steps = self.config.train.steps
+        with self.writers(done), stop_signal() as stop:
+            if not done:
+                self.evaluate_untrained(state)
+            while done < steps and not stop:
+                done += 1
+                state = self.step(state, done)
+                due = self.config.eval.every and done % self.config.eval.every == 0
+                if due:
+                    self.pending.evaluated = self.evaluate(state)
+                if due or done == steps or stop or done % self.config.checkpoint.every == 0:
+                    self.save(state, done)
+        self.checkpoints.close()
+        if done >= steps:
+            self.folder.mark_finished(done)
+        return done
+
+    def step(self, state: TrainState, number: int) -> TrainState:
+        """Plays a batch of dialogues with the policy as it is, and learns from it."""
+        run, began = self.run, time.monotonic()
+        batch = run.reader.next_batch()
+        size = self.config.rollout.batch
+        ids = [(number - 1) * size + i for i in range(size)]
+        profiles = run.tokens.batch([index for index, _ in batch], ids)
+        players = self.players(state)
+        with jax.transfer_guard("disallow"):
+            dialogues = players.play(profiles, self.key, run.limits)
+            rewards, longest = score(dialogues, players.tables[0], players.spec, self.how)
+            self.finish()  # the step before, while this one is being played
+            began = max(began, self.last_finished)
+            length = run.length_for(int(jax.device_get(longest)))
+            played = time.monotonic()
+            packed = pack_batch(dialogues, players.tables[0], players.spec, run.limits, length)
+            state, metrics = self.learn(state, packed, rewards, players.tables[0].grammar, self.key, run.reference)
+        times = {"time/rollout_s": played - began}
+        metrics["tokens/padded"] = jnp.float32(packed.mask.size)
+        self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
+        return state
+
+    def players(self, state: TrainState) -> Players:
+        """The run's players with the policy of this state."""
+        model = self.run.players.policy.model
+        params = sampling_copy(state.params["policy"], model.dtype)
+        return dataclasses.replace(self.run.players, policy=LM(params, model))
+
+    def finish(self) -> None:
+        """Fetches, checks and writes the figures of the pending step."""
+        if self.pending is None:
+            return
+        step, self.pending = self.pending, None
+        metrics, dialogues, rewards = jax.device_get((step.metrics, step.dialogues, step.rewards))
+        self.last_finished = time.monotonic()
+        row = dialogue_metrics(dialogues, rewards.reward) | reply_metrics(dialogues, self.run.players.tokenizer)
+        row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
+        row["time/update_s"] = self.last_finished - step.learning_since
+        every = self.config.log.dialogues_every
+        problem = breach(row, self.config.alarms.to_dict(), step.number)
+        if problem or (every and (step.number % every == 0 or step.number == 1)):
+            self.log_dialogues(step, dialogues)
+        self.writer.write(step.number, row)
+        self.progress.update(step.number, row)
+        if problem:
+            raise CollapseError(f"{problem}. The dialogues are in {self.folder.dialogues(step.number)}")
+
+    def log_dialogues(self, step: Step, dialogues: Dialogues) -> None:
+        """Writes all dialogues of a step, so that `verify` can derive them."""
+        profiles = [profile for _, profile in step.batch]
+        seed, how = self.config.train.seed, dict(self.how)
+        records = dialogue_records(dialogues, self.run.players, profiles, step.ids, seed=seed, reward=how)
+        write_dialogues(self.folder.dialogues(step.number), records)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """`eval/…` of the policy on the held-out profiles."""
+        assert self.held_out is not None
+        began = time.monotonic()
+        players = dataclasses.replace(self.held_out.players, policy=self.players(state).policy)
+        held_out = dataclasses.replace(self.held_out, players=players)
+        found = evaluation.scores(held_out.play_all())
+        count = found["n"]
+        return {
+            "eval/score": found["score"],
+            "eval/success_rate": found["success"] / count,
+            "eval/failure_rate": found["failure"] / count,
+            "eval/turns_mean": found["turns_mean"],
+            "eval/reward_mean": found["reward_mean"],
+            "time/eval_s": time.monotonic() - began,
+        }
+
+    def evaluate_untrained(self, state: TrainState) -> None:
+        """Row 0 of the metrics: what the policy scores before any step."""
+        if self.config.eval.every:
+            self.progress.note("evaluating the untrained policy")
+            found = self.evaluate(state)
+            self.writer.write(0, found)
+            self.progress.note(f"untrained policy: eval/score {found['eval/score']:.2f}")
+
+    def save(self, state: TrainState, done: int) -> None:
+        """Saves the state with everything that going on needs; its figures are written first."""
+        scored = self.pending.evaluated.get("eval/score") if self.pending else None
+        self.finish()
+        self.checkpoints.save(done, state, {"reader": self.run.reader.state()}, scored)
+
+    def resume(self, state: TrainState) -> tuple[TrainState, int]:
+        """The newest state saved, or the given one; and its number of steps."""
+        found = self.checkpoints.restore(state, report=lambda text: self.console.print(text, highlight=False))
+        if found is None:
+            self.folder.drop_after(0)
+            return state, 0
+        self.run.reader.restore(found.extra["reader"])
+        self.folder.drop_after(found.step)
+        self.console.print(f"going on after step {found.step} of {self.config.train.steps}", highlight=False)
+        return found.state, found.step
+
+    @contextlib.contextmanager
+    def writers(self, done: int) -> Iterator[None]:
+        """Metrics and progress, open."""
+        log = self.config.log
+        self.last_finished = time.monotonic()
+        self.writer = MetricsWriter(
+            self.folder.path,
+            tensorboard=log.tensorboard,
+            wandb=log.wandb,
+            config=flatten(self.config),
+            resume_step=done,
+        )
+        with contextlib.closing(self.writer), TrainingProgress(self.console, self.config.train.steps, done) as progress:
+            self.progress = progress
+            yield
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """A list that SIGTERM makes non-empty: pods are taken away with it, and a step is worth finishing."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(config: ConfigDict, workdir: str | Path, mesh: Mesh, console: Console) -> int:
+    """Trains in `workdir`, or goes on there; returns the number of steps done.
+
+    Raises:
+        ValueError, OSError: bad input, before anything is compiled.
+        CollapseError: a figure went beyond the limits of config.alarms.
+    """
+    folder = RunFolder.open(workdir, config, free_fields=FREE_FIELDS)
+    with jax.set_mesh(mesh):
+        with console.status("loading models and profiles"):
+            run, state = assemble(config, mesh)
+            held_out = None
+            if config.eval.every:
+                profiles = evaluation.chosen_profiles(config)
+                warn_shared_personas(run.profiles, profiles)
+                held_out = evaluation.of_players(config, run.players, profiles, mesh)
+        return Trainer(config, folder, run, held_out, console).train(state)
