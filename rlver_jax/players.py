@@ -153,8 +153,10 @@ class ProfileTokens:
         ids = np.zeros(count * group, np.uint32)
         ids[: len(dialogue_ids)] = dialogue_ids
         active = np.arange(count * group) < len(dialogue_ids)
-        tokens = (self.prefix, self.prefix_count, self.first_talk, self.first_count)
-        return Profiles(*map(jnp.asarray, (*(x[rows] for x in tokens), ids, active)))
+        real = np.arange(count) < len(indices)
+        counts = (self.prefix_count[rows] * real, self.first_count[rows] * real)
+        prefix, first = self.prefix[rows], self.first_talk[rows]
+        return Profiles(*map(jnp.asarray, (prefix, counts[0], first, counts[1], ids, active)))
 
 
 @dataclasses.dataclass(frozen=True)

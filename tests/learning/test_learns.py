@@ -1,0 +1,85 @@
+"""PPO and GRPO raise the rate of what is rewarded: a phrase that the tiny policy seldom says becomes its habit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlver_jax.dialogue import PlayLimits, Spec
+from rlver_jax.learning.objective import Learner, Loss
+from rlver_jax.learning.pack import pack, row_lengths
+from rlver_jax.learning.update import (
+    Advantage,
+    Optimizers,
+    Schedule,
+    Setup,
+    compile_step,
+    init_state,
+    make_optimizer,
+)
+from rlver_jax.models.value_head import ValueHead
+from rlver_jax.players import Players
+from rlver_jax.rewards import Rewards
+from rlver_jax.sampling.cache import LM
+from rlver_jax.user.simulated import UserLimits
+
+from ..conftest import some_profiles
+
+PHRASE, PROFILES, GROUP, STEPS, LENGTH = "my sister said goodbye", 3, 24, 50, 112
+COUNT = PROFILES * GROUP
+
+
+def make_players(policy_lm, user_lm, bpe, prompts, mode):
+    spec = Spec(
+        mode=mode, enforce_format=False, group=GROUP, max_turns=1, context=512, think_tokens=20, say_tokens=24,
+        user_tokens=2,
+    )  # fmt: skip
+    return Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+
+
+def rewarded(dialogues, tokenizer) -> np.ndarray:
+    said = dialogues.policy
+    texts = [tokenizer.decode(said.say[0, b, : said.say_count[0, b]].tolist()) for b in range(COUNT)]
+    return np.array([PHRASE in text for text in texts], np.float32) * ~said.violation[0]
+
+
+def setup_of(policy_lm, estimator) -> Setup:
+    rate = {"warmup_steps": 0, "grad_clip": 1.0, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0}
+    made = make_optimizer(learning_rate=3e-3, moment_dtype="float32", **rate)
+    critic = estimator == "gae"
+    learner = Learner(policy_lm.model, None, ValueHead() if critic else None, Loss(), vocab_chunk=512)
+    return Setup(learner, Advantage(estimator, group=GROUP), Schedule(), Optimizers(made, made if critic else None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["think", "direct"])
+@pytest.mark.parametrize("estimator", ["grpo", "gae"])
+def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, mode, estimator):
+    players, setup = make_players(policy_lm, user_lm, bpe, prompts, mode), setup_of(policy_lm, estimator)
+    user = UserLimits(jnp.int32(1), jnp.int32(1), jnp.float32(1))
+    limits = PlayLimits(*map(jnp.int32, (1, 20, 24)), jnp.float32(1), jnp.int32(30), user)
+    tokens, key = players.tokens(some_profiles(PROFILES)), jax.random.key(0)
+    params = {"policy": jax.tree.map(jnp.copy, policy_lm.params)}
+    if estimator == "gae":
+        width = policy_lm.model.config.hidden_size
+        params["critic"] = {"head": {"kernel": jnp.zeros(width), "bias": jnp.float32(0)}}
+    state = jax.device_put(init_state(params, setup.optimizers), jax.devices()[0])
+    learn, packing = compile_step(setup, state), jax.jit(pack, static_argnums=(2, 4))
+    rates, ratios = [], []
+    for step in range(STEPS):
+        now = dataclasses.replace(players, policy=LM(state.params["policy"], policy_lm.model))
+        ids = [step * COUNT + i for i in range(COUNT)]
+        dialogues = now.play(tokens.batch(range(PROFILES), ids), key, limits)
+        reward = rewarded(jax.device_get(dialogues), bpe)
+        assert row_lengths(dialogues, players.tables[0], players.spec).max() <= LENGTH
+        batch = packing(dialogues, players.tables[0], players.spec, limits, LENGTH)
+        rewards = Rewards(jnp.asarray(reward), jnp.asarray(reward[:, None]))
+        state, metrics = learn(state, batch, rewards, players.tables[0].grammar, key)
+        rates.append(reward.mean())
+        ratios.append(float(metrics["policy/ratio_max_first"]))
+    print(f"{estimator} {mode}: {np.mean(rates[:3]):.3f} -> {np.mean(rates[-3:]):.3f}; largest first ratio {max(ratios)}")
+    assert np.mean(rates[:3]) < 0.05
+    assert np.mean(rates[-3:]) > 0.8
+    assert max(ratios) < 1 + 1e-4, "the trainer's log-probs are the sampler's"
