@@ -18,6 +18,7 @@ setup(
         "rlver_jax.user.prompts": [
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
         ],
+        "configs": ["debug_world/*", "debug_world/prompts/*"],
     },
     install_requires=[
         "jax>=0.10",
@@ -36,10 +37,12 @@ setup(
         "jaxtyping>=0.3",
         "jinja2>=3.1",
         "rich>=14",
+        "tensorboardX>=2.6.4",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "test": TEST,
         "parity": ["torch==2.13.0"],
+        "wandb": ["wandb>=0.21"],
     },
 )

@@ -1,17 +1,14 @@
-"""A config from the command line, and its validation across its fields, before anything is compiled.
+"""A config's fields as flat names, and their validation, each and across one another, before anything is compiled.
 
 Every fault is reported at once; each message names the field, its value, what is allowed, and a remedy.
 """
 
 import difflib
-import io
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy.dtype": ("bfloat16", "float32"),
@@ -123,6 +120,20 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def unflatten(flat: dict[str, Any], base: ConfigDict) -> ConfigDict:
+    """The config that `flatten` flattened, also when it has been through JSON; `base` has the same fields.
+
+    Raises:
+        ConfigError: a field that `base` doesn't have, or a value of another type.
+    """
+    config = base.copy_and_resolve_references()
+    try:
+        config.update_from_flattened_dict(flat)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the config is not one of this version: {error}") from error
+    return config
 
 
 def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = None) -> None:
@@ -298,68 +309,3 @@ def reward_settings(config: ConfigDict) -> dict[str, Any]:
     """The config's reward as keywords of `rewards.reward`, whose `weight` is that of the per-turn changes."""
     c = config.reward
     return {"name": c.kind, "gamma": c.discount, "weight": 1.0 - c.final_weight}
-
-
-def config_from_flags(
-    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None] | None = None
-) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
-    """Reads `--config=FILE[:ARG] [--config.a.b=v …]` and an entry point's own flags.
-
-    Each call has flags of its own, so that several entry points can run in one process.
-
-    Args:
-        argv: arguments, without the program's name.
-        usage: printed by --help above the flags; the entry point's docstring.
-        define: adds flags to the given `FlagValues`.
-
-    Returns:
-        the config, not yet validated; the flags; what is no flag.
-
-    Raises:
-        ConfigError: an unknown or malformed flag or field, or a config file that cannot be loaded.
-        SystemExit: with 0, after --help.
-    """
-    values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "show this text", flag_values=values)
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Python file with get_config(arg), as FILE or FILE:ARG; --config.a.b=v sets a field",
-        flag_values=values,
-        sys_argv=["", *argv],
-    )
-    if define is not None:
-        define(values)
-    if "--help" in argv:  # before the rest, which may be wrong: that is when one asks for help
-        print(_help(usage, values))
-        raise SystemExit(0)
-    try:
-        rest = values(["", *argv])[1:]
-        config = values.config
-    except Exception as error:  # a config file is code and may raise anything
-        raise ConfigError(_explained(error, argv)) from error
-    if config is None:
-        raise ConfigError("no --config was given; name one, e.g. --config=configs/base.py (--help lists all flags)")
-    return config, values, rest
-
-
-def _help(usage: str, values: flags.FlagValues) -> str:
-    text = io.StringIO()
-    for name in sorted(values):
-        if name not in ("help", "flagfile", "undefok") and values[name].help:
-            print(f"  --{name}: {values[name].help}", file=text)
-    return f"{usage.strip()}\n\nflags:\n{text.getvalue()}  --help: show this text"
-
-
-def _explained(error: Exception, argv: Sequence[str]) -> str:
-    if isinstance(error, flags.Error | OSError):
-        return f"{error}; --help lists the flags, configs/base.py the fields"
-    text = str(error.args[0] if error.args else error)
-    name = re.search(r"\w+", text)
-    if isinstance(error, KeyError | AttributeError) and name:  # how ml_collections reports --config.no.such=field
-        fields = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-        fields = [field for field in fields if name[0] in field.split("=")[0].split(".")] or [name[0]]
-        close = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"did you mean {close[1]}? " if close else ""
-        return f"{', '.join(fields)}: unknown field; {hint}configs/base.py has all fields"
-    return f"the config file cannot be loaded: {type(error).__name__}: {text}"

@@ -1,9 +1,10 @@
 """Plays held-out profiles with a policy and scores it as SAGE does: by the user's emotion at the end.
 
-    python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=HF_FOLDER] --out=DIR
+    python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
 
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
-what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. An interrupted evaluation goes on where it was
+what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. Of a training run the checkpoint with the best
+eval/score is taken (else the last; --step chooses). An interrupted evaluation goes on where it was
 when it is started again with the same settings and DIR. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
@@ -21,24 +22,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs import base
-from rlver_jax.config import ConfigError, config_from_flags, validate
+from rlver_jax.command_line import config_from_flags
+from rlver_jax.config import ConfigError, validate
 from rlver_jax.evaluation import Evaluation, chosen_profiles, load, scores
 from rlver_jax.runs import evaluation_folder
 from rlver_jax.runs.dialogue_log import Record, generated_tokens
 from rlver_jax.runs.evaluation_folder import EvaluationFolder
 from rlver_jax.runs.figures import prefilled_count
 from rlver_jax.runs.render import print_dialogue
+from rlver_jax.runs.trained import TrainedPolicy, is_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
-        config, out = _arguments(sys.argv[1:] if argv is None else argv)
+        config, options = _arguments(sys.argv[1:] if argv is None else argv)
+        trained = _trained(config, options)
+        validate(config, base.get_config(), jax.device_count())
         profiles = chosen_profiles(config)
-        folder = EvaluationFolder.open(out, evaluation_folder.settings_of(config, profiles))
+        settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
+        folder = EvaluationFolder.open(options.out, settings)
         with console.status("loading the models"):
-            evaluation = load(config, profiles)
+            evaluation = load(config, profiles, policy_weights=trained.weights if trained else None)
     except (ValueError, OSError) as error:
         errors.print(f"evaluate: {error}", markup=False, highlight=False)
         return 2
@@ -54,20 +60,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("out", None, "folder for summary.json and dialogues.jsonl", flag_values=values)
-        flags.DEFINE_string("checkpoint", None, "Hugging Face folder that replaces policy.path", flag_values=values)
+        flags.DEFINE_string(
+            "checkpoint", None, "training run or Hugging Face folder to take the policy from", flag_values=values
+        )
+        flags.DEFINE_string("step", "", "of a training run: best | last | a number", flag_values=values)
 
     config, options, rest = config_from_flags(argv, __doc__, define)
     if rest:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
-    if options.checkpoint:
-        config.policy.path = options.checkpoint
-    validate(config, base.get_config(), jax.device_count())
-    return config, options.out
+    return config, options
+
+
+def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | None:
+    """Puts --checkpoint in the policy's place; what to read where it is a training run."""
+    if not options.checkpoint:
+        return None
+    if not is_run(options.checkpoint):
+        config.policy.path, config.policy.init = options.checkpoint, "path"
+        return None
+    trained = TrainedPolicy.open(options.checkpoint, base.get_config(), options.step)
+    config.policy.path, config.policy.init = trained.config.policy.path, trained.config.policy.init
+    return trained
 
 
 def play_missing(evaluation: Evaluation, folder: EvaluationFolder, console: Console) -> list[Record]:

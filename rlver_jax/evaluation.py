@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config import ConfigError, profile_files, reward_settings
 from rlver_jax.dialogue import END_REASONS, Dialogues, PlayLimits
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.players import Players, ProfileTokens, limits_of, spec_of
+from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import Record, dialogue_records
 from rlver_jax.user.emotion import SAGE
@@ -65,15 +65,21 @@ def chosen_profiles(config: ConfigDict) -> list[Profile]:
     return read_profiles(profile_files(files))[: config.eval.num_profiles]
 
 
-def load(config: ConfigDict, profiles: Sequence[Profile], mesh: Mesh | None = None) -> Evaluation:
-    """Loads the models and encodes all profiles.
+def load(
+    config: ConfigDict,
+    profiles: Sequence[Profile],
+    mesh: Mesh | None = None,
+    policy_weights: Weights | None = None,
+) -> Evaluation:
+    """Loads the models and encodes all profiles; `policy_weights` replace those of policy.path.
 
     Raises:
         ValueError, OSError: a model cannot be loaded, or a profile doesn't fit the context.
     """
     if mesh is None and jax.device_count() > 1:
         mesh = make_mesh(**config.mesh)
-    return of_players(config, Players.load(config, eval_spec(config), mesh), profiles, mesh)
+    players = Players.load(config, eval_spec(config), mesh, policy_weights)
+    return of_players(config, players, profiles, mesh)
 
 
 def of_players(config: ConfigDict, players: Players, profiles: Sequence[Profile], mesh: Mesh | None) -> Evaluation:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import Prompts, load_prompts
 from rlver_jax.user.simulated import UserLimits, UserTables, build_user_tables
 
+Weights = Callable[[Qwen2, Mesh | None], Params]  # where a model's parameters come from
 WIDTH_STEP = 128  # prefix widths are multiples of it, so that other profiles rarely mean another compilation
 
 
@@ -53,15 +54,15 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
         )
 
 
-def load_model(config: ConfigDict, name: str, mesh: Mesh | None = None) -> tuple[LM, Tokenizer]:
-    """Model and tokenizer of `config.policy`, `config.user` or `config.critic`; random weights differ by `name`.
+def make_model(config: ConfigDict, name: str) -> Qwen2:
+    """The module of `config.policy`, `config.user` or `config.critic`, without weights.
 
     Raises:
-        ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
+        ValueError: no path is set, or its config.json is not a Qwen2.5 model's.
     """
     if not config.path:
         raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
-    model = Qwen2(
+    return Qwen2(
         Qwen2Config.from_hf(config.path),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
@@ -69,7 +70,23 @@ def load_model(config: ConfigDict, name: str, mesh: Mesh | None = None) -> tuple
         attention=config.attention,
         attention_chunk=config.attention_chunk,
     )
-    if config.init == "random":
+
+
+def load_model(
+    config: ConfigDict, name: str, mesh: Mesh | None = None, weights: Weights | None = None
+) -> tuple[LM, Tokenizer]:
+    """Model and tokenizer of `config.policy`, `config.user` or `config.critic`; random weights differ by `name`.
+
+    Args:
+        weights: where the parameters come from instead of `config.path`.
+
+    Raises:
+        ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
+    """
+    model = make_model(config, name)
+    if weights is not None:
+        params = weights(model, mesh)
+    elif config.init == "random":
         params = init_params(model, jax.random.key(zlib.crc32(name.encode())), mesh)
     else:
         params = load_params(config.path, model, mesh=mesh)
@@ -182,14 +199,21 @@ class Players:
         return cls(policy, user, tokenizer, prompts, tables, spec=spec, **how)
 
     @classmethod
-    def load(cls, config: ConfigDict, spec: Spec, mesh: Mesh | None = None) -> "Players":
-        """Players of a config. One folder for both is loaded once.
+    def load(
+        cls, config: ConfigDict, spec: Spec, mesh: Mesh | None = None, policy_weights: Weights | None = None
+    ) -> "Players":
+        """Players of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
 
         Raises:
             ValueError: the two models have different tokenizers, or one of them cannot be loaded.
         """
-        policy, tokenizer = load_model(config.policy, "policy", mesh)
-        same = all(config.policy[name] == config.user[name] for name in config.user if name in config.policy)
+        policy, tokenizer = load_model(config.policy, "policy", mesh, policy_weights)
+        shared = [name for name in config.user if name in config.policy]
+        same = (
+            policy_weights is None
+            and config.user.init == "path"
+            and all(config.policy[name] == config.user[name] for name in shared)
+        )
         user, other = (policy, tokenizer) if same else load_model(config.user, "user", mesh)
         check_tokenizers(tokenizer, other)
         prompts = load_prompts(config.data.language, config.user.prompts or None)

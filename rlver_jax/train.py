@@ -9,6 +9,7 @@ SIGTERM, 1 an alarm (config.alarms), 2 bad usage, 130 interrupted.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from absl import flags
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import base
-from rlver_jax.config import ConfigError, check_training, config_from_flags, validate
+from rlver_jax.command_line import config_from_flags
+from rlver_jax.config import ConfigError, check_training, validate
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
@@ -60,7 +62,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 
 def _summary(workdir: str, done: int, steps: int) -> str:
     """The last figures, and where everything lies."""
-    rows = read_metrics(RunFolder(workdir).metrics)
+    rows = read_metrics(RunFolder(Path(workdir)).metrics)
     trained = [row for row in rows if "emotion/final_mean" in row]
     scores = [row["eval/score"] for row in rows if "eval/score" in row]
     text = f"{done} of {steps} steps"

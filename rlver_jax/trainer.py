@@ -93,7 +93,7 @@ class Trainer:
                 done += 1
                 state = self.step(state, done)
                 due = self.config.eval.every and done % self.config.eval.every == 0
-                if due:
+                if due and self.pending:
                     self.pending.evaluated = self.evaluate(state)
                 if due or done == steps or stop or done % self.config.checkpoint.every == 0:
                     self.save(state, done)
@@ -113,10 +113,10 @@ class Trainer:
         with jax.transfer_guard("disallow"):
             dialogues = players.play(profiles, self.key, run.limits)
             rewards, longest = score(dialogues, players.tables[0], players.spec, self.how)
-            self.finish()  # the step before, while this one is being played
-            began = max(began, self.last_finished)
-            length = run.length_for(int(jax.device_get(longest)))
-            played = time.monotonic()
+        self.finish()  # the step before, while this one is being played
+        length = run.length_for(int(jax.device_get(longest)))
+        began, played = max(began, self.last_finished), time.monotonic()
+        with jax.transfer_guard("disallow"):
             packed = pack_batch(dialogues, players.tables[0], players.spec, run.limits, length)
             state, metrics = self.learn(state, packed, rewards, players.tables[0].grammar, self.key, run.reference)
         times = {"time/rollout_s": played - began}

@@ -22,7 +22,8 @@ from rich.progress import track
 
 from configs import base
 from rlver_jax import rewards
-from rlver_jax.config import ConfigError, config_from_flags, profile_files, reward_settings, validate
+from rlver_jax.command_line import config_from_flags
+from rlver_jax.config import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.players import Players, load_model, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import read_dialogues

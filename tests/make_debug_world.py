@@ -1,6 +1,6 @@
 """Writes configs/debug_world (but its prompts): a tokenizer, a tiny architecture, eight profiles; for configs/debug.py.
 
-    python tests/make_debug_world.py
+python tests/make_debug_world.py
 """
 
 import json

@@ -22,6 +22,7 @@ LAYERS = [
     {"profiles"},
     {"text"},
     {"parallel"},
+    {"command_line"},
     {"config"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

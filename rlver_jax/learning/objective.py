@@ -66,7 +66,7 @@ class Sample:
 
 def read(model: Qwen2, params: Params, batch: PackedBatch) -> Float[Array, "B L D"]:
     """Hidden states of packed rows."""
-    return model.apply({"params": params}, batch.tokens, batch.positions, batch.branch)[0]  # type: ignore[index]
+    return model.apply({"params": params}, batch.tokens, batch.positions, batch.branch)[0]
 
 
 def action_logprobs(
@@ -132,6 +132,8 @@ def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -
 def _value_loss(learner: Learner, critic: Params, hidden: Array, sample: Sample) -> Array:
     value = values(learner, critic, hidden, sample.batch)
     clip = learner.loss.value_clip
+    assert sample.value is not None
+    assert sample.returns is not None
     per_token = losses.value_loss(value, sample.value, sample.returns, sample.batch.mask, clip=clip)
     return (sample.mean * per_token).sum()
 

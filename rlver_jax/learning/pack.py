@@ -33,10 +33,10 @@ class PackedBatch:
 
 
 class _Piece(NamedTuple):
-    """Tokens that every turn of every row has in this place: the first count of them."""
+    """Tokens that every turn of every row has in this place: the first `width` of them."""
 
     tokens: Int[Array, "B T S"]
-    count: Int[Array, "B T"]
+    width: Int[Array, "B T"]
     branched: bool = False
 
 
@@ -56,7 +56,7 @@ def max_length(tables: PolicyTables, spec: Spec, first_width: int) -> int:
 
 def row_lengths(dialogues: Dialogues, tables: PolicyTables, spec: Spec) -> Int[Array, "B"]:
     """Tokens of each dialogue's row: what decides how long the packed rows must be."""
-    counts = jnp.stack([piece.count for piece in _pieces(dialogues, tables, spec)])
+    counts = jnp.stack([piece.width for piece in _pieces(dialogues, tables, spec)])
     return tables.system.shape[0] + counts.sum((0, 2))
 
 
@@ -134,7 +134,7 @@ def _side_by_side(pieces: list[_Piece], system: Array) -> tuple[Array, Array, Ar
     """(tokens, valid) [B, T * W] with gaps, and [T * W] whether a place belongs to a branch."""
     batch, turns = system.shape[0], pieces[0].tokens.shape[1]
     tokens = jnp.concatenate([piece.tokens for piece in pieces], axis=2).reshape(batch, -1)
-    masks = [jnp.arange(piece.tokens.shape[2]) < piece.count[:, :, None] for piece in pieces]
+    masks = [jnp.arange(piece.tokens.shape[2]) < piece.width[:, :, None] for piece in pieces]
     branched = jnp.concatenate([jnp.full(piece.tokens.shape[2], piece.branched) for piece in pieces])
     return tokens, jnp.concatenate(masks, axis=2).reshape(batch, -1), jnp.tile(branched, turns)
 

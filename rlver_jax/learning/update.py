@@ -214,6 +214,7 @@ def compute_advantages(
     if how.estimator == "gae":
         if how.credit not in ("dialogue", "turn"):
             raise ValueError(f"credit={how.credit!r}; expected dialogue or turn")
+        assert value is not None, "gae needs a critic"
         by_turn = how.credit == "turn"
         place = advantages.terminal_on_every_turn if by_turn else advantages.token_rewards
         given = place(rewards.reward if by_turn else rewards.turns, batch.turn, mask)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config import flatten
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
+from rlver_jax.runs.files import write_json
 from rlver_jax.user.prompts import load_prompts
 
 PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json"
@@ -84,14 +85,17 @@ class EvaluationFolder:
         log = self.path / DIALOGUES
         if [record["dialogue"] for record in read_dialogues(log)] != [record["dialogue"] for record in records]:
             write_dialogues(log, records)
-        _write_json(self.path / SUMMARY, summary)
+        write_json(self.path / SUMMARY, summary)
 
     def _save(self) -> None:
-        _write_json(self.path / PROGRESS, {"settings": self.settings, "played": self.played})
+        write_json(self.path / PROGRESS, {"settings": self.settings, "played": self.played})
 
 
-def settings_of(config: ConfigDict, profiles: Sequence[Profile]) -> dict[str, Any]:
+def settings_of(config: ConfigDict, profiles: Sequence[Profile], checkpoint: str | None = None) -> dict[str, Any]:
     """Everything that a score depends on: fields of the config, and fingerprints of weights, prompts and profiles.
+
+    Args:
+        checkpoint: fingerprint of the checkpoint that the policy's weights come from, if not from policy.path.
 
     Raises:
         ValueError, OSError: prompts or profiles that cannot be used, or a model's folder without files.
@@ -102,8 +106,8 @@ def settings_of(config: ConfigDict, profiles: Sequence[Profile]) -> dict[str, An
     flat["eval.num_profiles"] = len(profiles)
     return flat | {
         "backend": jax.default_backend(),
-        "fingerprint.policy": model_fingerprint(config.policy.path, "policy"),
-        "fingerprint.user": model_fingerprint(config.user.path, "user"),
+        "fingerprint.policy": checkpoint or model_fingerprint(config.policy, "policy"),
+        "fingerprint.user": model_fingerprint(config.user, "user"),
         "fingerprint.texts": texts_fingerprint(config, profiles),
     }
 
@@ -118,16 +122,22 @@ def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
     return _digest(json.dumps(texts).encode())
 
 
-def model_fingerprint(folder: str, name: str) -> str:
+def model_fingerprint(config: ConfigDict, name: str) -> str:
     """Of a model's config, tokenizer and weights: of these 64 evenly spread pieces of each file, which is quick.
+
+    Args:
+        config: `config.policy` or `config.user`; with init="random" there may be no weights.
 
     Raises:
         ValueError: no folder is named, or it holds no model.
     """
+    folder = config.path
     if not folder:
         raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
     files = sorted(file for kind in ("*.safetensors", "*.model", "*.json") for file in Path(folder).glob(kind))
-    if not any(file.suffix == ".safetensors" for file in files):
+    if config.init == "random":
+        files = [file for file in files if file.suffix != ".safetensors"]
+    elif not any(file.suffix == ".safetensors" for file in files):
         raise ValueError(f"{name}.path={folder!r} holds no *.safetensors; expected a Hugging Face folder of a model")
     return _digest(*(piece for file in files for piece in (file.name.encode(), *_pieces(file))))
 
@@ -177,9 +187,3 @@ def _read_progress(path: Path) -> dict[str, Any]:
         return {"settings": dict(found["settings"]), "played": list(found["played"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no progress of an evaluation ({error}); name another --out") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)

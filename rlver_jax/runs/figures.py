@@ -61,7 +61,7 @@ def reply_metrics(dialogues: Dialogues, tokenizer: Tokenizer) -> dict[str, float
         return {}
     replies = [said.say[t, b, : said.say_count[t, b]] for t, b in played]
     stopped = [bool(said.said.stopped[t, b]) for t, b in played]
-    readable = [is_readable(tokenizer, reply, end) for reply, end in zip(replies, stopped, strict=True)]
+    readable = [is_readable(tokenizer, reply.tolist(), end) for reply, end in zip(replies, stopped, strict=True)]
     return {
         "reply/readable_share": float(np.mean(readable)),
         "reply/stopped_share": float(np.mean(stopped)),

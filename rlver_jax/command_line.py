@@ -1,0 +1,89 @@
+"""Flags of the entry points, with help and with errors that say what to do."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from rlver_jax.config import ConfigError
+
+Define = Callable[[flags.FlagValues], None]
+
+
+def parse_flags(argv: Sequence[str], usage: str, define: Define) -> tuple[flags.FlagValues, list[str]]:
+    """Reads an entry point's own flags.
+
+    Each call has flags of its own, so that several entry points can run in one process.
+
+    Args:
+        argv: arguments, without the program's name.
+        usage: printed by --help above the flags; the entry point's docstring.
+        define: adds flags to the given `FlagValues`.
+
+    Returns:
+        the flags; what is no flag.
+
+    Raises:
+        ConfigError: an unknown or malformed flag or field, or a config file that cannot be loaded.
+        SystemExit: with 0, after --help.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "show this text", flag_values=values)
+    define(values)
+    if "--help" in argv:  # before the rest, which may be wrong: that is when one asks for help
+        print(_help(usage, values))
+        raise SystemExit(0)
+    try:
+        return values, values(["", *argv])[1:]
+    except Exception as error:  # a config file is code and may raise anything
+        raise ConfigError(_explained(error, argv)) from error
+
+
+def config_from_flags(
+    argv: Sequence[str], usage: str, define: Define | None = None
+) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
+    """Reads `--config=FILE[:ARG] [--config.a.b=v …]` and an entry point's own flags; see `parse_flags`.
+
+    Returns:
+        the config, not yet validated; the flags; what is no flag.
+    """
+
+    def define_all(values: flags.FlagValues) -> None:
+        config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "Python file with get_config(arg), as FILE or FILE:ARG; --config.a.b=v sets a field",
+            flag_values=values,
+            sys_argv=["", *argv],
+        )
+        if define is not None:
+            define(values)
+
+    values, rest = parse_flags(argv, usage, define_all)
+    if values.config is None:
+        raise ConfigError("no --config was given; name one, e.g. --config=configs/base.py (--help lists all flags)")
+    return values.config, values, rest
+
+
+def _help(usage: str, values: flags.FlagValues) -> str:
+    text = io.StringIO()
+    for name in sorted(values):
+        if name not in ("help", "flagfile", "undefok") and values[name].help:
+            print(f"  --{name}: {values[name].help}", file=text)
+    return f"{usage.strip()}\n\nflags:\n{text.getvalue()}  --help: show this text"
+
+
+def _explained(error: Exception, argv: Sequence[str]) -> str:
+    if isinstance(error, flags.Error | OSError):
+        return f"{error}; --help lists the flags, configs/base.py the fields"
+    text = str(error.args[0] if error.args else error)
+    name = re.search(r"\w+", text)
+    if isinstance(error, KeyError | AttributeError) and name:  # how ml_collections reports --config.no.such=field
+        fields = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
+        fields = [field for field in fields if name[0] in field.split("=")[0].split(".")] or [name[0]]
+        close = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"did you mean {close[1]}? " if close else ""
+        return f"{', '.join(fields)}: unknown field; {hint}configs/base.py has all fields"
+    return f"the config file cannot be loaded: {type(error).__name__}: {text}"

@@ -1,0 +1,66 @@
+"""Writes a trained policy as a Hugging Face folder, for `transformers`, vLLM, or `evaluate --checkpoint`.
+
+    python -m rlver_jax.export --workdir=DIR --out=NEW_DIR [--step=best|last|N] [--dtype=bfloat16|float32]
+
+Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
+Tokenizer files are copied from the run's policy.path. Exit status: 0 done, 2 bad usage.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from rich.console import Console
+
+from configs import base
+from rlver_jax.command_line import parse_flags
+from rlver_jax.config import ConfigError
+from rlver_jax.models.hf_weights import save_params
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import make_model
+from rlver_jax.runs.trained import TrainedPolicy
+
+DTYPES = ("bfloat16", "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        options = _arguments(sys.argv[1:] if argv is None else argv)
+        policy = TrainedPolicy.open(options.workdir, base.get_config(), options.step)
+        model = make_model(policy.config.policy, "policy")
+        mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
+        with console.status(f"reading step {policy.step}"):
+            params = policy.weights(model, mesh)
+        with console.status(f"writing {options.out}"):
+            save_params(
+                options.out, params, model.config, dtype=options.dtype, tokenizer_from=policy.config.policy.path
+            )
+    except (ValueError, OSError) as error:
+        errors.print(f"export: {error}", markup=False, highlight=False)
+        return 2
+    text = f"step {policy.step} of {options.workdir} → {options.out} ({options.dtype})"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> flags.FlagValues:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=values)
+        flags.DEFINE_string("out", None, "folder to be written; new or empty", flag_values=values)
+        flags.DEFINE_string("step", "", "best | last | a number", flag_values=values)
+        flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "of the weights written", flag_values=values)
+
+    options, rest = parse_flags(argv, __doc__, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
+    for name, what in (("workdir", "a training run's folder"), ("out", "the folder to be written")):
+        if not options[name].value:
+            raise ConfigError(f"no --{name} was given; name {what}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

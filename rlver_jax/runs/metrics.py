@@ -1,0 +1,115 @@
+"""The metrics of a run: a JSON object a step in metrics.jsonl, and the same to TensorBoard and Weights & Biases."""
+
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb_id"
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, steps rising; a last line that was not finished is left out.
+
+    Raises:
+        ValueError: another line is no row; with its number.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was not finished
+        try:
+            rows.append(dict(json.loads(line)))
+            rows[-1]["step"] = int(rows[-1]["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}: line {number} is no row of metrics ({error}); restore or remove the file"
+            ) from error
+    return rows
+
+
+class MetricsWriter:
+    """Appends rows; each is on disk before `write` returns."""
+
+    def __init__(
+        self, folder: Path, *, tensorboard: bool, wandb: str, config: Mapping[str, Any], resume_step: int
+    ) -> None:
+        """Opens the run's metrics, and drops what will be computed again.
+
+        Args:
+            folder: of the run.
+            wandb: project of Weights & Biases; empty: none.
+            config: {"a.b": value}, for Weights & Biases.
+            resume_step: last step of which the state was saved; 0: none, and every row goes.
+
+        Raises:
+            ValueError: metrics.jsonl is broken, or Weights & Biases is asked for and not installed.
+        """
+        path = folder / METRICS
+        rows = read_metrics(path) if path.exists() and resume_step else []
+        rows = [row for row in rows if row["step"] <= resume_step]
+        new = path.with_name(METRICS + ".tmp")
+        new.write_text("".join(map(_line, rows)), encoding="utf-8")
+        new.replace(path)
+        self._last = rows[-1]["step"] if rows else -1
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _open_tensorboard(folder, resume_step) if tensorboard else None
+        self._wandb = _open_wandb(folder, wandb, config) if wandb else None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a step's figures; one that is no number becomes null.
+
+        Raises:
+            ValueError: the step is not after the last one.
+        """
+        if step <= self._last:
+            raise ValueError(f"metrics of step {step} after those of step {self._last}; steps must rise")
+        self._last = step
+        row = {name: value if math.isfinite(value) else None for name, value in sorted(metrics.items())}
+        self._file.write(_line({"step": step, **row}))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb:
+            self._wandb.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Closes the files and ends Weights & Biases' run."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> Any:
+    from tensorboardX import SummaryWriter  # slow to import
+
+    return SummaryWriter(str(folder / TENSORBOARD), purge_step=resume_step + 1 if resume_step else 0)
+
+
+def _open_wandb(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"log.wandb={project!r} needs the package wandb: pip install 'rlver_jax[wandb]', or leave log.wandb empty"
+        ) from error
+    identity = folder / WANDB
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    name = re.sub(r"[^\w.-]+", "-", folder.absolute().name)
+    return wandb.init(
+        project=project, id=identity.read_text(encoding="utf-8").strip(), name=name, dir=str(folder),
+        config=dict(config), resume="allow",
+    )  # fmt: skip

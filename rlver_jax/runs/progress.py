@@ -1,0 +1,70 @@
+"""What one sees while a run trains: a bar with rate, ETA and the emotion's course; elsewhere a line a step."""
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24  # characters of the sparkline
+_RECENT = 8  # steps whose durations foretell the rest: the first one compiles
+
+
+def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
+    """Values as a row of bars from the least to the greatest; more than `width` of them are averaged in runs."""
+    if not len(values):
+        return ""
+    parts = np.array_split(np.asarray(values, np.float64), min(width, len(values)))
+    means = np.array([part.mean() for part in parts])
+    low, span = means.min(), np.ptp(means)
+    level = (means - low) / span * (len(_BARS) - 1) if span else np.zeros(len(means))
+    return "".join(_BARS[round(x)] for x in level)
+
+
+class TrainingProgress:
+    """Shows how far a run is; a context manager."""
+
+    def __init__(self, console: Console, total: int, done: int):
+        """Of `total` steps, `done` were done before this process began."""
+        self._console, self._total, self._done = console, total, done
+        self._emotions: list[float] = []
+        self._times = [time.monotonic()]
+        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=total, completed=done, state="compiling and playing the first batch")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step's figures have come."""
+        self._times.append(time.monotonic())
+        self._emotions.append(metrics["emotion/final_mean"])
+        state = f"{self._figures(metrics)} · ETA {self._eta(step)}"
+        self._bar.update(self._task, completed=step, state=f"{sparkline(self._emotions)} {state}")
+        if not self._console.is_terminal:
+            self.note(f"step {step}/{self._total} · {state}")
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _figures(self, metrics: Mapping[str, float]) -> str:
+        seconds = self._times[-1] - self._times[-2]
+        text = f"emotion {metrics['emotion/final_mean']:.1f} · reward {metrics['reward/mean']:.3f}"
+        if "eval/score" in metrics:
+            text += f" · eval {metrics['eval/score']:.1f}"
+        return f"{text} · {seconds:.1f} s · {metrics['tokens/generated'] / seconds:.0f} tokens/s"
+
+    def _eta(self, step: int) -> str:
+        """From the last steps; from the first one, which compiled, while there is no other."""
+        recent = self._times[-_RECENT:] if len(self._times) > 2 else self._times
+        pace = (recent[-1] - recent[0]) / (len(recent) - 1)
+        return str(timedelta(seconds=round(pace * (self._total - step))))

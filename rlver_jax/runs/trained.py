@@ -1,0 +1,77 @@
+"""A policy out of a training run's folder: its config, and the parameters of one of its checkpoints."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from rlver_jax.config import unflatten
+from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
+from rlver_jax.parallel import rules
+from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints
+from rlver_jax.runs.workdir import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPolicy:
+    """What `open` found."""
+
+    folder: RunFolder
+    config: ConfigDict  # of the run
+    step: int
+    fingerprint: str  # of the checkpoint
+
+    @classmethod
+    def open(cls, workdir: str | Path, base: ConfigDict, step: str = "") -> "TrainedPolicy":
+        """Chooses a checkpoint.
+
+        Args:
+            base: `configs/base.py:get_config()`.
+            step: "best" (by eval/score), "last", or a number; empty: the best, or the last where none has a score.
+
+        Raises:
+            ValueError: no run's folder, or no such checkpoint in it.
+        """
+        folder = RunFolder(Path(workdir))
+        config = unflatten(folder.config(), base)
+        checkpoints = Checkpoints.reader(folder.checkpoints)
+        try:
+            number = _number(checkpoints, step)
+            return cls(folder, config, number, checkpoints.fingerprint(number))
+        finally:
+            checkpoints.close()
+
+    def weights(self, model: Qwen2, mesh: Mesh | None = None) -> Params:
+        """The policy's parameters, each leaf where `parallel.rules` places it.
+
+        Raises:
+            CheckpointError: they are not those of such a model, or damaged.
+        """
+        shapes, axes = abstract_params(model)
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: one, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
+        like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where)
+        checkpoints = Checkpoints.reader(self.folder.checkpoints)
+        try:
+            return checkpoints.restore_part(self.step, like, "params/policy")
+        finally:
+            checkpoints.close()
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder is a training run's, not a model's: both hold a config.json."""
+    return RunFolder(Path(path)).checkpoints.is_dir()
+
+
+def _number(checkpoints: Checkpoints, step: str) -> int:
+    steps, best = checkpoints.steps(), checkpoints.best_step()
+    there = f"there are steps {', '.join(map(str, steps)) or '(none)'}; best by eval/score: {best or '(none)'}"
+    if step in ("", "last", "best"):
+        number = best if step == "best" or (not step and best is not None) else max(steps, default=None)
+    else:
+        number = int(step) if step.isdigit() else None
+    if number not in steps:
+        raise CheckpointError(f"{checkpoints.folder}: no checkpoint for step={step!r}; {there}")
+    return number

@@ -1,0 +1,113 @@
+"""The folder of a training run (`--workdir`): which run it belongs to, and where everything in it lies.
+
+config.json · metrics.jsonl · tensorboard/ · checkpoints/ · dialogues/step_000010.jsonl · finished.json
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlver_jax.config import flatten
+from rlver_jax.runs.files import write_json
+
+CONFIG, FINISHED = "config.json", "finished.json"
+_SHOWN = 5  # differences that a message names
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run's folder; nothing is read or made before a method is called."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """A row a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `runs.checkpoint.Checkpoints`."""
+        return self.path / "checkpoints"
+
+    def dialogues(self, step: int) -> Path:
+        """All dialogues of a step."""
+        return self.path / "dialogues" / f"step_{step:06d}.jsonl"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], config: ConfigDict, *, free_fields: Sequence[str]) -> "RunFolder":
+        """Makes the folder, or takes up the interrupted run that it holds.
+
+        Args:
+            free_fields: fields of the config, or sections, that may differ from those that the run began with.
+
+        Raises:
+            ValueError: the folder holds another run, a finished one, or files of something else.
+        """
+        folder = cls(Path(path))
+        new = json.loads(json.dumps(flatten(config)))  # tuples become lists, as in the file
+        if (folder.path / CONFIG).exists():
+            _check_same(folder.path, folder.config(), new, free_fields)
+            folder._check_unfinished(config.train.steps)
+        elif folder.path.exists() and any(folder.path.iterdir()):
+            names = ", ".join(sorted(item.name for item in folder.path.iterdir())[:_SHOWN])
+            raise ValueError(f"{folder.path}: is not empty ({names}) and holds no {CONFIG}; name another --workdir")
+        folder.dialogues(0).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder.path / CONFIG, new)
+        return folder
+
+    def config(self) -> dict[str, Any]:
+        """{"a.b": value} of the config that the run was last started with.
+
+        Raises:
+            ValueError: there is none, or it is not one.
+        """
+        path = self.path / CONFIG
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(f"{self.path}: holds no {CONFIG}; expected the --workdir of a training run") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: is no config of a run ({error}); restore it, or name another folder") from error
+
+    def drop_after(self, step: int) -> None:
+        """Removes the dialogues of later steps, which will be played again."""
+        for file in self.dialogues(0).parent.glob("step_*.jsonl"):
+            if file > self.dialogues(step):
+                file.unlink()
+
+    def mark_finished(self, step: int) -> None:
+        """The run has done all its steps."""
+        write_json(self.path / FINISHED, {"step": step})
+
+    def _check_unfinished(self, steps: int) -> None:
+        path = self.path / FINISHED
+        if not path.exists():
+            return
+        done = json.loads(path.read_text(encoding="utf-8"))["step"]
+        if done >= steps:
+            raise ValueError(
+                f"{self.path}: holds a finished run of {done} steps; name another --workdir, or raise train.steps "
+                f"above {done} to go on with it"
+            )
+
+
+def _check_same(path: Path, found: dict[str, Any], new: dict[str, Any], free_fields: Sequence[str]) -> None:
+    free = tuple(f"{name}." for name in free_fields)
+    names = [
+        name
+        for name in {**found, **new}
+        if not f"{name}.".startswith(free) and (name not in found or name not in new or found[name] != new[name])
+    ]
+    if names:
+        shown = "; ".join(f"{name} was {found.get(name)!r}, is {new.get(name)!r}" for name in names[:_SHOWN])
+        more = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise ValueError(
+            f"{path}: holds a run with another config ({shown}{more}); name another --workdir, or give the same config "
+            f"to go on with it (only {', '.join(free_fields)} may change)"
+        )
