@@ -245,14 +245,15 @@ class Qwen2(nn.Module):
 
 
 def init_params(model: Qwen2, key: jax.Array, mesh: Mesh | None = None) -> Params:
-    """Fresh parameters: normal(0.02) kernels, zero biases, unit norms.
+    """Fresh parameters: normal(0.02) kernels, zero biases, unit norms; the same ones with layers scanned or not.
 
     With a mesh every leaf is created where `parallel.rules` places it: no device ever holds more than its part.
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def create(key: jax.Array) -> Params:
-        return nn.unbox(model.init(key, tokens, tokens))["params"]
+        scanned = nn.unbox(model.clone(scan_layers=True).init(key, tokens, tokens))["params"]
+        return scanned if model.scan_layers else unstack_layers(scanned)
 
     if mesh is None:
         return jax.jit(create)(key)

@@ -79,9 +79,8 @@ def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, m
         state, metrics = learn(state, batch, rewards, players.tables[0].grammar, key)
         rates.append(reward.mean())
         ratios.append(float(metrics["policy/ratio_max_first"]))
-    print(
-        f"{estimator} {mode}: {np.mean(rates[:3]):.3f} -> {np.mean(rates[-3:]):.3f}; largest first ratio {max(ratios)}"
-    )
-    assert np.mean(rates[:3]) < 0.05
-    assert np.mean(rates[-3:]) > 0.8
+    first, last = np.mean(rates[:3]), np.mean(rates[-3:])
+    print(f"{estimator} {mode}: {first:.3f} -> {last:.3f}; largest first ratio {max(ratios)}")
+    assert first < 0.05
+    assert last > 0.8
     assert max(ratios) < 1 + 1e-4, "the trainer's log-probs are the sampler's"
