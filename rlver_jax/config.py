@@ -128,11 +128,14 @@ def unflatten(flat: dict[str, Any], base: ConfigDict) -> ConfigDict:
     Raises:
         ConfigError: a field that `base` doesn't have, or a value of another type.
     """
+    unknown = sorted(set(flat) - set(flatten(base)))
+    if unknown:
+        raise ConfigError(f"the config is of another version of rlver_jax: {', '.join(unknown)}: unknown field")
     config = base.copy_and_resolve_references()
     try:
         config.update_from_flattened_dict(flat)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"the config is not one of this version: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config is of another version of rlver_jax: {error}") from error
     return config
 
 

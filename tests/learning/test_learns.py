@@ -27,7 +27,7 @@ from rlver_jax.user.simulated import UserLimits
 
 from ..conftest import some_profiles
 
-PHRASE, PROFILES, GROUP, STEPS, LENGTH = "my sister said goodbye", 3, 24, 50, 112
+PHRASE, PROFILES, GROUP, BEFORE, STEPS, LENGTH = "my sister said goodbye", 3, 24, 5, 50, 112
 COUNT = PROFILES * GROUP
 
 
@@ -47,7 +47,7 @@ def rewarded(dialogues, tokenizer) -> np.ndarray:
 
 def setup_of(policy_lm, estimator) -> Setup:
     rate = {"warmup_steps": 0, "grad_clip": 1.0, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0}
-    made = make_optimizer(learning_rate=3e-3, moment_dtype="float32", **rate)
+    made = make_optimizer(learning_rate=1e-3, moment_dtype="float32", **rate)
     critic = estimator == "gae"
     learner = Learner(policy_lm.model, None, ValueHead() if critic else None, Loss(), vocab_chunk=512)
     return Setup(learner, Advantage(estimator, group=GROUP), Schedule(), Optimizers(made, made if critic else None))
@@ -67,20 +67,23 @@ def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, m
         params["critic"] = {"head": {"kernel": jnp.zeros(width), "bias": jnp.float32(0)}}
     state = jax.device_put(init_state(params, setup.optimizers), jax.devices()[0])
     learn, packing = compile_step(setup, state), jax.jit(pack, static_argnums=(2, 4))
-    rates, ratios = [], []
-    for step in range(STEPS):
+    before, rates, ratios = [], [], []
+    for step in range(-BEFORE, STEPS):
         now = dataclasses.replace(players, policy=LM(state.params["policy"], policy_lm.model))
-        ids = [step * COUNT + i for i in range(COUNT)]
+        ids = [(step + BEFORE) * COUNT + i for i in range(COUNT)]
         dialogues = now.play(tokens.batch(range(PROFILES), ids), key, limits)
         reward = rewarded(jax.device_get(dialogues), bpe)
+        if step < 0:
+            before.append(reward.mean())
+            continue
+        rates.append(reward.mean())
         assert row_lengths(dialogues, players.tables[0], players.spec).max() <= LENGTH
         batch = packing(dialogues, players.tables[0], players.spec, limits, LENGTH)
         rewards = Rewards(jnp.asarray(reward), jnp.asarray(reward[:, None]))
         state, metrics = learn(state, batch, rewards, players.tables[0].grammar, key)
-        rates.append(reward.mean())
         ratios.append(float(metrics["policy/ratio_max_first"]))
-    first, last = np.mean(rates[:3]), np.mean(rates[-3:])
-    print(f"{estimator} {mode}: {first:.3f} -> {last:.3f}; largest first ratio {max(ratios)}")
-    assert first < 0.05
-    assert last > 0.8
+    untrained, trained = np.mean(before), np.mean(rates[-3:])
+    print(f"{estimator} {mode}: {untrained:.3f} -> {trained:.3f}; largest first ratio {max(ratios)}")
+    assert untrained < 0.05
+    assert trained > 0.8
     assert max(ratios) < 1 + 1e-4, "the trainer's log-probs are the sampler's"

@@ -1,0 +1,46 @@
+"""Each limit stops a run at the figure beyond it, and at nothing else."""
+
+import pytest
+
+from rlver_jax.runs.collapse import breach
+
+LIMITS = {
+    "readable_min": 0.5, "reply_tokens_min": 2.0, "reply_tokens_max": 100.0, "entropy_min": 0.1, "entropy_max": 8.0,
+    "ratio_max": 50.0, "kl_max": 1.0,
+}  # fmt: skip
+GOOD = {
+    "reply/readable_share": 0.5, "reply/tokens_mean": 20.0, "policy/entropy": 3.0, "policy/ratio_max": 50.0,
+    "policy/update_kl": 0.2,
+}  # fmt: skip
+
+
+def test_within_its_limits_nothing_is_said():
+    assert breach(GOOD, LIMITS, 3) is None
+    assert breach({}, LIMITS, 3) is None, "a batch without replies has no such figures"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field", "side"),
+    [
+        ("reply/readable_share", 0.49, "readable_min", "below"),
+        ("reply/tokens_mean", 1.5, "reply_tokens_min", "below"),
+        ("reply/tokens_mean", 100.5, "reply_tokens_max", "above"),
+        ("policy/entropy", 0.05, "entropy_min", "below"),
+        ("policy/entropy", 8.5, "entropy_max", "above"),
+        ("policy/ratio_max", 51.0, "ratio_max", "above"),
+        ("policy/update_kl", 1.5, "kl_max", "above"),
+    ],
+)
+def test_each_limit(name, value, field, side):
+    text = breach(GOOD | {name: value}, LIMITS, 7)
+    assert text.startswith(f"step 7: {name} is {value:.4g}, {side} alarms.{field}=")
+    assert "train.learning_rate" in text
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_figure_that_is_no_number_is_a_breach(name):
+    assert f"{name} is nan" in breach(GOOD | {name: float("nan")}, LIMITS, 1)
+
+
+def test_an_upper_limit_of_zero_is_none():
+    assert breach(GOOD | {"reply/tokens_mean": 1e6}, LIMITS | {"reply_tokens_max": 0.0}, 1) is None

@@ -1,0 +1,77 @@
+"""Figures of a batch against what its script says, and what counts as a readable reply."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlver_jax.runs.dialogue_log import generated_tokens
+from rlver_jax.runs.figures import dialogue_metrics, generated_count, is_readable, prefilled_count, reply_metrics
+
+EMOTION = [43, 60, 40, 40, 30, 40]  # after the last turn of each dialogue of the script, which all begin at 40
+
+
+@pytest.fixture(scope="module")
+def six(played):
+    """The six dialogues without the padding rows; a batch of training has none."""
+    d = played.dialogues
+
+    def rows(x):
+        batch = [i for i, size in enumerate(x.shape) if size == 9]
+        return np.take(x, range(6), axis=batch[0]) if batch else x
+
+    return jax.tree.map(rows, d)
+
+
+def test_dialogue_metrics_follow_the_script(six):
+    found = dialogue_metrics(six, np.array([0.43, 0.6, 0, 0.4, 0, 0.5], np.float32))
+    # dialogue 0 has changes 5, -3 and 0 (from the last turn); 1: 10, 10; 3: 0; 4: -10; 2 and 5: no appraisal
+    assert found["emotion/change_mean"] == pytest.approx((5 - 3 + 0 + 10 + 10 + 0 - 10) / 7)
+    final = [42, 60, 40, 40, 30, 40]
+    assert found["emotion/final_mean"] == pytest.approx(np.mean(final))
+    assert found["emotion/final_std"] == pytest.approx(np.std(final))
+    assert found["dialogue/turns_mean"] == pytest.approx((3 + 2 + 1 + 1 + 2 + 0) / 6)
+    ends = {name.removeprefix("dialogue/end_"): x for name, x in found.items() if name.startswith("dialogue/end_")}
+    by_hand = {"turn_limit": 1, "success": 1, "format": 2, "goodbye": 1, "context": 1, "failure": 0}
+    assert ends == pytest.approx({name: count / 6 for name, count in by_hand.items()})
+    assert found["dialogue/success_rate"] == found["dialogue/failure_rate"] == 0, "SAGE's: 100, below 10"
+    assert found["reward/mean"] == pytest.approx(np.mean([0.43, 0.6, 0, 0.4, 0, 0.5]))
+
+
+def test_token_counts_are_those_of_the_records(six, played_records, played_profiles, bpe):
+    made_up = 3 * len(bpe.encode("我 felt awful"))  # first words of the second profile's three dialogues
+    assert played_profiles[1].first_talk is None
+    assert generated_count(six) == sum(map(generated_tokens, played_records)) - made_up > 84
+    assert prefilled_count(six) == six.prefix_tokens + six.policy.prefilled.sum() + six.user.prefilled.sum()
+
+
+def test_reply_metrics_leave_out_turns_that_were_not_played(six, bpe):
+    found = reply_metrics(six, bpe)
+    says = ["did not", "她 2024", "said", "my sister.", "said goodbye", "", "felt awful.\nI did", "felt", ""]
+    assert found["reply/tokens_mean"] == pytest.approx(np.mean([len(bpe.encode(say)) for say in says]))
+    assert found["reply/stopped_share"] == pytest.approx(8 / 9)
+    assert found["reply/violation_share"] == pytest.approx(2 / 9)
+    assert found["reply/readable_share"] == pytest.approx(6 / 9), "one was cut, two broke the format"
+
+
+@pytest.mark.parametrize(
+    ("text", "stopped", "readable"),
+    [
+        ("I felt awful.", True, True),
+        ("I felt awful.", False, False),
+        ("", True, False),
+        (" \n", True, False),
+        ("哈哈哈哈", True, True),
+        ("不" * 12, True, False),
+        ("no " * 20, True, False),
+        ("I did not. " * 3 + "she felt awful and said goodbye", True, True),
+        ("I did not listen. " * 8, True, False),
+        ("and then " + "she said goodbye, " * 6 + "well.", True, False),
+    ],
+)
+def test_readable(bpe, text, stopped, readable):
+    assert is_readable(bpe, bpe.encode(text), stopped) is readable
+
+
+def test_half_a_character_is_not_readable(spm):
+    (half,) = [t for t in range(spm.vocab_size) if spm.token_bytes(t) == b"\xe6"]
+    assert not is_readable(spm, [half], True)

@@ -1,0 +1,93 @@
+"""metrics.jsonl: what survives a cut, a resumption, a figure that is no number; TensorBoard and W&B read back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the writer of what is read below)
+
+from rlver_jax.runs.metrics import MetricsWriter, read_metrics
+
+CONFIG = {"train.steps": 3}
+
+
+def write(folder, rows, resume_step=0, tensorboard=False, wandb=""):
+    writer = MetricsWriter(folder, tensorboard=tensorboard, wandb=wandb, config=CONFIG, resume_step=resume_step)
+    for step, metrics in rows:
+        writer.write(step, metrics)
+    writer.close()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_flat_objects_in_order(tmp_path):
+    found = write(tmp_path, [(0, {"eval/score": 1.5}), (1, {"b": 2.0, "a": float("nan")}), (3, {"c": float("inf")})])
+    assert found == [{"step": 0, "eval/score": 1.5}, {"step": 1, "a": None, "b": 2.0}, {"step": 3, "c": None}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == found
+
+
+def test_a_row_is_in_the_file_before_write_returns(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False, wandb="", config=CONFIG, resume_step=0)
+    writer.write(1, {"a": 0.25})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 0.25}\n'
+    with pytest.raises(ValueError, match="step 1 after those of step 1; steps must rise"):
+        writer.write(1, {"a": 0.5})
+    writer.close()
+
+
+@pytest.mark.parametrize(("resume", "kept"), [(2, [0, 1, 2]), (0, []), (9, [0, 1, 2, 3])])
+def test_resuming_drops_what_will_be_computed_again(tmp_path, resume, kept):
+    write(tmp_path, [(step, {"a": 1.0}) for step in range(4)])
+    found = write(tmp_path, [(resume + 1, {"a": 7.0})], resume_step=resume)
+    assert [row["step"] for row in found] == [*kept, resume + 1]
+
+
+def test_an_unfinished_last_line_is_left_out_and_a_broken_one_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
+    assert read_metrics(path) == [{"step": 1, "a": 1}]
+    path.write_text('{"step": 1}\n[1]\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"line 2 is no row of metrics"):
+        read_metrics(path)
+
+
+def scalars(folder):
+    """(step, name, value) of a TensorBoard file, read record by record: length, its crc, data, its crc."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path):
+    write(tmp_path, [(1, {"a": 0.5}), (2, {"a": 0.25, "b/c": 4.0})], tensorboard=True)
+    assert scalars(tmp_path / "tensorboard") == [(1, "a", 0.5), (2, "a", 0.25), (2, "b/c", 4.0)]
+
+
+def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"log.wandb='p' needs the package wandb: pip install 'rlver_jax\[wandb\]'"):
+        write(tmp_path, [], wandb="p")
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path):
+    """In a process of its own: wandb leaves threads behind."""
+    pytest.importorskip("wandb")
+    code = (
+        "import sys, pathlib; from rlver_jax.runs.metrics import MetricsWriter\n"
+        "w = MetricsWriter(pathlib.Path(sys.argv[1]), tensorboard=False, wandb='p', config={'a.b': 7}, resume_step=0)\n"
+        "w.write(1, {'emotion/final_mean': 31.25}); w.close()"
+    )
+    environ = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environ, timeout=120)
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"emotion/final_mean" in log.read_bytes()
+    assert (tmp_path / "wandb_id").read_text().strip() in log.name
