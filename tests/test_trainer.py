@@ -1,0 +1,167 @@
+"""A whole run of configs/debug.py: its folder, its figures, going on after an interruption, its alarms."""
+
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import debug
+from rlver_jax import evaluate, export, verify
+from rlver_jax import train as command
+from rlver_jax.dialogue import sample_dialogues
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.hf_weights import load_params
+from rlver_jax.models.qwen2 import Qwen2, abstract_params
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.runs.checkpoint import Checkpoints
+from rlver_jax.runs.collapse import CollapseError
+from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.trainer import train
+
+STEPS = 4
+
+
+def config_of(**fields):
+    config = debug.get_config("")
+    config.update_from_flattened_dict({"train.steps": STEPS, "eval.every": 2, "log.tensorboard": False} | fields)
+    return config
+
+
+def run(workdir, **fields) -> str:
+    """Trains on one device; returns what was printed."""
+    text = io.StringIO()
+    train(config_of(**fields), workdir, make_mesh(1, 1, 1, devices=jax.devices()[:1]), Console(file=text, width=200))
+    return text.getvalue()
+
+
+def rows_of(workdir) -> list[dict]:
+    """Metrics without durations."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{name: x for name, x in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def records_of(workdir, step) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "dialogues" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+def policy_of(workdir, step="last"):
+    shapes, _ = abstract_params(Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False))
+    return Checkpoints.reader(workdir / "checkpoints").restore_part(step, shapes, "params/policy")
+
+
+def same(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """(folder of a finished run, what it printed, compilations of the sampler)."""
+    folder, before = tmp_path_factory.mktemp("unbroken"), sample_dialogues._cache_size()
+    printed = run(folder)
+    return folder, printed, sample_dialogues._cache_size() - before
+
+
+def test_every_step_has_its_row(unbroken):
+    folder, printed, compiled = unbroken
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4]
+    assert compiled == 2, "one for training, one for evaluation"
+    assert [f"step {i}/{STEPS}" in printed for i in range(STEPS + 2)] == [False, *[True] * STEPS, False]
+    for row in rows[1:]:
+        assert abs(row["policy/ratio_max_first"] - 1) < 1e-4
+        assert row["train/skipped_updates"] == 0
+
+
+def test_figures_are_those_of_the_logged_dialogues(unbroken):
+    folder, _, _ = unbroken
+    for step in (1, 2, 4):
+        row, records = rows_of(folder)[step], records_of(folder, step)
+        assert [record["dialogue"] for record in records] == list(range((step - 1) * 8, step * 8))
+        assert row["emotion/final_mean"] == pytest.approx(np.mean([record["emotion"] for record in records]))
+        assert row["reward/mean"] == pytest.approx(np.mean([record["emotion"] / 100 for record in records]))
+        assert row["dialogue/turns_mean"] == np.mean([record["turns"] for record in records]) == 2
+        profiles = [record["profile"] for record in records]
+        assert profiles == [profiles[0]] * 4 + [profiles[4]] * 4, "two groups of four"
+
+
+def test_a_training_log_is_derived_completely(unbroken, capsys):
+    folder, _, _ = unbroken
+    log = folder / "dialogues" / "step_000004.jsonl"
+    assert verify.main([str(log), f"--config={debug.__file__}"]) == 0, capsys.readouterr().out
+    assert "derived 8 dialogues, 16 turns" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_equals_an_unbroken_one(unbroken, tmp_path):
+    """To the bit: metrics, dialogues, parameters. The first part is cut off between two checkpoints."""
+    run(tmp_path, **{"train.steps": 2})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "emotion/final_mean": 99.0}\n{"step": 4, "emo')  # as a killed process may leave it
+    (tmp_path / "dialogues" / "step_000003.jsonl").write_text("{")
+    printed = run(tmp_path)
+    assert "going on after step 2 of 4" in printed
+    folder, _, _ = unbroken
+    assert rows_of(tmp_path) == rows_of(folder)
+    assert records_of(tmp_path, 4) == records_of(folder, 4)
+    assert not (tmp_path / "dialogues" / "step_000003.jsonl").exists()
+    assert same(policy_of(tmp_path), policy_of(folder))
+
+
+def test_export_writes_the_checkpoint_that_is_asked_for(unbroken, tmp_path, capsys):
+    folder, _, _ = unbroken
+    model = Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False)
+    for step in (2, 4):
+        out = tmp_path / str(step)
+        assert export.main([f"--workdir={folder}", f"--out={out}", f"--step={step}", "--dtype=float32"]) == 0
+        assert same(load_params(out, model), policy_of(folder, step))
+        assert (out / "tokenizer.model").read_bytes() == (debug.WORLD / "tokenizer.model").read_bytes()
+    assert not same(policy_of(folder, 2), policy_of(folder, 4)), "the policy moves"
+
+    def refused(*flags):
+        assert export.main(list(flags)) == 2
+        return capsys.readouterr().err.replace("\n", " ")
+
+    assert "not empty; export into a new folder" in refused(f"--workdir={folder}", f"--out={tmp_path / '2'}")
+    assert "there are steps 2, 4" in refused(f"--workdir={folder}", f"--out={tmp_path / 'x'}", "--step=3")
+    assert "expected the --workdir of a training run" in refused(f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}")
+    assert "no --out was given" in refused(f"--workdir={folder}")
+
+
+def test_evaluate_scores_a_checkpoint_as_the_run_did(unbroken, tmp_path):
+    folder, _, _ = unbroken
+    flags = [f"--config={debug.__file__}", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"]
+    assert evaluate.main([*flags, f"--checkpoint={folder}", "--step=2", f"--out={tmp_path}"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["score"] == pytest.approx(rows_of(folder)[2]["eval/score"])
+    assert summary["settings"]["fingerprint.policy"] == Checkpoints.reader(folder / "checkpoints").fingerprint(2)
+
+
+def test_an_alarm_stops_the_run_and_names_the_figure(unbroken, tmp_path):
+    folder = shutil.copytree(unbroken[0], tmp_path / "run")
+    (folder / "finished.json").unlink()
+    with pytest.raises(CollapseError, match=r"step 5: policy/entropy is [\d.]+, above alarms.entropy_max=0.5") as error:
+        run(folder, **{"train.steps": 6, "alarms.entropy_max": 0.5})
+    assert "step_000005.jsonl" in str(error.value)
+    assert len(records_of(folder, 5)) == 8, "the dialogues that show it"
+    assert rows_of(folder)[-1]["step"] == 5
+    assert Checkpoints.reader(folder / "checkpoints").steps() == [2, 4], "what was saved stays"
+
+
+def test_the_command_refuses_what_cannot_be(unbroken, tmp_path, capsys):
+    folder, _, _ = unbroken
+    flags = [f"--config={debug.__file__}", "--config.eval.every=2", "--config.log.tensorboard=False"]
+
+    def refused(*more):
+        assert command.main([*flags, *more]) == 2
+        return capsys.readouterr().err.replace("\n", " ")
+
+    assert "holds a finished run of 4 steps" in refused(f"--workdir={folder}", "--config.train.steps=4")
+    assert "train.seed was 0, is 1" in refused(f"--workdir={folder}", "--config.train.seed=1")
+    assert "no --workdir was given" in refused()
+    assert "data.train is empty" in refused(f"--workdir={tmp_path}", "--config.data.train=")
+    assert "rollout.temperature=0" in refused(f"--workdir={tmp_path}", "--config.rollout.temperature=0.0")
+    assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"
