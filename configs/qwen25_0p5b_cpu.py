@@ -1,12 +1,11 @@
-"""The real Qwen2.5-0.5B as policy and as simulated user on two CPU cores: a look at whole dialogues, no training.
+"""The real Qwen2.5-0.5B as policy and as simulated user on two CPU cores: three GRPO steps, or a look at dialogues.
 
-Use: python -m rlver_jax.evaluate --config=configs/qwen25_0p5b_cpu.py --config.policy.path=DIR --config.user.path=DIR
+Use: python -m rlver_jax.train --config=configs/qwen25_0p5b_cpu.py --config.policy.path=DIR --config.user.path=DIR
+     --config.data.train=PROFILES.jsonl --workdir=OUT
+     python -m rlver_jax.evaluate --config=configs/qwen25_0p5b_cpu.py --config.policy.path=DIR --config.user.path=DIR
      --config.data.eval=PROFILES.jsonl --out=OUT    (--config=configs/qwen25_0p5b_cpu.py:challenging for the hard user)
 
-It took 6 minutes in think mode on two cores of an AMD EPYC (Zen 4), loading and compiling included; four published
-profiles, three turns at most.
-
-DIR is the Hugging Face folder of Qwen2.5-0.5B or Qwen2.5-0.5B-Instruct.
+DIR is the Hugging Face folder of Qwen2.5-0.5B or Qwen2.5-0.5B-Instruct; OUT of a training needs 6 GB.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Short dialogues of four profiles; `arg` as in `base.get_config`."""
+    """Short dialogues, two profiles a step and two dialogues of each; `arg` as in `base.get_config`."""
     c = base.get_config(arg)
     for model in (c.policy, c.user):
         model.dtype = "float32"  # a log's log-probabilities are then derived again to 1e-3
@@ -23,14 +22,19 @@ def get_config(arg: str = "") -> ConfigDict:
         model.scan_layers = False
         model.attention = "chunked"
         model.attention_chunk = 256
+    c.policy.remat = "full"
     c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
     c.user.field_tokens = 24
     c.user.reply_tokens = 48
-    c.rollout.batch = 4
+    c.algorithm.estimator = "grpo"
+    c.rollout.batch, c.rollout.group = 4, 2
     c.rollout.max_turns = 3
     c.rollout.context = 4608  # a published profile takes 2,000 to 3,000 tokens
     c.rollout.think_tokens = 64
     c.rollout.say_tokens = 64
+    c.train.steps, c.train.warmup_steps = 3, 0
+    c.log.dialogues_every = 1
+    c.alarms.readable_min = 0.0  # its replies seldom end within 64 tokens
     c.eval.num_profiles = 4
     c.eval.batch = 4
     c.eval.max_turns = 3

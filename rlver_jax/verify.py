@@ -2,15 +2,16 @@
 
     python -m rlver_jax.verify DIALOGUES.jsonl --config=configs/x.py [--config.a.b=v …]
 
-Each dialogue costs one packed forward pass of the user. Every appraisal token must be the user's own choice, every
-change the readout of its distribution, every emotion the clipped sum, every reward its formula, every spoken word the
-one that its key draws. Where two candidates lie within TIE of each other, float32 rounding decides: that is reported as
-a tie. Exit status: 0 all derived, 1 any fault, 2 bad usage.
+Each profile costs one forward pass of the user over its prefix, each dialogue one over its packed turns. Every
+appraisal token must be the user's own choice, every change the readout of its distribution, every emotion the clipped
+sum, every reward its formula, every spoken word the one that its key draws. Where two candidates lie within TIE of each
+other, float32 rounding decides: that is reported as a tie. Exit status: 0 all derived, 1 any fault, 2 bad usage.
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +28,10 @@ from rlver_jax.config import ConfigError, profile_files, reward_settings, valida
 from rlver_jax.players import Players, load_model, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import read_dialogues
+from rlver_jax.sampling.cache import Cache
 from rlver_jax.user.emotion import CHANGES, change_readout
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.rederive import LoggedTurn, Packed, Rederived, Said, pack_dialogue, rederive
+from rlver_jax.user.rederive import LoggedTurn, Packed, Rederived, Said, pack_dialogue, read_prefix, rederive
 from rlver_jax.user.simulated import KEY_READOUT, dialogue_key
 
 TIE = 1e-4  # in nats
@@ -60,7 +62,13 @@ class Settings:
     tolerance: float
 
 
-def verify_dialogue(players: Players, profile: Profile | None, record: Mapping[str, Any], settings: Settings) -> Report:
+def verify_dialogue(
+    players: Players,
+    profile: Profile | None,
+    record: Mapping[str, Any],
+    settings: Settings,
+    prefix_of: Callable[[Profile], Cache],
+) -> Report:
     """Derives one dialogue again; the report's lines name dialogue, turn and field."""
     report = Report(dialogues=1)
     place = f"dialogue {record['dialogue']}"
@@ -71,11 +79,10 @@ def verify_dialogue(players: Players, profile: Profile | None, record: Mapping[s
     turns = logged_turns(record)
     if not turns:
         return report
-    packed = pack_dialogue(
-        players.tables[1], players.prefix(profile), record["messages"][0]["tokens"], turns, players.spec.rules.band
-    )
+    prefix, tables, first_talk = prefix_of(profile), players.tables[1], record["messages"][0]["tokens"]
+    packed = pack_dialogue(tables, int(prefix.length[0]), first_talk, turns, players.spec.rules.band)
     key = dialogue_key(jax.random.key(record["seed"]), jnp.uint32(record["dialogue"]))
-    found = rederive(players.user, players.tables[1], packed, key, settings.reply_temperature)
+    found = rederive(players.user, tables, prefix, packed, key, settings.reply_temperature)
     report.turns, report.tokens = len(turns), len(packed.queries)
     _check_tokens(players, record, packed, found, settings, place, report)
     for index, turn in enumerate(turns):
@@ -263,10 +270,16 @@ def verify_log(path: str, config: ConfigDict, console: Console) -> Report:
     files = profile_files(config.data.eval, config.data.train)
     profiles = {profile.id: profile for file in files for profile in read_profiles(file)}
     settings, total = settings_of(config, records), Report()
+    prefix_of = prefix_reader(players)
     for record in track(records, "verifying", console=console):
-        one = verify_dialogue(players, profiles.get(record["profile"]), record, settings)
+        one = verify_dialogue(players, profiles.get(record["profile"]), record, settings, prefix_of)
         total = Report(*(getattr(total, f.name) + getattr(one, f.name) for f in dataclasses.fields(Report)))
     return total
+
+
+def prefix_reader(players: Players) -> Callable[[Profile], Cache]:
+    """Reads a profile's prefix with the user, once for a group: its dialogues stand side by side in a log."""
+    return functools.lru_cache(maxsize=1)(lambda profile: read_prefix(players.user, players.prefix(profile)))
 
 
 def check_settings(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> None:

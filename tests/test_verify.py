@@ -13,7 +13,7 @@ from rlver_jax.players import Players
 from rlver_jax.runs.dialogue_log import dialogue_records
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits
-from rlver_jax.verify import Settings, _is_tie, check_settings, logged_turns, verify_dialogue
+from rlver_jax.verify import Settings, _is_tie, check_settings, logged_turns, prefix_reader, verify_dialogue
 
 from .conftest import some_profiles
 
@@ -55,7 +55,9 @@ def log(request, policy_lm, user_lm, bpe, prompts):
 
 def check(log, record):
     players, profiles, _ = log
-    return verify_dialogue(players, {p.id: p for p in profiles}[record["profile"]], record, SETTINGS)
+    return verify_dialogue(
+        players, {p.id: p for p in profiles}[record["profile"]], record, SETTINGS, prefix_reader(players)
+    )
 
 
 def test_a_fresh_log_is_derived_completely(log):
@@ -192,7 +194,7 @@ def test_planted_edits_are_found(log, edit):
 
 
 def test_a_dialogue_of_an_unknown_profile(log):
-    report = verify_dialogue(log[0], None, log[2][0], SETTINGS)
+    report = verify_dialogue(log[0], None, log[2][0], SETTINGS, prefix_reader(log[0]))
     assert report.turns == 0
     assert "is not in data.eval or data.train" in report.faults[0]
 
@@ -232,6 +234,10 @@ def test_temperature_matters(log):
     players, profiles, records = log
     by_id = {p.id: p for p in profiles}
     greedy = dataclasses.replace(SETTINGS, reply_temperature=0.0)
-    faults = [f for r in records for f in verify_dialogue(players, by_id[r["profile"]], r, greedy).faults]
+    faults = [
+        f
+        for r in records
+        for f in verify_dialogue(players, by_id[r["profile"]], r, greedy, prefix_reader(players)).faults
+    ]
     assert any("'reply'" in fault for fault in faults)
     assert not any("'feeling'" in fault for fault in faults)

@@ -2,7 +2,8 @@
 
 The whole dialogue becomes one packed row (see `models.attention`): plain messages are branch 0; what the user reasoned
 in turn t is branch t * BRANCH_RADIX, and each option of its change a twig of that branch. One pass of the user gives
-every distribution that the sampler drew from, so each token can be held against the user's own choice.
+every distribution that the sampler drew from, so each token can be held against the user's own choice. The prefix is
+read apart, once for all dialogues of a profile, as the sampler does.
 """
 
 import dataclasses
@@ -15,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.models.qwen2 import Qwen2, logits
-from rlver_jax.sampling.cache import LM
+from rlver_jax.models.qwen2 import logits
+from rlver_jax.sampling.cache import LM, Cache, append, init_cache, repeat_rows
 from rlver_jax.sampling.decode import gumbel, score_options
 from rlver_jax.user.emotion import CHANGES
 from rlver_jax.user.simulated import KEY_APPRAISAL, KEY_REPLY, UserTables
@@ -92,12 +93,12 @@ class Rederived:
 
 
 def pack_dialogue(
-    tables: UserTables, prefix: Sequence[int], first_talk: Sequence[int], turns: Sequence[LoggedTurn], band
+    tables: UserTables, start: int, first_talk: Sequence[int], turns: Sequence[LoggedTurn], band
 ) -> Packed:
-    """Packs a dialogue; `band` maps an emotion to the index of its band."""
+    """Packs what follows a prefix of `start` tokens; `band` maps an emotion to the index of its band."""
     packed, marks = Packed(), [np.asarray(x).tolist() for x in (tables.close, tables.open_user, tables.open_assistant)]
     close, open_user, open_assistant = marks
-    position = packed.add(list(prefix), 0, 0)
+    position = start
     last_reply = list(first_talk)
     for index, turn in enumerate(turns):
         base = [*last_reply, *close, *open_user, *turn.say, *close, *open_assistant]
@@ -150,10 +151,25 @@ def _pack_said(packed, tables: UserTables, said: Said, branch, position, turn, f
     return position
 
 
-def rederive(lm: LM, tables: UserTables, packed: Packed, row_key: Key[Array, ""], temperature: float) -> Rederived:
+def read_prefix(lm: LM, prefix: Sequence[int]) -> Cache:
+    """The user's context before the first turn, to be shared by all dialogues of a profile."""
+    count = len(prefix)
+    tokens = np.pad(np.array(prefix, np.int32), (0, -count % LENGTH_STEP))[None]
+    return _append(lm, tokens, jnp.array([count]))
+
+
+@jax.jit
+def _append(lm: LM, tokens: Int[Array, "1 L"], count: Int[Array, "1"]) -> Cache:
+    return append(lm, init_cache(lm, 1, tokens.shape[1]), tokens, count)
+
+
+def rederive(
+    lm: LM, tables: UserTables, prefix: Cache, packed: Packed, row_key: Key[Array, ""], temperature: float
+) -> Rederived:
     """Runs the user once over a packed dialogue and holds every logged token against it.
 
     Args:
+        prefix: what `read_prefix` made of the dialogue's profile.
         row_key: the dialogue's key, as the sampler folded it.
         temperature: of the user's spoken replies; 0: greedy.
     """
@@ -162,7 +178,7 @@ def rederive(lm: LM, tables: UserTables, packed: Packed, row_key: Key[Array, ""]
         np.pad(np.array(x, np.int32), (0, size - len(x)))[None]
         for x in (packed.tokens, packed.positions, packed.branch)
     ]
-    hidden = _read(lm, *row)
+    hidden = _read(lm, prefix, *row)
     queries = _pad_queries(packed.queries)
     margin, logprob = _hold(lm, tables, hidden, queries, row_key, jnp.float32(temperature))
     count = len(packed.queries)
@@ -175,10 +191,9 @@ def rederive(lm: LM, tables: UserTables, packed: Packed, row_key: Key[Array, ""]
 
 
 @jax.jit
-def _read(lm: LM, tokens: Int[Array, "1 L"], positions: Int[Array, "1 L"], branch: Int[Array, "1 L"]):
-    model: Qwen2 = lm.model
-    hidden, _ = model.apply({"params": lm.params}, tokens, positions, branch)
-    return hidden[0]
+def _read(lm: LM, prefix: Cache, tokens: Int[Array, "1 L"], positions: Int[Array, "1 L"], branch: Int[Array, "1 L"]):
+    room = repeat_rows(prefix, 1, prefix.capacity + tokens.shape[1])
+    return lm.read(tokens, positions, branch, room)[0][0]
 
 
 def _pad_queries(queries: Sequence[Query]) -> Int[Array, "n k 8"]:

@@ -1,0 +1,19 @@
+"""Qwen2.5-7B, PPO, replies without thoughts; for a TPU pod.
+
+Use: python -m rlver_jax.train --config=configs/ppo_direct_7b.py --config.policy.path=QWEN_7B
+     --config.user.path=QWEN_72B --config.data.train=TRAIN.jsonl --config.data.eval=TEST.jsonl --workdir=DIR
+     (--config=configs/ppo_direct_7b.py:challenging for the user who never hints at what it hopes for)
+
+See ppo_think_7b.py; this code has not been run at this size yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ppo_think_7b
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`ppo_think_7b` without thoughts."""
+    c = ppo_think_7b.get_config(arg)
+    c.policy.mode = "direct"
+    return c
