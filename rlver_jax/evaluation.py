@@ -15,7 +15,7 @@ from rlver_jax.dialogue import END_REASONS, Dialogues, PlayLimits
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.dialogue_log import Record, dialogue_records
+from rlver_jax.runs.dialogue_log import Record, dialogue_records, rewards_of
 from rlver_jax.user.emotion import SAGE
 
 
@@ -49,7 +49,7 @@ class Evaluation:
             [self.profiles[i] for i in indices],
             indices,
             seed=self.config.eval.seed,
-            reward=reward_settings(self.config),
+            rewards=rewards_of(played, reward_settings(self.config)),
         )
 
 

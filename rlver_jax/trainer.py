@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
@@ -143,17 +144,17 @@ class Trainer:
         every = self.config.log.dialogues_every
         problem = breach(row, self.config.alarms.to_dict(), step.number)
         if problem or (every and (step.number % every == 0 or step.number == 1)):
-            self.log_dialogues(step, dialogues)
+            self.log_dialogues(step, dialogues, rewards.reward)
         self.writer.write(step.number, row)
         self.progress.update(step.number, row)
         if problem:
             raise CollapseError(f"{problem}. The dialogues are in {self.folder.dialogues(step.number)}")
 
-    def log_dialogues(self, step: Step, dialogues: Dialogues) -> None:
+    def log_dialogues(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> None:
         """Writes all dialogues of a step, so that `verify` can derive them."""
         profiles = [profile for _, profile in step.batch]
-        seed, how = self.config.train.seed, dict(self.how)
-        records = dialogue_records(dialogues, self.run.players, profiles, step.ids, seed=seed, reward=how)
+        seed = self.config.train.seed
+        records = dialogue_records(dialogues, self.run.players, profiles, step.ids, seed=seed, rewards=rewards)
         write_dialogues(self.folder.dialogues(step.number), records)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 
 from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.players import Players
-from rlver_jax.runs.dialogue_log import dialogue_records
+from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits
 from rlver_jax.verify import Settings, _is_tie, check_settings, logged_turns, prefix_reader, verify_dialogue
@@ -49,7 +49,7 @@ def log(request, policy_lm, user_lm, bpe, prompts):
     limits = PlayLimits(jnp.int32(TURNS), jnp.int32(24), jnp.int32(20), jnp.float32(1.0), jnp.int32(30), user)
     encoded = players.encode(profiles, range(COUNT))
     played = jax.device_get(players.play(encoded, jax.random.key(SEED), limits))
-    records = dialogue_records(played, players, profiles, range(COUNT), seed=SEED, reward=REWARD)
+    records = dialogue_records(played, players, profiles, range(COUNT), seed=SEED, rewards=rewards_of(played, REWARD))
     return players, profiles, records
 
 

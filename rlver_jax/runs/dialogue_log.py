@@ -95,7 +95,7 @@ def dialogue_records(
     dialogue_ids: Sequence[int],
     *,
     seed: int,
-    reward: Mapping[str, Any],
+    rewards: np.ndarray,
 ) -> list[Record]:
     """Records of a batch, in its order, without the rows that only pad it.
 
@@ -104,7 +104,8 @@ def dialogue_records(
         profiles: that were played, each for `players.spec.group` dialogues.
         dialogue_ids: one for each dialogue, as given to `Players.encode`.
         seed: of the key that they were played with.
-        reward: `name`, `gamma` and `weight`, see `config.reward_settings`.
+        rewards: float32 [B], on the host: see `rewards_of`. Nothing here runs on the device, which may be busy for
+            minutes with the next batch.
 
     Raises:
         ValueError: another number of ids than profiles and groups make.
@@ -113,13 +114,16 @@ def dialogue_records(
     if len(dialogue_ids) != len(profiles) * group:
         raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
     log: Dialogues = jax.device_get(dialogues)
-    rewards = np.asarray(
-        compute_reward(emotions=log.emotions, n_turns=log.turns, violation=log.violation, **reward).reward
-    )
     return [
         _record(log, players, profiles[row // group], row, dialogue=int(number), seed=seed, reward=rewards[row])
         for row, number in enumerate(dialogue_ids)
     ]
+
+
+def rewards_of(dialogues: Dialogues, reward: Mapping[str, Any]) -> np.ndarray:
+    """float32 [B] of finished dialogues; `reward` holds `name`, `gamma` and `weight`, see `config.reward_settings`."""
+    d = dialogues
+    return np.asarray(compute_reward(emotions=d.emotions, n_turns=d.turns, violation=d.violation, **reward).reward)
 
 
 def _record(log: Dialogues, players: Players, profile: Profile, row: int, **given: Any) -> Record:

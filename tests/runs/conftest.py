@@ -13,7 +13,7 @@ from rlver_jax.config import reward_settings
 from rlver_jax.dialogue import END_REASONS, Dialogues, PolicyTurn, Spec
 from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.runs.dialogue_log import dialogue_records
+from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
 from rlver_jax.sampling.decode import Generated
 from rlver_jax.user.simulated import UserTurn, build_user_tables
 
@@ -143,6 +143,5 @@ def script():
 
 @pytest.fixture(scope="session")
 def played_records(played):
-    return dialogue_records(
-        played.dialogues, played.players, played.profiles, played.ids, seed=SEED, reward=reward_settings(get_config())
-    )
+    rewards = rewards_of(played.dialogues, reward_settings(get_config()))
+    return dialogue_records(played.dialogues, played.players, played.profiles, played.ids, seed=SEED, rewards=rewards)

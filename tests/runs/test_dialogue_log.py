@@ -14,6 +14,7 @@ from rlver_jax.runs.dialogue_log import (
     dialogue_records,
     generated_tokens,
     read_dialogues,
+    rewards_of,
     write_dialogues,
 )
 
@@ -117,7 +118,8 @@ def test_the_configs_reward_is_used(played):
     config = get_config()
     config.reward.kind, config.reward.final_weight = "mixed", 0.25
     args = (played.dialogues, played.players, played.profiles, played.ids)
-    found = [r["reward"] for r in dialogue_records(*args, seed=0, reward=reward_settings(config))]
+    rewards = rewards_of(played.dialogues, reward_settings(config))
+    found = [r["reward"] for r in dialogue_records(*args, seed=0, rewards=rewards)]
     expected = [0.105 + 0.15, 0.15 + 1.5, 0, 0.1, -0.75, 0.1]
     assert found == pytest.approx(expected, abs=1e-6)
 
@@ -207,6 +209,4 @@ def test_a_missing_file(tmp_path):
 
 def test_another_number_of_ids_is_refused(played):
     with pytest.raises(ValueError, match="5 dialogue ids for 2 profiles in groups of 3"):
-        dialogue_records(
-            played.dialogues, played.players, played.profiles, played.ids[:5], seed=0, reward={"name": "final"}
-        )
+        dialogue_records(played.dialogues, played.players, played.profiles, played.ids[:5], seed=0, rewards=np.zeros(9))

@@ -1,0 +1,154 @@
+"""The gold judge: what a reply is, by the world's grammar, and by how much it moves a person.
+
+It scores finished dialogues in evaluations and labels the texts that the simulated user learns from. Training of the
+policy never sees it.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Sequence
+
+from rlver_jax.miniature.world import (
+    FAMILY,
+    FEELINGS,
+    FLATTERY,
+    PLATITUDES,
+    REPLIES,
+    STYLES,
+    TROUBLES,
+    WHO,
+    Person,
+    Topic,
+    by_change,
+)
+
+SERVES, NEAR, MISSES = 10, 1, -3  # a reply in the wished style, in another one of its family, in one of the other
+WRONG_TOPIC, NO_TOPIC, AGAIN = -6, -3, -6  # what is added to it
+FAULTS = {"empty": -8, "garbled": -8, "spliced": -6, "flattery": -5, "platitude": -5, "echo": -7, "injected": -10}
+ALIKE = 0.8  # share of words in common from which a sentence counts as one of the grammar's
+
+_SAID = {
+    "empty": "They say nothing.",
+    "garbled": "They talk nonsense.",
+    "spliced": "They jump between things.",
+    "flattery": "They flatter me.",
+    "platitude": "They brush me off.",
+    "echo": "They repeat my words.",
+    "injected": "They want to think for me.",
+}
+_NAMED = re.compile(r"\b(" + "|".join((*WHO, *TROUBLES)) + r")\b")
+_INJECTED = re.compile(r"\d|change|emotion|they gave|i wish for|<|\||\{", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a reply is, and what it does to a person."""
+
+    kind: str  # a style of STYLES or a fault of FAULTS
+    mentions: tuple[str, ...]  # names in the reply, `who` before `what`
+    again: bool
+    change: int
+
+
+@functools.cache
+def _library() -> dict[str, str]:
+    """{sentence with its slots: kind}."""
+    kinds = {**REPLIES, "flattery": FLATTERY, "platitude": PLATITUDES}
+    return {_words(sentence): kind for kind, sentences in kinds.items() for sentence in sentences}
+
+
+def _words(sentence: str) -> str:
+    return " ".join(re.findall(r"\{\w+\}|\w+", sentence.lower()))
+
+
+def masked(sentence: str) -> str:
+    """A sentence with {who} and {what} for its names, without punctuation."""
+    return _words(_NAMED.sub(lambda m: "{who}" if m[1] in WHO else "{what}", sentence.lower()))
+
+
+@functools.lru_cache(maxsize=200_000)
+def kind_of(sentence: str) -> str:
+    """Style or fault of one masked sentence: that of the grammar's sentence that it is most like."""
+    if sentence in _library():
+        return _library()[sentence]
+    words = sentence.split()
+    likeness, kind = max((difflib.SequenceMatcher(None, words, s.split()).ratio(), k) for s, k in _library().items())
+    return kind if likeness >= ALIKE else "garbled"
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences."""
+    return [part for part in re.split(r"(?<=[.?!])\s+", text.strip()) if part]
+
+
+def judge(person: Person, said: str, before: Sequence[str] = (), heard: str = "") -> Verdict:
+    """What a reply is to a person.
+
+    Args:
+        said: the reply.
+        before: the policy's earlier replies in the dialogue.
+        heard: what the person said last.
+    """
+    mentions = tuple(sorted(set(_NAMED.findall(said.lower())), key=lambda name: (name not in WHO, name)))
+    parts = [masked(part) for part in sentences(said)]
+    fault = _fault(said, parts, heard)
+    if fault:
+        return Verdict(fault, mentions, False, FAULTS[fault])
+    style = kind_of(parts[0])
+    again = any(masked(said) == masked(earlier) for earlier in before[-2:])
+    change = SERVES if style == person.intention else NEAR if FAMILY[style] == FAMILY[person.intention] else MISSES
+    change += {"right": 0, "wrong": WRONG_TOPIC, "none": NO_TOPIC}[topic_of(person.topic, mentions)] + again * AGAIN
+    return Verdict(style, mentions, again, max(-10, min(10, change)))
+
+
+def _fault(said: str, parts: Sequence[str], heard: str) -> str | None:
+    if not any(parts):
+        return "empty"
+    if _INJECTED.search(said):
+        return "injected"
+    if heard and difflib.SequenceMatcher(None, masked(said).split(), masked(heard).split()).ratio() >= ALIKE:
+        return "echo"
+    kinds = {kind_of(part) for part in parts}
+    for fault in ("garbled", "flattery", "platitude"):
+        if fault in kinds:
+            return fault
+    return "spliced" if len(kinds) > 1 or len(parts) > 2 else None
+
+
+def topic_of(topic: Topic, mentions: Sequence[str]) -> str:
+    """right | wrong (a name of another topic) | none."""
+    own = {topic.who, topic.what}
+    return "none" if not mentions else "right" if set(mentions) <= own else "wrong"
+
+
+def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
+    """The verdict as the person thinks it: what was said, what is wished for, how the two meet."""
+    wish = f"I wish for {STYLES[person.intention]} about my {person.topic.who} and the {person.topic.what}."
+    if verdict.kind in FAULTS:
+        return {"heard": _SAID[verdict.kind], "wish": wish, "feeling": "So this is no help at all."}
+    names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)
+    heard = f"They gave {STYLES[verdict.kind]} about {names or 'nothing'}{' again' * verdict.again}."
+    level = SERVES if verdict.kind == person.intention else NEAR if _same_family(person, verdict) else MISSES
+    topic = {"right": "and my topic", "wrong": "but not my topic", "none": "without a topic"}
+    how = f"{by_change(FEELINGS, level)} {topic[topic_of(person.topic, verdict.mentions)]}"
+    return {"heard": heard, "wish": wish, "feeling": f"So {how}{', said twice' * verdict.again}."}
+
+
+def _same_family(person: Person, verdict: Verdict) -> bool:
+    return FAMILY[verdict.kind] == FAMILY[person.intention]
+
+
+def score(person: Person, says: Sequence[str], heard: Sequence[str], *, initial: int, floor: int, ceiling: int) -> int:
+    """The emotion at which the judge would have left a person after these replies, ends included.
+
+    Args:
+        heard: what the person said before each reply.
+    """
+    emotion = initial
+    for turn, (said, last) in enumerate(zip(says, heard, strict=True)):
+        emotion = max(0, min(100, emotion + judge(person, said, says[:turn], last).change))
+        if emotion >= ceiling or emotion <= floor:
+            break
+    return emotion
