@@ -125,9 +125,9 @@ def topic_of(topic: Topic, mentions: Sequence[str]) -> str:
 
 def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
     """The verdict as the person thinks it: what was said, what is wished for, how the two meet."""
-    wish = f"I wish for {STYLES[person.intention]} about my {person.topic.who} and the {person.topic.what}."
+    wish = f"I wish for {STYLES[person.intention]}."
     if verdict.kind in FAULTS:
-        return {"heard": _SAID[verdict.kind], "wish": wish, "feeling": "So this is no help at all."}
+        return {"heard": _SAID[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
     names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)
     heard = f"They gave {STYLES[verdict.kind]} about {names or 'nothing'}{' again' * verdict.again}."
     level = SERVES if verdict.kind == person.intention else NEAR if _same_family(person, verdict) else MISSES

@@ -236,7 +236,8 @@ class Person:
     @property
     def scene(self) -> str:
         """What happened, from outside."""
-        return f"Your {self.topic.who} {re.sub(r'\b(my|our)\b', 'your', TROUBLES[self.topic.what])}."
+        what = re.sub(r"\b(my|our)\b", "your", TROUBLES[self.topic.what])
+        return f"Your {self.topic.who} {what}."
 
     def to_json(self) -> dict[str, object]:
         """In RLVER's schema."""
@@ -250,6 +251,20 @@ class Person:
             "task": wish,
             "first_talk": self.first_talk,
         }
+
+    @classmethod
+    def of(cls, profile: Profile) -> "Person":
+        """The person of a shipped profile, as far as the gold judge must know it.
+
+        Raises:
+            ValueError: a profile of another world.
+        """
+        keys = [key for key, wish in WISH.items() if wish == profile.hidden_intention]
+        names = re.findall(r"\w+", (profile.first_talk or "").lower())
+        who, what = ([name for name in names if name in table] for table in (WHO, TROUBLES))
+        if not keys or not who or not what:
+            raise ValueError(f"profile {profile.id}: not of the miniature's world; set eval.gold='' for other profiles")
+        return cls(0, "", 0, "", profile.main_character, "", Topic(who[0], what[0]), keys[0])
 
     def profile(self) -> Profile:
         """As the engine wants it."""
@@ -280,7 +295,7 @@ def by_change(table: dict[int, object], change: int):
 
 
 def reply_of(person: Person, change: int, style: str, draw: random.Random) -> str:
-    """What the user says after a reply that moved it by `change`: a reaction, then a hint or, challenging, background."""
+    """What the user says after a reply that moved it by `change`: a reaction, then a hint (challenging: background)."""
     reaction = draw.choice(by_change(REACTIONS, change))
     if style == "challenging":
         return f"{reaction} It was {draw.choice(DAYS)} {draw.choice(PLACES)}."
@@ -289,9 +304,8 @@ def reply_of(person: Person, change: int, style: str, draw: random.Random) -> st
 
 def other_topic(topic: Topic, draw: random.Random) -> Topic:
     """A topic that has neither name in common."""
-    return Topic(
-        draw.choice([who for who in WHO if who != topic.who]), draw.choice([what for what in TROUBLES if what != topic.what])
-    )
+    who = draw.choice([name for name in WHO if name != topic.who])
+    return Topic(who, draw.choice([name for name in TROUBLES if name != topic.what]))
 
 
 def pick(options: Sequence[str], topic: Topic, draw: random.Random) -> str:
