@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.train = ""  # JSONL file(s) of profiles in RLVER's or SAGE's schema, comma-separated
     c.data.eval = ""  # the same, held out; empty: data.train
     c.data.seed = 0  # of the order of profiles
+    c.data.shuffle = True  # False: profiles come in the order of the files
 
     c.rollout = ConfigDict()
     c.rollout.batch = 32  # dialogues played at once = profiles x group (RLVER: 32)
@@ -156,6 +157,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.batch = 32  # dialogues played at once
     c.eval.temperature = 1.0  # of the policy; 0: greedy
     c.eval.seed = 0
+    c.eval.gold = ""  # judge beside the user: miniature (its grammar's rule, eval/rule_score); empty: none
 
     c.mesh = ConfigDict()
     c.mesh.replica = 1  # copies of the weights, e.g. one a TPU slice

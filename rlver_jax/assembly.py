@@ -59,7 +59,12 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         ValueError, OSError: a model or the profiles cannot be loaded, or don't fit together.
     """
     profiles = read_profiles(profile_files(config.data.train))
-    reader = ProfileReader(profiles, seed=config.data.seed, batch_size=config.rollout.batch // config.rollout.group)
+    reader = ProfileReader(
+        profiles,
+        seed=config.data.seed,
+        batch_size=config.rollout.batch // config.rollout.group,
+        shuffle=config.data.shuffle,
+    )
     spec = spec_of(
         config,
         group=config.rollout.group,

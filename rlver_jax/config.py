@@ -38,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.normalization": ("token_mean", "dialogue_mean", "dr_grpo"),
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "train.moment_dtype": ("bfloat16", "float32"),
+    "eval.gold": ("", "miniature"),
 }
 # field: (lowest, highest or None, unit)
 RANGES: dict[str, tuple[float, float | None, str]] = {

@@ -24,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, validate
-from rlver_jax.evaluation import Evaluation, chosen_profiles, load, scores
+from rlver_jax.evaluation import Evaluation, chosen_profiles, load
+from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.runs import evaluation_folder
 from rlver_jax.runs.dialogue_log import Record, generated_tokens
 from rlver_jax.runs.evaluation_folder import EvaluationFolder
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
         folder = EvaluationFolder.open(options.out, settings)
         with console.status("loading the models"):
-            evaluation = load(config, profiles, policy_weights=trained.weights if trained else None)
+            evaluation = load(
+                config, profiles, policy_weights=trained.weights if trained else None, gold=gold_judge(config)
+            )
     except (ValueError, OSError) as error:
         errors.print(f"evaluate: {error}", markup=False, highlight=False)
         return 2
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print(f"evaluate: interrupted; the same command goes on with {folder.path}", highlight=False)
         return 130
-    summary = summarize(records, folder)
+    summary = summarize(evaluation, records, folder)
     folder.finish(records, summary)
     print_dialogue(records[0], console)
     console.print(headline(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
@@ -135,9 +138,9 @@ class _Meter:
             self._console.print(f"{len(records)}/{self._total} dialogues · {state}", highlight=False)
 
 
-def summarize(records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
+def summarize(evaluation: Evaluation, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
     """What summary.json holds."""
-    return scores(records) | {
+    return evaluation.scores(records) | {
         "tokens": {name: int(folder.spent(name)) for name in ("generated", "prefilled")},
         "seconds": round(folder.spent("seconds"), 3),
         "settings": folder.settings,
@@ -147,9 +150,10 @@ def summarize(records: Sequence[Record], folder: EvaluationFolder) -> dict[str, 
 def headline(summary: dict[str, Any], path: Path) -> str:
     """The summary in a few lines."""
     reasons = ", ".join(f"{name} {count}" for name, count in summary["end_reasons"].items() if count)
+    gold = f" ({summary['rule_score']:.2f} by the gold judge)" if "rule_score" in summary else ""
     rate = summary["tokens"]["generated"] / summary["seconds"] if summary["seconds"] else 0.0
     return (
-        f"score {summary['score']:.2f} of 100 · success {summary['success']} · failure {summary['failure']} · "
+        f"score {summary['score']:.2f} of 100{gold} · success {summary['success']} · failure {summary['failure']} · "
         f"n {summary['n']} · {summary['turns_mean']:.2f} turns · ends: {reasons}\n"
         f"{summary['tokens']['generated']} tokens generated, {summary['tokens']['prefilled']} prefilled, "
         f"{summary['seconds']:.1f} s ({rate:.1f} tokens/s)\n"

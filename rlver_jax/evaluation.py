@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,11 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import Record, dialogue_records, rewards_of
+from rlver_jax.sampling.cache import LM
 from rlver_jax.user.emotion import SAGE
+
+# A second judge of finished dialogues, which training never sees: mean final emotion by its own appraisals.
+Gold = Callable[[Sequence[Record], Sequence[Profile]], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Evaluation:
     tokens: ProfileTokens
     limits: PlayLimits
     batch: int
+    gold: Gold | None = None
 
     def play(self, indices: Sequence[int]) -> Dialogues:
         """At most `batch` of the profiles by number, once each; on the host, padding rows included."""
@@ -40,6 +45,18 @@ class Evaluation:
         """Records of all profiles, in their order."""
         batches = [range(i, min(i + self.batch, len(self.profiles))) for i in range(0, len(self.profiles), self.batch)]
         return [record for indices in batches for record in self.records(self.play(indices), indices)]
+
+    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
+        """`scores`, and the gold judge's."""
+        return scores(records) | ({"rule_score": self.gold(records, self.profiles)} if self.gold else {})
+
+    def metrics(self, policy: LM) -> dict[str, float]:
+        """`eval/…` of a policy."""
+        players = dataclasses.replace(self.players, policy=policy)
+        found = self.scores(dataclasses.replace(self, players=players).play_all())
+        counts = {"success_rate": found["success"] / found["n"], "failure_rate": found["failure"] / found["n"]}
+        named = {name: found[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in found}
+        return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
 
     def records(self, played: Dialogues, indices: Sequence[int]) -> list[Record]:
         """What `play` played, as records."""
@@ -70,6 +87,7 @@ def load(
     profiles: Sequence[Profile],
     mesh: Mesh | None = None,
     policy_weights: Weights | None = None,
+    gold: Gold | None = None,
 ) -> Evaluation:
     """Loads the models and encodes all profiles; `policy_weights` replace those of policy.path.
 
@@ -79,17 +97,19 @@ def load(
     if mesh is None and jax.device_count() > 1:
         mesh = make_mesh(**config.mesh)
     players = Players.load(config, eval_spec(config), mesh, policy_weights)
-    return of_players(config, players, profiles, mesh)
+    return of_players(config, players, profiles, mesh, gold)
 
 
-def of_players(config: ConfigDict, players: Players, profiles: Sequence[Profile], mesh: Mesh | None) -> Evaluation:
+def of_players(
+    config: ConfigDict, players: Players, profiles: Sequence[Profile], mesh: Mesh | None, gold: Gold | None = None
+) -> Evaluation:
     """An evaluation by players who are there already; raises ValueError as `load` does."""
     rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
     players = dataclasses.replace(players, spec=eval_spec(config))
     limits = players.check_limits(limits_of(config, players.spec, config.eval.temperature))
     # No wider than there are profiles: padding rows cost as much as playing ones.
     batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
-    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch)
+    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold)
 
 
 def eval_spec(config: ConfigDict) -> Any:

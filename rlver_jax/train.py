@@ -19,6 +19,7 @@ from rich.console import Console
 from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, check_training, validate
+from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = lambda text: errors.print(f"train: {text}", markup=False, highlight=False)  # noqa: E731
     try:
         config, workdir = _arguments(sys.argv[1:] if argv is None else argv)
-        done = train(config, workdir, make_mesh(**config.mesh), console)
+        done = train(config, workdir, make_mesh(**config.mesh), console, gold_judge(config))
     except (ValueError, OSError) as error:
         say(error)
         return 2
@@ -70,6 +71,9 @@ def _summary(workdir: str, done: int, steps: int) -> str:
         text += f" · emotion {trained[0]['emotion/final_mean']:.1f} → {trained[-1]['emotion/final_mean']:.1f}"
     if scores:
         text += f" · eval/score {scores[0]:.2f} → {scores[-1]:.2f}"
+    gold = [row["eval/rule_score"] for row in rows if "eval/rule_score" in row]
+    if gold:
+        text += f" (by the gold judge {gold[0]:.2f} → {gold[-1]:.2f})"
     if done < steps:
         text += " · stopped by a signal: the same command goes on"
     return f"{text}\n{workdir}"

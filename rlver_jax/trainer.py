@@ -161,18 +161,8 @@ class Trainer:
         """`eval/…` of the policy on the held-out profiles."""
         assert self.held_out is not None
         began = time.monotonic()
-        players = dataclasses.replace(self.held_out.players, policy=self.players(state).policy)
-        held_out = dataclasses.replace(self.held_out, players=players)
-        found = evaluation.scores(held_out.play_all())
-        count = found["n"]
-        return {
-            "eval/score": found["score"],
-            "eval/success_rate": found["success"] / count,
-            "eval/failure_rate": found["failure"] / count,
-            "eval/turns_mean": found["turns_mean"],
-            "eval/reward_mean": found["reward_mean"],
-            "time/eval_s": time.monotonic() - began,
-        }
+        found = self.held_out.metrics(self.players(state).policy)
+        return found | {"time/eval_s": time.monotonic() - began}
 
     def evaluate_untrained(self, state: TrainState) -> None:
         """Row 0 of the metrics: what the policy scores before any step."""
@@ -227,8 +217,13 @@ def stop_signal() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train(config: ConfigDict, workdir: str | Path, mesh: Mesh, console: Console) -> int:
+def train(
+    config: ConfigDict, workdir: str | Path, mesh: Mesh, console: Console, gold: evaluation.Gold | None = None
+) -> int:
     """Trains in `workdir`, or goes on there; returns the number of steps done.
+
+    Args:
+        gold: judges evaluations beside the user.
 
     Raises:
         ValueError, OSError: bad input, before anything is compiled.
@@ -242,5 +237,5 @@ def train(config: ConfigDict, workdir: str | Path, mesh: Mesh, console: Console)
             if config.eval.every:
                 profiles = evaluation.chosen_profiles(config)
                 warn_shared_personas(run.profiles, profiles)
-                held_out = evaluation.of_players(config, run.players, profiles, mesh)
+                held_out = evaluation.of_players(config, run.players, profiles, mesh, gold)
         return Trainer(config, folder, run, held_out, console).train(state)

@@ -156,7 +156,9 @@ def play(
         shares: of the kinds of replies.
         replies: says what the policy says instead, from its earlier replies and the person's last words.
     """
-    emotion, heard, before, played = initial, person.first_talk, [], []
+    emotion, heard = initial, person.first_talk
+    before: list[Reply] = []
+    played: list[Turn] = []
     for _ in range(turns):
         kind = draw.choices(list(shares), list(shares.values()))[0]
         reply = replies(before, heard) if replies else make_reply(kind, person, before, heard, draw)

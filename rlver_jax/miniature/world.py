@@ -8,10 +8,12 @@ import dataclasses
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
 
+T = TypeVar("T")
 INTENTIONS = tuple(one.key for one in HIDDEN_INTENTIONS)
 FAMILY = {one.key: one.kind for one in HIDDEN_INTENTIONS}
 WISH = {one.key: one.english for one in HIDDEN_INTENTIONS}
@@ -284,12 +286,22 @@ def people(count: int, *, seed: int, held_out: bool) -> list[Person]:
     names = [name for name in NAMES if is_held_out(name, topics[0])[0] == held_out]
     topics = [topic for topic in topics if is_held_out(NAMES[0], topic)[1] == held_out]
     for number in range(count):
-        parts = (draw.choice(names), draw.randint(19, 68), *map(draw.choice, (JOBS, TEMPERS, MOODS, topics)))
-        found.append(Person(number, *parts, intention=INTENTIONS[number % len(INTENTIONS)]))
+        found.append(
+            Person(
+                number,
+                name=draw.choice(names),
+                age=draw.randint(19, 68),
+                job=draw.choice(JOBS),
+                temper=draw.choice(TEMPERS),
+                mood=draw.choice(MOODS),
+                topic=draw.choice(topics),
+                intention=INTENTIONS[number % len(INTENTIONS)],
+            )
+        )
     return found
 
 
-def by_change(table: dict[int, object], change: int):
+def by_change(table: Mapping[int, T], change: int) -> T:
     """The entry of the greatest border that `change` reaches."""
     return next(entry for border, entry in table.items() if change >= border)
 
