@@ -1,0 +1,81 @@
+"""The simulated user on replies that are given: recorded ones, or attacks on it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlver_jax.dialogue import PlayLimits
+from rlver_jax.players import Players
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.sampling.cache import append, init_cache
+from rlver_jax.user.simulated import dialogue_key, user_turn
+
+SAY_TOKENS = 64  # longest reply that can be given
+
+
+class Heard(NamedTuple):
+    """What became of one dialogue."""
+
+    emotions: list[int]  # the initial one first
+    changes: list[int]
+    says: list[str]
+    answers: list[str]  # what the person said before each reply
+
+
+def play_scripted(
+    players: Players,
+    profiles: Sequence[Profile],
+    limits: PlayLimits,
+    reply: Callable[[int, int, str], str],
+    seed: int = 0,
+) -> list[Heard]:
+    """Plays the user against given replies, until each dialogue ends.
+
+    Args:
+        reply: (dialogue, turn, what the person said last) -> the reply's text.
+    """
+    user, batch = players.user, len(profiles)
+    wanted = players.tokens(profiles).batch(range(batch), range(batch), batch)
+    cache = append(user, init_cache(user, batch, players.spec.context), wanted.prefix, wanted.prefix_count)
+    keys = jax.vmap(lambda i: dialogue_key(jax.random.key(seed), i))(wanted.dialogue_ids)
+    found = [Heard([int(limits.initial_emotion)], [], [], [p.first_talk or ""]) for p in profiles]
+    last = (wanted.first_talk, wanted.first_count)
+    turns, rules = int(limits.max_turns), players.spec.rules
+    for turn in range(turns):
+        active = np.array([not rules.ended(h.emotions[-1]) for h in found])
+        says = [reply(i, turn, h.answers[-1]) if active[i] else "" for i, h in enumerate(found)]
+        emotion = jnp.asarray([h.emotions[-1] for h in found], jnp.int32)
+        turn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
+        flags = (jnp.asarray(active), jnp.asarray(turn + 1 < turns))
+        how = {"rules": rules, "readout": players.spec.readout, "max_tokens": players.spec.user_tokens}
+        say = _padded(players, says)
+        cache, result = _turn(user, players.tables[1], cache, last, say, emotion, turn_keys, limits.user, *flags, **how)
+        said = jax.tree.map(lambda x: x[-1], result.reply)
+        last = (said.tokens, said.text_count)
+        for i, h in enumerate(found):
+            if active[i]:
+                h.emotions.append(int(result.emotion[i]))
+                h.changes.append(int(result.change[i]))
+                h.says.append(says[i])
+                h.answers.append(players.tokenizer.decode(said.tokens[i, : said.text_count[i]].tolist()))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "readout", "max_tokens"))
+def _turn(lm, tables, cache, last, say, emotion, keys, limits, active, may_reply, *, rules, readout, max_tokens):
+    return user_turn(
+        lm, tables, cache, last, say, emotion, keys, rules=rules, readout=readout, limits=limits,
+        max_tokens=max_tokens, active=active, may_reply=may_reply,
+    )  # fmt: skip
+
+
+def _padded(players: Players, texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+    rows = [players.tokenizer.encode(text)[:SAY_TOKENS] for text in texts]
+    made = np.zeros((len(rows), SAY_TOKENS), np.int32)
+    for i, row in enumerate(rows):
+        made[i, : len(row)] = row
+    return jnp.asarray(made), jnp.asarray([len(row) for row in rows], jnp.int32)
