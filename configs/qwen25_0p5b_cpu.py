@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.think_tokens = 64
     c.rollout.say_tokens = 64
     c.train.steps, c.train.warmup_steps = 3, 0
+    c.train.microbatches = 4  # a third of the memory: 24 GiB are enough
     c.log.dialogues_every = 1
     c.alarms.readable_min = 0.0  # its replies seldom end within 64 tokens
     c.eval.num_profiles = 4

@@ -93,17 +93,23 @@ def load_model(
     return LM(params, model), load_tokenizer(config.path)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
 def sampling_copy(params: Params, dtype: DTypeLike) -> Params:
     """Parameters as the sampler reads them at every token: weight matrices rounded to the dtype of its products.
 
-    The model would round them there anyway, so nothing that it says changes.
+    The model would round them there anyway, so nothing that it says changes. Where there is nothing to round these are
+    the parameters themselves: no second copy of a model.
     """
+    matrices = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if _is_matrix(path)]
+    return params if all(x.dtype == dtype for x in matrices) else _rounded(params, dtype)
 
-    def cast(path: Any, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key in ("kernel", "lm_head") else x
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+def _is_matrix(path: Any) -> bool:
+    return path[-1].key in ("kernel", "lm_head")
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _rounded(params: Params, dtype: DTypeLike) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if _is_matrix(path) else x, params)
 
 
 def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:

@@ -75,7 +75,6 @@ class Trainer:
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
         )
         self.pending: Step | None = None
-        self.best: float | None = None
 
     def train(self, state: TrainState) -> int:
         """Trains to the last step or until SIGTERM; returns the number of steps done.
@@ -87,7 +86,7 @@ class Trainer:
         state, done = self.resume(state)
         self.learn = compile_step(self.run.setup, state)
         steps = self.config.train.steps
-        with self.writers(done), stop_signal() as stop:
+        with self.writers(done), stop_signal() as stop, contextlib.closing(self.checkpoints):
             if not done:
                 self.evaluate_untrained(state)
             while done < steps and not stop:
@@ -98,7 +97,6 @@ class Trainer:
                     self.pending.evaluated = self.evaluate(state)
                 if due or done == steps or stop or done % self.config.checkpoint.every == 0:
                     self.save(state, done)
-        self.checkpoints.close()
         if done >= steps:
             self.folder.mark_finished(done)
         return done

@@ -164,4 +164,9 @@ def test_the_command_refuses_what_cannot_be(unbroken, tmp_path, capsys):
     assert "no --workdir was given" in refused()
     assert "data.train is empty" in refused(f"--workdir={tmp_path}", "--config.data.train=")
     assert "rollout.temperature=0" in refused(f"--workdir={tmp_path}", "--config.rollout.temperature=0.0")
+    for main in (command.main, export.main):
+        with pytest.raises(SystemExit) as left:
+            main(["--help"])
+        assert left.value.code == 0
+        assert "--workdir" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"

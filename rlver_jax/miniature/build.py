@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 from rich.console import Console
@@ -26,8 +27,15 @@ from rlver_jax.user.prompts import Prompts, load_prompts
 
 VOCABULARY = 1400
 SYMBOLS = ("\n", "<think>", "</think>")
-BATCH, USER_LENGTH, POLICY_LENGTH = 16, 768, 512
 PEOPLE = 20_000  # from whom the training dialogues are drawn
+
+
+class Shape(NamedTuple):
+    """Of a batch: dialogues of so many turns, rows, tokens. Short ones teach as much a turn and cost less attention."""
+
+    turns: int
+    rows: int
+    length: int
 
 
 def train_tokenizer(path: Path, prompts: Prompts) -> SentencePieceTokenizer:
@@ -45,12 +53,12 @@ def train_tokenizer(path: Path, prompts: Prompts) -> SentencePieceTokenizer:
     return train_sentencepiece([text for text in corpus if text], path, VOCABULARY, symbols=SYMBOLS)
 
 
-def batches(make: Callable[[random.Random], Row], length: int, seed: int, batch: int = BATCH) -> Callable[[int], Rows]:
-    """Rows of step i, from a stream of its own: a stopped build can be repeated."""
+def batches(make: Callable[[random.Random, int], Row], shapes: Sequence[Shape], seed: int) -> Callable[[int], Rows]:
+    """Rows of step i, of its shape in turn, from a stream of its own: a build can be repeated."""
 
     def batch_of(step: int) -> Rows:
-        draw = random.Random(f"{seed} {step}")
-        return stack([make(draw) for _ in range(batch)], length)
+        draw, shape = random.Random(f"{seed} {step}"), shapes[step % len(shapes)]
+        return stack([make(draw, shape.turns) for _ in range(shape.rows)], shape.length)
 
     return batch_of
 
@@ -58,19 +66,19 @@ def batches(make: Callable[[random.Random], Row], length: int, seed: int, batch:
 def user_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
     """What the simulated user learns from."""
     crowd = people(PEOPLE, seed=seed, held_out=False)
-    make = lambda draw: packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, assets.TURNS)[0])  # noqa: E731
-    return batches(make, USER_LENGTH, seed)
+    make = lambda draw, turns: packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])  # noqa: E731
+    return batches(make, (Shape(3, 16, 416), Shape(3, 16, 416), Shape(assets.TURNS, 8, 768)), seed)
 
 
 def policy_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
     """What the policy learns from: both modes in turn."""
     crowd = people(PEOPLE, seed=seed, held_out=False)
 
-    def make(draw: random.Random) -> Row:
+    def make(draw: random.Random, turns: int) -> Row:
         mode = draw.choice(("think", "direct"))
-        return packer.policy(sample_dialogues(1, draw, crowd, texts.BASE, assets.TURNS)[0], mode)
+        return packer.policy(sample_dialogues(1, draw, crowd, texts.BASE, turns)[0], mode)
 
-    return batches(make, POLICY_LENGTH, seed)
+    return batches(make, (Shape(3, 16, 232), Shape(assets.TURNS, 8, 432)), seed)
 
 
 def build(out: Path, user_steps: int, policy_steps: int, console: Console) -> None:

@@ -19,7 +19,7 @@ from rlver_jax.sampling.cache import LM
 def small_model(rows: int, *, hidden: int = 128, mlp: int = 384, layers: int = 4) -> Qwen2:
     """The miniature's architecture: 4 query heads, 2 key heads, float32, unrolled for CPU."""
     config = Qwen2Config(
-        rows, hidden, mlp, num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=hidden // 4, rope_theta=1e4,
+        rows, hidden, mlp, num_layers=layers, num_heads=2, num_kv_heads=1, head_dim=hidden // 2, rope_theta=1e4,
         tie_embeddings=True,
     )  # fmt: skip
     return Qwen2(config, scan_layers=False)
@@ -56,7 +56,7 @@ def fit(
             if i % 20 == 19 or i == steps - 1:
                 shown = float(jnp.stack(losses[-20:]).mean())
                 bar.update(task, completed=i + 1, loss=f"loss {shown:.4f}")
-                if not console.is_terminal and i % 200 == 199:
+                if not console.is_terminal and i % 100 == 99:
                     console.print(f"{name} {i + 1}/{steps} loss {shown:.4f}", highlight=False)
     return LM(params, model), float(jnp.stack(losses[-max(1, steps // 10) :]).mean())
 
