@@ -68,8 +68,14 @@ def verify_dialogue(
     record: Mapping[str, Any],
     settings: Settings,
     prefix_of: Callable[[Profile], Cache],
+    width: int = 0,
 ) -> Report:
-    """Derives one dialogue again; the report's lines name dialogue, turn and field."""
+    """Derives one dialogue again; the report's lines name dialogue, turn and field.
+
+    Args:
+        prefix_of: see `prefix_reader`.
+        width: tokens to pad the packed row to at least, so that a whole log compiles once.
+    """
     report = Report(dialogues=1)
     place = f"dialogue {record['dialogue']}"
     if profile is None:
@@ -79,16 +85,21 @@ def verify_dialogue(
     turns = logged_turns(record)
     if not turns:
         return report
-    prefix, tables, first_talk = prefix_of(profile), players.tables[1], record["messages"][0]["tokens"]
-    packed = pack_dialogue(tables, int(prefix.length[0]), first_talk, turns, players.spec.rules.band)
+    packed = _packed(players, profile, record, turns)
     key = dialogue_key(jax.random.key(record["seed"]), jnp.uint32(record["dialogue"]))
-    found = rederive(players.user, tables, prefix, packed, key, settings.reply_temperature)
+    temperature = settings.reply_temperature
+    found = rederive(players.user, players.tables[1], prefix_of(profile), packed, key, temperature, width)
     report.turns, report.tokens = len(turns), len(packed.queries)
     _check_tokens(players, record, packed, found, settings, place, report)
     for index, turn in enumerate(turns):
         turn_key = jax.random.fold_in(key, turn.turn)
         _check_change(record, turn, found.change_logprobs[index], turn_key, settings, place, report)
     return report
+
+
+def _packed(players: Players, profile: Profile, record: Mapping[str, Any], turns: Sequence[LoggedTurn]) -> Packed:
+    first_talk, start = record["messages"][0]["tokens"], len(players.prefix(profile))
+    return pack_dialogue(players.tables[1], start, first_talk, turns, players.spec.rules.band)
 
 
 def reactions(record: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
@@ -270,16 +281,18 @@ def verify_log(path: str, config: ConfigDict, console: Console) -> Report:
     files = profile_files(config.data.eval, config.data.train)
     profiles = {profile.id: profile for file in files for profile in read_profiles(file)}
     settings, total = settings_of(config, records), Report()
-    prefix_of = prefix_reader(players)
+    known = [(profiles[record["profile"]], record) for record in records if record["profile"] in profiles]
+    prefix_of = prefix_reader(players, max((len(players.prefix(profile)) for profile, _ in known), default=0))
+    width = max((len(_packed(players, *pair, logged_turns(pair[1])).tokens) for pair in known), default=0)
     for record in track(records, "verifying", console=console):
-        one = verify_dialogue(players, profiles.get(record["profile"]), record, settings, prefix_of)
+        one = verify_dialogue(players, profiles.get(record["profile"]), record, settings, prefix_of, width)
         total = Report(*(getattr(total, f.name) + getattr(one, f.name) for f in dataclasses.fields(Report)))
     return total
 
 
-def prefix_reader(players: Players) -> Callable[[Profile], Cache]:
+def prefix_reader(players: Players, width: int = 0) -> Callable[[Profile], Cache]:
     """Reads a profile's prefix with the user, once for a group: its dialogues stand side by side in a log."""
-    return functools.lru_cache(maxsize=1)(lambda profile: read_prefix(players.user, players.prefix(profile)))
+    return functools.lru_cache(maxsize=1)(lambda profile: read_prefix(players.user, players.prefix(profile), width))
 
 
 def check_settings(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> None:
@@ -309,6 +322,8 @@ def load_user(config: ConfigDict) -> Players:
     """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place."""
     scanned = config.user.copy_and_resolve_references()
     scanned.scan_layers = True  # unrolling pays for single tokens; a long row only compiles longer
+    if jax.default_backend() == "cpu":  # the scores of so few queries stay in the cores' caches
+        scanned.attention, scanned.attention_chunk = "chunked", 32
     user, tokenizer = load_model(scanned, "user")
     spec = spec_of(config, group=1, max_turns=1, initial_emotion=config.eval.initial_emotion)
     prompts = load_prompts(config.data.language, config.user.prompts or None)

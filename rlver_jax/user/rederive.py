@@ -22,8 +22,10 @@ from rlver_jax.sampling.decode import gumbel, score_options
 from rlver_jax.user.emotion import CHANGES
 from rlver_jax.user.simulated import KEY_APPRAISAL, KEY_REPLY, UserTables
 
-LENGTH_STEP = 512  # rows are padded to multiples of it, so that few lengths are compiled
+LENGTH_STEP = 128  # rows are padded to multiples of it, so that few lengths are compiled
 QUERY_STEP = 32  # tokens whose whole distributions are held at once
+QUERIES_STEP = 128  # numbers of queries and of choices are padded likewise
+CHOICE_STEP = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +153,19 @@ def _pack_said(packed, tables: UserTables, said: Said, branch, position, turn, f
     return position
 
 
-def read_prefix(lm: LM, prefix: Sequence[int]) -> Cache:
-    """The user's context before the first turn, to be shared by all dialogues of a profile."""
-    count = len(prefix)
-    tokens = np.pad(np.array(prefix, np.int32), (0, -count % LENGTH_STEP))[None]
-    return _append(lm, tokens, jnp.array([count]))
+def read_prefix(lm: LM, prefix: Sequence[int], width: int = 0) -> Cache:
+    """The user's context before the first turn, to be shared by all dialogues of a profile.
+
+    Args:
+        width: tokens to pad it to at least, so that all prefixes of a log compile once.
+    """
+    return _append(lm, _row(prefix, width), jnp.array([len(prefix)]))
+
+
+def _row(values: Sequence[int], width: int) -> Int[np.ndarray, "1 L"]:
+    """Padded to `width` or more, in steps of LENGTH_STEP."""
+    size = -(-max(len(values), width) // LENGTH_STEP) * LENGTH_STEP
+    return np.pad(np.array(values, np.int32), (0, size - len(values)))[None]
 
 
 @jax.jit
@@ -164,7 +174,13 @@ def _append(lm: LM, tokens: Int[Array, "1 L"], count: Int[Array, "1"]) -> Cache:
 
 
 def rederive(
-    lm: LM, tables: UserTables, prefix: Cache, packed: Packed, row_key: Key[Array, ""], temperature: float
+    lm: LM,
+    tables: UserTables,
+    prefix: Cache,
+    packed: Packed,
+    row_key: Key[Array, ""],
+    temperature: float,
+    width: int = 0,
 ) -> Rederived:
     """Runs the user once over a packed dialogue and holds every logged token against it.
 
@@ -172,21 +188,18 @@ def rederive(
         prefix: what `read_prefix` made of the dialogue's profile.
         row_key: the dialogue's key, as the sampler folded it.
         temperature: of the user's spoken replies; 0: greedy.
+        width: tokens to pad the row to at least.
     """
-    size = -(-len(packed.tokens) // LENGTH_STEP) * LENGTH_STEP
-    row = [
-        np.pad(np.array(x, np.int32), (0, size - len(x)))[None]
-        for x in (packed.tokens, packed.positions, packed.branch)
-    ]
-    hidden = _read(lm, prefix, *row)
+    hidden = _read(lm, prefix, *(_row(x, width) for x in (packed.tokens, packed.positions, packed.branch)))
     queries = _pad_queries(packed.queries)
     margin, logprob = _hold(lm, tables, hidden, queries, row_key, jnp.float32(temperature))
-    count = len(packed.queries)
-    choices = np.array(packed.choices, np.int32).reshape(-1, 2)
+    count, turns = len(packed.queries), len(packed.choices)
+    choices = np.zeros((-(-turns // CHOICE_STEP) * CHOICE_STEP, 2), np.int32)
+    choices[:turns] = packed.choices
     return Rederived(
         np.asarray(margin).reshape(-1)[:count],
         np.asarray(logprob).reshape(-1)[:count],
-        np.array([_change_logprobs(lm, tables, hidden, c) for c in choices]).reshape(len(choices), -1),
+        np.asarray(_change_logprobs(lm, tables, hidden, choices))[:turns],
     )
 
 
@@ -197,9 +210,10 @@ def _read(lm: LM, prefix: Cache, tokens: Int[Array, "1 L"], positions: Int[Array
 
 
 def _pad_queries(queries: Sequence[Query]) -> Int[Array, "n k 8"]:
-    """Queries as rows of integers, in groups of QUERY_STEP; the last group is padded with zeros."""
+    """Queries as rows of integers, in groups of QUERY_STEP, padded with zeros to a multiple of QUERIES_STEP."""
     array = np.array([list(map(int, q)) for q in queries], np.int32).reshape(-1, len(Query._fields))
-    return jnp.asarray(np.pad(array, ((0, -len(array) % QUERY_STEP), (0, 0))).reshape(-1, QUERY_STEP, array.shape[1]))
+    array = np.pad(array, ((0, -len(array) % QUERIES_STEP), (0, 0)))
+    return jnp.asarray(array.reshape(-1, QUERY_STEP, array.shape[1]))
 
 
 @jax.jit
@@ -226,9 +240,9 @@ def _hold(lm: LM, tables: UserTables, hidden: Float[Array, "L D"], queries, row_
 
 @jax.jit
 def _change_logprobs(
-    lm: LM, tables: UserTables, hidden: Float[Array, "L D"], choice: Int[Array, "2"]
-) -> Float[Array, "21"]:
-    """log p of every option from the hidden states of its twig; what `choose` computes from a cache."""
+    lm: LM, tables: UserTables, hidden: Float[Array, "L D"], choices: Int[Array, "N 2"]
+) -> Float[Array, "N 21"]:
+    """log p of every option of each choice from the hidden states of its twig; what `choose` computes from a cache."""
     options = tables.options
-    place = jnp.where(options.contexts == 0, choice[0], choice[1] + options.contexts - 1)
-    return score_options(lm, options, hidden[place][None])[0]
+    places = jnp.where(options.contexts == 0, choices[:, :1], choices[:, 1:] + options.contexts - 1)
+    return score_options(lm, options, hidden[places])
