@@ -1,4 +1,4 @@
-"""Rebuilds the miniature's assets: tokenizer, profiles, simulated user, policy, manifest. Nobody has to.
+"""Builds the miniature world in a folder: tokenizer, profiles, simulated user, policy, and a config that uses them.
 
     python -m rlver_jax.miniature.build --out=DIR [--user_steps=N] [--policy_steps=N]
 
@@ -82,10 +82,11 @@ def policy_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
 
 
 def build(out: Path, user_steps: int, policy_steps: int, console: Console) -> None:
-    """Writes all assets into a new folder."""
+    """Writes everything into a new folder."""
     prompts = load_prompts("en", assets.PROMPTS)
     tokenizer = train_tokenizer(out / "tokenizer.model", prompts)
     packer, rows = Packer(tokenizer, prompts), -(-tokenizer.vocab_size // 8) * 8
+    assets.write_config(out)
     for name, count, held_out in ((assets.TRAIN, assets.TRAIN_COUNT, False), (assets.EVAL, assets.EVAL_COUNT, True)):
         assets.write_profiles(out / name, people(count, seed=assets.SEED, held_out=held_out))
     for name, source, steps, seed in (

@@ -1,6 +1,6 @@
 """Measures the miniature on held-out people and topics: does the user judge as the rule does, and can it be fooled?
 
-    python -m rlver_jax.miniature.check [--assets=DIR] [--checkpoint=WORKDIR]
+    python -m rlver_jax.miniature.check --assets=DIR [--checkpoint=WORKDIR]
 
 Everything is free-running: the user writes its appraisals itself. Exit status: 0 every gate holds, 1 one doesn't,
 2 bad usage.
@@ -20,12 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from configs import base, miniature
+from configs import base
 from rlver_jax import evaluation
 from rlver_jax.command_line import parse_flags
-from rlver_jax.miniature import assets, rule, texts
+from rlver_jax.config import ConfigError
+from rlver_jax.miniature import rule, texts
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.miniature.scripted import Heard, play_scripted
+from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.miniature.world import REPLIES, Person
 from rlver_jax.runs.figures import is_readable
 from rlver_jax.runs.trained import TrainedPolicy
@@ -87,12 +89,9 @@ def readable_share(records: Sequence[dict[str, Any]], tokenizer: Any) -> float:
     return float(np.mean([is_readable(tokenizer, m["tokens"], m["stopped"]) for m in answers]))
 
 
-def measure(folder: Path, checkpoint: str, mode: str = "think") -> dict[str, Any]:
-    """All figures of the assets in a folder."""
-    config = miniature.get_config("direct" if mode == "direct" else "")
-    for name, model in ((assets.POLICY, config.policy), (assets.USER, config.user)):
-        model.path = str(folder / name)
-    config.data.eval = str(folder / assets.EVAL)
+def measure(folder: Path, checkpoint: str) -> dict[str, Any]:
+    """All figures of the miniature in a folder."""
+    config = miniature_config("", folder)
     profiles = evaluation.chosen_profiles(config)
     people = {profile.id: Person.of(profile) for profile in profiles}
     played = evaluation.load(config, profiles, gold=gold_judge(config))
@@ -139,13 +138,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
 
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("assets", str(assets.ASSETS), "folder of the assets", flag_values=values)
+        flags.DEFINE_string("assets", None, "folder that build wrote", flag_values=values)
         flags.DEFINE_string("checkpoint", "", "a training run: its policy is measured as well", flag_values=values)
         flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
 
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
         options, _ = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, define)
+        if not options.assets:
+            raise ConfigError("no --assets was given; name the folder that rlver_jax.miniature.build wrote")
         with console.status("measuring"):
             found = measure(Path(options.assets), options.checkpoint)
     except (ValueError, OSError) as error:

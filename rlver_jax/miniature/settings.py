@@ -1,11 +1,10 @@
-"""The miniature world: two small models on a laptop, where reinforcement learning really learns; no path is needed.
-
-Use: python -m rlver_jax.train --config=configs/miniature.py --workdir=runs/miniature
-     (--config=configs/miniature.py:ppo, :direct and :challenging, also joined as in miniature.py:ppo,direct)
+"""The config of a training in the miniature world; `build` writes a config file that calls it beside the models.
 
 The user is a small Qwen2.5 that has learned to appraise replies; `eval/score` is its judgement of held-out people, and
 `eval/rule_score` that of the rule behind the world, which training never sees.
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -13,19 +12,24 @@ from configs import base
 from rlver_jax.miniature import assets
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """Eight people a step, one of each hidden intention, eight dialogues of six turns with each."""
+def miniature_config(arg: str, folder: Path) -> ConfigDict:
+    """Eight people a step, one of each hidden intention, eight dialogues of six turns with each.
+
+    Args:
+        arg: any of ppo, direct, challenging, joined with commas.
+        folder: that `build` wrote.
+    """
     words = base.words(arg, "ppo", "direct", base.CHALLENGING)
     c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
     for model, name in ((c.policy, assets.POLICY), (c.user, assets.USER), (c.critic, assets.POLICY)):
-        model.path = str(assets.ASSETS / name)
+        model.path = str(folder / name)
         model.dtype = model.param_dtype = "float32"
         model.scan_layers = False
     c.user.prompts = str(assets.PROMPTS)
     c.policy.mode = "direct" if "direct" in words else "think"
     c.user.field_tokens, c.user.reply_tokens = 24, 32
     c.data.language = "en"
-    c.data.train, c.data.eval = (str(assets.ASSETS / name) for name in (assets.TRAIN, assets.EVAL))
+    c.data.train, c.data.eval = (str(folder / name) for name in (assets.TRAIN, assets.EVAL))
     c.data.shuffle = False  # the hidden intentions come in turn
     c.rollout.batch, c.rollout.group, c.rollout.max_turns = 64, 8, assets.TURNS
     c.rollout.context, c.rollout.think_tokens, c.rollout.say_tokens = 640, 28, 32
