@@ -31,10 +31,10 @@ def config_of(**fields):
     return config
 
 
-def run(workdir, **fields) -> str:
-    """Trains on one device; returns what was printed."""
-    text = io.StringIO()
-    train(config_of(**fields), workdir, make_mesh(1, 1, 1, devices=jax.devices()[:1]), Console(file=text, width=200))
+def run(workdir, mesh=None, **fields) -> str:
+    """Trains on one device, or on a mesh; returns what was printed."""
+    text, mesh = io.StringIO(), mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    train(config_of(**fields), workdir, mesh, Console(file=text, width=200))
     return text.getvalue()
 
 
@@ -170,3 +170,17 @@ def test_the_command_refuses_what_cannot_be(unbroken, tmp_path, capsys):
         assert left.value.code == 0
         assert "--workdir" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("replica", "fsdp", "tensor"), [(1, 4, 2), (2, 2, 2)])
+def test_eight_devices_learn_what_one_does(unbroken, tmp_path, replica, fsdp, tensor):
+    """The same dialogues at step 1, and figures within 1e-3 at every step."""
+    folder, _, _ = unbroken
+    run(tmp_path, make_mesh(replica, fsdp, tensor))
+    says = [[m["content"] for r in records_of(f, 1) for m in r["messages"]] for f in (folder, tmp_path)]
+    assert says[0] == says[1]
+    for mine, theirs in zip(rows_of(tmp_path), rows_of(folder), strict=True):
+        for name in ("policy/loss", "emotion/final_mean", "eval/score"):
+            if name in theirs:
+                assert mine[name] == pytest.approx(theirs[name], abs=1e-3), name

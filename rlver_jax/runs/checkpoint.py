@@ -319,9 +319,9 @@ def _check_leaf(name: str, leaf: Any) -> None:
 
 def _describe(flat: dict[str, Array]) -> dict[str, dict[str, Any]]:
     """Shape, dtype and checksum of each leaf. All processes take part: a leaf may lie on all of them."""
-    sums = jax.device_get({name: checksum(leaf) for name, leaf in flat.items()})
+    # One by one: many small programs at once, each with a sum over devices, can block each other on CPU.
     return {
-        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": int(sums[name])}
+        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": int(checksum(leaf))}
         for name, leaf in flat.items()
     }
 
