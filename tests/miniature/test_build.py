@@ -30,7 +30,12 @@ def test_a_built_miniature_trains_and_is_judged_twice(tmp_path):
     assert len(read_profiles([folder / "train.jsonl"])) == 512
     assert (folder / "user" / "model.safetensors").stat().st_size < 6e6
     flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}", "--config.train.steps=1"]
-    flags += ["--config.rollout.batch=16", "--config.rollout.group=2", "--config.alarms.readable_min=0.0"]
+    flags += [
+        "--config.rollout.batch=16",
+        "--config.rollout.group=2",
+        "--config.alarms.readable_min=0.0",
+        "--config.alarms.reply_tokens_min=0.0",
+    ]
     flags += ["--config.eval.num_profiles=16", "--config.eval.batch=16", "--config.eval.every=1"]
     result = run("train", *flags)
     assert result.returncode == 0, result.stderr

@@ -26,6 +26,11 @@ PROMPTS = [
 ]
 
 
+# Between two float32 programs, each of which may lie 1e-4 from the exact logits (float64 decides below): which way they
+# round depends on the machine. On an AMD Zen 4 they differ by less than 1e-4, on an Intel Xeon by up to 1.2e-4.
+BETWEEN = 2e-4
+
+
 @pytest.fixture(scope="module")
 def torch():
     return pytest.importorskip("torch", reason="extra `parity` is not installed")
@@ -92,7 +97,7 @@ def whole(model, params, ids):
 def test_float32_logits(float32, prompts, expected):
     worst = [float(np.abs(whole(*float32, ids) - want).max()) for ids, want in zip(prompts, expected, strict=True)]
     print("max |difference of logits| per prompt:", worst)
-    assert max(worst) <= 1e-4
+    assert max(worst) <= BETWEEN
 
 
 def test_float32_rounding_against_float64(torch, checkpoint, reference, float32, profile_ids):
@@ -114,7 +119,7 @@ def test_float32_logits_chunked_attention(float32, prompts, expected):
     model = float32[0].clone(attention="chunked", attention_chunk=256)
     worst = float(np.abs(whole(model, float32[1], prompts[-1]) - expected[-1]).max())
     print("max |difference of logits|, chunked attention, 1,500 tokens:", worst)
-    assert worst <= 1e-4
+    assert worst <= BETWEEN
 
 
 def test_through_the_cache(float32, prompts, expected):
@@ -129,7 +134,7 @@ def test_through_the_cache(float32, prompts, expected):
         found.append(np.asarray(part[0]))
     worst = float(np.abs(np.concatenate(found) - want).max())
     print("max |difference of logits| through the cache:", worst)
-    assert worst <= 1e-4
+    assert worst <= BETWEEN
 
 
 def test_greedy_tokens(torch, float32, reference, prompts):
