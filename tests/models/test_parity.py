@@ -26,8 +26,8 @@ PROMPTS = [
 ]
 
 
-# Between two float32 programs: which way each rounds depends on the machine. On an AMD Zen 4 they differ by less than 1e-4
-# at every position; on an Intel Xeon by 1.2e-4, ours lying up to 1.7e-4 from the logits in float64 and theirs up to 0.9e-4.
+# Between two float32 programs: which way each rounds depends on the machine. On an AMD Zen 4 they differ by less than
+# 1e-4 at every position; on an Intel Xeon by 1.2e-4, ours lying up to 1.7e-4 from the float64 logits, theirs 0.9e-4.
 BETWEEN = 2e-4
 
 
