@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("out", None, "folder to be written; new or empty", flag_values=values)
-        flags.DEFINE_integer("user_steps", 6000, "steps of the simulated user", flag_values=values)
-        flags.DEFINE_integer("policy_steps", 4000, "steps of the policy", flag_values=values)
+        flags.DEFINE_integer("user_steps", 2500, "steps of the simulated user", flag_values=values)
+        flags.DEFINE_integer("policy_steps", 1500, "steps of the policy", flag_values=values)
 
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:

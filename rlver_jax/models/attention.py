@@ -7,6 +7,7 @@ it t * BRANCH_RADIX + 1, + 2, …; ids below BRANCH_RADIX hang from the canonica
 is plain causal attention. Padding needs no mask: it lies after every valid token of its row.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.precision import wide
 
 BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
+KEY_PARTS = 8  # a chunk of queries reads the least number of eighths of a cache that holds all it may see
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
 
@@ -62,7 +64,7 @@ def chunked_attention(
 ) -> Float[Array, "B Q H hd"]:
     """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
 
-    Without a cache, keys after a chunk's last query are left out: half of the products.
+    Keys after a chunk's last query are left out, those of a cache in steps of a part of it: half of the products.
     """
     if q.shape[1] <= chunk:
         return dense_attention(q, k, v, see)
@@ -72,10 +74,18 @@ def chunked_attention(
     branches = None if see.q_branch is None else _split(see.q_branch, chunk, pad)
     pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), branches)
 
+    size = -(-k.shape[2] // KEY_PARTS)
+    ends = [min(end, k.shape[2]) for end in range(size, k.shape[2] + size, size)]
+
+    def upto(end: int, q_piece: Array, slot: Array, branch: Array | None) -> Array:
+        k_branch = None if see.k_branch is None else see.k_branch[:, :end]
+        return dense_attention(q_piece, k[:, :, :end], v[:, :, :end], Visibility(slot, branch, k_branch))
+
     @jax.checkpoint
     def one(piece: tuple[Array, Array, Array | None]) -> Array:
-        q_piece, slot, branch = piece
-        return dense_attention(q_piece, k, v, Visibility(slot, branch, see.k_branch))
+        # Padding queries may point beyond the cache; what they see is never used.
+        part = jnp.minimum(piece[1].max() // size, len(ends) - 1)
+        return jax.lax.switch(part, [functools.partial(upto, end) for end in ends], *piece)
 
     out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
     return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]

@@ -54,13 +54,17 @@ def test_logits_equal_transformers(name, options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scan", [True, False])
-def test_ragged_cache_equals_transformers(name, scan):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scan_layers": False}, {"attention": "chunked", "attention_chunk": 8}],  # chunks read 1 to 5 eighths of it
+    ids=["scan", "unrolled", "chunked"],
+)
+def test_ragged_cache_equals_transformers(name, options):
     """Prefill rows of different lengths in one call, then the rest in pieces, each row at its own length."""
     config, tokens, expected = golden(name)
-    model = Qwen2(config, scan_layers=scan)
+    model = Qwen2(config, **options)
     params = load_params(GOLDEN / name, model)
-    cache = init_kv_cache(config, 3, 64, jnp.float32, scan_layers=scan)
+    cache = init_kv_cache(config, 3, 64, jnp.float32, scan_layers=model.scan_layers)
     start, counts = np.zeros(3, np.int32), np.array([12, 5, 20], np.int32)
     for _ in range(2):  # the second piece continues ragged
         piece = jnp.stack([jax.lax.dynamic_slice(t, (s,), (20,)) for t, s in zip(tokens, start, strict=True)])
@@ -97,9 +101,10 @@ def test_branches_equal_separate_rows(attention):
         np.testing.assert_allclose(found[0, start:end], want[0, -6:], atol=2e-5)
 
 
-def test_branches_over_a_cache_equal_separate_rows():
+@pytest.mark.parametrize("attention", ["dense", "chunked"])
+def test_branches_over_a_cache_equal_separate_rows(attention):
     config, tokens, _ = golden("tied")
-    model = Qwen2(config)
+    model = Qwen2(config, attention=attention, attention_chunk=4)
     params = load_params(GOLDEN / "tied", model)
     lengths = jnp.array([10, 7, 3])
     cache = init_kv_cache(config, 3, 40, jnp.float32, scan_layers=True)
