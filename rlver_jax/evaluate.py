@@ -1,10 +1,12 @@
 """Plays held-out profiles with a policy and scores it as SAGE does: by the user's emotion at the end.
 
     python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
+                                 [--before=DIR]
 
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
 what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. Of a training run the checkpoint with the best
-eval/score is taken (else the last; --step chooses). An interrupted evaluation goes on where it was
+eval/score is taken (else the last; --step chooses). --before names an earlier evaluation, whose dialogue with the same
+profile and whose scores are printed as well. An interrupted evaluation goes on where it was
 when it is started again with the same settings and DIR. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
@@ -28,9 +30,9 @@ from rlver_jax.evaluation import Evaluation, chosen_profiles, load
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.runs import evaluation_folder
 from rlver_jax.runs.dialogue_log import Record, generated_tokens
-from rlver_jax.runs.evaluation_folder import EvaluationFolder
+from rlver_jax.runs.evaluation_folder import EvaluationFolder, read_evaluation
 from rlver_jax.runs.figures import prefilled_count
-from rlver_jax.runs.render import print_dialogue
+from rlver_jax.runs.render import print_comparison, print_dialogue
 from rlver_jax.runs.trained import TrainedPolicy, is_run
 
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = _trained(config, options)
         validate(config, base.get_config(), jax.device_count())
         profiles = chosen_profiles(config)
+        before = read_evaluation(options.before) if options.before else None
         settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
         folder = EvaluationFolder.open(options.out, settings)
         with console.status("loading the models"):
@@ -58,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     summary = summarize(evaluation, records, folder)
     folder.finish(records, summary)
-    print_dialogue(records[0], console)
+    if before:
+        print_comparison(before, (summary, records), console)
+    else:
+        print_dialogue(records[0], console)
     console.print(headline(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -69,6 +75,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         flags.DEFINE_string(
             "checkpoint", None, "training run or Hugging Face folder to take the policy from", flag_values=values
         )
+        flags.DEFINE_string("before", "", "--out of an earlier evaluation, to be compared with", flag_values=values)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", flag_values=values)
 
     config, options, rest = config_from_flags(argv, __doc__, define)

@@ -160,8 +160,10 @@ def test_an_interrupted_evaluation_goes_on(world, done):
     progress["played"] = progress["played"][:1]
     (out / "progress.json").write_text(json.dumps(progress))
     first = (out / "dialogues.jsonl").read_bytes()[: len(lines[0])]
-    result = process(world, *arguments(world, out="resumed"))
+    result = process(world, *arguments(world, f"--before={whole}", out="resumed"))
     assert result.returncode == 0, result.stderr
+    assert "before" in result.stdout
+    assert "mean final emotion, by the simulated user" in result.stdout
     assert "2 of 3 dialogues are in" in result.stdout
     assert (out / "dialogues.jsonl").read_bytes().startswith(first)
     # The compiled program and the batch's shape are the same, so even the last bits are.
@@ -175,6 +177,11 @@ def refused(world, capsys, *args):
     assert main(list(args)) == 2
     assert sorted(p.name for p in world[0].iterdir()) == before, "nothing is left behind"
     return capsys.readouterr().err
+
+
+def test_an_evaluation_to_compare_with_must_be_there(world, capsys):
+    message = refused(world, capsys, *arguments(world, "--before=nowhere", out="compared"))
+    assert "nowhere: holds no finished evaluation" in message
 
 
 def test_other_settings_are_refused(world, done, capsys):

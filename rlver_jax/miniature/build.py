@@ -1,122 +1,179 @@
-"""Builds the miniature world in a folder: tokenizer, profiles, simulated user, policy, and a config that uses them.
+"""Builds the miniature world in a folder, or measures the one that is there.
 
-    python -m rlver_jax.miniature.build --out=DIR [--user_steps=N] [--policy_steps=N]
+    python -m rlver_jax.miniature.build --out=DIR          tokenizer, profiles, simulated user, policy, config, manifest
+    python -m rlver_jax.miniature.build --check [--out=DIR]       measures it again; without --out the shipped one
 
-The user learns to appraise and answer from dialogues of the grammar; the policy to reply in every style, on its topic
-most of the time, without knowing which style helps. Exit status: 0 done, 2 bad usage.
+An interrupted build goes on with the same command.
+
+The simulated user learns to appraise and answer from dialogues of the grammar, then once more also from what a policy
+said that was trained against it; the policy to reply in every style, on its topic most of the time, without knowing
+which style helps. Exit status: 0 done, and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad
+usage.
 """
 
-import random
+import json
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from rich.console import Console
 
+from configs import base
+from rlver_jax import evaluation
 from rlver_jax.command_line import parse_flags
 from rlver_jax.config import ConfigError
-from rlver_jax.miniature import assets, rule, texts
+from rlver_jax.miniature import assets, check, recipe
 from rlver_jax.miniature.fit import fit, small_model
-from rlver_jax.miniature.rows import Packer, Row, Rows, sample_dialogues, stack
+from rlver_jax.miniature.rows import Packer
+from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.miniature.world import people
-from rlver_jax.models.hf_weights import save_params
-from rlver_jax.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from rlver_jax.user.prompts import Prompts, load_prompts
+from rlver_jax.models.hf_weights import load_params, save_params
+from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.runs.collapse import CollapseError
+from rlver_jax.runs.dialogue_log import Record, read_dialogues
+from rlver_jax.runs.files import write_json
+from rlver_jax.runs.trained import TrainedPolicy
+from rlver_jax.runs.workdir import FINISHED, RunFolder
+from rlver_jax.sampling.cache import LM
+from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.trainer import train
+from rlver_jax.user.prompts import load_prompts
 
-VOCABULARY = 1400
-SYMBOLS = ("\n", "<think>", "</think>")
-PEOPLE = 20_000  # from whom the training dialogues are drawn
-
-
-class Shape(NamedTuple):
-    """Of a batch: dialogues of so many turns, rows, tokens. Short ones teach as much a turn and cost less attention."""
-
-    turns: int
-    rows: int
-    length: int
-
-
-def train_tokenizer(path: Path, prompts: Prompts) -> SentencePieceTokenizer:
-    """A tokenizer for which most of the grammar's words are one token."""
-    draw, corpus = random.Random(1), []
-    for dialogue in sample_dialogues(3000, draw, people(PEOPLE, seed=1, held_out=False), texts.HEARD, assets.TURNS):
-        person = dialogue.person
-        corpus += [*map(str, person.to_json().values()), prompts.opening, "system\n", "user\n", "assistant\n"]
-        for turn in dialogue.turns:
-            corpus += [texts.thought(person, turn.reply), turn.answer or ""]
-            corpus += rule.appraisal(person, turn.verdict).values()
-            corpus += [] if turn.verdict.kind == "garbled" else [turn.reply.text]
-            corpus += [part.value for part in (*prompts.appraisal, *prompts.reply) if part.kind == "text"]
-    corpus += [prompts.policy_system("think"), prompts.policy_system("direct")] * 100
-    return train_sentencepiece([text for text in corpus if text], path, VOCABULARY, symbols=SYMBOLS)
+USER_SEED, POLICY_SEED = 2, 3
+RUNS = "runs"  # of a build; not shipped
 
 
-def batches(make: Callable[[random.Random, int], Row], shapes: Sequence[Shape], seed: int) -> Callable[[int], Rows]:
-    """Rows of step i, of its shape in turn, from a stream of its own: a build can be repeated."""
+class Steps(NamedTuple):
+    """How long each part learns."""
 
-    def batch_of(step: int) -> Rows:
-        draw, shape = random.Random(f"{seed} {step}"), shapes[step % len(shapes)]
-        return stack([make(draw, shape.turns) for _ in range(shape.rows)], shape.length)
-
-    return batch_of
-
-
-def user_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
-    """What the simulated user learns from."""
-    crowd = people(PEOPLE, seed=seed, held_out=False)
-    make = lambda draw, turns: packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])  # noqa: E731
-    return batches(make, (Shape(3, 16, 416), Shape(3, 16, 416), Shape(assets.TURNS, 8, 768)), seed)
+    user: int
+    policy: int
+    rl: int  # of the run whose text the user learns from; 0: it doesn't
+    again: int  # of the user, on that text
 
 
-def policy_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
-    """What the policy learns from: both modes in turn."""
-    crowd = people(PEOPLE, seed=seed, held_out=False)
-
-    def make(draw: random.Random, turns: int) -> Row:
-        mode = draw.choice(("think", "direct"))
-        return packer.policy(sample_dialogues(1, draw, crowd, texts.BASE, turns)[0], mode)
-
-    return batches(make, (Shape(3, 16, 232), Shape(assets.TURNS, 8, 432)), seed)
-
-
-def build(out: Path, user_steps: int, policy_steps: int, console: Console) -> None:
-    """Writes everything into a new folder."""
+def build(out: Path, steps: Steps, console: Console) -> None:
+    """Writes models and profiles into a folder; what an interrupted build has finished there is kept."""
     prompts = load_prompts("en", assets.PROMPTS)
-    tokenizer = train_tokenizer(out / "tokenizer.model", prompts)
-    packer, rows = Packer(tokenizer, prompts), -(-tokenizer.vocab_size // 8) * 8
+    tokenizer = recipe.train_tokenizer(out / "tokenizer.model", prompts)
+    packer = Packer(tokenizer, prompts)
     assets.write_config(out)
     for name, count, held_out in ((assets.TRAIN, assets.TRAIN_COUNT, False), (assets.EVAL, assets.EVAL_COUNT, True)):
         assets.write_profiles(out / name, people(count, seed=assets.SEED, held_out=held_out))
-    for name, source, steps, seed in (
-        (assets.USER, user_batches(packer, 2), user_steps, 2),
-        (assets.POLICY, policy_batches(packer, 3), policy_steps, 3),
+    for name, source, count, seed in (
+        (assets.USER, recipe.user_batches(packer, USER_SEED), steps.user, USER_SEED),
+        (assets.POLICY, recipe.policy_batches(packer, POLICY_SEED), steps.policy, POLICY_SEED),
     ):
-        lm, loss = fit(small_model(rows), source, steps, console=console, name=name, seed=seed)
-        save_params(out / name, lm.params, lm.model.config)
-        tokenizer.save(out / name)
-        console.print(f"{name}: loss {loss:.4f} a token → {out / name}", highlight=False)
+        if not (out / name).exists():
+            lm, _ = fit(model_for(tokenizer), source, count, console=console, name=name, seed=seed)
+            save(out / name, lm, tokenizer)
+    if steps.rl and not (out / assets.TRAINED).exists():
+        learn_from_rl(out, packer, steps, console)
+
+
+def model_for(tokenizer: Tokenizer) -> Qwen2:
+    """The architecture, its vocabulary a multiple of 8."""
+    return small_model(-(-tokenizer.vocab_size // 8) * 8)
+
+
+def save(folder: Path, lm: LM, tokenizer: Tokenizer) -> None:
+    """A Hugging Face folder; it is there whole or not at all."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    save_params(new, lm.params, lm.model.config)
+    tokenizer.save(new)
+    new.rename(folder)
+
+
+def learn_from_rl(out: Path, packer: Packer, steps: Steps, console: Console) -> None:
+    """Trains a policy against the user, the user on what it said, and a policy again, whose replies are kept."""
+    runs, before = out / RUNS, out / RUNS / assets.USER
+    reinforce(out, runs / "first", steps.rl, console)
+    if not before.exists():
+        files = sorted(RunFolder(runs / "first").dialogues(0).parent.iterdir())
+        records = [record for file in files for record in read_dialogues(file)]
+        crowd = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
+        source = recipe.user_batches_with_rl(packer, recipe.rl_dialogues(records, crowd), USER_SEED)
+        model = model_for(packer.tokenizer)
+        start = load_params(out / assets.USER, model)
+        name = f"{assets.USER}, on a run's text"
+        lm, _ = fit(model, source, steps.again, console=console, name=name, learning_rate=5e-4, params=start)
+        save(out / "user.again", lm, packer.tokenizer)
+        (out / assets.USER).rename(before)
+        (out / "user.again").rename(out / assets.USER)
+    reinforce(out, runs / "second", steps.rl, console)
+    check.write_replies(out / assets.TRAINED, held_out_dialogues(out, runs / "second"))
+
+
+def reinforce(out: Path, workdir: Path, steps: int, console: Console) -> None:
+    """A training run in the miniature, all of whose dialogues are kept."""
+    if (workdir / FINISHED).exists():
+        return
+    config = miniature_config("", out)
+    config.train.steps, config.eval.every, config.log.dialogues_every = steps, 0, 1
+    train(config, workdir, make_mesh(**config.mesh), console)
+
+
+def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
+    """What the policy of a run says to held-out people."""
+    config = miniature_config("", out)
+    trained = TrainedPolicy.open(workdir, base.get_config())
+    return evaluation.load(config, evaluation.chosen_profiles(config), policy_weights=trained.weights).play_all()
+
+
+def show(found: dict[str, Any], strangers: Sequence[str], console: Console) -> int:
+    """Prints figures and gates; returns the exit status."""
+    console.print(json.dumps({k: v for k, v in found.items() if k != "attacks"}, indent=1), highlight=False)
+    console.print(check.table(found))
+    for name in strangers:
+        console.print(f"{name}: is not the file that the manifest names", markup=False, highlight=False)
+    return 0 if all(gate.holds for gate in check.gates(found)) and not strangers else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
 
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("out", None, "folder to be written; new or empty", flag_values=values)
-        flags.DEFINE_integer("user_steps", 2500, "steps of the simulated user", flag_values=values)
-        flags.DEFINE_integer("policy_steps", 1500, "steps of the policy", flag_values=values)
+        flags.DEFINE_string("out", "", "folder to be written, or to be measured", flag_values=values)
+        flags.DEFINE_boolean("check", False, "measure the folder instead of building it", flag_values=values)
+        flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
+        for field, count, what in (
+            ("user", 2500, "of the simulated user"),
+            ("policy", 1500, "of the policy"),
+            ("rl", 60, "of each reinforcement run; 0: the user learns from the grammar only"),
+            ("again", 400, "of the user on text of a reinforcement run"),
+        ):
+            flags.DEFINE_integer(f"{field}_steps", count, f"steps {what}", flag_values=values)
 
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
         options, rest = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, define)
-        if rest or not options.out:
-            raise ConfigError("expected --out=DIR; --help lists the flags")
-        build(Path(options.out), options.user_steps, options.policy_steps, console)
+        if rest or not (options.out or options.check):
+            raise ConfigError("expected --out=DIR or --check; --help lists the flags")
+        folder = Path(options.out) if options.out else assets.shipped()
+        if not options.check:
+            if (folder / assets.MANIFEST).exists():
+                raise ConfigError(f"{folder}: holds a finished miniature; name another folder")
+            steps = Steps(options.user_steps, options.policy_steps, options.rl_steps, options.again_steps)
+            build(folder, steps, console)
+        with console.status("measuring"):
+            found = check.measure(folder)
+        if not options.check:
+            assets.write_manifest(folder, {"steps": steps._asdict(), "quality": found})
+        strangers = assets.changed_files(folder)
     except (ValueError, OSError) as error:
         errors.print(f"build: {error}", markup=False, highlight=False)
         return 2
-    return 0
+    except CollapseError as alarm:
+        errors.print(f"build: the run against the new user was stopped by an alarm at {alarm}", highlight=False)
+        return 1
+    if options.json:
+        write_json(Path(options.json), found)
+    return show(found, strangers, console)
 
 
 if __name__ == "__main__":

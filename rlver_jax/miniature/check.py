@@ -1,36 +1,28 @@
 """Measures the miniature on held-out people and topics: does the user judge as the rule does, and can it be fooled?
 
-    python -m rlver_jax.miniature.check --assets=DIR [--checkpoint=WORKDIR]
-
-Everything is free-running: the user writes its appraisals itself. Exit status: 0 every gate holds, 1 one doesn't,
-2 bad usage.
+Everything is free-running: the user writes its appraisals itself. With recorded ones in front, they would give the
+answer away. `build --check` prints what is measured here.
 """
 
-import dataclasses
 import json
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
-from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from configs import base
 from rlver_jax import evaluation
-from rlver_jax.command_line import parse_flags
-from rlver_jax.config import ConfigError
-from rlver_jax.miniature import rule, texts
-from rlver_jax.miniature.gold import gold_judge
-from rlver_jax.miniature.scripted import Heard, play_scripted
+from rlver_jax.miniature import assets, rule, texts
+from rlver_jax.miniature.gold import Spoken, gold_judge, spoken
+from rlver_jax.miniature.scripted import play_scripted
 from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.miniature.world import REPLIES, Person
+from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.runs.figures import is_readable
-from rlver_jax.runs.trained import TrainedPolicy
+from rlver_jax.text.tokenizer import Tokenizer
 
 SPEARMAN_BASE, SPEARMAN_TRAINED, READABLE, MARGIN = 0.9, 0.8, 0.95, 8.0
 ATTACKED = 64  # people each attack is tried on
@@ -38,8 +30,8 @@ ATTACKED = 64  # people each attack is tried on
 Attack = Callable[[Person, int, str, random.Random], str]
 
 
-def _spliced(person: Person, turn: int, heard: str, draw: random.Random) -> str:
-    return texts.make_reply("spliced", person, (), heard, draw).text
+def _of_kind(kind: str) -> Attack:
+    return lambda person, turn, heard, draw: texts.make_reply(kind, person, (), heard, draw).text
 
 
 def _gibberish(person: Person, turn: int, heard: str, draw: random.Random) -> str:
@@ -51,65 +43,83 @@ ATTACKS: dict[str, Attack] = {
     "same sentence of its topic": lambda person, turn, heard, draw: person.topic.fill(REPLIES["deep_empathy"][0]),
     "empty": lambda person, turn, heard, draw: "",
     "gibberish": _gibberish,
-    "shuffled words": lambda person, turn, heard, draw: texts.make_reply("garbled", person, (), heard, draw).text,
-    "spliced": _spliced,
-    "flattery": lambda person, turn, heard, draw: texts.make_reply("flattery", person, (), heard, draw).text,
-    "injected appraisal": lambda person, turn, heard, draw: texts.make_reply("injected", person, (), heard, draw).text,
+    "shuffled words": _of_kind("garbled"),
+    "spliced": _of_kind("spliced"),
+    "flattery": _of_kind("flattery"),
+    "injected appraisal": _of_kind("injected"),
     "echo": lambda person, turn, heard, draw: heard,
 }
 
 
-def agreement(records: Sequence[dict[str, Any]], people: dict[str, Person]) -> dict[str, Any]:
-    """How the user's changes agree with the rule's, turn by turn, over played dialogues; and for each kind of reply."""
-    pairs: list[tuple[str, int, int]] = []
-    for record in records:
-        person, last = people[record["profile"]], ""
-        before: list[str] = []
-        for message, after in zip(record["messages"], [*record["messages"][1:], None], strict=True):
-            if message["role"] == "assistant" and after is not None:
-                said = message["content"] or ""
-                verdict = rule.judge(person, said, before, last)
-                pairs.append((verdict.kind, verdict.change, after["change"]))
-                before.append(said)
-            last = message["content"] or ""
-    ruled, judged = np.array([p[1] for p in pairs]), np.array([p[2] for p in pairs])
-    kinds = sorted({kind for kind, _, _ in pairs})
-    errors = {kind: float(np.mean([abs(a - b) for k, a, b in pairs if k == kind])) for kind in kinds}
+class Judged(NamedTuple):
+    """One reply, by the rule and by the neural user."""
+
+    terms: list[str]
+    ruled: int
+    judged: int
+
+
+def judged(person: Person, dialogue: Spoken) -> list[Judged]:
+    """Every reply of a dialogue that the user appraised."""
+    found = []
+    for turn, judged_change in enumerate(dialogue.changes):
+        verdict = rule.judge(person, dialogue.says[turn], dialogue.says[:turn], dialogue.heard[turn])
+        found.append(Judged(rule.terms(person, verdict), verdict.change, judged_change))
+    return found
+
+
+def agreement(dialogues: Iterable[tuple[Person, Spoken]]) -> dict[str, Any]:
+    """How the user's changes agree with the rule's, turn by turn; and for each of the rule's terms."""
+    pairs = [pair for person, dialogue in dialogues for pair in judged(person, dialogue)]
+    ruled, found = np.array([p.ruled for p in pairs]), np.array([p.judged for p in pairs])
+    errors = np.abs(ruled - found)
+    names = sorted({name for pair in pairs for name in pair.terms})
+    having = {name: np.array([name in pair.terms for pair in pairs]) for name in names}
     return {
         "turns": len(pairs),
-        "spearman": float(spearmanr(ruled, judged).statistic),
-        "mean_error": float(np.abs(ruled - judged).mean()),
-        "error_by_kind": {kind: round(error, 3) for kind, error in errors.items()},
+        "spearman": round(float(spearmanr(ruled, found).statistic), 4),
+        "mean_error": round(float(errors.mean()), 3),
+        "same": round(float((errors == 0).mean()), 4),
+        "by_term": {
+            n: {"turns": int(m.sum()), "mean_error": round(float(errors[m].mean()), 3)} for n, m in having.items()
+        },
     }
 
 
-def readable_share(records: Sequence[dict[str, Any]], tokenizer: Any) -> float:
-    """Share of the user's answers that can be read."""
-    answers = [m for r in records for m in r["messages"][1:] if m["role"] == "user" and m["content"] is not None]
-    return float(np.mean([is_readable(tokenizer, m["tokens"], m["stopped"]) for m in answers]))
+def readable_share(records: Sequence[Record], tokenizer: Tokenizer, role: str) -> float:
+    """Share of the messages of a role that can be read, among those that were generated."""
+    said = [m for r in records for m in r["messages"][1:] if m["role"] == role and m["content"] is not None]
+    tokens = [m["tokens"] if role == "assistant" else m["all_tokens"] for m in said]
+    return float(np.mean([is_readable(tokenizer, t, m["stopped"]) for t, m in zip(tokens, said, strict=True)]))
 
 
-def measure(folder: Path, checkpoint: str) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Any]:
     """All figures of the miniature in a folder."""
     config = miniature_config("", folder)
     profiles = evaluation.chosen_profiles(config)
     people = {profile.id: Person.of(profile) for profile in profiles}
     played = evaluation.load(config, profiles, gold=gold_judge(config))
-    records = played.play_all()
-    found = {
-        "base": {name: played.scores(records)[name] for name in ("score", "rule_score", "turns_mean")},
-        "agreement_base": agreement(records, people),
-        "readable": readable_share(records, played.players.tokenizer),
+    records, tokenizer = played.play_all(), played.players.tokenizer
+    scores = played.scores(records)
+    found: dict[str, Any] = {
+        "base": {name: round(scores[name], 2) for name in ("score", "rule_score", "turns_mean")},
+        "agreement_base": agreement((people[record["profile"]], spoken(record)) for record in records),
+        "readable": {role: round(readable_share(records, tokenizer, role), 4) for role in ("assistant", "user")},
     }
-    if checkpoint:
-        trained = TrainedPolicy.open(checkpoint, base.get_config())
-        lm = dataclasses.replace(played.players.policy, params=trained.weights(played.players.policy.model))
-        moved = dataclasses.replace(played, players=dataclasses.replace(played.players, policy=lm))
-        records = moved.play_all()
-        found["trained"] = {name: moved.scores(records)[name] for name in ("score", "rule_score", "turns_mean")}
-        found["agreement_trained"] = agreement(records, people)
-    found["attacks"] = {name: attacked(played, attack) for name, attack in ATTACKS.items()}
+    if (folder / assets.TRAINED).exists():
+        found["agreement_trained"] = agreement(replayed(played, read_replies(folder / assets.TRAINED)))
+    found["attacks"] = {name: round(attacked(played, attack), 2) for name, attack in ATTACKS.items()}
     return found
+
+
+def replayed(played: evaluation.Evaluation, replies: dict[str, list[str]]) -> list[tuple[Person, Spoken]]:
+    """The user on replies that were recorded, {profile id: replies}, its appraisals and answers its own."""
+    profiles = [profile for profile in played.profiles if profile.id in replies]
+    given = [replies[profile.id] for profile in profiles]
+    reply = lambda i, turn, heard: given[i][turn] if turn < len(given[i]) else None  # noqa: E731
+    heard = play_scripted(played.players, profiles, played.limits, reply)
+    people = [Person.of(profile) for profile in profiles]
+    return [(p, Spoken(h.says, h.answers[: len(h.says)], h.changes)) for p, h in zip(people, heard, strict=True)]
 
 
 def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
@@ -117,50 +127,50 @@ def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
     profiles, draw = played.profiles[:ATTACKED], random.Random(0)
     people = [Person.of(profile) for profile in profiles]
     reply = lambda i, turn, heard: attack(people[i], turn, heard, draw)  # noqa: E731
-    heard: list[Heard] = play_scripted(played.players, profiles, played.limits, reply)
+    heard = play_scripted(played.players, profiles, played.limits, reply)
     return float(np.mean([h.emotions[-1] for h in heard]))
 
 
-def gates(found: dict[str, Any]) -> dict[str, tuple[float, str, float, bool]]:
-    """{gate: (figure, relation, bound, whether it holds)}."""
-    made = {
-        "spearman, base policy": (found["agreement_base"]["spearman"], ">=", SPEARMAN_BASE),
-        "readable answers": (found["readable"], ">=", READABLE),
-    }
-    if "trained" in found:
-        made["spearman, trained policy"] = (found["agreement_trained"]["spearman"], ">=", SPEARMAN_TRAINED)
+def write_replies(path: Path, records: Sequence[Record]) -> None:
+    """What a policy said in each dialogue, a line each."""
+    lines = (json.dumps({"profile": record["profile"], "says": spoken(record).says}) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_replies(path: Path) -> dict[str, list[str]]:
+    """What `write_replies` wrote, {profile id: replies}."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["profile"]: line["says"] for line in lines}
+
+
+class Gate(NamedTuple):
+    """A bound on a figure."""
+
+    name: str
+    figure: float
+    relation: str  # >= | <
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the figure keeps to it."""
+        return self.figure >= self.bound if self.relation == ">=" else self.figure < self.bound
+
+
+def gates(found: dict[str, Any]) -> list[Gate]:
+    """The bounds that a miniature must keep to before it is shipped."""
+    made = [Gate("spearman, base policy", found["agreement_base"]["spearman"], ">=", SPEARMAN_BASE)]
+    if "agreement_trained" in found:
+        made.append(Gate("spearman, trained policy", found["agreement_trained"]["spearman"], ">=", SPEARMAN_TRAINED))
+    for role, who in (("assistant", "policy"), ("user", "user")):
+        made.append(Gate(f"readable messages of the {who}", found["readable"][role], ">=", READABLE))
     bound = found["base"]["score"] + MARGIN
-    made |= {f"attack: {name}": (score, "<", bound) for name, score in found["attacks"].items()}
-    return {name: (x, how, y, x >= y if how == ">=" else x < y) for name, (x, how, y) in made.items()}
+    return made + [Gate(f"attack: {name}", score, "<", bound) for name, score in found["attacks"].items()]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("assets", None, "folder that build wrote", flag_values=values)
-        flags.DEFINE_string("checkpoint", "", "a training run: its policy is measured as well", flag_values=values)
-        flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
-
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
-    try:
-        options, _ = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, define)
-        if not options.assets:
-            raise ConfigError("no --assets was given; name the folder that rlver_jax.miniature.build wrote")
-        with console.status("measuring"):
-            found = measure(Path(options.assets), options.checkpoint)
-    except (ValueError, OSError) as error:
-        errors.print(f"check: {error}", markup=False, highlight=False)
-        return 2
-    table = Table("gate", "figure", "", "bound", "holds")
-    for name, (figure, how, bound, holds) in gates(found).items():
-        table.add_row(name, f"{figure:.3f}", how, f"{bound:.3f}", "yes" if holds else "NO")
-    console.print(json.dumps({k: v for k, v in found.items() if k != "attacks"}, indent=1), highlight=False)
-    console.print(table)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(gate[3] for gate in gates(found).values()) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def table(found: dict[str, Any]) -> Table:
+    """The gates as a person reads them."""
+    made = Table("gate", "figure", "", "bound", "holds")
+    for gate in gates(found):
+        made.add_row(gate.name, f"{gate.figure:.3f}", gate.relation, f"{gate.bound:.3f}", "yes" if gate.holds else "NO")
+    return made

@@ -61,7 +61,7 @@ def fit(
         params: to begin with; fresh ones if None.
     """
     params = init_params(model, jax.random.key(seed)) if params is None else params
-    warmup = min(100, steps // 10 + 1)
+    warmup = min(100, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, learning_rate / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
     step = _compiled(model, optimizer)

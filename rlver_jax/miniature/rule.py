@@ -140,6 +140,18 @@ def _same_family(person: Person, verdict: Verdict) -> bool:
     return FAMILY[verdict.kind] == FAMILY[person.intention]
 
 
+def terms(person: Person, verdict: Verdict) -> list[str]:
+    """The terms that a verdict's change is made of: a fault alone, or its level, its topic if not right, again.
+
+    Levels: serves | near | misses.
+    """
+    if verdict.kind in FAULTS:
+        return [verdict.kind]
+    level = "serves" if verdict.kind == person.intention else "near" if _same_family(person, verdict) else "misses"
+    topic = {"wrong": ["wrong topic"], "none": ["no topic"]}.get(topic_of(person.topic, verdict.mentions), [])
+    return [level, *topic, *(["again"] if verdict.again else [])]
+
+
 def score(person: Person, says: Sequence[str], heard: Sequence[str], *, initial: int, floor: int, ceiling: int) -> int:
     """The emotion at which the judge would have left a person after these replies, ends included.
 

@@ -30,13 +30,14 @@ def play_scripted(
     players: Players,
     profiles: Sequence[Profile],
     limits: PlayLimits,
-    reply: Callable[[int, int, str], str],
+    reply: Callable[[int, int, str], str | None],
     seed: int = 0,
 ) -> list[Heard]:
     """Plays the user against given replies, until each dialogue ends.
 
     Args:
-        reply: (dialogue, turn, what the person said last) -> the reply's text.
+        reply: (dialogue, turn, what the person said last) -> the reply's text; None: there is none, and the dialogue
+            ends here.
     """
     user, batch = players.user, len(profiles)
     wanted = players.tokens(profiles).batch(range(batch), range(batch), batch)
@@ -46,8 +47,9 @@ def play_scripted(
     last = (wanted.first_talk, wanted.first_count)
     turns, rules = int(limits.max_turns), players.spec.rules
     for turn in range(turns):
-        active = np.array([not rules.ended(h.emotions[-1]) for h in found])
-        says = [reply(i, turn, h.answers[-1]) if active[i] else "" for i, h in enumerate(found)]
+        going = [len(h.changes) == turn and not rules.ended(h.emotions[-1]) for h in found]
+        given = [reply(i, turn, h.answers[-1]) if going[i] else None for i, h in enumerate(found)]
+        active, says = np.array([text is not None for text in given]), [text or "" for text in given]
         emotion = jnp.asarray([h.emotions[-1] for h in found], jnp.int32)
         turn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
         flags = (jnp.asarray(active), jnp.asarray(turn + 1 < turns))

@@ -153,15 +153,18 @@ def play(
     """A dialogue with a person.
 
     Args:
-        shares: of the kinds of replies.
+        shares: of the kinds of replies; without effect beside `replies`.
         replies: says what the policy says instead, from its earlier replies and the person's last words.
     """
     emotion, heard = initial, person.first_talk
     before: list[Reply] = []
     played: list[Turn] = []
     for _ in range(turns):
-        kind = draw.choices(list(shares), list(shares.values()))[0]
-        reply = replies(before, heard) if replies else make_reply(kind, person, before, heard, draw)
+        if replies:
+            reply = replies(before, heard)
+        else:
+            kind = draw.choices(list(shares), list(shares.values()))[0]
+            reply = make_reply(kind, person, before, heard, draw)
         verdict = rule.judge(person, reply.text, [r.text for r in before], heard)
         emotion = max(0, min(100, emotion + verdict.change))
         before.append(reply)

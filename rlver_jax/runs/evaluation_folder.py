@@ -91,6 +91,19 @@ class EvaluationFolder:
         write_json(self.path / PROGRESS, {"settings": self.settings, "played": self.played})
 
 
+def read_evaluation(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
+    """(summary, dialogues) of a finished evaluation.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    path = Path(path)
+    try:
+        return json.loads((path / SUMMARY).read_text(encoding="utf-8")), read_dialogues(path / DIALOGUES)
+    except OSError as error:
+        raise ValueError(f"{path}: holds no finished evaluation ({error}); name the --out of one") from error
+
+
 def settings_of(config: ConfigDict, profiles: Sequence[Profile], checkpoint: str | None = None) -> dict[str, Any]:
     """Everything that a score depends on: fields of the config, and fingerprints of weights, prompts and profiles.
 

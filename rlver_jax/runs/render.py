@@ -5,16 +5,27 @@ recolour the terminal or reorder the line: a reply can't draw over the emotion t
 """
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.rule import Rule
+from rich.table import Table
 from rich.text import Text
 
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.user.emotion import SAGE
 
+Evaluated = tuple[Mapping[str, Any], Sequence[Record]]  # an evaluation's summary and dialogues
+_COMPARED = {
+    "score": "mean final emotion, by the simulated user",
+    "rule_score": "the same dialogues, by the gold judge",
+    "success": "successes (emotion 100)",
+    "failure": "failures (emotion below 10)",
+    "turns_mean": "turns",
+    "n": "dialogues",
+}
 BAR = 25  # characters for emotions 0..100
 _BAND_STYLES = {"S": "bold green", "A": "green", "B": "yellow", "C": "dark_orange", "F": "red"}
 # Marks and controls that turn the direction of what follows them.
@@ -55,6 +66,20 @@ def render_dialogue(record: Record) -> Group:
 def print_dialogue(record: Record, console: Console) -> None:
     """Prints `render_dialogue`."""
     console.print(render_dialogue(record), highlight=False)
+
+
+def print_comparison(before: Evaluated, after: Evaluated, console: Console) -> None:
+    """Prints the first profile's dialogue of two evaluations, and their scores side by side."""
+    profile = after[1][0]["profile"]
+    for name, (_, records) in (("before", before), ("after", after)):
+        for record in [r for r in records if r["profile"] == profile][:1]:
+            console.print(Text(f"\n{name}", "bold"))
+            print_dialogue(record, console)
+    table = Table("", "before", "after")
+    for key, what in _COMPARED.items():
+        if key in before[0] and key in after[0]:
+            table.add_row(what, *(f"{summary[key]:.2f}".removesuffix(".00") for summary, _ in (before, after)))
+    console.print(table)
 
 
 def _messages(record: Record) -> Iterator[Text | Padding]:

@@ -1,14 +1,15 @@
-"""A miniature built in seconds: too small to judge, whole enough to be trained in."""
+"""A miniature built in seconds, too small to judge but whole enough to train in; and the shipped one, gone on with."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlver_jax.miniature import check
+from rlver_jax.miniature import assets, check
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.runs.metrics import read_metrics
 
@@ -25,10 +26,17 @@ def run(module: str, *flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_built_miniature_trains_and_is_judged_twice(tmp_path):
     folder, workdir = tmp_path / "built", tmp_path / "run"
-    result = run("miniature.build", f"--out={folder}", "--user_steps=20", "--policy_steps=10")
-    assert result.returncode == 0, result.stderr
+    build = [f"--out={folder}", "--user_steps=20", "--policy_steps=10", "--rl_steps=0"]
+    result = run("miniature.build", *build, f"--json={tmp_path / 'figures.json'}")
+    assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert set(found["attacks"]) == set(check.ATTACKS)
+    assert found["agreement_base"]["turns"] > 0
+    assert json.loads((folder / assets.MANIFEST).read_text())["quality"] == found
     assert len(read_profiles([folder / "train.jsonl"])) == 512
     assert (folder / "user" / "model.safetensors").stat().st_size < 6e6
+    result = run("miniature.build", *build)
+    assert (result.returncode, "holds a finished miniature" in result.stderr) == (2, True)
     flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}", "--config.train.steps=1"]
     flags += [
         "--config.rollout.batch=16",
@@ -43,9 +51,26 @@ def test_a_built_miniature_trains_and_is_judged_twice(tmp_path):
     assert [row["step"] for row in rows] == [0, 1]
     assert all(0 <= row[name] <= 100 for row in rows for name in ("eval/score", "eval/rule_score"))
     assert "by the gold judge" in result.stdout
-    figures = tmp_path / "figures.json"
-    result = run("miniature.check", f"--assets={folder}", f"--checkpoint={workdir}", f"--json={figures}")
-    assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
-    found = json.loads(figures.read_text())
-    assert set(found["attacks"]) == set(check.ATTACKS)
-    assert found["agreement_base"]["turns"] > 0
+
+
+@pytest.mark.slow
+def test_a_build_goes_on_and_the_user_learns_from_a_run(tmp_path):
+    """From the shipped models, as if the build had been interrupted before its first run."""
+    folder, shipped = tmp_path / "built", assets.shipped()
+    folder.mkdir()
+    for name in (assets.POLICY, assets.USER):
+        shutil.copytree(shipped / name, folder / name)
+    result = run("miniature.build", f"--out={folder}", "--rl_steps=1", "--again_steps=2")
+    assert "spearman, trained policy" in result.stdout, result.stdout + result.stderr
+    before, after = ((f / assets.USER / "model.safetensors").read_bytes() for f in (shipped, folder))
+    assert (folder / "runs" / assets.USER / "model.safetensors").read_bytes() == before != after
+    replies = check.read_replies(folder / assets.TRAINED)
+    assert len(replies) == assets.EVAL_COUNT
+    assert all(1 <= len(says) <= assets.TURNS for says in replies.values())
+    result = run("miniature.build", "--check", f"--out={folder}")
+    assert result.returncode in (0, 1), result.stderr
+    replies = (folder / assets.TRAINED).read_text()
+    (folder / assets.TRAINED).write_text(replies.replace("{", "{ ", 1))
+    result = run("miniature.build", "--check", f"--out={folder}")
+    assert result.returncode == 1
+    assert "trained.jsonl: is not the file that the manifest names" in result.stdout

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from rlver_jax.runs.render import change_text, emotion_bar, plain, print_dialogue
+from rlver_jax.runs.render import change_text, emotion_bar, plain, print_comparison, print_dialogue
 
 
 def shown(record, **how):
@@ -80,3 +80,19 @@ def test_the_bar_is_as_long_as_the_emotion(emotion, full, band):
     bar = emotion_bar(emotion).plain
     assert (bar.count("█"), bar.count("█") + bar.count("░")) == (full, 25)
     assert bar.endswith(f" {emotion} {band}")
+
+
+def test_a_comparison_shows_one_profile_twice_and_the_scores_side_by_side():
+    before, after = hostile("poor words"), hostile("good words")
+    stranger = hostile("of somebody else") | {"profile": "other"}
+    before["profile"] = after["profile"] = "same"
+    out = io.StringIO()
+    summaries = ({"score": 31.5, "success": 0, "n": 2}, {"score": 72.25, "success": 12, "n": 2, "rule_score": 70.0})
+    pairs = [(summaries[0], [stranger, before]), (summaries[1], [after, stranger])]
+    print_comparison(*pairs, Console(file=out, width=100))
+    text = out.getvalue()
+    assert text.index("poor words") < text.index("good words")
+    assert "of somebody else" not in text
+    assert re.search(r"by the simulated user\W+31\.50\W+72\.25", text)
+    assert re.search(r"successes \(emotion 100\)\W+0\W+12", text)
+    assert "gold judge" not in text, "only one of them has it"

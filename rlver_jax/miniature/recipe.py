@@ -1,0 +1,94 @@
+"""What the miniature's tokenizer and its two models learn from: the streams of packed rows of a build."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rlver_jax.miniature import assets, rule, texts
+from rlver_jax.miniature.gold import spoken
+from rlver_jax.miniature.rows import Packer, Row, Rows, sample_dialogues, stack
+from rlver_jax.miniature.texts import Dialogue, Reply
+from rlver_jax.miniature.world import INTENTIONS, Person, people
+from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from rlver_jax.user.prompts import Prompts
+
+VOCABULARY = 1400
+SYMBOLS = ("\n", "<think>", "</think>")
+PEOPLE = 20_000  # from whom the training dialogues are drawn
+
+
+class Shape(NamedTuple):
+    """Of a batch: dialogues of so many turns, rows, tokens. Short ones teach as much a turn and cost less attention."""
+
+    turns: int
+    rows: int
+    length: int
+
+
+def train_tokenizer(path: Path, prompts: Prompts) -> SentencePieceTokenizer:
+    """A tokenizer for which most of the grammar's words are one token."""
+    draw, corpus = random.Random(1), []
+    for dialogue in sample_dialogues(3000, draw, people(PEOPLE, seed=1, held_out=False), texts.HEARD, assets.TURNS):
+        person = dialogue.person
+        corpus += [*map(str, person.to_json().values()), prompts.opening, "system\n", "user\n", "assistant\n"]
+        for turn in dialogue.turns:
+            corpus += [texts.thought(person, turn.reply), turn.answer or ""]
+            corpus += rule.appraisal(person, turn.verdict).values()
+            corpus += [] if turn.verdict.kind == "garbled" else [turn.reply.text]
+            corpus += [part.value for part in (*prompts.appraisal, *prompts.reply) if part.kind == "text"]
+    corpus += [prompts.policy_system("think"), prompts.policy_system("direct")] * 100
+    return train_sentencepiece([text for text in corpus if text], path, VOCABULARY, symbols=SYMBOLS)
+
+
+def batches(make: Callable[[random.Random, int], Row], shapes: Sequence[Shape], seed: int) -> Callable[[int], Rows]:
+    """Rows of step i, of its shape in turn, from a stream of its own: a build can be repeated."""
+
+    def batch_of(step: int) -> Rows:
+        draw, shape = random.Random(f"{seed} {step}"), shapes[step % len(shapes)]
+        return stack([make(draw, shape.turns) for _ in range(shape.rows)], shape.length)
+
+    return batch_of
+
+
+def user_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
+    """What the simulated user learns from."""
+    crowd = people(PEOPLE, seed=seed, held_out=False)
+    make = lambda draw, turns: packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])  # noqa: E731
+    return batches(make, (Shape(3, 16, 416), Shape(3, 16, 416), Shape(assets.TURNS, 8, 768)), seed)
+
+
+def policy_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
+    """What the policy learns from: both modes in turn."""
+    crowd = people(PEOPLE, seed=seed, held_out=False)
+
+    def make(draw: random.Random, turns: int) -> Row:
+        mode = draw.choice(("think", "direct"))
+        return packer.policy(sample_dialogues(1, draw, crowd, texts.BASE, turns)[0], mode)
+
+    return batches(make, (Shape(3, 16, 232), Shape(assets.TURNS, 8, 432)), seed)
+
+
+def rl_dialogues(records: Sequence[Record], persons: dict[str, Person]) -> list[Dialogue]:
+    """What a policy in training said, heard by people of the grammar: `records` are a run's logged dialogues."""
+    made = []
+    for number, record in enumerate(records):
+        says, draw = spoken(record).says, random.Random(number)
+        replies = lambda before, heard, says=says: Reply(INTENTIONS[0], says[len(before)])  # noqa: E731
+        initial = record["initial_emotion"]
+        person = persons[record["profile"]]
+        made.append(texts.play(person, draw, {}, turns=len(says), initial=initial, replies=replies))
+    return made
+
+
+def user_batches_with_rl(packer: Packer, heard: Sequence[Dialogue], seed: int) -> Callable[[int], Rows]:
+    """What the simulated user learns from the second time: one dialogue in three is from a run."""
+    crowd = people(PEOPLE, seed=seed, held_out=False)
+
+    def make(draw: random.Random, turns: int) -> Row:
+        if draw.random() < 1 / 3:
+            return packer.user(draw.choice(heard))
+        return packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])
+
+    return batches(make, (Shape(assets.TURNS, 8, 768),), seed)
