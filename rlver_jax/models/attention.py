@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.precision import wide
 
 BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
-KEY_PARTS = 8  # a chunk of queries reads the least number of eighths of a cache that holds all it may see
+LEAST_PARTED = 256  # slots from which on a cache is read in parts
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
 
@@ -28,6 +28,7 @@ class Visibility(NamedTuple):
     q_slot: Int[Array, "B Q"] | None  # slot of each query among the keys; None: query i is slot i (no cache)
     q_branch: Int[Array, "B Q"] | None = None  # None: every token is canonical
     k_branch: Int[Array, "B C"] | None = None
+    filled: Int[Array, ""] | None = None  # slots from here on are seen by no query; None: not known
 
 
 def visible(see: Visibility, num_keys: int) -> Array:
@@ -43,7 +44,25 @@ def visible(see: Visibility, num_keys: int) -> Array:
 def dense_attention(
     q: Float[Array, "B Q H hd"], k: Float[Array, "B K C hd"], v: Float[Array, "B K C hd"], see: Visibility
 ) -> Float[Array, "B Q H hd"]:
-    """softmax(q k^T / sqrt(hd)) v with scores and softmax in float32; H/K query heads share a key head."""
+    """softmax(q k^T / sqrt(hd)) v with scores and softmax in float32; H/K query heads share a key head.
+
+    Of a cache only the least of some parts that holds `see.filled` slots is read.
+    """
+    slots = k.shape[2]
+    if see.filled is None or slots < LEAST_PARTED:
+        return _attend(slots, q, k, v, see)
+    # A part is copied before it is used, which few queries don't repay for more than half of a cache.
+    eighths = range(1, 9) if q.shape[1] > 16 else (1, 2, 3, 4, 8)
+    ends = [-(-slots * n // 8) for n in eighths]
+    part = jnp.searchsorted(jnp.asarray(ends[:-1]), see.filled)
+    return jax.lax.switch(part, [functools.partial(_attend, end) for end in ends], q, k, v, see)
+
+
+def _attend(end: int, q: Array, k: Array, v: Array, see: Visibility) -> Array:
+    """`dense_attention` over the first `end` keys."""
+    k, v = k[:, :, :end], v[:, :, :end]
+    if see.k_branch is not None:
+        see = see._replace(k_branch=see.k_branch[:, :end])
     b, length, heads, dim = q.shape
     kv_heads = k.shape[1]
     q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
@@ -64,7 +83,7 @@ def chunked_attention(
 ) -> Float[Array, "B Q H hd"]:
     """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
 
-    Keys after a chunk's last query are left out, those of a cache in steps of a part of it: half of the products.
+    Keys after a chunk's last query are left out, of a cache by parts: half of the products.
     """
     if q.shape[1] <= chunk:
         return dense_attention(q, k, v, see)
@@ -74,18 +93,10 @@ def chunked_attention(
     branches = None if see.q_branch is None else _split(see.q_branch, chunk, pad)
     pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), branches)
 
-    size = -(-k.shape[2] // KEY_PARTS)
-    ends = [min(end, k.shape[2]) for end in range(size, k.shape[2] + size, size)]
-
-    def upto(end: int, q_piece: Array, slot: Array, branch: Array | None) -> Array:
-        k_branch = None if see.k_branch is None else see.k_branch[:, :end]
-        return dense_attention(q_piece, k[:, :, :end], v[:, :, :end], Visibility(slot, branch, k_branch))
-
     @jax.checkpoint
     def one(piece: tuple[Array, Array, Array | None]) -> Array:
-        # Padding queries may point beyond the cache; what they see is never used.
-        part = jnp.minimum(piece[1].max() // size, len(ends) - 1)
-        return jax.lax.switch(part, [functools.partial(upto, end) for end in ends], *piece)
+        q_piece, slot, branch = piece
+        return dense_attention(q_piece, k, v, Visibility(slot, branch, see.k_branch, slot.max() + 1))
 
     out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
     return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]

@@ -211,11 +211,12 @@ class Qwen2(nn.Module):
         if cache is None or start is None:
             return Visibility(None, branch, branch)
         slots = start[:, None] + jnp.arange(tokens.shape[1])
+        filled = slots.max() + 1  # once, not in every layer: where a batch is spread, devices must agree on it
         if branch is None:
-            return Visibility(slots)
+            return Visibility(slots, filled=filled)
         rows = jnp.arange(tokens.shape[0])[:, None]
         k_branch = jnp.zeros((tokens.shape[0], cache.capacity), branch.dtype)
-        return Visibility(slots, branch, k_branch.at[rows, slots].set(branch, mode="drop"))
+        return Visibility(slots, branch, k_branch.at[rows, slots].set(branch, mode="drop"), filled)
 
     def _layers(self, x, keys, values, positions, see, start):
         fields = (self.config, self.dtype, self.param_dtype, self.attention, self.attention_chunk)

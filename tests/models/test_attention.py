@@ -1,0 +1,52 @@
+"""A cache is read in parts: whatever part is taken, the result is that of a plain softmax over what may be seen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlver_jax.models.attention import BRANCH_RADIX, Visibility, chunked_attention, dense_attention
+
+SLOTS = 300  # eighths of 38 slots, the last one shorter
+
+
+def by_hand(q, k, v, slots, q_branch, k_branch):
+    """One query and one head at a time, in float64, over the keys that the rule lets it see."""
+    out = np.zeros(q.shape)
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            own = q_branch[b, i]
+            seen = [
+                j
+                for j in range(min(slots[b, i] + 1, k.shape[2]))
+                if k_branch[b, j] in (0, own, own - own % BRANCH_RADIX)
+            ]
+            for head in range(q.shape[2]):
+                shared = head // (q.shape[2] // k.shape[1])
+                scores = k[b, shared, seen].astype(np.float64) @ q[b, i, head] / np.sqrt(q.shape[3])
+                weights = np.exp(scores - scores.max())
+                out[b, i, head] = weights / weights.sum() @ v[b, shared, seen]
+    return out
+
+
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("longest", [1, 37, 38, 39, 114, 151, 152, 153, 270])
+def test_any_part_of_a_cache_holds_all_that_may_be_seen(longest, queries, branched):
+    draw = np.random.default_rng(longest)
+    q = draw.normal(size=(2, queries, 4, 8)).astype(np.float32)
+    k, v = (draw.normal(size=(2, 2, SLOTS, 8)).astype(np.float32) for _ in range(2))
+    slots = np.array([longest - 1, longest // 3])[:, None] + np.arange(queries)
+    filled = slots.max() + 1
+    q_branch, k_branch = np.zeros((2, queries), np.int32), np.zeros((2, SLOTS), np.int32)
+    if branched:
+        q_branch[:] = draw.choice([0, 64, 66, 128], (2, queries))
+        k_branch[:] = draw.choice([0, 0, 64, 66, 128], (2, SLOTS))
+        k_branch[:, 0] = 0  # every query sees something
+    wanted = by_hand(q, k, v, slots, q_branch, k_branch)
+    branches = (jnp.asarray(q_branch), jnp.asarray(k_branch)) if branched else (None, None)
+    see = Visibility(jnp.asarray(slots), *branches, jnp.int32(filled))
+    for attend in (dense_attention, lambda *args: chunked_attention(*args, chunk=8)):
+        if attend is not dense_attention and queries == 1:
+            continue
+        np.testing.assert_allclose(jax.jit(attend)(q, k, v, see), wanted, atol=2e-6)
