@@ -1,7 +1,7 @@
 """Builds the miniature world in a folder, or measures the one that is there.
 
     python -m rlver_jax.miniature.build --out=DIR          tokenizer, profiles, simulated user, policy, config, manifest
-    python -m rlver_jax.miniature.build --check [--out=DIR]       measures it again; without --out the shipped one
+    python -m rlver_jax.miniature.build --out=DIR --check  measures it again
 
 An interrupted build goes on with the same command.
 
@@ -152,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
         options, rest = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, define)
-        if rest or not (options.out or options.check):
-            raise ConfigError("expected --out=DIR or --check; --help lists the flags")
-        folder = Path(options.out) if options.out else assets.shipped()
+        if rest or not options.out:
+            raise ConfigError("expected --out=DIR; --help lists the flags")
+        folder = Path(options.out)
         if not options.check:
             if (folder / assets.MANIFEST).exists():
                 raise ConfigError(f"{folder}: holds a finished miniature; name another folder")

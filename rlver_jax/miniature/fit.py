@@ -19,11 +19,11 @@ from rlver_jax.sampling.cache import LM
 def small_model(rows: int, *, hidden: int = 128, mlp: int = 384, layers: int = 4) -> Qwen2:
     """The miniature's architecture: 4 query heads, 2 key heads, float32, unrolled for CPU."""
     config = Qwen2Config(
-        rows, hidden, mlp, num_layers=layers, num_heads=2, num_kv_heads=1, head_dim=hidden // 2, rope_theta=1e4,
+        rows, hidden, mlp, num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=hidden // 4, rope_theta=1e4,
         tie_embeddings=True,
     )  # fmt: skip
     # Chunks of queries: scores that stay in the cores' caches cost a fifth less a step.
-    return Qwen2(config, scan_layers=False, attention="chunked", attention_chunk=104)
+    return Qwen2(config, scan_layers=False, attention="chunked", attention_chunk=112)
 
 
 LEARNED = 0.45  # largest share of a batch's places that may have a target: the vocabulary is walked for these only

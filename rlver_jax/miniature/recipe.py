@@ -56,7 +56,7 @@ def user_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
     """What the simulated user learns from."""
     crowd = people(PEOPLE, seed=seed, held_out=False)
     make = lambda draw, turns: packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])  # noqa: E731
-    return batches(make, (Shape(3, 16, 416), Shape(3, 16, 416), Shape(assets.TURNS, 8, 768)), seed)
+    return batches(make, (Shape(3, 16, 448), Shape(3, 16, 448), Shape(assets.TURNS, 8, 784)), seed)
 
 
 def policy_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
@@ -67,7 +67,7 @@ def policy_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
         mode = draw.choice(("think", "direct"))
         return packer.policy(sample_dialogues(1, draw, crowd, texts.BASE, turns)[0], mode)
 
-    return batches(make, (Shape(3, 16, 232), Shape(assets.TURNS, 8, 432)), seed)
+    return batches(make, (Shape(3, 16, 248), Shape(assets.TURNS, 8, 448)), seed)
 
 
 def rl_dialogues(records: Sequence[Record], persons: dict[str, Person]) -> list[Dialogue]:
@@ -91,4 +91,4 @@ def user_batches_with_rl(packer: Packer, heard: Sequence[Dialogue], seed: int) -
             return packer.user(draw.choice(heard))
         return packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])
 
-    return batches(make, (Shape(assets.TURNS, 8, 768),), seed)
+    return batches(make, (Shape(assets.TURNS, 8, 784),), seed)

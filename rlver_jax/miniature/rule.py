@@ -125,7 +125,8 @@ def topic_of(topic: Topic, mentions: Sequence[str]) -> str:
 
 def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
     """The verdict as the person thinks it: what was said, what is wished for, how the two meet."""
-    wish = f"I wish for {STYLES[person.intention]}."
+    # With the person's own names beside those that were heard: comparing them is what the user learns last.
+    wish = f"I wish for {STYLES[person.intention]} about my {person.topic.who} and the {person.topic.what}."
     if verdict.kind in FAULTS:
         return {"heard": _SAID[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
     names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)

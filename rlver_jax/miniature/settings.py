@@ -32,14 +32,13 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
     c.data.train, c.data.eval = (str(folder / name) for name in (assets.TRAIN, assets.EVAL))
     c.data.shuffle = False  # the hidden intentions come in turn
     c.rollout.batch, c.rollout.group, c.rollout.max_turns = 64, 8, assets.TURNS
-    c.rollout.context, c.rollout.think_tokens, c.rollout.say_tokens = 640, 28, 32
+    c.rollout.context, c.rollout.think_tokens, c.rollout.say_tokens = 768, 32, 32
     c.emotion.initial = c.eval.initial_emotion = assets.INITIAL
     c.reward.kind = "per_turn"
     if "ppo" not in words:
         c.algorithm.estimator = "grpo"
     c.train.steps, c.train.warmup_steps = 60, 0
     c.train.learning_rate = c.critic.learning_rate = 3e-4
-    c.train.length_buckets = 1
     c.checkpoint.every = 20
     c.alarms.readable_min = 0.8
     c.eval.every, c.eval.num_profiles, c.eval.batch, c.eval.max_turns = 30, assets.EVAL_COUNT, 64, assets.TURNS

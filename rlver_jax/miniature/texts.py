@@ -67,7 +67,7 @@ class Dialogue:
 
 def thought(person: Person, reply: Reply) -> str:
     """What the policy thinks before a reply: its topic, and how it will answer."""
-    return f"It is the {person.topic.what}. I give {STYLES[reply.style]}."
+    return f"It is the {person.topic.who} and the {person.topic.what}. I give {STYLES[reply.style]}."
 
 
 def make_reply(kind: str, person: Person, before: Sequence[Reply], heard: str, draw: random.Random) -> Reply:
