@@ -1,16 +1,22 @@
 """A miniature built in seconds: too small to judge, whole enough to be trained in."""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from rlver_jax.miniature import assets, check
+from rlver_jax.miniature import assets, build, check
+from rlver_jax.miniature.rows import Packer
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.text.tokenizer import load_tokenizer
+from rlver_jax.user.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,22 +25,29 @@ def run(module: str, *flags: str) -> subprocess.CompletedProcess:
     """An entry point in a process with one device."""
     command = [sys.executable, "-m", f"rlver_jax.{module}", *flags]
     environ = os.environ | {"XLA_FLAGS": ""}
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1800, check=False)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(folder, flags that it was built with)."""
+    folder = tmp_path_factory.mktemp("miniature") / "built"
+    flags = [f"--out={folder}", "--user_steps=20", "--policy_steps=10", "--rl_steps=0"]
+    result = run("miniature.build", *flags, f"--json={folder.parent / 'figures.json'}")
+    assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
+    return folder, flags
 
 
 @pytest.mark.slow
-def test_a_built_miniature_trains_and_is_judged_twice(tmp_path):
-    folder, workdir = tmp_path / "built", tmp_path / "run"
-    build = [f"--out={folder}", "--user_steps=20", "--policy_steps=10", "--rl_steps=0"]
-    result = run("miniature.build", *build, f"--json={tmp_path / 'figures.json'}")
-    assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
-    found = json.loads((tmp_path / "figures.json").read_text())
+def test_a_built_miniature_trains_and_is_judged_twice(built, tmp_path):
+    (folder, flags_of_build), workdir = built, tmp_path / "run"
+    found = json.loads((folder.parent / "figures.json").read_text())
     assert set(found["attacks"]) == set(check.ATTACKS)
     assert found["agreement_base"]["turns"] > 0
     assert json.loads((folder / assets.MANIFEST).read_text())["quality"] == found
     assert len(read_profiles([folder / "train.jsonl"])) == 512
     assert (folder / "user" / "model.safetensors").stat().st_size < 6e6
-    result = run("miniature.build", *build)
+    result = run("miniature.build", *flags_of_build)
     assert (result.returncode, "holds a finished miniature" in result.stderr) == (2, True)
     flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}", "--config.train.steps=1"]
     flags += [
@@ -50,3 +63,30 @@ def test_a_built_miniature_trains_and_is_judged_twice(tmp_path):
     assert [row["step"] for row in rows] == [0, 1]
     assert all(0 <= row[name] <= 100 for row in rows for name in ("eval/score", "eval/rule_score"))
     assert "by the gold judge" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_user_learns_again_from_what_a_run_said(built, tmp_path, monkeypatch):
+    """With so untrained a policy that its alarms must be off; few, short dialogues."""
+    folder = tmp_path / "again"
+    shutil.copytree(built[0], folder)
+    original = build.miniature_config
+
+    def small(arg, out):
+        config = original(arg, out)
+        config.rollout.batch, config.rollout.group, config.rollout.max_turns = 16, 2, 2
+        config.eval.num_profiles, config.eval.batch, config.eval.max_turns = 16, 16, 2
+        config.alarms.readable_min = config.alarms.reply_tokens_min = 0.0
+        return config
+
+    monkeypatch.setattr(build, "miniature_config", small)
+    tokenizer = load_tokenizer(folder / assets.USER)
+    packer = Packer(tokenizer, load_prompts("en", assets.PROMPTS))
+    before = (folder / assets.USER / "model.safetensors").read_bytes()
+    build.learn_from_rl(folder, packer, build.Steps(0, 0, rl=1, again=2), Console(file=io.StringIO()))
+    assert (folder / "runs" / assets.USER / "model.safetensors").read_bytes() == before
+    assert (folder / assets.USER / "model.safetensors").read_bytes() != before
+    replies = check.read_replies(folder / assets.TRAINED)
+    assert list(replies) == [f"mini-{i}" for i in range(16)]
+    assert all(1 <= len(says) <= 2 for says in replies.values())
+    assert "trained.jsonl" in assets.changed_files(folder), "the manifest is older"
