@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.precision import wide
 
 BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
-LEAST_PARTED = 1024  # slots from which on a cache is read in parts
+LEAST_PARTED = 256  # slots from which on a cache is read in parts
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
 

@@ -5,15 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models import attention
 from rlver_jax.models.attention import BRANCH_RADIX, Visibility, chunked_attention, dense_attention
 
 SLOTS = 300  # eighths of 38 slots, the last one shorter
-
-
-@pytest.fixture(autouse=True)
-def small_caches_have_parts(monkeypatch):
-    monkeypatch.setattr(attention, "LEAST_PARTED", 256)
 
 
 def by_hand(q, k, v, slots, q_branch, k_branch):
