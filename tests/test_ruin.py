@@ -69,7 +69,8 @@ def test_a_learning_rate_of_1e_2_is_stopped_within_ten_steps(config, tmp_path):
 
 @pytest.mark.slow
 def test_without_that_alarm_the_replies_give_it_away(config, tmp_path):
-    message, rows = run(config, tmp_path, 1e-2, kl_max=0.0)
+    """At 1e-2 it depends on rounding whether ten steps end in garbage; at 1 nothing of the policy is left."""
+    message, rows = run(config, tmp_path, 1.0, kl_max=0.0)
     assert "reply/readable_share" in message
     assert rows[-1]["step"] <= STEPS
     assert Checkpoints.reader(tmp_path / "checkpoints").steps(), "what was saved before stays"
