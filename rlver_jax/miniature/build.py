@@ -97,7 +97,7 @@ def learn_from_rl(out: Path, packer: Packer, steps: Steps, console: Console) -> 
         files = sorted(RunFolder(runs / "first").dialogues(0).parent.iterdir())
         records = [record for file in files for record in read_dialogues(file)]
         crowd = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
-        source = recipe.user_batches_with_rl(packer, recipe.rl_dialogues(records, crowd), USER_SEED)
+        source = recipe.user_batches(packer, USER_SEED, recipe.rl_dialogues(records, crowd))
         model = model_for(packer.tokenizer)
         start = load_params(out / assets.USER, model)
         name = f"{assets.USER}, on a run's text"
@@ -154,8 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, define)
         if rest or not options.out:
             raise ConfigError("expected --out=DIR; --help lists the flags")
-        folder = Path(options.out)
-        if not options.check:
+        folder, strangers = Path(options.out), []
+        if options.check:
+            strangers = assets.changed_files(folder)  # before minutes of measuring: there may be no manifest
+        else:
             if (folder / assets.MANIFEST).exists():
                 raise ConfigError(f"{folder}: holds a finished miniature; name another folder")
             steps = Steps(options.user_steps, options.policy_steps, options.rl_steps, options.again_steps)
@@ -164,7 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = check.measure(folder)
         if not options.check:
             assets.write_manifest(folder, {"steps": steps._asdict(), "quality": found})
-        strangers = assets.changed_files(folder)
     except (ValueError, OSError) as error:
         errors.print(f"build: {error}", markup=False, highlight=False)
         return 2

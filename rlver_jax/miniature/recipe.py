@@ -52,11 +52,17 @@ def batches(make: Callable[[random.Random, int], Row], shapes: Sequence[Shape], 
     return batch_of
 
 
-def user_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
-    """What the simulated user learns from."""
+def user_batches(packer: Packer, seed: int, heard: Sequence[Dialogue] = ()) -> Callable[[int], Rows]:
+    """What the simulated user learns from: the grammar's dialogues; with `heard`, every third is one of these."""
     crowd = people(PEOPLE, seed=seed, held_out=False)
-    make = lambda draw, turns: packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])  # noqa: E731
-    return batches(make, (Shape(3, 16, 448), Shape(3, 16, 448), Shape(assets.TURNS, 8, 784)), seed)
+
+    def make(draw: random.Random, turns: int) -> Row:
+        if heard and draw.random() < 1 / 3:
+            return packer.user(draw.choice(heard))
+        return packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])
+
+    whole = Shape(assets.TURNS, 8, 784)
+    return batches(make, (whole,) if heard else (Shape(3, 16, 448), Shape(3, 16, 448), whole), seed)
 
 
 def policy_batches(packer: Packer, seed: int) -> Callable[[int], Rows]:
@@ -80,15 +86,3 @@ def rl_dialogues(records: Sequence[Record], persons: dict[str, Person]) -> list[
         person = persons[record["profile"]]
         made.append(texts.play(person, draw, {}, turns=len(says), initial=initial, replies=replies))
     return made
-
-
-def user_batches_with_rl(packer: Packer, heard: Sequence[Dialogue], seed: int) -> Callable[[int], Rows]:
-    """What the simulated user learns from the second time: one dialogue in three is from a run."""
-    crowd = people(PEOPLE, seed=seed, held_out=False)
-
-    def make(draw: random.Random, turns: int) -> Row:
-        if draw.random() < 1 / 3:
-            return packer.user(draw.choice(heard))
-        return packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])
-
-    return batches(make, (Shape(assets.TURNS, 8, 784),), seed)

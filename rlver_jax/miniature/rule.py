@@ -21,10 +21,10 @@ from rlver_jax.miniature.world import (
     WHO,
     Person,
     Topic,
-    by_change,
 )
 
-SERVES, NEAR, MISSES = 10, 1, -3  # a reply in the wished style, in another one of its family, in one of the other
+# A reply in the wished style, in another one of its family, in one of the other family.
+LEVELS = {"serves": 10, "near": 1, "misses": -3}
 WRONG_TOPIC, NO_TOPIC, AGAIN = -6, -3, -6  # what is added to it
 FAULTS = {"empty": -8, "garbled": -8, "spliced": -6, "flattery": -5, "platitude": -5, "echo": -7, "injected": -10}
 ALIKE = 0.8  # share of words in common from which a sentence counts as one of the grammar's
@@ -98,7 +98,7 @@ def judge(person: Person, said: str, before: Sequence[str] = (), heard: str = ""
         return Verdict(fault, mentions, False, FAULTS[fault])
     style = kind_of(parts[0])
     again = any(masked(said) == masked(earlier) for earlier in before[-2:])
-    change = SERVES if style == person.intention else NEAR if FAMILY[style] == FAMILY[person.intention] else MISSES
+    change = LEVELS[_level(person, style)]
     change += {"right": 0, "wrong": WRONG_TOPIC, "none": NO_TOPIC}[topic_of(person.topic, mentions)] + again * AGAIN
     return Verdict(style, mentions, again, max(-10, min(10, change)))
 
@@ -131,26 +131,26 @@ def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
         return {"heard": _SAID[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
     names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)
     heard = f"They gave {STYLES[verdict.kind]} about {names or 'nothing'}{' again' * verdict.again}."
-    level = SERVES if verdict.kind == person.intention else NEAR if _same_family(person, verdict) else MISSES
     topic = {"right": "and my topic", "wrong": "but not my topic", "none": "without a topic"}
-    how = f"{by_change(FEELINGS, level)} {topic[topic_of(person.topic, verdict.mentions)]}"
+    how = f"{FEELINGS[_level(person, verdict.kind)]} {topic[topic_of(person.topic, verdict.mentions)]}"
     return {"heard": heard, "wish": wish, "feeling": f"So {how}{', said twice' * verdict.again}."}
 
 
-def _same_family(person: Person, verdict: Verdict) -> bool:
-    return FAMILY[verdict.kind] == FAMILY[person.intention]
+def _level(person: Person, style: str) -> str:
+    if style == person.intention:
+        return "serves"
+    return "near" if FAMILY[style] == FAMILY[person.intention] else "misses"
 
 
 def terms(person: Person, verdict: Verdict) -> list[str]:
     """The terms that a verdict's change is made of: a fault alone, or its level, its topic if not right, again.
 
-    Levels: serves | near | misses.
+    Levels are those of LEVELS.
     """
     if verdict.kind in FAULTS:
         return [verdict.kind]
-    level = "serves" if verdict.kind == person.intention else "near" if _same_family(person, verdict) else "misses"
     topic = {"wrong": ["wrong topic"], "none": ["no topic"]}.get(topic_of(person.topic, verdict.mentions), [])
-    return [level, *topic, *(["again"] if verdict.again else [])]
+    return [_level(person, verdict.kind), *topic, *(["again"] if verdict.again else [])]
 
 
 def score(person: Person, says: Sequence[str], heard: Sequence[str], *, initial: int, floor: int, ceiling: int) -> int:

@@ -198,10 +198,10 @@ REACTIONS = {  # by the least change that calls for them
     -3: ("No, that is not it.", "That does not help me.", "That misses the point."),
     -10: ("What are you talking about?", "That only makes it worse.", "Please stop that."),
 }
-FEELINGS = {
-    6: "it is my wish",
-    1: "it is near my wish",
-    -3: "it is not my wish",
+FEELINGS = {  # by the level of the reply that calls for them
+    "serves": "it is my wish",
+    "near": "it is near my wish",
+    "misses": "it is not my wish",
 }
 
 

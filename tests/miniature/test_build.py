@@ -38,6 +38,12 @@ def built(tmp_path_factory):
     return folder, flags
 
 
+def test_a_folder_without_manifest_is_not_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "measure", lambda folder: pytest.fail("minutes of measuring before the error"))
+    assert build.main(["--check", f"--out={tmp_path}"]) == 2
+    assert "manifest.json" in capsys.readouterr().err.replace("\n", "")
+
+
 @pytest.mark.slow
 def test_a_built_miniature_trains_and_is_judged_twice(built, tmp_path):
     (folder, flags_of_build), workdir = built, tmp_path / "run"
