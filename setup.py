@@ -18,7 +18,7 @@ setup(
         "rlver_jax.user.prompts": [
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
         ],
-        "rlver_jax.miniature": ["prompts/*"],
+        "rlver_jax.miniature": ["prompts/*", "shipped/*", "shipped/*/*"],
         "configs": ["debug_world/*", "debug_world/prompts/*"],
     },
     install_requires=[

@@ -112,6 +112,7 @@ class Trainer:
         with jax.transfer_guard("disallow"):
             dialogues = players.play(profiles, self.key, run.limits)
             rewards, longest = score(dialogues, players.tables[0], players.spec, self.how)
+        rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         length = run.length_for(int(jax.device_get(longest)))
         began, played = max(began, self.last_finished), time.monotonic()
@@ -122,6 +123,10 @@ class Trainer:
         metrics["tokens/padded"] = jnp.float32(packed.mask.size)
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
         return state
+
+    def judge(self, dialogues: Dialogues, rewards: Rewards, batch: Batch) -> Rewards:
+        """What the policy learns from: the user's own rewards. Experiments put others in their place."""
+        return rewards
 
     def players(self, state: TrainState) -> Players:
         """The run's players with the policy of this state."""
@@ -216,12 +221,18 @@ def stop_signal() -> Iterator[list[int]]:
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, mesh: Mesh, console: Console, gold: evaluation.Gold | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    mesh: Mesh,
+    console: Console,
+    gold: evaluation.Gold | None = None,
+    trainer: type[Trainer] = Trainer,
 ) -> int:
     """Trains in `workdir`, or goes on there; returns the number of steps done.
 
     Args:
         gold: judges evaluations beside the user.
+        trainer: a subclass for an experiment.
 
     Raises:
         ValueError, OSError: bad input, before anything is compiled.
@@ -236,4 +247,4 @@ def train(
                 profiles = evaluation.chosen_profiles(config)
                 warn_shared_personas(run.profiles, profiles)
                 held_out = evaluation.of_players(config, run.players, profiles, mesh, gold)
-        return Trainer(config, folder, run, held_out, console).train(state)
+        return trainer(config, folder, run, held_out, console).train(state)

@@ -10,6 +10,7 @@ from rlver_jax.miniature.world import Person
 from rlver_jax.runs.files import write_json
 
 PROMPTS = Path(__file__).parent / "prompts"
+SHIPPED = Path(__file__).parent / "shipped"
 POLICY, USER, TRAIN, EVAL, CONFIG = "policy", "user", "train.jsonl", "eval.jsonl", "config.py"
 TRAINED, MANIFEST = "trained.jsonl", "manifest.json"
 TURNS, INITIAL = 6, 40  # of a dialogue; the emotion at its start
@@ -41,6 +42,20 @@ def write_profiles(path: Path, people: Sequence[Person]) -> None:
     """Profiles in RLVER's schema, one a line."""
     lines = (json.dumps(person.to_json(), ensure_ascii=False) + "\n" for person in people)
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def shipped() -> Path:
+    """The folder that comes with the package.
+
+    Raises:
+        FileNotFoundError: it was left out of the installation.
+    """
+    if not (SHIPPED / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"{SHIPPED}: the miniature's files are missing; install the package again, or build them with "
+            f"python -m rlver_jax.miniature.build --out={SHIPPED}"
+        )
+    return SHIPPED
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -1,10 +1,14 @@
 """A miniature's folder and its manifest."""
 
 import json
+import shutil
 
 import pytest
 
-from rlver_jax.miniature import assets
+from configs import base
+from configs.miniature import get_config
+from rlver_jax.config import check_training, validate
+from rlver_jax.miniature import assets, check
 
 
 @pytest.fixture
@@ -29,3 +33,29 @@ def test_the_manifest_tells_what_was_changed_added_and_lost(folder):
     (folder / "policy" / "more.json").write_text("{}")
     (folder / assets.EVAL).unlink()
     assert assets.changed_files(folder) == ["eval.jsonl", "policy/more.json", "user/model.safetensors"]
+
+
+@pytest.mark.parametrize("arg", ["", "ppo", "direct", "challenging", "ppo,direct,challenging"])
+def test_the_shipped_config_is_valid_with_no_path_given(arg):
+    config = get_config(arg)
+    validate(config, base.get_config(), 1)
+    check_training(config)
+    assert (config.algorithm.estimator == "gae") == ("ppo" in arg)
+    assert (config.policy.mode == "direct") == ("direct" in arg)
+    assert (config.user.style == "challenging") == ("challenging" in arg)
+
+
+def test_what_is_shipped_is_what_the_manifest_says_holds_every_gate_and_is_small():
+    folder = assets.shipped()
+    assert assets.changed_files(folder) == []
+    quality = json.loads((folder / assets.MANIFEST).read_text())["quality"]
+    assert "agreement_trained" in quality
+    assert [gate.name for gate in check.gates(quality) if not gate.holds] == []
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 12e6
+
+
+def test_a_missing_folder_says_how_to_get_it(folder, monkeypatch):
+    shutil.rmtree(folder)
+    monkeypatch.setattr(assets, "SHIPPED", folder)
+    with pytest.raises(FileNotFoundError, match="install the package again"):
+        assets.shipped()

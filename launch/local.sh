@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The first run: makes a virtual environment, trains the miniature on this machine, and shows a dialogue before and after.
+#   ./launch/local.sh [TRAIN FLAGS...]      e.g. --config.train.steps=20
+#   RUN=DIR       folder of the run                         (default: runs/miniature_DATE_TIME)
+#   CONFIG=FILE   e.g. configs/miniature.py:ppo,direct      (default: configs/miniature.py)
+#   VENV=DIR, PYTHON=EXE    see launch/environment.sh
+# An interrupted run goes on with the same RUN and flags.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+run="${RUN:-runs/miniature_$(date +%Y%m%d_%H%M%S)}"
+config="${CONFIG:-configs/miniature.py}"
+
+echo "installing into ${VENV:-.venv}"
+make_environment ""
+began=$SECONDS
+[ -e "$run/finished.json" ] || "$python" -m rlver_jax.train --config="$config" --workdir="$run" "$@"
+echo
+echo "the policy before training, and after it"
+"$python" -m rlver_jax.evaluate --config="$config" --out="$run/played_before" > /dev/null
+"$python" -m rlver_jax.evaluate --config="$config" --checkpoint="$run" --before="$run/played_before" --out="$run/played_after"
+echo "training and evaluation took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s; the run's folder is $run"

@@ -1,0 +1,112 @@
+"""Prints what training runs in the miniature came to: a row for each kind of run, mean and spread over its seeds.
+
+    python -m rlver_jax.miniature.compare WORKDIR...
+
+A kind is what decides how a run learns: estimator, mode of the policy, style of the user, steps, dialogues a step.
+"gap" is how much higher the user, from whom the policy learned, scores it than the rule. `launch/compare.sh` makes the
+runs. Exit status: 0 done, 2 bad usage.
+"""
+
+import collections
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from rlver_jax.command_line import parse_flags
+from rlver_jax.config import ConfigError
+from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.runs.workdir import RunFolder
+
+USER, RULE = "eval/score", "eval/rule_score"
+_NAMES = {"gae": "PPO", "grpo": "GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}
+
+
+class Outcome(NamedTuple):
+    """One run's held-out scores before and after, and what it took."""
+
+    kind: tuple[str, ...]
+    seed: int
+    user: tuple[float, float]  # by the simulated user, 0..100
+    rule: tuple[float, float]  # by the gold judge
+    minutes: float  # of playing and learning; without compilation and evaluations
+
+
+def outcome(workdir: Path) -> Outcome:
+    """What one run came to.
+
+    Raises:
+        ValueError, OSError: it is no run, or was not evaluated by both judges.
+    """
+    run = RunFolder(workdir)
+    config, rows = run.config(), read_metrics(run.metrics)
+    judged = [row for row in rows if USER in row and RULE in row]
+    if len(judged) < 2:
+        raise ConfigError(f"{workdir}: found {len(judged)} evaluations by user and rule, expected two or more")
+    return Outcome(
+        kind_of(config),
+        config["train.seed"],
+        *((judged[0][name], judged[-1][name]) for name in (USER, RULE)),
+        minutes=sum(row.get("time/rollout_s", 0.0) + row.get("time/update_s", 0.0) for row in rows) / 60,
+    )
+
+
+def kind_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Estimator, mode, user, size of a run."""
+    name = _NAMES[config["algorithm.estimator"]]
+    size = f"{config['train.steps']} x {config['rollout.batch']}"
+    return name, config["policy.mode"], config["user.style"], size
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several, their standard deviation."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def table(outcomes: Iterable[Outcome]) -> Table:
+    """A row a kind."""
+    kinds: dict[tuple[str, ...], list[Outcome]] = collections.defaultdict(list)
+    for one in outcomes:
+        kinds[one.kind].append(one)
+    made = Table(
+        "runs",
+        "mode",
+        "user",
+        "steps x dialogues",
+        "seeds",
+        "before: user",
+        "rule",
+        "after: user",
+        "rule",
+        "gap",
+        "minutes",
+    )
+    for kind, found in kinds.items():
+        columns = [[f.user[0] for f in found], [f.rule[0] for f in found], [f.user[1] for f in found]]
+        columns += [[f.rule[1] for f in found], [f.user[1] - f.rule[1] for f in found], [f.minutes for f in found]]
+        made.add_row(*kind, str(len(found)), *map(spread, columns))
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        _, workdirs = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, lambda values: None)
+        if not workdirs:
+            raise ConfigError("expected folders of training runs; --help shows an example")
+        found = [outcome(Path(workdir)) for workdir in workdirs]
+    except (ValueError, OSError) as error:
+        errors.print(f"compare: {error}", markup=False, highlight=False)
+        return 2
+    console.print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
