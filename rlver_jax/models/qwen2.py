@@ -15,6 +15,7 @@ from rlver_jax.models.attention import Visibility, chunked_attention, dense_atte
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import KVCache, write
 from rlver_jax.models.precision import wide
+from rlver_jax.models.product import product
 from rlver_jax.parallel import rules
 
 Params = dict[str, Any]
@@ -47,7 +48,7 @@ class Linear(nn.Module):
         """Operands in `dtype`, accumulated and returned in float32."""
         kernel_init = partitioned(nn.initializers.normal(0.02), *self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=wide(self.dtype))
+        y = product(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias_init = partitioned(nn.initializers.zeros_init(), *self.axes[1:])
             y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)

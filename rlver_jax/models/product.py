@@ -1,0 +1,34 @@
+"""The product of activations and weights, with a backward pass that XLA's CPU compiler does not spoil."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlver_jax.models.precision import wide
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "B S I"], kernel: Float[Array, "I O"]) -> Float[Array, "B S O"]:
+    """x @ kernel, both of one dtype; accumulated and returned in float32 (float64 for float64)."""
+    return jnp.matmul(x, kernel, preferred_element_type=wide(x.dtype))
+
+
+def _forward(x, kernel):
+    return product(x, kernel), (x, kernel)
+
+
+def _backward(operands, cotangent):
+    """Of the same values as plain differentiation.
+
+    On CPU, XLA would compute the elementwise operations in front of this product once more inside the transposition
+    that the weights' gradient needs, walking memory in strides; the barrier makes it compute them once, in order.
+    """
+    x, kernel = operands
+    barrier = jax.lax.optimization_barrier
+    cotangent = jax.lax.platform_dependent(cotangent, cpu=barrier, default=lambda g: g)
+    to_x = jnp.matmul(cotangent, kernel.T, preferred_element_type=cotangent.dtype)
+    to_kernel = jnp.einsum("bsi,bso->io", x, cotangent, preferred_element_type=cotangent.dtype)
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
+
+
+product.defvjp(_forward, _backward)
