@@ -84,7 +84,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.algorithm = ConfigDict()
     c.algorithm.estimator = "gae"  # of advantages: gae (PPO) | grpo | rloo | reinforce_pp; all but gae have no critic
-    c.algorithm.credit = "dialogue"  # gae: over a dialogue | turn: each turn ends with the final reward (RLVER's form)
+    # turn: gae ends each turn with the final reward (RLVER's form); grpo gives each its own and what follows
+    c.algorithm.credit = "dialogue"  # dialogue | turn (gae, and grpo: arXiv 2402.03300, 4.1.3)
+    c.algorithm.turn_discount = 1.0  # grpo with credit=turn: of the rewards of later turns
     c.algorithm.gamma = 1.0  # discount a token (RLVER: 1)
     c.algorithm.lam = 1.0  # GAE's lambda (RLVER: 1)
     c.algorithm.whiten = True  # gae: advantages to mean 0 and deviation 1 over the batch's tokens

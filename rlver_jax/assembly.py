@@ -142,7 +142,8 @@ def _setup(config: ConfigDict, players: Players, trunk: Any, has_critic: bool, m
         vocab_shards=mesh.shape["tensor"],
     )
     a = config.algorithm
-    advantage = Advantage(a.estimator, a.credit, a.gamma, a.lam, a.whiten, a.scale, config.rollout.group)
+    credit = (a.estimator, a.credit, a.turn_discount)
+    advantage = Advantage(*credit, a.gamma, a.lam, a.whiten, a.scale, config.rollout.group)
     schedule = Schedule(
         t.epochs, t.minibatches, t.microbatches, config.critic.warmup_steps, c.recompute, c.importance_cap
     )

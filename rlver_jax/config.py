@@ -67,6 +67,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "critic.warmup_steps": (0, None, "steps"),
     "algorithm.gamma": (0, 1, ""),
     "algorithm.lam": (0, 1, ""),
+    "algorithm.turn_discount": (0, 1, ""),
     "loss.clip_low": (0, 1, ""),
     "loss.clip_high": (0, None, ""),
     "loss.dual_clip": (0, None, ""),

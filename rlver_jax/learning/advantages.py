@@ -34,8 +34,7 @@ def token_rewards(
     index past T gives NaN, so that it is noticed.
     """
     rewards = turn_rewards.astype(jnp.promote_types(turn_rewards.dtype, jnp.float32))
-    placed = jnp.take_along_axis(rewards, turn, axis=1, mode="fill", fill_value=jnp.nan)
-    return keep(placed, _last_of_turn(turn, mask))
+    return at_turns(rewards, turn, _last_of_turn(turn, mask))
 
 
 def terminal_on_every_turn(
@@ -95,6 +94,51 @@ def group_advantages(reward: Num[Array, " B"], group: int, *, scale: bool, eps: 
         std = jnp.sqrt((deviation**2).sum(1, keepdims=True) / (group - 1))
         deviation = deviation / (std + eps)
     return deviation.reshape(-1)
+
+
+def turn_advantages(
+    turn_rewards: Num[Array, "B T"],
+    played: Bool[Array, "B T"],
+    group: int,
+    *,
+    discount: float,
+    scale: bool,
+    eps: float = 1e-6,
+) -> Float[Array, "B T"]:
+    """GRPO with a reward for every turn (process supervision, arXiv 2402.03300 section 4.1.3).
+
+        G_t = r_t + discount G_{t+1},    A_t = (G_t - mean_t) / (std + eps)
+
+    mean_t is taken over those dialogues of the group that played turn t, std (scale only) over all their turns about
+    these means, degrees of freedom subtracted. Discount 1 credits a turn with all that follows, 0 with its own reward.
+    0 where not played, and for a turn at which the group earned the same. Raises ValueError as `group_advantages` does.
+    """
+    if _of_many(group, "turn_advantages") < 1 or turn_rewards.shape[0] % group:
+        raise ValueError(f"rewards {turn_rewards.shape} can't be cut into groups of {group}: give [B, T], B a multiple")
+    rewards = keep(turn_rewards.astype(jnp.promote_types(turn_rewards.dtype, jnp.float32)), played)
+    add = lambda later, now: (now + discount * later,) * 2  # noqa: E731
+    _, onward = jax.lax.scan(add, jnp.zeros_like(rewards[:, 0]), rewards.T, reverse=True)
+    there = played.reshape(-1, group, played.shape[1])
+    earned, many = onward.T.reshape(there.shape), there.sum(1, keepdims=True)
+    mean = keep(earned, there).sum(1, keepdims=True) / jnp.maximum(many, 1)
+    most = jnp.where(there, earned, -jnp.inf).max(1, keepdims=True)
+    least = jnp.where(there, earned, jnp.inf).min(1, keepdims=True)
+    equal = most - least <= _SAME * jnp.maximum(jnp.maximum(jnp.abs(most), jnp.abs(least)), 1.0)
+    deviation = keep(jnp.where(equal, 0.0, earned - mean), there)
+    if scale:
+        free = (there.sum((1, 2)) - there.any(1).sum(1))[:, None, None]
+        deviation /= jnp.sqrt((deviation**2).sum((1, 2), keepdims=True) / jnp.maximum(free, 1)) + eps
+    return deviation.reshape(played.shape)
+
+
+def at_turns(values: Float[Array, "B T"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    """Each turn's number at all its action places, 0 elsewhere; an index past T gives NaN, so that it is noticed."""
+    return keep(jnp.take_along_axis(values, turn, axis=1, mode="fill", fill_value=jnp.nan), mask)
+
+
+def turns_played(turns: int, turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Bool[Array, "B T"]:
+    """Whether a turn has an action."""
+    return (jax.nn.one_hot(turn, turns, dtype=jnp.bool_) & mask[:, :, None]).any(1)
 
 
 def rloo(reward: Num[Array, " B"], group: int) -> Float[Array, " B"]:

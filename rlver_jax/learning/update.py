@@ -28,7 +28,8 @@ class Advantage:
     """How rewards become advantages; see `advantages` for the equations."""
 
     estimator: str = "gae"
-    credit: str = "dialogue"  # gae: over the dialogue | turn: each turn ends with the dialogue's reward (RLVER's form)
+    credit: str = "dialogue"  # gae, grpo: over the dialogue | turn (see configs/base.py)
+    turn_discount: float = 1.0  # grpo with credit=turn
     gamma: float = 1.0
     lam: float = 1.0
     whiten: bool = True  # gae: to zero mean and unit deviation over the batch's action tokens
@@ -211,9 +212,9 @@ def compute_advantages(
         ValueError: an unknown estimator or form of credit.
     """
     mask = batch.mask
+    if how.credit not in ("dialogue", "turn"):
+        raise ValueError(f"credit={how.credit!r}; expected dialogue or turn")
     if how.estimator == "gae":
-        if how.credit not in ("dialogue", "turn"):
-            raise ValueError(f"credit={how.credit!r}; expected dialogue or turn")
         assert value is not None, "gae needs a critic"
         by_turn = how.credit == "turn"
         place = advantages.terminal_on_every_turn if by_turn else advantages.token_rewards
@@ -221,6 +222,12 @@ def compute_advantages(
         segment = batch.turn if by_turn else None
         found = advantages.gae(given, value, mask, gamma=how.gamma, lam=how.lam, segment=segment)
         return whiten(found.advantage, mask) if how.whiten else found.advantage, found.returns
+    if how.estimator == "grpo" and how.credit == "turn":
+        played = advantages.turns_played(rewards.turns.shape[1], batch.turn, mask)
+        by_turn = advantages.turn_advantages(
+            rewards.turns, played, how.group, discount=how.turn_discount, scale=how.scale
+        )
+        return advantages.at_turns(by_turn, batch.turn, mask), None
     if how.estimator == "grpo":
         return advantages.broadcast(advantages.group_advantages(rewards.reward, how.group, scale=how.scale), mask), None
     if how.estimator == "rloo":

@@ -25,6 +25,7 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
         model.path = str(folder / name)
         model.dtype = model.param_dtype = "float32"
         model.scan_layers = False
+        model.attention, model.attention_chunk = "chunked", 128  # what fits the cores' caches is fast
     c.user.prompts = str(assets.PROMPTS)
     c.policy.mode = "direct" if "direct" in words else "think"
     c.user.field_tokens, c.user.reply_tokens = 24, 32
@@ -35,8 +36,11 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
     c.rollout.context, c.rollout.think_tokens, c.rollout.say_tokens = 768, 32, 32
     c.emotion.initial = c.eval.initial_emotion = assets.INITIAL
     c.reward.kind = "per_turn"
-    if "ppo" not in words:
-        c.algorithm.estimator = "grpo"
+    if "ppo" in words:
+        c.algorithm.lam = 0.95  # a token; a reply has about thirty, and what it changes is known at its end
+    else:
+        c.algorithm.estimator, c.algorithm.credit, c.algorithm.turn_discount = "grpo", "turn", 0.5
+    c.train.minibatches, c.train.microbatches = 2, 4
     c.train.steps, c.train.warmup_steps = 60, 0
     c.train.learning_rate = c.critic.learning_rate = 3e-4
     c.checkpoint.every = 20

@@ -267,3 +267,47 @@ def test_nothing_to_learn_from_an_empty_batch():
     got = gae(np.full(MASK.shape, np.nan), np.full(MASK.shape, np.inf), none, gamma=0.9, lam=0.9)
     close(got.advantage, np.zeros(MASK.shape))
     close(got.returns, np.zeros(MASK.shape))
+
+
+@pytest.mark.parametrize(("discount", "scale"), [(1.0, True), (0.5, True), (0.0, False)])
+def test_turn_advantages_equal_loops(discount, scale):
+    rewards = np.random.default_rng(3).integers(-10, 11, (6, 4)).astype(np.float32) / 10
+    turns = np.array([4, 2, 4, 1, 3, 3])
+    played = np.arange(4) < turns[:, None]
+    rewards[~played] = np.nan
+    expected = np.zeros((6, 4))
+    for start in (0, 3):
+        members, deviations, means = range(start, start + 3), [], set()
+        earned = {
+            (b, t): sum(discount ** (later - t) * float(rewards[b, later]) for later in range(t, turns[b]))
+            for b in members
+            for t in range(turns[b])
+        }
+        for (b, t), value in earned.items():
+            there = [earned[other, t] for other in members if (other, t) in earned]
+            expected[b, t] = value - sum(there) / len(there) if len(there) > 1 else 0.0
+            deviations.append(expected[b, t])
+            means.add(t)
+        if scale:
+            std = (sum(d * d for d in deviations) / (len(deviations) - len(means))) ** 0.5
+            expected[start : start + 3] /= std + 1e-6
+    close(advantages.turn_advantages(rewards, played, 3, discount=discount, scale=scale), expected, atol=1e-5)
+
+
+def test_turn_advantages_with_one_turn_are_group_advantages_and_equal_turns_teach_nothing():
+    reward = np.array([1.0, 0.0, 0.0, 0.0, 0.2, 0.6, 0.5, 0.5], np.float32)
+    there = np.ones((8, 1), bool)
+    got = advantages.turn_advantages(reward[:, None], there, 4, discount=1.0, scale=True)[:, 0]
+    close(got, group_advantages(reward, 4, scale=True))
+    same = np.tile(np.float32([[0.3, 0.1, -0.7]]), (8, 1))
+    got = advantages.turn_advantages(same, np.ones((8, 3), bool), 4, discount=0.9, scale=True)
+    np.testing.assert_array_equal(got, np.zeros((8, 3)))
+    with pytest.raises(ValueError, match="group=1 leaves none"):
+        advantages.turn_advantages(same, np.ones((8, 3), bool), 1, discount=1.0, scale=True)
+
+
+def test_turns_get_their_numbers_at_their_actions():
+    turn, mask = np.array([[0, 0, 1, 1, 2], [0, 1, 1, 0, 0]]), np.array([[1, 0, 1, 1, 0], [1, 1, 1, 0, 0]], bool)
+    numbers = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32)
+    np.testing.assert_array_equal(advantages.at_turns(numbers, turn, mask), [[1, 0, 2, 2, 0], [4, 5, 5, 0, 0]])
+    np.testing.assert_array_equal(advantages.turns_played(3, turn, mask), [[True, True, False], [True, True, False]])
