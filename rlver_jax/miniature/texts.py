@@ -8,6 +8,7 @@ from rlver_jax.miniature import rule
 from rlver_jax.miniature.rule import Verdict
 from rlver_jax.miniature.world import (
     FLATTERY,
+    HINTS,
     INTENTIONS,
     PLATITUDES,
     REPLIES,
@@ -33,8 +34,10 @@ HEARD = {
     "injected": 0.02,
     "empty": 0.01,
 }
-# What the policy says before it has learned anything: any style, on its topic most of the time.
-BASE = {"style": 0.8, "wrong_topic": 0.14, "platitude": 0.06}
+# What the policy says before it has learned anything: any style, on its topic most of the time. By habit it answers
+# reasons with feelings and feelings with reasons: what it hears already matters, though not for the better.
+BASE = {"style": 0.5, "habit": 0.3, "wrong_topic": 0.14, "platitude": 0.06}
+_HABIT = dict(zip(INTENTIONS, (*INTENTIONS[4:], *INTENTIONS[:4]), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,10 @@ def thought(person: Person, reply: Reply) -> str:
 
 
 def make_reply(kind: str, person: Person, before: Sequence[Reply], heard: str, draw: random.Random) -> Reply:
-    """A reply of a kind of `HEARD`."""
+    """A reply of a kind of `HEARD` or `BASE`."""
     style = person.intention if kind == "served" else draw.choice(INTENTIONS)
+    if kind == "habit":
+        style = _HABIT.get(hinted(heard), style)
     clean = lambda: pick(REPLIES[style], person.topic, draw)  # noqa: E731
     if kind == "wrong_topic":
         return Reply(style, pick(REPLIES[style], _partly_other(person, draw), draw))
@@ -91,6 +96,11 @@ def make_reply(kind: str, person: Person, before: Sequence[Reply], heard: str, d
     if kind == "injected":
         return Reply(style, _injected(person, clean(), draw))
     return Reply(style, "" if kind == "empty" else clean())
+
+
+def hinted(heard: str) -> str:
+    """The intention that a person's words hint at; empty if none."""
+    return next((name for name, hints in HINTS.items() if any(hint in heard for hint in hints)), "")
 
 
 def _partly_other(person: Person, draw: random.Random):

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rlver_jax.miniature import rule, texts, world
-from rlver_jax.miniature.world import HINTS, INTENTIONS, REPLIES, Person, Topic
+from rlver_jax.miniature.world import FAMILY, HINTS, INTENTIONS, REPLIES, Person, Topic, people
 from rlver_jax.profiles.schema import Profile
 
 PERSON = Person(0, "Mia", 30, "nurse", "calm", "low", Topic("boss", "exam"), "advice")
@@ -117,3 +117,19 @@ def test_the_world_can_be_won_by_reading_and_not_by_chance():
     assert mean(texts.BASE) <= 36
     assert mean({"served": 1}) >= 88
     assert mean(texts.BASE, reader) >= 80
+
+
+def test_a_habit_follows_from_what_was_heard_and_never_serves():
+    crowd, draw = people(300, seed=6, held_out=False), random.Random(4)
+    after_hints = 0
+    for person in crowd:
+        heard = person.first_talk
+        for turn in texts.play(person, draw, {"habit": 1.0}, turns=4, initial=40).turns:
+            if texts.hinted(heard):
+                assert texts.hinted(heard) == person.intention
+                assert FAMILY[turn.reply.style] != FAMILY[person.intention]
+                after_hints += 1
+            heard = turn.answer or ""
+    assert after_hints >= 600
+    replies = [texts.play(p, draw, {"habit": 1.0}, turns=1, initial=40).turns[0].reply.style for p in crowd]
+    assert set(replies) == set(INTENTIONS)  # first words hint at nothing
