@@ -115,7 +115,8 @@ def reinforce(out: Path, workdir: Path, steps: int, console: Console) -> None:
         return
     config = miniature_config("", out)
     config.train.steps, config.eval.every, config.log.dialogues_every = steps, 0, 1
-    train(config, workdir, make_mesh(**config.mesh), console)
+    if train(config, workdir, make_mesh(**config.mesh), console) < steps:  # SIGTERM
+        raise SystemExit("build: interrupted; the same command goes on")
 
 
 def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
