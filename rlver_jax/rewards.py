@@ -9,8 +9,9 @@ Notation: e_0 is the initial emotion, e_t the emotion after turn t, n the number
 In each, the dialogue's reward is the sum of its turns' rewards. (Only a dialogue of no turns has nowhere to
 put its reward: there the scalar keeps what e_0 alone earns, and there are no turns to train on.)
 
-A think-format violation earns nothing: the terminal part becomes 0, gains become 0. Losses already taken
-stay; if they were wiped out too, breaking the format would be the way out of a dialogue that goes badly.
+A think-format violation earns nothing: the dialogue counts as one that ended with emotion 0. The terminal part is
+0, and the turn that broke the format loses all emotion there was. If it only ended the dialogue, breaking the format
+would be the way out of one that goes badly, which a policy whose replies cost more than they earn finds in few steps.
 """
 
 import jax.numpy as jnp
@@ -49,8 +50,8 @@ def final(emotions: Int[Array, "B T+1"], n_turns: Int[Array, " B"], violation: B
 def per_turn(emotions: Int[Array, "B T+1"], n_turns: Int[Array, " B"], violation: Bool[Array, " B"]) -> Rewards:
     """Reward of a turn = its change of emotion / 10, as it happened after clipping to 0..100.
 
-    A dialogue's reward is the sum, (e_n - e_0) / 10, and may be negative. After a violation gains count 0 and
-    losses stay. A dialogue of no turns earns 0.
+    A dialogue's reward is the sum, (e_n - e_0) / 10, and may be negative. A turn that violates the format changes the
+    emotion to 0, so that the sum is -e_0 / 10. A dialogue of no turns earns 0.
     """
     _check(emotions, n_turns, violation)
     last = jnp.clip(n_turns, 0, emotions.shape[1] - 1)
@@ -114,9 +115,10 @@ def _final_fraction(emotions: Int[Array, "B T+1"], last: Int[Array, " B"]) -> Fl
 def _change_tenths(
     emotions: Int[Array, "B T+1"], last: Int[Array, " B"], violation: Bool[Array, " B"]
 ) -> Float[Array, "B T"]:
-    change = jnp.clip(jnp.diff(emotions.astype(jnp.int32), axis=1), -100, 100)
+    emotions = emotions.astype(jnp.int32)
+    lost = violation[:, None] & (jnp.arange(emotions.shape[1]) == last[:, None])
+    change = jnp.clip(jnp.diff(jnp.where(lost, 0, emotions), axis=1), -100, 100)
     tenths = jnp.asarray(_TENTHS)[change + 100]
-    tenths = jnp.where(violation[:, None], jnp.minimum(tenths, 0.0), tenths)
     played = jnp.arange(change.shape[1]) < last[:, None]
     return jnp.where(played, tenths, 0.0)
 

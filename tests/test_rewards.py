@@ -31,8 +31,8 @@ def test_final_by_hand():
 
 def test_per_turn_by_hand():
     got = per_turn(*BATCH)
-    close(got.turns, [[0.8, -0.3, 1.0], [-1.0, -1.1, 0], [0, -0.7, 0], [0, 0, 0]])
-    close(got.reward, [1.5, -2.1, -0.7, 0.0])
+    close(got.turns, [[0.8, -0.3, 1.0], [-1.0, -1.1, 0], [1.0, -0.7, -3.3], [0, 0, 0]])
+    close(got.reward, [1.5, -2.1, -3.0, 0.0])
 
 
 def test_mixed_by_hand():
@@ -40,7 +40,7 @@ def test_mixed_by_hand():
     # Turn t is worth 0.5^(t-1); terminal parts are 0.75 * e_n / 100; changes count a quarter.
     first = [0.25 * 0.8, 0.5 * 0.25 * -0.3, 0.25 * (0.75 * 0.45 + 0.25 * 1.0)]
     second = [0.25 * -1.0, 0.5 * (0.75 * 0.09 + 0.25 * -1.1), 0]
-    third = [0, 0.5 * 0.25 * -0.7, 0]
+    third = [0.25 * 1.0, 0.5 * 0.25 * -0.7, 0.25 * 0.25 * -3.3]
     close(got.turns, [first, second, third, [0, 0, 0]])
     close(got.reward, [sum(first), sum(second), sum(third), 0.75 * 0.30])
 
@@ -71,8 +71,8 @@ def test_breaking_the_format_never_pays():
 def by_loop(name, emotions, n, violated, gamma, weight):
     """One dialogue in float64."""
     fraction = 0.0 if violated else max(emotions[n] / 100, 0.0)
-    changes = [(emotions[t + 1] - emotions[t]) / 10 for t in range(n)]
-    changes = [min(c, 0.0) if violated else c for c in changes]
+    after = [*emotions[1:n], 0 if violated else emotions[n]] if n else []
+    changes = [(after[t] - emotions[t]) / 10 for t in range(n)]
     turns = [0.0] * (len(emotions) - 1)
     for t in range(n):
         end = fraction if t == n - 1 else 0.0
