@@ -125,6 +125,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.grad_clip = 1.0  # largest norm of a gradient (RLVER)
     c.train.beta1 = 0.9  # AdamW
     c.train.beta2 = 0.999  # AdamW
+    c.train.adam_eps = 1e-8  # AdamW; 1e-5 keeps weights with next to no gradient (rare tokens' rows) where they are
     c.train.weight_decay = 0.01  # AdamW, times the learning rate
     c.train.moment_dtype = "float32"  # of Adam's first moment: float32 | bfloat16
     c.train.epochs = 1  # passes over each batch (RLVER: 1)

@@ -148,7 +148,7 @@ def _setup(config: ConfigDict, players: Players, trunk: Any, has_critic: bool, m
         t.epochs, t.minibatches, t.microbatches, config.critic.warmup_steps, c.recompute, c.importance_cap
     )
     shared = {"warmup_steps": t.warmup_steps, "grad_clip": t.grad_clip, "beta1": t.beta1, "beta2": t.beta2}
-    shared |= {"weight_decay": t.weight_decay, "moment_dtype": t.moment_dtype}
+    shared |= {"weight_decay": t.weight_decay, "moment_dtype": t.moment_dtype, "eps": t.adam_eps}
     policy = make_optimizer(learning_rate=t.learning_rate, **shared)
     critic = make_optimizer(learning_rate=config.critic.learning_rate, **shared) if has_critic else None
     return Setup(learner, advantage, schedule, Optimizers(policy, critic))

@@ -84,6 +84,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "train.grad_clip": (0, None, ""),
     "train.beta1": (0, 1, ""),
     "train.beta2": (0, 1, ""),
+    "train.adam_eps": (0, None, ""),
     "train.weight_decay": (0, None, ""),
     "train.epochs": (1, None, "passes"),
     "train.minibatches": (1, None, "updates"),

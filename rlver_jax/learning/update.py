@@ -90,6 +90,7 @@ def make_optimizer(
     beta2: float,
     weight_decay: float,
     moment_dtype: str,
+    eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """AdamW behind a gradient clip; the learning rate rises linearly over `warmup_steps` updates and stays.
 
@@ -97,7 +98,7 @@ def make_optimizer(
     """
     rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     rate = rise if warmup_steps else learning_rate
-    adam = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mu_dtype=jnp.dtype(moment_dtype))
+    adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mu_dtype=jnp.dtype(moment_dtype))
     return optax.chain(optax.clip_by_global_norm(grad_clip), adam)
 
 

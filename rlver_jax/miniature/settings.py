@@ -40,7 +40,7 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
         c.algorithm.lam = 0.95  # a token; a reply has about thirty, and what it changes is known at its end
     else:
         c.algorithm.estimator, c.algorithm.credit, c.algorithm.turn_discount = "grpo", "turn", 0.5
-    c.train.minibatches, c.train.microbatches = 2, 4
+    c.train.microbatches = 8
     c.train.steps, c.train.warmup_steps = 60, 0
     c.train.learning_rate = c.critic.learning_rate = 3e-4
     c.checkpoint.every = 20

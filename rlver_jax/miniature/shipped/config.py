@@ -1,0 +1,12 @@
+"""The miniature in this folder.
+
+Use: python -m rlver_jax.train --config=THIS_FILE --workdir=DIR    (THIS_FILE:ppo, :direct, :challenging, or joined)
+"""
+
+from pathlib import Path
+
+from rlver_jax.miniature.settings import miniature_config
+
+
+def get_config(arg=""):
+    return miniature_config(arg, Path(__file__).parent)
