@@ -39,12 +39,13 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
             {"eval/score": "", "eval/rule_score": "early"},
             y=_EMOTION,
         ),
-        _curve(runs, "Turns", "Replies of the policy in a dialogue, mean.", {"dialogue/turns_mean": ""}),
+        _curve(runs, "Turns", "Replies of the policy in a dialogue, mean.", {"dialogue/turns_mean": ""}, zero=True),
         _curve(
             runs,
             "Length of a reply",
             "Tokens, mean; dashed: with its thought.",
             {"reply/tokens_mean": "", "reply/all_tokens_mean": "early"},
+            zero=True,
         ),
     ]
     return [figure for figure in found if figure]
@@ -65,6 +66,7 @@ def _curve(
     *,
     spread: str = "",
     y: tuple[float, float] | None = None,
+    zero: bool = False,
 ) -> Figure | None:
     """Lines of metrics over the steps.
 
@@ -72,6 +74,7 @@ def _curve(
         lines: metric -> class of its line.
         spread: metric of a deviation, drawn as a band around the one line.
         y: range; None: that of the values.
+        zero: without a range, begin it at 0.
     """
     drawn: list[tuple[str, str, list[Point]]] = []
     for index, run in enumerate(runs):
@@ -82,7 +85,7 @@ def _curve(
         return None
     everything = [point for _, _, some in drawn for point in some]
     x = _widened(min(p.first for p in everything), max(p.last for p in everything))
-    y = y or _around([value for p in everything for value in ([p.values[0] - p.values[-1], sum(p.values)] if spread else p.values)])
+    y = y or _around([0.0] * zero + [value for p in everything for value in _extent(p, bool(spread))])
     legend = [Key(f"c{index}", run.name) for index, run in enumerate(runs) if run.rows] if len(runs) > 1 else []
     chart = Chart(title, x, y, labels=("step", ""), legend=legend)
     chart.y_axis(ticks(*y))
@@ -116,11 +119,15 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (float(low), float(high)) if high > low else (low - 0.5, high + 0.5)
 
 
+def _extent(point: Point, spread: bool) -> tuple[float, ...]:
+    return (point.values[0] - point.values[1], point.values[0] + point.values[1]) if spread else point.values
+
+
 def _around(values: Sequence[float]) -> tuple[float, float]:
     """A range that holds all values, with some room."""
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.5
-    return low - room * (low < 0 or low > room), high + room
+    return low - room * (low != 0), high + room
 
 
 def shares_by_step(runs: Sequence[Run]) -> list[Figure]:
@@ -244,8 +251,10 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int) -> Figure:
     chart.y_axis(ticks(*_EMOTION))
     chart.x_axis(ticks(0, turns, whole=True))
     texts: list[list[str]] = [[f"turn {turn}" if turn else "before the first turn"] for turn in range(turns + 1)]
+    counts = []
     for group in groups:
         some = [record for record in group.records if intention_label(record["hidden_intention"]) == label]
+        counts.append(len(some))
         if not some:
             continue
         path = figures.trajectory(some)
@@ -256,7 +265,7 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int) -> Figure:
         for turn, text in enumerate(texts):
             text.append(f"{group.name}: {mean[turn]:.1f} ({low[turn]:.0f}–{high[turn]:.0f}), n {len(some)}")
     chart.tips(range(turns + 1), [" · ".join(text) for text in texts])
-    return Figure(label, "", chart)
+    return Figure(label, f"dialogues: {', '.join(map(str, counts))}", chart)
 
 
 def coordinate_chart(groups: Sequence[Group]) -> Figure | None:

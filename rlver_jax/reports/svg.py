@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rlver_jax.runs.render import plain
 
 WIDTH, HEIGHT = 360, 210
-_LEFT, _RIGHT, _BOTTOM, _LINE = 38, 10, 32, 15
+_LEFT, _RIGHT, _BOTTOM, _LINE = 38, 14, 32, 15
 _CHARACTER = 6.0  # about the width of a Latin one in the legend
 Element = ElementTree.Element
 
@@ -162,7 +162,7 @@ class Chart:
         return ElementTree.tostring(root, encoding="unicode") + "\n"
 
     def _path(self, points: Sequence[tuple[float, float]]) -> str:
-        low, high = self.y
+        low, high = sorted(self.y)
         places = [f"{self.px(x):.1f} {self.py(min(max(y, low), high)):.1f}" for x, y in points]
         return "M" + "L".join(places)
 

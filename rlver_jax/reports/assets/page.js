@@ -6,7 +6,7 @@ const SHOWN = 100; // dialogues that the list adds at a time
 const $ = (selector) => document.querySelector(selector);
 
 function make(tag, attributes = {}, ...children) {
-  const drawn = ["svg", "path", "line", "circle"].includes(tag);
+  const drawn = ["svg", "path", "line"].includes(tag);
   const element = drawn ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children.filter((child) => child !== null));
@@ -30,15 +30,12 @@ function sparkline(emotions, classes, tip) {
   const x = (i) => (i / Math.max(emotions.length - 1, 1)) * 70 + 1;
   const y = (emotion) => 29 - emotion * 0.28;
   const path = "M" + emotions.map((emotion, i) => `${x(i)} ${y(emotion)}`).join("L");
-  const last = emotions.length - 1;
   const keep = { "vector-effect": "non-scaling-stroke" };
   return make("svg", { class: `spark ${classes}`, viewBox: "0 0 72 30", preserveAspectRatio: "none", role: "img",
     "aria-label": tip },
     make("line", { class: "grid", x1: 0, x2: 72, y1: 1, y2: 1, ...keep }),
     make("line", { class: "grid", x1: 0, x2: 72, y1: 29, y2: 29, ...keep }),
-    make("path", { class: "line", d: path, ...keep }),
-    make("line", { class: "line", "stroke-linecap": "round", x1: x(last), x2: x(last), y1: y(emotions[last]) - 2,
-      y2: y(emotions[last]) + 2, ...keep }));
+    make("path", { class: "line", d: path, ...keep }));
 }
 
 class Browser {
@@ -204,7 +201,7 @@ class Browser {
     const level = make("i", { class: m.emotion >= 100 ? "success" : m.emotion < 10 ? "failure" : "c0" });
     level.style.width = `${m.emotion}%`;
     return make("div", { class: "user" }, notes(m.appraisal),
-      make("div", { class: "meter" }, make("span", {}, level), `emotion ${m.emotion}`,
+      make("div", { class: "meter" }, make("span", { class: "gauge" }, level), `emotion ${m.emotion}`,
         "change" in m ? this.signed(m.change) : null),
       notes(m.considered),
       m.user ? make("div", { class: "say", dir: "auto" }, make("span", { class: "who" }, "user"), m.user) : null);
