@@ -34,7 +34,9 @@ def pack(runs: Sequence[Run], most_bytes: int) -> Packed:
     profiles = list(dict.fromkeys(record["profile"] for _, _, record in everything))
     keep = len(profiles)
     while True:
-        chosen = {name for i, name in enumerate(profiles) if (i + 1) * keep // len(profiles) > i * keep // len(profiles)}
+        chosen = {
+            name for i, name in enumerate(profiles) if (i + 1) * keep // len(profiles) > i * keep // len(profiles)
+        }
         some = [one for one in everything if one[2]["profile"] in chosen]
         text = _compressed(_payload(runs, some))
         if len(text) <= most_bytes or keep == 0:
@@ -81,6 +83,16 @@ def _message(message: Record) -> dict[str, Any]:
             "appraisal": message.get("appraisal"),
             "considered": message.get("considerations") if message["content"] is not None else None,
         }
-        texts = {name: [[plain(key), plain(str(text))] for key, text in (note or {}).items()] for name, note in notes.items()}
-        shown = {"user": message["content"] or "", "emotion": message["emotion"], "change": message.get("change")} | texts
-    return {k: plain(v) if isinstance(v, str) else v for k, v in shown.items() if v or k in ("say", "user", "change") and v is not None}
+        texts = {
+            name: [[plain(key), plain(str(text))] for key, text in (note or {}).items()] for name, note in notes.items()
+        }
+        shown = {
+            "user": message["content"] or "",
+            "emotion": message["emotion"],
+            "change": message.get("change"),
+        } | texts
+    return {
+        k: plain(v) if isinstance(v, str) else v
+        for k, v in shown.items()
+        if v or k in ("say", "user", "change") and v is not None
+    }

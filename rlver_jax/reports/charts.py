@@ -200,7 +200,9 @@ def _rows(
     title: str, caption: str, groups: Sequence[Group], shares: Sequence[Mapping[str, float]], classes: Sequence[str]
 ) -> Figure:
     keys = list(zip(classes, shares[0], strict=True))
-    chart = _frame(title, _SHARE, groups, [Key(c, n.replace("_", " "), "box") for c, n in keys if any(s[n] for s in shares)])
+    chart = _frame(
+        title, _SHARE, groups, [Key(c, n.replace("_", " "), "box") for c, n in keys if any(s[n] for s in shares)]
+    )
     for place, (group, share) in enumerate(zip(groups, shares, strict=True)):
         left = 0.0
         for part, name in keys:
@@ -220,7 +222,9 @@ def _boxes(title: str, caption: str, groups: Sequence[Group], values: Sequence[S
         if not some:
             continue
         least, low, middle, upper, most = np.percentile(some, (0, 25, 50, 75, 100)).tolist()
-        tip = f"{group.name} · {least:g} to {most:g}, quartiles {low:g}, {middle:g}, {upper:g}; mean {np.mean(some):.1f}"
+        tip = (
+            f"{group.name} · {least:g} to {most:g}, quartiles {low:g}, {middle:g}, {upper:g}; mean {np.mean(some):.1f}"
+        )
         classes = _classes(group)
         chart.line([least, most], [place + 0.5] * 2, classes)
         width = max(upper - low, chart.x[1] / 150)

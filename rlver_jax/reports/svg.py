@@ -110,10 +110,9 @@ class Chart:
         for x, y in zip(xs, ys, strict=True) if dots or len(xs) == 1 else ():
             self.dot(x, y, classes, 2.5)
 
-    def dot(self, x: float, y: float, classes: str, radius: float = 4, tip: str = "", dialogue: str = "") -> None:
-        """A dot; `dialogue` names the one that the page's browser shows when it is clicked."""
+    def dot(self, x: float, y: float, classes: str, radius: float = 4, tip: str = "") -> None:
+        """A dot."""
         known = {"data-tip": plain(tip)} if tip else {}
-        known |= {"data-dialogue": dialogue} if dialogue else {}
         self._add("circle", f"dot {classes}", known, cx=self.px(x), cy=self.py(y), r=radius)
 
     def bar(self, x: tuple[float, float], y: tuple[float, float], classes: str, tip: str = "") -> None:

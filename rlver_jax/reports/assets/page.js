@@ -42,9 +42,10 @@ class Browser {
   constructor(data) {
     Object.assign(this, data);
     this.dialogues.forEach((dialogue, index) => { dialogue.index = index; });
-    this.byProfile = Map.groupBy ? Map.groupBy(this.dialogues, (d) => d.profile) : new Map();
-    if (!this.byProfile.size) {
-      for (const d of this.dialogues) this.byProfile.set(d.profile, [...(this.byProfile.get(d.profile) ?? []), d]);
+    this.byProfile = new Map();
+    for (const d of this.dialogues) {
+      if (!this.byProfile.has(d.profile)) this.byProfile.set(d.profile, []);
+      this.byProfile.get(d.profile).push(d);
     }
     this.filters = {};
     this.makeFilters();
@@ -177,7 +178,7 @@ class Browser {
       make("p", {}, make("small", { dir: "auto" }, `${d.profile}, dialogue ${d.number}`)),
       make("p", { dir: "auto" }, make("small", {}, "hidden intention  "), d.hidden),
       make("p", {}, make("span", { class: `tag ${outcome}` }, outcome),
-        make("span", { class: "tag" }, d.end.replaceAll("_", " ")), make("span", { class: "tag" }, `reward ${d.reward}`)),
+        d.end === outcome ? null : make("span", { class: "tag" }, d.end.replaceAll("_", " ")), make("span", { class: "tag" }, `reward ${d.reward}`)),
       sparkline(d.emotions, `large ${outcome}`, `emotion ${d.emotions.join(", ")}`),
       make("small", {}, `emotion ${d.emotions[0]} → ${d.emotions.at(-1)} (`, this.signed(change), ")")];
     let turn = 0;
