@@ -4,9 +4,9 @@
     python -m rlver_jax.report WORKDIR… --curve=emotion.svg
 
 WORKDIR is the --workdir of a training run or the --out of an evaluation; several are compared. The page holds emotion,
-reward and held-out score by step, successes, failures and ends, emotion over the turns by hidden intention, lengths, the
-coordinate of `evaluate --measures` where there is one, every setting, and a browser of the logged dialogues. --curve
-writes the emotion curve alone. Exit status: 0 done, 2 bad usage.
+reward and held-out score by step, successes, failures and ends, emotion over the turns by hidden intention, lengths,
+the social-cognition coordinate where a judge has placed the dialogues, every setting, and a browser of the logged
+dialogues. --curve writes the emotion curve alone. Exit status: 0 done, 2 bad usage.
 """
 
 import sys

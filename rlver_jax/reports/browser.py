@@ -75,24 +75,26 @@ def _payload(runs: Sequence[Run], some: Sequence[tuple[int, int | None, Record]]
 
 
 def _message(message: Record) -> dict[str, Any]:
-    """What the page shows of a message; absent fields are not shown."""
+    """What the page shows of a message: a reply has `say`, the user's words are `user`."""
     if message["role"] == "assistant":
         shown = {"thought": message["thought"], "say": message["content"], "violation": message["violation"]}
-    else:
-        notes = {
-            "appraisal": message.get("appraisal"),
-            "considered": message.get("considerations") if message["content"] is not None else None,
-        }
-        texts = {
-            name: [[plain(key), plain(str(text))] for key, text in (note or {}).items()] for name, note in notes.items()
-        }
-        shown = {
+        return _present(shown)
+    spoke = message["content"] is not None  # else its considerations are of a reply that there was no need for
+    return _present(
+        {
             "user": message["content"] or "",
             "emotion": message["emotion"],
             "change": message.get("change"),
-        } | texts
-    return {
-        k: plain(v) if isinstance(v, str) else v
-        for k, v in shown.items()
-        if v or k in ("say", "user", "change") and v is not None
-    }
+            "appraisal": _notes(message.get("appraisal")),
+            "considered": _notes(message.get("considerations") if spoke else None),
+        }
+    )
+
+
+def _notes(fields: dict[str, Any] | None) -> list[list[str]] | None:
+    return [[plain(name), plain(str(text))] for name, text in fields.items()] if fields else None
+
+
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null; texts as text."""
+    return {k: plain(v) if isinstance(v, str) else v for k, v in fields.items() if v is not None}

@@ -162,9 +162,9 @@ def _stacks(title: str, caption: str, some: Sequence[Point], keys: Sequence[tupl
             if value > 0:
                 chart.bar((place + 0.06, place + 0.94), (bottom, bottom + value), classes)
             bottom += value
-    for place in ticks(1, max(len(some), 2), whole=True):
-        if place <= len(some):
-            chart.note(place - 0.5, -0.09, str(some[int(place) - 1].first))
+    for tick in ticks(1, max(len(some), 2), whole=True):
+        if tick <= len(some):
+            chart.note(tick - 0.5, -0.09, str(some[int(tick) - 1].first))
     shown = [", ".join(f"{n} {v:.0%}" for (_, n), v in zip(keys, p.values, strict=True) if v > 0) for p in some]
     texts = [f"{point.steps} · {text}" for point, text in zip(some, shown, strict=True)]
     chart.tips([place + 0.5 for place in range(len(some))], texts)
@@ -273,7 +273,7 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int) -> Figure:
 
 
 def coordinate_chart(groups: Sequence[Group]) -> Figure | None:
-    """Where a judge has placed the dialogues between empathy and solutions, structured and creative; None if nowhere."""
+    """Where a judge has placed the dialogues between empathy and solutions, structured and creative; None: nowhere."""
     placed = [(group, figures.coordinates(group.records)) for group in groups]
     if not any(some for _, some in placed):
         return None
@@ -282,14 +282,14 @@ def coordinate_chart(groups: Sequence[Group]) -> Figure | None:
     chart = Chart(title, (-1.05, 1.05), (-1.05, 1.05), legend=group_keys(with_some), size=(WIDTH, 340), left=10)
     chart.rule(x=0)
     chart.rule(y=0)
-    for x, y, text, place in ((-1, 0.04, "empathy", "start"), (1, 0.04, "solution", "end")):
-        chart.note(x, y, text, place)
-    for y, text in ((0.97, "creative"), (-1.02, "structured")):
-        chart.note(0.03, y, text, "start")
+    chart.note(-1, 0.04, "empathy", "start")
+    chart.note(1, 0.04, "solution", "end")
+    chart.note(0.03, 0.97, "creative", "start")
+    chart.note(0.03, -1.02, "structured", "start")
     for group, some in placed:
         for x, y, record in some:
-            tip = f"{group.name} · {record['profile']} · solution {x:+.2f}, creative {y:+.2f}, emotion {record['emotion']}"
-            chart.dot(x, y, _classes(group), 3.5, tip)
+            place = f"solution {x:+.2f}, creative {y:+.2f}, emotion {record['emotion']}"
+            chart.dot(x, y, _classes(group), 3.5, f"{group.name} · {record['profile']} · {place}")
     for group, some in placed:
         if some:
             x, y = np.mean([(x, y) for x, y, _ in some], axis=0).tolist()

@@ -61,9 +61,13 @@ class Browser {
     return [run, d.step === null ? "" : `step ${d.step}`].filter(Boolean).join(" · ");
   }
 
-  pairs() { // [first, last] dialogue of every profile that was met by more than one policy
+  pairs() { // [first, last] of every profile that was met by more than one policy; of one run where it can be
     const same = (a, b) => a.run === b.run && a.step === b.step;
-    return [...this.byProfile.values()].map((all) => [all[0], all.at(-1)]).filter(([a, b]) => !same(a, b));
+    return [...this.byProfile.values()].map((all) => {
+      const last = all.at(-1);
+      const first = all.find((d) => d.run === last.run);
+      return [same(first, last) ? all[0] : first, last];
+    }).filter(([first, last]) => !same(first, last));
   }
 
   select(key, label, options) { // options: [value, text]
