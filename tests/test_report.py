@@ -28,7 +28,7 @@ def test_a_process_writes_page_and_curve(tmp_path):
     assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     root = ET.parse(curve).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    (line,) = (e for e in root.iter() if e.get("class") == "line c0 ")
+    (line,) = (e for e in root.iter() if e.get("class") == "line c0")
     # the chart is drawn from step 1 at x = 38 to step 2 at x = 346; 90 lies above 40
     (x0, y0), (x1, y1) = (map(float, p.split()) for p in line.get("d")[1:].split("L"))
     assert (x0, x1) == (38, 346)
@@ -44,7 +44,7 @@ def test_a_process_writes_page_and_curve(tmp_path):
         (["RUN", "--out=nowhere/r.html"], "nowhere/r.html: its folder does not exist"),
         (["nowhere", "--out=r.html"], "nowhere: holds neither metrics.jsonl nor dialogues.jsonl"),
         (["RUN", "RUN", "--out=r.html"], "is the same folder as"),
-        (["RUN", "--out=r.html", "--max_mb=0.01"], "must be"),
+        (["RUN", "--out=r.html", "--max_mb=0.01"], "0.01 is not number >= 0.1"),
         (["RUN", "--out=r.html", "--mx_mb=1"], "Unknown command line flag 'mx_mb'"),
         (["SEEN", "--curve=c.svg"], "--curve needs a training run"),
     ],

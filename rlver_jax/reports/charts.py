@@ -80,7 +80,7 @@ def _curve(
     for index, run in enumerate(runs):
         for key, classes in lines.items():
             some = figures.points(run.rows, [key, spread] if spread else [key], MOST_POINTS)
-            drawn += [(run.name, f"c{index} {classes}", some)] if some else []
+            drawn += [(run.name, f"c{index} {classes}".strip(), some)] if some else []
     if not drawn:
         return None
     everything = [point for _, _, some in drawn for point in some]
