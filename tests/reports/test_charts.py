@@ -97,6 +97,8 @@ def test_the_coordinate_is_shown_where_a_judge_placed_dialogues(small_run, tmp_p
         "placed · p1 · solution +0.50, creative +1.00, emotion 40",
         "placed · mean of 2: -0.25, +0.75",
     ]
-    left, right, mean = ([float(e.get(k)) for k in ("cx", "cy")] for e in ET.fromstring(figure.chart.markup()).iter("circle"))
+    left, right, mean = (
+        [float(e.get(k)) for k in ("cx", "cy")] for e in ET.fromstring(figure.chart.markup()).iter("circle")
+    )
     assert left[0] < mean[0] < right[0]
     assert left[1] > mean[1] > right[1], "creative is up"

@@ -41,7 +41,9 @@ def test_outcomes_follow_sages_borders():
         *("neither", "neither"),
         "success",
     ]
-    records = [record(0, "p", [40, e], end) for e, end in ((100, "success"), (5, "failure"), (50, "goodbye"), (9, "failure"))]
+    records = [
+        record(0, "p", [40, e], end) for e, end in ((100, "success"), (5, "failure"), (50, "goodbye"), (9, "failure"))
+    ]
     assert figures.outcome_shares(records) == {"success": 0.25, "neither": 0.25, "failure": 0.5}
     ends = figures.end_shares(records)
     assert ends == {"success": 0.25, "failure": 0.5, "goodbye": 0.25, "turn_limit": 0, "format": 0, "context": 0}
@@ -93,7 +95,8 @@ def test_the_table_says_what_each_run_has(small_run, tmp_path):
 @pytest.mark.parametrize(("other", "differ"), [({"a": 1, "b": 3, "c": 0}, ["b"]), ({"a": 1, "b": 2}, [])])
 def test_settings_that_differ_come_first(tmp_path, other, differ):
     folders = [
-        write_run(tmp_path / str(i), [row(1, 40.0)], {}, settings) for i, settings in enumerate(({"a": 1, "b": 2}, other))
+        write_run(tmp_path / str(i), [row(1, 40.0)], {}, settings)
+        for i, settings in enumerate(({"a": 1, "b": 2}, other))
     ]
     rows = figures.settings_table(read_runs(folders))
     assert [name for name, _, different in rows if different] == differ

@@ -97,7 +97,7 @@ def test_it_opens_in_two_seconds_without_a_word_and_asks_for_nothing(chromium, r
 def test_markup_in_a_reply_is_shown_as_text(opened):
     opened.choose(step="60")
     opened.page.fill("input[name=search]", "window.broken")
-    opened.page.wait_for_function("document.querySelectorAll('.list button').length === 1")
+    playwright.expect(opened.page.locator(".list button")).to_have_count(1)
     opened.page.click(".list button")
     assert HOSTILE in opened.page.inner_text(".policy .say >> nth=0")
     assert opened.page.inner_text(".policy .thought >> nth=0") == HOSTILE
@@ -183,7 +183,10 @@ def luminance(color):
 
 def contrast(one, selector, ground, what="color"):
     style = "(e, p) => getComputedStyle(e)[p]"
-    front, back = one.page.eval_on_selector(selector, style, what), one.page.eval_on_selector(ground, style, "backgroundColor")
+    front, back = (
+        one.page.eval_on_selector(selector, style, what),
+        one.page.eval_on_selector(ground, style, "backgroundColor"),
+    )
     light, dark = sorted((luminance(front), luminance(back)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 

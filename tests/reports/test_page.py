@@ -89,7 +89,9 @@ def test_an_emotion_of_zero_and_a_change_of_none_are_kept(tmp_path):
 
 def test_what_models_and_people_wrote_is_never_markup(tmp_path):
     name = "<img src=x onerror=alert(1)>"
-    records = [record(0, HOSTILE, [40, 45], words=lambda _: HOSTILE, measures={"coordinate": {"solution": 0, "creative": 0}})]
+    records = [
+        record(0, HOSTILE, [40, 45], words=lambda _: HOSTILE, measures={"coordinate": {"solution": 0, "creative": 0}})
+    ]
     run = write_run(tmp_path / name, [row(1, 45.0)], {1: records}, {"policy.path": HOSTILE})
     text, _ = page.render(read_runs([run]), 5_000_000)
     tags = [tag for tag, _ in Parser(text).tags]
@@ -99,7 +101,11 @@ def test_what_models_and_people_wrote_is_never_markup(tmp_path):
 
 
 def test_controls_that_reorder_or_hide_text_are_taken_out(tmp_path):
-    records = [record(0, "p\u202e", [40, 45], words=lambda what: f"a\u202eb\x00\ud800{what}".encode("utf-8", "ignore").decode())]
+    records = [
+        record(
+            0, "p\u202e", [40, 45], words=lambda what: f"a\u202eb\x00\ud800{what}".encode("utf-8", "ignore").decode()
+        )
+    ]
     text, _ = page.render(read_runs([write_evaluation(tmp_path / "seen", records)]), 100_000)
     assert dialogues_of(text)["dialogues"][0]["messages"][1]["say"] == "absay 1"
 
