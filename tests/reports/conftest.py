@@ -1,5 +1,6 @@
 """Runs and evaluations written by hand, in the formats that design and dialogue_log.py describe."""
 
+import itertools
 import json
 import random
 
@@ -16,7 +17,7 @@ WISHES = {
 def record(number, profile, emotions, end="turn_limit", wish="advice", words=str, **more):
     """A dialogue with these emotions; `words(what)` gives its texts."""
     messages = [{"role": "user", "content": words("first"), "tokens": [], "emotion": emotions[0], "generated": False}]
-    for turn, (before, after) in enumerate(zip(emotions, emotions[1:], strict=False), 1):
+    for turn, (before, after) in enumerate(itertools.pairwise(emotions), 1):
         said = {"thought": words(f"thought {turn}"), "content": words(f"say {turn}"), "violation": False}
         messages.append({"role": "assistant", "stopped": True, "say_tokens": [1]} | said | tokens())
         last = turn == len(emotions) - 1

@@ -4,11 +4,12 @@ import statistics
 
 import numpy as np
 import pytest
-from .conftest import record, row, some_records, write_evaluation, write_run
 
 from rlver_jax.reports import figures
 from rlver_jax.reports.figures import Point
 from rlver_jax.reports.sources import read_runs
+
+from .conftest import record, row, some_records, write_evaluation, write_run
 
 
 def test_rows_become_points_and_many_rows_means():
@@ -101,4 +102,4 @@ def test_settings_that_differ_come_first(tmp_path, other, differ):
     rows = figures.settings_table(read_runs(folders))
     assert [name for name, _, different in rows if different] == differ
     assert [name for name, _, _ in rows][: len(differ)] == differ
-    assert dict((name, values) for name, values, _ in rows)["a"] == ["1", "1"]
+    assert {name: values for name, values, _ in rows}["a"] == ["1", "1"]

@@ -1,41 +1,29 @@
 """The page in headless Chromium: quick, quiet, inert to what models wrote, and usable on a phone and at night.
 
-Needs the package playwright and a Chromium: RLVER_JAX_CHROMIUM, one on the PATH (Debian's package `chromium`), or
-playwright's own.
+Skipped where there is no Chromium; see chromium.py.
 """
 
-import os
 import re
-import shutil
 import time
-from pathlib import Path
 
 import pytest
 
 from rlver_jax.reports import page
 from rlver_jax.reports.sources import read_runs
 
+from .chromium import launch
 from .conftest import HOSTILE, WISHES
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (extra `test`)")
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def executable(driver):
-    found = os.environ.get("RLVER_JAX_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    own = driver.chromium.executable_path
-    return found or (own if Path(own).exists() else None)
 
 
 @pytest.fixture(scope="module")
 def chromium():
     with playwright.sync_playwright() as driver:
-        path = executable(driver)
-        if path is None:
-            pytest.skip(f"no Chromium: none of {', '.join(NAMES)} on the PATH; set RLVER_JAX_CHROMIUM to one")
-        # As root, and in containers, Chromium's own sandbox can't start.
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            browser = launch(driver)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
         yield browser
         browser.close()
 

@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import html
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -126,7 +127,7 @@ def test_a_small_page_keeps_whole_profiles_evenly(sixty_steps):
     profiles = {d["profile"] for d in kept}
     assert len(kept) == 7 * len(profiles), "each with its dialogues of all steps"
     numbers = sorted(int(name[1:]) for name in profiles)
-    gaps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise(numbers)}
     assert max(gaps) - min(gaps) <= 1, "spread over all profiles"
     assert f"{packed.kept} of 448 dialogues are in this page" in text
     assert "dialogues in its logs" in text, "the table counts all"
