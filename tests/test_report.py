@@ -29,9 +29,9 @@ def test_a_process_writes_page_and_curve(tmp_path):
     root = ET.parse(curve).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     (line,) = (e for e in root.iter("{http://www.w3.org/2000/svg}path") if e.get("class") == "line c0")
-    # the chart is drawn from step 1 at x = 38 to step 2 at x = 346; 90 lies above 40
+    # the chart is drawn from step 1 at x = 38 to step 2 at x = 342; 90 lies above 40
     (x0, y0), (x1, y1) = (map(float, p.split()) for p in line.get("d")[1:].split("L"))
-    assert (x0, x1) == (38, 346)
+    assert (x0, x1) == (38, 342)
     assert y1 < y0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.svg", "r.html", "run", "seen"], "nothing else is left"
 

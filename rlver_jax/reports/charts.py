@@ -13,6 +13,7 @@ from rlver_jax.reports.svg import WIDTH, Chart, Key, ticks
 
 MOST_POINTS, MOST_BARS = 240, 60
 MOST_INTENTIONS = 12
+MOST_BANDS = 4  # more of them on one chart hide each other
 _EMOTION, _SHARE = (0.0, 100.0), (0.0, 1.0)
 
 
@@ -91,7 +92,7 @@ def _curve(
     chart.y_axis(ticks(*y))
     chart.x_axis(ticks(*x, whole=True))
     for _, classes, some in drawn:
-        if spread:
+        if spread and len(drawn) <= MOST_BANDS:
             low, high = ([p.values[0] + sign * p.values[1] for p in some] for sign in (-1, 1))
             chart.band(_middles(some), low, high, classes)
     for _, classes, some in drawn:
@@ -264,7 +265,8 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int) -> Figure:
         path = figures.trajectory(some)
         path = np.concatenate([path, np.repeat(path[-1:], turns + 1 - len(path), axis=0)])
         low, mean, high = path.T.tolist()
-        chart.band(range(turns + 1), low, high, _classes(group))
+        if len(groups) <= MOST_BANDS:
+            chart.band(range(turns + 1), low, high, _classes(group))
         chart.line(range(turns + 1), mean, _classes(group))
         for turn, text in enumerate(texts):
             text.append(f"{group.name}: {mean[turn]:.1f} ({low[turn]:.0f}–{high[turn]:.0f}), n {len(some)}")

@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rlver_jax.runs.render import plain
 
 WIDTH, HEIGHT = 360, 210
-_LEFT, _RIGHT, _BOTTOM, _LINE = 38, 14, 32, 15
+_LEFT, _RIGHT, _BOTTOM, _LINE = 38, 18, 32, 15
 _CHARACTER = 6.0  # about the width of a Latin one in the legend
 Element = ElementTree.Element
 
@@ -122,9 +122,9 @@ class Chart:
         self._add("rect", f"bar {classes}", known, x=left, width=right - left, y=high, height=low - high)
 
     def row_name(self, y: float, name: str) -> None:
-        """A name left of the plot, as far as there is room."""
-        room = int(self.left / 5.6)
-        short = name if len(name) <= room else name[: room - 1] + "…"
+        """A name left of the plot, its middle left out where there is no room."""
+        room = int(self.left / 6.3)
+        short = name if len(name) <= room else f"{name[: room // 2 - 1]}…{name[-room // 2 :]}"
         text = self._text(self.left - 5, self.py(y) + 3.5, short, "tick end")
         if short != name and text is not None:
             ElementTree.SubElement(text, "title").text = plain(name)

@@ -102,3 +102,11 @@ def test_the_coordinate_is_shown_where_a_judge_placed_dialogues(small_run, tmp_p
     )
     assert left[0] < mean[0] < right[0]
     assert left[1] > mean[1] > right[1], "creative is up"
+
+
+@pytest.mark.parametrize(("count", "bands"), [(4, 4), (5, 0)])
+def test_many_runs_are_lines_without_areas(tmp_path, count, bands):
+    runs = read_runs([write_run(tmp_path / str(i), [row(1, 40.0), row(2, 50.0)], {}) for i in range(count)])
+    classes = [e.get("class") for e in ET.fromstring(charts.curves(runs)[0].chart.markup()).iter("path")]
+    assert len([one for one in classes if one.startswith("band")]) == bands
+    assert len([one for one in classes if one.startswith("line")]) == count

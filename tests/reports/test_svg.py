@@ -24,7 +24,7 @@ def test_ticks_are_round_numbers_within_the_range(low, high, whole, expected):
 
 def chart(**how):
     """A plot of 100 by 100 units whose upper left corner lies at (38, 8)."""
-    return Chart("a <title>", (0, 10), (0, 100), size=(38 + 100 + 14, 8 + 100 + 19), **how)
+    return Chart("a <title>", (0, 10), (0, 100), size=(38 + 100 + 18, 8 + 100 + 19), **how)
 
 
 def drawn(made, classes):
@@ -51,7 +51,7 @@ def test_bars_and_touched_columns_cover_their_values():
 
 
 def test_rows_may_count_downwards():
-    made = Chart("rows", (0, 10), (2, 0), size=(152, 127))
+    made = Chart("rows", (0, 10), (2, 0), size=(156, 127))
     made.line([0, 10], [0.5, 0.5], "c0")
     assert drawn(made, "line c0")[0].get("d") == "M38.0 33.0L138.0 33.0"
 
@@ -73,3 +73,12 @@ def test_a_legend_goes_on_in_a_new_line():
     labels = [e for e in ET.fromstring(Chart("", (0, 1), (0, 1), legend=keys).markup()) if e.get("class") == "label"]
     assert [float(e.get("x")) for e in labels] == [20, 172, 20]
     assert float(labels[2].get("y")) > float(labels[0].get("y"))
+
+
+def test_a_long_name_loses_its_middle_and_is_whole_when_pointed_at():
+    made = Chart("rows", (0, 1), (1, 0), left=132)
+    made.row_name(0.5, "a run with quite a long name · steps 10–20")
+    (name,) = drawn(made, "tick end")
+    assert name.text.startswith("a run wit…")
+    assert name.text.endswith("10–20")
+    assert name.find("title").text == "a run with quite a long name · steps 10–20"
