@@ -75,7 +75,8 @@ def _sections(runs: Sequence[Run], found: Sequence[figures.Group]) -> list[dict[
         ("Outcomes by step", "", charts.shares_by_step(runs), []),
         (
             "Emotion over the turns, by hidden intention",
-            "Mean emotion after each turn; area: its quartiles (up to four lines). A dialogue that has ended keeps its final emotion.",
+            "Mean emotion after each turn; area: its quartiles (up to four lines). A dialogue that has ended keeps its "
+            "final emotion.",
             charts.trajectories(found),
             keys,
         ),
