@@ -19,7 +19,7 @@ def test_a_process_writes_page_and_curve(tmp_path):
     run = write_run(tmp_path / "run", [row(1, 40.0), row(2, 90.0)], {1: some_records(0, 3)})
     seen = write_evaluation(tmp_path / "seen", some_records(0, 2))
     out, curve = tmp_path / "r.html", tmp_path / "c.svg"
-    command = [sys.executable, "-m", "rlver_jax.report", run, seen, f"--out={out}", f"--curve={curve}"]
+    command = [sys.executable, "-m", "rlver_jax.report", run, seen, "--out", out, f"--curve={curve}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -59,10 +59,10 @@ def _group_name(run: Run, steps: Sequence[int | None]) -> str:
     return f"{run.name} · step{'s' * (len(steps) > 1)} {steps[0]}" + f"–{steps[-1]}" * (len(steps) > 1)
 
 
-def points(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], most: int) -> list[Point]:
+def points(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], most: int | None = None) -> list[Point]:
     """Rows that hold all keys, as at most `most` points: beyond that, means of equally many consecutive rows."""
     whole = [row for row in rows if all(row.get(key) is not None for key in keys)]
-    size = -(-len(whole) // most) or 1
+    size = (-(-len(whole) // most) if most else 0) or 1
     found = []
     for start in range(0, len(whole), size):
         some = whole[start : start + size]
@@ -146,15 +146,15 @@ def _figures(run: Run, mine: Sequence[Group]) -> dict[str, str]:
         figures["turns, mean"] = _arrow(f"{np.mean(turns):.2f}" for turns, _ in sizes)
         figures["reply, mean characters"] = _arrow(f"{np.mean(texts):.0f}" for _, texts in sizes if texts)
     figures |= _held_out(run) if run.training else _summarized(run)
-    if times := [row["time/rollout_s"] + row["time/update_s"] for row in run.rows if "time/update_s" in row]:
-        figures["seconds a step, median"] = f"{np.median(times):.1f}"
+    if times := points(run.rows, ["time/rollout_s", "time/update_s"]):
+        figures["seconds a step, median"] = f"{np.median([sum(point.values) for point in times]):.1f}"
     return figures
 
 
 def _held_out(run: Run) -> dict[str, str]:
     found = {}
     for key, what in (("eval/score", "held-out score"), ("eval/rule_score", "held-out score by the gold judge")):
-        scores = points(run.rows, [key], len(run.rows))
+        scores = points(run.rows, [key])
         if scores:
             best = max(scores, key=lambda point: point.values[0])
             text = _arrow(f"{point.values[0]:.1f}" for point in dict.fromkeys((scores[0], scores[-1])))

@@ -147,6 +147,14 @@ def test_a_run_without_dialogues_has_its_curves_and_no_browser(tmp_path):
     assert 'id="browser"' not in text
 
 
+def test_a_run_whose_metrics_are_yet_to_come_shows_its_dialogues(tmp_path):
+    """Dialogues of a step are written before its row."""
+    runs = read_runs([write_run(tmp_path / "run", [], {1: some_records(0, 3)})])
+    text, packed = page.render(runs, 5_000_000)
+    assert packed.kept == 3
+    assert "Emotion at the end of a dialogue" not in text
+
+
 def test_several_runs_are_compared(small_run, tmp_path):
     seen = write_evaluation(tmp_path / "seen", some_records(0, 3), {"score": 47.0, "settings": {"eval.seed": 1}})
     text, _ = page.render(read_runs([small_run, seen]), 5_000_000)
