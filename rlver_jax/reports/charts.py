@@ -52,11 +52,12 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
     return [figure for figure in found if figure]
 
 
-def emotion_curve(runs: Sequence[Run]) -> Figure | None:
-    """The final emotion of training dialogues over the steps; None where no run has trained."""
+def emotion_curve(runs: Sequence[Run], label: str = "") -> Figure | None:
+    """The final emotion of training dialogues over the steps, its axis labelled; None where no run has trained."""
     caption = "Mean over a step's dialogues, and one standard deviation around it."
     lines = {"emotion/final_mean": ""}
-    return _curve(runs, "Emotion at the end of a dialogue", caption, lines, spread="emotion/final_std", y=_EMOTION)
+    title, spread = "Emotion at the end of a dialogue", "emotion/final_std"
+    return _curve(runs, title, caption, lines, spread=spread, y=_EMOTION, label=label)
 
 
 def _curve(
@@ -68,6 +69,7 @@ def _curve(
     spread: str = "",
     y: tuple[float, float] | None = None,
     zero: bool = False,
+    label: str = "",
 ) -> Figure | None:
     """Lines of metrics over the steps.
 
@@ -76,6 +78,7 @@ def _curve(
         spread: metric of a deviation, drawn as a band around the one line.
         y: range; None: that of the values.
         zero: without a range, begin it at 0.
+        label: of the y axis.
     """
     drawn: list[tuple[str, str, list[Point]]] = []
     for index, run in enumerate(runs):
@@ -88,7 +91,7 @@ def _curve(
     x = _widened(min(p.first for p in everything), max(p.last for p in everything))
     y = y or _around([0.0] * zero + [value for p in everything for value in _extent(p, bool(spread))])
     legend = [Key(f"c{index}", run.name) for index, run in enumerate(runs) if run.rows] if len(runs) > 1 else []
-    chart = Chart(title, x, y, labels=("step", ""), legend=legend)
+    chart = Chart(title, x, y, labels=("step", label), legend=legend)
     chart.y_axis(ticks(*y))
     chart.x_axis(ticks(*x, whole=True))
     for _, classes, some in drawn:

@@ -42,7 +42,7 @@ def curve(runs: Sequence[Run]) -> str:
     Raises:
         ValueError: none of the runs has trained.
     """
-    figure = charts.emotion_curve(runs)
+    figure = charts.emotion_curve(runs, "emotion at the end of a dialogue, mean ± deviation")
     if figure is None:
         raise ValueError("--curve needs a training run with at least one step; evaluations have no curve")
     return figure.chart.document(_asset("chart.css"))

@@ -58,10 +58,13 @@ class Chart:
         size: tuple[int, int] = (WIDTH, HEIGHT),
         left: int = _LEFT,
     ):
-        """Args:
-        title: read out to those who don't see it.
-        labels: of the two axes.
-        left: room for the names on the y axis.
+        """An empty plot.
+
+        Args:
+            title: read out to those who don't see it.
+            x, y: ranges; a y range may fall.
+            labels: of the two axes.
+            left: room for the numbers or names on the y axis.
         """
         self.x, self.y, self.left = x, y, left
         self.width, self.height = size
