@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4"]
+TEST = ["pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4", "playwright>=1.60"]
 
 setup(
     name="rlver_jax",
@@ -18,6 +18,7 @@ setup(
         "rlver_jax.user.prompts": [
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
         ],
+        "rlver_jax.reports": ["assets/*"],
         "rlver_jax.miniature": ["prompts/*", "shipped/*", "shipped/*/*"],
         "configs": ["debug_world/*", "debug_world/prompts/*"],
     },

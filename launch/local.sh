@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The first run: makes a virtual environment, trains the miniature on this machine, and shows a dialogue before and after.
+# The first run: makes a virtual environment, trains the miniature on this machine, shows a dialogue before and after,
+# and writes a report of it all for the browser.
 #   ./launch/local.sh [TRAIN FLAGS...]      e.g. --config.train.steps=20
 #   RUN=DIR       folder of the run                         (default: runs/miniature_DATE_TIME)
 #   CONFIG=FILE   e.g. configs/miniature.py:ppo,direct      (default: configs/miniature.py)
@@ -19,4 +20,5 @@ echo
 echo "the policy before training, and after it"
 "$python" -m rlver_jax.evaluate --config="$config" --out="$run/played_before" > /dev/null
 "$python" -m rlver_jax.evaluate --config="$config" --checkpoint="$run" --before="$run/played_before" --out="$run/played_after"
+"$python" -m rlver_jax.report "$run" "$run/played_before" "$run/played_after" --out="$run/report.html"
 echo "training and evaluation took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s; the run's folder is $run"

@@ -188,7 +188,12 @@ class Profile:
 
 def intention_of(profile: Profile) -> HiddenIntention | None:
     """Which of the eight hidden intentions a profile holds, by its Chinese or English sentence; else None."""
-    return _INTENTION_OF_TEXT.get(profile.hidden_intention.strip().rstrip("。."))
+    return known_intention(profile.hidden_intention)
+
+
+def known_intention(sentence: str) -> HiddenIntention | None:
+    """Which of the eight hidden intentions a Chinese or English sentence states; else None."""
+    return _INTENTION_OF_TEXT.get(sentence.strip().rstrip("。."))
 
 
 def read_profiles(paths: Paths) -> list[Profile]:

@@ -1,0 +1,72 @@
+"""Shows training runs and evaluations as one HTML page, to be opened in any browser, without a network.
+
+    python -m rlver_jax.report WORKDIR… --out=report.html [--max_mb=5]
+    python -m rlver_jax.report WORKDIR… --curve=emotion.svg
+
+WORKDIR is the --workdir of a training run or the --out of an evaluation; several are compared. The page holds emotion,
+reward and held-out score by step, successes, failures and ends, emotion over the turns by hidden intention, lengths,
+the social-cognition coordinate where a judge has placed the dialogues, every setting, and a browser of the logged
+dialogues. --curve writes the emotion curve alone. Exit status: 0 done, 2 bad usage.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from rlver_jax.command_line import parse_flags
+from rlver_jax.config import ConfigError
+from rlver_jax.reports import page
+from rlver_jax.reports.sources import read_runs
+from rlver_jax.runs.files import write_text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+
+    def watch(files: Sequence[Path], name: str) -> Iterable[Path]:
+        return track(files, f"reading {name}", console=console, transient=True, disable=not console.is_terminal)
+
+    def wrote(path: str, text: str, what: str) -> None:
+        write_text(Path(path), text)
+        size = f"{len(text.encode('utf-8')) / 1e6:.2f} MB"
+        console.print(f"{path}: {size}, {what}", markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        options, folders = _arguments(sys.argv[1:] if argv is None else argv)
+        runs = read_runs(folders, watch)
+        if options.curve:
+            wrote(options.curve, page.curve(runs), "the emotion curve")
+        if options.out:
+            with console.status("drawing"):
+                text, packed = page.render(runs, int(options.max_mb * 1e6))
+            wrote(options.out, text, f"{packed.kept} of {packed.all} dialogues")
+    except (ValueError, OSError) as error:
+        errors.print(f"report: {error}", markup=False, highlight=False)
+        return 2
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("out", "", "HTML file to be written", flag_values=values)
+        flags.DEFINE_string("curve", "", "SVG file of the emotion curve to be written", flag_values=values)
+        flags.DEFINE_float("max_mb", 5.0, "largest page, in MB of 10^6 bytes", 0.1, flag_values=values)
+
+    options, folders = parse_flags(argv, __doc__, define)
+    if not folders:
+        raise ConfigError("no folder was given; name --workdir of training runs or --out of evaluations")
+    if not options.out and not options.curve:
+        raise ConfigError("neither --out nor --curve was given; name the file to be written, such as --out=report.html")
+    for path in filter(None, (options.out, options.curve)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"{path}: its folder does not exist; make it, or name another file")
+    return options, folders
+
+
+if __name__ == "__main__":
+    sys.exit(main())

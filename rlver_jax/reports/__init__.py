@@ -1,0 +1,1 @@
+"""Runs and evaluations as one page that is read in a browser, without a network."""

@@ -1,0 +1,164 @@
+"""The page as a file: whole, within its size, with nothing in it that could run or load anything."""
+
+import base64
+import gzip
+import hashlib
+import html
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from rlver_jax.reports import page
+from rlver_jax.reports.browser import pack
+from rlver_jax.reports.sources import read_runs
+
+from .conftest import HOSTILE, record, row, some_records, write_evaluation, write_run
+
+
+class Parser(HTMLParser):
+    """Collects tags with their attributes, and what stands in scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "script" and self.get_starttag_text().startswith("<script"):
+            self.scripts.append(data)
+
+
+def unpacked(text):
+    return json.loads(gzip.decompress(base64.b64decode(text)))
+
+
+def dialogues_of(text):
+    return unpacked(re.search(r'id="dialogues">([^<]+)</script>', text)[1])
+
+
+def test_the_page_loads_nothing_and_allows_only_its_own_script(small_run):
+    text, _ = page.render(read_runs([small_run]), 5_000_000)
+    for tag, attrs in Parser(text).tags:
+        for name, value in attrs.items():
+            assert name not in ("src", "srcset", "action", "background") or tag == "never"
+            assert not name.startswith("on"), (tag, name)
+            assert name != "href" or value == "data:,", "the empty icon"
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", text)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1])
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_all_dialogues_come_back_out_of_the_page(small_run):
+    text, packed = page.render(read_runs([small_run]), 5_000_000)
+    assert (packed.kept, packed.all) == (12, 12)
+    data = dialogues_of(text)
+    assert data["runs"] == ["small"]
+    assert data["intentions"] == ["advice", "listening", "to be <b>left</b> alone"]
+    assert [(d["step"], d["number"], d["profile"]) for d in data["dialogues"]][6:8] == [(2, 6, "p0"), (2, 7, "p1")]
+    assert data["dialogues"][6]["emotions"] == [40, 50, 65]
+    assert data["dialogues"][6]["messages"] == [
+        {"user": "first", "emotion": 40},
+        {"thought": "thought 1", "say": "say 1", "violation": False},
+        {
+            "user": "reply 1",
+            "emotion": 50,
+            "change": 10,
+            "appraisal": [["feeling", "feeling 1"]],
+            "considered": [["tone", "tone 1"]],
+        },
+        {"thought": "thought 2", "say": "say 2", "violation": False},
+        {"user": "", "emotion": 65, "change": 15, "appraisal": [["feeling", "feeling 2"]]},
+    ]
+
+
+def test_an_emotion_of_zero_and_a_change_of_none_are_kept(tmp_path):
+    records = [record(0, "p", [4, 4, 0], "failure")]
+    data = unpacked(pack(read_runs([write_evaluation(tmp_path / "low", records)]), 10_000).text)
+    reactions = [m for m in data["dialogues"][0]["messages"] if "change" in m]
+    assert [(m["emotion"], m["change"]) for m in reactions] == [(4, 0), (0, -4)]
+    assert data["outcomes"][data["dialogues"][0]["outcome"]] == "failure"
+
+
+def test_what_models_and_people_wrote_is_never_markup(tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    records = [
+        record(0, HOSTILE, [40, 45], words=lambda _: HOSTILE, measures={"coordinate": {"solution": 0, "creative": 0}})
+    ]
+    run = write_run(tmp_path / name, [row(1, 45.0)], {1: records}, {"policy.path": HOSTILE})
+    text, _ = page.render(read_runs([run]), 5_000_000)
+    tags = [tag for tag, _ in Parser(text).tags]
+    assert (tags.count("img"), tags.count("script")) == (0, 2)
+    assert html.escape(name, quote=False) in text
+    assert dialogues_of(text)["dialogues"][0]["messages"][1]["say"] == HOSTILE
+
+
+def test_controls_that_reorder_or_hide_text_are_taken_out(tmp_path):
+    records = [
+        record(
+            0, "p\u202e", [40, 45], words=lambda what: f"a\u202eb\x00\ud800{what}".encode("utf-8", "ignore").decode()
+        )
+    ]
+    text, _ = page.render(read_runs([write_evaluation(tmp_path / "seen", records)]), 100_000)
+    assert dialogues_of(text)["dialogues"][0]["messages"][1]["say"] == "absay 1"
+
+
+def test_sixty_steps_take_less_than_five_megabytes(sixty_steps):
+    text, packed = page.render(read_runs([sixty_steps]), 5_000_000)
+    assert len(text.encode()) <= 5_000_000
+    assert packed.kept == packed.all == 7 * 64
+
+
+def test_a_small_page_keeps_whole_profiles_evenly(sixty_steps):
+    runs = read_runs([sixty_steps])
+    everything = pack(runs, 10**9)
+    text, packed = page.render(runs, 400_000)
+    assert len(text.encode()) <= 400_000
+    kept = dialogues_of(text)["dialogues"]
+    assert 0 < len(kept) == packed.kept < everything.kept == 448
+    profiles = {d["profile"] for d in kept}
+    assert len(kept) == 7 * len(profiles), "each with its dialogues of all steps"
+    numbers = sorted(int(name[1:]) for name in profiles)
+    gaps = {b - a for a, b in itertools.pairwise(numbers)}
+    assert max(gaps) - min(gaps) <= 1, "spread over all profiles"
+    assert f"{packed.kept} of 448 dialogues are in this page" in text
+    assert "dialogues in its logs" in text, "the table counts all"
+    assert re.search(r"dialogues in its logs</th><td>448</td>", text)
+
+
+def test_a_page_that_can_hold_nothing_is_refused(small_run):
+    with pytest.raises(ValueError, match=r"a page without dialogues takes \d+ bytes; expected at most 10000"):
+        page.render(read_runs([small_run]), 10_000)
+
+
+def test_a_run_without_dialogues_has_its_curves_and_no_browser(tmp_path):
+    runs = read_runs([write_run(tmp_path / "run", [row(1, 40.0), row(2, 50.0)], {})])
+    text, packed = page.render(runs, 5_000_000)
+    assert packed.all == 0
+    assert "Emotion at the end of a dialogue" in text
+    assert 'id="browser"' not in text
+
+
+def test_a_run_whose_metrics_are_yet_to_come_shows_its_dialogues(tmp_path):
+    """Dialogues of a step are written before its row."""
+    runs = read_runs([write_run(tmp_path / "run", [], {1: some_records(0, 3)})])
+    text, packed = page.render(runs, 5_000_000)
+    assert packed.kept == 3
+    assert "Emotion at the end of a dialogue" not in text
+
+
+def test_several_runs_are_compared(small_run, tmp_path):
+    seen = write_evaluation(tmp_path / "seen", some_records(0, 3), {"score": 47.0, "settings": {"eval.seed": 1}})
+    text, _ = page.render(read_runs([small_run, seen]), 5_000_000)
+    table = re.search(r'<table id="overview">.*?</table>', text, re.DOTALL)[0]
+    assert re.search(r"<th scope=\"row\">kind</th><td>training run</td><td>evaluation</td>", table)
+    assert re.search(r"<th scope=\"row\">score</th><td></td><td>47.0</td>", table)
+    assert "eval.seed" in text
