@@ -1,6 +1,7 @@
 """Responses of OpenAI's protocol, whole or as chunks of a stream."""
 
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -98,10 +99,13 @@ class Answers:
 
     def _name(self, token: int) -> str:
         """A token's text; of specials, and of rows beyond the vocabulary, a name."""
-        special = {number: name for name, number in self.tokenizer.special_ids.items()}
         if token >= self.tokenizer.vocab_size:
             return f"<|row_{token}|>"
-        return special.get(token) or self.tokenizer.decode([token])
+        return self._specials.get(token) or self.tokenizer.decode([token])
+
+    @functools.cached_property
+    def _specials(self) -> dict[int, str]:
+        return {number: name for name, number in self.tokenizer.special_ids.items()}
 
     def _arrays(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
         """The older form, of completions; offsets count from the beginning of the text that is told."""

@@ -1,13 +1,14 @@
 """The HTTP side: routes of OpenAI's protocol in front of an engine."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import hmac
 import json
 import secrets
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -231,12 +232,13 @@ async def _events(replies: _Replies, prompts, answers: Answers, with_usage: bool
     """Server-sent events of a streamed response."""
     said: dict[int, int] = {}
     try:
-        async for index, piece in replies.pieces():
-            if answers.chat and index not in said:
-                yield _event(answers.opening(index))
-            said[index] = piece.said
-            if piece.text or piece.scores or piece.finish:
-                yield _event(answers.chunk(index, piece, usage_null=with_usage))
+        async with contextlib.aclosing(replies.pieces()) as pieces:
+            async for index, piece in pieces:
+                if answers.chat and index not in said:
+                    yield _event(answers.opening(index))
+                said[index] = piece.said
+                if piece.text or piece.scores or piece.finish:
+                    yield _event(answers.chunk(index, piece, usage_null=with_usage))
     except ProtocolError as error:
         yield _event(error.body)
         return
@@ -249,18 +251,13 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-class _text_errors:  # noqa: N801
+@contextlib.contextmanager
+def _text_errors(param: str) -> Iterator[None]:
     """Text that the tokenizer refuses becomes an error of the request."""
-
-    def __init__(self, param: str):
-        self.param = param
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            raise ProtocolError(400, str(error), param=self.param) from None
+    try:
+        yield
+    except ValueError as error:
+        raise ProtocolError(400, str(error), param=param) from None
 
 
 async def _body(request: Request) -> bytes:

@@ -5,12 +5,13 @@ What would change a reply and isn't supported is refused, never ignored; so is a
 
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAX_CHOICES = 16  # n, times the prompts of a completion
 MAX_STOPS = 16
+R = TypeVar("R", bound=BaseModel)
 
 
 class ProtocolError(Exception):
@@ -55,8 +56,8 @@ class _Common(_Strict):
     stream_options: StreamOptions | None = None
     stop: Stops = []
     user: str | None = None
-    frequency_penalty: Literal[0] | None = Field(None)
-    presence_penalty: Literal[0] | None = Field(None)
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
 
@@ -141,7 +142,7 @@ class CompletionRequest(_Common):
         return self.prompt  # type: ignore[return-value]
 
 
-def parse[T: BaseModel](kind: type[T], body: bytes) -> T:
+def parse(kind: type[R], body: bytes) -> R:
     """A checked request.
 
     Raises:
