@@ -62,6 +62,7 @@ class Terminal:
             self._keep()
             self._busy("the policy thinks", talk.policy_replies)
             if not talk.ended:
+                self._note("your emotion, as the simulated user sees it")
                 self._busy("the simulated user appraises", lambda: talk.user_reacts(ends=False))
 
     def _as_policy(self) -> None:
