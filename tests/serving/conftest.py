@@ -47,7 +47,8 @@ def serving(engine: Engine, **service):
 
 @pytest.fixture(scope="session")
 def engine(policy_lm, bpe) -> Engine:
-    return Engine(policy_lm, bpe, rows=ROWS, context=CONTEXT, block=BLOCK, queue=QUEUE)
+    loaded = jax.device_put(policy_lm, jax.devices()[0])  # bound to a device, as weights read from a file are
+    return Engine(loaded, bpe, rows=ROWS, context=CONTEXT, block=BLOCK, queue=QUEUE)
 
 
 @pytest.fixture(scope="session")
