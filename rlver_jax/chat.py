@@ -1,7 +1,7 @@
 """Talk to a policy as the user, or answer the simulated user yourself.
 
-    python -m rlver_jax.chat --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--side=user|policy]
-                             [--profile=ID] [--out=FILE]
+    python -m rlver_jax.chat --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER]
+                             [--side=user|policy] [--profile=ID] [--out=FILE]
 
 --side=user: you speak as the user of a profile; the policy answers, and the simulated user appraises each answer in
 your place, so that its estimate of your emotion stands beside every turn. --side=policy: you answer the simulated user

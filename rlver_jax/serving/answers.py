@@ -1,5 +1,6 @@
 """Responses of OpenAI's protocol, whole or as chunks of a stream."""
 
+import codecs
 import dataclasses
 import functools
 import time
@@ -51,16 +52,17 @@ class Answers:
             "usage": usage(prompts, [choice.said for choice in choices]),
         }
 
-    def chunk(self, index: int, piece: Piece, *, usage_null: bool) -> dict[str, Any]:
-        """One piece of a stream."""
-        logprobs = self._logprobs(piece.scores) if self.top is not None and piece.scores else None
+    def chunk(self, index: int, piece: Piece, *, offset: int, usage_null: bool) -> dict[str, Any]:
+        """One piece of a stream, before which `offset` characters were told."""
+        logprobs = self._logprobs(piece.scores, offset) if self.top is not None and piece.scores else None
         said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
         choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": piece.finish}
         return self._chunk_head() | {"choices": [choice]} | ({"usage": None} if usage_null else {})
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first chunk of a chat's stream: who speaks."""
-        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._chunk_head() | {"choices": [choice]}
 
     def usage_chunk(self, prompts: Sequence[Sequence[int]], said: Iterable[int]) -> dict[str, Any]:
@@ -83,8 +85,10 @@ class Answers:
             said = {"text": (self.tokenizer.decode(prompt) if self.echo else "") + choice.text}
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish}
 
-    def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
-        return {"content": [self._chat_token(s) for s in scores], "refusal": None} if self.chat else self._arrays(scores)
+    def _logprobs(self, scores: Sequence[TokenScore], offset: int = 0) -> dict[str, Any]:
+        if not self.chat:
+            return self._arrays(scores, offset)
+        return {"content": [self._chat_token(score) for score in scores], "refusal": None}
 
     def _chat_token(self, score: TokenScore) -> dict[str, Any]:
         top = [self._named(token, value) for token, value in score.top[: self.top]]
@@ -107,12 +111,13 @@ class Answers:
     def _specials(self) -> dict[int, str]:
         return {number: name for name, number in self.tokenizer.special_ids.items()}
 
-    def _arrays(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
-        """The older form, of completions; offsets count from the beginning of the text that is told."""
-        names, offsets, at = [self._name(score.token) for score in scores], [], 0
+    def _arrays(self, scores: Sequence[TokenScore], at: int) -> dict[str, Any]:
+        """The older form, of completions; offsets count characters of the text that is told."""
+        names, offsets = [self._name(score.token) for score in scores], []
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
         for score in scores:
             offsets.append(at)
-            at += len(self.tokenizer.decode([score.token]))
+            at += len(characters.decode(self.tokenizer.token_bytes(score.token)))
         top = [
             None if score.logprob is None else {self._name(t): finite(v) for t, v in score.top[: self.top]}
             for score in scores

@@ -1,6 +1,7 @@
 """The HTTP side: routes of OpenAI's protocol in front of an engine."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -8,7 +9,7 @@ import hmac
 import json
 import secrets
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,7 +26,7 @@ from rlver_jax.text.chat import ChatTemplate
 MAX_BODY = 4 << 20  # bytes of a request
 # What Qwen2.5's own chat template says where a conversation has no system message.
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-PATIENCE = 1.0  # seconds between two looks whether the client is still there
+PATIENCE = 0.5  # seconds between two looks whether the client is still there
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -50,7 +51,7 @@ class Service:
             Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
             Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
 
     def _open(self, handler: Handler) -> Handler:
         @functools.wraps(handler)
@@ -209,15 +210,19 @@ class _Replies:
         except EngineDown:
             raise ProtocolError(503, "the server is going down", code="engine_down") from None
 
-    async def pieces(self, request: Request | None = None) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self, request: Request | None = None) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) until all replies have ended; whoever leaves early, or whose client has, frees the rows."""
+        loop = asyncio.get_running_loop()
+        look = loop.time() + PATIENCE
         try:
             while self._open:
+                if request is not None and loop.time() > look:
+                    if await request.is_disconnected():
+                        raise ProtocolError(499, "the client has gone")
+                    look = loop.time() + PATIENCE
                 try:
                     index, piece = await asyncio.wait_for(self._queue.get(), PATIENCE)
                 except TimeoutError:
-                    if request is not None and await request.is_disconnected():
-                        raise ProtocolError(499, "the client has gone") from None
                     continue
                 if piece.finish == "error":
                     raise ProtocolError(500, "the reply could not be finished", code="engine_down")
@@ -231,6 +236,7 @@ class _Replies:
 async def _events(replies: _Replies, prompts, answers: Answers, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events of a streamed response."""
     said: dict[int, int] = {}
+    told = collections.Counter[int]()
     try:
         async with contextlib.aclosing(replies.pieces()) as pieces:
             async for index, piece in pieces:
@@ -238,7 +244,8 @@ async def _events(replies: _Replies, prompts, answers: Answers, with_usage: bool
                     yield _event(answers.opening(index))
                 said[index] = piece.said
                 if piece.text or piece.scores or piece.finish:
-                    yield _event(answers.chunk(index, piece, usage_null=with_usage))
+                    yield _event(answers.chunk(index, piece, offset=told[index], usage_null=with_usage))
+                told[index] += len(piece.text)
     except ProtocolError as error:
         yield _event(error.body)
         return
@@ -272,6 +279,11 @@ async def _body(request: Request) -> bytes:
             message = f"the body has more than {MAX_BODY} bytes; send less"
             raise ProtocolError(413, message, code="request_too_large")
     return body
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """A fault of the server itself: the client is told that much; the traceback goes to the terminal."""
+    return JSONResponse(ProtocolError(500, "the server has a fault; see its terminal").body, 500)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

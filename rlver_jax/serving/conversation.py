@@ -75,26 +75,7 @@ class Conversation:
         self._key = dialogue_key(key, jnp.uint32(0))
         self._room = room_needed(players.tables, players.spec, limits, self.width)
         self._say, self._heard = self._words([], players.spec.say_tokens), self._words([])
-        rules = players.spec.rules
-        self.record: Record = {
-            "dialogue": 0,
-            "profile": profile.id,
-            "seed": seed,
-            "mode": players.spec.mode,
-            "language": players.prompts.language,
-            "style": players.style,
-            "scenario": players.scenario,
-            "readout": players.spec.readout,
-            "initial_emotion": rules.initial,
-            "hidden_intention": profile.hidden_intention,
-            "end_reason": END_REASONS[RUNNING],
-            "turns": 0,
-            "violation": False,
-            "reward": rules.initial / 100,
-            "emotion": rules.initial,
-            "emotions": [rules.initial],
-            "messages": [],
-        }
+        self.record = _empty_record(players, profile, seed)
         if self._is_full():
             need = max(int(c.length[0]) + room for c, room in zip((self._policy, self._user), self._room, strict=True))
             raise ValueError(f"rollout.context is {players.spec.context}, but a turn may need {need}; raise it to that")
@@ -122,9 +103,10 @@ class Conversation:
 
     def user_says(self, tokens: Sequence[int]) -> str:
         """A person's words as the user, also in place of the model's last reply."""
-        self._heard, text, messages = self._words(tokens), self.players.tokenizer.decode(tokens), self.record["messages"]
+        self._heard = self._words(tokens)
+        text, messages = self.players.tokenizer.decode(tokens), self.record["messages"]
         if messages:
-            said = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
+            said: Record = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
             messages[-1] |= said | _UNKNOWN | {f"consideration_{x}": None for x in ("tokens", "stopped", "logprobs")}
         else:
             opening = {"role": "user", "content": text, "tokens": list(tokens), "generated": False}
@@ -214,13 +196,37 @@ class Conversation:
             self.record["reward"] = 0.0
 
 
+def _empty_record(players: Players, profile: Profile, seed: int) -> Record:
+    """A dialogue in which nobody has spoken."""
+    initial = players.spec.rules.initial
+    return {
+        "dialogue": 0,
+        "profile": profile.id,
+        "seed": seed,
+        "mode": players.spec.mode,
+        "language": players.prompts.language,
+        "style": players.style,
+        "scenario": players.scenario,
+        "readout": players.spec.readout,
+        "initial_emotion": initial,
+        "hidden_intention": profile.hidden_intention,
+        "end_reason": END_REASONS[RUNNING],
+        "turns": 0,
+        "violation": False,
+        "reward": initial / 100,
+        "emotion": initial,
+        "emotions": [initial],
+        "messages": [],
+    }
+
+
 def _first_of(policy: PolicyTurn | None = None, user: UserTurn | None = None) -> Any:
     """A turn of a batch of one on the host, with T and B in front (fields of the user's scripts between them)."""
     return _Turns(*(jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(one)) for one in (policy, user)))
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _open(policy: LM, user: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits, *, spec: Spec):
+def _open(policy: LM, user: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits, *, spec):
     return open_dialogues(policy, user, tables, profiles, key, spec, limits)
 
 

@@ -236,9 +236,7 @@ class Engine:
             if not work.max_tokens:
                 self._free(row, "finished")
 
-    def _read(
-        self, row: int, length: int, part: Sequence[int], size: int, score: bool = False
-    ) -> Likeliest | None:
+    def _read(self, row: int, length: int, part: Sequence[int], size: int, score: bool = False) -> Likeliest | None:
         tokens = np.zeros((1, size), np.int32)
         tokens[0, : len(part)] = part
         where = np.int32(row), np.int32(length), tokens, np.array([len(part)], np.int32)

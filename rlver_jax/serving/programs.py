@@ -6,7 +6,7 @@ and used again without touching the device. Requests' temperatures, limits and s
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -181,4 +181,5 @@ def empty(lm: LM, rows: int, capacity: int) -> Cache:
 
 def compiled() -> int:
     """Programs compiled in this process so far: a server in service adds none."""
-    return sum(program._cache_size() for program in (read, read_and_score, speak))
+    jitted: tuple[Any, ...] = (read, read_and_score, speak)
+    return sum(program._cache_size() for program in jitted)

@@ -138,7 +138,7 @@ class CompletionRequest(_Common):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return self.prompt  # type: ignore[return-value]
 
 
@@ -161,8 +161,8 @@ def parse(kind: type[R], body: bytes) -> R:
         field = ".".join(str(part) for part in first["loc"])
         given = json.dumps(first["input"], ensure_ascii=False, default=str)
         said = "this server doesn't know or support it" if first["type"] == "extra_forbidden" else first["msg"]
-        message = f"{field or 'the request'}: {said}" + ("" if first["type"] == "missing" else f" (given: {given[:80]})")
-        raise ProtocolError(400, message, param=field) from None
+        found = "" if first["type"] == "missing" else f" (given: {given[:80]})"
+        raise ProtocolError(400, f"{field or 'the request'}: {said}{found}", param=field) from None
 
 
 def _refuse_constant(name: str) -> float:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-WORDS = "my boss did not listen and I felt awful so she said goodbye 知道 不 2024".split()
+WORDS = ["my", "boss", "did", "not", "listen", "and", "felt", "awful", "so", "she", "said", "goodbye", "知道", "不"]
 ENDS = ("stop", "length")
 
 

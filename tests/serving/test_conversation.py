@@ -42,7 +42,7 @@ def test_the_users_words_typed_again_give_the_same_dialogue(played, tmp_path):
 
 
 def test_the_policys_words_typed_again_give_the_same_dialogue(played):
-    """The person says what the policy said: the user's first words, reactions, replies and the end are the sampler's."""
+    """The person says what the policy said: first words, reactions, replies and the end are the sampler's."""
     players, ended = played.players, set()
     for profile, record in zip(played.profiles, _records(played), strict=True):
         talk = Conversation(players, profile, played.limits, played.seed)

@@ -91,9 +91,7 @@ def test_rows_speak_what_the_model_finds_likeliest(policy_lm, bpe, grammar, prom
             assert spoken.likeliest.logprob[row, n] == pytest.approx(expected[token], abs=1e-4)
             if row == 0:
                 np.testing.assert_allclose(expected[spoken.likeliest.top[0, n]], -np.sort(-expected)[:20], atol=1e-4)
-    again, _ = programs.speak(
-        policy_lm, cache, grammar, ask(length=lengths, active=[False, True, False]), steps=9
-    )
+    again, _ = programs.speak(policy_lm, cache, grammar, ask(length=lengths, active=[False, True, False]), steps=9)
     fresh, alone = programs.speak(
         policy_lm, read_all(policy_lm, prompts)[0], grammar, ask(length=lengths, active=[False, True, False]), steps=9
     )
@@ -105,9 +103,7 @@ def test_neither_blocks_nor_neighbours_change_what_is_drawn(policy_lm, grammar, 
     """Nine tokens in one block with warm neighbours, or in blocks of three with silent ones."""
     lengths, temperature = np.array([len(p) for p in prompts]), [1.3, 0.8, 0.5]
     warm = {"temperature": temperature, "top_p": [0.9, 1.0, 0.7], "seed": [7, 8, 9]}
-    _, whole = programs.speak(
-        policy_lm, read_all(policy_lm, prompts)[0], grammar, ask(length=lengths, **warm), steps=9
-    )
+    _, whole = programs.speak(policy_lm, read_all(policy_lm, prompts)[0], grammar, ask(length=lengths, **warm), steps=9)
     cache, said = read_all(policy_lm, prompts)[0], []
     for _ in range(3):
         done = np.array([0, len(said), 0])

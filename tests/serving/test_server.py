@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import socket
 import time
 from urllib.parse import urlsplit
 
@@ -22,11 +23,13 @@ SAY = [{"role": "system", "content": "Say."}, {"role": "user", "content": "my bo
 
 
 def chat(client, messages=SAY, **more):
-    return client.chat.completions.create(model="tiny", messages=messages, **{"temperature": 0, "max_tokens": 20} | more)
+    ask = {"temperature": 0, "max_tokens": 20} | more
+    return client.chat.completions.create(model="tiny", messages=messages, **ask)
 
 
 def complete(client, prompt, **more):
-    return client.completions.create(model="tiny", prompt=prompt, **{"temperature": 0, "max_tokens": 20} | more)
+    ask = {"temperature": 0, "max_tokens": 20} | more
+    return client.completions.create(model="tiny", prompt=prompt, **ask)
 
 
 def prompt_ids(bpe, messages=SAY) -> list[int]:
@@ -70,6 +73,10 @@ def test_log_probabilities_are_the_models(client, policy_lm, bpe):
     for entry, token, expected in zip(reply.logprobs.content, said, logp, strict=True):
         assert entry.logprob == pytest.approx(expected[token], abs=1e-4)
         np.testing.assert_allclose([t.logprob for t in entry.top_logprobs], -np.sort(-expected)[:5], atol=1e-4)
+    pieces = list(client.completions.create(model="tiny", prompt=ids, logprobs=1, seed=3, max_tokens=9, stream=True))
+    offsets = [n for p in pieces if p.choices[0].logprobs for n in p.choices[0].logprobs.text_offset]
+    whole = client.completions.create(model="tiny", prompt=ids, logprobs=1, seed=3, max_tokens=9).choices[0]
+    assert offsets == whole.logprobs.text_offset
     assert b"".join(bytes(e.bytes) for e in reply.logprobs.content).decode() == reply.message.content
 
     echo = complete(client, ids, echo=True, logprobs=1, max_tokens=0).choices[0]
@@ -235,13 +242,18 @@ def test_models(client):
         client.models.retrieve("other")
 
 
-def test_a_client_that_leaves_frees_its_row(url, engine):
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_rows(url, engine, monkeypatch, stream):
+    """Steps are made slow, so that nothing could be said to the end before it is noticed."""
+    ask = engine._ask
+    monkeypatch.setattr(engine, "_ask", lambda rows: (time.sleep(0.2), ask(rows))[1])
     before = engine.stats()
-    body = json.dumps(GOOD | {"temperature": 2, "max_tokens": 250, "stream": True, "seed": 1, "n": ROWS}).encode()
+    body = json.dumps(GOOD | {"temperature": 2, "max_tokens": 250, "stream": stream, "seed": 1, "n": ROWS}).encode()
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    assert connection.getresponse().read(20)
-    connection.sock.close()
+    while not engine.stats()["steps"] > before["steps"]:
+        time.sleep(0.01)
+    connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     deadline = time.monotonic() + 20
     while (now := engine.stats())["busy"] and time.monotonic() < deadline:
@@ -249,10 +261,12 @@ def test_a_client_that_leaves_frees_its_row(url, engine):
     assert now["busy"] == 0
     ended = {k: now["replies"][k] - before["replies"][k] for k in now["replies"]}
     assert ended["accepted"] == ended["finished"] + ended["cancelled"] == ROWS
+    assert ended["cancelled"] > 0
+    assert now["steps"] - before["steps"] < 40
 
 
-def test_a_full_queue_says_so_and_a_token_is_asked_for(policy_lm, bpe):
-    engine = Engine(policy_lm, bpe, rows=ROWS, context=CONTEXT, block=3, queue=2)
+def test_a_full_queue_says_so_and_a_token_is_asked_for(engine, bpe):
+    engine = Engine(engine.lm, bpe, rows=ROWS, context=CONTEXT, block=3, queue=2)
     with serving(engine, token="s3cret") as url:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError, match="bearer token"):
@@ -266,10 +280,11 @@ def test_a_full_queue_says_so_and_a_token_is_asked_for(policy_lm, bpe):
         assert post(url, "/health", b"", method="GET")[0] == 200, "health needs no token"
 
 
-def test_an_engine_that_fails_says_so(policy_lm, bpe, monkeypatch):
+def test_an_engine_that_fails_says_so(engine, bpe, monkeypatch):
     """A device error becomes an answer, not a client that waits for ever."""
-    engine = Engine(policy_lm, bpe, rows=ROWS, context=CONTEXT, block=3, queue=QUEUE)
+    engine = Engine(engine.lm, bpe, rows=ROWS, context=CONTEXT, block=3, queue=QUEUE)
     with serving(engine) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+
         def broken(*args, **kwargs):
             raise RuntimeError("out of memory")
 
