@@ -110,7 +110,9 @@ class Engine:
         self.rows, self.context, self.block, self.queue = rows, context, block, queue
         self._grammar = free_text(tokenizer, lm.model.config.vocab_size)
         # Padding is written too: a chunk beyond the last token must not reach back over what was read.
-        self._cache = programs.empty(lm, rows, context + max(CHUNKS))
+        cache = programs.empty(lm, rows, context + max(CHUNKS))
+        # Bound to where it lies, as every program's result is: else the first call would be compiled once more.
+        self._cache = jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache))
         self._slots: list[_Slot | None] = [None] * rows
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._wake, self._closed = threading.Condition(), False
@@ -120,7 +122,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles everything that will run."""
-        for _ in range(2):  # again with a cache that lies where the programs put it, not where it was made
+        for _ in range(2):  # on several devices once more, with a cache that lies where the programs put it
             for size in CHUNKS:
                 self._read(0, 0, [self.tokenizer.pad_id], size)
             self._read(0, 0, [self.tokenizer.pad_id], CHUNKS[0], score=True)

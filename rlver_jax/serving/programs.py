@@ -93,8 +93,12 @@ def read_and_score(
     positions = one.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, kv = lm.read(tokens, positions, None, one)
     before = jnp.concatenate([one.hidden, hidden[0, :-1]])  # what predicts each token
-    score = lambda x: _likeliest(lm.logits(x[0]), x[1])  # noqa: E731
-    scored = jax.lax.map(score, (before, tokens[0]))  # one distribution at a time
+
+    def score(i: Array, scored: Likeliest) -> Likeliest:  # one distribution at a time, none for padding
+        one = _likeliest(lm.logits(before[i]), tokens[0, i])
+        return jax.tree.map(lambda array, value: array.at[i].set(value), scored, one)
+
+    scored = jax.lax.fori_loop(0, count[0], score, _nothing_likely(lm, tokens.shape[1]))
     last = hidden[:, jnp.maximum(count[0] - 1, 0)]
     return _put_row(cache, row, Cache(kv, one.length, last)), scored
 
@@ -151,11 +155,13 @@ def speak(lm: LM, cache: Cache, grammar: Grammar, ask: Ask, *, steps: int) -> tu
 
 
 def _silence(rows: int, steps: int, lm: LM) -> Spoken:
-    top = min(TOP, lm.model.config.vocab_size)
-    floats = lambda *shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
-    integers = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
-    likeliest = Likeliest(floats(rows, steps), integers(rows, steps, top), floats(rows, steps, top))
-    return Spoken(integers(rows, steps), integers(rows), jnp.zeros(rows, bool), likeliest)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+    return Spoken(zeros((rows, steps)), zeros(rows), zeros(rows) > 0, _nothing_likely(lm, rows, steps))
+
+
+def _nothing_likely(lm: LM, *shape: int) -> Likeliest:
+    top = (*shape, min(TOP, lm.model.config.vocab_size))
+    return Likeliest(jnp.zeros(shape, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
 
 
 def _record(loop: _Loop, token: Array, raw: Array, stopped: Array, expected: tuple[Array, Array]) -> Spoken:

@@ -24,10 +24,12 @@ def asked(engine: Engine, *works: Work):
 
 def test_nothing_is_compiled_once_it_serves(engine, bpe):
     """With weights bound to a device: prompts of every chunk size, scored ones, warm and greedy replies."""
-    programs.read.clear_cache()
+    for program in (programs.read, programs.read_and_score, programs.speak):
+        program.clear_cache()
     fresh = Engine(engine.lm, bpe, rows=ROWS, context=CONTEXT, block=BLOCK)
     fresh.warm_up()
     before = programs.compiled()
+    assert before == len(CHUNKS) + 2, "one for each chunk, one that scores, one that speaks"
     fresh.start()
     words = bpe.encode("my boss did not listen and she felt awful. " * 30)
     works = [Work(words[:n], 5, temperature=t) for n in (1, CHUNKS[0], 200, CONTEXT - 5) for t in (0.0, 1.0)]
