@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4", "playwright>=1.60"]
+SERVE = ["starlette>=1.0", "uvicorn>=0.50", "pydantic>=2.12"]
+TEST = [*SERVE, "openai>=3.0", "pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4", "playwright>=1.60"]
 
 setup(
     name="rlver_jax",
@@ -44,6 +45,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "test": TEST,
+        "serve": SERVE,
         "parity": ["torch==2.13.0"],
         "wandb": ["wandb>=0.21"],
     },

@@ -33,7 +33,7 @@ from rlver_jax.runs.dialogue_log import Record, generated_tokens
 from rlver_jax.runs.evaluation_folder import EvaluationFolder, read_evaluation
 from rlver_jax.runs.figures import prefilled_count
 from rlver_jax.runs.render import print_comparison, print_dialogue
-from rlver_jax.runs.trained import TrainedPolicy, is_run
+from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,14 +88,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
 
 def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | None:
     """Puts --checkpoint in the policy's place; what to read where it is a training run."""
-    if not options.checkpoint:
-        return None
-    if not is_run(options.checkpoint):
-        config.policy.path, config.policy.init = options.checkpoint, "path"
-        return None
-    trained = TrainedPolicy.open(options.checkpoint, base.get_config(), options.step)
-    config.policy.path, config.policy.init = trained.config.policy.path, trained.config.policy.init
-    return trained
+    return take_checkpoint(config, options.checkpoint, options.step, base.get_config())
 
 
 def play_missing(evaluation: Evaluation, folder: EvaluationFolder, console: Console) -> list[Record]:

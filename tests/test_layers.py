@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlver_jax"
 LAYERS = [
     {"train", "evaluate", "verify", "plan", "export", "chat", "bench", "report", "serve", "miniature"},
     {"reports"},
-    {"trainer", "assembly", "evaluation"},
+    {"trainer", "assembly", "evaluation", "serving"},
     {"runs"},
     {"learning"},
     {"players"},

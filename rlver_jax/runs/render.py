@@ -88,16 +88,22 @@ def _messages(record: Record) -> Iterator[Text | Padding]:
         if message["role"] == "assistant":
             turn += 1
             yield Text(f"\nturn {turn}", "bold dim")
-            if message["thought"]:
-                yield _block("thinks", message["thought"], "dim italic")
-            yield _said("policy", message["content"], "cyan")
-            if message["violation"]:
-                yield Text("broke the think format", "red")
-            continue
-        yield from _reaction(message)
-        if message["content"] is not None:
-            yield _said("user", message["content"], "magenta")
-        yield emotion_bar(message["emotion"])
+        yield from message_lines(message)
+
+
+def message_lines(message: Record) -> Iterator[Text | Padding]:
+    """One message of a record: what was thought and said, or the user's reaction and its emotion."""
+    if message["role"] == "assistant":
+        if message["thought"]:
+            yield _block("thinks", message["thought"], "dim italic")
+        yield _said("policy", message["content"], "cyan")
+        if message["violation"]:
+            yield Text("broke the think format", "red")
+        return
+    yield from _reaction(message)
+    if message["content"] is not None:
+        yield _said("user", message["content"], "magenta")
+    yield emotion_bar(message["emotion"])
 
 
 def _reaction(message: Record) -> Iterator[Text | Padding]:

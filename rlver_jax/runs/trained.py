@@ -65,6 +65,30 @@ def is_run(path: str | Path) -> bool:
     return RunFolder(Path(path)).checkpoints.is_dir()
 
 
+def take_checkpoint(config: ConfigDict, checkpoint: str, step: str, base: ConfigDict) -> TrainedPolicy | None:
+    """Puts `--checkpoint` in the place of the config's policy; empty: leaves it.
+
+    Args:
+        config: its `policy.path` and `policy.init` are changed.
+        checkpoint: a training run or a Hugging Face folder.
+        step, base: as in `TrainedPolicy.open`.
+
+    Returns:
+        what to read the policy from, where it is a training run.
+
+    Raises:
+        ValueError: no such checkpoint in the run.
+    """
+    if not checkpoint:
+        return None
+    if not is_run(checkpoint):
+        config.policy.path, config.policy.init = checkpoint, "path"
+        return None
+    trained = TrainedPolicy.open(checkpoint, base, step)
+    config.policy.path, config.policy.init = trained.config.policy.path, trained.config.policy.init
+    return trained
+
+
 def _number(checkpoints: Checkpoints, step: str) -> int:
     steps, best = checkpoints.steps(), checkpoints.best_step()
     there = f"there are steps {', '.join(map(str, steps)) or '(none)'}; best by eval/score: {best or '(none)'}"

@@ -19,7 +19,7 @@ class Truncation(NamedTuple):
     """What of the distribution is kept (static: sorting the vocabulary is compiled only where it is asked for)."""
 
     top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_p: float | Float[Array, "B"] = 1.0  # an array is an argument of the program: each row has its own
 
 
 KEEP_ALL = Truncation()
@@ -52,42 +52,67 @@ def truncate(log_p: Float[Array, "B V"], truncation: Truncation) -> Float[Array,
     if truncation.top_k:
         least = jax.lax.top_k(log_p, truncation.top_k)[0][:, -1:]
         log_p = jnp.where(log_p < least, -jnp.inf, log_p)
-    if truncation.top_p < 1:
-        p = jax.nn.softmax(log_p, axis=-1)
-        ordered = jnp.sort(p, axis=-1, descending=True)
-        before = jnp.cumsum(ordered, axis=-1) - ordered  # mass of what is likelier
-        least = jnp.min(jnp.where(before < truncation.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        log_p = jnp.where(p < least, -jnp.inf, log_p)
-    return log_p
+    if isinstance(truncation.top_p, Array):
+        mass = truncation.top_p[:, None]
+        cut = lambda: jnp.where(mass < 1, _nucleus(log_p, mass), log_p)  # noqa: E731
+        return jax.lax.cond((mass < 1).any(), cut, lambda: log_p)
+    return _nucleus(log_p, truncation.top_p) if truncation.top_p < 1 else log_p
+
+
+def _nucleus(log_p: Float[Array, "B V"], mass: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
+    p = jax.nn.softmax(log_p, axis=-1)
+    ordered = jnp.sort(p, axis=-1, descending=True)
+    before = jnp.cumsum(ordered, axis=-1) - ordered  # mass of what is likelier
+    least = jnp.min(jnp.where(before < mass, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(p < least, -jnp.inf, log_p)
 
 
 def draw(
     logits: Float[Array, "B V"],
     keys: Key[Array, "B"],
     step: Int[Array, ""],
-    temperature: Float[Array, ""],
+    temperature: Float[Array, "*B"],
     truncation: Truncation,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token a row and its log-probability. Temperature 0 is greedy (ties: the lowest id), its log-probability 0."""
+    if jnp.ndim(temperature):
+        return _draw_each(logits, keys, step, temperature, truncation)
 
     def sampled() -> tuple[Array, Array]:
-        scaled = truncate(logits / temperature, truncation)
-        noise = jax.vmap(gumbel, (0, None, None))(keys, step, logits.shape[1])
-        token = jnp.argmax(scaled + noise, axis=-1)
-        chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-        return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+        return _sample(logits / temperature, keys, step, truncation)
 
-    def greedy() -> tuple[Array, Array]:
-        return jnp.argmax(logits, axis=-1), jnp.zeros(logits.shape[0], jnp.float32)
+    return jax.lax.cond(temperature > 0, sampled, lambda: _greedy(logits))
 
-    return jax.lax.cond(temperature > 0, sampled, greedy)
+
+def _draw_each(logits, keys, step, temperature: Float[Array, "B"], truncation: Truncation) -> tuple[Array, Array]:
+    """`draw` for rows of temperatures of their own."""
+
+    def mixed() -> tuple[Array, Array]:
+        warm = temperature > 0
+        drawn = _sample(logits / jnp.where(warm, temperature, 1.0)[:, None], keys, step, truncation)
+        likeliest = _greedy(logits)
+        return jnp.where(warm, drawn[0], likeliest[0]), jnp.where(warm, drawn[1], likeliest[1])
+
+    return jax.lax.cond((temperature > 0).any(), mixed, lambda: _greedy(logits))
+
+
+def _sample(logits: Array, keys: Array, step: Array, truncation: Truncation) -> tuple[Array, Array]:
+    scaled = truncate(logits, truncation)
+    noise = jax.vmap(gumbel, (0, None, None))(keys, step, logits.shape[1])
+    token = jnp.argmax(scaled + noise, axis=-1)
+    chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def _greedy(logits: Array) -> tuple[Array, Array]:
+    return jnp.argmax(logits, axis=-1), jnp.zeros(logits.shape[0], jnp.float32)
 
 
 class Limits(NamedTuple):
     """Lengths of a generation, in tokens: arguments, not part of the program."""
 
-    before: Int[Array, ""]  # until the pattern is found (or at all, without one)
-    after: Int[Array, ""]  # after it was found; 0: finding it ends the generation
+    before: Int[Array, "*B"]  # until the pattern is found (or at all, without one)
+    after: Int[Array, "*B"]  # after it was found; 0: finding it ends the generation
 
 
 class _Loop(NamedTuple):
@@ -106,14 +131,14 @@ def generate(
     *,
     max_tokens: int,
     limits: Limits,
-    temperature: Float[Array, ""],
+    temperature: Float[Array, "*B"],
     active: Bool[Array, "B"],
     truncation: Truncation = KEEP_ALL,
 ) -> tuple[Cache, Generated]:
     """Every active row speaks until its grammar stops it or a limit does; the loop leaves when all have ended.
 
     All tokens said, the last one included, are in the returned cache. `max_tokens` is the compiled size of the result;
-    the limits may be anything up to it.
+    the limits may be anything up to it. Limits, temperature and top_p are one for all rows, or one for each.
     """
     batch = cache.length.shape[0]
     zeros = jnp.zeros((batch, max_tokens), jnp.float32)

@@ -236,6 +236,29 @@ def test_draws_have_the_right_frequencies(temperature, top_k, top_p):
     np.testing.assert_allclose(logprob[:, 0], np.log(expected[np.asarray(token)[:, 0]]), atol=1e-5)
 
 
+def test_rows_may_have_temperatures_and_masses_of_their_own():
+    """One batch of four kinds of rows, 5,000 draws each: every kind has its own truncated softmax, as NumPy has it."""
+    kinds = [(0.0, 1.0), (1.0, 1.0), (0.6, 0.7), (2.0, 0.5)]
+    temperature, mass = (jnp.array(column, jnp.float32) for column in zip(*kinds, strict=True))
+    logits = jnp.tile(jnp.asarray(LOGITS), (4, 1))
+
+    @jax.jit
+    def one(keys):
+        return draw(logits, keys, jnp.int32(3), temperature, Truncation(top_p=mass))
+
+    token, logprob = jax.vmap(one)(jax.random.split(jax.random.key(5), (5_000, 4)))
+    assert set(np.asarray(token)[:, 0]) == {int(LOGITS.argmax())}, "temperature 0 is greedy"
+    assert not np.asarray(logprob)[:, 0].any()
+    for row, (t, top_p) in list(enumerate(kinds))[1:]:
+        p = softmax(LOGITS.astype(np.float64) / t)
+        kept = kept_by_hand(p, 0, top_p)
+        counts = np.bincount(np.asarray(token)[:, row], minlength=12)
+        assert set(np.nonzero(counts)[0]) <= set(kept.tolist())
+        assert scipy.stats.chisquare(counts[kept], 5_000 * p[kept] / p[kept].sum()).pvalue > 1e-3
+        want = np.log(p / p[kept].sum())[np.asarray(token)[:, row]]
+        np.testing.assert_allclose(logprob[:, row], want, atol=1e-5)
+
+
 def test_greedy_takes_the_lowest_of_equals():
     logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0]])
     token, logprob = draw(logits, ids(0, 1), jnp.int32(0), jnp.float32(0), KEEP_ALL)

@@ -1,0 +1,112 @@
+"""Talk to a policy as the user, or answer the simulated user yourself.
+
+    python -m rlver_jax.chat --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER]
+                             [--side=user|policy] [--profile=ID] [--out=FILE]
+
+--side=user: you speak as the user of a profile; the policy answers, and the simulated user appraises each answer in
+your place, so that its estimate of your emotion stands beside every turn. --side=policy: you answer the simulated user
+and watch its emotion; only the user's model is loaded. The transcript is a dialogue log of one line, written after
+every message. Of a training run the checkpoint with the best eval/score is taken (else the last; --step chooses).
+Exit status: 0 the dialogue or the input has ended, 2 bad usage, 130 interrupted.
+"""
+
+import dataclasses
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from configs import base
+from rlver_jax.command_line import config_from_flags
+from rlver_jax.config import ConfigError, validate
+from rlver_jax.evaluation import chosen_profiles, eval_spec
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import Players, limits_of, load_model
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.runs.trained import take_checkpoint
+from rlver_jax.serving.conversation import Conversation, typed_tokens
+from rlver_jax.serving.terminal import Terminal
+from rlver_jax.user.prompts import load_prompts
+
+SIDES = ("user", "policy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        config, options = _arguments(sys.argv[1:] if argv is None else argv)
+        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config())
+        validate(config, base.get_config(), jax.device_count())
+        profile = _profile(chosen_profiles(config), options.profile)
+        out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
+        if out.exists():
+            raise ConfigError(f"--out={out} exists; name a new file")
+        with console.status("loading the models"):
+            talk = _conversation(config, options, profile, trained.weights if trained else None)
+    except (ValueError, OSError) as error:
+        errors.print(f"chat: {error}", markup=False, highlight=False)
+        return 2
+    try:
+        Terminal(talk, profile, options.side, out, console).run()
+    except KeyboardInterrupt:
+        errors.print(f"chat: interrupted; what was said is in {out}", markup=False, highlight=False)
+        return 130
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
+    def define(values: flags.FlagValues) -> None:
+        given: dict[str, Any] = {"flag_values": values}
+        flags.DEFINE_string("checkpoint", None, "training run or Hugging Face folder to take the policy from", **given)
+        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
+        flags.DEFINE_enum("side", "user", SIDES, "which side you take", **given)
+        flags.DEFINE_string("profile", "", "id of the user's profile in data.eval; default: the first", **given)
+        flags.DEFINE_string("out", "", "file for the transcript; default: chat_DATE_TIME.jsonl", **given)
+        flags.DEFINE_integer("seed", None, "of what the models draw; default: another one each time", 0, **given)
+
+    config, options, rest = config_from_flags(argv, __doc__, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --side=policy; --help lists them")
+    if options.checkpoint and options.side == "policy":
+        raise ConfigError("--checkpoint and --side=policy: no policy is loaded where you are it; leave one of them out")
+    return config, options
+
+
+def _profile(profiles: Sequence[Profile], wanted: str) -> Profile:
+    if not wanted:
+        return profiles[0]
+    found = [profile for profile in profiles if profile.id == wanted]
+    if not found:
+        known = ", ".join(profile.id for profile in profiles[:8])
+        raise ConfigError(f"--profile={wanted}: no such id among {len(profiles)} profiles ({known}, …)")
+    return found[0]
+
+
+def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profile, weights: Any) -> Conversation:
+    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    spec = eval_spec(config)
+    if options.side == "user":
+        # The person makes up the first words: the model need not.
+        profile = dataclasses.replace(profile, first_talk=profile.first_talk or "-")
+        players = Players.load(config, spec, mesh, weights)
+    else:
+        spec = dataclasses.replace(spec, mode="direct", say_tokens=typed_tokens(spec.context))
+        user, tokenizer = load_model(config.user, "user", mesh)
+        prompts = load_prompts(config.data.language, config.user.prompts or None)
+        how = {"style": config.user.style, "scenario": config.user.scenario}
+        players = Players.build(user, user, tokenizer, prompts, spec, **how)
+    limits = limits_of(config, spec, config.eval.temperature)
+    seed = secrets.randbits(31) if options.seed is None else options.seed
+    return Conversation(players, profile, limits, seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

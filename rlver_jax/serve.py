@@ -1,0 +1,160 @@
+"""Serves a policy to anything that speaks OpenAI's protocol: chat completions and completions.
+
+    python -m rlver_jax.serve --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--port=8000]
+
+Requests that come together are answered together, --rows at a time. Of a training run the checkpoint with the best
+eval/score is taken (else the last; --step chooses). It listens on this machine only unless --host says otherwise, and
+asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN. GET /stats tells how busy the rows are.
+Needs the extra `serve`. Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage.
+"""
+
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from configs import base
+from rlver_jax.command_line import config_from_flags
+from rlver_jax.config import ConfigError, validate
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import load_model, sampling_copy
+from rlver_jax.runs.trained import take_checkpoint
+from rlver_jax.sampling.cache import LM
+from rlver_jax.serving.engine import Engine
+
+TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"
+LOOK_S = 2.0  # between two lines of figures in a terminal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        config, options = _arguments(sys.argv[1:] if argv is None else argv)
+        _check_installed()
+        checkpoint = options.checkpoint or config.policy.path
+        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config())
+        validate(config, base.get_config(), jax.device_count())
+        with _listen(options.host, options.port) as listening:
+            with console.status("loading the model"):
+                engine = _load(config, options, trained.weights if trained else None)
+            with console.status("compiling"):
+                engine.warm_up()
+            _serve(engine, options.name or Path(checkpoint).resolve().name, listening, console)
+    except (ValueError, OSError) as error:
+        errors.print(f"serve: {error}", markup=False, highlight=False)
+        return 2
+    if engine.failure is not None:
+        errors.print(f"serve: the engine has failed: {engine.failure!r}", markup=False, highlight=False)
+        return 1
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
+    def define(values: flags.FlagValues) -> None:
+        given: dict[str, Any] = {"flag_values": values}
+        flags.DEFINE_string("checkpoint", None, "training run or Hugging Face folder to take the policy from", **given)
+        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
+        flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **given)
+        flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **given)
+        flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", 0, 65535, **given)
+        flags.DEFINE_integer("rows", 16, "requests answered at once", 1, **given)
+        flags.DEFINE_integer("context", 0, "tokens of prompt and reply; 0: rollout.context", 0, **given)
+        flags.DEFINE_integer("block", 8, "tokens said between two looks at the queue", 1, **given)
+        flags.DEFINE_integer("queue", 256, "replies that may wait for a row", 1, **given)
+
+    config, options, rest = config_from_flags(argv, __doc__, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --port=8000; --help lists them")
+    return config, options
+
+
+def _check_installed() -> None:
+    try:
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed; pip install 'rlver_jax[serve]'") from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Takes the port before anything slow."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from None
+
+
+def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine:
+    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    lm, tokenizer = load_model(config.policy, "policy", mesh, weights)
+    lm = LM(sampling_copy(lm.params, jnp.dtype(config.policy.dtype)), lm.model)
+    context = options.context or config.rollout.context
+    return Engine(lm, tokenizer, rows=options.rows, context=context, block=options.block, queue=options.queue)
+
+
+def _serve(engine: Engine, name: str, listening: socket.socket, console: Console) -> None:
+    """Answers until a signal comes or the engine fails."""
+    import uvicorn
+
+    from rlver_jax.serving.app import Service
+
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    host, port = listening.getsockname()[:2]
+    app = Service(engine, name, int(time.time()), token).app()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    engine.start()
+    # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    shown = f"[{host}]" if ":" in host else host
+    console.print(f"{name} at http://{shown}:{port}/v1 · {engine.rows} rows of {engine.context} tokens", markup=False)
+    if not token and not ipaddress.ip_address(host).is_loopback:
+        console.print(f"anyone who reaches {host} can use it; set {TOKEN_VARIABLE} to ask for a token", markup=False)
+    threading.Thread(target=_watch, args=(engine, server, console), daemon=True).start()
+    server.run(sockets=[listening])
+    stats = engine.stats()
+    engine.close()
+    console.print(_figures(stats, stats["uptime_s"], 0), markup=False, highlight=False, soft_wrap=True)
+
+
+def _watch(engine: Engine, server: Any, console: Console) -> None:
+    """Figures in a terminal while it works; stops the server when the engine has failed."""
+    status = console.status("waiting for requests") if console.is_terminal else None
+    if status is not None:
+        status.start()
+    before = 0
+    while not server.should_exit:
+        time.sleep(LOOK_S)
+        stats = engine.stats()
+        if status is not None:
+            status.update(_figures(stats, LOOK_S, before))
+        before = stats["tokens"]["generated"]
+        server.should_exit |= engine.failure is not None
+    if status is not None:
+        status.stop()
+
+
+def _figures(stats: dict[str, Any], seconds: float, before: int) -> str:
+    rate = (stats["tokens"]["generated"] - before) / max(seconds, 1e-9)
+    return (
+        f"{stats['replies']['finished']} replies · {stats['busy']} of {stats['rows']} rows busy · {stats['waiting']} "
+        f"waiting · {rate:.1f} tokens/s · {stats['rows_mean']:.1f} rows a step ({stats['occupancy']:.0%})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

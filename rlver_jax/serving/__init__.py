@@ -1,0 +1,1 @@
+"""A policy behind a protocol, and at a terminal: batching, an OpenAI-compatible server, one conversation."""

@@ -1,0 +1,136 @@
+"""Responses of OpenAI's protocol, whole or as chunks of a stream."""
+
+import codecs
+import dataclasses
+import functools
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rlver_jax.serving.engine import Piece, TokenScore
+from rlver_jax.serving.protocol import finite
+from rlver_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class Choice:
+    """A whole reply, gathered from its pieces."""
+
+    text: str = ""
+    scores: list[TokenScore] = dataclasses.field(default_factory=list)
+    prompt: Sequence[TokenScore] = ()
+    said: int = 0
+    finish: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Takes the next piece."""
+        self.text += piece.text
+        self.scores += piece.scores
+        self.prompt = self.prompt or piece.prompt
+        self.said, self.finish = piece.said, piece.finish
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Writes the answers to one request."""
+
+    tokenizer: Tokenizer
+    model: str
+    chat: bool
+    top: int | None  # likeliest tokens told with each token; None: no log-probabilities at all
+    echo: bool = False
+    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The response to a request that is not streamed; `prompts` in tokens, each with its share of the choices."""
+        each = len(choices) // len(prompts)
+        written = [self._choice(i, choice, prompts[i // each]) for i, choice in enumerate(choices)]
+        return self._head("chat.completion" if self.chat else "text_completion") | {
+            "choices": written,
+            "usage": usage(prompts, [choice.said for choice in choices]),
+        }
+
+    def chunk(self, index: int, piece: Piece, *, offset: int, usage_null: bool) -> dict[str, Any]:
+        """One piece of a stream, before which `offset` characters were told."""
+        logprobs = self._logprobs(piece.scores, offset) if self.top is not None and piece.scores else None
+        said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": piece.finish}
+        return self._chunk_head() | {"choices": [choice]} | ({"usage": None} if usage_null else {})
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first chunk of a chat's stream: who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._chunk_head() | {"choices": [choice]}
+
+    def usage_chunk(self, prompts: Sequence[Sequence[int]], said: Iterable[int]) -> dict[str, Any]:
+        """The last chunk, where usage was asked for."""
+        return self._chunk_head() | {"choices": [], "usage": usage(prompts, said)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head("chat.completion.chunk" if self.chat else "text_completion")
+
+    def _choice(self, index: int, choice: Choice, prompt: Sequence[int]) -> dict[str, Any]:
+        scores = [*choice.prompt, *choice.scores]
+        logprobs = None if self.top is None else self._logprobs(scores)
+        if self.chat:
+            said: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        else:
+            said = {"text": (self.tokenizer.decode(prompt) if self.echo else "") + choice.text}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish}
+
+    def _logprobs(self, scores: Sequence[TokenScore], offset: int = 0) -> dict[str, Any]:
+        if not self.chat:
+            return self._arrays(scores, offset)
+        return {"content": [self._chat_token(score) for score in scores], "refusal": None}
+
+    def _chat_token(self, score: TokenScore) -> dict[str, Any]:
+        top = [self._named(token, value) for token, value in score.top[: self.top]]
+        return self._named(score.token, score.logprob) | {"top_logprobs": top}
+
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": self._name(token),
+            "logprob": finite(logprob),
+            "bytes": list(self.tokenizer.token_bytes(token)) if token < self.tokenizer.vocab_size else [],
+        }
+
+    def _name(self, token: int) -> str:
+        """A token's text; of specials, and of rows beyond the vocabulary, a name."""
+        if token >= self.tokenizer.vocab_size:
+            return f"<|row_{token}|>"
+        return self._specials.get(token) or self.tokenizer.decode([token])
+
+    @functools.cached_property
+    def _specials(self) -> dict[int, str]:
+        return {number: name for name, number in self.tokenizer.special_ids.items()}
+
+    def _arrays(self, scores: Sequence[TokenScore], at: int) -> dict[str, Any]:
+        """The older form, of completions; offsets count characters of the text that is told."""
+        names, offsets = [self._name(score.token) for score in scores], []
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
+        for score in scores:
+            offsets.append(at)
+            at += len(characters.decode(self.tokenizer.token_bytes(score.token)))
+        top = [
+            None if score.logprob is None else {self._name(t): finite(v) for t, v in score.top[: self.top]}
+            for score in scores
+        ]
+        return {
+            "tokens": names,
+            "token_logprobs": [finite(score.logprob) for score in scores],
+            "top_logprobs": top if self.top else None,
+            "text_offset": offsets,
+        }
+
+
+def usage(prompts: Sequence[Sequence[int]], said: Iterable[int]) -> dict[str, int]:
+    """Tokens read and generated (a stop token counts)."""
+    read, generated = sum(map(len, prompts)), sum(said)
+    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}

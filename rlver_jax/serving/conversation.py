@@ -1,0 +1,251 @@
+"""One dialogue in which a person takes a side: the sampler's own turn functions, one turn at a time."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
+
+from rlver_jax.dialogue import (
+    CONTEXT,
+    END_REASONS,
+    FAILURE,
+    FORMAT,
+    GOODBYE,
+    RUNNING,
+    SUCCESS,
+    TURN_LIMIT,
+    PlayLimits,
+    PolicyTables,
+    PolicyTurn,
+    Profiles,
+    Spec,
+    open_dialogues,
+    policy_turn,
+    room_needed,
+)
+from rlver_jax.players import Players
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.runs.dialogue_log import Record, policy_message, user_message
+from rlver_jax.sampling.cache import LM, Cache
+from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
+
+TYPED = 256  # tokens that a person may say at once; less where the context is small
+_UNKNOWN = dict.fromkeys(("logprobs", "raw_logprobs", "stopped"))
+Words = tuple[Int[Array, "1 W"], Int[Array, "1"]]
+
+
+def typed_tokens(context: int) -> int:
+    """Tokens that a person may say at once."""
+    return min(TYPED, context // 8)
+
+
+class _Turns(NamedTuple):
+    """One turn of one dialogue, [T = 1, B = 1] in front, as a record's writer reads it."""
+
+    policy: PolicyTurn | None = None
+    user: UserTurn | None = None
+
+
+class Conversation:
+    """A dialogue of one profile. Roles take turns: the user's words, the policy's reply, the user's reaction.
+
+    For each, a person's words or the model's: `user_says` or `user_begins`; `policy_replies` or `policy_says`;
+    `user_reacts`, whose reply a person's next `user_says` replaces. `record` is the dialogue so far, as in a log.
+    A model's words are those of `sample_dialogues` with the same seed and dialogue 0, as long as all words are.
+    """
+
+    def __init__(self, players: Players, profile: Profile, limits: PlayLimits, seed: int):
+        """Reads the profile.
+
+        Raises:
+            ValueError: it leaves no room for a turn.
+        """
+        self.players, self.limits = players, limits
+        profiles = players.tokens([profile]).batch([0], [0])
+        self.width = max(typed_tokens(players.spec.context), profiles.first_talk.shape[1], players.spec.user_tokens)
+        key = jax.random.key(seed)
+        self._policy, self._user, first, _ = _open(
+            players.policy, players.user, players.tables, profiles, key, limits, spec=players.spec
+        )
+        self._first = self._words(np.asarray(first[0][0, : int(first[1][0])]).tolist())
+        self._key = dialogue_key(key, jnp.uint32(0))
+        self._room = room_needed(players.tables, players.spec, limits, self.width)
+        self._say, self._heard = self._words([], players.spec.say_tokens), self._words([])
+        self.record = _empty_record(players, profile, seed)
+        if self._is_full():
+            need = max(int(c.length[0]) + room for c, room in zip((self._policy, self._user), self._room, strict=True))
+            raise ValueError(f"rollout.context is {players.spec.context}, but a turn may need {need}; raise it to that")
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody speaks any more; `record["end_reason"]` says why."""
+        return self.record["end_reason"] != END_REASONS[RUNNING]
+
+    def encode(self, text: str, side: str) -> list[int]:
+        """Tokens of what a person typed as `side` ("user" or "policy").
+
+        Raises:
+            ValueError: it is empty, too long, or no text.
+        """
+        tokens = self.players.tokenizer.encode(text.strip())
+        most = self.width if side == "user" else self.players.spec.say_tokens
+        if not tokens or len(tokens) > most:
+            raise ValueError(f"{len(tokens)} tokens; say something of 1 to {most}")
+        return tokens
+
+    def user_begins(self) -> str:
+        """The user's first words: the profile's, or else the model's."""
+        return self.user_says(np.asarray(self._first[0][0, : int(self._first[1][0])]).tolist())
+
+    def user_says(self, tokens: Sequence[int]) -> str:
+        """A person's words as the user, also in place of the model's last reply."""
+        self._heard = self._words(tokens)
+        text, messages = self.players.tokenizer.decode(tokens), self.record["messages"]
+        if messages:
+            said: Record = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
+            messages[-1] |= said | _UNKNOWN | {f"consideration_{x}": None for x in ("tokens", "stopped", "logprobs")}
+        else:
+            opening = {"role": "user", "content": text, "tokens": list(tokens), "generated": False}
+            messages.append(opening | {"emotion": self.record["emotion"]})
+        return text
+
+    def policy_replies(self) -> Record:
+        """The policy's message; one that breaks the think format ends the dialogue."""
+        first = jnp.bool_(self.record["turns"] == 0)
+        self._policy, turn = _policy_turn(
+            self.players.policy, self.players.tables[0], self._policy, self._say, self._heard, self._turn_keys(),
+            self.limits, first, spec=self.players.spec,
+        )  # fmt: skip
+        self._say = turn.say, turn.say_count
+        message = policy_message(_first_of(policy=turn), self.players, 0, 0)
+        self._add_reply(message)
+        if message["violation"]:
+            self._end(FORMAT)
+        return message
+
+    def policy_says(self, tokens: Sequence[int]) -> Record:
+        """A person's reply as the policy."""
+        self._say, tokens = self._words(tokens, self.players.spec.say_tokens), list(tokens)
+        said = {"role": "assistant", "thought": None, "content": self.players.tokenizer.decode(tokens)}
+        message = said | _UNKNOWN | {"tokens": tokens, "say_tokens": tokens, "violation": False}
+        self._add_reply(message)
+        return message
+
+    def user_reacts(self, *, ends: bool) -> Record:
+        """The user's reaction to the reply; `ends`: the emotion, a goodbye or the turn limit can end the dialogue.
+
+        With `ends` the user answers, unless the dialogue is over; without it only the emotion is wanted.
+        """
+        spec, turns = self.players.spec, self.record["turns"]
+        last = turns >= spec.max_turns
+        self._user, reaction = _user_turn(
+            self.players.user, self.players.tables[1], self._user, self._heard, self._say,
+            jnp.array([self.record["emotion"]], jnp.int32), self._turn_keys(turns - 1), self.limits,
+            jnp.bool_(ends and not last), spec=spec,
+        )  # fmt: skip
+        message = user_message(_first_of(user=reaction), self.players, 0, 0)
+        self._heard = self._words(message["tokens"])
+        self._add_reaction(message)
+        emotion = message["emotion"]
+        reasons = (
+            (spec.rules.succeeded(emotion), SUCCESS),
+            (spec.rules.failed(emotion), FAILURE),
+            (bool(reaction.goodbye[0]), GOODBYE),
+            (last, TURN_LIMIT),
+        )
+        reason = next((why for holds, why in reasons if holds), RUNNING) if ends else RUNNING
+        if reason != RUNNING:
+            self._end(reason)
+        elif self._is_full():
+            self._end(CONTEXT)
+        return message
+
+    def _is_full(self) -> bool:
+        """Whether another turn might not fit."""
+        lengths = int(self._policy.length[0]), int(self._user.length[0])
+        return any(n + room > self.players.spec.context for n, room in zip(lengths, self._room, strict=True))
+
+    def _turn_keys(self, turn: int | None = None) -> Key[Array, "1"]:
+        return jax.random.fold_in(self._key, self.record["turns"] if turn is None else turn)[None]
+
+    def _words(self, tokens: Sequence[int], width: int = 0) -> Words:
+        array = np.zeros((1, width or self.width), np.int32)
+        array[0, : len(tokens)] = tokens
+        return jnp.asarray(array), jnp.array([len(tokens)], jnp.int32)
+
+    def _add_reply(self, message: Record) -> None:
+        record = self.record
+        record["messages"].append(message)
+        record["turns"] += 1
+        record["emotions"].append(record["emotion"])
+        record["violation"] = message["violation"]
+
+    def _add_reaction(self, message: Record) -> None:
+        record = self.record
+        record["messages"].append(message)
+        record["emotion"] = record["emotions"][-1] = message["emotion"]
+        record["reward"] = message["emotion"] / 100
+
+    def _end(self, reason: int) -> None:
+        self.record["end_reason"] = END_REASONS[reason]
+        if reason == FORMAT:
+            self.record["reward"] = 0.0
+
+
+def _empty_record(players: Players, profile: Profile, seed: int) -> Record:
+    """A dialogue in which nobody has spoken."""
+    initial = players.spec.rules.initial
+    return {
+        "dialogue": 0,
+        "profile": profile.id,
+        "seed": seed,
+        "mode": players.spec.mode,
+        "language": players.prompts.language,
+        "style": players.style,
+        "scenario": players.scenario,
+        "readout": players.spec.readout,
+        "initial_emotion": initial,
+        "hidden_intention": profile.hidden_intention,
+        "end_reason": END_REASONS[RUNNING],
+        "turns": 0,
+        "violation": False,
+        "reward": initial / 100,
+        "emotion": initial,
+        "emotions": [initial],
+        "messages": [],
+    }
+
+
+def _first_of(policy: PolicyTurn | None = None, user: UserTurn | None = None) -> Any:
+    """A turn of a batch of one on the host, with T and B in front (fields of the user's scripts between them)."""
+    return _Turns(*(jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(one)) for one in (policy, user)))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _open(policy: LM, user: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits, *, spec):
+    return open_dialogues(policy, user, tables, profiles, key, spec, limits)
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def _policy_turn(
+    lm: LM, tables: PolicyTables, cache: Cache, last_say: Words, heard: Words, keys: Key[Array, "1"],
+    limits: PlayLimits, first: Bool[Array, ""], *, spec: Spec,
+) -> tuple[Cache, PolicyTurn]:  # fmt: skip
+    return policy_turn(
+        lm, tables, cache, last_say, heard, keys, spec=spec, limits=limits, active=jnp.ones(1, bool), first=first
+    )
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def _user_turn(
+    lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "1"],
+    keys: Key[Array, "1"], limits: PlayLimits, may_reply: Bool[Array, ""], *, spec: Spec,
+) -> tuple[Cache, UserTurn]:  # fmt: skip
+    return user_turn(
+        lm, tables, cache, last_reply, say, emotion, keys, rules=spec.rules, readout=spec.readout,
+        limits=limits.user, max_tokens=spec.user_tokens, active=jnp.ones(1, bool), may_reply=may_reply,
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""The text of a reply while it is still being said: whole characters only, and nothing of a stop string."""
+
+import codecs
+from collections.abc import Sequence
+
+from rlver_jax.text.tokenizer import Tokenizer
+
+
+class Speech:
+    """Takes tokens one by one and tells the text that is certain.
+
+    A character that is not complete yet, and an end that may become a stop string, are held back until the next token
+    or `finish` decides. All that was told, joined, is the decoded text up to the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        """`stop`: strings, none empty, that end the reply and are not told."""
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False  # a stop string was found: what follows is not told
+
+    def add(self, token: int) -> str:
+        """Text that a further token makes certain."""
+        return self._tell(self._bytes.decode(self._tokenizer.token_bytes(token)), final=False)
+
+    def finish(self) -> str:
+        """What was held back, once no token follows."""
+        return self._tell(self._bytes.decode(b"", final=True), final=True)
+
+    def _tell(self, new: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

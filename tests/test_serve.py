@@ -1,0 +1,98 @@
+"""`serve` as a process: it starts, says where, answers, keeps its memory, and stops at a signal."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from rlver_jax.serve import main
+
+from .serving import load
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def served(*args: str, **env: str):
+    """(process, base URL) of a server of the debug world on one device."""
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    env = os.environ | {"XLA_FLAGS": quick, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | env
+    command = [sys.executable, "-m", "rlver_jax.serve", "--config=configs/debug.py", "--port=0", *args]
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    line = ""
+    try:
+        while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line)):
+            line = process.stdout.readline()
+            assert line, "it ended before it served"
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_server_starts_answers_and_stops(tmp_path):
+    with served("--rows=2", "--name=mine", RLVER_JAX_SERVE_TOKEN="s3cret") as (process, url):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0) as client:
+            reply = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "hello"}], n=2)
+            assert reply.usage.completion_tokens > 0
+        other = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
+        with other, pytest.raises(openai.AuthenticationError):
+            other.models.list()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        told = process.stdout.read()
+        assert "2 replies" in told
+        assert "s3cret" not in told
+
+
+@pytest.mark.slow
+def test_sixty_four_clients(tmp_path):
+    """No error, busy rows, nothing compiled, flat memory: for half a minute, or RLVER_JAX_LOAD_SECONDS."""
+    seconds = float(os.environ.get("RLVER_JAX_LOAD_SECONDS", "30"))
+    with served("--rows=16") as (process, url):
+        figures = load.run(url, clients=64, seconds=seconds, pid=process.pid)
+        print(json.dumps(figures, indent=1))
+        assert not figures["errors"], figures["first_errors"]
+        assert figures["requests"] > 64
+        assert figures["occupancy"] > 0.5
+        assert figures["programs_compiled"] == [4, 4]
+        assert figures["left"] == {"busy": 0, "waiting": 0}
+        first, last = figures["rss_mib"]
+        assert last < 1.05 * first
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], "no --config"),
+        (["--config=configs/debug.py", "--port=99999"], "port"),
+        (["--config=configs/debug.py", "--rows=0"], "rows"),
+        (["--config=configs/debug.py", "--checkpoint=/no/such"], "/no/such"),
+        (["--config=configs/debug.py", "--host=no.such.host.invalid"], "cannot listen on"),
+        (["--config=configs/debug.py", "--config.policy.dtype=float8"], "policy.dtype"),
+        (["--config=configs/debug.py", "extra"], "extra"),
+        (["--config=configs/base.py", "--port=0"], "policy.path"),
+    ],
+)
+def test_bad_usage(args, told, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(args) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_slow(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["--config=configs/debug.py", f"--port={taken.getsockname()[1]}"]) == 2
+    assert "choose another --port" in capsys.readouterr().err
