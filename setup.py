@@ -18,6 +18,7 @@ setup(
         "rlver_jax.user.prompts": [
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
         ],
+        "rlver_jax.judging": ["prompts/*/*"],
         "rlver_jax.miniature": ["prompts/*", "shipped/*", "shipped/*/*"],
         "configs": ["debug_world/*", "debug_world/prompts/*"],
     },
@@ -39,6 +40,7 @@ setup(
         "jinja2>=3.1",
         "rich>=14",
         "tensorboardX>=2.6.4",
+        "scipy>=1.15",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -97,6 +97,12 @@ def read_all(paths: Sequence[str]) -> dict[str, list[Finished]]:
     return files
 
 
+def finished(records: Sequence[Record], profiles: Sequence[Profile]) -> list[Finished]:
+    """Dialogues that have just been played with these profiles."""
+    known = {profile.id: profile for profile in profiles}
+    return [Finished(record, known[record["profile"]], f"dialogue {record['dialogue']}") for record in records]
+
+
 def with_profiles(dialogues: Sequence[Finished], profiles: Sequence[Profile]) -> list[Finished]:
     """The dialogues with their profiles, which a log of ours doesn't hold.
 

@@ -90,7 +90,9 @@ class Forms:
     def ask(self, dialogue: Finished) -> Asked:
         """Everything that is asked about a dialogue: three forms of the whole, then one of each reply."""
         turns = dialogue.record["turns"]
-        values = {"strategies": "\n".join(f"{a}: {self.strategies[s]}" for a, s in zip(LETTERS, STRATEGIES, strict=True))}
+        values = {
+            "strategies": "\n".join(f"{a}: {self.strategies[s]}" for a, s in zip(LETTERS, STRATEGIES, strict=True))
+        }
         whole = [Form(name, tuple(_steps(self.scripts[name], name, {}))) for name in _CHOICES if name != "reply"]
         replies = [
             Form("reply", tuple(_steps(self.scripts["reply"], "reply", values | {"turn": str(turn + 1)})))

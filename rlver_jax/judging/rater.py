@@ -1,4 +1,4 @@
-"""A model on the device that fills in forms about finished dialogues: guided answers, a batch of dialogues at a time."""
+"""A model on the device that fills in forms about finished dialogues: guided answers, whole batches at a time."""
 
 import dataclasses
 import functools
@@ -90,7 +90,7 @@ class DeviceRater:
         """Slots that a form may take, padding and scratch included."""
         read = [len(self.tokenizer.encode(step.literal)) + self.field_tokens for step in steps]
         scratch = max(len(self.tokenizer.encode(f"{o}\n")) * len(step.options) for step in steps for o in step.options)
-        return sum(read) + _up(max(read)) + scratch + 8 * len(steps)
+        return sum(read) + _up(max(read) + 8) + scratch + 8 * len(steps)
 
     def _fill_form(self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int):
         """One form of all rows that have it, step by step; (cache as it was, answers, tokens generated)."""

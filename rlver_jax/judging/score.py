@@ -72,15 +72,13 @@ def appraised_lines(
     total = sum(len(turns_of(dialogues[i].record)) for i in missing)
     with Meter(console, judge.name, total) as meter:
         for some in judge.appraise([dialogues[i] for i in missing], own=own, progress=meter.work):
-            work.add([_line(missing[i], dialogues[missing[i]], found) for i, found in some])
+            work.add([_line(missing[i], dialogues[missing[i]], found._asdict()) for i, found in some])
             meter.kept(figure(work.done))
     return work.done
 
 
-def _line(index: int, dialogue: Finished, found: Any) -> Line:
-    return {"index": index, "dialogue": dialogue.record["dialogue"], "profile": dialogue.record["profile"]} | {
-        name: value for name, value in found._asdict().items()
-    }
+def _line(index: int, dialogue: Finished, found: Line) -> Line:
+    return {"index": index, "dialogue": dialogue.record["dialogue"], "profile": dialogue.record["profile"]} | found
 
 
 def judged(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, console: Console) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def agreed(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, con
         both = np.concatenate([*pairs(lines, "mean"), np.zeros((0, 2))])
         return f"mean absolute error {np.abs(both[:, 0] - both[:, 1]).mean():.2f}" if len(both) else ""
 
-    work = WorkFile(folder, "contexts", judge.settings, dialogues)
+    work = WorkFile(folder and folder / "agreement", judge.name, judge.settings, dialogues)
     lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, figure=figure)
     found: dict[str, Any] = {}
     starts = np.concatenate([np.asarray(x) for x in before if x])

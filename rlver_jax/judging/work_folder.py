@@ -55,7 +55,9 @@ class WorkFile:
             lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
             return {line["index"]: line for line in lines if line["index"] < count}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: is no work of a judge ({error}); remove it, or name another --out") from None
+            raise ValueError(
+                f"{self.path}: is no work of a judge ({error}); remove it, or name another --out"
+            ) from None
 
     def add(self, lines: Sequence[Line]) -> None:
         """Keeps some results; each has the `index` of its dialogue."""
