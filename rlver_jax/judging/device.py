@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 def message_tokens(tokenizer: Tokenizer, message: Record) -> list[int]:
     """What was said, in the judge's tokens: the logged ones where they spell it, so that nothing is read otherwise."""
-    text, logged = message["content"] or "", message.get("say_tokens", message["tokens"])
+    text, logged = message["content"] or "", message["say_tokens" if "say_tokens" in message else "tokens"]
     if logged is not None and all(0 <= t < tokenizer.vocab_size for t in logged) and tokenizer.decode(logged) == text:
         return list(logged)
     return tokenizer.encode(text.strip())

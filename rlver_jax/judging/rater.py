@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from rlver_jax.sampling.grammar import Grammar, one_line
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 
-WIDTH_STEP = 64  # tokens
+LEAST_WIDTH = 64  # tokens; what is read is padded to it times a power of four, so that few widths are compiled
 
 
 class Rater(Protocol):
@@ -66,9 +67,9 @@ class DeviceRater:
     def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, list[Answers]]]]:
         """See `Rater`."""
         contexts = [self._context(one) for one in asked]
-        width = _up(max(map(len, contexts), default=0))
+        width = -(-max(map(len, contexts), default=1) // LEAST_WIDTH) * LEAST_WIDTH
         longest = max((self._length(form.steps) for one in asked for form in one.forms), default=0)
-        capacity, size = width + _up(longest), min(self.batch, len(asked))
+        capacity, size = width + longest, min(self.batch, len(asked))
         for start in range(0, len(asked), self.batch):
             rows = range(start, min(start + self.batch, len(asked)))
             cache = open_cache(self.lm, *pad([contexts[i] for i in rows], size, width), capacity=capacity)
@@ -123,7 +124,7 @@ class DeviceRater:
 
 
 def _up(length: int) -> int:
-    return -(-length // WIDTH_STEP) * WIDTH_STEP
+    return LEAST_WIDTH * 4 ** max(math.ceil(math.log(max(length, 1) / LEAST_WIDTH, 4)), 0)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -1,5 +1,6 @@
 """The emotion's course in a logged dialogue, and whether its arithmetic holds; no model is needed."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,8 @@ Message = Mapping[str, Any]
 
 def reactions(record: Mapping[str, Any]) -> Iterator[tuple[int, Message, Message]]:
     """(turn, policy's message, user's message) of every turn that the user appraised."""
-    messages = record["messages"][1:]
     turn = -1
-    for message, after in zip(messages, [*messages[1:], None], strict=True):
+    for message, after in itertools.pairwise([*record["messages"][1:], None]):
         turn += message["role"] == "assistant"
         if message["role"] == "assistant" and after is not None and after["role"] == "user":
             yield turn, message, after
