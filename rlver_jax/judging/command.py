@@ -190,7 +190,7 @@ def _folder(options: flags.FlagValues) -> Path | None:
 
 def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
     """Scores finished dialogues, has them judged, and checks their arithmetic."""
-    paths = options["from"].value
+    paths: list[str] = options["from"].value or []
     judges, files = Judges.of_flags(options, config), read_all(paths)
     dialogues = [one for ones in files.values() for one in ones]
     if judges.users:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     capacity: int
 
 
-def message_tokens(tokenizer: Tokenizer, message: Record) -> list[int]:
+def message_tokens(tokenizer: Tokenizer, message: Mapping[str, Any]) -> list[int]:
     """What was said, in the judge's tokens: the logged ones where they spell it, so that nothing is read otherwise."""
     text, logged = message["content"] or "", message["say_tokens" if "say_tokens" in message else "tokens"]
     if logged is not None and all(0 <= t < tokenizer.vocab_size for t in logged) and tokenizer.decode(logged) == text:

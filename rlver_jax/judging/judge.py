@@ -32,8 +32,15 @@ Progress = Callable[[Work], None]
 class Judge(Protocol):
     """Anything that can appraise finished dialogues: a model on the device, or one behind an endpoint."""
 
-    name: str
-    settings: dict[str, Any]  # everything that its appraisals depend on, in JSON's types
+    @property
+    def name(self) -> str:
+        """Short, fit for a file's name."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that its appraisals depend on, in JSON's types."""
+        ...
 
     def appraise(
         self, dialogues: Sequence[Finished], *, own: bool, progress: Progress

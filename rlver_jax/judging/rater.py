@@ -29,8 +29,15 @@ LEAST_WIDTH = 64  # tokens; what is read is padded to it times a power of four, 
 class Rater(Protocol):
     """Anything that can fill in forms: a model on the device, or one behind an endpoint."""
 
-    name: str
-    settings: dict[str, Any]
+    @property
+    def name(self) -> str:
+        """Short, fit for a file's name."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that its answers depend on, in JSON's types."""
+        ...
 
     def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, list[Answers]]]]:
         """Fills in every form of each; yields (index, one `Answers` a form) of some at a time, in any order.

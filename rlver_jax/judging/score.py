@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlver_jax.judging.finished import Finished, turns_of
 from rlver_jax.judging.judge import Judge, Work
-from rlver_jax.judging.statistics import agreement, band_confusion, interval, mean_with_interval, spearman
+from rlver_jax.judging.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.judging.work_folder import Line, WorkFile
 from rlver_jax.user.emotion import SAGE, change_readout
 
@@ -99,8 +99,7 @@ def judged(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, con
     ours = final(appraised_lines(judge, dialogues, own=True, work=work, console=console, figure=figure))
     outcomes = [SAGE.outcome(emotion) for emotion in ours]
     gap = mean_with_interval([a - b for a, b in zip(theirs, ours, strict=True)])
-    pairs = np.array([ours, theirs], float).T
-    agrees = spearman(pairs)
+    agrees = rank_correlation(ours, theirs)
     return {
         "score": float(np.mean(ours)),
         "success": outcomes.count(1),
@@ -115,41 +114,19 @@ def judged(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, con
 
 def agreed(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, console: Console) -> dict[str, Any]:
     """How a judge's changes compare with the recorded ones, for both readouts; contexts fixed to the record."""
-    recorded = [[turn.change for turn in turns_of(d.record)] for d in dialogues]
-    before = [[turn.emotion for turn in turns_of(d.record)] for d in dialogues]
+    turns = [turns_of(dialogue.record) for dialogue in dialogues]
 
-    def pairs(lines: dict[int, Line], how: str) -> list[np.ndarray]:
-        found = []
-        for i in sorted(lines):
-            if recorded[i]:
-                own = np.asarray(change_readout(jnp.asarray(lines[i]["change_logprobs"]), how))
-                found.append(np.array([own, recorded[i]], float).T)
-        return found
+    def rows(lines: dict[int, Line], how: str) -> list[np.ndarray]:
+        """(emotion before, own change, recorded change) of each dialogue's turns."""
+        own = {i: np.asarray(change_readout(jnp.asarray(lines[i]["change_logprobs"]), how)) for i in lines if turns[i]}
+        return [np.array([(t.emotion, mine, t.change) for t, mine in zip(turns[i], own[i], strict=True)]) for i in own]
 
     def figure(lines: dict[int, Line]) -> str:
-        both = np.concatenate([*pairs(lines, "mean"), np.zeros((0, 2))])
-        return f"mean absolute error {np.abs(both[:, 0] - both[:, 1]).mean():.2f}" if len(both) else ""
+        found = rows(lines, "mean")
+        return f"mean absolute error {mean_absolute_error(np.concatenate(found)):.2f}" if found else ""
 
     work = WorkFile(folder and folder / "agreement", judge.name, judge.settings, dialogues)
     lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, figure=figure)
-    found: dict[str, Any] = {}
-    starts = np.concatenate([np.asarray(x) for x in before if x])
-    for how in READOUTS:
-        groups = pairs(lines, how)
-        both = np.concatenate(groups).astype(int)
-        ends = [SAGE.update(starts, both[:, column]) for column in (0, 1)]
-        bands = {"band_confusion": band_confusion(*ends), "band_agreement": _same_band(starts, groups)}
-        found[how] = agreement(groups) | bands
-    return found | {"n": len(starts), "dialogues": len([x for x in before if x]), "settings": judge.settings}
-
-
-def _same_band(starts: np.ndarray, groups: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Share of turns after which both emotions lie in one band."""
-    borders = np.cumsum([len(group) for group in groups])[:-1]
-    rows = [np.column_stack([at, group]) for at, group in zip(np.split(starts, borders), groups, strict=True)]
-
-    def share(table: np.ndarray) -> float:
-        at, own, recorded = table.astype(int).T
-        return float((SAGE.band(SAGE.update(at, own)) == SAGE.band(SAGE.update(at, recorded))).mean())
-
-    return {"value": share(np.concatenate(rows)), "interval": interval(rows, share)}
+    compared = {how: agreement(rows(dict(sorted(lines.items())), how)) for how in READOUTS}
+    counts = [len(one) for one in turns if one]
+    return {"n": sum(counts), "dialogues": len(counts)} | compared | {"settings": judge.settings}

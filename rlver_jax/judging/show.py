@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -60,7 +61,7 @@ def show_judges(summary: Mapping[str, Any], console: Console) -> None:
 def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> None:
     """Both readouts side by side, and their confusion of bands."""
     readouts = [key for key in result if isinstance(result[key], dict) and "spearman" in result[key]]
-    table = Table(Text(f"{name}: {result['n']} contexts of {result['dialogues']} dialogues"), *readouts)
+    table = Table(escape(f"{name}: {result['n']} contexts of {result['dialogues']} dialogues"), *readouts)
     for key, what in _FIGURES.items():
         table.add_row(what, *(figure(result[how][key]["value"], result[how][key]["interval"]) for how in readouts))
     table.add_row(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from rlver_jax.user.emotion import BANDS, SAGE
@@ -22,7 +23,7 @@ def interval(
     Turns of one dialogue resemble each other: dialogues are drawn, not turns, or the interval would be too narrow.
 
     Args:
-        groups: float [n_g, C] each, C columns for `figure`, which takes all rows together [n, C].
+        groups: [n_g, C] each, C columns for `figure`, which takes all rows together [n, C].
 
     Returns:
         [low, high]; None with fewer than two groups, or where hardly any resample has the figure.
@@ -53,64 +54,86 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     return {
         "mean": float(array.mean()),
         "std": float(array.std(ddof=1)) if len(array) > 1 else None,
-        "interval": interval(list(array.reshape(-1, 1, 1)), np.mean),  # type: ignore[arg-type]
+        "interval": interval(list(array.reshape(-1, 1, 1)), np.mean),
         "n": len(array),
     }
 
 
-def spearman(pairs: np.ndarray) -> float:
-    """Rank correlation of two columns; NaN where one of them never varies."""
-    return _correlation(stats.spearmanr, pairs)
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's; NaN where one of them never varies."""
+    return _correlation(stats.spearmanr, np.asarray(a), np.asarray(b))
 
 
-def pearson(pairs: np.ndarray) -> float:
-    """Linear correlation of two columns; NaN where one of them never varies."""
-    return _correlation(stats.pearsonr, pairs)
-
-
-def _correlation(of: Callable[..., Any], pairs: np.ndarray) -> float:
-    if len(pairs) < 2 or (pairs == pairs[0]).all(axis=0).any():
+def _correlation(of: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(of(pairs[:, 0], pairs[:, 1]).statistic)
+    return float(of(a, b).statistic)
 
 
-def mean_absolute_error(pairs: np.ndarray) -> float:
-    """Mean |a - b| of two columns."""
-    return float(np.abs(pairs[:, 0] - pairs[:, 1]).mean())
+# Figures of turns: rows of the emotion before, a judge's own change, the recorded change.
+Rows = np.ndarray  # int [n, 3]
 
 
-def sign_agreement(pairs: np.ndarray) -> float:
-    """Share of rows whose two numbers rise, fall or stay alike."""
-    return float((np.sign(pairs[:, 0]) == np.sign(pairs[:, 1])).mean())
+def spearman(rows: Rows) -> float:
+    """Rank correlation of the changes."""
+    return rank_correlation(rows[:, 1], rows[:, 2])
 
 
-FIGURES: dict[str, Callable[[np.ndarray], float]] = {
+def pearson(rows: Rows) -> float:
+    """Linear correlation of the changes; NaN where one of them never varies."""
+    return _correlation(stats.pearsonr, rows[:, 1], rows[:, 2])
+
+
+def mean_absolute_error(rows: Rows) -> float:
+    """Mean |own - recorded| change."""
+    return float(np.abs(rows[:, 1] - rows[:, 2]).mean())
+
+
+def sign_agreement(rows: Rows) -> float:
+    """Share of turns in which both rise, fall or stay."""
+    return float((np.sign(rows[:, 1]) == np.sign(rows[:, 2])).mean())
+
+
+def band_agreement(rows: Rows) -> float:
+    """Share of turns after which both emotions lie in one band."""
+    own, recorded = _bands(rows)
+    return float((own == recorded).mean())
+
+
+def _bands(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    own, recorded = (SAGE.band(SAGE.update(rows[:, 0], rows[:, column])) for column in (1, 2))
+    return own, recorded
+
+
+FIGURES: dict[str, Callable[[Rows], float]] = {
     "spearman": spearman,
     "pearson": pearson,
     "mae": mean_absolute_error,
     "sign_agreement": sign_agreement,
+    "band_agreement": band_agreement,
 }
 
 
-def agreement(groups: Sequence[np.ndarray]) -> dict[str, Any]:
-    """All FIGURES of (own change, recorded change) pairs, each with its interval; null where there is none.
+def agreement(groups: Sequence[Rows]) -> dict[str, Any]:
+    """All FIGURES of turns, each with its interval, null where there is none; and the confusion of bands.
 
     Args:
-        groups: [n_g, 2] of each dialogue.
+        groups: int [n_g, 3] of each dialogue: emotion before, own change, recorded change.
     """
-    pairs = np.concatenate(groups)
-    found: dict[str, Any] = {"n": len(pairs), "dialogues": len(groups)}
+    rows = np.concatenate(groups)
+    found: dict[str, Any] = {"n": len(rows), "dialogues": len(groups)}
     for name, figure in FIGURES.items():
-        value = figure(pairs)
+        value = figure(rows)
         defined = bool(np.isfinite(value))
         found[name] = {"value": value if defined else None, "interval": interval(groups, figure) if defined else None}
     # The same error for a judge that knows nothing but the record's median.
-    found["mae_of_the_median"] = float(np.abs(pairs[:, 1] - np.median(pairs[:, 1])).mean())
-    return found | {"mean_change": {"own": float(pairs[:, 0].mean()), "recorded": float(pairs[:, 1].mean())}}
+    found["mae_of_the_median"] = float(np.abs(rows[:, 2] - np.median(rows[:, 2])).mean())
+    found["mean_change"] = {"own": float(rows[:, 1].mean()), "recorded": float(rows[:, 2].mean())}
+    return found | {"band_confusion": band_confusion(*_bands(rows))}
 
 
-def band_confusion(own: Sequence[int], recorded: Sequence[int]) -> dict[str, dict[str, int]]:
-    """{recorded band: {own band: count}} of emotions after a turn, by SAGE's borders."""
+def band_confusion(own: np.ndarray, recorded: np.ndarray) -> dict[str, dict[str, int]]:
+    """{recorded band: {own band: count}} of indices into BANDS."""
     table = np.zeros((len(BANDS), len(BANDS)), int)
-    np.add.at(table, (SAGE.band(np.asarray(recorded, np.int64)), SAGE.band(np.asarray(own, np.int64))), 1)
+    np.add.at(table, (recorded, own), 1)
     return {band: dict(zip(BANDS, map(int, row), strict=True)) for band, row in zip(BANDS, table, strict=True)}
