@@ -20,8 +20,9 @@ from rlver_jax.evaluation import scores
 from rlver_jax.judging.device import DeviceJudge, judge_settings
 from rlver_jax.judging.finished import Finished, faults, read_all, turns_of, with_profiles
 from rlver_jax.judging.forms import load_forms
+from rlver_jax.judging.judge import Judge
 from rlver_jax.judging.measures import measured, summed_up
-from rlver_jax.judging.rater import DeviceRater
+from rlver_jax.judging.rater import DeviceRater, Rater
 from rlver_jax.judging.score import agreed, judged
 from rlver_jax.judging.show import show_agreement, show_judges, show_scores
 from rlver_jax.judging.statistics import mean_with_interval
@@ -91,12 +92,12 @@ class Judges:
         records = [dialogue.record for dialogue in dialogues]
         if self.users:
             summary["judges"] = {
-                name: judged(DeviceJudge.load(config, name, _mesh(config)), dialogues, folder, console)
+                name: judged(_load_judge(name, config), dialogues, folder, console)
                 for name, config in self.users.items()
             }
         if self.measurer:
             name, config = self.measurer
-            rater = DeviceRater.load(config, name, _mesh(config))
+            rater = _load_rater(name, config)
             records = measured(rater, load_forms(config.data.language), dialogues, folder, console)
             summary["measures"] = summed_up(records) | {"settings": rater.settings}
         return summary, records
@@ -140,6 +141,14 @@ def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
     return name, found
+
+
+def _load_judge(name: str, config: ConfigDict) -> Judge:
+    return DeviceJudge.load(config, name, _mesh(config))
+
+
+def _load_rater(name: str, config: ConfigDict) -> Rater:
+    return DeviceRater.load(config, name, _mesh(config))
 
 
 def _mesh(config: ConfigDict) -> Mesh | None:
@@ -237,7 +246,7 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
     dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), [*_profiles(config)])
     found, folder = faults(dialogues), _folder(options)
     results = {
-        name: agreed(DeviceJudge.load(one, name, _mesh(one)), dialogues, folder, console)
+        name: agreed(_load_judge(name, one), dialogues, folder, console)
         for name, one in ({"user": config} | judges.users).items()
     }
     if folder:

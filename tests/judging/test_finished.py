@@ -126,6 +126,7 @@ def test_other_files_are_refused(text, says, tmp_path, capsys):
         (["--from=FILE", "--judge=configs/base.py"], "judge configs/base.py: user.path is empty"),
         (["--from=FILE", "--measures=configs/base.py"], "user.path is empty"),
         (["--from=FILE", "--judge=configs/debug.py,configs/debug.py"], "two judges are called 'debug'"),
+        (["--from=FILE", "--judge=configs/debug.py:ppo,direct,configs/debug.py:ppo,direct"], "'debug_ppo_direct'"),
         (["--agreement=FILE"], "give --config=FILE too"),
         (["--agreement=FILE", "--config=configs/debug.py", "--contexts=15"], "hold 14 appraised replies"),
         (["--agreement=FILE", "--config=configs/debug.py", "--contexts=-1"], "contexts"),
