@@ -20,6 +20,7 @@ setup(
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
         ],
         "rlver_jax.reports": ["assets/*"],
+        "rlver_jax.judging": ["prompts/*/*"],
         "rlver_jax.miniature": ["prompts/*", "shipped/*", "shipped/*/*"],
         "configs": ["debug_world/*", "debug_world/prompts/*"],
     },
@@ -41,6 +42,7 @@ setup(
         "jinja2>=3.1",
         "rich>=14",
         "tensorboardX>=2.6.4",
+        "scipy>=1.15",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -1,13 +1,20 @@
 """Plays held-out profiles with a policy and scores it as SAGE does: by the user's emotion at the end.
 
     python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
-                                 [--before=DIR]
+                                 [--before=DIR] [--judge=FILE[:ARG]|HF_FOLDER,…] [--measures=FILE[:ARG]|HF_FOLDER]
+    python -m rlver_jax.evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
+    python -m rlver_jax.evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
 
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
 what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. Of a training run the checkpoint with the best
 eval/score is taken (else the last; --step chooses). --before names an earlier evaluation, whose dialogue with the same
 profile and whose scores are printed as well. An interrupted evaluation goes on where it was
-when it is started again with the same settings and DIR. Exit status: 0 done, 2 bad usage, 130 interrupted.
+when it is started again with the same settings and DIR.
+
+--judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
+that have been played, ours or SAGE's, and checks their arithmetic; --agreement compares the config's user with the one
+of a record. See docs/judging.md. Exit status: 0 done, 1 an emotion that is not the one before plus the change,
+2 bad usage, 130 interrupted.
 """
 
 import sys
@@ -27,6 +34,9 @@ from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.evaluation import Evaluation, chosen_profiles, load
+from rlver_jax.judging import command as judging
+from rlver_jax.judging.finished import finished
+from rlver_jax.judging.show import show_judges
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.runs import evaluation_folder
 from rlver_jax.runs.dialogue_log import Record, generated_tokens
@@ -38,11 +48,15 @@ from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if judging.of_finished(argv):
+        return judging.main(argv, __doc__)
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
-        config, options = _arguments(sys.argv[1:] if argv is None else argv)
+        config, options = _arguments(argv)
         trained = _trained(config, options)
         validate(config, base.get_config(), jax.device_count())
+        judges = judging.Judges.of_flags(options, config)
         profiles = chosen_profiles(config)
         before = read_evaluation(options.before) if options.before else None
         settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
@@ -56,15 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         records = play_missing(evaluation, folder, console)
+        summary = summarize(evaluation, records, folder)
+        judged, records = judges.judge(finished(records, profiles), folder.path, console)
+    except (ValueError, OSError) as error:
+        errors.print(f"evaluate: {error}", markup=False, highlight=False)
+        return 2
     except KeyboardInterrupt:
         errors.print(f"evaluate: interrupted; the same command goes on with {folder.path}", highlight=False)
         return 130
-    summary = summarize(evaluation, records, folder)
+    summary |= judged
     folder.finish(records, summary)
     if before:
         print_comparison(before, (summary, records), console)
     else:
         print_dialogue(records[0], console)
+    show_judges(summary, console)
     console.print(headline(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -76,6 +96,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
             "checkpoint", None, "training run or Hugging Face folder to take the policy from", flag_values=values
         )
         flags.DEFINE_string("before", "", "--out of an earlier evaluation, to be compared with", flag_values=values)
+        judging.define_flags(values)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", flag_values=values)
 
     config, options, rest = config_from_flags(argv, __doc__, define)

@@ -28,6 +28,7 @@ from rlver_jax.config import ConfigError, profile_files, reward_settings, valida
 from rlver_jax.players import Players, load_model, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import read_dialogues
+from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.sampling.cache import Cache
 from rlver_jax.user.emotion import CHANGES, change_readout
 from rlver_jax.user.prompts import load_prompts
@@ -102,16 +103,6 @@ def _packed(players: Players, profile: Profile, record: Mapping[str, Any], turns
     return pack_dialogue(players.tables[1], start, first_talk, turns, players.spec.rules.band)
 
 
-def reactions(record: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
-    """(turn, policy's message, user's message) of every turn that the user appraised."""
-    messages = record["messages"][1:]
-    turn = -1
-    for message, after in zip(messages, [*messages[1:], None], strict=True):
-        turn += message["role"] == "assistant"
-        if message["role"] == "assistant" and after is not None and after["role"] == "user":
-            yield turn, message, after
-
-
 def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
     """The log's turns as the derivation wants them."""
     turns, emotion = [], record["messages"][0]["emotion"]
@@ -136,13 +127,9 @@ def check_record(players: Players, profile: Profile, record: Mapping[str, Any], 
     first = record["messages"][0]
     if profile.first_talk and first["tokens"] != players.tokenizer.encode(profile.first_talk.strip()):
         yield "the first utterance is not the profile's"
-    emotions = [first["emotion"]]
+    yield from emotion_faults(record, rules)
     for turn, spoken, user in reactions(record):
         where = f"turn {turn + 1}"
-        expected = int(rules.update(emotions[-1], user["change"]))
-        if user["emotion"] != expected:
-            yield f"{where}: emotion {user['emotion']}, but {emotions[-1]} {user['change']:+d} makes {expected}"
-        emotions.append(user["emotion"])
         texts = [("say", spoken["content"], spoken["say_tokens"]), ("reply", user["content"] or "", user["tokens"])]
         for kind in ("appraisal", "consideration"):
             fields = user["appraisal"] if kind == "appraisal" else user["considerations"]
@@ -155,7 +142,7 @@ def check_record(players: Players, profile: Profile, record: Mapping[str, Any], 
         if list(user["all_tokens"][: len(user["tokens"])]) != list(user["tokens"]):
             yield f"{where}: the reply's tokens are not those that were generated"
     yield from _check_policy_tokens(players, record)
-    yield from _check_ending(record, emotions, settings)
+    yield from _check_ending(record, settings)
 
 
 def _check_policy_tokens(players: Players, record: Mapping[str, Any]) -> Iterator[str]:
@@ -174,18 +161,13 @@ def _check_policy_tokens(players: Players, record: Mapping[str, Any]) -> Iterato
             yield f"turn {turn}: the thought is not in what the policy generated"
 
 
-def _check_ending(record: Mapping[str, Any], emotions: Sequence[int], settings: Settings) -> Iterator[str]:
-    violated = record["violation"]
-    expected = [*emotions, emotions[-1]] if violated else list(emotions)
-    if list(record["emotions"]) != expected:
-        yield f"emotions {record['emotions']} are not those after each turn, {expected}"
-    if record["emotion"] != expected[-1]:
-        yield f"final emotion {record['emotion']}, but the last turn's is {expected[-1]}"
+def _check_ending(record: Mapping[str, Any], settings: Settings) -> Iterator[str]:
     if record["turns"] != sum(m["role"] == "assistant" for m in record["messages"]):
         yield f"{record['turns']} turns, but another number of policy messages"
-    padded = np.full((1, settings.max_turns + 1), expected[-1], np.int32)
-    padded[0, : len(expected)] = expected
-    turns, violation = jnp.array([record["turns"]], jnp.int32), jnp.array([violated])
+    emotions = emotions_of(record)
+    padded = np.full((1, settings.max_turns + 1), emotions[-1], np.int32)
+    padded[0, : len(emotions)] = emotions
+    turns, violation = jnp.array([record["turns"]], jnp.int32), jnp.array([record["violation"]])
     found = rewards.reward(emotions=jnp.asarray(padded), n_turns=turns, violation=violation, **settings.reward)
     if np.float32(record["reward"]) != np.asarray(found.reward)[0]:
         yield f"reward {record['reward']}, but its formula gives {float(found.reward[0])}"

@@ -172,6 +172,37 @@ def test_an_interrupted_evaluation_goes_on(world, done):
     assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
 
 
+def test_the_playing_user_as_judge_says_the_same(world, done):
+    """And a judge in its place that was never trained on says something else; nothing is played again."""
+    out = world[0] / "judged"
+    shutil.copytree(done[1], out)
+    judges = f"--judge={world[0] / 'user'},{world[0] / 'policy'}"
+    result = process(world, *arguments(world, judges, f"--measures={world[0] / 'user'}", out="judged"))
+    assert result.returncode == 0, result.stderr
+    assert "3 of 3 dialogues are in" in result.stdout
+    summary, dialogues = json.loads((out / "summary.json").read_text()), read(out / "dialogues.jsonl")
+    before = json.loads((done[1] / "summary.json").read_text())
+    assert {name: summary[name] for name in before} == before
+    assert list(summary["judges"]) == ["user", "policy"]
+    own, other = summary["judges"].values()
+    assert (own["score"], own["gap"]) == (summary["score"], 0)
+    assert other["gap"] == pytest.approx(summary["score"] - other["score"])
+    lines = {line["dialogue"]: line for line in read(out / "judges" / "user.jsonl")}
+    other_lines = read(out / "judges" / "policy.jsonl")
+    for dialogue in dialogues:
+        line = lines[dialogue["dialogue"]]
+        said = [message for message in dialogue["messages"] if "change" in message]
+        assert line["changes"] == [message["change"] for message in said]
+        assert line["appraisals"] == [message["appraisal"] for message in said]
+        assert line["emotions"] == dialogue["emotions"]
+        for ours, message in zip(line["change_logprobs"], said, strict=True):
+            assert ours == pytest.approx(message["change_logprobs"], abs=1e-4)
+        assert dialogue["measures"]["coordinate"].keys() == {"solution", "creative"}
+        assert len(dialogue["measures"]["replies"]) == dialogue["turns"]
+    assert [line["change_logprobs"] for line in other_lines] != [line["change_logprobs"] for line in lines.values()]
+    assert summary["measures"]["coordinate/solution"]["n"] == 3
+
+
 def refused(world, capsys, *args):
     before = sorted(p.name for p in world[0].iterdir())
     assert main(list(args)) == 2

@@ -308,13 +308,13 @@ def _parse(line: bytes, place: str) -> Record:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DialogueLogError(f"{place}: not a JSON object ({error}); {remedy}") from None
-    fault = next(_faults(record), None)
+    fault = next(record_faults(record), None)
     if fault is not None:
         raise DialogueLogError(f"{place}: {fault}; {remedy}")
     return record
 
 
-def _faults(record: Any) -> Iterator[str]:
+def record_faults(record: Any) -> Iterator[str]:
     """What keeps a JSON value from being a dialogue, the first thing first."""
     if not isinstance(record, dict):
         yield f"found {type(record).__name__}, expected an object"

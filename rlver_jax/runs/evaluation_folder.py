@@ -81,9 +81,9 @@ class EvaluationFolder:
         return sum(batch[what] for batch in self.played)
 
     def finish(self, records: Sequence[Record], summary: dict[str, Any]) -> None:
-        """Puts the dialogues in order, should an interruption have left them otherwise, and writes the summary."""
+        """Puts the dialogues in order, with what judges have added to them, and writes the summary."""
         log = self.path / DIALOGUES
-        if [record["dialogue"] for record in read_dialogues(log)] != [record["dialogue"] for record in records]:
+        if read_dialogues(log) != list(records):
             write_dialogues(log, records)
         write_json(self.path / SUMMARY, summary)
 

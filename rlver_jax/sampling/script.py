@@ -39,11 +39,11 @@ class Part(NamedTuple):
     value: str
 
 
-def parse_script(text: str, source: str = "<script>") -> tuple[Part, ...]:
+def parse_script(text: str, source: str = "<script>", slots: Sequence[str] = SLOTS) -> tuple[Part, ...]:
     """Split a script into its parts; the line end after a field belongs to the field.
 
-    `source` names the file in messages. Raises ValueError, with file and line, for an unknown slot or mark, a
-    field that isn't last on its line, a space before a free field, or a name used twice.
+    `source` names the file in messages, `slots` are those that it may hold. Raises ValueError, with file and line, for
+    an unknown slot or mark, a field that isn't last on its line, a space before a free field, or a name used twice.
     """
     text = text.replace("\r\n", "\n").rstrip("\n")
     parts: list[Part] = []
@@ -55,7 +55,7 @@ def parse_script(text: str, source: str = "<script>") -> tuple[Part, ...]:
             parts.append(Part("text", text[at : match.start()]))
         at = match.end()
         if match["slot"] is not None:
-            parts.append(_slot(match["slot"], place))
+            parts.append(_slot(match["slot"], place, slots))
             continue
         part = _field(match["mark"], place)
         _check_place(part, text, match, names, place)
@@ -91,9 +91,9 @@ def _shown(parts: tuple[Part, ...]) -> str:
     return f"the {parts[-1].kind} {parts[-1].value!r}" if parts else "nothing: it is empty"
 
 
-def _slot(name: str, place: str) -> Part:
-    if name not in SLOTS:
-        allowed = " and ".join(f"{{{s}}}" for s in SLOTS)
+def _slot(name: str, place: str, slots: Sequence[str]) -> Part:
+    if name not in slots:
+        allowed = " and ".join(f"{{{s}}}" for s in slots) or "no slot"
         raise ValueError(f"{place}: unknown slot {{{name}}}; a script knows {allowed} (for plain text avoid braces)")
     return Part("slot", name)
 

@@ -124,7 +124,7 @@ def user_turn(
     read = jnp.where(active, base[1], 0)
     cache = append(lm, cache, base[0], read)
     opening = cache.length
-    cache, appraisal, change_logprobs, appraisal_read = _appraise(
+    cache, appraisal, change_logprobs, appraisal_read = appraise(
         lm, tables, cache, emotion, turn_keys, rules, limits, max_tokens, active
     )
     keys = part_keys(turn_keys, KEY_READOUT, 1)[0] if readout == "sample" else None
@@ -145,7 +145,22 @@ def user_turn(
     return rollback(cache, opening), turn
 
 
-def _appraise(lm, tables, cache, emotion, turn_keys, rules, limits, max_tokens, active):
+def appraise(
+    lm: LM,
+    tables: UserTables,
+    cache: Cache,
+    emotion: Int[Array, "B"],
+    turn_keys: Key[Array, "B"],
+    rules: EmotionRules,
+    limits: UserLimits,
+    max_tokens: int,
+    active: Bool[Array, "B"],
+) -> tuple[Cache, Generated, Float[Array, "B 21"], Int[Array, "B"]]:
+    """The appraisal script, from the opening of an assistant message on, up to the change, which is not chosen yet.
+
+    Returns the cache before the change, the fields, log p of every change (not normalized), and how many tokens were
+    read.
+    """
     tokens, counts = tables.appraisal.render(emotion, rules.band(emotion))
     fields = tokens.shape[0] - 1  # the last literal leads to the choice
     cache, said = run_fields(

@@ -1,0 +1,1 @@
+"""Finished dialogues judged: logs scored again, other users' appraisals of them, and measures beyond the emotion."""

@@ -1,0 +1,280 @@
+"""The parts of `evaluate` that judge: flags, the judges they name, and what is done with finished dialogues."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from configs import base
+from rlver_jax.command_line import config_from_flags, parse_flags
+from rlver_jax.config import ConfigError, profile_files, validate
+from rlver_jax.evaluation import scores
+from rlver_jax.judging.device import DeviceJudge, judge_settings
+from rlver_jax.judging.finished import Finished, faults, read_all, turns_of, with_profiles
+from rlver_jax.judging.forms import load_forms
+from rlver_jax.judging.judge import Judge
+from rlver_jax.judging.measures import measured, summed_up
+from rlver_jax.judging.rater import DeviceRater, Rater
+from rlver_jax.judging.score import agreed, judged
+from rlver_jax.judging.show import show_agreement, show_judges, show_scores
+from rlver_jax.judging.statistics import mean_with_interval
+from rlver_jax.judging.work_folder import dialogues_fingerprint
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.runs.dialogue_log import Record, write_dialogues
+from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
+from rlver_jax.runs.files import write_json
+
+SHOWN = 20  # faults that are printed
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags about judges; --judge and --measures also serve dialogues that are yet to be played."""
+    kinds = "config files FILE[:ARG] or model folders"
+    helps = {
+        "judge": f"further users to score the same dialogues: {kinds}, comma-separated",
+        "measures": "judge model for capabilities, relationship and qualities: a config file or a model folder",
+    }
+    flags.DEFINE_list("from", [], "score these finished dialogues (ours or SAGE's results)", flag_values=values)
+    flags.DEFINE_list(
+        "agreement", [], "compare the user's changes with the recorded ones in these files", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "contexts", 0, "with --agreement: as many contexts at least, in whole dialogues; 0: all", 0, flag_values=values
+    )
+    for name, text in helps.items():
+        flags.DEFINE_string(name, "", text, flag_values=values)
+
+
+def of_finished(argv: Sequence[str]) -> bool:
+    """Whether the arguments ask for dialogues that have been played."""
+    return any(re.fullmatch(r"--?(from|agreement)(=.*)?", arg, re.DOTALL) for arg in argv) and "--help" not in argv
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """The configs of what --judge and --measures name, checked; models are loaded one after another, when needed."""
+
+    users: dict[str, ConfigDict]
+    measurer: tuple[str, ConfigDict] | None
+
+    @classmethod
+    def of_flags(cls, options: flags.FlagValues, config: ConfigDict | None) -> "Judges":
+        """Judges by name.
+
+        Args:
+            config: whose settings a judge has that is only a model's folder.
+
+        Raises:
+            ValueError: one that cannot be used, or two of one name.
+        """
+        users: dict[str, ConfigDict] = {}
+        for arg in _split(options.judge):
+            name, found = _judge_config(arg, config)
+            if name in users:
+                raise ConfigError(f"--judge={options.judge}: two judges are called {name!r}; rename a file or folder")
+            users[name] = found
+        return cls(users, _judge_config(options.measures, config) if options.measures else None)
+
+    def judge(
+        self, dialogues: Sequence[Finished], folder: Path | None, console: Console
+    ) -> tuple[dict[str, Any], list[Record]]:
+        """(what they add to the summary, the records with measures where there are any)."""
+        summary: dict[str, Any] = {}
+        records = [dialogue.record for dialogue in dialogues]
+        if self.users:
+            summary["judges"] = {
+                name: judged(_load_judge(name, config), dialogues, folder, console)
+                for name, config in self.users.items()
+            }
+        if self.measurer:
+            name, config = self.measurer
+            rater = _load_rater(name, config)
+            records = measured(rater, load_forms(config.data.language), dialogues, folder, console)
+            summary["measures"] = summed_up(records) | {"settings": rater.settings}
+        return summary, records
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """Of all configs, where a log of ours finds its own."""
+        return [p for config in self.users.values() for p in _profiles(config)]
+
+
+def _profiles(config: ConfigDict | None) -> list[Profile]:
+    files = profile_files(config.data.eval, config.data.train) if config else []
+    return [profile for file in dict.fromkeys(files) for profile in read_profiles(file)]
+
+
+def _split(text: str) -> list[str]:
+    """At commas, but not at those within a config's argument: `a.py:ppo,direct,b.py`."""
+    parts: list[str] = []
+    for piece in text.split(",") if text else []:
+        whole = not parts or ".py" in piece or "/" in piece or Path(piece).is_dir() or ":" not in parts[-1]
+        parts[len(parts) - (not whole) :] = [piece if whole else f"{parts[-1]},{piece}"]
+    return parts
+
+
+def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]:
+    """(name, config) of a judge: its config file, or the given config with the folder as its user."""
+    if Path(arg).is_dir():
+        if config is None:
+            raise ConfigError(
+                f"judge {arg}: a model's folder needs settings: give --config=FILE too, or a config file for the judge"
+            )
+        found, name = config.copy_and_resolve_references(), Path(arg).resolve().name
+        found.user.path, found.user.init = arg, "path"
+    else:
+        found, _, _ = config_from_flags([f"--config={arg}"], "")
+        file, _, how = arg.partition(":")
+        name = re.sub(r"\W+", "_", f"{Path(file).stem}_{how}").strip("_")
+    try:
+        validate(found, base.get_config(), jax.device_count())
+        judge_settings(found)  # finds out now, not after the dialogues, that there is no model
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"judge {arg}: {error}") from error
+    return name, found
+
+
+def _load_judge(name: str, config: ConfigDict) -> Judge:
+    return DeviceJudge.load(config, name, _mesh(config))
+
+
+def _load_rater(name: str, config: ConfigDict) -> Rater:
+    return DeviceRater.load(config, name, _mesh(config))
+
+
+def _mesh(config: ConfigDict) -> Mesh | None:
+    return make_mesh(**config.mesh) if jax.device_count() > 1 else None
+
+
+def main(argv: Sequence[str], usage: str) -> int:
+    """`evaluate --from=…` and `evaluate --agreement=…`; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        config, options = _arguments(argv, usage)
+        run = _agreement if options.agreement else _scores
+        return run(config, options, console)
+    except (ValueError, OSError) as error:
+        errors.print(f"evaluate: {error}", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("evaluate: interrupted; with --out the same command goes on where it was", highlight=False)
+        return 130
+
+
+def _arguments(argv: Sequence[str], usage: str) -> tuple[ConfigDict | None, flags.FlagValues]:
+    def define(values: flags.FlagValues) -> None:
+        define_flags(values)
+        flags.DEFINE_string("out", "", "folder for the results", flag_values=values)
+
+    config = None
+    if any(arg.lstrip("-").startswith("config") for arg in argv):
+        config, options, rest = config_from_flags(argv, usage, define)
+        validate(config, base.get_config(), jax.device_count())
+    else:
+        options, rest = parse_flags(argv, usage, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only; several files are joined by commas: --from=A,B")
+    if bool(options["from"].value) == bool(options.agreement):
+        raise ConfigError("found --from and --agreement together, or one without a file; expected one of them")
+    return config, options
+
+
+def _folder(options: flags.FlagValues) -> Path | None:
+    folder = Path(options.out) if options.out else None
+    if folder and (folder / PROGRESS).exists():
+        raise ConfigError(f"--out={folder}: holds an evaluation that played dialogues; name another folder")
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
+    """Scores finished dialogues, has them judged, and checks their arithmetic."""
+    paths: list[str] = options["from"].value or []
+    judges, files = Judges.of_flags(options, config), read_all(paths)
+    dialogues = [one for ones in files.values() for one in ones]
+    if judges.users:
+        dialogues = with_profiles(dialogues, [*_profiles(config), *judges.profiles])
+    folder = _folder(options)
+    found = [fault for ones in files.values() for fault in faults(ones)]
+    each = {path: _scored(ones) for path, ones in files.items()}
+    summary: dict[str, Any] = _scored(dialogues) | {
+        "faults": len(found),
+        "settings": {"from": paths, "fingerprint.dialogues": dialogues_fingerprint(dialogues)},
+    }
+    judged_too, records = judges.judge(dialogues, folder, console)
+    summary |= ({"files": each} if len(each) > 1 else {}) | judged_too
+    if folder:
+        write_dialogues(folder / DIALOGUES, records)
+        write_json(folder / SUMMARY, summary)
+    show_scores({"all": summary} | each if len(each) > 1 else each, console)
+    show_judges(summary, console)
+    _show_faults(found, console)
+    checked = sum(len(turns_of(one.record)) for one in dialogues)
+    console.print(
+        f"score {summary['score']:.2f} of 100 · success {summary['success']} · failure {summary['failure']} · "
+        f"n {summary['n']} · {checked} changes checked, {len(found)} faults",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if found else 0
+
+
+def _scored(dialogues: Sequence[Finished]) -> dict[str, Any]:
+    records = [one.record for one in dialogues]
+    spread = mean_with_interval([record["emotion"] for record in records])
+    return scores(records) | {"score_std": spread["std"], "score_interval": spread["interval"]}
+
+
+def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
+    """Compares the config's user, and further judges, with what a record says."""
+    if config is None:
+        raise ConfigError("--agreement tests the simulated user of a config: give --config=FILE too")
+    if options.measures:
+        raise ConfigError("--measures belongs to --from or to playing, not to --agreement")
+    judges = Judges.of_flags(options, config)
+    dialogues = [one for ones in read_all(options.agreement).values() for one in ones]
+    dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), [*_profiles(config)])
+    found, folder = faults(dialogues), _folder(options)
+    results = {
+        name: agreed(_load_judge(name, one), dialogues, folder, console)
+        for name, one in ({"user": config} | judges.users).items()
+    }
+    if folder:
+        write_json(folder / "agreement.json", results)
+    for name, result in results.items():
+        show_agreement(name, result, console)
+    _show_faults(found, console)
+    return 1 if found else 0
+
+
+def chosen(dialogues: Sequence[Finished], contexts: int, seed: int) -> list[Finished]:
+    """Whole dialogues in a drawn order until they hold `contexts` appraised replies; 0: all, in their order.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    counts = [len(turns_of(one.record)) for one in dialogues]
+    if sum(counts) < max(contexts, 1):
+        raise ConfigError(f"--contexts={contexts}: the files hold {sum(counts)} appraised replies; ask for fewer")
+    if not contexts:
+        return list(dialogues)
+    order = np.random.default_rng(seed).permutation(len(dialogues))
+    enough = int(np.searchsorted(np.cumsum(np.asarray(counts)[order]), contexts)) + 1
+    return [dialogues[i] for i in order[:enough]]
+
+
+def _show_faults(found: Sequence[str], console: Console) -> None:
+    for line in found[:SHOWN]:
+        console.print(f"fault: {line}", markup=False, highlight=False, soft_wrap=True)
+    if len(found) > SHOWN:
+        console.print(f"… and {len(found) - SHOWN} more faults")

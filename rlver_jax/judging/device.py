@@ -1,0 +1,242 @@
+"""A simulated user on the device as a judge: whole batches of finished dialogues, a turn of all of them at a time."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, Key
+from ml_collections import ConfigDict
+
+from rlver_jax.config import flatten
+from rlver_jax.evaluation import eval_spec
+from rlver_jax.judging.finished import Finished, Turn, turns_of
+from rlver_jax.judging.judge import Appraised, Progress, Work
+from rlver_jax.players import Players, load_model
+from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
+from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.runs.evaluation_folder import model_fingerprint, texts_fingerprint
+from rlver_jax.sampling.cache import LM, Cache, append, init_cache, rollback
+from rlver_jax.sampling.decode import Generated
+from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.user.emotion import EmotionRules, change_readout
+from rlver_jax.user.prompts import load_prompts
+from rlver_jax.user.simulated import KEY_READOUT, UserLimits, UserTables, appraise, dialogue_key, part_keys
+
+WIDTH_STEP = 32  # tokens; widths are multiples of it
+
+
+class Shape(NamedTuple):
+    """What every batch of a job is padded to, so that it is compiled once."""
+
+    batch: int
+    prefix: int
+    message: int  # of what is read before one appraisal
+    capacity: int
+
+
+def message_tokens(tokenizer: Tokenizer, message: Mapping[str, Any]) -> list[int]:
+    """What was said, in the judge's tokens: the logged ones where they spell it, so that nothing is read otherwise."""
+    text, logged = message["content"] or "", message["say_tokens" if "say_tokens" in message else "tokens"]
+    if logged is not None and all(0 <= t < tokenizer.vocab_size for t in logged) and tokenizer.decode(logged) == text:
+        return list(logged)
+    return tokenizer.encode(text.strip())
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceJudge:
+    """A user model with its prompts and rules; see `judge.Judge`."""
+
+    name: str
+    players: Players  # the user stands in the policy's place too: nobody speaks
+    limits: UserLimits
+    batch: int
+    settings: dict[str, Any]
+
+    @classmethod
+    def load(cls, config: ConfigDict, name: str, mesh: Mesh | None = None) -> "DeviceJudge":
+        """The simulated user of a config.
+
+        Raises:
+            ValueError, OSError: the model or its prompts cannot be loaded.
+        """
+        settings = judge_settings(config)
+        user, tokenizer = load_model(config.user, "user", mesh)
+        prompts = load_prompts(config.data.language, config.user.prompts or None)
+        how = {"style": config.user.style, "scenario": config.user.scenario}
+        players = Players.build(user, user, tokenizer, prompts, eval_spec(config), **how)
+        limits = UserLimits(jnp.int32(config.user.field_tokens), jnp.int32(0), jnp.float32(0))
+        return cls(name, players, limits, config.eval.batch, settings)
+
+    def appraise(
+        self, dialogues: Sequence[Finished], *, own: bool, progress: Progress
+    ) -> Iterator[list[tuple[int, Appraised]]]:
+        """See `judge.Judge`."""
+        turns = [turns_of(d.record) for d in dialogues]
+        said = [[self._read_before(turn) for turn in one] for one in turns]
+        heard = [i for i, one in enumerate(turns) if one]
+        silent = [i for i, one in enumerate(turns) if not one]
+        if silent:
+            yield [(i, Appraised([dialogues[i].record["emotions"][0]], [], [], [])) for i in silent]
+        prefixes = {i: self.players.prefix(dialogues[i].profile) for i in heard}  # type: ignore[arg-type]
+        shape = self._shape([prefixes[i] for i in heard], [said[i] for i in heard]) if heard else None
+        for start in range(0, len(heard), self.batch):
+            some = heard[start : start + self.batch]
+            batch = _Batch(self, [dialogues[i].record for i in some], [turns[i] for i in some], own)
+            results = batch.run([prefixes[i] for i in some], [said[i] for i in some], shape, progress)  # type: ignore[arg-type]
+            yield list(zip(some, results, strict=True))
+
+    def _read_before(self, turn: Turn) -> list[int]:
+        """What the user reads before it appraises: its own last words, and the reply."""
+        tables, tokenizer = self.players.tables[1], self.players.tokenizer
+        close, open_user, open_assistant = (
+            np.asarray(x).tolist() for x in (tables.close, tables.open_user, tables.open_assistant)
+        )
+        own, reply = message_tokens(tokenizer, turn.heard), message_tokens(tokenizer, turn.spoken)
+        return [*own, *close, *open_user, *reply, *close, *open_assistant]
+
+    def _shape(self, prefixes: Sequence[list[int]], said: Sequence[list[list[int]]]) -> Shape:
+        up = lambda n: -(-n // WIDTH_STEP) * WIDTH_STEP  # noqa: E731
+        prefix, message = up(max(map(len, prefixes))), up(max(len(m) for one in said for m in one))
+        # Padding of what is read is written too, into slots beyond the row.
+        longest = max(len(p) + sum(map(len, one)) for p, one in zip(prefixes, said, strict=True))
+        tables, tokens = self.players.tables[1], self.players.spec.user_tokens
+        fields, literal = tables.appraisal.template.shape
+        literals = fields * (literal + 2 * tables.appraisal.values.shape[2])
+        room = message + literals + fields * tokens + tables.scratch
+        return Shape(min(self.batch, len(prefixes)), prefix, message, up(max(longest, prefix) + room))
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Dialogues that are appraised side by side."""
+
+    judge: DeviceJudge
+    records: Sequence[Record]
+    turns: Sequence[Sequence[Turn]]
+    own: bool
+
+    def run(
+        self,
+        prefixes: Sequence[list[int]],
+        said: Sequence[list[list[int]]],
+        shape: Shape,
+        progress: Progress,
+    ) -> list[Appraised]:
+        """One turn of all dialogues at a time."""
+        user, rules = self.judge.players.user, self.judge.players.spec.rules
+        cache = open_cache(user, *pad(prefixes, shape.batch, shape.prefix), capacity=shape.capacity)
+        row_keys = self._keys(shape.batch)
+        results = [Appraised([record["emotions"][0]], [], [], []) for record in self.records]
+        for turn in range(max(map(len, self.turns))):
+            active = [turn < len(ours) and not self._over(r) for ours, r in zip(self.turns, results, strict=True)]
+            texts = [one[turn] if on else [] for one, on in zip(said, active, strict=True)]
+            emotion = [self._before(i, turn, results[i]) for i in range(len(results))]
+            rest = shape.batch - len(active)
+            keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn)
+            cache, fields, logprobs = _appraise(
+                user, self.judge.players.tables[1], cache, *pad(texts, shape.batch, shape.message),
+                jnp.asarray(emotion + [rules.initial] * rest, jnp.int32), keys, self.judge.limits,
+                jnp.asarray(active + [False] * rest), rules=rules, max_tokens=self.judge.players.spec.user_tokens,
+            )  # fmt: skip
+            self._note(results, turn, emotion, active, fields, logprobs, keys)
+            progress(Work(sum(active), int(np.asarray(fields.count).sum())))
+        return results
+
+    def _keys(self, count: int) -> Key[Array, "B"]:
+        """As the sampler folded them when it played the dialogues; of use where the readout samples."""
+        pairs = [(record["seed"] or 0, record["dialogue"]) for record in self.records]
+        pairs += [(0, 0)] * (count - len(pairs))
+        return jnp.stack([dialogue_key(jax.random.key(seed), jnp.uint32(number)) for seed, number in pairs])
+
+    def _over(self, result: Appraised) -> bool:
+        return self.own and bool(self.judge.players.spec.rules.ended(result.emotions[-1]))
+
+    def _before(self, row: int, turn: int, result: Appraised) -> int:
+        fixed = not self.own and turn < len(self.turns[row])
+        return self.turns[row][turn].emotion if fixed else result.emotions[-1]
+
+    def _note(self, results, turn, emotion, active, fields: Generated, logprobs, keys) -> None:
+        """Adds a turn to the results of the rows that have it."""
+        players = self.judge.players
+        rules, how = players.spec.rules, players.spec.readout
+        read_keys = part_keys(keys, KEY_READOUT, 1)[0] if how == "sample" else None
+        changes = np.asarray(rules.clamp(change_readout(logprobs, how, read_keys)))
+        logprobs, fields = np.asarray(logprobs), jax.device_get(fields)
+        for row, result in enumerate(results):
+            if turn >= len(self.turns[row]):
+                continue
+            change = int(changes[row]) if active[row] else 0
+            result.changes.append(change)
+            result.emotions.append(rules.update(emotion[row], change))
+            result.change_logprobs.append([float(x) for x in logprobs[row]] if active[row] else [])
+            result.appraisals.append(self._texts(fields, row) if active[row] else {})
+
+    def _texts(self, fields: Generated, row: int) -> dict[str, str]:
+        players, texts = self.judge.players, {}
+        for place, name in enumerate(players.tables[1].appraisal.names[:-1]):
+            count = int(fields.count[place, row]) - bool(fields.stopped[place, row])
+            texts[name] = players.tokenizer.decode(fields.tokens[place, row, :count].tolist())
+        return texts
+
+
+def pad(rows: Sequence[Sequence[int]], batch: int, width: int) -> tuple[Int[np.ndarray, "B W"], Int[np.ndarray, "B"]]:
+    """Rows of tokens as one array, and how long each is; `batch` rows in all."""
+    tokens, counts = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], counts[i] = row, len(row)
+    return tokens, counts
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def open_cache(lm: LM, tokens: Int[Array, "B L"], count: Int[Array, "B"], *, capacity: int) -> Cache:
+    """A cache of `capacity` slots a row that has read the rows given."""
+    return append(lm, init_cache(lm, tokens.shape[0], capacity), tokens, count)
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "max_tokens"), donate_argnames="cache")
+def _appraise(
+    lm: LM,
+    tables: UserTables,
+    cache: Cache,
+    tokens: Int[Array, "B S"],
+    count: Int[Array, "B"],
+    emotion: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    limits: UserLimits,
+    active: Bool[Array, "B"],
+    *,
+    rules: EmotionRules,
+    max_tokens: int,
+):
+    """One turn of every row: read what was said, appraise it, and forget the appraisal."""
+    cache = append(lm, cache, tokens, count)
+    opening = cache.length
+    cache, said, logprobs, _ = appraise(lm, tables, cache, emotion, keys, rules, limits, max_tokens, active)
+    return rollback(cache, opening), said, logprobs
+
+
+_WITHOUT_EFFECT = ("user.path", "user.prompts", "user.reply_tokens", "user.reply_temperature", "emotion.initial")
+
+
+def judge_settings(config: ConfigDict) -> dict[str, Any]:
+    """Everything that a judge's appraisals depend on; models and prompts by fingerprint, wherever they lie.
+
+    Raises:
+        ValueError, OSError: no model or no prompts where the config says.
+    """
+    flat = {name: value for name, value in flatten(config).items() if name.split(".")[0] in ("user", "emotion")}
+    for name in _WITHOUT_EFFECT:
+        flat.pop(name)
+    # The user's system prompt as it is written for each known wish; real profiles are part of the dialogues.
+    probes = [Profile(one.key, "persona", "scene", one.chinese, "") for one in HIDDEN_INTENTIONS]
+    return flat | {
+        "data.language": config.data.language,
+        "backend": jax.default_backend(),
+        "fingerprint.user": model_fingerprint(config.user, "user"),
+        "fingerprint.texts": texts_fingerprint(config, probes),
+    }

@@ -1,0 +1,168 @@
+"""A model on the device that fills in forms about finished dialogues: guided answers, whole batches at a time."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from rlver_jax.judging.device import judge_settings, open_cache, pad
+from rlver_jax.judging.forms import Answers, Asked, Step
+from rlver_jax.judging.judge import Progress, Work
+from rlver_jax.players import load_model
+from rlver_jax.sampling.cache import LM, Cache, append, rollback
+from rlver_jax.sampling.decode import Generated, Limits, Options, build_options, choose, generate
+from rlver_jax.sampling.grammar import Grammar, one_line
+from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.tokenizer import Tokenizer
+
+LEAST_WIDTH = 64  # tokens; what is read is padded to it times a power of four, so that few widths are compiled
+
+
+class Rater(Protocol):
+    """Anything that can fill in forms: a model on the device, or one behind an endpoint."""
+
+    @property
+    def name(self) -> str:
+        """Short, fit for a file's name."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that its answers depend on, in JSON's types."""
+        ...
+
+    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, list[Answers]]]]:
+        """Fills in every form of each; yields (index, one `Answers` a form) of some at a time, in any order.
+
+        The forms of one place must have the same fields wherever there are any.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceRater:
+    """A model that answers greedily in an assistant's message; see `Rater`."""
+
+    name: str
+    lm: LM
+    tokenizer: Tokenizer
+    grammar: Grammar
+    field_tokens: int
+    batch: int
+    settings: dict[str, Any]
+
+    @classmethod
+    def load(cls, config: ConfigDict, name: str, mesh: Mesh | None = None) -> "DeviceRater":
+        """The model of a config's `user`; `user.field_tokens` bound what it writes, `eval.batch` how many at once.
+
+        Raises:
+            ValueError, OSError: the model cannot be loaded.
+        """
+        settings = judge_settings(config)
+        lm, tokenizer = load_model(config.user, "user", mesh)
+        grammar = one_line(tokenizer, lm.model.config.vocab_size)
+        return cls(name, lm, tokenizer, grammar, config.user.field_tokens, config.eval.batch, settings)
+
+    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, list[Answers]]]]:
+        """See `Rater`."""
+        contexts = [self._context(one) for one in asked]
+        width = -(-max(map(len, contexts), default=1) // LEAST_WIDTH) * LEAST_WIDTH
+        longest = max((self._length(form.steps) for one in asked for form in one.forms), default=0)
+        capacity, size = width + longest, min(self.batch, len(asked))
+        for start in range(0, len(asked), self.batch):
+            rows = range(start, min(start + self.batch, len(asked)))
+            cache = open_cache(self.lm, *pad([contexts[i] for i in rows], size, width), capacity=capacity)
+            found: list[list[Answers]] = [[] for _ in rows]
+            for place in range(max(len(asked[i].forms) for i in rows)):
+                having = [asked[i].forms[place].steps if place < len(asked[i].forms) else None for i in rows]
+                cache, answers, tokens = self._fill_form(cache, having, size)
+                for ours, answer, steps in zip(found, answers, having, strict=True):
+                    if steps is not None:
+                        ours.append(answer)
+                progress(Work(sum(steps is not None for steps in having), tokens))
+            yield list(zip(rows, found, strict=True))
+
+    def _context(self, asked: Asked) -> list[int]:
+        messages = [{"role": "system", "content": asked.system}, {"role": "user", "content": asked.text}]
+        return ChatTemplate(self.tokenizer).conversation(messages, generation_prompt=True)
+
+    def _length(self, steps: Sequence[Step]) -> int:
+        """Slots that a form may take, padding and scratch included."""
+        read = [len(self.tokenizer.encode(step.literal)) + self.field_tokens for step in steps]
+        scratch = max(len(self.tokenizer.encode(f"{o}\n")) * len(step.options) for step in steps for o in step.options)
+        return sum(read) + _up(max(read) + 8) + scratch + 8 * len(steps)
+
+    def _fill_form(self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int):
+        """One form of all rows that have it, step by step; (cache as it was, answers, tokens generated)."""
+        first = next(steps for steps in rows if steps is not None)
+        active = jnp.asarray([steps is not None for steps in rows] + [False] * (size - len(rows)))
+        answers: list[Answers] = [{} for _ in rows]
+        opening, count = jnp.copy(cache.length), 0  # the cache's own arrays are given away at every step
+        chosen: list[list[int]] = [[] for _ in rows]
+        for i, step in enumerate(first):
+            texts = [
+                chosen[row] + self.tokenizer.encode(steps[i].literal) if steps is not None else []
+                for row, steps in enumerate(rows)
+            ]
+            read = pad(texts, size, _up(max(map(len, texts))))
+            if step.options:
+                spelled = [self.tokenizer.encode(f"{option}\n") for option in step.options]
+                cache, logprobs = _ask(self.lm, cache, *read, build_options(spelled))
+                probabilities = np.asarray(jax.nn.softmax(logprobs, axis=-1), np.float64)
+                for row in range(len(rows)):
+                    answers[row][step.name] = dict(zip(step.options, map(float, probabilities[row]), strict=True))
+                    chosen[row] = spelled[int(probabilities[row].argmax())]
+                continue
+            cache, said = _write(self.lm, cache, *read, self.grammar, active, max_tokens=self.field_tokens)
+            said = jax.device_get(said)
+            count += int(said.count.sum())
+            for row in range(len(rows)):
+                text = said.tokens[row, : int(said.count[row]) - bool(said.stopped[row])]
+                answers[row][step.name], chosen[row] = self.tokenizer.decode(text.tolist()), []
+        return rollback(cache, opening), answers, count
+
+
+def _up(length: int) -> int:
+    return LEAST_WIDTH * 4 ** max(math.ceil(math.log(max(length, 1) / LEAST_WIDTH, 4)), 0)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _ask(
+    lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B"], options: Options
+) -> tuple[Cache, Float[Array, "B O"]]:
+    return choose(lm, append(lm, cache, tokens, count), options)
+
+
+@functools.partial(jax.jit, static_argnames="max_tokens", donate_argnames="cache")
+def _write(
+    lm: LM,
+    cache: Cache,
+    tokens: Int[Array, "B S"],
+    count: Int[Array, "B"],
+    grammar: Grammar,
+    active: Bool[Array, "B"],
+    *,
+    max_tokens: int,
+) -> tuple[Cache, Generated]:
+    """A line of each row's own, greedy; what ended it is forgotten again."""
+    cache = append(lm, cache, tokens, count)
+    keys = jax.random.split(jax.random.key(0), tokens.shape[0])  # nothing is drawn
+    cache, said = generate(
+        lm,
+        cache,
+        keys,
+        grammar,
+        max_tokens=max_tokens,
+        limits=Limits(jnp.int32(max_tokens), jnp.int32(0)),
+        temperature=jnp.float32(0),
+        active=active,
+    )
+    return rollback(cache, cache.length - said.stopped), said

@@ -1,0 +1,77 @@
+"""What judgements look like in the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from rlver_jax.user.emotion import BANDS
+
+_FIGURES = {
+    "spearman": "Spearman correlation of change",
+    "pearson": "Pearson correlation of change",
+    "mae": "mean absolute error of change",
+    "sign_agreement": "share with the same sign",
+    "band_agreement": "share that ends in the same band",
+}
+
+
+def figure(value: float | None, interval: list[float] | None = None, digits: int = 2) -> str:
+    """`0.31 [0.12, 0.48]`; a dash where a figure doesn't exist."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
+
+
+def show_scores(each: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """A line a file."""
+    table = Table("dialogues", "score [95 % interval]", "success", "failure", "n", "turns")
+    for name, one in each.items():
+        counts = (str(one["success"]), str(one["failure"]), str(one["n"]), f"{one['turns_mean']:.2f}")
+        short = Text("/".join(Path(name).parts[-2:]), overflow="fold")
+        table.add_row(short, figure(one["score"], one["score_interval"]), *counts)
+    console.print(table, highlight=False)
+
+
+def show_judges(summary: Mapping[str, Any], console: Console) -> None:
+    """The judges' scores beside that of the user that the dialogues were played with, and the measures."""
+    if "judges" in summary:
+        table = Table("judge", "score", "success", "failure", "gap of the user's score to it", "Spearman of ends")
+        table.add_row("the user", figure(summary["score"]), str(summary["success"]), str(summary["failure"]), "", "")
+        for name, one in summary["judges"].items():
+            counts = (str(one["success"]), str(one["failure"]))
+            gap = figure(one["gap"], one["gap_interval"])
+            table.add_row(Text(name), figure(one["score"]), *counts, gap, figure(one["spearman_final"]))
+        console.print(table, highlight=False)
+    if "measures" in summary:
+        table = Table("measure", "mean [95 % interval]")
+        for name, one in summary["measures"].items():
+            if "/" in name:
+                table.add_row(name, figure(one["mean"], one["interval"]))
+        strategies = summary["measures"]["strategies"]
+        used = sorted((name for name in strategies if strategies[name]), key=lambda name: -strategies[name])
+        table.add_row("strategies", ", ".join(f"{name} {strategies[name]}" for name in used))
+        console.print(table, highlight=False)
+
+
+def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> None:
+    """Both readouts side by side, and their confusion of bands."""
+    readouts = [key for key in result if isinstance(result[key], dict) and "spearman" in result[key]]
+    table = Table(escape(f"{name}: {result['n']} contexts of {result['dialogues']} dialogues"), *readouts)
+    for key, what in _FIGURES.items():
+        table.add_row(what, *(figure(result[how][key]["value"], result[how][key]["interval"]) for how in readouts))
+    table.add_row(
+        "error of always saying the record's median", *(figure(result[r]["mae_of_the_median"]) for r in readouts)
+    )
+    for who in ("own", "recorded"):
+        table.add_row(f"mean change, {who}", *(figure(result[how]["mean_change"][who]) for how in readouts))
+    console.print(table, highlight=False)
+    for how in readouts:
+        bands = Table(f"bands with {how}: recorded \\ own", *BANDS)
+        for band, row in result[how]["band_confusion"].items():
+            bands.add_row(band, *(str(row[other]) for other in BANDS))
+        console.print(bands, highlight=False)

@@ -1,0 +1,77 @@
+"""Results that come slowly, on disk as they come: an interrupted judgement goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlver_jax.judging.finished import Finished
+from rlver_jax.runs.files import write_json
+
+Line = dict[str, Any]
+
+
+class WorkFile:
+    """`NAME.jsonl`, an object for each dialogue, with `NAME.settings.json`, what they depend on, beside it.
+
+    Without a folder nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None, name: str, settings: dict[str, Any], dialogues: Sequence[Finished]):
+        """Takes up what an earlier process left with the same settings and dialogues.
+
+        Raises:
+            ValueError: the file was made with others.
+        """
+        self.path = None if folder is None else folder / f"{name}.jsonl"
+        self.done: dict[int, Line] = {}  # by index of the dialogue
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings | {"fingerprint.dialogues": dialogues_fingerprint(dialogues)}))
+        noted = self.path.with_suffix(".settings.json")
+        if noted.exists():
+            self._check(json.loads(noted.read_text(encoding="utf-8")), settings)
+            self.done = self._read(len(dialogues))
+        else:
+            write_json(noted, settings)
+
+    def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
+        names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+        if names:
+            shown = "; ".join(f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in names[:5])
+            raise ValueError(f"{self.path}: was made with other settings ({shown}); name another --out, or remove it")
+
+    def _read(self, count: int) -> dict[int, Line]:
+        assert self.path is not None
+        if not self.path.exists():
+            return {}
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # an interrupted process may have left half a line
+        if len(whole) < len(data):
+            self.path.write_bytes(whole)
+        try:
+            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+            return {line["index"]: line for line in lines if line["index"] < count}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path}: is no work of a judge ({error}); remove it, or name another --out"
+            ) from None
+
+    def add(self, lines: Sequence[Line]) -> None:
+        """Keeps some results; each has the `index` of its dialogue."""
+        self.done |= {line["index"]: line for line in lines}
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+
+
+def dialogues_fingerprint(dialogues: Sequence[Finished]) -> str:
+    """Of dialogues and profiles, without the measures that a judge may have added."""
+    digest = hashlib.sha256()
+    for one in dialogues:
+        record = {name: value for name, value in one.record.items() if name != "measures"}
+        profile = one.profile.to_json() if one.profile else None
+        digest.update(json.dumps([record, profile], sort_keys=True).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,53 @@
+"""The command lines with a model: on eight devices, over made-up results of SAGE."""
+
+import json
+
+import pytest
+from scipy import stats
+
+from rlver_jax.evaluate import main
+
+from .test_finished import write
+
+
+@pytest.fixture(scope="module")
+def file(results, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sage") / "r.jsonl", results)
+
+
+@pytest.mark.slow
+def test_agreement_as_a_user_runs_it(file, results, tmp_path, capsys):
+    args = [f"--agreement={file}", "--config=configs/debug.py", "--contexts=8", f"--out={tmp_path}"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "Spearman correlation of change" in out
+    assert "bands with mean" in out
+    found = json.loads((tmp_path / "agreement.json").read_text())["user"]
+    lines = [json.loads(line) for line in (tmp_path / "agreement" / "user.jsonl").read_text().splitlines()]
+    recorded, own = [], []
+    for line in lines:
+        history = next(r for r in results if r["id"] == line["profile"])["history"]
+        recorded += [message["planning"]["change"] for message in history if "planning" in message]
+        own += [max(range(21), key=one.__getitem__) - 10 for one in line["change_logprobs"]]
+    assert found["n"] == len(recorded) == len(own) >= 8
+    assert len(lines) < 4, "whole dialogues, as few as hold eight contexts"
+    errors = [abs(a - b) for a, b in zip(own, recorded, strict=True)]
+    assert found["argmax"]["mae"]["value"] == pytest.approx(sum(errors) / len(errors))
+    if len(set(own)) > 1:
+        assert found["argmax"]["spearman"]["value"] == pytest.approx(stats.spearmanr(own, recorded).statistic)
+    assert found["settings"]["fingerprint.user"]
+    before = (tmp_path / "agreement" / "user.jsonl").read_bytes()
+    assert main(args) == 0, "nothing is left to do, and the figures are the same"
+    assert (tmp_path / "agreement" / "user.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "agreement.json").read_text())["user"] == found
+    assert main([*args, "--config.user.style=challenging"]) == 2
+    assert "user.style was 'vanilla', is 'challenging'" in capsys.readouterr().err
+
+
+def test_profiles_of_our_own_logs_are_asked_for(file, tmp_path, capsys):
+    assert main([f"--from={file}", f"--out={tmp_path}"]) == 0
+    ours = tmp_path / "dialogues.jsonl"
+    assert main([f"--from={ours}", "--judge=configs/debug.py"]) == 2
+    message = capsys.readouterr().err
+    assert "dialogue 0: its profile 'p0' is not among the" in message
+    assert "--config.data.eval=FILE" in message

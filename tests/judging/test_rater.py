@@ -1,0 +1,91 @@
+"""Guided answers on the device against plain forward passes over the whole text."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import special
+
+from rlver_jax.judging.finished import Finished
+from rlver_jax.judging.forms import Asked, Form, Step, load_forms
+from rlver_jax.judging.measures import measured
+from rlver_jax.judging.rater import DeviceRater
+from rlver_jax.runs.sage import from_sage
+from rlver_jax.sampling.grammar import one_line
+from rlver_jax.text.chat import ChatTemplate
+
+from ..conftest import plain
+from .test_device import greedy_line
+
+WIDE, NARROW = ("-3", "+1", "+3"), ("a", "b")
+
+
+def step(literal, name, options=()):
+    return Step(literal, name, options)
+
+
+def asked(who, replies):
+    first = Form("first", (step("Heard:", "line"), step("\nMark:\n", "mark", WIDE), step("Next:\n", "next", NARROW)))
+    second = [Form("reply", (step(f"Reply {i}:\n", "mark", WIDE),)) for i in range(replies)]
+    return Asked("my boss", f"{who} said goodbye", (first, *second))
+
+
+@pytest.fixture(scope="module")
+def rater(user_lm, bpe):
+    return DeviceRater("tiny", user_lm, bpe, one_line(bpe, user_lm.model.config.vocab_size), 6, 2, {"model": "tiny"})
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return [asked("my sister", 2), asked("she", 0), asked("I felt awful and my boss", 1)]
+
+
+@pytest.fixture(scope="module")
+def filled(rater, questions):
+    work: list = []
+    found = dict(pair for some in rater.fill(questions, work.append) for pair in some)
+    assert sum(w.turns for w in work) == 6
+    return found
+
+
+def by_hand(user_lm, bpe, ids, options):
+    """Probabilities of options, each in a row of its own."""
+    spelled = [bpe.encode(f"{o}\n") for o in options]
+    logp = plain(user_lm, [ids + o for o in spelled])[1]
+    total = [sum(x[len(ids) - 1 + j, t] for j, t in enumerate(o)) for x, o in zip(logp, spelled, strict=True)]
+    return special.softmax(np.array(total, np.float64))
+
+
+def test_answers_are_the_models_own(filled, questions, user_lm, bpe):
+    """Within a form each answer has the earlier ones in front; forms don't see each other."""
+    chat = ChatTemplate(bpe)
+    for index, one in enumerate(questions):
+        opening = chat.message("system", one.system) + chat.message("user", one.text) + chat.open("assistant")
+        assert len(filled[index]) == len(one.forms)
+        for form, answers in zip(one.forms, filled[index], strict=True):
+            ids = list(opening)
+            for each in form.steps:
+                ids += bpe.encode(each.literal)
+                if not each.options:
+                    line = greedy_line(user_lm, bpe, ids)
+                    assert answers[each.name] == bpe.decode(line)
+                    ids += line
+                    continue
+                want = by_hand(user_lm, bpe, ids, each.options)
+                assert list(answers[each.name]) == list(each.options)
+                np.testing.assert_allclose(list(answers[each.name].values()), want, atol=1e-4)
+                ids += bpe.encode(f"{each.options[int(want.argmax())]}\n")
+
+
+@pytest.mark.slow
+def test_our_own_forms_are_filled_in(rater, results):
+    """Long ones, in both languages, with the model that will be asked."""
+    dialogues = [Finished(from_sage(r, i), None, "") for i, r in enumerate(results)]
+    for language in ("en", "zh"):
+        records = measured(rater, load_forms(language), dialogues, None, Console(quiet=True))
+        for record in records:
+            found = record["measures"]
+            assert len(found["replies"]) == record["turns"]
+            assert found["evidence"]
+            assert all(1 < mark < 5 for mark in found["capabilities"].values())
+            assert all(-1 < x < 1 for x in found["coordinate"].values())
+            assert all(-3 < x < 3 for x in found["relationship"]["items"].values())

@@ -1,0 +1,100 @@
+"""Scores, gaps and agreement from a judge whose appraisals are given, so that every figure can be worked out apart."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from rlver_jax.judging.finished import Finished, turns_of
+from rlver_jax.judging.judge import Appraised, Work
+from rlver_jax.judging.score import agreed, judged
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.runs.sage import from_sage
+
+QUIET = Console(quiet=True)
+
+
+class Given:
+    """Not a model: what a judge elsewhere, such as a person, has said."""
+
+    name, settings = "given", {"who": "a person"}
+
+    def __init__(self, logprobs):
+        self.logprobs, self.asked = logprobs, []
+
+    def appraise(self, dialogues, *, own, progress):
+        for i, dialogue in enumerate(dialogues):
+            number = dialogue.record["dialogue"]
+            self.asked.append(number)
+            ours = self.logprobs[number]
+            changes = [int(np.argmax(one)) - 10 for one in ours]
+            emotions = [40, *np.clip(40 + np.cumsum(changes), 0, 100).tolist()]
+            progress(Work(len(ours), 0))
+            yield [(i, Appraised(emotions, changes, ours, [{} for _ in ours]))]
+
+
+@pytest.fixture
+def dialogues(results):
+    return [Finished(from_sage(r, i), Profile.from_json(r), r["id"]) for i, r in enumerate(results)]
+
+
+@pytest.fixture
+def given(dialogues):
+    draw = np.random.default_rng(1)
+    return Given([draw.normal(0, 3, (len(turns_of(d.record)), 21)).tolist() for d in dialogues])
+
+
+def test_agreement_of_both_readouts(given, dialogues, tmp_path):
+    found = agreed(given, dialogues, tmp_path, QUIET)
+    recorded = np.array([turn.change for d in dialogues for turn in turns_of(d.record)])
+    before = np.array([turn.emotion for d in dialogues for turn in turns_of(d.record)])
+    logprobs = np.concatenate([np.array(one) for one in given.logprobs])
+    p = np.exp(logprobs) / np.exp(logprobs).sum(1, keepdims=True)
+    own = {"argmax": logprobs.argmax(1) - 10, "mean": np.round(p @ np.arange(-10, 11)).astype(int)}
+    assert (found["n"], found["dialogues"]) == (14, 4)
+    for how, changes in own.items():
+        assert found[how]["spearman"]["value"] == pytest.approx(stats.spearmanr(changes, recorded).statistic)
+        assert found[how]["pearson"]["value"] == pytest.approx(np.corrcoef(changes, recorded)[0, 1])
+        assert found[how]["mae"]["value"] == pytest.approx(np.abs(changes - recorded).mean())
+        assert found[how]["sign_agreement"]["value"] == pytest.approx((np.sign(changes) == np.sign(recorded)).mean())
+        low, high = found[how]["mae"]["interval"]
+        assert low <= found[how]["mae"]["value"] <= high
+        borders = [10, 40, 70, 100]
+        ends = [np.digitize(np.clip(before + x, 0, 100), borders) for x in (changes, recorded)]
+        assert found[how]["band_agreement"]["value"] == pytest.approx((ends[0] == ends[1]).mean())
+        for i, theirs in enumerate("FCBAS"):
+            for j, ours in enumerate("FCBAS"):
+                want = int(((ends[1] == i) & (ends[0] == j)).sum())
+                assert found[how]["band_confusion"][theirs][ours] == want
+
+
+def test_scores_and_the_gap(given, dialogues, tmp_path):
+    """The training user's ends are 42, 100, 5 and 44."""
+    found = judged(given, dialogues, tmp_path, QUIET)
+    ends = [40 + sum(int(np.argmax(one)) - 10 for one in ours) for ours in given.logprobs]
+    assert all(0 < end < 100 for end in ends), "no clipping, so the sum is the end"
+    assert found["score"] == pytest.approx(np.mean(ends))
+    assert found["gap"] == pytest.approx((42 + 100 + 5 + 44) / 4 - np.mean(ends))
+    assert found["gap_interval"][0] < found["gap"] < found["gap_interval"][1]
+    assert found["spearman_final"] == pytest.approx(stats.spearmanr(ends, [42, 100, 5, 44]).statistic)
+    assert (found["success"], found["failure"]) == (0, sum(end < 10 for end in ends))
+    lines = [json.loads(line) for line in (tmp_path / "judges" / "given.jsonl").read_text().splitlines()]
+    assert [line["emotions"][-1] for line in lines] == ends
+
+
+def test_an_interrupted_judge_goes_on(given, dialogues, tmp_path):
+    whole = judged(given, dialogues, tmp_path, QUIET)
+    file = tmp_path / "judges" / "given.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[1] + lines[2][:30])
+    given.asked.clear()
+    assert judged(given, dialogues, tmp_path, QUIET) == whole
+    assert given.asked == [2, 3]
+    assert file.read_bytes() == b"".join(lines)
+    with pytest.raises(ValueError, match="fingerprint.dialogues was"):
+        judged(given, dialogues[:3], tmp_path, QUIET)
+    file.write_text("[]\n")
+    with pytest.raises(ValueError, match="is no work of a judge"):
+        judged(given, dialogues, tmp_path, QUIET)
