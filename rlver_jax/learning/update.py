@@ -225,10 +225,9 @@ def compute_advantages(
         return whiten(found.advantage, mask) if how.whiten else found.advantage, found.returns
     if how.estimator == "grpo" and how.credit == "turn":
         played = advantages.turns_played(rewards.turns.shape[1], batch.turn, mask)
-        by_turn = advantages.turn_advantages(
-            rewards.turns, played, how.group, discount=how.turn_discount, scale=how.scale
-        )
-        return advantages.at_turns(by_turn, batch.turn, mask), None
+        discount, scale = how.turn_discount, how.scale
+        earned = advantages.turn_advantages(rewards.turns, played, how.group, discount=discount, scale=scale)
+        return advantages.at_turns(earned, batch.turn, mask), None
     if how.estimator == "grpo":
         return advantages.broadcast(advantages.group_advantages(rewards.reward, how.group, scale=how.scale), mask), None
     if how.estimator == "rloo":

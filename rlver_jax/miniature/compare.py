@@ -47,12 +47,9 @@ def outcome(workdir: Path) -> Outcome:
     judged = [row for row in rows if USER in row and RULE in row]
     if len(judged) < 2:
         raise ConfigError(f"{workdir}: found {len(judged)} evaluations by user and rule, expected two or more")
-    return Outcome(
-        kind_of(config),
-        config["train.seed"],
-        *((judged[0][name], judged[-1][name]) for name in (USER, RULE)),
-        minutes=sum(row.get("time/rollout_s", 0.0) + row.get("time/update_s", 0.0) for row in rows) / 60,
-    )
+    minutes = sum(row.get("time/rollout_s", 0.0) + row.get("time/update_s", 0.0) for row in rows) / 60
+    user, rule = ((judged[0][name], judged[-1][name]) for name in (USER, RULE))
+    return Outcome(kind_of(config), config["train.seed"], user, rule, minutes)
 
 
 def kind_of(config: dict[str, Any]) -> tuple[str, ...]:

@@ -9,4 +9,5 @@ from rlver_jax.miniature.settings import miniature_config
 
 
 def get_config(arg=""):
+    """`arg` joins any of ppo, direct, challenging with commas."""
     return miniature_config(arg, Path(__file__).parent)
