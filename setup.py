@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4"]
+REMOTE = ["httpx2>=2.16", "tenacity>=9.1"]
+TEST = [*REMOTE, "pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4"]
 
 setup(
     name="rlver_jax",
@@ -43,6 +44,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "test": TEST,
+        "remote": REMOTE,
         "parity": ["torch==2.13.0"],
         "wandb": ["wandb>=0.21"],
     },

@@ -213,7 +213,7 @@ def _fingerprint(profiles: Profiles) -> Array:
     return jnp.where(place < profiles.prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
 
 
-def _open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits):
+def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits):
     """Both caches for all rows, and the first utterances: each profile, and the policy's system prompt, read once."""
     policy_tables, user_tables = tables
     one = init_cache(policy, 1, policy_tables.system.shape[0])
@@ -334,7 +334,7 @@ def sample_dialogues(
         key: of the run; each dialogue folds its own id into it, so its course doesn't depend on its batch.
         limits: lengths and temperatures, at most what `spec` is compiled for.
     """
-    policy_cache, user_cache, reply, prefix = _open_dialogues(policy, user, tables, profiles, key, spec, limits)
+    policy_cache, user_cache, reply, prefix = open_dialogues(policy, user, tables, profiles, key, spec, limits)
     batch = profiles.active.shape[0]
     row_keys = jax.vmap(dialogue_key, (None, 0))(key, profiles.dialogue_ids)
     emotion = jnp.full(batch, limits.initial_emotion, jnp.int32)

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlver_jax"
 # Top first. A name is a module or a sub-package of rlver_jax.
 LAYERS = [
     {"train", "evaluate", "verify", "plan", "export", "chat", "bench", "report", "serve", "miniature"},
-    {"trainer", "assembly", "evaluation"},
+    {"trainer", "assembly", "evaluation", "remote_evaluation"},
+    {"sides"},
     {"runs"},
     {"learning"},
     {"players"},
@@ -22,7 +23,7 @@ LAYERS = [
     {"profiles"},
     {"text"},
     {"parallel"},
-    {"command_line"},
+    {"command_line", "endpoint"},
     {"config"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

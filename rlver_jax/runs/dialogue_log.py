@@ -14,20 +14,23 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from rlver_jax.dialogue import END_REASONS, Dialogues
+from rlver_jax.dialogue import END_REASONS, Dialogues, PolicyTurn
 from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rewards import reward as compute_reward
 from rlver_jax.sampling.decode import Generated
 from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.user.simulated import UserTurn
 
 Record = dict[str, Any]  # of one dialogue, as it stands on its line
+UNREADABLE = "unreadable"  # end reason: an endpoint's answer couldn't be read, however often it was asked for
+ALL_END_REASONS = (*END_REASONS, UNREADABLE)
 
 # What a reaction holds by field of the two scripts.
 SCRIPT_FIELDS = tuple(
@@ -76,6 +79,13 @@ _REACTION: dict[str, tuple[type, ...]] = (
 
 class DialogueLogError(ValueError):
     """A log that cannot be used; the message names file, line and what to do."""
+
+
+class Turns(Protocol):
+    """What is read of `Dialogues`; arrays on the host, with [T, B] in front."""
+
+    policy: PolicyTurn
+    user: UserTurn
 
 
 class _Said(NamedTuple):
@@ -156,12 +166,13 @@ def _messages(log: Dialogues, players: Players, profile: Profile, row: int) -> I
     emotion, generated = int(log.emotions[row, 0]), not profile.first_talk
     yield {"role": "user", "content": decode(first), "tokens": first, "emotion": emotion, "generated": generated}
     for turn in range(int(log.turns[row])):
-        yield _policy_message(log, players, turn, row)
+        yield policy_message(log, players, turn, row)
         if log.appraised[turn, row]:
-            yield _user_message(log, players, turn, row)
+            yield user_message(log, players, turn, row)
 
 
-def _policy_message(log: Dialogues, players: Players, turn: int, row: int) -> Record:
+def policy_message(log: Turns, players: Players, turn: int, row: int) -> Record:
+    """A reply of the policy as it stands in a record."""
     said = _said(log.policy.said, turn, row)
     say = log.policy.say[turn, row, : int(log.policy.say_count[turn, row])].tolist()
     think = players.spec.mode == "think"
@@ -183,7 +194,8 @@ def thought_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens).partition(THINK_CLOSE.decode())[0].strip()
 
 
-def _user_message(log: Dialogues, players: Players, turn: int, row: int) -> Record:
+def user_message(log: Turns, players: Players, turn: int, row: int) -> Record:
+    """A reaction of the user as it stands in a record."""
     tables, reaction, decode = players.tables[1], log.user, players.tokenizer.decode
 
     def fields(names: Sequence[str], generated: Generated) -> dict[str, _Said]:
@@ -328,8 +340,8 @@ def _faults(record: Any) -> Iterator[str]:
             f"turns is {record['turns']} with {len(record['emotions'])} emotions, "
             f"but its messages hold {said} replies of the policy (and so {said + 1} emotions)"
         )
-    if record["end_reason"] not in END_REASONS:
-        yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(END_REASONS)}"
+    if record["end_reason"] not in ALL_END_REASONS:
+        yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(ALL_END_REASONS)}"
 
 
 def _field_faults(obj: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str) -> Iterator[str]:
