@@ -156,7 +156,7 @@ class Client:
         except (_Passing, TimeoutError) as error:
             cause = error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]
             raise Unavailable(
-                f"{self._url}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {cause}. "
+                f"{self._url}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {str(cause).rstrip('.')}. "
                 f"See whether the endpoint is up, or raise --config.remote.deadline"
             ) from None
 
