@@ -92,7 +92,7 @@ class ChatServer:
     def _respond(self, handler, body, fault):
         sent = handler.headers.get("Authorization", "")
         if fault == "drop":  # half a response, then nothing
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{\"choices\": [")
+            handler.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"choices": [')
             handler.close_connection = True
         elif fault == "garbage":
             self._send(handler, 200, b"<html>\xff\xfe bad gateway, you sent " + sent.encode() + b"</html>")

@@ -55,7 +55,7 @@ def test_addresses(server, cache, ending):
 
 
 def test_faults_change_no_answer(server, cache, tmp_path):
-    """60 requests with a fifth failing in four ways: the answers of a server without faults, each asked until it came."""
+    """60 requests, a fifth of which fails in four ways: the answers of a server without faults."""
     calm, _ = ask(server.url, cache, 60)
     with ChatServer(fault=one_in_five(1)) as troubled:
         other = AnswerCache(tmp_path / "other.sqlite")
