@@ -132,6 +132,7 @@ def process(out, **urls):
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_taken_up_again(both, tmp_path):
     """With faults, and a server that repeats the API key in its errors: no file and no printed line holds it."""
     with ChatServer(fault=one_in_five(6)) as server:
