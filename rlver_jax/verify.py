@@ -313,7 +313,7 @@ def check_settings(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> 
     for record in records:
         if record["readout"] == "text":
             raise ConfigError(
-                f"dialogue {record['dialogue']}: its user was behind an endpoint, whose answers can't be derived again; "
+                f"dialogue {record['dialogue']}: its user was behind an endpoint, so nothing can be derived again; "
                 f"expected a log of a user on the device"
             )
         for name, field in fields.items():

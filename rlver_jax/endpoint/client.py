@@ -155,8 +155,9 @@ class Client:
                 return await retrying(self._attempt, body)
         except (_Passing, TimeoutError) as error:
             cause = error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]
+            told = str(cause).rstrip(".")
             raise Unavailable(
-                f"{self._url}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {str(cause).rstrip('.')}. "
+                f"{self._url}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {told}. "
                 f"See whether the endpoint is up, or raise --config.remote.deadline"
             ) from None
 

@@ -112,6 +112,7 @@ def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
     assert verify.main([str(world[0] / "forged.jsonl"), *world[1]]) == 1
 
 
+@pytest.mark.slow
 def test_the_same_policy_here_and_behind_a_server(world, policy_lm, bpe):
     """A server that decodes the policy's own weights greedily, by plain passes: the dialogues of the sampler."""
     chat = ChatTemplate(bpe)
