@@ -4,8 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+REMOTE = ["httpx2>=2.16", "tenacity>=9.1"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.50", "pydantic>=2.12"]
-TEST = [*SERVE, "openai>=3.0", "pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4", "playwright>=1.60"]
+TEST = [
+    *(*REMOTE, *SERVE, "openai>=3.0", "playwright>=1.60"),
+    *("pytest>=9", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4"),
+]
 
 setup(
     name="rlver_jax",
@@ -47,6 +51,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "test": TEST,
+        "remote": REMOTE,
         "serve": SERVE,
         "parity": ["torch==2.13.0"],
         "wandb": ["wandb>=0.21"],

@@ -33,6 +33,18 @@ def get_model() -> ConfigDict:
     return c
 
 
+def get_endpoint() -> ConfigDict:
+    """Fields of a model behind an OpenAI-compatible endpoint (evaluate only)."""
+    c = ConfigDict()
+    c.url = ""  # base address, such as http://127.0.0.1:8000/v1; empty: the model is on the device
+    c.model = ""  # its name there
+    c.key_env = ""  # environment variable that holds the API key; empty: none is sent
+    c.extra = ""  # JSON object added to each request, such as {"reasoning_effort": "low"}; null removes a field of ours
+    c.price_in = 0.0  # of a million tokens read, in any currency; for the summary's cost
+    c.price_out = 0.0  # of a million tokens generated
+    return c
+
+
 def get_config(arg: str = "") -> ConfigDict:
     """The base config; `arg` "challenging" picks the challenging simulated user (RLVER, section 4.3)."""
     c = ConfigDict()
@@ -161,6 +173,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.temperature = 1.0  # of the policy; 0: greedy
     c.eval.seed = 0
     c.eval.gold = ""  # judge beside the user: miniature (its grammar's rule, eval/rule_score); empty: none
+
+    c.remote = ConfigDict()  # evaluate: models that are not on the device; extra `remote`
+    c.remote.policy = get_endpoint()
+    c.remote.user = get_endpoint()
+    c.remote.concurrency = 8  # requests at once, to each endpoint
+    c.remote.timeout = 120.0  # seconds for one attempt
+    c.remote.deadline = 600.0  # seconds for a request with all its attempts; then the evaluation stops, to be resumed
+    c.remote.asks = 3  # times that an answer is asked for until it can be read; then the dialogue ends as unreadable
+    c.remote.cache = ""  # file that keeps answers by request; empty: answers.sqlite in --out
 
     c.mesh = ConfigDict()
     c.mesh.replica = 1  # copies of the weights, e.g. one a TPU slice

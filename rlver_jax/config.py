@@ -4,9 +4,11 @@ Every fault is reported at once; each message names the field, its value, what i
 """
 
 import difflib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
@@ -107,6 +109,14 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "eval.max_turns": (1, None, "turns"),
     "eval.batch": (1, None, "dialogues"),
     "eval.temperature": (0, None, ""),
+    "remote.policy.price_in": (0, None, "a million tokens"),
+    "remote.policy.price_out": (0, None, "a million tokens"),
+    "remote.user.price_in": (0, None, "a million tokens"),
+    "remote.user.price_out": (0, None, "a million tokens"),
+    "remote.concurrency": (1, None, "requests"),
+    "remote.timeout": (0.001, None, "seconds"),
+    "remote.deadline": (0.001, None, "seconds"),
+    "remote.asks": (1, None, "requests"),
 }
 
 
@@ -162,6 +172,7 @@ def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = Non
         faults += list(_learning(values))
         faults += list(_mesh(values, num_devices))
         faults += list(_paths(values))
+        faults += list(_remote(values))
     if faults:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
@@ -285,6 +296,38 @@ def _paths(values: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}={values[name]!r}: {file} is not a file; expected JSONL profiles, comma-separated"
 
 
+def _remote(values: dict[str, Any]) -> Iterator[str]:
+    for side in ("policy", "user"):
+        url, model, extra = (values[f"remote.{side}.{name}"] for name in ("url", "model", "extra"))
+        if not url:
+            continue
+        name = f"remote.{side}.url"
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            yield f"{name}={url!r}: expected the base address of a server, such as http://127.0.0.1:8000/v1"
+        elif parts.username or parts.password or parts.query:
+            # Not repeated here, since it may hold a secret.
+            yield f"{name}: holds a user, a password or a query; name an API key's variable in remote.{side}.key_env"
+        if not model:
+            yield f"remote.{side}.model is empty; set it to the model's name at {parts.hostname}"
+        if extra and not _is_object(extra):
+            yield f"remote.{side}.extra={extra!r}: expected a JSON object of fields for each request, or nothing"
+        if side == "policy" and values["rollout.top_k"]:
+            yield "rollout.top_k: the protocol of remote.policy.url has none; set it to 0, or use remote.policy.extra"
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def endpoint_sides(config: ConfigDict) -> list[str]:
+    """Which of "policy" and "user" are behind an endpoint."""
+    return [side for side in ("policy", "user") if config.remote[side].url]
+
+
 def check_training(config: ConfigDict) -> None:
     """What only training needs, of a valid config.
 
@@ -295,6 +338,11 @@ def check_training(config: ConfigDict) -> None:
     faults = []
     if not values["data.train"]:
         faults.append("data.train is empty; set --config.data.train to a JSONL file of profiles")
+    faults += [
+        f"remote.{side}.url={values[f'remote.{side}.url']!r}: training needs both models on the device; endpoints are "
+        f"for evaluate"
+        for side in endpoint_sides(config)
+    ]
     if not values["rollout.temperature"]:
         faults.append("rollout.temperature=0: greedy replies have no log-probs to learn from; RLVER's is 1")
     if (values["rollout.top_k"] or values["rollout.top_p"] < 1) and not values["loss.recompute"]:

@@ -1,7 +1,8 @@
 """Plays held-out profiles with a policy and scores it as SAGE does: by the user's emotion at the end.
 
     python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
-                                 [--before=DIR] [--judge=FILE[:ARG]|HF_FOLDER,…] [--measures=FILE[:ARG]|HF_FOLDER]
+                                 [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…]
+                                 [--measures=FILE[:ARG]|HF_FOLDER]
     python -m rlver_jax.evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
     python -m rlver_jax.evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
 
@@ -18,7 +19,6 @@ of a record. See docs/judging.md. Exit status: 0 done, 1 an emotion that is not 
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs import base
 from rlver_jax.command_line import config_from_flags
-from rlver_jax.config import ConfigError, validate
-from rlver_jax.evaluation import Evaluation, chosen_profiles, load
+from rlver_jax.config import ConfigError, endpoint_sides, validate
+from rlver_jax.endpoint.errors import EndpointError, Unavailable
+from rlver_jax.evaluation import Played, chosen_profiles, load
 from rlver_jax.judging import command as judging
 from rlver_jax.judging.finished import finished
 from rlver_jax.judging.show import show_judges
 from rlver_jax.miniature.gold import gold_judge
+from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs import evaluation_folder
-from rlver_jax.runs.dialogue_log import Record, generated_tokens
+from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.runs.evaluation_folder import EvaluationFolder, read_evaluation
-from rlver_jax.runs.figures import prefilled_count
 from rlver_jax.runs.render import print_comparison, print_dialogue
+from rlver_jax.runs.spread import spread, spread_text
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 
 
@@ -60,24 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         profiles = chosen_profiles(config)
         before = read_evaluation(options.before) if options.before else None
         settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
-        folder = EvaluationFolder.open(options.out, settings)
+        folder = EvaluationFolder.open(options.out, settings, options.repeats)
         with console.status("loading the models"):
-            evaluation = load(
-                config, profiles, policy_weights=trained.weights if trained else None, gold=gold_judge(config)
-            )
+            evaluation = _load(config, profiles, folder, trained)
     except (ValueError, OSError) as error:
         errors.print(f"evaluate: {error}", markup=False, highlight=False)
         return 2
     try:
-        records = play_missing(evaluation, folder, console)
+        records = play_missing(evaluation, folder, console, options.repeats)
         summary = summarize(evaluation, records, folder)
         judged, records = judges.judge(finished(records, profiles), folder.path, console)
-    except (ValueError, OSError) as error:
-        errors.print(f"evaluate: {error}", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print(f"evaluate: interrupted; the same command goes on with {folder.path}", highlight=False)
-        return 130
+    except (ValueError, OSError, EndpointError, KeyboardInterrupt) as error:
+        return _ended(error, folder, errors)
     summary |= judged
     folder.finish(records, summary)
     if before:
@@ -89,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> int:
+    """Says why the evaluation ended early; returns the exit status."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    errors.print(f"evaluate: {'interrupted' if interrupted else error}", markup=False, highlight=False)
+    if interrupted or isinstance(error, EndpointError):
+        errors.print(f"the same command goes on with what is in {folder.path}", markup=False, highlight=False)
+    return 130 if interrupted else 1 if isinstance(error, Unavailable) else 2
+
+
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("out", None, "folder for summary.json and dialogues.jsonl", flag_values=values)
@@ -96,6 +101,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
             "checkpoint", None, "training run or Hugging Face folder to take the policy from", flag_values=values
         )
         flags.DEFINE_string("before", "", "--out of an earlier evaluation, to be compared with", flag_values=values)
+        flags.DEFINE_integer("repeats", 1, "dialogues of each profile, for spread", lower_bound=1, flag_values=values)
         judging.define_flags(values)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", flag_values=values)
 
@@ -109,26 +115,36 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
 
 def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | None:
     """Puts --checkpoint in the policy's place; what to read where it is a training run."""
+    if options.checkpoint and config.remote.policy.url:
+        raise ConfigError("--checkpoint and remote.policy.url both name the policy; give one of them")
     return take_checkpoint(config, options.checkpoint, options.step, base.get_config())
 
 
-def play_missing(evaluation: Evaluation, folder: EvaluationFolder, console: Console) -> list[Record]:
-    """Plays what the folder doesn't hold yet, batch by batch; returns all records in the profiles' order."""
-    records = folder.records
+def _load(
+    config: ConfigDict, profiles: Sequence[Profile], folder: EvaluationFolder, trained: TrainedPolicy | None
+) -> Played:
+    weights, gold = trained.weights if trained else None, gold_judge(config)
+    if endpoint_sides(config):
+        try:
+            from rlver_jax import remote_evaluation
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"endpoints need {error.name}: pip install 'rlver_jax[remote]'") from error
+        return remote_evaluation.load(config, profiles, folder.path, weights, gold)
+    return load(config, profiles, policy_weights=weights, gold=gold)
+
+
+def play_missing(evaluation: Played, folder: EvaluationFolder, console: Console, repeats: int = 1) -> list[Record]:
+    """Plays what the folder doesn't hold yet, batch by batch; returns all records in the order of their numbers."""
+    records, total = folder.records, len(evaluation.profiles) * repeats
     done = {record["dialogue"] for record in records}
-    missing = [i for i in range(len(evaluation.profiles)) if i not in done]
+    missing = [i for i in range(total) if i not in done]
     if done:
-        console.print(f"{len(done)} of {len(evaluation.profiles)} dialogues are in {folder.path}", highlight=False)
-    with _Meter(console, len(evaluation.profiles), records) as meter:
-        for start in range(0, len(missing), evaluation.batch):
-            began = time.monotonic()
-            indices = missing[start : start + evaluation.batch]
-            played = evaluation.play(indices)
-            new = evaluation.records(played, indices)
-            generated, seconds = sum(map(generated_tokens, new)), time.monotonic() - began
-            folder.add(new, {"generated": generated, "prefilled": prefilled_count(played), "seconds": seconds})
+        console.print(f"{len(done)} of {total} dialogues are in {folder.path}", highlight=False)
+    with _Meter(console, total, records) as meter:
+        for new, costs in evaluation.batches(missing):
+            folder.add(new, costs)
             records = records + new
-            meter.update(records, generated, seconds)
+            meter.update(records, costs["generated"], costs["seconds"])
     return sorted(records, key=lambda record: record["dialogue"])
 
 
@@ -150,7 +166,7 @@ class _Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def update(self, records: Sequence[Record], generated: int, seconds: float) -> None:
+    def update(self, records: Sequence[Record], generated: float, seconds: float) -> None:
         """Shows where the evaluation stands after a batch of `generated` tokens in `seconds`."""
         emotion = float(np.mean([record["emotion"] for record in records]))
         state = f"{generated / seconds:.1f} tokens/s · mean emotion {emotion:.1f}"
@@ -159,13 +175,18 @@ class _Meter:
             self._console.print(f"{len(records)}/{self._total} dialogues · {state}", highlight=False)
 
 
-def summarize(evaluation: Evaluation, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
+def summarize(evaluation: Played, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
     """What summary.json holds."""
-    return evaluation.scores(records) | {
-        "tokens": {name: int(folder.spent(name)) for name in ("generated", "prefilled")},
-        "seconds": round(folder.spent("seconds"), 3),
-        "settings": folder.settings,
-    }
+    how_sure = spread(records, len(evaluation.profiles))
+    return (
+        evaluation.scores(records)
+        | how_sure
+        | {
+            "tokens": {name: int(folder.spent(name)) for name in ("generated", "prefilled")},
+            "seconds": round(folder.spent("seconds"), 3),
+            "settings": folder.settings,
+        }
+    )
 
 
 def headline(summary: dict[str, Any], path: Path) -> str:
@@ -176,9 +197,22 @@ def headline(summary: dict[str, Any], path: Path) -> str:
     return (
         f"score {summary['score']:.2f} of 100{gold} · success {summary['success']} · failure {summary['failure']} · "
         f"n {summary['n']} · {summary['turns_mean']:.2f} turns · ends: {reasons}\n"
+        f"{spread_text(summary)}"
         f"{summary['tokens']['generated']} tokens generated, {summary['tokens']['prefilled']} prefilled, "
         f"{summary['seconds']:.1f} s ({rate:.1f} tokens/s)\n"
+        f"{_remote_text(summary)}"
         f"{path / 'summary.json'} · {path / 'dialogues.jsonl'}"
+    )
+
+
+def _remote_text(summary: dict[str, Any]) -> str:
+    """A line for each endpoint: what it was asked, and what that cost where prices are given."""
+    return "".join(
+        f"{side} at its endpoint: {used['requests']} requests ({used['asked_again']} asked again), "
+        f"{used['prompt_tokens']} + {used['completion_tokens']} tokens"
+        + (f", cost {used['cost']:.4f}" if used["cost"] else "")
+        + "\n"
+        for side, used in summary.get("remote", {}).items()
     )
 
 

@@ -2,8 +2,9 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -11,16 +12,33 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax.config import ConfigError, profile_files, reward_settings
-from rlver_jax.dialogue import END_REASONS, Dialogues, PlayLimits
+from rlver_jax.dialogue import Dialogues, PlayLimits
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.dialogue_log import Record, dialogue_records, rewards_of
+from rlver_jax.runs.dialogue_log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
+from rlver_jax.runs.figures import prefilled_count
 from rlver_jax.sampling.cache import LM
 from rlver_jax.user.emotion import SAGE
 
 # A second judge of finished dialogues, which training never sees: mean final emotion by its own appraisals.
 Gold = Callable[[Sequence[Record], Sequence[Profile]], float]
+# Finished dialogues, and what they cost: tokens generated and prefilled, seconds.
+Batch = tuple[list[Record], dict[str, float]]
+
+
+class Played(Protocol):
+    """An evaluation, wherever its models are."""
+
+    @property
+    def profiles(self) -> Sequence[Profile]:
+        """In the order of the dialogues' numbers."""
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Plays dialogues by number: of N profiles, dialogue i is one with profile i mod N."""
+
+    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
+        """What a summary says of all dialogues."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +53,25 @@ class Evaluation:
     batch: int
     gold: Gold | None = None
 
-    def play(self, indices: Sequence[int]) -> Dialogues:
-        """At most `batch` of the profiles by number, once each; on the host, padding rows included."""
-        wanted = self.tokens.batch(indices, indices, self.batch)
+    def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Plays dialogues by number: of N profiles, dialogue i is one with profile i mod N."""
+        for start in range(0, len(numbers), self.batch):
+            began, some = time.monotonic(), numbers[start : start + self.batch]
+            played = self.play(some)
+            records = self.records(played, some)
+            generated = sum(map(generated_tokens, records))
+            costs = {"generated": generated, "prefilled": prefilled_count(played), "seconds": time.monotonic() - began}
+            yield records, costs
+
+    def play(self, numbers: Sequence[int]) -> Dialogues:
+        """At most `batch` dialogues by number; on the host, padding rows included."""
+        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch)
         key = jax.random.key(self.config.eval.seed)
         return jax.device_get(self.players.play(wanted, key, self.limits))
 
     def play_all(self) -> list[Record]:
         """Records of all profiles, in their order."""
-        batches = [range(i, min(i + self.batch, len(self.profiles))) for i in range(0, len(self.profiles), self.batch)]
-        return [record for indices in batches for record in self.records(self.play(indices), indices)]
+        return [record for records, _ in self.batches(range(len(self.profiles))) for record in records]
 
     def scores(self, records: Sequence[Record]) -> dict[str, Any]:
         """`scores`, and the gold judge's."""
@@ -58,13 +85,13 @@ class Evaluation:
         named = {name: found[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in found}
         return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
 
-    def records(self, played: Dialogues, indices: Sequence[int]) -> list[Record]:
+    def records(self, played: Dialogues, numbers: Sequence[int]) -> list[Record]:
         """What `play` played, as records."""
         return dialogue_records(
             played,
             self.players,
-            [self.profiles[i] for i in indices],
-            indices,
+            [self.profiles[i % len(self.profiles)] for i in numbers],
+            numbers,
             seed=self.config.eval.seed,
             rewards=rewards_of(played, reward_settings(self.config)),
         )
@@ -127,6 +154,6 @@ def scores(records: Sequence[Record]) -> dict[str, Any]:
         "failure": outcomes.count(-1),
         "n": len(records),
         "turns_mean": float(np.mean([record["turns"] for record in records])),
-        "end_reasons": {reason: reasons[reason] for reason in END_REASONS[1:]},
+        "end_reasons": {reason: reasons[reason] for reason in ALL_END_REASONS[1:]},
         "reward_mean": float(np.mean([record["reward"] for record in records])),
     }

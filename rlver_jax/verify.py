@@ -152,6 +152,8 @@ def _check_policy_tokens(players: Players, record: Mapping[str, Any]) -> Iterato
         if message["role"] != "assistant":
             continue
         turn += 1
+        if message["tokens"] is None:  # said at an endpoint; what the user read of it are its say tokens
+            continue
         tokens, say = list(message["tokens"]), list(message["say_tokens"])
         end = len(tokens) - message["stopped"]
         if not message["violation"] and tokens[end - len(say) : end] != say:
@@ -291,6 +293,11 @@ def check_settings(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> 
         "mode": "policy.mode",
     }
     for record in records:
+        if record["readout"] == "text":
+            raise ConfigError(
+                f"dialogue {record['dialogue']}: its user was behind an endpoint, so nothing can be derived again; "
+                f"expected a log of a user on the device"
+            )
         for name, field in fields.items():
             section, key = field.split(".")
             if record[name] != config[section][key]:

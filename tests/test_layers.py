@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlver_jax"
 LAYERS = [
     {"train", "evaluate", "verify", "plan", "export", "chat", "bench", "report", "serve", "miniature"},
     {"reports", "judging"},
-    {"trainer", "assembly", "evaluation", "serving"},
+    {"trainer", "assembly", "evaluation", "remote_evaluation", "serving"},
+    {"sides"},
     {"runs"},
     {"learning"},
     {"players"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"profiles"},
     {"text"},
     {"parallel"},
-    {"command_line"},
+    {"command_line", "endpoint"},
     {"config"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

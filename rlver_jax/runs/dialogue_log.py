@@ -29,6 +29,8 @@ from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.simulated import UserTurn
 
 Record = dict[str, Any]  # of one dialogue, as it stands on its line
+UNREADABLE = "unreadable"  # end reason: an endpoint's answer couldn't be read, however often it was asked for
+ALL_END_REASONS = (*END_REASONS, UNREADABLE)
 
 # What a reaction holds by field of the two scripts.
 SCRIPT_FIELDS = tuple(
@@ -338,8 +340,8 @@ def record_faults(record: Any) -> Iterator[str]:
             f"turns is {record['turns']} with {len(record['emotions'])} emotions, "
             f"but its messages hold {said} replies of the policy (and so {said + 1} emotions)"
         )
-    if record["end_reason"] not in END_REASONS:
-        yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(END_REASONS)}"
+    if record["end_reason"] not in ALL_END_REASONS:
+        yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(ALL_END_REASONS)}"
 
 
 def _field_faults(obj: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import flatten
+from rlver_jax.config import endpoint_sides, flatten
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json
@@ -29,7 +29,13 @@ _WITHOUT_EFFECT = (
     *("emotion.initial", "eval.batch", "eval.every"),
 )
 # Where things lie; what lies there is told by fingerprints, so that a moved model is still the same.
-_PATHS = ("policy.path", "user.path", "user.prompts", "data.train", "data.eval")
+_PATHS = ("policy.path", "user.path", "user.prompts", "data.train", "data.eval", "remote.policy.url", "remote.user.url")
+# What of a side's fields still matters where its model is behind an endpoint, and the endpoint's fields that matter.
+_OF_DEVICE = (
+    *("path", "init", "dtype", "param_dtype", "scan_layers", "attention", "attention_chunk"),
+    *("readout", "enforce_format"),
+)
+_OF_ENDPOINT = ("url", "model", "extra")
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 
@@ -43,11 +49,15 @@ class EvaluationFolder:
     played: list[dict[str, Any]]  # a batch each: dialogues, generated, prefilled, seconds
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], settings: dict[str, Any]) -> "EvaluationFolder":
+    def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], repeats: int = 1) -> "EvaluationFolder":
         """Makes the folder, or takes up what an evaluation with the same settings left there.
 
+        Args:
+            repeats: of every profile; may be more than the folder was made with.
+
         Raises:
-            ValueError: the folder holds an evaluation with other settings, or dialogues of another origin.
+            ValueError: the folder holds an evaluation with other settings or more repeats, or dialogues of another
+                origin.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -65,7 +75,7 @@ class EvaluationFolder:
         _check_same(path, found["settings"], settings)
         log = path / DIALOGUES
         records = read_dialogues(log, unfinished=True) if log.exists() else []
-        _check_records(log, records, settings["eval.num_profiles"])
+        _check_records(log, records, settings["eval.num_profiles"] * repeats)
         return cls(path, settings, records, found["played"])
 
     def add(self, records: Sequence[Record], costs: dict[str, float]) -> None:
@@ -117,12 +127,19 @@ def settings_of(config: ConfigDict, profiles: Sequence[Profile], checkpoint: str
     for name in _WITHOUT_EFFECT:
         flat.pop(name, None)
     flat["eval.num_profiles"] = len(profiles)
-    return flat | {
-        "backend": jax.default_backend(),
-        "fingerprint.policy": checkpoint or model_fingerprint(config.policy, "policy"),
-        "fingerprint.user": model_fingerprint(config.user, "user"),
-        "fingerprint.texts": texts_fingerprint(config, profiles),
+    remote = endpoint_sides(config)
+    for side in remote:
+        for name in _OF_DEVICE:
+            flat.pop(f"{side}.{name}", None)
+        flat |= {f"remote.{side}.{name}": config.remote[side][name] for name in _OF_ENDPOINT}
+    flat |= {"remote.asks": config.remote.asks} if remote else {}
+    flat |= {"backend": jax.default_backend()} if len(remote) < 2 else {}
+    weights = {
+        f"fingerprint.{side}": (side == "policy" and checkpoint) or model_fingerprint(config[side], side)
+        for side in ("policy", "user")
+        if side not in remote
     }
+    return flat | weights | {"fingerprint.texts": texts_fingerprint(config, profiles)}
 
 
 def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
@@ -130,6 +147,7 @@ def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
     texts = [prompts.policy_system(config.policy.mode), prompts.opening, repr(prompts.appraisal), repr(prompts.reply)]
+    texts += [prompts.form("", say=""), prompts.form("", missing="?")] if config.remote.user.url else []
     for p in profiles:
         texts += [p.id, p.first_talk or "", prompts.user_system(p.persona, p.background, p.hidden_intention, **how)]
     return _digest(json.dumps(texts).encode())
@@ -190,7 +208,7 @@ def _check_records(log: Path, records: Sequence[Record], count: int) -> None:
     if len(set(numbers)) < len(numbers) or not all(0 <= number < count for number in numbers):
         raise DialogueLogError(
             f"{log}: dialogues {numbers[:10]} with a number twice or outside 0..{count - 1}, so the file is not this "
-            f"evaluation's alone; restore it, or name another --out"
+            f"evaluation's alone, or of more --repeats; restore it, or name another --out"
         )
 
 

@@ -30,6 +30,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "user_system.j2": ("persona", "scene", "hidden_intention", "intention", "style", "scenario", "rules"),
     "policy_think.j2": (),
     "policy_direct.j2": (),
+    "form.j2": ("say", "form", "missing"),  # how a user behind an endpoint is asked to fill in a script
 }
 FILES = (*TEMPLATES, "opening.txt", "appraisal.script", "reply.script", "hidden_intentions.json")
 
@@ -112,6 +113,13 @@ class Prompts:
         """Render the policy's system prompt for `mode`: "think" or "direct", else ValueError."""
         _check_choice("mode", mode, MODES)
         return self._render(f"policy_{mode}.j2")
+
+    def form(self, form: str, *, say: str | None = None, missing: str = "") -> str:
+        """Render the request to fill in a form, perhaps after what the policy said.
+
+        missing: what an answer lacked; then it asks for the same form once more.
+        """
+        return self._render("form.j2", form=form, say=say, missing=missing)
 
     def _render(self, name: str, **values: Any) -> str:
         try:

@@ -1,0 +1,13 @@
+"""Why an endpoint gave no answer."""
+
+
+class EndpointError(Exception):
+    """The endpoint refuses and will again: the message says what it was asked, what it said, and what to do."""
+
+
+class ContextFull(EndpointError):
+    """The messages are longer than the model's context."""
+
+
+class Unavailable(EndpointError):
+    """No answer before the deadline; the same request may be answered later."""

@@ -1,0 +1,233 @@
+"""Evaluations in which the policy, the user, or both are behind an OpenAI-compatible endpoint."""
+
+import asyncio
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlver_jax.config import ConfigError, endpoint_sides, reward_settings
+from rlver_jax.dialogue import room_needed
+from rlver_jax.endpoint.answers import AnswerCache
+from rlver_jax.endpoint.client import Client, Endpoint
+from rlver_jax.evaluation import Batch, Gold, eval_spec, scores
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import WIDTH_STEP, Players, Weights, emotion_rules, limits_of, load_model
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.rewards import reward
+from rlver_jax.runs.dialogue_log import Record, generated_tokens
+from rlver_jax.sides.device import DevicePolicy, DeviceUser
+from rlver_jax.sides.play import Policy, Row, User, play, record_of
+from rlver_jax.sides.remote import RemotePolicy, RemoteUserSide
+from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.prompts import load_prompts
+from rlver_jax.user.remote import RemoteUser
+
+ANSWERS = "answers.sqlite"
+_TRAFFIC = ("sent", "failed", "from_cache")
+PolicyOf = Callable[[Sequence[Row]], Policy]
+UserOf = Callable[[Sequence[Row]], User]
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteEvaluation:
+    """What `evaluation.Evaluation` is where both models are on the device.
+
+    Attributes:
+        sides: make the policy and the users of a batch's rows.
+        size: dialogues of a batch; 1 where nothing is on the device, so that each goes its own pace.
+        at_once: batches played at the same time.
+        how: fields of every record.
+    """
+
+    config: ConfigDict
+    profiles: Sequence[Profile]
+    sides: tuple[PolicyOf, UserOf]
+    clients: dict[str, Client]
+    size: int
+    at_once: int
+    rules: EmotionRules
+    how: dict[str, Any]
+    gold: Gold | None = None
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Plays dialogues by number, and yields them as they finish.
+
+        Raises:
+            EndpointError: an endpoint refused, or was gone for longer than remote.deadline.
+        """
+        parts = [numbers[i : i + self.size] for i in range(0, len(numbers), self.size)]
+        with asyncio.Runner() as runner:
+            places = asyncio.Semaphore(self.at_once)
+            tasks = {runner.get_loop().create_task(self._play(part, places)) for part in parts}
+            try:
+                while tasks:
+                    began, before = time.monotonic(), self._traffic()
+                    done, tasks = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
+                    errors = [task.exception() for task in done]
+                    records = [r for task, error in zip(done, errors, strict=True) if not error for r in task.result()]
+                    if records:
+                        yield records, self._costs(records, began, before)
+                    for error in filter(None, errors):
+                        raise error
+            finally:
+                for task in tasks:
+                    task.cancel()
+                runner.run(self._close())
+
+    async def _play(self, numbers: Sequence[int], places: asyncio.Semaphore) -> list[Record]:
+        async with places:
+            count, start = len(self.profiles), self.rules.initial
+            rows = [Row(n, slot, self.profiles[n % count], [start]) for slot, n in enumerate(numbers)]
+            policy, user = (side(rows) for side in self.sides)
+            await play(rows, policy, user, rules=self.rules, max_turns=self.config.eval.max_turns)  # type: ignore[arg-type]
+            return [record_of(row, reward=self._reward(row), **self.how) for row in rows]
+
+    def _reward(self, row: Row) -> float:
+        found = reward(
+            emotions=jnp.array([row.emotions], jnp.int32),
+            n_turns=jnp.array([row.turns], jnp.int32),
+            violation=jnp.array([row.violation]),
+            **reward_settings(self.config),
+        )
+        return float(str(np.asarray(found.reward)[0]))  # the fewest digits of a float32, as in other logs
+
+    def _traffic(self) -> dict[str, int]:
+        return {name: sum(getattr(client.traffic, name) for client in self.clients.values()) for name in _TRAFFIC}
+
+    def _costs(self, records: Sequence[Record], began: float, before: dict[str, int]) -> dict[str, float]:
+        used = [side for record in records for side in record["remote"].values()]
+        return {
+            "generated": sum(map(generated_tokens, records)) + sum(side["completion_tokens"] for side in used),
+            "prefilled": sum(side["prompt_tokens"] for side in used),
+            "seconds": time.monotonic() - began,
+        } | {name: count - before[name] for name, count in self._traffic().items()}
+
+    async def _close(self) -> None:
+        for client in self.clients.values():
+            await client.close()
+
+    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
+        """`evaluation.scores`, the gold judge's, and what each endpoint was asked: `remote`."""
+        gold = {"rule_score": self.gold(records, self.profiles)} if self.gold else {}
+        return scores(records) | gold | {"remote": {name: self._asked(name, records) for name in self.clients}}
+
+    def _asked(self, side: str, records: Sequence[Record]) -> dict[str, Any]:
+        """Counts and cost of all answers that make up the dialogues, those from the cache included."""
+        used = [record["remote"][side] for record in records if side in record["remote"]]
+        prices = self.config.remote[side]
+        names = ("requests", "asked_again", "prompt_tokens", "completion_tokens")
+        counts = {name: sum(one[name] for one in used) for name in names}
+        cost = (counts["prompt_tokens"] * prices.price_in + counts["completion_tokens"] * prices.price_out) / 1e6
+        return counts | {"cost": cost, "models": sorted({model for one in used for model in one["models"]})}
+
+
+def load(
+    config: ConfigDict,
+    profiles: Sequence[Profile],
+    folder: Path,
+    policy_weights: Weights | None = None,
+    gold: Gold | None = None,
+) -> RemoteEvaluation:
+    """Opens the endpoints, and loads the model that is on the device, if one is.
+
+    Args:
+        folder: of the evaluation; holds the answers unless remote.cache names another file.
+        policy_weights: replace those of policy.path.
+
+    Raises:
+        ValueError, OSError: an API key is missing, the cache or the model cannot be loaded, or a profile doesn't fit.
+    """
+    remote = endpoint_sides(config)
+    endpoints = {side: endpoint_of(config, side) for side in remote}
+    answers = AnswerCache(config.remote.cache or folder / ANSWERS)
+    clients = {side: Client(endpoint, answers) for side, endpoint in endpoints.items()}
+    batch = min(config.eval.batch, len(profiles))
+    device: dict[str, Any] = {}
+    if len(remote) < 2:
+        batch, device = _device_side(config, profiles, "user" if "policy" in remote else "policy", policy_weights)
+    sides = tuple(device.get(side) or _remote_side(config, side, clients[side]) for side in ("policy", "user"))
+    return RemoteEvaluation(
+        config, profiles, sides, clients,  # type: ignore[arg-type]
+        size=batch if device else 1,
+        at_once=1 if device else batch,
+        rules=emotion_rules(config, config.eval.initial_emotion),
+        how={
+            "seed": config.eval.seed,
+            "mode": config.policy.mode,
+            "language": config.data.language,
+            "style": config.user.style,
+            "scenario": config.user.scenario,
+            "readout": "text" if "user" in remote else config.user.readout,
+        },
+        gold=gold,
+    )  # fmt: skip
+
+
+def endpoint_of(config: ConfigDict, side: str) -> Endpoint:
+    """The endpoint of `config.remote[side]`, with its API key out of the environment.
+
+    Raises:
+        ConfigError: the variable that should hold the key is not set.
+    """
+    c, common = config.remote[side], config.remote
+    key = os.environ.get(c.key_env, "") if c.key_env else ""
+    if c.key_env and not key:
+        raise ConfigError(
+            f"remote.{side}.key_env={c.key_env!r}: no such variable in the environment; export the API key in it"
+        )
+    extra = json.loads(c.extra) if c.extra else {}
+    return Endpoint(c.url, c.model, key, extra, common.concurrency, common.timeout, common.deadline)
+
+
+def _remote_side(config: ConfigDict, side: str, client: Client) -> PolicyOf | UserOf:
+    prompts, seed = load_prompts(config.data.language, config.user.prompts or None), config.eval.seed
+    think = config.policy.mode == "think"
+    one: Any
+    if side == "policy":
+        one = RemotePolicy(
+            client, prompts.policy_system(config.policy.mode), think, config.eval.temperature, config.rollout.top_p,
+            config.rollout.say_tokens + think * config.rollout.think_tokens, config.remote.asks, seed,
+        )  # fmt: skip
+    else:
+        user, rules = config.user, emotion_rules(config, config.eval.initial_emotion)
+        how = user.style, user.scenario, user.field_tokens, user.reply_tokens, user.reply_temperature
+        one = RemoteUserSide(RemoteUser(client, prompts, rules, *how, config.remote.asks), seed)
+    return lambda rows: one
+
+
+def _device_side(
+    config: ConfigDict, profiles: Sequence[Profile], side: str, policy_weights: Weights | None
+) -> tuple[int, dict[str, Any]]:
+    """(rows of a batch, {side: what makes it for a batch}). The model stands in for the other side, which is unused."""
+    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
+    batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
+    lm, tokenizer = load_model(config[side], side, mesh, policy_weights if side == "policy" else None)
+    prompts, spec = load_prompts(config.data.language, config.user.prompts or None), eval_spec(config)
+    how = {"style": config.user.style, "scenario": config.user.scenario}
+    players = Players.build(lm, lm, tokenizer, prompts, spec, **how)
+    limits = players.check_limits(limits_of(config, spec, config.eval.temperature))
+    seed = config.eval.seed
+    if side == "user":
+        tokens = players.tokens(profiles)
+        return batch, {
+            side: lambda rows: DeviceUser(players, limits, batch, rows, seed, tokens),
+        }
+    system = int(players.tables[0].system.shape[0])
+    room = int(room_needed(players.tables, spec, limits, WIDTH_STEP)[0])
+    if system + room > spec.context:
+        raise ConfigError(
+            f"the policy's system prompt takes {system} tokens and a turn may take {room} more, but rollout.context is "
+            f"{spec.context}; raise it to {system + room} for one turn at least"
+        )
+    return batch, {side: functools.partial(DevicePolicy, players, limits, batch, seed=seed)}

@@ -1,0 +1,69 @@
+"""How sure one can be of an evaluation's score: its spread over repeats, and a bootstrap interval over profiles."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.user.emotion import SAGE
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+_FIGURES: dict[str, Callable[[int], float]] = {
+    "score": float,
+    "success_rate": lambda emotion: float(SAGE.outcome(emotion) == 1),
+    "failure_rate": lambda emotion: float(SAGE.outcome(emotion) == -1),
+}
+
+
+def spread(records: Sequence[Record], profiles: int) -> dict[str, Any]:
+    """`repeats` and `interval` of a summary; records are those of whole repeats, in the order of their numbers.
+
+    Repeats differ in everything that is drawn, so their standard deviation (of the sample) says what another run of the
+    same evaluation may score. The interval says what other profiles of the same kind may score: profiles are drawn
+    with replacement, each with the mean of its repeats.
+
+    Args:
+        profiles: N, of one repeat; record i is of profile i mod N.
+
+    Returns:
+        {"repeats": {"count", "scores", "mean", "std"}, "interval": {"confidence", "resamples", "score": [low, high],
+        "success_rate", "failure_rate"}}; std is None with one repeat, an interval None with one profile.
+    """
+    emotions = np.array([record["emotion"] for record in records]).reshape(-1, profiles)
+    means = emotions.mean(axis=1).tolist()
+    figures = {name: np.vectorize(of, otypes=[float])(emotions).mean(axis=0) for name, of in _FIGURES.items()}
+    return {
+        "repeats": {
+            "count": len(means),
+            "scores": means,
+            "mean": statistics.fmean(means),
+            "std": statistics.stdev(means) if len(means) > 1 else None,
+        },
+        "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES}
+        | {name: mean_interval(values) for name, values in figures.items()},
+    }
+
+
+def mean_interval(values: np.ndarray) -> list[float] | None:
+    """Percentile bootstrap interval of the mean of independent values [N]; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",
+        rng=np.random.default_rng(0), batch=1000,
+    )  # fmt: skip
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+
+def spread_text(summary: Mapping[str, Any]) -> str:
+    """What `spread` found, as a line of an evaluation's closing words; empty where it found nothing."""
+    interval, repeats = summary["interval"]["score"], summary["repeats"]
+    parts = [f"95 % interval over profiles {interval[0]:.2f} to {interval[1]:.2f}"] if interval else []
+    if repeats["std"] is not None:
+        parts.append(f"{repeats['count']} repeats: mean {repeats['mean']:.2f}, standard deviation {repeats['std']:.2f}")
+    return " · ".join(parts) + "\n" * bool(parts)

@@ -1,0 +1,202 @@
+"""Sides on the device, one turn at a time: the sampler's own turn functions, jitted apart.
+
+What the other side said comes as text and is encoded here. A model's own words are those of `sample_dialogues` with
+the same seed, dialogue and context.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
+
+from rlver_jax.dialogue import (
+    CONTEXT,
+    END_REASONS,
+    PlayLimits,
+    PolicyTables,
+    PolicyTurn,
+    Profiles,
+    Spec,
+    open_dialogues,
+    policy_turn,
+    room_needed,
+)
+from rlver_jax.players import WIDTH_STEP, Players, ProfileTokens
+from rlver_jax.runs.dialogue_log import policy_message, user_message
+from rlver_jax.sampling.cache import LM, Cache, append, init_cache, repeat_rows
+from rlver_jax.sides.play import Row
+from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
+
+Words = tuple[Int[Array, "B W"], Int[Array, "B"]]
+
+
+class _Turns(NamedTuple):
+    """One turn of a batch on the host, T = 1 in front, as `dialogue_log` reads it."""
+
+    policy: PolicyTurn | None = None
+    user: UserTurn | None = None
+
+
+class _Batch:
+    """What both sides have: a batch's rows, their keys, and words as padded arrays."""
+
+    def __init__(self, players: Players, limits: PlayLimits, batch: int, rows: Sequence[Row], seed: int):
+        self.players, self.limits, self.batch = players, limits, batch
+        self.key = jax.random.key(seed)
+        ids = np.zeros(batch, np.uint32)
+        ids[[row.slot for row in rows]] = [row.number for row in rows]
+        self._row_keys = jax.vmap(dialogue_key, (None, 0))(self.key, jnp.asarray(ids))
+
+    def keys(self, turn: int) -> Key[Array, "B"]:
+        return jax.vmap(jax.random.fold_in, (0, None))(self._row_keys, turn)
+
+    def words(self, rows: Sequence[Row], texts: Sequence[Sequence[int]], width: int = 0) -> Words:
+        """Tokens of the rows in their slots, as wide as the widest needs in steps of WIDTH_STEP, `width` at least."""
+        size = max(width, -(-max(map(len, texts), default=0) // WIDTH_STEP) * WIDTH_STEP)
+        tokens, count = np.zeros((self.batch, size), np.int32), np.zeros(self.batch, np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            tokens[row.slot, : len(text)], count[row.slot] = text, len(text)
+        return jnp.asarray(tokens), jnp.asarray(count)
+
+    def active(self, rows: Sequence[Row]) -> Bool[Array, "B"]:
+        mask = np.zeros(self.batch, bool)
+        mask[[row.slot for row in rows]] = True
+        return jnp.asarray(mask)
+
+    def fitting(self, rows: Sequence[Row], cache: Cache, room: int) -> list[Row]:
+        """The rows that have room for a turn; the others end."""
+        lengths = np.asarray(cache.length)
+        fits = [row for row in rows if lengths[row.slot] + room <= self.players.spec.context]
+        for row in rows:
+            if row not in fits:
+                row.end = END_REASONS[CONTEXT]
+        return fits
+
+    def encode(self, text: str) -> list[int]:
+        return self.players.tokenizer.encode(text)
+
+
+class DevicePolicy(_Batch):
+    """The policy of one batch of dialogues."""
+
+    def __init__(self, players: Players, limits: PlayLimits, batch: int, rows: Sequence[Row], seed: int):
+        super().__init__(players, limits, batch, rows, seed)
+        spec = players.spec
+        self._cache = _open_policy(players.policy, players.tables[0].system, batch=batch, context=spec.context)
+        none = jnp.zeros((batch, spec.say_tokens), jnp.int32)
+        self._say: Words = none, jnp.zeros(batch, jnp.int32)
+
+    async def speak(self, rows: Sequence[Row]) -> None:
+        """Adds a reply to each of the rows; one without room for it ends."""
+        players, spec, turn = self.players, self.players.spec, rows[0].turns
+        heard = [self.encode(row.said[-1]) for row in rows]
+        width = self.words(rows, heard, spec.user_tokens)[0].shape[1]
+        rows_heard = list(zip(rows, heard, strict=True))
+        rows = self.fitting(rows, self._cache, room_needed(players.tables, spec, self.limits, width)[0])
+        if not rows:
+            return
+        heard = [tokens for row, tokens in rows_heard if row in rows]
+        self._cache, said = _policy_turn(
+            players.policy, players.tables[0], self._cache, self._say, self.words(rows, heard, width),
+            self.keys(turn), self.limits, self.active(rows), jnp.bool_(turn == 0), spec=spec,
+        )  # fmt: skip
+        self._say = said.say, said.say_count
+        log = _Turns(policy=_on_host(said))
+        for row in rows:
+            row.messages.append(policy_message(log, players, 0, row.slot))  # type: ignore[arg-type]
+
+
+class DeviceUser(_Batch):
+    """The simulated users of one batch of dialogues; profiles are given in tokens, in the order of their numbers."""
+
+    def __init__(
+        self, players: Players, limits: PlayLimits, batch: int, rows: Sequence[Row], seed: int, tokens: ProfileTokens
+    ):
+        super().__init__(players, limits, batch, rows, seed)
+        numbers = [row.number for row in rows]
+        count = len(tokens.prefix_count)
+        profiles = tokens.batch([number % count for number in numbers], numbers, batch)
+        self._cache, self._reply = _open_users(
+            players.user, players.tables, profiles, self.key, limits, spec=players.spec
+        )
+
+    async def begin(self, rows: Sequence[Row]) -> None:
+        """Adds the first words: the profile's, or the model's."""
+        tokens, count = (np.asarray(x) for x in self._reply)
+        for row in rows:
+            first = tokens[row.slot, : count[row.slot]].tolist()
+            opening = {"role": "user", "content": self.players.tokenizer.decode(first), "tokens": first}
+            row.messages.append(opening | {"emotion": row.emotions[0], "generated": not row.profile.first_talk})
+
+    async def react(self, rows: Sequence[Row], *, may_reply: bool) -> None:
+        """Adds a reaction to each of the rows; one without room for it ends."""
+        players, spec, turn = self.players, self.players.spec, rows[0].turns - 1
+        says = [self.encode(row.said[-1]) for row in rows]
+        for row, tokens in zip(rows, says, strict=True):
+            row.messages[-1]["say_tokens"] = tokens  # what the user reads
+        words = self.words(rows, says, spec.say_tokens)
+        rows = self.fitting(rows, self._cache, self._room(words[0].shape[1]))
+        if not rows:
+            return
+        emotion = np.full(self.batch, spec.rules.initial, np.int32)
+        emotion[[row.slot for row in rows]] = [row.emotions[-1] for row in rows]
+        self._cache, reaction = _user_turn(
+            players.user, players.tables[1], self._cache, self._reply, words, jnp.asarray(emotion),
+            self.keys(turn), self.limits, self.active(rows), jnp.bool_(may_reply), spec=spec,
+        )  # fmt: skip
+        log, goodbye = _Turns(user=_on_host(reaction)), np.asarray(reaction.goodbye)
+        replies = []
+        for row in rows:
+            message = user_message(log, players, 0, row.slot)  # type: ignore[arg-type]
+            row.messages.append(message)
+            row.goodbye = bool(goodbye[row.slot])
+            replies.append(message["tokens"])
+        self._reply = self.words(rows, replies, self._reply[0].shape[1])
+
+    def _room(self, width: int) -> int:
+        """Slots that a turn may need after a say of `width` tokens."""
+        spec = self.players.spec
+        room = room_needed(self.players.tables, spec, self.limits, self._reply[0].shape[1])[1]
+        return int(room) + max(width - spec.policy_tokens, 0)
+
+
+def _on_host(turn: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(turn))
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "context"))
+def _open_policy(lm: LM, system: Int[Array, "_"], *, batch: int, context: int) -> Cache:
+    one = init_cache(lm, 1, system.shape[0])
+    return repeat_rows(append(lm, one, system[None], jnp.array([system.shape[0]])), batch, context)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _open_users(
+    lm: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits, *, spec: Spec
+) -> tuple[Cache, Words]:
+    """The user's half of `open_dialogues`; the other one is not used, so XLA drops it."""
+    _, cache, reply, _ = open_dialogues(lm, lm, tables, profiles, key, spec, limits)
+    return cache, reply
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def _policy_turn(
+    lm: LM, tables: PolicyTables, cache: Cache, last_say: Words, heard: Words, keys: Key[Array, "B"],
+    limits: PlayLimits, active: Bool[Array, "B"], first: Bool[Array, ""], *, spec: Spec,
+) -> tuple[Cache, PolicyTurn]:  # fmt: skip
+    return policy_turn(lm, tables, cache, last_say, heard, keys, spec=spec, limits=limits, active=active, first=first)
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def _user_turn(
+    lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "B"],
+    keys: Key[Array, "B"], limits: PlayLimits, active: Bool[Array, "B"], may_reply: Bool[Array, ""], *, spec: Spec,
+) -> tuple[Cache, UserTurn]:  # fmt: skip
+    return user_turn(
+        lm, tables, cache, last_reply, say, emotion, keys, rules=spec.rules, readout=spec.readout,
+        limits=limits.user, max_tokens=spec.user_tokens, active=active, may_reply=may_reply,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""The simulated user's scripts as forms for models that can only be asked in text, and what their answers say.
+
+On the device a script is a guided generation: nothing needs parsing. A model behind an endpoint gets the same script as
+a form, each field marked by its name in brackets, and answers with the form filled in:
+
+    [content] What they said: that I should sleep on it.
+    …
+    [change] -3
+
+Reading is lenient in how the answer looks (bold marks, full-width brackets, a heading without its mark) and strict in
+what counts: a change must be a whole number from -10 to 10, a reply must say something.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rlver_jax.sampling.script import Part
+from rlver_jax.user.emotion import CHANGES
+
+# Behind the mark: perhaps a colon or bold, then the number, which nothing but a unit or an explanation may follow.
+_NUMBER = re.compile(r"[^\w+\-−–－]*([+\-−–－]?)\s*(\d{1,3})(?![\d.]*\d)")
+_THOUGHT = re.compile(r"\A.*</think>", re.DOTALL)
+_FENCE = re.compile(r"^\s*```.*$", re.MULTILINE)
+
+
+class Field(NamedTuple):
+    """One thing to fill in: its name, the words that lead to it, and whether it is a number."""
+
+    name: str
+    heading: str
+    number: bool
+
+
+class Form(NamedTuple):
+    """A script as text to fill in."""
+
+    text: str
+    fields: tuple[Field, ...]
+    wanted: str  # the field that an answer must have
+
+
+class Filled(NamedTuple):
+    """An answer: what every free field says ("" where it is missing), and the change, if the form asks for one."""
+
+    texts: dict[str, str]
+    change: int
+
+
+class Unreadable(ValueError):
+    """An answer without the field that counts; `missing` says what that is."""
+
+    def __init__(self, missing: str):
+        super().__init__(f"no usable {missing}")
+        self.missing = missing
+
+
+def make_form(script: Sequence[Part], emotion: int, band: str) -> Form:
+    """The form of a parsed script with its slots filled."""
+    slots = {"emotion": str(emotion), "band": band}
+    text, fields = "", []
+    for part in script:
+        if part.kind in ("text", "slot"):
+            text += part.value if part.kind == "text" else slots[part.value]
+            continue
+        start = text.rfind("\n") + 1
+        heading = text[start:] or text.rstrip("\n").rpartition("\n")[2]
+        fields.append(Field(part.value, heading.strip(), part.kind == "choose"))
+        text = f"{text[:start]}[{part.value}] {text[start:]}".rstrip() + "\n"
+    return Form(text.strip(), tuple(fields), fields[-1].name)
+
+
+def read_form(form: Form, answer: str) -> Filled:
+    """What a model filled in.
+
+    Raises:
+        Unreadable: the change is no whole number from -10 to 10, or the reply is empty.
+    """
+    answer = _FENCE.sub("", _THOUGHT.sub("", answer)).replace("\r\n", "\n")
+    places = _places(form, answer)
+    texts, change = {}, 0
+    for field in form.fields:
+        raw = _between(answer, places, field.name)
+        if field.number:
+            change = _change(raw, field.name)
+        else:
+            texts[field.name] = _one_line(raw, form)
+    if form.wanted in texts and not texts[form.wanted]:
+        raise Unreadable(f"[{form.wanted}]")
+    return Filled(texts, change)
+
+
+def _places(form: Form, answer: str) -> dict[str, tuple[int, int]]:
+    """Where each field's mark (or else its heading) begins and ends; fields that are not there have none."""
+    found = {}
+    for field in form.fields:
+        mark = rf"^[^\w\n\[［【]*[\[［【]\s*{field.name}\s*[\]］】]"
+        heading = _loosely(field.heading)
+        for pattern in (rf"{mark}(?:[^\w\n]*{heading})?", rf"^[^\w\n]*{heading}") if field.heading else (mark,):
+            match = re.search(pattern, answer, re.MULTILINE | re.IGNORECASE)
+            if match:
+                found[field.name] = match.span()
+                break
+    return found
+
+
+def _loosely(heading: str) -> str:
+    """A pattern for a heading whatever its white space and closing colon."""
+    words = heading.rstrip(" ：:").split()
+    return r"\s+".join(re.escape(word) for word in words) + r"[ \t]*[：:]?"
+
+
+def _between(answer: str, places: dict[str, tuple[int, int]], name: str) -> str:
+    """The text from a field's heading to the next field's; "" where it is missing."""
+    if name not in places:
+        return ""
+    end = places[name][1]
+    return answer[end : min((start for start, _ in places.values() if start >= end), default=len(answer))]
+
+
+def _change(text: str, name: str) -> int:
+    match = _NUMBER.match(text)
+    number = None if match is None else int(match[2]) * (-1 if match[1] in ("-", "−", "–", "－") else 1)
+    if number not in CHANGES:
+        raise Unreadable(f"[{name}], a whole number from {CHANGES[0]} to +{CHANGES[-1]}")
+    assert number is not None
+    return number
+
+
+def _one_line(text: str, form: Form) -> str:
+    """One line, as on the device; lines that only repeat the form are left out."""
+    known = {line.strip() for line in form.text.split("\n")}
+    lines = [line.strip(" \t*") for line in text.split("\n")]
+    kept = " ".join(line for line in lines if line and line not in known)
+    return re.sub(r"^[\s：:*]+", "", kept).strip()

@@ -1,0 +1,169 @@
+"""The simulated user behind an OpenAI-compatible endpoint: the same appraisal and reply scripts, as forms.
+
+A turn is two requests: the appraisal's form after what the policy said, then the reply's form after the appraisal.
+Neither stays in the history, which holds only what was said aloud, as on the device.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rlver_jax.endpoint.client import Answer, Client, Message
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.text.automaton import GOODBYES
+from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.forms import Filled, Form, Unreadable, make_form, read_form
+from rlver_jax.user.prompts import Prompts
+
+_MARKS = 24  # tokens that a field's mark and heading may take in an answer
+
+
+@dataclass
+class Usage:
+    """What one side of a dialogue cost, answers from the cache included: the same whatever was interrupted."""
+
+    requests: int = 0
+    asked_again: int = 0  # because an answer could not be read
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    models: set[str] = field(default_factory=set)  # as the endpoint names what answered
+
+    def add(self, answer: Answer, *, again: bool) -> None:
+        """Counts one answer."""
+        self.requests += 1
+        self.asked_again += again
+        self.prompt_tokens += answer.prompt_tokens
+        self.completion_tokens += answer.completion_tokens
+        self.models |= {answer.model} - {""}
+
+
+class Place(NamedTuple):
+    """Where in an evaluation a request belongs; decides its seed."""
+
+    seed: int
+    dialogue: int
+    turn: int
+
+    def of(self, part: str, attempt: int) -> int:
+        """A seed for one request, 0..2**31-1."""
+        return zlib.crc32(f"{self.seed}/{self.dialogue}/{self.turn}/{part}/{attempt}".encode()) & 0x7FFFFFFF
+
+
+@dataclass(frozen=True)
+class Reaction:
+    """One turn of the user."""
+
+    appraisal: dict[str, str]
+    change: int
+    emotion: int  # after the change
+    considerations: dict[str, str]
+    reply: str | None  # None: the dialogue is over, or the reply could not be read
+    unreadable: bool = False  # the reply's form
+
+    @property
+    def goodbye(self) -> bool:
+        """Whether the reply takes leave."""
+        return self.reply is not None and any(word in self.reply.encode() for word in GOODBYES)
+
+
+@dataclass(frozen=True)
+class RemoteUser:
+    """Plays profiles through an endpoint.
+
+    Attributes:
+        field_tokens, reply_tokens: allowance for each field and for the reply, as on the device.
+        temperature: of the reply's form and the first words; appraisals are asked for at 0.
+        asks: times that an answer is asked for until it can be read.
+    """
+
+    client: Client
+    prompts: Prompts
+    rules: EmotionRules
+    style: str
+    scenario: str
+    field_tokens: int
+    reply_tokens: int
+    temperature: float
+    asks: int
+
+    def opening(self, profile: Profile) -> list[Message]:
+        """What the model reads before the first words: the profile and the cue."""
+        system = self.prompts.user_system(
+            profile.persona, profile.background, profile.hidden_intention,
+            style=self.style, scenario=self.scenario, rules=self.rules,
+        )  # fmt: skip
+        return [{"role": "system", "content": system}, {"role": "user", "content": self.prompts.opening}]
+
+    async def begin(self, profile: Profile, place: Place, usage: Usage) -> str:
+        """First words of a profile that has none.
+
+        Raises:
+            Unreadable: none came, however often they were asked for.
+            EndpointError: as `Client.ask` does.
+        """
+        for attempt in range(self.asks):
+            answer = await self.client.ask(
+                self.opening(profile),
+                temperature=self.temperature,
+                max_tokens=self.reply_tokens,
+                seed=place.of("first", attempt),
+            )
+            usage.add(answer, again=attempt > 0)
+            text = " ".join(answer.text.rpartition("</think>")[2].split())
+            if text:
+                return text
+        raise Unreadable("first words")
+
+    async def react(
+        self, profile: Profile, said: Sequence[str], emotion: int, place: Place, usage: Usage, *, may_reply: bool
+    ) -> Reaction:
+        """Appraises the last reply, moves the emotion, and answers unless the dialogue is over.
+
+        Args:
+            said: aloud so far, the user first, in turns; the policy's reply to appraise comes last.
+
+        Raises:
+            Unreadable: the appraisal, however often it was asked for.
+            EndpointError: as `Client.ask` does.
+        """
+        roles = ("assistant", "user")
+        spoken = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said[:-1])]
+        history = [*self.opening(profile), *spoken]
+        form = make_form(self.prompts.appraisal, emotion, self.rules.band_name(emotion))
+        asked = {"role": "user", "content": self.prompts.form(form.text, say=said[-1])}
+        filled, answer = await self._fill(form, [*history, asked], 0.0, "appraisal", place, usage)
+        change = self.rules.clamp(filled.change)
+        moved = self.rules.update(emotion, change)
+        if self.rules.ended(moved) or not may_reply:
+            return Reaction(filled.texts, change, moved, {}, None)
+        form = make_form(self.prompts.reply, moved, self.rules.band_name(moved))
+        messages = [
+            *history, asked, {"role": "assistant", "content": answer},
+            {"role": "user", "content": self.prompts.form(form.text)},
+        ]  # fmt: skip
+        try:
+            reply, _ = await self._fill(form, messages, self.temperature, "reply", place, usage)
+        except Unreadable:
+            return Reaction(filled.texts, change, moved, {}, None, unreadable=True)
+        spoken_aloud = reply.texts.pop(form.wanted)
+        return Reaction(filled.texts, change, moved, reply.texts, spoken_aloud)
+
+    async def _fill(
+        self, form: Form, messages: Sequence[Message], temperature: float, part: str, place: Place, usage: Usage
+    ) -> tuple[Filled, str]:
+        """A form's answer, read and as it is; one that can't be read is asked for again, with what it lacks."""
+        room = len(form.fields) * (self.field_tokens + _MARKS) + self.reply_tokens
+        messages = list(messages)
+        for attempt in range(self.asks):
+            answer = await self.client.ask(
+                messages, temperature=temperature, max_tokens=room, seed=place.of(part, attempt)
+            )
+            usage.add(answer, again=attempt > 0)
+            try:
+                return read_form(form, answer.text), answer.text
+            except Unreadable as error:
+                last = error
+                again = {"role": "user", "content": self.prompts.form("", missing=error.missing)}
+                messages = [*messages, {"role": "assistant", "content": answer.text or "…"}, again]
+        raise last

@@ -1,0 +1,9 @@
+import pytest
+
+from .server import ChatServer
+
+
+@pytest.fixture
+def server():
+    with ChatServer() as running:
+        yield running

@@ -1,0 +1,98 @@
+"""Forms of the scripts, and answers as models of all tempers write them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlver_jax.user.forms import Unreadable, make_form, read_form
+from rlver_jax.user.prompts import load_prompts, parse_script
+
+APPRAISAL = make_form(
+    parse_script(
+        'At {emotion}, band "{band}".\nHeard:<<free:heard>>\nFeel:<<free:feel>>\nChange, -10 to +10:\n<<choose:change>>'
+    ),
+    40,
+    "B",
+)
+REPLY = make_form(parse_script("Now {emotion}.\nTone:<<free:tone>>\nSay aloud:<<free:reply>>"), 47, "B")
+
+
+def test_a_form_is_its_script_with_marks():
+    assert APPRAISAL.text == 'At 40, band "B".\n[heard] Heard:\n[feel] Feel:\nChange, -10 to +10:\n[change]'
+    assert REPLY.text == "Now 47.\n[tone] Tone:\n[reply] Say aloud:"
+    assert [field.name for field in APPRAISAL.fields] == ["heard", "feel", "change"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "[heard] Heard: to sleep on it\n[feel] Feel: a little better\nChange, -10 to +10:\n[change] +3",
+        "[heard] to sleep on it\n[feel] a little better\n[change] 3",
+        "Heard: to sleep on it\nFeel: a little better\nChange, -10 to +10:\n3",
+        "**[heard]** **Heard:** to sleep on it\n\n**[feel]** Feel: a little better\n\n**[change]** **+3**",
+        "- [heard] Heard: to sleep\n  on it\n- [feel] a little better\n- [change]: +3 (they listened)",
+        "【heard】to sleep on it\n【feel】 a little better\n【change】＋3".replace("＋", "+"),
+        "<think>\n[change] -9 perhaps?\n</think>\n[heard] to sleep on it\n[feel] a little better\n[change]\n+3\n",
+        "```\n[heard] to sleep on it\n[feel] a little better\n[change] +3\n```",
+        'At 40, band "B".\n[HEARD] to sleep on it\r\n[Feel] a little better\r\n[Change] +3.',
+        "Sure! Here is the form:\n[change] +3\n[heard] to sleep on it\n[feel] a little better",
+    ],
+)
+def test_readable_answers(answer):
+    found = read_form(APPRAISAL, answer)
+    assert found.change == 3
+    assert found.texts == {"heard": "to sleep on it", "feel": "a little better"}
+
+
+@pytest.mark.parametrize(
+    ("text", "change"), [("-10", -10), ("+10", 10), ("0", 0), ("−4", -4), ("- 4", -4), ("7/10", 7)]
+)
+def test_numbers(text, change):
+    assert read_form(APPRAISAL, f"[change] {text}").change == change
+
+
+@pytest.mark.parametrize("text", ["", "11", "-11", "3.5", "100", "much better", "up by 3", "1000000", "+", "n/a -3"])
+def test_no_number_is_made_up(text):
+    with pytest.raises(Unreadable, match=r"\[change\], a whole number from -10 to \+10"):
+        read_form(APPRAISAL, f"[heard] that\n[change] {text}")
+
+
+def test_what_counts_must_be_there_and_nothing_else():
+    assert read_form(APPRAISAL, "[change] 2").texts == {"heard": "", "feel": ""}
+    assert read_form(REPLY, "[reply] Say aloud: I see.\nThank you.").texts == {"tone": "", "reply": "I see. Thank you."}
+    for nothing in (
+        "",
+        "I see. Thank you.",
+        "[tone] flat",
+        "[tone] flat\n[reply] Say aloud:\n",
+        "[tone] flat\n[reply] **",
+    ):
+        with pytest.raises(Unreadable, match=r"\[reply\]"):
+            read_form(REPLY, nothing)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_read_or_refused(text):
+    for form in (APPRAISAL, REPLY):
+        for answer in (text, form.text + text, text + "\n[change] " + text + "\n[reply] " + text):
+            try:
+                found = read_form(form, answer)
+            except Unreadable:
+                continue
+            assert -10 <= found.change <= 10
+            assert all("\n" not in words for words in found.texts.values())
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_shipped_scripts_make_forms_that_read_back(language):
+    prompts = load_prompts(language)
+    for script, wanted in ((prompts.appraisal, "change"), (prompts.reply, "reply")):
+        form = make_form(script, 40, "B")
+        lines = [line + (" -7" if line.startswith("[change]") else " words") for line in form.text.split("\n")]
+        found = read_form(form, "\n".join(line if line.startswith("[") else line[:-6] for line in lines))
+        assert form.wanted == wanted
+        assert set(found.texts.values()) == {"words"}
+        assert found.change == (-7 if wanted == "change" else 0)
+        asked = prompts.form(form.text, say="你好 {{ x }}")
+        assert form.text in asked
+        assert "你好 {{ x }}" in asked
