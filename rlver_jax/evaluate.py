@@ -195,9 +195,8 @@ def headline(summary: dict[str, Any], path: Path) -> str:
     gold = f" ({summary['rule_score']:.2f} by the gold judge)" if "rule_score" in summary else ""
     rate = summary["tokens"]["generated"] / summary["seconds"] if summary["seconds"] else 0.0
     return (
-        f"score {summary['score']:.2f} of 100{gold} · success {summary['success']} · failure {summary['failure']} · "
-        f"n {summary['n']} · {summary['turns_mean']:.2f} turns · ends: {reasons}\n"
-        f"{spread_text(summary)}"
+        f"score {summary['score']:.2f} of 100{gold}{spread_text(summary)} · success {summary['success']} · "
+        f"failure {summary['failure']} · n {summary['n']} · {summary['turns_mean']:.2f} turns · ends: {reasons}\n"
         f"{summary['tokens']['generated']} tokens generated, {summary['tokens']['prefilled']} prefilled, "
         f"{summary['seconds']:.1f} s ({rate:.1f} tokens/s)\n"
         f"{_remote_text(summary)}"

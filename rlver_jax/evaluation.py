@@ -145,15 +145,21 @@ def eval_spec(config: ConfigDict) -> Any:
 
 
 def scores(records: Sequence[Record]) -> dict[str, Any]:
-    """Score (mean final emotion, 0-100), outcomes by SAGE's borders whatever the config's, and how dialogues ended."""
+    """What an evaluation says of its dialogues.
+
+    `score` is the mean final emotion, 0-100; `success` and `failure` count by SAGE's borders, whatever the config's;
+    `acceptance` is the share of appraised replies after which the emotion was meant to rise.
+    """
     outcomes = [SAGE.outcome(record["emotion"]) for record in records]
     reasons = collections.Counter(record["end_reason"] for record in records)
+    changes = [message["change"] for record in records for message in record["messages"] if "change" in message]
     return {
         "score": float(np.mean([record["emotion"] for record in records])),
         "success": outcomes.count(1),
         "failure": outcomes.count(-1),
         "n": len(records),
         "turns_mean": float(np.mean([record["turns"] for record in records])),
+        "acceptance": float(np.mean([change > 0 for change in changes])) if changes else 0.0,
         "end_reasons": {reason: reasons[reason] for reason in ALL_END_REASONS[1:]},
         "reward_mean": float(np.mean([record["reward"] for record in records])),
     }

@@ -41,7 +41,11 @@ def test_every_field_is_documented():
     """Each field's line in base.py carries a comment, save a few whose name says all."""
     lines = CONFIGS[[p.name for p in CONFIGS].index("base.py")].read_text().splitlines()
     bare = [line.strip() for line in lines if line.startswith("    c.") and "#" not in line]
-    bare = [line for line in bare if "ConfigDict()" not in line and "get_model()" not in line]
+    bare = [
+        line
+        for line in bare
+        if "ConfigDict()" not in line and "get_model()" not in line and "get_endpoint()" not in line
+    ]
     assert bare == ["c.eval.seed = 0"]
 
 

@@ -109,6 +109,8 @@ def test_the_summary_counts_and_prices(both):
     assert summary["remote"]["policy"]["requests"] == 24
     assert summary["remote"]["policy"]["cost"] == 0
     assert summary["score"] == pytest.approx(sum(record["emotion"] for record in played) / 8)
+    changes = [int(re.search(r"\[change\] +(\S+)", rule(body))[1]) for body in users if "[change]" in rule(body)]
+    assert summary["acceptance"] == pytest.approx(sum(change > 0 for change in changes) / 24)
     settings = summary["settings"]
     assert settings["remote.user.model"] == "m"
     assert settings["user.field_tokens"] == 6

@@ -61,9 +61,9 @@ def mean_interval(values: np.ndarray) -> list[float] | None:
 
 
 def spread_text(summary: Mapping[str, Any]) -> str:
-    """What `spread` found, as a line of an evaluation's closing words; empty where it found nothing."""
+    """What `spread` found, in parentheses behind a score; empty where it found nothing."""
     interval, repeats = summary["interval"]["score"], summary["repeats"]
-    parts = [f"95 % interval over profiles {interval[0]:.2f} to {interval[1]:.2f}"] if interval else []
+    parts = [f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"] if interval else []
     if repeats["std"] is not None:
-        parts.append(f"{repeats['count']} repeats: mean {repeats['mean']:.2f}, standard deviation {repeats['std']:.2f}")
-    return " · ".join(parts) + "\n" * bool(parts)
+        parts.append(f"standard deviation {repeats['std']:.2f} over {repeats['count']} repeats")
+    return f" ({'; '.join(parts)})" if parts else ""

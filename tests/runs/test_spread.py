@@ -42,4 +42,4 @@ def test_where_there_is_no_spread():
     assert one["repeats"]["std"] is None
     assert spread_text(one) == ""
     text = spread_text(spread(records([0, 80], [0, 100]), 2))
-    assert text == "95 % interval over profiles 0.00 to 90.00 · 2 repeats: mean 45.00, standard deviation 7.07\n"
+    assert text == " (95 % interval 0.00 to 90.00; standard deviation 7.07 over 2 repeats)"
