@@ -242,8 +242,10 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
     if options.measures:
         raise ConfigError("--measures belongs to --from or to playing, not to --agreement")
     judges = Judges.of_flags(options, config)
+    if "user" in judges.users:
+        raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
     dialogues = [one for ones in read_all(options.agreement).values() for one in ones]
-    dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), [*_profiles(config)])
+    dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), _profiles(config))
     found, folder = faults(dialogues), _folder(options)
     results = {
         name: agreed(_load_judge(name, one), dialogues, folder, console)
