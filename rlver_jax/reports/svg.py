@@ -69,7 +69,7 @@ class Chart:
         self.x, self.y, self.left = x, y, left
         self.width, self.height = size
         rows = _legend_rows(legend, self.width - 2)
-        self.top = 8 + _LINE * len(rows) + 20 * bool(labels[1])
+        self.top = 8 + _LINE * len(rows) + 4 * bool(rows) + 20 * bool(labels[1])
         self.bottom = self.height - (_BOTTOM if labels[0] else _BOTTOM - 13)
         box = f"0 0 {self.width} {self.height}"
         self.root = Element("svg", {"viewBox": box, "role": "img", "aria-label": plain(title), "class": "chart"})
