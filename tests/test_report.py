@@ -1,6 +1,8 @@
 """`report` as a user runs it."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -34,6 +36,33 @@ def test_a_process_writes_page_and_curve(tmp_path):
     assert (x0, x1) == (38, 342)
     assert y1 < y0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.svg", "r.html", "run", "seen"], "nothing else is left"
+
+
+@pytest.mark.slow
+def test_a_run_and_an_evaluation_as_the_program_writes_them(tmp_path):
+    """The debug config's own folders; their dialogues, counted in the files, are all on the page."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+
+    def python(module, *args):
+        command = [sys.executable, "-m", f"rlver_jax.{module}", *args]
+        return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    config, run, seen = "--config=configs/debug.py", tmp_path / "run", tmp_path / "seen"
+    python("train", config, f"--workdir={run}", "--config.train.steps=2", "--config.eval.every=2")
+    python("evaluate", config, f"--checkpoint={run}", f"--out={seen}")
+    said = python("report", str(run), str(seen), f"--out={tmp_path / 'r.html'}")
+    logs = [*(run / "dialogues").glob("*.jsonl"), seen / "dialogues.jsonl"]
+    count = sum(len(log.read_text().splitlines()) for log in logs)
+    assert said.strip().endswith(f"{count} of {count} dialogues")
+    text = (tmp_path / "r.html").read_text()
+    score = json.loads((seen / "summary.json").read_text())["score"]
+    assert re.search(rf'<th scope="row">score</th><td></td><td>{score:.1f}</td>', text)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for figures in rows[1:]:
+        shown = f"step {figures['step']} · {figures['emotion/final_mean']:.2f} ± {figures['emotion/final_std']:.2f}"
+        assert f'data-tip="{shown}"' in text
+    for title in ("Held-out score", "Success and failure: run", "How dialogues ended: run", "Length of a reply"):
+        assert f"<h3>{title}</h3>" in text
 
 
 @pytest.mark.parametrize(

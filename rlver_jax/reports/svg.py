@@ -69,7 +69,7 @@ class Chart:
         self.x, self.y, self.left = x, y, left
         self.width, self.height = size
         rows = _legend_rows(legend, self.width - 2)
-        self.top = 8 + _LINE * (len(rows) + bool(labels[1]))
+        self.top = 8 + _LINE * len(rows) + 4 * bool(rows) + 20 * bool(labels[1])
         self.bottom = self.height - (_BOTTOM if labels[0] else _BOTTOM - 13)
         box = f"0 0 {self.width} {self.height}"
         self.root = Element("svg", {"viewBox": box, "role": "img", "aria-label": plain(title), "class": "chart"})
@@ -77,7 +77,7 @@ class Chart:
             self._legend(row, 8 + _LINE * line)
         middle = (self.left + self.width - _RIGHT) / 2
         self._text(middle, self.height - 3, labels[0], "label middle")
-        self._text(2, self.top - 6, labels[1], "label")
+        self._text(2, self.top - 12, labels[1], "label")
 
     def px(self, x: float) -> float:
         """Horizontal place of a value."""
