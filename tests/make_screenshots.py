@@ -2,7 +2,8 @@
 
 Use: python tests/make_screenshots.py REPORT.html docs/report
 
-writes docs/report_desktop.png (the curves), docs/report_dark.png (before and after) and docs/report_phone.png.
+writes docs/report_desktop.png (the curves), docs/report_dark.png and docs/report_phone.png (two dialogues
+of one profile).
 """
 
 import sys
@@ -15,7 +16,7 @@ from reports.chromium import launch
 VIEWS = {
     "desktop": (1120, 900, "light", "h1"),
     "dark": (1120, 900, "dark", "#browser"),
-    "phone": (390, 844, "light", "#browser"),
+    "phone": (390, 844, "light", ".tools"),
 }
 
 

@@ -17,10 +17,11 @@ from rlver_jax.judging.work_folder import Line, WorkFile
 from rlver_jax.user.emotion import SAGE, change_readout
 
 READOUTS = ("argmax", "mean")  # both are read from one distribution
+QUIET_SECONDS = 60  # without a line where there is no bar
 
 
 class Meter:
-    """Progress over turns or dialogues: a bar in a terminal, a line each time that results are kept elsewhere."""
+    """Progress over turns or forms: a bar in a terminal; elsewhere a line when results are kept, and now and then."""
 
     def __init__(self, console: Console, what: str, total: int):
         self._console, self._what, self._total, self._done, self._tokens = console, what, total, 0, 0
@@ -29,6 +30,7 @@ class Meter:
         self._bar = Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total, state="compiling")
         self._began, self._figure = time.monotonic(), ""
+        self._printed = self._began
 
     def __enter__(self) -> "Meter":
         self._bar.start()
@@ -41,11 +43,17 @@ class Meter:
         """Something has been done."""
         self._done, self._tokens = self._done + work.turns, self._tokens + work.tokens
         self._bar.update(self._task, completed=self._done, state=self._state())
+        if time.monotonic() - self._printed > QUIET_SECONDS:
+            self._print()
 
     def kept(self, figure: str) -> None:
         """Results have been kept; `figure` says where the judgement stands."""
         self._figure = f" · {figure}"
         self._bar.update(self._task, state=self._state())
+        self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
         if self._bar.disable:
             self._console.print(f"{self._what} {self._done}/{self._total} · {self._state()}", highlight=False)
 

@@ -35,8 +35,7 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
         _curve(
             runs,
             "Held-out score",
-            "Mean final emotion of held-out profiles, as the simulated user says; dashed: by the gold judge, which "
-            "training never sees. A widening gap is a policy that learns to please the user model alone.",
+            "Mean final emotion of held-out profiles; dashed: by the gold judge, which training never sees.",
             {"eval/score": "", "eval/rule_score": "early"},
             y=_EMOTION,
         ),
@@ -90,7 +89,8 @@ def _curve(
     everything = [point for _, _, some in drawn for point in some]
     x = _widened(min(p.first for p in everything), max(p.last for p in everything))
     y = y or _around([0.0] * zero + [value for p in everything for value in _extent(p, bool(spread))])
-    legend = [Key(f"c{index}", run.name) for index, run in enumerate(runs) if run.rows] if len(runs) > 1 else []
+    named = dict.fromkeys(Key(classes.split()[0], name) for name, classes, _ in drawn)
+    legend = list(named) if len(runs) > 1 else []
     chart = Chart(title, x, y, labels=("step", label), legend=legend)
     chart.y_axis(ticks(*y))
     chart.x_axis(ticks(*x, whole=True))

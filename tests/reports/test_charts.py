@@ -36,6 +36,9 @@ def test_runs_share_their_charts_and_evaluations_have_none(small_run, tmp_path):
         "step 2 · small: 55.00 ± 10.00 · other: 20.00 ± 10.00",
         "step 3 · other: 30.00 ± 10.00",
     ]
+    held_out = charts.curves(read_runs([small_run, other]))[2]
+    names = [e.text for e in ET.fromstring(held_out.chart.markup()) if e.get("class") == "label"]
+    assert names == ["small"], "the other one has no evaluation"
     assert charts.curves(read_runs([seen])) == charts.shares_by_step(read_runs([seen])) == []
 
 
