@@ -301,7 +301,7 @@ def test_an_endpoint_that_refuses_or_is_gone(tmp_path, capsys):
         assert main(arguments(tmp_path, policy=server.url, user=server.url)) == 2
         assert "The model m does not exist" in capsys.readouterr().err
         server.fault = lambda n: "" if n < 60 else "500"
-        assert main(arguments(tmp_path, "--config.remote.deadline=0.6", policy=server.url, user=server.url)) == 1
+        assert main(arguments(tmp_path, "--config.remote.deadline=4", policy=server.url, user=server.url)) == 1
         assert "the same command goes on" in capsys.readouterr().err
         server.fault = lambda n: ""
         evaluate(tmp_path, policy=server.url, user=server.url)

@@ -114,13 +114,13 @@ def test_emotions_and_rewards(played_records):
 
 
 def test_the_configs_reward_is_used(played):
-    """`mixed` with a quarter of the final emotion and three quarters of the changes / 10, gains void after a fault."""
+    """`mixed` with a quarter of the final emotion and three quarters of the changes / 10; a fault counts as emotion 0."""
     config = get_config()
     config.reward.kind, config.reward.final_weight = "mixed", 0.25
     args = (played.dialogues, played.players, played.profiles, played.ids)
     rewards = rewards_of(played.dialogues, reward_settings(config))
     found = [r["reward"] for r in dialogue_records(*args, seed=0, rewards=rewards)]
-    expected = [0.105 + 0.15, 0.15 + 1.5, 0, 0.1, -0.75, 0.1]
+    expected = [0.105 + 0.15, 0.15 + 1.5, 0.75 * -4, 0.1, 0.75 * -4, 0.1]
     assert found == pytest.approx(expected, abs=1e-6)
 
 
