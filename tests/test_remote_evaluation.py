@@ -190,16 +190,14 @@ def garbled(body):
     """No number for one person's appraisals, at first or ever; no reply for another's."""
     messages = body["messages"]
     who, last = messages[0]["content"], messages[-1]["content"]
-    forms = sum("[change]" in m["content"] or "[reply]" in m["content"] for m in messages if m["role"] == "user")
-    if "advice" in who and ("[change]" in last or "can't be read" in last):
-        return (
-            "I would rather not say."
-            if "exactly as it was given" not in last
-            else rule(body | {"messages": messages[:-2]})
-        )
+    again = "That is not the form" in last
+    if "advice" in who and ("[change]" in last or again):
+        return "-2" if again else "[content] so it is\n[change] a bit less"
     if "every side" in who:
-        return "[content] well\n[change] quite a lot" if forms else rule(body)
-    return "[tone] flat" if "work out why" in who and "[reply]" in last + messages[-3]["content"] else rule(body)
+        return "[content] well\n[change] quite a lot" if "[change]" in last or again else rule(body)
+    if "work out why" in who:
+        return "[tone] flat" if "[reply]" in last or again else rule(body)
+    return rule(body)
 
 
 def test_answers_that_cannot_be_read(tmp_path, capsys):
@@ -209,6 +207,8 @@ def test_answers_that_cannot_be_read(tmp_path, capsys):
     corrected, never, silent = played[:3]
     assert corrected["end_reason"] == "turn_limit"
     assert corrected["remote"]["user"]["asked_again"] == 3
+    assert corrected["emotions"] == [40, 38, 36, 34]
+    assert corrected["messages"][2]["appraisal"] == {"content": "so it is", "target": ""}
     assert never["end_reason"] == "unreadable"
     assert never["remote"]["user"]["requests"] == 3
     assert (never["turns"], never["emotions"], never["reward"]) == (1, [40, 40], pytest.approx(0.4))
@@ -220,7 +220,7 @@ def test_answers_that_cannot_be_read(tmp_path, capsys):
     assert summary["end_reasons"]["unreadable"] == 2
     third = [body for body in server.bodies if "every side" in body["messages"][0]["content"]][2]["messages"]
     assert [message["role"] for message in third[-5:]] == ["user", "assistant", "user", "assistant", "user"]
-    assert "a whole number from -10 to +10" in third[-1]["content"]
+    assert third[-1]["content"].endswith(": Change:)")
 
 
 def test_policies_of_all_manners(tmp_path):

@@ -20,6 +20,7 @@ from rlver_jax.user.emotion import CHANGES
 
 # Behind the mark: perhaps a colon or bold, then the number, which nothing but a unit or an explanation may follow.
 _NUMBER = re.compile(r"[^\w+\-−–－]*([+\-−–－]?)\s*(\d{1,3})(?![\d.]*\d)")
+_ALONE = re.compile(r"(?<![\w.])([+\-−–－]?)\s*(\d+)(?![\d.]*\d)")
 _THOUGHT = re.compile(r"\A.*</think>", re.DOTALL)
 _FENCE = re.compile(r"^\s*```.*$", re.MULTILINE)
 
@@ -37,7 +38,11 @@ class Form(NamedTuple):
 
     text: str
     fields: tuple[Field, ...]
-    wanted: str  # the field that an answer must have
+
+    @property
+    def wanted(self) -> Field:
+        """The field that an answer must have: the last one."""
+        return self.fields[-1]
 
 
 class Filled(NamedTuple):
@@ -48,11 +53,11 @@ class Filled(NamedTuple):
 
 
 class Unreadable(ValueError):
-    """An answer without the field that counts; `missing` says what that is."""
+    """An answer without the field that counts; `texts` holds what else it says."""
 
-    def __init__(self, missing: str):
+    def __init__(self, missing: str, texts: dict[str, str] | None = None):
         super().__init__(f"no usable {missing}")
-        self.missing = missing
+        self.texts = texts or {}
 
 
 def make_form(script: Sequence[Part], emotion: int, band: str) -> Form:
@@ -67,7 +72,7 @@ def make_form(script: Sequence[Part], emotion: int, band: str) -> Form:
         heading = text[start:] or text.rstrip("\n").rpartition("\n")[2]
         fields.append(Field(part.value, heading.strip(), part.kind == "choose"))
         text = f"{text[:start]}[{part.value}] {text[start:]}".rstrip() + "\n"
-    return Form(text.strip(), tuple(fields), fields[-1].name)
+    return Form(text.strip(), tuple(fields))
 
 
 def read_form(form: Form, answer: str) -> Filled:
@@ -78,16 +83,37 @@ def read_form(form: Form, answer: str) -> Filled:
     """
     answer = _FENCE.sub("", _THOUGHT.sub("", answer)).replace("\r\n", "\n")
     places = _places(form, answer)
-    texts, change = {}, 0
-    for field in form.fields:
-        raw = _between(answer, places, field.name)
-        if field.number:
-            change = _change(raw, field.name)
-        else:
-            texts[field.name] = _one_line(raw, form)
-    if form.wanted in texts and not texts[form.wanted]:
-        raise Unreadable(f"[{form.wanted}]")
-    return Filled(texts, change)
+    raw = {field.name: _between(answer, places, field.name) for field in form.fields}
+    texts = {field.name: _one_line(raw[field.name], form) for field in form.fields if not field.number}
+    wanted = form.wanted
+    if wanted.number:
+        return Filled(texts, _change(_NUMBER.match(raw[wanted.name]), wanted, texts))
+    if not texts[wanted.name]:
+        raise Unreadable(f"[{wanted.name}]", texts)
+    return Filled(texts, 0)
+
+
+def read_wanted(form: Form, texts: dict[str, str], answer: str) -> Filled:
+    """What a model answered when it was asked for the wanted field alone, with the texts that it gave before.
+
+    Raises:
+        Unreadable: there is still none: for a change not exactly one number, or one that it can't be.
+    """
+    try:
+        filled = read_form(form, answer)  # some write the whole form again
+        return Filled({name: text or texts.get(name, "") for name, text in filled.texts.items()}, filled.change)
+    except Unreadable:
+        pass
+    wanted = form.wanted
+    answer = _FENCE.sub("", _THOUGHT.sub("", answer))
+    answer = re.sub(rf"\A\W*{_loosely(wanted.heading)}", "", answer, flags=re.IGNORECASE)
+    if wanted.number:
+        numbers = list(_ALONE.finditer(answer))
+        return Filled(texts, _change(numbers[0] if len(numbers) == 1 else None, wanted, texts))
+    said = _one_line(answer, form)
+    if not said or answer.lstrip().startswith("["):
+        raise Unreadable(f"[{wanted.name}]", texts)
+    return Filled(texts | {wanted.name: said}, 0)
 
 
 def _places(form: Form, answer: str) -> dict[str, tuple[int, int]]:
@@ -118,11 +144,10 @@ def _between(answer: str, places: dict[str, tuple[int, int]], name: str) -> str:
     return answer[end : min((start for start, _ in places.values() if start >= end), default=len(answer))]
 
 
-def _change(text: str, name: str) -> int:
-    match = _NUMBER.match(text)
+def _change(match: re.Match[str] | None, field: Field, texts: dict[str, str]) -> int:
     number = None if match is None else int(match[2]) * (-1 if match[1] in ("-", "−", "–", "－") else 1)
     if number not in CHANGES:
-        raise Unreadable(f"[{name}], a whole number from {CHANGES[0]} to +{CHANGES[-1]}")
+        raise Unreadable(f"[{field.name}], a whole number from {CHANGES[0]} to +{CHANGES[-1]}", texts)
     assert number is not None
     return number
 

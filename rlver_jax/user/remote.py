@@ -13,7 +13,7 @@ from rlver_jax.endpoint.client import Answer, Client, Message
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.forms import Filled, Form, Unreadable, make_form, read_form
+from rlver_jax.user.forms import Filled, Form, Unreadable, make_form, read_form, read_wanted
 from rlver_jax.user.prompts import Prompts
 
 _MARKS = 24  # tokens that a field's mark and heading may take in an answer
@@ -146,24 +146,26 @@ class RemoteUser:
             reply, _ = await self._fill(form, messages, self.temperature, "reply", place, usage)
         except Unreadable:
             return Reaction(filled.texts, change, moved, {}, None, unreadable=True)
-        spoken_aloud = reply.texts.pop(form.wanted)
+        spoken_aloud = reply.texts.pop(form.wanted.name)
         return Reaction(filled.texts, change, moved, reply.texts, spoken_aloud)
 
     async def _fill(
         self, form: Form, messages: Sequence[Message], temperature: float, part: str, place: Place, usage: Usage
     ) -> tuple[Filled, str]:
-        """A form's answer, read and as it is; one that can't be read is asked for again, with what it lacks."""
+        """A form's answer, read and as it is; where the field that counts is missing, it is asked for alone."""
         room = len(form.fields) * (self.field_tokens + _MARKS) + self.reply_tokens
-        messages = list(messages)
+        missing = self.prompts.form(form.text, missing=form.wanted.heading)
+        messages, texts = list(messages), {}  # type: ignore[var-annotated]
         for attempt in range(self.asks):
             answer = await self.client.ask(
                 messages, temperature=temperature, max_tokens=room, seed=place.of(part, attempt)
             )
             usage.add(answer, again=attempt > 0)
             try:
-                return read_form(form, answer.text), answer.text
+                filled = read_wanted(form, texts, answer.text) if attempt else read_form(form, answer.text)
+                return filled, answer.text
             except Unreadable as error:
-                last = error
-                again = {"role": "user", "content": self.prompts.form("", missing=error.missing)}
-                messages = [*messages, {"role": "assistant", "content": answer.text or "…"}, again]
+                last, texts = error, error.texts
+                said = {"role": "assistant", "content": answer.text or "…"}
+                messages = [*messages, said, {"role": "user", "content": missing}]
         raise last

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_jax.user.forms import Unreadable, make_form, read_form
+from rlver_jax.user.forms import Unreadable, make_form, read_form, read_wanted
 from rlver_jax.user.prompts import load_prompts, parse_script
 
 APPRAISAL = make_form(
@@ -71,6 +71,32 @@ def test_what_counts_must_be_there_and_nothing_else():
             read_form(REPLY, nothing)
 
 
+def test_the_wanted_field_alone():
+    """A second answer may be the bare thing; what the first one said beside it stays."""
+    before = {"heard": "that", "feel": ""}
+    for answer in (
+        "-3",
+        "I think -3.",
+        "<think>5 or 6</think>-3",
+        "[change] -3",
+        "Change, -10 to +10: -3",
+        "情绪变化：-3",
+    ):
+        assert read_wanted(APPRAISAL, before, answer) == (before, -3)
+    assert read_wanted(APPRAISAL, before, "[feel] well\n[change] 2") == ({"heard": "that", "feel": "well"}, 2)
+    for answer in ("", "-3 or -4", "between -10 and +10", "12", "2.5", "sad", "[feel] well"):
+        with pytest.raises(Unreadable, match="change") as caught:
+            read_wanted(APPRAISAL, before, answer)
+        assert caught.value.texts == before
+    assert read_wanted(REPLY, {"tone": "flat"}, "I see.\nThank you.").texts == {
+        "tone": "flat",
+        "reply": "I see. Thank you.",
+    }
+    for answer in ("", "[tone] flat", "Say aloud:", "[change] 3"):
+        with pytest.raises(Unreadable, match="reply"):
+            read_wanted(REPLY, {}, answer)
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused(text):
     for form in (APPRAISAL, REPLY):
@@ -90,7 +116,7 @@ def test_the_shipped_scripts_make_forms_that_read_back(language):
         form = make_form(script, 40, "B")
         lines = [line + (" -7" if line.startswith("[change]") else " words") for line in form.text.split("\n")]
         found = read_form(form, "\n".join(line if line.startswith("[") else line[:-6] for line in lines))
-        assert form.wanted == wanted
+        assert form.wanted.name == wanted
         assert set(found.texts.values()) == {"words"}
         assert found.change == (-7 if wanted == "change" else 0)
         asked = prompts.form(form.text, say="你好 {{ x }}")

@@ -117,7 +117,7 @@ class Prompts:
     def form(self, form: str, *, say: str | None = None, missing: str = "") -> str:
         """Render the request to fill in a form, perhaps after what the policy said.
 
-        missing: what an answer lacked; then it asks for the same form once more.
+        missing: heading of what an answer lacked; then it asks for that alone.
         """
         return self._render("form.j2", form=form, say=say, missing=missing)
 
