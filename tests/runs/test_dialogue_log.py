@@ -114,7 +114,7 @@ def test_emotions_and_rewards(played_records):
 
 
 def test_the_configs_reward_is_used(played):
-    """`mixed` with a quarter of the final emotion and three quarters of the changes / 10; a fault counts as emotion 0."""
+    """`mixed`: a quarter of the final emotion, three quarters of the changes / 10; a fault counts as emotion 0."""
     config = get_config()
     config.reward.kind, config.reward.final_weight = "mixed", 0.25
     args = (played.dialogues, played.players, played.profiles, played.ids)
