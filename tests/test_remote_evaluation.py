@@ -220,7 +220,7 @@ def test_answers_that_cannot_be_read(tmp_path, capsys):
     assert summary["end_reasons"]["unreadable"] == 2
     third = [body for body in server.bodies if "every side" in body["messages"][0]["content"]][2]["messages"]
     assert [message["role"] for message in third[-5:]] == ["user", "assistant", "user", "assistant", "user"]
-    assert third[-1]["content"].endswith(": Change:)")
+    assert third[-1]["content"].endswith(": Change: (-10 … +10))")
 
 
 def test_policies_of_all_manners(tmp_path):

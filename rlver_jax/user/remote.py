@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rlver_jax.endpoint.client import Answer, Client, Message
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.automaton import GOODBYES
-from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.emotion import CHANGES, EmotionRules
 from rlver_jax.user.forms import Filled, Form, Unreadable, make_form, read_form, read_wanted
 from rlver_jax.user.prompts import Prompts
 
@@ -154,7 +154,8 @@ class RemoteUser:
     ) -> tuple[Filled, str]:
         """A form's answer, read and as it is; where the field that counts is missing, it is asked for alone."""
         room = len(form.fields) * (self.field_tokens + _MARKS) + self.reply_tokens
-        missing = self.prompts.form(form.text, missing=form.wanted.heading)
+        span = f" ({CHANGES[0]} … +{CHANGES[-1]})" if form.wanted.number else ""
+        missing = self.prompts.form(form.text, missing=form.wanted.heading + span)
         messages, texts = list(messages), {}  # type: ignore[var-annotated]
         for attempt in range(self.asks):
             answer = await self.client.ask(
