@@ -177,7 +177,7 @@ def test_the_playing_user_as_judge_says_the_same(world, done):
     out = world[0] / "judged"
     shutil.copytree(done[1], out)
     judges = f"--judge={world[0] / 'user'},{world[0] / 'policy'}"
-    result = process(world, *arguments(world, judges, f"--measures={world[0] / 'user'}", out="judged"))
+    result = process(world, *arguments(world, judges, out="judged"))
     assert result.returncode == 0, result.stderr
     assert "3 of 3 dialogues are in" in result.stdout
     summary, dialogues = json.loads((out / "summary.json").read_text()), read(out / "dialogues.jsonl")
@@ -197,9 +197,21 @@ def test_the_playing_user_as_judge_says_the_same(world, done):
         assert line["emotions"] == dialogue["emotions"]
         for ours, message in zip(line["change_logprobs"], said, strict=True):
             assert ours == pytest.approx(message["change_logprobs"], abs=1e-4)
-        assert dialogue["measures"]["coordinate"].keys() == {"solution", "creative"}
-        assert len(dialogue["measures"]["replies"]) == dialogue["turns"]
     assert [line["change_logprobs"] for line in other_lines] != [line["change_logprobs"] for line in lines.values()]
+
+
+@pytest.mark.slow
+def test_measures_stand_with_the_dialogues(world, done):
+    out = world[0] / "measured"
+    shutil.copytree(done[1], out)
+    result = process(world, *arguments(world, f"--measures={world[0] / 'user'}", out="measured"))
+    assert result.returncode == 0, result.stderr
+    summary, dialogues = json.loads((out / "summary.json").read_text()), read(out / "dialogues.jsonl")
+    for dialogue, before in zip(dialogues, read(done[1] / "dialogues.jsonl"), strict=True):
+        measures = dialogue.pop("measures")
+        assert dialogue == before
+        assert measures["coordinate"].keys() == {"solution", "creative"}
+        assert len(measures["replies"]) == dialogue["turns"]
     assert summary["measures"]["coordinate/solution"]["n"] == 3
 
 
