@@ -1,9 +1,13 @@
 """Flags of the entry points, with help and with errors that say what to do."""
 
 import io
+import os
+import platform
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -41,10 +45,24 @@ def parse_flags(argv: Sequence[str], usage: str, define: Define) -> tuple[flags.
         raise ConfigError(_explained(error, argv)) from error
 
 
+def keep_compiled() -> None:
+    """Has compiled programs outlive the process, so that the next start of the same run takes seconds.
+
+    They lie in ~/.cache/rlver_jax/compiled, in a folder for each machine: a home may be shared by machines that cannot
+    run each other's. JAX_COMPILATION_CACHE_DIR names another folder; where it is empty, nothing is kept.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # JAX has read it
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "rlver_jax" / "compiled" / platform.node()))
+
+
 def config_from_flags(
     argv: Sequence[str], usage: str, define: Define | None = None
 ) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
     """Reads `--config=FILE[:ARG] [--config.a.b=v …]` and an entry point's own flags; see `parse_flags`.
+
+    Who reads a config is about to compile: programs are kept from here on (see `keep_compiled`).
 
     Returns:
         the config, not yet validated; the flags; what is no flag.
@@ -62,6 +80,7 @@ def config_from_flags(
             define(values)
 
     values, rest = parse_flags(argv, usage, define_all)
+    keep_compiled()
     if values.config is None:
         raise ConfigError("no --config was given; name one, e.g. --config=configs/base.py (--help lists all flags)")
     return values.config, values, rest

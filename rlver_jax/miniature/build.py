@@ -6,8 +6,8 @@
 An interrupted build goes on with the same command.
 
 The simulated user learns to appraise and answer from dialogues of the grammar, then once more also from what a policy
-said that was trained against it; the policy to reply in every style, on its topic most of the time, without knowing
-which style helps. Exit status: 0 done, and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad
+said that was trained against it; the policy to hear hints, then to reply in any style as if it didn't know which one
+helps. Exit status: 0 done, and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad
 usage.
 """
 
@@ -66,7 +66,7 @@ def build(out: Path, steps: Steps, console: Console) -> None:
         assets.write_profiles(out / name, people(count, seed=assets.SEED, held_out=held_out))
     for name, source, count, seed in (
         (assets.USER, recipe.user_batches(packer, USER_SEED), steps.user, USER_SEED),
-        (assets.POLICY, recipe.policy_batches(packer, POLICY_SEED), steps.policy, POLICY_SEED),
+        (assets.POLICY, recipe.policy_batches(packer, POLICY_SEED, steps.policy), steps.policy, POLICY_SEED),
     ):
         if not (out / name).exists():
             lm, _ = fit(model_for(tokenizer), source, count, console=console, name=name, seed=seed)

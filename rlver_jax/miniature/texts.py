@@ -34,9 +34,11 @@ HEARD = {
     "injected": 0.02,
     "empty": 0.01,
 }
-# What the policy says before it has learned anything: any style, often on another topic. Now and then it meets a hint:
-# reinforcement can only make more of what a policy already does at times.
-BASE = {"style": 0.42, "met": 0.15, "wrong_topic": 0.28, "platitude": 0.15}
+# What the policy learns first: to hear what people hint at. A model so small needs to see it often to see it at all.
+TAUGHT = {"met": 0.85, "style": 0.08, "wrong_topic": 0.05, "platitude": 0.02}
+# What it says before reinforcement: any style, often on another topic. It meets a hint no more often than by accident
+# and a little, as a large model that could: reinforcement can only make more of what a policy already does at times.
+BASE = {"style": 0.30, "met": 0.15, "wrong_topic": 0.37, "platitude": 0.18}
 
 
 @dataclasses.dataclass(frozen=True)
