@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rlver_jax.miniature import rule, texts, world
-from rlver_jax.miniature.world import FAMILY, HINTS, INTENTIONS, REPLIES, Person, Topic, people
+from rlver_jax.miniature.world import HINTS, INTENTIONS, REPLIES, Person, Topic, people
 from rlver_jax.profiles.schema import Profile
 
 PERSON = Person(0, "Mia", 30, "nurse", "calm", "low", Topic("boss", "exam"), "advice")
