@@ -11,6 +11,7 @@ helps. Exit status: 0 done, and every gate holds; 1 a gate doesn't, or a file is
 usage.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ from configs import base
 from rlver_jax import evaluation
 from rlver_jax.command_line import parse_flags
 from rlver_jax.config import ConfigError
-from rlver_jax.miniature import assets, check, recipe
+from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
 from rlver_jax.miniature.rows import Packer
 from rlver_jax.miniature.settings import miniature_config
@@ -52,6 +53,7 @@ class Steps(NamedTuple):
 
     user: int
     policy: int
+    base: int  # of the policy on what it is to say before reinforcement
     rl: int  # of the run whose text the user learns from; 0: it doesn't
     again: int  # of the user, on that text
 
@@ -64,13 +66,12 @@ def build(out: Path, steps: Steps, console: Console) -> None:
     assets.write_config(out)
     for name, count, held_out in ((assets.TRAIN, assets.TRAIN_COUNT, False), (assets.EVAL, assets.EVAL_COUNT, True)):
         assets.write_profiles(out / name, people(count, seed=assets.SEED, held_out=held_out))
-    for name, source, count, seed in (
-        (assets.USER, recipe.user_batches(packer, USER_SEED), steps.user, USER_SEED),
-        (assets.POLICY, recipe.policy_batches(packer, POLICY_SEED, steps.policy), steps.policy, POLICY_SEED),
-    ):
-        if not (out / name).exists():
-            lm, _ = fit(model_for(tokenizer), source, count, console=console, name=name, seed=seed)
-            save(out / name, lm, tokenizer)
+    if not (out / assets.USER).exists():
+        source = recipe.user_batches(packer, USER_SEED)
+        lm, _ = fit(model_for(tokenizer), source, steps.user, console=console, name=assets.USER, seed=USER_SEED)
+        save(out / assets.USER, lm, tokenizer)
+    if not (out / assets.POLICY).exists():
+        learn_policy(out, packer, steps, console)
     if steps.rl and not (out / assets.TRAINED).exists():
         learn_from_rl(out, packer, steps, console)
 
@@ -87,6 +88,18 @@ def save(folder: Path, lm: LM, tokenizer: Tokenizer) -> None:
     save_params(new, lm.params, lm.model.config)
     tokenizer.save(new)
     new.rename(folder)
+
+
+def learn_policy(out: Path, packer: Packer, steps: Steps, console: Console) -> None:
+    """A policy that has learned to hear hints, and then to make next to nothing of them."""
+    model, taught, tokenizer = model_for(packer.tokenizer), out / RUNS / assets.POLICY, packer.tokenizer
+    learn = functools.partial(fit, model, console=console, seed=POLICY_SEED)
+    if not taught.exists():
+        source = recipe.policy_batches(packer, POLICY_SEED, texts.TAUGHT)
+        save(taught, learn(source, steps.policy, name=assets.POLICY)[0], tokenizer)
+    source, start = recipe.policy_batches(packer, POLICY_SEED + 1, texts.BASE), load_params(taught, model)
+    name = f"{assets.POLICY}, as it begins"
+    save(out / assets.POLICY, learn(source, steps.base, name=name, learning_rate=5e-4, params=start)[0], tokenizer)
 
 
 def learn_from_rl(out: Path, packer: Packer, steps: Steps, console: Console) -> None:
@@ -144,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
         for field, count, what in (
             ("user", 2500, "of the simulated user"),
-            ("policy", 1500, "of the policy"),
+            ("policy", 1200, "of the policy on dialogues in which hints are met"),
+            ("base", 300, "of the policy on what it is to say before reinforcement"),
             ("rl", 60, "of each reinforcement run; 0: the user learns from the grammar only"),
             ("again", 400, "of the user on text of a reinforcement run"),
         ):
@@ -161,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             if (folder / assets.MANIFEST).exists():
                 raise ConfigError(f"{folder}: holds a finished miniature; name another folder")
-            steps = Steps(options.user_steps, options.policy_steps, options.rl_steps, options.again_steps)
+            steps = Steps(*(int(options[f"{field}_steps"].value or 0) for field in Steps._fields))
             build(folder, steps, console)
         with console.status("measuring"):
             found = check.measure(folder)

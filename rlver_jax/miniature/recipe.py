@@ -65,19 +65,15 @@ def user_batches(packer: Packer, seed: int, heard: Sequence[Dialogue] = ()) -> C
     return batches(make, (whole,) if heard else (Shape(3, 16, 448), Shape(3, 16, 448), whole), seed)
 
 
-def policy_batches(packer: Packer, seed: int, steps: int) -> Callable[[int], Rows]:
-    """What the policy learns from, both modes in turn: three quarters of the steps hints are met, then seldom."""
+def policy_batches(packer: Packer, seed: int, shares: dict[str, float]) -> Callable[[int], Rows]:
+    """What the policy learns from, both modes in turn; `shares` of the kinds of replies."""
     crowd = people(PEOPLE, seed=seed, held_out=False)
 
-    def source(shares: dict[str, float]) -> Callable[[int], Rows]:
-        def make(draw: random.Random, turns: int) -> Row:
-            mode = draw.choice(("think", "direct"))
-            return packer.policy(sample_dialogues(1, draw, crowd, shares, turns)[0], mode)
+    def make(draw: random.Random, turns: int) -> Row:
+        mode = draw.choice(("think", "direct"))
+        return packer.policy(sample_dialogues(1, draw, crowd, shares, turns)[0], mode)
 
-        return batches(make, (Shape(3, 16, 248), Shape(assets.TURNS, 8, 448)), seed)
-
-    taught, base = source(texts.TAUGHT), source(texts.BASE)
-    return lambda step: taught(step) if 4 * step < 3 * steps else base(step)
+    return batches(make, (Shape(3, 16, 248), Shape(assets.TURNS, 8, 448)), seed)
 
 
 def rl_dialogues(records: Sequence[Record], persons: dict[str, Person]) -> list[Dialogue]:

@@ -32,7 +32,7 @@ def run(module: str, *flags: str) -> subprocess.CompletedProcess:
 def built(tmp_path_factory):
     """(folder, flags that it was built with)."""
     folder = tmp_path_factory.mktemp("miniature") / "built"
-    flags = [f"--out={folder}", "--user_steps=20", "--policy_steps=10", "--rl_steps=0"]
+    flags = [f"--out={folder}", "--user_steps=20", "--policy_steps=10", "--base_steps=5", "--rl_steps=0"]
     result = run("miniature.build", *flags, f"--json={folder.parent / 'figures.json'}")
     assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
     return folder, flags
@@ -89,7 +89,7 @@ def test_the_user_learns_again_from_what_a_run_said(built, tmp_path, monkeypatch
     tokenizer = load_tokenizer(folder / assets.USER)
     packer = Packer(tokenizer, load_prompts("en", assets.PROMPTS))
     before = (folder / assets.USER / "model.safetensors").read_bytes()
-    build.learn_from_rl(folder, packer, build.Steps(0, 0, rl=1, again=2), Console(file=io.StringIO()))
+    build.learn_from_rl(folder, packer, build.Steps(0, 0, 0, rl=1, again=2), Console(file=io.StringIO()))
     assert (folder / "runs" / assets.USER / "model.safetensors").read_bytes() == before
     assert (folder / assets.USER / "model.safetensors").read_bytes() != before
     replies = check.read_replies(folder / assets.TRAINED)
