@@ -38,7 +38,7 @@ HEARD = {
 TAUGHT = {"met": 0.85, "style": 0.08, "wrong_topic": 0.05, "platitude": 0.02}
 # What it says before reinforcement: any style, often on another topic. It meets a hint no more often than by accident
 # and a little, as a large model that could: reinforcement can only make more of what a policy already does at times.
-BASE = {"style": 0.36, "met": 0.15, "wrong_topic": 0.33, "platitude": 0.16}
+BASE = {"style": 0.46, "met": 0.15, "wrong_topic": 0.25, "platitude": 0.14}
 
 
 @dataclasses.dataclass(frozen=True)
