@@ -25,6 +25,7 @@ from rlver_jax.learning.update import (
 )
 from rlver_jax.models.qwen2 import Params
 from rlver_jax.models.value_head import ValueHead
+from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
@@ -37,7 +38,7 @@ class Run:
     """What stays the same through a run."""
 
     config: ConfigDict
-    mesh: Mesh
+    mesh: Mesh  # of training; players.mesh is that of sampling
     players: Players  # with the policy that training starts from
     profiles: list[Profile]
     tokens: ProfileTokens
@@ -71,7 +72,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         max_turns=config.rollout.max_turns,
         initial_emotion=config.emotion.initial,
     )
-    players = Players.load(config, spec, mesh)
+    players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
     limits = players.check_limits(limits_of(config, spec, config.rollout.temperature))
     longest = max_length(players.tables[0], spec, tokens.first_talk.shape[1])

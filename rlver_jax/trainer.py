@@ -36,7 +36,7 @@ from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.sampling.cache import LM
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
-FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms")
+FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling")
 
 pack_batch = jax.jit(pack, static_argnums=(2, 4))
 
@@ -70,6 +70,7 @@ class Trainer:
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
         self.key = jax.random.key(config.train.seed)
+        self.sampling_copy = sampling_copy(run.players.policy.model, run.players.mesh)
         self.how = tuple(sorted(reward_settings(config).items()))
         self.checkpoints = Checkpoints(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -108,17 +109,18 @@ class Trainer:
         size = self.config.rollout.batch
         ids = [(number - 1) * size + i for i in range(size)]
         profiles = run.tokens.batch([index for index, _ in batch], ids)
-        players = self.players(state)
+        tables, spec = run.players.tables[0], run.players.spec
         with jax.transfer_guard("disallow"):
-            dialogues = players.play(profiles, self.key, run.limits)
-            rewards, longest = score(dialogues, players.tables[0], players.spec, self.how)
+            # The sampler's copy of the policy is let go before the update, which has no room for it.
+            dialogues = self.players(state).play(profiles, self.key, run.limits)
+            rewards, longest = score(dialogues, tables, spec, self.how)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         length = run.length_for(int(jax.device_get(longest)))
         began, played = max(began, self.last_finished), time.monotonic()
         with jax.transfer_guard("disallow"):
-            packed = pack_batch(dialogues, players.tables[0], players.spec, run.limits, length)
-            state, metrics = self.learn(state, packed, rewards, players.tables[0].grammar, self.key, run.reference)
+            packed = pack_batch(dialogues, tables, spec, run.limits, length)
+            state, metrics = self.learn(state, packed, rewards, tables.grammar, self.key, run.reference)
         times = {"time/rollout_s": played - began}
         metrics["tokens/padded"] = jnp.float32(packed.mask.size)
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
@@ -131,8 +133,7 @@ class Trainer:
     def players(self, state: TrainState) -> Players:
         """The run's players with the policy of this state."""
         model = self.run.players.policy.model
-        params = sampling_copy(state.params["policy"], model.dtype)
-        return dataclasses.replace(self.run.players, policy=LM(params, model))
+        return dataclasses.replace(self.run.players, policy=LM(self.sampling_copy(state.params["policy"]), model))
 
     def finish(self) -> None:
         """Fetches, checks and writes the figures of the pending step."""
@@ -246,5 +247,5 @@ def train(
             if config.eval.every:
                 profiles = evaluation.chosen_profiles(config)
                 warn_shared_personas(run.profiles, profiles)
-                held_out = evaluation.of_players(config, run.players, profiles, mesh, gold)
+                held_out = evaluation.of_players(config, run.players, profiles, gold)
         return trainer(config, folder, run, held_out, console).train(state)
