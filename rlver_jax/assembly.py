@@ -160,6 +160,15 @@ def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> Train
     whole = NamedSharding(mesh, PartitionSpec())
     spread = lambda x: len(x.sharding.device_set) == mesh.size  # noqa: E731
     trained = jax.tree.map(lambda x: x if spread(x) else jax.device_put(x, whole), trained)
+    where = state_shardings(trained, optimizers, mesh)
+    made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=where.opt_state)(trained)
+    zero = jax.device_put(jnp.int32(0), whole)
+    return TrainState(zero, trained, made, jnp.copy(zero))
+
+
+def state_shardings(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> TrainState:
+    """Where all leaves of a state lie, by its parameters: arrays, or ShapeDtypeStructs with shardings."""
+    whole = NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda x: x.sharding, trained)
     shapes = jax.eval_shape(lambda p: init_state(p, optimizers), trained)
     opt_state = {
@@ -172,6 +181,4 @@ def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> Train
         )
         for name in trained
     }
-    made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=opt_state)(trained)
-    zero = jax.device_put(jnp.int32(0), whole)
-    return TrainState(zero, trained, made, jnp.copy(zero))
+    return TrainState(whole, where, opt_state, whole)

@@ -278,6 +278,14 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
     if sampling_shape != training_shape:
         checks.append(("rollout.batch", "mesh_sampling", sampling_shape))
     checks.append(("eval.batch", checks[-1][1], sampling_shape))
+    parts = values["train.minibatches"] * values["train.microbatches"]
+    rows = training_shape[0] * training_shape[1]
+    if not batch % parts and not batch % rows and batch // parts % rows:
+        yield (
+            f"train.minibatches x train.microbatches = {parts}: leaves {batch // parts} of rollout.batch={batch} "
+            f"dialogues for mesh.replica x mesh.fsdp = {rows} devices at a time, which can't share them evenly; choose "
+            f"fewer parts, a larger mesh.tensor, or rollout.batch={parts * rows}"
+        )
     for field, name, shape in checks:
         rows = shape[0] * shape[1]
         if values[field] % rows:

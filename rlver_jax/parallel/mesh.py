@@ -32,10 +32,14 @@ def resolve_mesh_shape(
     if any(size == 0 or size < -1 for size in sizes.values()) or len(free) > 1:
         raise ValueError(f"{text}: each size must be at least 1, and at most one of them -1 (= whatever is left)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if num_devices % fixed or (not free and fixed != num_devices):
-        raise ValueError(f"{text}: product {fixed} does not make {num_devices} devices; set one to -1 to fill them")
     if free:
+        if num_devices % fixed:
+            raise ValueError(f"{text}: {num_devices} devices cannot be divided by {fixed}; choose a divisor")
         sizes[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        raise ValueError(
+            f"{text}: product {fixed}, but there are {num_devices} devices; set one size to -1 to fill them"
+        )
     return sizes["replica"], sizes["fsdp"], sizes["tensor"]
 
 
@@ -48,8 +52,8 @@ def resolve_sampling_shape(sizes: Mapping[str, int], training: Sequence[int]) ->
     Raises:
         ValueError: as `resolve_mesh_shape`.
     """
-    given = [sizes[axis] or size for axis, size in zip(AXES, training, strict=True)]
-    return resolve_mesh_shape(*given, math.prod(training), "mesh_sampling")
+    replica, fsdp, tensor = (sizes[axis] or size for axis, size in zip(AXES, training, strict=True))
+    return resolve_mesh_shape(replica, fsdp, tensor, math.prod(training), "mesh_sampling")
 
 
 def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -97,7 +101,9 @@ def sampling_mesh(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
 
 def make_sampling_mesh(training: Mapping[str, int], sampling: Mapping[str, int]) -> Mesh | None:
     """For programs that only play: the sampling mesh over all devices; None on a single one, which needs none."""
-    return sampling_mesh(make_mesh(**training), sampling) if jax.device_count() > 1 else None
+    if jax.device_count() == 1:
+        return None
+    return sampling_mesh(make_mesh(*(training[axis] for axis in AXES)), sampling)
 
 
 def batch_parts(mesh: Mesh | None) -> int:
