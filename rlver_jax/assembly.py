@@ -181,4 +181,4 @@ def state_shardings(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> Tra
         )
         for name in trained
     }
-    return TrainState(whole, where, opt_state, whole)
+    return TrainState(whole, where, opt_state, whole)  # type: ignore[arg-type]
