@@ -32,11 +32,11 @@ def init_kv_cache(config: Qwen2Config, batch: int, capacity: int, dtype: jnp.dty
     """Zeroed cache for `batch` rows of `capacity` slots."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     if scan_layers:
-        shape = (config.num_layers, *shape)
-        return laid_out(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+        k, v = (jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2))
+        return laid_out(KVCache(k, v))
     layers = range(config.num_layers)
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
-    return laid_out(KVCache(k, v))
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
+    return laid_out(KVCache(keys, values))
 
 
 def laid_out(cache: KVCache) -> KVCache:

@@ -103,7 +103,8 @@ def make_sampling_mesh(training: Mapping[str, int], sampling: Mapping[str, int])
     """For programs that only play: the sampling mesh over all devices; None on a single one, which needs none."""
     if jax.device_count() == 1:
         return None
-    return sampling_mesh(make_mesh(*(training[axis] for axis in AXES)), sampling)
+    replica, fsdp, tensor = (training[axis] for axis in AXES)
+    return sampling_mesh(make_mesh(replica, fsdp, tensor), sampling)
 
 
 def batch_parts(mesh: Mesh | None) -> int:
