@@ -155,16 +155,18 @@ def _backward(static: _Static, saved, cotangents):
         d_logits = d_logprob * (hit - p) - d_entropy * p * (log_p + entropy[:, None, None])
         d_logits = (d_logits / static.temperature).astype(hidden.dtype)
         product = {"preferred_element_type": wide(hidden.dtype)}
-        d_hidden += jnp.einsum("ntc,tcd->nd", d_logits, kernel, **product)
+        d_hidden += jnp.einsum("ntc,tcd->tnd", d_logits, kernel, **product)
         d_kernel = jnp.einsum("ntc,nd->tcd", d_logits, hidden, **product)
         old = jax.lax.dynamic_slice_in_dim(d_head, start, static.chunk, axis=1)
         new = (old.astype(d_kernel.dtype) + d_kernel).astype(d_head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)
 
-    zeros = jnp.zeros((shards, rows, head.shape[1]), head.dtype)
-    carry = (jnp.zeros(hidden.shape, wide(hidden.dtype)), rules.constrain(zeros, "vocab", None, "embed"))
+    # Each shard's part of d_hidden is added up by itself: they are summed over devices once, not for every chunk.
+    d_hidden = rules.constrain(jnp.zeros((shards, *hidden.shape), wide(hidden.dtype)), "vocab", "batch", None)
+    d_head = rules.constrain(jnp.zeros((shards, rows, head.shape[1]), head.dtype), "vocab", None, "embed")
+    carry = d_hidden, d_head
     d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
-    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None, None
+    return d_hidden.sum(0).astype(hidden.dtype), d_head.reshape(head.shape), None, None
 
 
 _chunked.defvjp(_forward, _backward)
