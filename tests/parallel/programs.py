@@ -24,10 +24,13 @@ from rlver_jax.sampling.grammar import Grammar
 
 # Sizes that no two axes share, so that a shape in the HLO says what it is.
 CONFIG = Qwen2Config(
-    vocab_size=2176, hidden_size=320, intermediate_size=704, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=48,
+    vocab_size=2176, hidden_size=320, intermediate_size=704, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=128,
     rope_theta=1e4,
 )  # fmt: skip
-MODEL = Qwen2(CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.float32, remat="full", attention="chunked", attention_chunk=96)
+VOCAB_CHUNK = 136
+MODEL = Qwen2(
+    CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.float32, remat="full", attention="chunked", attention_chunk=96
+)
 
 
 def placed(shapes, places):
@@ -49,30 +52,30 @@ def rows(mesh: Mesh, shape, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(axes, shape, mesh))
 
 
-def key_of(mesh: Mesh, rows_of_keys: int | None = None):
-    shape = () if rows_of_keys is None else (rows_of_keys,)
+def key_of(*shape: int):
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shape))
 
 
-def grammar_of(mesh: Mesh, vocab: int = CONFIG.vocab_size) -> Grammar:
-    table = whole(mesh, (7, vocab), jnp.int16)
-    return Grammar(table, whole(mesh, (7, vocab), jnp.bool_), 3, 5, 6, whole(mesh, (0,), jnp.int32))
+def grammar_of(mesh: Mesh) -> Grammar:
+    shape = (7, CONFIG.vocab_size)
+    return Grammar(whole(mesh, shape, jnp.int16), whole(mesh, shape, jnp.bool_), 3, 5, 6, whole(mesh, (0,), jnp.int32))
 
 
-def lower_update(mesh: Mesh, *, batch: int, length: int, model: Qwen2 = MODEL, microbatches: int = 1, chunk: int = 136):
-    """PPO with a critic of its own, and a KL penalty."""
-    learner = Learner(
-        model, model, ValueHead(), Loss(kl=0.1), vocab_chunk=chunk, vocab_shards=mesh.shape["tensor"]
-    )  # fmt: skip
+def lower_update(mesh: Mesh, *, batch: int, length: int, ppo: bool, microbatches: int = 1):
+    """GRPO; or PPO with a critic of its own, and a KL penalty."""
+    model, shards = MODEL, mesh.shape["tensor"]
+    options = Loss(kl=0.1 if ppo else 0.0)
+    trunk, head = (model, ValueHead()) if ppo else (None, None)
+    learner = Learner(model, trunk, head, options, vocab_chunk=VOCAB_CHUNK, vocab_shards=shards)
     adam = make_optimizer(
         learning_rate=1e-4, warmup_steps=3, grad_clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0,
         moment_dtype="bfloat16",
     )  # fmt: skip
-    setup = Setup(learner, Advantage(), Schedule(microbatches=microbatches), Optimizers(adam, adam))
-    width = model.config.hidden_size
-    head = {"kernel": whole(mesh, (width,), jnp.float32), "bias": whole(mesh, (), jnp.float32)}
+    advantage = Advantage() if ppo else Advantage("grpo", group=4)
+    setup = Setup(learner, advantage, Schedule(microbatches=microbatches), Optimizers(adam, adam if ppo else None))
     params = params_of(model, mesh)
-    trained = {"policy": params, "critic": {"trunk": params, "head": head}}
+    value_head = {"kernel": whole(mesh, (CONFIG.hidden_size,), jnp.float32), "bias": whole(mesh, (), jnp.float32)}
+    trained = {"policy": params} | ({"critic": {"trunk": params, "head": value_head}} if ppo else {})
     shapes = jax.eval_shape(lambda p: init_state(p, setup.optimizers), trained)
     state = placed(shapes, state_shardings(trained, setup.optimizers, mesh))
     grid = {"mask": jnp.bool_, "logprob": jnp.float32}
@@ -81,13 +84,13 @@ def lower_update(mesh: Mesh, *, batch: int, length: int, model: Qwen2 = MODEL, m
     packed = PackedBatch(count=rows(mesh, (batch,), jnp.int32), **arrays)
     rewards = Rewards(rows(mesh, (batch,), jnp.float32), rows(mesh, (batch, 4), jnp.float32))
     with jax.set_mesh(mesh):
-        return compile_step(setup, state).lower(state, packed, rewards, grammar_of(mesh), key_of(mesh), params)
+        return compile_step(setup, state).lower(state, packed, rewards, grammar_of(mesh), key_of(), *[params] * ppo)
 
 
-def lower_decode(mesh: Mesh, *, batch: int, capacity: int, model: Qwen2 = MODEL):
+def lower_decode(mesh: Mesh, *, batch: int, capacity: int, dtype=jnp.bfloat16):
     """One generation: the decode loop."""
-    like = sampling_params(model, mesh)
-    lm = LM(like, model)
+    model = MODEL.clone(dtype=dtype)
+    lm = LM(sampling_params(model, mesh), model)
 
     def speak(lm: LM, keys, grammar: Grammar, lengths):
         cache = init_cache(lm, batch, capacity).replace(length=lengths)
@@ -98,7 +101,7 @@ def lower_decode(mesh: Mesh, *, batch: int, capacity: int, model: Qwen2 = MODEL)
         )  # fmt: skip
 
     with jax.set_mesh(mesh):
-        return jax.jit(speak).lower(lm, key_of(mesh, batch), grammar_of(mesh), rows(mesh, (batch,), jnp.int32))
+        return jax.jit(speak).lower(lm, key_of(batch), grammar_of(mesh), rows(mesh, (batch,), jnp.int32))
 
 
 class Op(NamedTuple):
@@ -109,8 +112,10 @@ class Op(NamedTuple):
     inside: bool  # of a loop's body, or of what that calls
     line: str
 
-    def sizes(self) -> list[int]:
-        return [int(np.prod(dims)) for _, dims in self.shapes]
+    @property
+    def largest(self) -> int:
+        """Elements of the largest result."""
+        return max((int(np.prod(dims)) for _, dims in self.shapes), default=0)
 
 
 SHAPE = re.compile(r"\b(pred|[subf]\w*\d)\[([\d,]*)\]")
@@ -157,5 +162,3 @@ def collectives(ops: list[Op]) -> list[Op]:
 def lower_copy(training: Mesh, sampling: Mesh, model: Qwen2 = MODEL):
     """The policy's way from the training mesh to the sampling mesh."""
     return sampling_program(sampling_params(model, sampling)).lower(params_of(model, training))
-
-
