@@ -184,6 +184,8 @@ class Trainer:
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or the given one; and its number of steps."""
+        if self.checkpoints.steps():
+            state = give_up(state)  # two states at once may not fit the devices
         found = self.checkpoints.restore(state, report=lambda text: self.console.print(text, highlight=False))
         if found is None:
             self.folder.drop_after(0)
@@ -208,6 +210,14 @@ class Trainer:
         with contextlib.closing(self.writer), TrainingProgress(self.console, self.config.train.steps, done) as progress:
             self.progress = progress
             yield
+
+
+def give_up(state: TrainState) -> TrainState:
+    """Frees a state's arrays; returns their shapes, dtypes and places, for another state to be read into."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return like
 
 
 @contextlib.contextmanager
