@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import ConfigError, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues, PlayLimits
-from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
@@ -121,17 +121,17 @@ def load(
     Raises:
         ValueError, OSError: a model cannot be loaded, or a profile doesn't fit the context.
     """
-    if mesh is None and jax.device_count() > 1:
-        mesh = make_mesh(**config.mesh)
+    if mesh is None:
+        mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     players = Players.load(config, eval_spec(config), mesh, policy_weights)
-    return of_players(config, players, profiles, mesh, gold)
+    return of_players(config, players, profiles, gold)
 
 
 def of_players(
-    config: ConfigDict, players: Players, profiles: Sequence[Profile], mesh: Mesh | None, gold: Gold | None = None
+    config: ConfigDict, players: Players, profiles: Sequence[Profile], gold: Gold | None = None
 ) -> Evaluation:
     """An evaluation by players who are there already; raises ValueError as `load` does."""
-    rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
+    rows = batch_parts(players.mesh)
     players = dataclasses.replace(players, spec=eval_spec(config))
     limits = players.check_limits(limits_of(config, players.spec, config.eval.temperature))
     # No wider than there are profiles: padding rows cost as much as playing ones.
