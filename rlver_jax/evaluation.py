@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import ConfigError, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues, PlayLimits
+from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
@@ -52,6 +53,7 @@ class Evaluation:
     limits: PlayLimits
     batch: int
     gold: Gold | None = None
+    mesh: Mesh | None = None
 
     def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
         """Plays dialogues by number: of N profiles, dialogue i is one with profile i mod N."""
@@ -64,10 +66,10 @@ class Evaluation:
             yield records, costs
 
     def play(self, numbers: Sequence[int]) -> Dialogues:
-        """At most `batch` dialogues by number; on the host, padding rows included."""
-        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch)
+        """At most `batch` dialogues by number; on the host (every process's), padding rows included."""
+        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch, self.mesh)
         key = jax.random.key(self.config.eval.seed)
-        return jax.device_get(self.players.play(wanted, key, self.limits))
+        return distributed.fetch(self.players.play(wanted, key, self.limits))
 
     def play_all(self) -> list[Record]:
         """Records of all profiles, in their order."""
@@ -136,7 +138,7 @@ def of_players(
     limits = players.check_limits(limits_of(config, players.spec, config.eval.temperature))
     # No wider than there are profiles: padding rows cost as much as playing ones.
     batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
-    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold)
+    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold, mesh)
 
 
 def eval_spec(config: ConfigDict) -> Any:
