@@ -22,6 +22,7 @@
 set -eEuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly FOLDER=rlver_jax_pod  # in each worker's home; as in pod_worker.sh
+readonly SCRIPT=$FOLDER/source/launch/pod_worker.sh
 PACKAGE=(setup.py pyproject.toml README.md rlver_jax configs launch)
 
 usage() {
@@ -70,7 +71,7 @@ on_workers() {
 
 # worker WORDS…: calls pod_worker.sh on all workers.
 worker() {
-  on_workers "bash $FOLDER/source/launch/pod_worker.sh $(printf '%q ' "$@")"
+  on_workers "[ -e $SCRIPT ] || { echo \"\$(hostname): nothing was started here\" >&2; exit 1; }; bash $SCRIPT $(printf '%q ' "$@")"
 }
 
 copy_package() {
@@ -91,7 +92,7 @@ failed() {
 
 start() {
   # Before the copy: a running command must not lose its files.
-  on_workers "! [ -e $FOLDER/source/launch/pod_worker.sh ] || bash $FOLDER/source/launch/pod_worker.sh free"
+  on_workers "! [ -e $SCRIPT ] || bash $SCRIPT free"
   [ -z "$setup" ] || on_workers "$setup"
   copy_package
   worker install ${PYTHON:+"$PYTHON"}
