@@ -121,10 +121,11 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
     distributed.join(options)
-    alone = [name for name in ("judge", "measures") if options[name].value] + ["remote"] * bool(endpoint_sides(config))
+    alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]
+    alone += [f"remote.{side}.url" for side in endpoint_sides(config)]
     if jax.process_count() > 1 and alone:
         raise ConfigError(
-            f"--{alone[0]}: works in one process, but there are {jax.process_count()}; play here, and judge afterwards "
+            f"{alone[0]}: works in one process, but there are {jax.process_count()}; play here, and judge afterwards "
             f"with evaluate --from={options.out}/dialogues.jsonl in a process alone"
         )
     return config, options

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import flatten
+from rlver_jax.config import PATHS, flatten
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
 
@@ -54,8 +54,7 @@ class RunFolder:
         """
         folder = cls(Path(path))
         new = json.loads(json.dumps(flatten(config)))  # tuples become lists, as in the file
-        distributed.check_same("the config", new)
-        distributed.check_same("--workdir", str(path))
+        distributed.check_same("the config", {name: value for name, value in new.items() if name not in PATHS})
         distributed.from_main(lambda: folder._take(new, config.train.steps, free_fields))
         distributed.together(folder._check_shared)
         return folder

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,18 +11,10 @@ from pathlib import Path
 import orbax.checkpoint
 import pytest
 
-from configs import debug
-
-from ..test_trainer import policy_of, records_of, rows_of, same
+from ..parallel.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, STANDIN = ROOT / "launch" / "tpu_pod.sh", Path(__file__).parent / "standin"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 class Pod:
@@ -106,7 +97,9 @@ def test_a_command_on_two_workers_from_start_to_stop(pod):
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); print('ready', flush=True); time.sleep(100)"
     )
     assert "worker-1: nothing was started here" in pod.call("pod", "--status", status=1)
-    printed = pod.call("pod", "--setup=mkdir -p was_set_up", "--", "python", "-c", code, "two words", "--workdir=gs://bucket/run")
+    printed = pod.call(
+        "pod", "--setup=mkdir -p was_set_up", "--", "python", "-c", code, "two words", "--workdir=gs://bucket/run"
+    )
     assert "worker-0: started python" in printed
     assert "worker-1: started python" in printed
     until = time.monotonic() + 30

@@ -1,6 +1,6 @@
-"""One of several processes of test_distributed.py: goes through what parallel/distributed.py offers and tells what it saw.
+"""One of the processes of test_distributed.py: goes through what parallel/distributed.py offers, tells what it saw.
 
-    python -m tests.parallel.member --coordinator=… --processes=2 --process=0|1
+python -m tests.parallel.member --coordinator=… --processes=2 --process=0|1
 """
 
 import sys
