@@ -36,7 +36,7 @@ from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.sampling.cache import LM
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
-FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms")
+FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling")
 
 pack_batch = jax.jit(pack, static_argnums=(2, 4))
 
