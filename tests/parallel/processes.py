@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles faster, runs slower
 
 
 def free_port() -> int:
@@ -67,7 +68,7 @@ class Member:
 @contextlib.contextmanager
 def processes(count: int, devices: int, *words: str, **environ: str) -> Iterator[list[Member]]:
     """`python -m WORDS…` in `count` processes with so many fake devices each, that know how to find each other."""
-    environ |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environ |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"}
     port, members = free_port(), []
     try:
         for index in range(count):
