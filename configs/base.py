@@ -187,4 +187,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.replica = 1  # copies of the weights, e.g. one a TPU slice
     c.mesh.fsdp = -1  # devices over which weights and batch are split; -1: all that are left
     c.mesh.tensor = 1  # devices over which heads, MLP columns and vocabulary are split
+
+    c.mesh_sampling = ConfigDict()  # the same devices while dialogues are played (docs/pods.md); 0: as in mesh
+    c.mesh_sampling.replica = 0  # copies of both models' weights; with fsdp 1 no decode step gathers weights
+    c.mesh_sampling.fsdp = 0  # as mesh.fsdp; -1 here or above: all that are left
+    c.mesh_sampling.tensor = 0  # as mesh.tensor
     return c

@@ -25,6 +25,7 @@ from rlver_jax.learning.update import (
 )
 from rlver_jax.models.qwen2 import Params
 from rlver_jax.models.value_head import ValueHead
+from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
@@ -37,7 +38,7 @@ class Run:
     """What stays the same through a run."""
 
     config: ConfigDict
-    mesh: Mesh
+    mesh: Mesh  # of training; players.mesh is that of sampling
     players: Players  # with the policy that training starts from
     profiles: list[Profile]
     tokens: ProfileTokens
@@ -71,7 +72,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         max_turns=config.rollout.max_turns,
         initial_emotion=config.emotion.initial,
     )
-    players = Players.load(config, spec, mesh)
+    players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
     limits = players.check_limits(limits_of(config, spec, config.rollout.temperature))
     longest = max_length(players.tables[0], spec, tokens.first_talk.shape[1])
@@ -159,6 +160,15 @@ def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> Train
     whole = NamedSharding(mesh, PartitionSpec())
     spread = lambda x: len(x.sharding.device_set) == mesh.size  # noqa: E731
     trained = jax.tree.map(lambda x: x if spread(x) else jax.device_put(x, whole), trained)
+    where = state_shardings(trained, optimizers, mesh)
+    made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=where.opt_state)(trained)
+    zero = jax.device_put(jnp.int32(0), whole)
+    return TrainState(zero, trained, made, jnp.copy(zero))
+
+
+def state_shardings(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> TrainState:
+    """Where all leaves of a state lie, by its parameters: arrays, or ShapeDtypeStructs with shardings."""
+    whole = NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda x: x.sharding, trained)
     shapes = jax.eval_shape(lambda p: init_state(p, optimizers), trained)
     opt_state = {
@@ -171,6 +181,4 @@ def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> Train
         )
         for name in trained
     }
-    made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=opt_state)(trained)
-    zero = jax.device_put(jnp.int32(0), whole)
-    return TrainState(zero, trained, made, jnp.copy(zero))
+    return TrainState(whole, where, opt_state, whole)  # type: ignore[arg-type]

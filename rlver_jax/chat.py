@@ -27,7 +27,7 @@ from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.evaluation import chosen_profiles, eval_spec
-from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import Players, limits_of, load_model
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.trained import take_checkpoint
@@ -91,7 +91,7 @@ def _profile(profiles: Sequence[Profile], wanted: str) -> Profile:
 
 
 def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profile, weights: Any) -> Conversation:
-    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     spec = eval_spec(config)
     if options.side == "user":
         # The person makes up the first words: the model need not.
@@ -102,7 +102,7 @@ def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profil
         user, tokenizer = load_model(config.user, "user", mesh)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
         how = {"style": config.user.style, "scenario": config.user.scenario}
-        players = Players.build(user, user, tokenizer, prompts, spec, **how)
+        players = Players.build(user, user, tokenizer, prompts, spec, mesh, **how)
     limits = limits_of(config, spec, config.eval.temperature)
     seed = secrets.randbits(31) if options.seed is None else options.seed
     return Conversation(players, profile, limits, seed)

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
+from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy.dtype": ("bfloat16", "float32"),
     "policy.param_dtype": ("bfloat16", "float32"),
@@ -271,25 +273,32 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
         )
     if num_devices is None:
         return
-    sizes = {axis: values[f"mesh.{axis}"] for axis in ("replica", "fsdp", "tensor")}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size != -1 else 1
-    text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
-        yield f"{text}: each size must be at least 1, at most one of them -1 (= whatever is left)"
-    elif num_devices % fixed or (not free and fixed != num_devices):
-        yield f"{text}: product {fixed} does not make {num_devices} devices; set one of them to -1 to fill them"
-    else:
-        sizes |= dict.fromkeys(free, num_devices // fixed)
-        rows = sizes["replica"] * sizes["fsdp"]
-        for name in ("rollout.batch", "eval.batch"):
-            if values[name] % rows:
-                yield (
-                    f"{name}={values[name]}: must be a multiple of mesh.replica x mesh.fsdp = {rows}, which split the "
-                    f"batch; choose {-(-values[name] // rows) * rows}, or a smaller mesh.fsdp"
-                )
+    mesh, sampling = ({axis: values[f"{name}.{axis}"] for axis in AXES} for name in ("mesh", "mesh_sampling"))
+    try:
+        training_shape = resolve_mesh_shape(**mesh, num_devices=num_devices)
+        sampling_shape = resolve_sampling_shape(sampling, training_shape)
+    except ValueError as error:
+        yield str(error)
+        return
+    checks = [("rollout.batch", "mesh", training_shape)]
+    if sampling_shape != training_shape:
+        checks.append(("rollout.batch", "mesh_sampling", sampling_shape))
+    checks.append(("eval.batch", checks[-1][1], sampling_shape))
+    parts = values["train.minibatches"] * values["train.microbatches"]
+    rows = training_shape[0] * training_shape[1]
+    if not batch % parts and not batch % rows and batch // parts % rows:
+        yield (
+            f"train.minibatches x train.microbatches = {parts}: leaves {batch // parts} of rollout.batch={batch} "
+            f"dialogues for mesh.replica x mesh.fsdp = {rows} devices at a time, which can't share them evenly; choose "
+            f"fewer parts, a larger mesh.tensor, or rollout.batch={parts * rows}"
+        )
+    for field, name, shape in checks:
+        rows = shape[0] * shape[1]
+        if values[field] % rows:
+            yield (
+                f"{field}={values[field]}: must be a multiple of {name}.replica x {name}.fsdp = {rows}, which split "
+                f"the batch; choose {-(-values[field] // rows) * rows}, or a larger {name}.tensor"
+            )
 
 
 def _paths(values: dict[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlver_jax.parallel import rules
 from rlver_jax.sampling.cache import LM, Cache, append, init_cache, join, repeat_rows, rollback
 from rlver_jax.sampling.decode import KEEP_ALL, Generated, Limits, Truncation, generate
 from rlver_jax.sampling.grammar import Grammar, free_text, thought_then_say, whitespace_tokens
@@ -334,6 +335,7 @@ def sample_dialogues(
         key: of the run; each dialogue folds its own id into it, so its course doesn't depend on its batch.
         limits: lengths and temperatures, at most what `spec` is compiled for.
     """
+    profiles = rules.constrain_rows(profiles)
     policy_cache, user_cache, reply, prefix = open_dialogues(policy, user, tables, profiles, key, spec, limits)
     batch = profiles.active.shape[0]
     row_keys = jax.vmap(dialogue_key, (None, 0))(key, profiles.dialogue_ids)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config import ConfigError, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues, PlayLimits
 from rlver_jax.parallel import distributed
-from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
@@ -53,7 +53,6 @@ class Evaluation:
     limits: PlayLimits
     batch: int
     gold: Gold | None = None
-    mesh: Mesh | None = None
 
     def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
         """Plays dialogues by number: of N profiles, dialogue i is one with profile i mod N."""
@@ -67,7 +66,7 @@ class Evaluation:
 
     def play(self, numbers: Sequence[int]) -> Dialogues:
         """At most `batch` dialogues by number; on the host (every process's), padding rows included."""
-        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch, self.mesh)
+        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch, self.players.mesh)
         key = jax.random.key(self.config.eval.seed)
         return distributed.fetch(self.players.play(wanted, key, self.limits))
 
@@ -123,22 +122,22 @@ def load(
     Raises:
         ValueError, OSError: a model cannot be loaded, or a profile doesn't fit the context.
     """
-    if mesh is None and jax.device_count() > 1:
-        mesh = make_mesh(**config.mesh)
+    if mesh is None:
+        mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     players = Players.load(config, eval_spec(config), mesh, policy_weights)
-    return of_players(config, players, profiles, mesh, gold)
+    return of_players(config, players, profiles, gold)
 
 
 def of_players(
-    config: ConfigDict, players: Players, profiles: Sequence[Profile], mesh: Mesh | None, gold: Gold | None = None
+    config: ConfigDict, players: Players, profiles: Sequence[Profile], gold: Gold | None = None
 ) -> Evaluation:
     """An evaluation by players who are there already; raises ValueError as `load` does."""
-    rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
+    rows = batch_parts(players.mesh)
     players = dataclasses.replace(players, spec=eval_spec(config))
     limits = players.check_limits(limits_of(config, players.spec, config.eval.temperature))
     # No wider than there are profiles: padding rows cost as much as playing ones.
     batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
-    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold, mesh)
+    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold)
 
 
 def eval_spec(config: ConfigDict) -> Any:

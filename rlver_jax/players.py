@@ -1,7 +1,7 @@
 """Both sides of the table, ready to play: models, one tokenizer, prompts, and profiles in tokens."""
 
+import contextlib
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
@@ -26,7 +25,8 @@ from rlver_jax.dialogue import (
 )
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.qwen2 import Params, Qwen2, init_params
+from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
+from rlver_jax.parallel import rules
 from rlver_jax.parallel.distributed import rows_on
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
@@ -94,23 +94,47 @@ def load_model(
     return LM(params, model), load_tokenizer(config.path)
 
 
-def sampling_copy(params: Params, dtype: DTypeLike) -> Params:
-    """Parameters as the sampler reads them at every token: weight matrices rounded to the dtype of its products.
+def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
+    """What the sampler reads at every token, as ShapeDtypeStructs: weight matrices in the dtype of its products.
 
-    The model would round them there anyway, so nothing that it says changes. Where there is nothing to round these are
-    the parameters themselves: no second copy of a model.
+    Args:
+        mesh: that dialogues are played on; None: the structs say nothing of where.
     """
-    matrices = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if _is_matrix(path)]
-    return params if all(x.dtype == dtype for x in matrices) else _rounded(params, dtype)
+    shapes, axes = abstract_params(model)
+    places = jax.tree.map(lambda _: None, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
+
+    def one(path: Any, x: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, model.dtype if _is_matrix(path) else x.dtype, sharding=place)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, places)
+
+
+def sampling_program(like: Params) -> Callable[[Params], Params]:
+    """The jitted copy of parameters to what `sampling_params` describes: rounded, and resharded where a mesh is named.
+
+    The two meshes must hold the same devices in the same order (`parallel.mesh.sampling_mesh`).
+    """
+    places = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(lambda params: jax.tree.map(lambda x, y: x.astype(y.dtype), params, like), out_shardings=places)
+
+
+def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], Params]:
+    """What makes a model's parameters ready for the sampler; see `sampling_params`.
+
+    The model would round weight matrices at every token anyway, so nothing that it says changes. Parameters that are
+    ready already are returned themselves: no second copy of a model.
+    """
+    like = sampling_params(model, mesh)
+    copy = sampling_program(like)
+
+    def is_ready(x: Array, y: jax.ShapeDtypeStruct) -> bool:
+        return x.dtype == y.dtype and (y.sharding is None or y.sharding.is_equivalent_to(x.sharding, x.ndim))
+
+    return lambda params: params if all(jax.tree.leaves(jax.tree.map(is_ready, params, like))) else copy(params)
 
 
 def _is_matrix(path: Any) -> bool:
     return path[-1].key in ("kernel", "lm_head")
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _rounded(params: Params, dtype: DTypeLike) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if _is_matrix(path) else x, params)
 
 
 def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
@@ -207,36 +231,59 @@ class Players:
     style: str
     scenario: str
     spec: Spec
+    mesh: Mesh | None = None  # that dialogues are played on
 
     @classmethod
-    def build(cls, policy: LM, user: LM, tokenizer: Tokenizer, prompts: Prompts, spec: Spec, **how: str) -> "Players":
+    def build(
+        cls,
+        policy: LM,
+        user: LM,
+        tokenizer: Tokenizer,
+        prompts: Prompts,
+        spec: Spec,
+        mesh: Mesh | None = None,
+        **how: str,
+    ) -> "Players":
         """Players from loaded models; `how` holds the user's `style` and `scenario`."""
         tables = (
             build_policy_tables(tokenizer, prompts, policy.model.config.vocab_size, spec),
             build_user_tables(tokenizer, prompts, user.model.config.vocab_size),
         )
-        return cls(policy, user, tokenizer, prompts, tables, spec=spec, **how)
+        if mesh is not None:
+            tables = jax.device_put(tables, NamedSharding(mesh, PartitionSpec()))
+        return cls(policy, user, tokenizer, prompts, tables, spec=spec, mesh=mesh, **how)
 
     @classmethod
     def load(
-        cls, config: ConfigDict, spec: Spec, mesh: Mesh | None = None, policy_weights: Weights | None = None
+        cls,
+        config: ConfigDict,
+        spec: Spec,
+        mesh: Mesh | None = None,
+        policy_weights: Weights | None = None,
+        policy_mesh: Mesh | None = None,
     ) -> "Players":
         """Players of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
+
+        Args:
+            mesh: that dialogues are played on; both models are loaded onto it.
+            policy_mesh: that the policy is loaded onto instead, for training; `sampling_copy` brings it over.
 
         Raises:
             ValueError: the two models have different tokenizers, or one of them cannot be loaded.
         """
-        policy, tokenizer = load_model(config.policy, "policy", mesh, policy_weights)
+        policy, tokenizer = load_model(config.policy, "policy", policy_mesh or mesh, policy_weights)
         shared = [name for name in config.user if name in config.policy]
         same = (
             policy_weights is None
+            and policy_mesh in (None, mesh)
             and config.user.init == "path"
             and all(config.policy[name] == config.user[name] for name in shared)
         )
         user, other = (policy, tokenizer) if same else load_model(config.user, "user", mesh)
         check_tokenizers(tokenizer, other)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
-        return cls.build(policy, user, tokenizer, prompts, spec, style=config.user.style, scenario=config.user.scenario)
+        how = {"style": config.user.style, "scenario": config.user.scenario}
+        return cls.build(policy, user, tokenizer, prompts, spec, mesh, **how)
 
     def prefix(self, profile: Profile) -> list[int]:
         """What the user reads before the first turn: its system prompt, the cue, the opening of its message."""
@@ -288,7 +335,8 @@ class Players:
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits) -> Dialogues:
         """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
-        return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
 
     def check_limits(self, limits: PlayLimits) -> PlayLimits:
         """The limits, if they are none above what the sampler is compiled for.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from rlver_jax.dialogue import room_needed
 from rlver_jax.endpoint.answers import AnswerCache
 from rlver_jax.endpoint.client import Client, Endpoint
 from rlver_jax.evaluation import Batch, Gold, eval_spec, scores
-from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.players import WIDTH_STEP, Players, Weights, emotion_rules, limits_of, load_model
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rewards import reward
@@ -209,13 +208,13 @@ def _device_side(
     config: ConfigDict, profiles: Sequence[Profile], side: str, policy_weights: Weights | None
 ) -> tuple[int, dict[str, Any]]:
     """(rows of a batch, {side: what makes it for a batch}). The model stands in for the other side, which is unused."""
-    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
-    rows = 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
+    mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
+    rows = batch_parts(mesh)
     batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
     lm, tokenizer = load_model(config[side], side, mesh, policy_weights if side == "policy" else None)
     prompts, spec = load_prompts(config.data.language, config.user.prompts or None), eval_spec(config)
     how = {"style": config.user.style, "scenario": config.user.scenario}
-    players = Players.build(lm, lm, tokenizer, prompts, spec, **how)
+    players = Players.build(lm, lm, tokenizer, prompts, spec, mesh, **how)
     limits = players.check_limits(limits_of(config, spec, config.eval.temperature))
     seed = config.eval.seed
     if side == "user":

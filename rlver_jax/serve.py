@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -28,7 +27,7 @@ from rich.console import Console
 from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, validate
-from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import load_model, sampling_copy
 from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.sampling.cache import LM
@@ -99,9 +98,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine:
-    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     lm, tokenizer = load_model(config.policy, "policy", mesh, weights)
-    lm = LM(sampling_copy(lm.params, jnp.dtype(config.policy.dtype)), lm.model)
+    lm = LM(sampling_copy(lm.model, mesh)(lm.params), lm.model)
     context = options.context or config.rollout.context
     return Engine(lm, tokenizer, rows=options.rows, context=context, block=options.block, queue=options.queue)
 

@@ -70,6 +70,7 @@ class Trainer:
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
         self.key = jax.random.key(config.train.seed)
+        self.sampling_copy = sampling_copy(run.players.policy.model, run.players.mesh)
         self.how = tuple(sorted(reward_settings(config).items()))
         self.checkpoints = Checkpoints(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -109,18 +110,19 @@ class Trainer:
         batch = run.reader.next_batch()
         size = self.config.rollout.batch
         ids = [(number - 1) * size + i for i in range(size)]
-        profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.mesh)
-        players = self.players(state)
+        profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.players.mesh)
+        tables, spec = run.players.tables[0], run.players.spec
         with jax.transfer_guard("disallow"):
-            dialogues = players.play(profiles, self.key, run.limits)
-            rewards, longest = score(dialogues, players.tables[0], players.spec, self.how)
+            # The sampler's copy of the policy is let go before the update, which has no room for it.
+            dialogues = self.players(state).play(profiles, self.key, run.limits)
+            rewards, longest = score(dialogues, tables, spec, self.how)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         length = run.length_for(int(jax.device_get(longest)))
         began, played = max(began, self.last_finished), time.monotonic()
         with jax.transfer_guard("disallow"):
-            packed = pack_batch(dialogues, players.tables[0], players.spec, run.limits, length)
-            state, metrics = self.learn(state, packed, rewards, players.tables[0].grammar, self.key, run.reference)
+            packed = pack_batch(dialogues, tables, spec, run.limits, length)
+            state, metrics = self.learn(state, packed, rewards, tables.grammar, self.key, run.reference)
         times = {"time/rollout_s": played - began}
         metrics["tokens/padded"] = jnp.float32(packed.mask.size)
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
@@ -133,8 +135,7 @@ class Trainer:
     def players(self, state: TrainState) -> Players:
         """The run's players with the policy of this state."""
         model = self.run.players.policy.model
-        params = sampling_copy(state.params["policy"], model.dtype)
-        return dataclasses.replace(self.run.players, policy=LM(params, model))
+        return dataclasses.replace(self.run.players, policy=LM(self.sampling_copy(state.params["policy"]), model))
 
     def finish(self) -> None:
         """Fetches, checks and writes the figures of the pending step; every process checks, one writes."""
@@ -190,6 +191,8 @@ class Trainer:
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or the given one; and its number of steps."""
+        if self.checkpoints.steps():
+            state = give_up(state)  # two states at once may not fit the devices
         found = self.checkpoints.restore(state, report=lambda text: self.console.print(text, highlight=False))
         if found is None:
             if distributed.is_main():
@@ -221,6 +224,14 @@ class Trainer:
             yield
 
 
+def give_up(state: TrainState) -> TrainState:
+    """Frees a state's arrays; returns their shapes, dtypes and places, for another state to be read into."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return like
+
+
 def train(
     config: ConfigDict,
     workdir: str | Path,
@@ -247,5 +258,5 @@ def train(
             if config.eval.every:
                 profiles = evaluation.chosen_profiles(config)
                 warn_shared_personas(run.profiles, profiles)
-                held_out = evaluation.of_players(config, run.players, profiles, mesh, gold)
+                held_out = evaluation.of_players(config, run.players, profiles, gold)
         return trainer(config, folder, run, held_out, console).train(state)

@@ -81,9 +81,14 @@ def test_faults(fields, parts):
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"mesh__fsdp": 3}, ["mesh.fsdp=3", "product 3 does not make 8 devices"]),
+        ({"mesh__fsdp": 3}, ["mesh.fsdp=3", "product 3, but there are 8 devices"]),
         ({"mesh__fsdp": -1, "mesh__tensor": -1}, ["at most one of them -1"]),
         ({"rollout__batch": 12}, ["rollout.batch=12", "mesh.replica x mesh.fsdp = 8", "choose 16"]),
+        ({"mesh_sampling__tensor": 3}, ["mesh_sampling.fsdp=8, mesh_sampling.tensor=3: product 24, but there are 8"]),
+        (
+            {"mesh__tensor": 8, "mesh_sampling__fsdp": 8, "mesh_sampling__tensor": 1, "eval__batch": 12},
+            ["eval.batch=12", "mesh_sampling.replica x mesh_sampling.fsdp = 8", "choose 16"],
+        ),
     ],
 )
 def test_mesh_faults(fields, parts):

@@ -23,9 +23,9 @@ LAYERS = [
     {"models"},
     {"profiles"},
     {"text"},
-    {"parallel"},
     {"command_line", "endpoint"},
     {"config"},
+    {"parallel"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 

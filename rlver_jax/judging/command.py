@@ -27,7 +27,7 @@ from rlver_jax.judging.score import agreed, judged
 from rlver_jax.judging.show import show_agreement, show_judges, show_scores
 from rlver_jax.judging.statistics import mean_with_interval
 from rlver_jax.judging.work_folder import dialogues_fingerprint
-from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import Record, write_dialogues
 from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
@@ -152,7 +152,7 @@ def _load_rater(name: str, config: ConfigDict) -> Rater:
 
 
 def _mesh(config: ConfigDict) -> Mesh | None:
-    return make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    return make_sampling_mesh(config.mesh, config.mesh_sampling)
 
 
 def main(argv: Sequence[str], usage: str) -> int:

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 from rlver_jax.learning import losses
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.models.logprobs import Forbidden, TokenLogprobs, token_logprobs
-from rlver_jax.models.qwen2 import Params, Qwen2, head
+from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, head
 from rlver_jax.models.value_head import ValueHead
+from rlver_jax.parallel import rules
 from rlver_jax.sampling.grammar import Grammar
 
 Trained = dict[
@@ -83,6 +84,16 @@ def action_logprobs(
         forbidden=Forbidden(grammar.forbidden, batch.state),
     )
     return TokenLogprobs(*(jnp.where(batch.mask, x, 0.0) for x in found))
+
+
+def as_params(learner: Learner, gradients: Trained) -> Trained:
+    """Hints that gradients lie where their parameters do, so that devices sum parts of them and none holds all."""
+    found = {"policy": rules.constrain_tree(gradients["policy"], abstract_params(learner.model)[1])}
+    if "critic" in gradients:
+        found["critic"] = dict(gradients["critic"])
+    if learner.trunk is not None:
+        found["critic"]["trunk"] = rules.constrain_tree(found["critic"]["trunk"], abstract_params(learner.trunk)[1])
+    return found
 
 
 def values(learner: Learner, critic: Params, hidden: Float[Array, "B L D"], batch: PackedBatch) -> Float[Array, "B L"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTables, Spec
 from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.parallel import rules
 from rlver_jax.sampling.grammar import Grammar
 
 
@@ -88,7 +89,7 @@ def pack(dialogues: Dialogues, tables: PolicyTables, spec: Spec, limits: PlayLim
     width = sum(piece.tokens.shape[2] for piece in pieces)
     first = place[:, said_at::width][:, : spec.max_turns]  # place of each turn's first action
     actions = _actions(dialogues, tables.grammar, spec, limits, first, length)
-    return PackedBatch(dense(tokens), dense(positions), dense(branch), count, **actions)
+    return rules.constrain_rows(PackedBatch(dense(tokens), dense(positions), dense(branch), count, **actions))
 
 
 def _pieces(dialogues: Dialogues, tables: PolicyTables, spec: Spec) -> list[_Piece]:

@@ -13,10 +13,21 @@ from jaxtyping import Array, Float, Int, Key
 
 from rlver_jax.learning import advantages, losses
 from rlver_jax.learning.masked import masked_mean, masked_var, whiten
-from rlver_jax.learning.objective import Learner, Sample, Trained, action_logprobs, combine, loss, read, values
+from rlver_jax.learning.objective import (
+    Learner,
+    Sample,
+    Trained,
+    action_logprobs,
+    as_params,
+    combine,
+    loss,
+    read,
+    values,
+)
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.models.precision import wide
 from rlver_jax.models.qwen2 import Params
+from rlver_jax.parallel.rules import constrain, constrain_rows
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.grammar import Grammar
 
@@ -247,7 +258,7 @@ def _epochs(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, k
         order = jax.vmap(jax.random.permutation, (0, None))(keys, size)
 
     def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
-        picked = sample if schedule.minibatches == 1 else jax.tree.map(lambda x: x[rows], sample)
+        picked = sample if schedule.minibatches == 1 else constrain_rows(jax.tree.map(lambda x: x[rows], sample))
         return _minibatch(setup, state, picked, grammar)
 
     return _loop(one, state, order.reshape(schedule.epochs * schedule.minibatches, -1))
@@ -264,7 +275,7 @@ def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar
 
     def part(total: Trained, rows: Sample) -> tuple[Trained, dict]:
         gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.learner, state.params, rows, grammar)
-        return jax.tree.map(jnp.add, total, gradient), metrics
+        return as_params(setup.learner, jax.tree.map(jnp.add, total, gradient)), metrics
 
     parts = _split(sample, setup.schedule.microbatches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), state.params)
@@ -304,7 +315,10 @@ def _moved(setup: Setup, params: Params, sample: Sample, grammar: Grammar) -> Ar
 
 def _split(tree: Any, parts: int) -> Any:
     """[B, …] -> [parts, B / parts, …]; a device's rows stay on it, because neighbours go to different parts."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
+    if parts == 1:
+        return jax.tree.map(lambda x: x[None], tree)
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
+    return jax.tree.map(lambda x: constrain(x, None, "batch", *(None,) * (x.ndim - 2)), split)
 
 
 def _together(tree: Any) -> Any:

@@ -32,9 +32,17 @@ def init_kv_cache(config: Qwen2Config, batch: int, capacity: int, dtype: jnp.dty
     """Zeroed cache for `batch` rows of `capacity` slots."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     if scan_layers:
-        return KVCache(jnp.zeros((config.num_layers, *shape), dtype), jnp.zeros((config.num_layers, *shape), dtype))
+        k, v = (jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2))
+        return laid_out(KVCache(k, v))
     layers = range(config.num_layers)
-    return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
+    return laid_out(KVCache(keys, values))
+
+
+def laid_out(cache: KVCache) -> KVCache:
+    """Hints where a cache lies: its rows with the batch, its heads over `tensor`."""
+    axes = ("batch", "kv_heads", "length", "head_dim")
+    return jax.tree.map(lambda x: rules.constrain(x, *("layers",) * (x.ndim - 4), *axes), cache)
 
 
 def write(
@@ -50,7 +58,7 @@ def write(
     dimension, because that stays local to each device.
     """
     new = new.astype(cache.dtype)
-    if _batch_is_split():
+    if rules.parts("batch") > 1:
         return _scatter(cache, new, start, layer)
 
     def row(b: Array | int, cache: Array) -> Array:
@@ -63,11 +71,6 @@ def write(
     for b in range(new.shape[0]):
         cache = row(b, cache)
     return cache
-
-
-def _batch_is_split() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in rules.mesh_axes("batch") if axis in mesh.shape)
 
 
 def _scatter(cache: Array, new: Array, start: Array, layer: Array | None) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.models.precision import wide
+from rlver_jax.parallel import rules
 
 
 class TokenLogprobs(NamedTuple):
@@ -71,10 +72,12 @@ def token_logprobs(
     return TokenLogprobs(logprob.reshape(targets.shape), entropy.reshape(targets.shape))
 
 
-def log_normalizer(hidden: Float[Array, "*b D"], head: Float[Array, "V D"], *, chunk: int = 8192) -> Float[Array, "*b"]:
+def log_normalizer(
+    hidden: Float[Array, "*b D"], head: Float[Array, "V D"], *, chunk: int = 8192, vocab_shards: int = 1
+) -> Float[Array, "*b"]:
     """log sum_v exp(hidden . head_v), float32, in chunks of the vocabulary; not differentiable (for sampling)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    static = _Static(min(chunk, head.shape[0]), 1.0, 1)
+    static = _Static(min(chunk, head.shape[0] // vocab_shards), 1.0, vocab_shards)
     _, (_, _, _, _, normalizer, _) = _forward(static, flat, head, jnp.zeros(flat.shape[:1], jnp.int32), None)
     return normalizer.reshape(hidden.shape[:-1])
 
@@ -86,7 +89,7 @@ def _num_chunks(static: _Static, rows: int) -> int:
 def _chunk_logits(
     static: _Static, hidden: Array, head: Array, forbidden: Forbidden | None, i: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Chunk i: (logits [N, T, C] float32, kernel [T, C, D], ids [T, C], start in its shard).
+    """Chunk i: (logits [N, T, C] float32, kernel [T, C, D] like hidden, ids [T, C], start in its shard).
 
     The last chunk is moved back to stay inside the shard; the rows it shares with the one before get logits of -inf,
     as forbidden tokens do.
@@ -94,9 +97,10 @@ def _chunk_logits(
     shards, rows = static.vocab_shards, head.shape[0] // static.vocab_shards
     start = jnp.minimum(i * static.chunk, rows - static.chunk)
     split = head.reshape(shards, rows, head.shape[1])
-    kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1)
+    kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1).astype(hidden.dtype)
+    kernel = rules.constrain(kernel, "vocab", None, None)  # of the head, a chunk at a time is gathered over `fsdp`
     product = {"preferred_element_type": wide(hidden.dtype)}
-    logits = jnp.einsum("nd,tcd->ntc", hidden, kernel.astype(hidden.dtype), **product)
+    logits = rules.constrain(jnp.einsum("nd,tcd->ntc", hidden, kernel, **product), "batch", "vocab", None)
     local = start + jnp.arange(static.chunk)
     ids = jnp.arange(shards)[:, None] * rows + local
     keep = jnp.broadcast_to(local >= i * static.chunk, (1, *ids.shape))
@@ -151,15 +155,18 @@ def _backward(static: _Static, saved, cotangents):
         d_logits = d_logprob * (hit - p) - d_entropy * p * (log_p + entropy[:, None, None])
         d_logits = (d_logits / static.temperature).astype(hidden.dtype)
         product = {"preferred_element_type": wide(hidden.dtype)}
-        d_hidden += jnp.einsum("ntc,tcd->nd", d_logits, kernel.astype(hidden.dtype), **product)
+        d_hidden += jnp.einsum("ntc,tcd->tnd", d_logits, kernel, **product)
         d_kernel = jnp.einsum("ntc,nd->tcd", d_logits, hidden, **product)
         old = jax.lax.dynamic_slice_in_dim(d_head, start, static.chunk, axis=1)
         new = (old.astype(d_kernel.dtype) + d_kernel).astype(d_head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)
 
-    carry = (jnp.zeros(hidden.shape, wide(hidden.dtype)), jnp.zeros((shards, rows, head.shape[1]), head.dtype))
+    # Each shard's part of d_hidden is added up by itself: they are summed over devices once, not for every chunk.
+    d_hidden = rules.constrain(jnp.zeros((shards, *hidden.shape), wide(hidden.dtype)), "vocab", "batch", None)
+    d_head = rules.constrain(jnp.zeros((shards, rows, head.shape[1]), head.dtype), "vocab", None, "embed")
+    carry = d_hidden, d_head
     d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
-    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None, None
+    return d_hidden.sum(0).astype(hidden.dtype), d_head.reshape(head.shape), None, None
 
 
 _chunked.defvjp(_forward, _backward)

@@ -134,7 +134,7 @@ class Block(nn.Module):
         options = (False, self.dtype, self.param_dtype)
         gate = Linear(f, ("embed", "mlp"), *options, name="gate")(x)
         up = Linear(f, ("embed", "mlp"), *options, name="up")(x)
-        inner = (nn.silu(gate) * up).astype(self.dtype)
+        inner = rules.constrain((nn.silu(gate) * up).astype(self.dtype), "batch", "length", "mlp")
         return Linear(d, ("mlp", "embed"), *options, name="down")(inner).astype(self.dtype)
 
 
@@ -151,7 +151,9 @@ class Embedding(nn.Module):
         """Rows of the table in `dtype`."""
         init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
         table = self.param("kernel", init, (self.rows, self.features), self.param_dtype)
-        return table[tokens].astype(self.dtype)
+        # Each device looks up its part of the model dimension for all rows that share it: tokens travel, not the table.
+        rows = table[rules.constrain(tokens, "group", "length")]
+        return rules.constrain(rows, "group", "length", "embed").astype(self.dtype)
 
 
 class Qwen2(nn.Module):
@@ -278,7 +280,8 @@ def head(params: Params) -> Float[Array, "V D"]:
 def logits(params: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """float32 logits for a few positions (decoding, tests); training uses `token_logprobs`."""
     kernel = head(params).astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=wide(hidden.dtype))
+    found = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=wide(hidden.dtype))
+    return rules.constrain(found, "batch", *("length",) * (found.ndim - 2), "vocab")
 
 
 def stack_layers(params: Params) -> Params:

@@ -21,6 +21,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.parallel.rules import mesh_axes
 
 _T = TypeVar("_T")
@@ -188,10 +189,8 @@ def rows_on(mesh: Mesh | None, count: int, rows: Callable[[slice], np.ndarray]) 
     """
     if mesh is None:
         return jax.numpy.asarray(rows(slice(0, count)))
-    axes = tuple(axis for axis in mesh_axes("batch") if axis in mesh.shape)
-    parts = int(np.prod([mesh.shape[axis] for axis in axes]))
     rest = rows(slice(0, 0)).shape[1:]
-    where = NamedSharding(mesh, PartitionSpec() if count % parts else PartitionSpec(axes))
+    where = NamedSharding(mesh, PartitionSpec() if count % batch_parts(mesh) else PartitionSpec(mesh_axes("batch")))
     return jax.make_array_from_callback((count, *rest), where, lambda index: rows(index[0])[(slice(None), *index[1:])])
 
 

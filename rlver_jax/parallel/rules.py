@@ -5,6 +5,7 @@ be divided. Activations inside a jitted function are only *hinted* at by `constr
 not divide to the compiler.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
     "norm": None,
     # batches, caches, activations
     "batch": ("replica", "fsdp"),
+    "group": ("replica",),  # rows of a batch while their model dimension is the one that `fsdp` splits
     "length": None,
     "head_dim": None,
     "activation": None,  # the model dimension of hidden states
@@ -98,6 +100,22 @@ def tree_shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
         return sharding(padded, leaf.shape, mesh, jax.tree_util.keystr(path, simple=True, separator="/"))
 
     return jax.tree_util.tree_map_with_path(one, shapes_tree, axes_tree)
+
+
+def parts(axis: str) -> int:
+    """Parts that an axis of that name is split into under the mesh set by `jax.set_mesh`; without a mesh, 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(mesh_axis, 1) for mesh_axis in mesh_axes(axis)) if not mesh.empty else 1
+
+
+def constrain_tree(tree: Any, axes_tree: Any) -> Any:
+    """`constrain` for every leaf, from an equal tree of PartitionSpecs of logical axes, as `tree_shardings`."""
+    return jax.tree.map(lambda x, axes: constrain(x, *axes, *(None,) * (x.ndim - len(axes))), tree, axes_tree)
+
+
+def constrain_rows(tree: Any) -> Any:
+    """`constrain` for arrays that all have the batch in front and are whole in every other axis."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlver_jax.models.kv_cache import KVCache, init_kv_cache
+from rlver_jax.models.kv_cache import KVCache, init_kv_cache, laid_out
 from rlver_jax.models.qwen2 import Params, Qwen2, head, logits
 
 
@@ -82,7 +82,7 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
         return jnp.pad(x, pad)
 
     axis = 0 if isinstance(cache.kv.k, tuple) else 1
-    kv = jax.tree.map(lambda x: grow(x, axis), cache.kv)
+    kv = laid_out(jax.tree.map(lambda x: grow(x, axis), cache.kv))
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
 
 

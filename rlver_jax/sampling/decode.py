@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlver_jax.models.logprobs import log_normalizer
+from rlver_jax.parallel import rules
 from rlver_jax.sampling.cache import LM, Cache, append
 from rlver_jax.sampling.grammar import Grammar
 
@@ -266,9 +267,10 @@ def choose(lm: LM, cache: Cache, options: Options) -> tuple[Cache, Float[Array, 
 
 def score_options(lm: LM, options: Options, contexts: Float[Array, "B C D"]) -> Float[Array, "B O"]:
     """log p of every option from the hidden states of its contexts."""
+    vocab_shards = rules.parts("vocab")
     kernel = lm.head[options.pair_token].astype(contexts.dtype)
     pair_hidden = contexts[:, options.pair_context]
     logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, preferred_element_type=jnp.float32)
-    logprob = logits - log_normalizer(contexts, lm.head)[:, options.pair_context]
+    logprob = logits - log_normalizer(contexts, lm.head, vocab_shards=vocab_shards)[:, options.pair_context]
     total = jnp.zeros((contexts.shape[0], options.counts.shape[0]), jnp.float32)
     return total.at[:, options.pair_option].add(logprob)

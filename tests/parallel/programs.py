@@ -1,0 +1,164 @@
+"""The programs of a training step, compiled from shapes alone, and what their optimized HLO says."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlver_jax.assembly import state_shardings
+from rlver_jax.learning.objective import Learner, Loss
+from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, make_optimizer
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.qwen2 import Qwen2, abstract_params
+from rlver_jax.models.value_head import ValueHead
+from rlver_jax.parallel.rules import sharding, tree_shardings
+from rlver_jax.players import sampling_params, sampling_program
+from rlver_jax.rewards import Rewards
+from rlver_jax.sampling.cache import LM, init_cache
+from rlver_jax.sampling.decode import Limits, generate
+from rlver_jax.sampling.grammar import Grammar
+
+# Sizes that no two axes share, so that a shape in the HLO says what it is.
+CONFIG = Qwen2Config(
+    vocab_size=2176, hidden_size=320, intermediate_size=704, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=128,
+    rope_theta=1e4,
+)  # fmt: skip
+VOCAB_CHUNK = 136
+MODEL = Qwen2(
+    CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.float32, remat="full", attention="chunked", attention_chunk=96
+)
+
+
+def placed(shapes, places):
+    """ShapeDtypeStructs with shardings."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def params_of(model: Qwen2, mesh: Mesh):
+    shapes, axes = abstract_params(model)
+    return placed(shapes, tree_shardings(axes, shapes, mesh))
+
+
+def whole(mesh: Mesh, shape, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def rows(mesh: Mesh, shape, dtype) -> jax.ShapeDtypeStruct:
+    axes = ("batch", *(None,) * (len(shape) - 1))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(axes, shape, mesh))
+
+
+def key_of(*shape: int):
+    return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shape))
+
+
+def grammar_of(mesh: Mesh) -> Grammar:
+    shape = (7, CONFIG.vocab_size)
+    return Grammar(whole(mesh, shape, jnp.int16), whole(mesh, shape, jnp.bool_), 3, 5, 6, whole(mesh, (0,), jnp.int32))
+
+
+def lower_update(mesh: Mesh, *, batch: int, length: int, ppo: bool, microbatches: int = 1):
+    """GRPO; or PPO with a critic of its own, and a KL penalty."""
+    model, shards = MODEL, mesh.shape["tensor"]
+    options = Loss(kl=0.1 if ppo else 0.0)
+    trunk, head = (model, ValueHead()) if ppo else (None, None)
+    learner = Learner(model, trunk, head, options, vocab_chunk=VOCAB_CHUNK, vocab_shards=shards)
+    adam = make_optimizer(
+        learning_rate=1e-4, warmup_steps=3, grad_clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0,
+        moment_dtype="bfloat16",
+    )  # fmt: skip
+    advantage = Advantage() if ppo else Advantage("grpo", group=4)
+    setup = Setup(learner, advantage, Schedule(microbatches=microbatches), Optimizers(adam, adam if ppo else None))
+    params = params_of(model, mesh)
+    value_head = {"kernel": whole(mesh, (CONFIG.hidden_size,), jnp.float32), "bias": whole(mesh, (), jnp.float32)}
+    trained = {"policy": params} | ({"critic": {"trunk": params, "head": value_head}} if ppo else {})
+    shapes = jax.eval_shape(lambda p: init_state(p, setup.optimizers), trained)
+    state = placed(shapes, state_shardings(trained, setup.optimizers, mesh))
+    grid = {"mask": jnp.bool_, "logprob": jnp.float32}
+    names = ("tokens", "positions", "branch", "mask", "target", "logprob", "state", "turn")
+    arrays = {name: rows(mesh, (batch, length), grid.get(name, jnp.int32)) for name in names}
+    packed = PackedBatch(count=rows(mesh, (batch,), jnp.int32), **arrays)
+    rewards = Rewards(rows(mesh, (batch,), jnp.float32), rows(mesh, (batch, 4), jnp.float32))
+    with jax.set_mesh(mesh):
+        return compile_step(setup, state).lower(state, packed, rewards, grammar_of(mesh), key_of(), *[params] * ppo)
+
+
+def lower_decode(mesh: Mesh, *, batch: int, capacity: int, dtype=jnp.bfloat16):
+    """One generation: the decode loop."""
+    model = MODEL.clone(dtype=dtype)
+    lm = LM(sampling_params(model, mesh), model)
+
+    def speak(lm: LM, keys, grammar: Grammar, lengths):
+        cache = init_cache(lm, batch, capacity).replace(length=lengths)
+        limits = Limits(jnp.int32(20), jnp.int32(20))
+        return generate(
+            lm, cache, keys, grammar, max_tokens=40, limits=limits, temperature=jnp.float32(1),
+            active=jnp.ones(batch, bool),
+        )  # fmt: skip
+
+    with jax.set_mesh(mesh):
+        return jax.jit(speak).lower(lm, key_of(batch), grammar_of(mesh), rows(mesh, (batch,), jnp.int32))
+
+
+class Op(NamedTuple):
+    """An instruction of an optimized program, on one device."""
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, sizes) of the results
+    inside: bool  # of a loop's body, or of what that calls
+    line: str
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest result."""
+        return max((int(np.prod(dims)) for _, dims in self.shapes), default=0)
+
+
+SHAPE = re.compile(r"\b(pred|[subf]\w*\d)\[([\d,]*)\]")
+NAME = re.compile(r"^\s*(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
+RESULT = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([%\w.\-, ]+)\}?")
+
+
+def operations(text: str) -> list[Op]:
+    """All instructions of a compiled program (`compiled.as_text()`)."""
+    bodies: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        name = NAME.match(line)
+        if name and " = " not in line.split("{")[0]:
+            current = bodies.setdefault(name[1], [])
+        elif " = " in line:
+            current.append(line)
+    called = {name: {c.strip(" %") for line in lines for m in CALLED.finditer(line) for c in m[1].split(",")}
+              for name, lines in bodies.items()}  # fmt: skip
+    looped = {m[1] for lines in bodies.values() for line in lines for m in re.finditer(r"body=%?([\w.\-]+)", line)}
+    todo = list(looped)
+    while todo:
+        new = called.get(todo.pop(), set()) - looped
+        looped |= new
+        todo += new
+    found = []
+    for name, lines in bodies.items():
+        for line in lines:
+            match = RESULT.match(line)
+            if match:
+                shapes = tuple((t, tuple(int(n) for n in dims.split(",") if n)) for t, dims in SHAPE.findall(match[1]))
+                found.append(Op(match[2], shapes, name in looped, line))
+    return found
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(ops: list[Op]) -> list[Op]:
+    return [op for op in ops if op.kind.removesuffix("-start") in COLLECTIVES]
+
+
+def lower_copy(training: Mesh, sampling: Mesh, model: Qwen2 = MODEL):
+    """The policy's way from the training mesh to the sampling mesh."""
+    return sampling_program(sampling_params(model, sampling)).lower(params_of(model, training))

@@ -1,0 +1,116 @@
+"""What XLA makes of the programs of a training step on a mesh: which weights travel, what exists, what is copied."""
+
+import os
+
+import jax.numpy as jnp
+import pytest
+
+from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
+
+from .programs import CONFIG, VOCAB_CHUNK, collectives, lower_copy, lower_decode, lower_update, operations
+
+BATCH, LENGTH, CAPACITY = 16, 288, 1024
+LARGEST_MATRIX = CONFIG.hidden_size * CONFIG.intermediate_size
+
+
+def gathers(ops):
+    """Gathers of floats: weights and activations, not token ids."""
+    return [op for op in collectives(ops) if op.kind.startswith("all-gather") and "f" in op.shapes[0][0]]
+
+
+def check_update(ops, mesh):
+    """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens."""
+    tensor = mesh.shape["tensor"]
+    found = gathers(ops)
+    assert found, "weights split over fsdp must be gathered somewhere"
+    for op in found:
+        assert op.inside, f"gathered outside the loop over layers or chunks: {op.line}"
+        assert op.largest <= max(LARGEST_MATRIX // tensor, VOCAB_CHUNK * CONFIG.hidden_size), op.line
+    logits = BATCH * LENGTH // (mesh.shape["replica"] * mesh.shape["fsdp"]) * CONFIG.vocab_size // tensor
+    for op in ops:
+        assert op.largest < logits, f"as large as logits of all tokens: {op.line}"
+
+
+def check_decode(ops, mesh):
+    """No weights travel, and nothing as large as a cache is made anew at any step."""
+    heads = CONFIG.num_kv_heads // mesh.shape["tensor"]
+    rows = BATCH // (mesh.shape["replica"] * mesh.shape["fsdp"])
+    cache = CONFIG.num_layers * rows * heads * CAPACITY * CONFIG.head_dim
+    assert max((op.largest for op in gathers(ops)), default=0) <= rows * mesh.shape["tensor"]
+    assert any(op.largest == cache for op in ops), "the caches are there"
+    for op in ops:
+        if op.inside and op.largest >= cache:
+            assert op.kind not in ("copy", "copy-start", "convert", "transpose", "select", "broadcast"), op.line
+
+
+def test_update_gathers_a_layer_at_a_time():
+    mesh = make_mesh(1, 4, 2)
+    check_update(operations(lower_update(mesh, batch=BATCH, length=LENGTH, ppo=False).compile().as_text()), mesh)
+
+
+def test_decoding_on_a_mesh_without_fsdp_gathers_nothing():
+    """The same loop on the training mesh gathers each layer's seven matrices for every token."""
+    training = make_mesh(1, 4, 2)
+    sampling = sampling_mesh(training, {"replica": 4, "fsdp": 1, "tensor": 0})
+    lower = lambda mesh: lower_decode(mesh, batch=BATCH, capacity=CAPACITY, dtype=jnp.float32)  # noqa: E731
+    check_decode(operations(lower(sampling).compile().as_text()), sampling)
+    again = gathers(operations(lower(training).compile().as_text()))
+    assert sum(op.inside and op.largest >= CONFIG.hidden_size * CONFIG.head_dim // 2 for op in again) == 7
+
+
+def test_weights_pass_to_the_sampling_mesh_by_gathers_alone():
+    """As many bytes as the copy lacks, once a step; rounded before they travel."""
+    training = make_mesh(1, 4, 2)
+    sampling = sampling_mesh(training, {"replica": 4, "fsdp": 1, "tensor": 0})
+    ops = collectives(operations(lower_copy(training, sampling).compile().as_text()))
+    assert {op.kind for op in ops} == {"all-gather"}
+
+
+def tpu_mesh(topology: str, *shape: int, **options):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'rlver_jax[tpu]'")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    from jax.experimental import topologies
+
+    return make_mesh(*shape, devices=topologies.get_topology_desc(topology, "tpu", **options).devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "microbatches"), [((1, 4, 2), 1), ((2, 2, 2), 2)])
+def test_ppo_for_tpu(shape, microbatches):
+    mesh = tpu_mesh("v5e:2x4", *shape)
+    lowered = lower_update(mesh, batch=BATCH, length=LENGTH, ppo=True, microbatches=microbatches)
+    check_update(operations(lowered.compile().as_text()), mesh)
+
+
+@pytest.mark.slow
+def test_decoding_for_tpu():
+    training = tpu_mesh("v5e:2x4", 1, 4, 2)
+    sampling = sampling_mesh(training, {"replica": 4, "fsdp": 1, "tensor": 0})
+    check_decode(operations(lower_decode(sampling, batch=BATCH, capacity=CAPACITY).compile().as_text()), sampling)
+    copied = collectives(operations(lower_copy(training, sampling).compile().as_text()))
+    assert {shape[0] for op in copied for shape in op.shapes} <= {"bf16", "f32"}
+    assert max(op.largest for op in copied if op.shapes[0][0] == "f32") <= CONFIG.num_layers * CONFIG.intermediate_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "shape"), [("v5e:8x8", (1, 16, 4)), ("v5p:4x4x4", (1, 8, 8)), ("v6e:8x8", (1, 64, 1))]
+)
+def test_meshes_on_real_tori(topology, shape):
+    """Groups of `tensor` are neighbours: no two of them further apart than their number allows in a ring or square."""
+    mesh = tpu_mesh(topology, *shape)
+    assert mesh.devices.shape == shape
+    for group in mesh.devices.reshape(-1, shape[2]):
+        coords = [d.coords for d in group]
+        spans = [max(c[i] for c in coords) - min(c[i] for c in coords) + 1 for i in range(3)]
+        assert spans[0] * spans[1] * spans[2] == shape[2], coords
+
+
+@pytest.mark.slow
+def test_replica_goes_across_slices():
+    mesh = tpu_mesh("v5e:2x4", 4, 2, 2, num_slices=2)
+    assert [sorted({d.slice_index for d in half.flat}) for half in mesh.devices.reshape(2, -1)] == [[0], [1]]
+    with pytest.raises(ValueError, match=r"mesh.replica=1: the devices are of 2 slices.*choose mesh.replica=2"):
+        make_mesh(1, 8, 2, devices=list(mesh.devices.flat))
+    with pytest.raises(ValueError, match="mesh_sampling.replica=1: the devices are of 2 slices"):
+        sampling_mesh(mesh, {"replica": 1, "fsdp": -1, "tensor": 0})
