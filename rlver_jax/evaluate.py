@@ -120,7 +120,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
-    distributed.join(options)
+    distributed.join(options, finish_steps=False)
     alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]
     alone += [f"remote.{side}.url" for side in endpoint_sides(config)]
     if jax.process_count() > 1 and alone:

@@ -72,7 +72,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --workdir=DIR; --help lists them")
     if not options.workdir:
         raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
-    distributed.join(options)
+    distributed.join(options, finish_steps=True)
     validate(config, base.get_config(), jax.device_count())
     check_training(config)
     return config, options.workdir

@@ -45,14 +45,18 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("process", None, "which this one is, from 0 on (or JAX_PROCESS_ID)", flag_values=values)
 
 
-def join(options: flags.FlagValues) -> None:
+def join(options: flags.FlagValues, *, finish_steps: bool) -> None:
     """Meets the other processes, if there are any; to be called before anything looks at devices.
+
+    Args:
+        finish_steps: SIGTERM is left to `stop_signal`; otherwise it ends the process at once.
 
     Raises:
         ValueError: flags or variables that don't belong together.
     """
     if jax.distributed.is_initialized():
         return
+    jax.config.update("jax_enable_preemption_service", finish_steps)
     limits = {"heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
     found = _place(options)
     if found:

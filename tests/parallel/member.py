@@ -79,7 +79,7 @@ def main() -> int:
     values = flags.FlagValues()
     distributed.define_flags(values)
     values(sys.argv)
-    distributed.join(values)
+    distributed.join(values, finish_steps=True)
     share()
     spread()
     stop()

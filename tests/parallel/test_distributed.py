@@ -88,4 +88,4 @@ def test_flags_that_do_not_belong_together(given, why, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     options = SimpleNamespace(**({"coordinator": None, "processes": None, "process": None} | given))
     with pytest.raises(ValueError, match=why.replace("(", r"\(").replace(")", r"\)")):
-        join(options)
+        join(options, finish_steps=True)
