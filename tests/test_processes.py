@@ -22,6 +22,7 @@ FIELDS = {
     "eval.every": 3,
     "log.tensorboard": False,
 }
+CONFIG = f"--config={debug.__file__}:direct"
 pytestmark = pytest.mark.slow
 
 
@@ -33,7 +34,7 @@ def start(tmp_path_factory):
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
 
     def start(count: int, devices: int, workdir: Path, *more: str):
-        words = ["rlver_jax.train", f"--config={debug.__file__}", f"--workdir={workdir}", *fields, *more]
+        words = ["rlver_jax.train", CONFIG, f"--workdir={workdir}", *fields, *more]
         return processes(count, devices, *words, **keep)
 
     start.other = functools.partial(processes, **keep)
@@ -146,7 +147,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_then_sixteen(start, alo
 
 def test_two_processes_evaluate_a_checkpoint_as_training_did(start, pair, tmp_path):
     """The second start finds everything played; the folder of the first is process 0's alone."""
-    words = ["rlver_jax.evaluate", f"--config={debug.__file__}", f"--checkpoint={pair}", f"--out={tmp_path / 'out'}"]
+    words = ["rlver_jax.evaluate", CONFIG, f"--checkpoint={pair}", f"--out={tmp_path / 'out'}"]
     words += ["--step=last"]
     finish(start.other(2, 4, *words))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -147,7 +147,7 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
     """The debug world: SIGTERM to one worker's process, --resume, and the unbroken run of one process beside it."""
     pod.give_environment()
     fields = {"train__steps": 6, "checkpoint__every": 2, "eval__every": 3}
-    words = train_words("gs://bucket/run", "configs/debug.py", **fields)
+    words = train_words("gs://bucket/run", "configs/debug.py:direct", **fields)
     pod.call("pod", "--", "python", "-m", *words)
     run, until = pod.root / "buckets" / "bucket" / "run", time.monotonic() + 600
     while not (run / "metrics.jsonl").exists() or len(rows_of(run)) < 3:
@@ -165,7 +165,7 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
     unbroken = {2: tmp_path / "two", 1: tmp_path / "one"}
     keep = {"JAX_COMPILATION_CACHE_DIR": str(pod.root / "compiled")}
     for count, folder in unbroken.items():
-        with processes(count, 8 // count, *train_words(folder, "configs/debug.py", **fields), **keep) as members:
+        with processes(count, 8 // count, *train_words(folder, "configs/debug.py:direct", **fields), **keep) as members:
             assert [member.ended(900) for member in members] == [0] * count, members[0].printed
     assert rows_of(run) == rows_of(unbroken[2]), "to the bit"
     assert same(policy_of(run), policy_of(unbroken[2]))
