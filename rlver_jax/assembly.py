@@ -29,6 +29,7 @@ from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.sampling.grammar import Grammar
 
 LENGTH_STEP = 128  # packed rows are multiples of it
 
@@ -46,6 +47,7 @@ class Run:
     limits: PlayLimits
     setup: Setup
     lengths: tuple[int, ...]  # of packed rows, rising
+    grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
     def length_for(self, longest: int) -> int:
@@ -81,8 +83,9 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     reference = None
     if config.loss.kl:
         reference = _model(config, "reference", config.policy, mesh, players)[0].params
+    grammar = jax.device_put(players.tables[0].grammar, NamedSharding(mesh, PartitionSpec()))
     run = Run(
-        config, mesh, players, profiles, tokens, reader, limits, setup, _lengths(longest, config), reference
+        config, mesh, players, profiles, tokens, reader, limits, setup, _lengths(longest, config), grammar, reference
     )  # fmt: skip
     return run, _placed_state(trained, setup.optimizers, mesh)
 
