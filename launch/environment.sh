@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes the virtual environment and installs the package into it.
 #   VENV=DIR    the environment's folder          (default: .venv beside setup.py)
 #   PYTHON=EXE  the interpreter, 3.11 or newer    (default: python3.11, else python3)

@@ -121,6 +121,12 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "remote.asks": (1, None, "requests"),
 }
 
+# Fields that say where things lie; the hosts of a run may keep the same things in different places.
+PATHS = (
+    *("policy.path", "user.path", "critic.path", "reference.path", "user.prompts", "data.train", "data.eval"),
+    "remote.cache",
+)
+
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message lists every fault."""

@@ -14,8 +14,11 @@ when it is started again with the same settings and DIR.
 
 --judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
 that have been played, ours or SAGE's, and checks their arithmetic; --agreement compares the config's user with the one
-of a record. See docs/judging.md. Exit status: 0 done, 1 an emotion that is not the one before plus the change,
-2 bad usage, 130 interrupted.
+of a record. See docs/judging.md. Exit status: 0 done, 1 an emotion that is not the one before plus the change, or
+another process is lost, 2 bad usage, 130 interrupted.
+
+On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them), for
+playing alone; see docs/pods.md.
 """
 
 import sys
@@ -39,6 +42,7 @@ from rlver_jax.judging import command as judging
 from rlver_jax.judging.finished import finished
 from rlver_jax.judging.show import show_judges
 from rlver_jax.miniature.gold import gold_judge
+from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs import evaluation_folder
 from rlver_jax.runs.dialogue_log import Record
@@ -51,11 +55,14 @@ from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if judging.of_finished(argv):
-        return judging.main(argv, __doc__)
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    return judging.main(argv, __doc__) if judging.of_finished(argv) else distributed.leave(_run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    errors = Console(stderr=True, soft_wrap=True)
     try:
         config, options = _arguments(argv)
+        console = Console(quiet=not distributed.is_main())
         trained = _trained(config, options)
         validate(config, base.get_config(), jax.device_count())
         judges = judging.Judges.of_flags(options, config)
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = play_missing(evaluation, folder, console, options.repeats)
         summary = summarize(evaluation, records, folder)
         judged, records = judges.judge(finished(records, profiles), folder.path, console)
-    except (ValueError, OSError, EndpointError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, EndpointError, KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
         return _ended(error, folder, errors)
     summary |= judged
     folder.finish(records, summary)
@@ -87,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> int:
     """Says why the evaluation ended early; returns the exit status."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        if not (text := distributed.lost(error)):
+            raise error
+        errors.print(f"evaluate: {text}", markup=False, highlight=False)
+        return distributed.leave(1, alone=True)
     interrupted = isinstance(error, KeyboardInterrupt)
     errors.print(f"evaluate: {'interrupted' if interrupted else error}", markup=False, highlight=False)
     if interrupted or isinstance(error, EndpointError):
@@ -103,6 +115,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         flags.DEFINE_string("before", "", "--out of an earlier evaluation, to be compared with", flag_values=values)
         flags.DEFINE_integer("repeats", 1, "dialogues of each profile, for spread", lower_bound=1, flag_values=values)
         judging.define_flags(values)
+        distributed.define_flags(values)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", flag_values=values)
 
     config, options, rest = config_from_flags(argv, __doc__, define)
@@ -110,6 +123,14 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
+    distributed.join(options, finish_steps=False)
+    alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]
+    alone += [f"remote.{side}.url" for side in endpoint_sides(config)]
+    if jax.process_count() > 1 and alone:
+        raise ConfigError(
+            f"{alone[0]}: works in one process, but there are {jax.process_count()}; play here, and judge afterwards "
+            f"with evaluate --from={options.out}/dialogues.jsonl in a process alone"
+        )
     return config, options
 
 

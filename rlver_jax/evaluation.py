@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import ConfigError, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues, PlayLimits
+from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
@@ -64,10 +65,10 @@ class Evaluation:
             yield records, costs
 
     def play(self, numbers: Sequence[int]) -> Dialogues:
-        """At most `batch` dialogues by number; on the host, padding rows included."""
-        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch)
+        """At most `batch` dialogues by number; on the host (every process's), padding rows included."""
+        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch, self.players.mesh)
         key = jax.random.key(self.config.eval.seed)
-        return jax.device_get(self.players.play(wanted, key, self.limits))
+        return distributed.fetch(self.players.play(wanted, key, self.limits))
 
     def play_all(self) -> list[Record]:
         """Records of all profiles, in their order."""

@@ -27,6 +27,7 @@ from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
+from rlver_jax.parallel.distributed import rows_on
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
@@ -185,11 +186,18 @@ class ProfileTokens:
     first_talk: np.ndarray  # int32 [N, R]
     first_count: np.ndarray  # int32 [N]
 
-    def batch(self, indices: Sequence[int], dialogue_ids: Sequence[int], count: int | None = None) -> Profiles:
+    def batch(
+        self,
+        indices: Sequence[int],
+        dialogue_ids: Sequence[int],
+        count: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> Profiles:
         """The given profiles' rows, padded to `count` of them with rows that don't play.
 
         Args:
             dialogue_ids: below 2**32; equally many for each profile, those of one profile together.
+            mesh: over which the rows are spread; each process reads those of its own devices alone.
 
         Raises:
             ValueError: another number of ids.
@@ -202,9 +210,14 @@ class ProfileTokens:
         ids[: len(dialogue_ids)] = dialogue_ids
         active = np.arange(count * group) < len(dialogue_ids)
         real = np.arange(count) < len(indices)
-        counts = (self.prefix_count[rows] * real, self.first_count[rows] * real)
-        prefix, first = self.prefix[rows], self.first_talk[rows]
-        return Profiles(*map(jnp.asarray, (prefix, counts[0], first, counts[1], ids, active)))
+        read = lambda table: rows_on(mesh, count, lambda some: table[rows[some]])  # noqa: E731
+        read_count = lambda table: rows_on(mesh, count, lambda some: table[rows[some]] * real[some])  # noqa: E731
+        each = lambda x: rows_on(mesh, len(x), lambda some: x[some])  # noqa: E731
+        prefix, first = (
+            (read(self.prefix), read_count(self.prefix_count)),
+            (read(self.first_talk), read_count(self.first_count)),
+        )
+        return Profiles(*prefix, *first, each(ids), each(active))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Trains a policy with PPO or GRPO on the emotions of a simulated user (RLVER, arXiv 2507.03112).
 
     python -m rlver_jax.train --config=FILE[:ARG] [--config.a.b=v …] --workdir=DIR
+                              [--coordinator=HOST:PORT --processes=N --process=I]
 
 DIR holds config.json, metrics.jsonl (a row a step), tensorboard/, checkpoints/ and dialogues/. The same command goes on
 after an interruption, with equal results; SIGTERM finishes the step and saves. Exit status: 0 done or stopped by
-SIGTERM, 1 an alarm (config.alarms), 2 bad usage, 130 interrupted.
+SIGTERM, 1 an alarm (config.alarms) or another process is lost, 2 bad usage, 130 interrupted.
+
+On several hosts the same command runs on each; on TPU VMs the processes find each other by themselves (docs/pods.md).
 """
 
 import sys
@@ -20,6 +23,7 @@ from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, check_training, validate
 from rlver_jax.miniature.gold import gold_judge
+from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
@@ -29,10 +33,15 @@ from rlver_jax.trainer import train
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    return distributed.leave(_run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    errors = Console(stderr=True, soft_wrap=True)
     say = lambda text: errors.print(f"train: {text}", markup=False, highlight=False)  # noqa: E731
     try:
-        config, workdir = _arguments(sys.argv[1:] if argv is None else argv)
+        config, workdir = _arguments(argv)
+        console = Console(quiet=not distributed.is_main())
         done = train(config, workdir, make_mesh(**config.mesh), console, gold_judge(config))
     except (ValueError, OSError) as error:
         say(error)
@@ -40,22 +49,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CollapseError as alarm:
         say(f"stopped by an alarm at {alarm}. Its checkpoints stay in {workdir}")
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        if not (text := distributed.lost(error)):
+            raise
+        say(text)
+        return distributed.leave(1, alone=True)
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on in {workdir}")
-        return 130
-    console.print(_summary(workdir, done, config.train.steps), markup=False, highlight=False, soft_wrap=True)
+        return distributed.leave(130, alone=True)
+    if distributed.is_main():
+        console.print(_summary(workdir, done, config.train.steps), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "folder of the run; an interrupted run goes on", flag_values=values)
+        distributed.define_flags(values)
 
     config, options, rest = config_from_flags(argv, __doc__, define)
     if rest:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --workdir=DIR; --help lists them")
     if not options.workdir:
         raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
+    distributed.join(options, finish_steps=True)
     validate(config, base.get_config(), jax.device_count())
     check_training(config)
     return config, options.workdir

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from rlver_jax.dialogue import Dialogues, PolicyTables, Spec
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import TrainState, compile_step
+from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.players import Players, sampling_copy
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
@@ -89,18 +89,20 @@ class Trainer:
         state, done = self.resume(state)
         self.learn = compile_step(self.run.setup, state)
         steps = self.config.train.steps
-        with self.writers(done), stop_signal() as stop, contextlib.closing(self.checkpoints):
+        with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints):
             if not done:
                 self.evaluate_untrained(state)
-            while done < steps and not stop:
+            stopped = stop(done)
+            while done < steps and not stopped:
                 done += 1
                 state = self.step(state, done)
+                stopped = stop(done)
                 due = self.config.eval.every and done % self.config.eval.every == 0
                 if due and self.pending:
                     self.pending.evaluated = self.evaluate(state)
-                if due or done == steps or stop or done % self.config.checkpoint.every == 0:
+                if due or done == steps or stopped or done % self.config.checkpoint.every == 0:
                     self.save(state, done)
-        if done >= steps:
+        if done >= steps and distributed.is_main():
             self.folder.mark_finished(done)
         return done
 
@@ -110,7 +112,7 @@ class Trainer:
         batch = run.reader.next_batch()
         size = self.config.rollout.batch
         ids = [(number - 1) * size + i for i in range(size)]
-        profiles = run.tokens.batch([index for index, _ in batch], ids)
+        profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.players.mesh)
         tables, spec = run.players.tables[0], run.players.spec
         with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
             # The sampler's copy of the policy is let go before the update, which has no room for it.
@@ -139,23 +141,28 @@ class Trainer:
         return dataclasses.replace(self.run.players, policy=LM(self.sampling_copy(state.params["policy"]), model))
 
     def finish(self) -> None:
-        """Fetches, checks and writes the figures of the pending step."""
+        """Fetches, checks and writes the figures of the pending step; every process checks, one writes."""
         if self.pending is None:
             return
         step, self.pending = self.pending, None
-        metrics, dialogues, rewards = jax.device_get((step.metrics, step.dialogues, step.rewards))
+        metrics, dialogues, rewards = distributed.fetch((step.metrics, step.dialogues, step.rewards))
         self.last_finished = time.monotonic()
         row = dialogue_metrics(dialogues, rewards.reward) | reply_metrics(dialogues, self.run.players.tokenizer)
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
         row["time/update_s"] = self.last_finished - step.learning_since
         every = self.config.log.dialogues_every
         problem = breach(row, self.config.alarms.to_dict(), step.number)
-        if problem or (every and (step.number % every == 0 or step.number == 1)):
+        if distributed.is_main() and (problem or (every and (step.number % every == 0 or step.number == 1))):
             self.log_dialogues(step, dialogues, rewards.reward)
-        self.writer.write(step.number, row)
+        self.write(step.number, row)
         self.progress.update(step.number, row)
         if problem:
             raise CollapseError(f"{problem}. The dialogues are in {self.folder.dialogues(step.number)}")
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Appends a step's figures to the metrics."""
+        if self.writer is not None:
+            self.writer.write(step, row)
 
     def log_dialogues(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> None:
         """Writes all dialogues of a step, so that `verify` can derive them."""
@@ -176,7 +183,7 @@ class Trainer:
         if self.config.eval.every:
             self.progress.note("evaluating the untrained policy")
             found = self.evaluate(state)
-            self.writer.write(0, found)
+            self.write(0, found)
             self.progress.note(f"untrained policy: eval/score {found['eval/score']:.2f}")
 
     def save(self, state: TrainState, done: int) -> None:
@@ -191,26 +198,31 @@ class Trainer:
             state = give_up(state)  # two states at once may not fit the devices
         found = self.checkpoints.restore(state, report=lambda text: self.console.print(text, highlight=False))
         if found is None:
-            self.folder.drop_after(0)
+            if distributed.is_main():
+                self.folder.drop_after(0)
             return state, 0
         self.run.reader.restore(found.extra["reader"])
-        self.folder.drop_after(found.step)
+        if distributed.is_main():
+            self.folder.drop_after(found.step)
         self.console.print(f"going on after step {found.step} of {self.config.train.steps}", highlight=False)
         return found.state, found.step
 
     @contextlib.contextmanager
     def writers(self, done: int) -> Iterator[None]:
-        """Metrics and progress, open."""
+        """Metrics and progress, open; metrics on process 0 alone."""
         log = self.config.log
         self.last_finished = time.monotonic()
-        self.writer = MetricsWriter(
-            self.folder.path,
-            tensorboard=log.tensorboard,
-            wandb=log.wandb,
-            config=flatten(self.config),
-            resume_step=done,
+        given = {
+            "tensorboard": log.tensorboard,
+            "wandb": log.wandb,
+            "config": flatten(self.config),
+            "resume_step": done,
+        }
+        self.writer = distributed.together(
+            lambda: MetricsWriter(self.folder.path, **given) if distributed.is_main() else None
         )
-        with contextlib.closing(self.writer), TrainingProgress(self.console, self.config.train.steps, done) as progress:
+        closing = contextlib.closing(self.writer) if self.writer else contextlib.nullcontext()
+        with closing, TrainingProgress(self.console, self.config.train.steps, done) as progress:
             self.progress = progress
             yield
 
@@ -221,17 +233,6 @@ def give_up(state: TrainState) -> TrainState:
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     return like
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """A list that SIGTERM makes non-empty: pods are taken away with it, and a step is worth finishing."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def train(

@@ -30,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from rlver_jax.parallel import distributed
 
 _T = TypeVar("_T")
 _DIGITS = 6  # of a step in the name of its folder
@@ -293,7 +294,7 @@ class Checkpoints:
         old = self.folder / _name(step)
         names = (old.with_suffix(f".broken{suffix}") for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
         new = _together(lambda: next(name for name in names if not name.exists()))
-        _together(lambda: old.rename(new) if jax.process_index() == 0 else None)
+        _together(lambda: old.rename(new) if distributed.is_main() else None)
         return f"; it is now {new.name}"
 
 
@@ -385,16 +386,5 @@ def _reason(error: Exception) -> str:
 
 
 def _together(action: Callable[[], _T]) -> _T:
-    """Returns what `action` does; where it fails on one process it fails on all, so that none waits for another."""
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    if jax.process_count() > 1:
-        fine = bool(np.all(multihost_utils.process_allgather(np.asarray(failure is None))))
-        if not fine and failure is None:
-            raise CheckpointError("another process could not read it")
-    if failure is not None:
-        raise failure
-    return result
+    """Returns what `action` does, or fails on every process."""
+    return distributed.together(action, CheckpointError("another process could not read it"))

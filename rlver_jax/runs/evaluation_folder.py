@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlver_jax.config import endpoint_sides, flatten
+from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json
@@ -52,37 +53,26 @@ class EvaluationFolder:
     def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], repeats: int = 1) -> "EvaluationFolder":
         """Makes the folder, or takes up what an evaluation with the same settings left there.
 
+        Of several processes, which all call it, the first one alone reads and writes the files.
+
         Args:
             repeats: of every profile; may be more than the folder was made with.
 
         Raises:
             ValueError: the folder holds an evaluation with other settings or more repeats, or dialogues of another
-                origin.
+                origin; or processes were given different settings.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        progress = path / PROGRESS
-        if not progress.exists():
-            strangers = [name for name in (DIALOGUES, SUMMARY) if (path / name).exists()]
-            if strangers:
-                raise ValueError(
-                    f"{path}: holds {' and '.join(strangers)} but no {PROGRESS}, so what they were made with is "
-                    f"unknown; name another --out, or move them away"
-                )
-            return cls(path, settings, [], [])
-        found = _read_progress(progress)
-        _check_same(path, found["settings"], settings)
-        log = path / DIALOGUES
-        records = read_dialogues(log, unfinished=True) if log.exists() else []
-        _check_records(log, records, settings["eval.num_profiles"] * repeats)
-        return cls(path, settings, records, found["played"])
+        distributed.check_same("the settings", {n: value for n, value in settings.items() if n not in _PATHS})
+        found = distributed.from_main(lambda: _taken_up(Path(path), settings, repeats))
+        return cls(Path(path), settings, **found)
 
     def add(self, records: Sequence[Record], costs: dict[str, float]) -> None:
         """Appends a batch's dialogues, and notes what they cost."""
         if not self.played:
             self._save()  # no dialogue may stand here without what it was made with
-        write_dialogues(self.path / DIALOGUES, records, append=True)
+        if distributed.is_main():
+            write_dialogues(self.path / DIALOGUES, records, append=True)
         self.played.append({"dialogues": [record["dialogue"] for record in records], **costs})
         self._save()
 
@@ -92,13 +82,36 @@ class EvaluationFolder:
 
     def finish(self, records: Sequence[Record], summary: dict[str, Any]) -> None:
         """Puts the dialogues in order, with what judges have added to them, and writes the summary."""
+        if not distributed.is_main():
+            return
         log = self.path / DIALOGUES
         if read_dialogues(log) != list(records):
             write_dialogues(log, records)
         write_json(self.path / SUMMARY, summary)
 
     def _save(self) -> None:
-        write_json(self.path / PROGRESS, {"settings": self.settings, "played": self.played})
+        if distributed.is_main():
+            write_json(self.path / PROGRESS, {"settings": self.settings, "played": self.played})
+
+
+def _taken_up(path: Path, settings: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The dialogues that the folder holds, and how they were played; see `EvaluationFolder.open`."""
+    path.mkdir(parents=True, exist_ok=True)
+    progress = path / PROGRESS
+    if not progress.exists():
+        strangers = [name for name in (DIALOGUES, SUMMARY) if (path / name).exists()]
+        if strangers:
+            raise ValueError(
+                f"{path}: holds {' and '.join(strangers)} but no {PROGRESS}, so what they were made with is "
+                f"unknown; name another --out, or move them away"
+            )
+        return {"records": [], "played": []}
+    found = _read_progress(progress)
+    _check_same(path, found["settings"], settings)
+    log = path / DIALOGUES
+    records = read_dialogues(log, unfinished=True) if log.exists() else []
+    _check_records(log, records, settings["eval.num_profiles"] * repeats)
+    return {"records": records, "played": found["played"]}
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:

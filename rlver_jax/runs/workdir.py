@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import flatten
+from rlver_jax.config import PATHS, flatten
+from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
 
 CONFIG, FINISHED = "config.json", "finished.json"
@@ -41,25 +43,38 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: ConfigDict, *, free_fields: Sequence[str]) -> "RunFolder":
-        """Makes the folder, or takes up the interrupted run that it holds.
+        """Makes the folder, or takes up the interrupted run that it holds. Processes that share a run all call it.
 
         Args:
             free_fields: fields of the config, or sections, that may differ from those that the run began with.
 
         Raises:
-            ValueError: the folder holds another run, a finished one, or files of something else.
+            ValueError: the folder holds another run, a finished one, or files of something else; or processes were
+                given different configs or don't see one folder.
         """
         folder = cls(Path(path))
         new = json.loads(json.dumps(flatten(config)))  # tuples become lists, as in the file
-        if (folder.path / CONFIG).exists():
-            _check_same(folder.path, folder.config(), new, free_fields)
-            folder._check_unfinished(config.train.steps)
-        elif folder.path.exists() and any(folder.path.iterdir()):
-            names = ", ".join(sorted(item.name for item in folder.path.iterdir())[:_SHOWN])
-            raise ValueError(f"{folder.path}: is not empty ({names}) and holds no {CONFIG}; name another --workdir")
-        folder.dialogues(0).parent.mkdir(parents=True, exist_ok=True)
-        write_json(folder.path / CONFIG, new)
+        distributed.check_same("the config", {name: value for name, value in new.items() if name not in PATHS})
+        distributed.from_main(lambda: folder._take(new, config.train.steps, free_fields))
+        distributed.together(folder._check_shared)
         return folder
+
+    def _take(self, new: dict[str, Any], steps: int, free_fields: Sequence[str]) -> None:
+        if (self.path / CONFIG).exists():
+            _check_same(self.path, self.config(), new, free_fields)
+            self._check_unfinished(steps)
+        elif self.path.exists() and any(self.path.iterdir()):
+            names = ", ".join(sorted(item.name for item in self.path.iterdir())[:_SHOWN])
+            raise ValueError(f"{self.path}: is not empty ({names}) and holds no {CONFIG}; name another --workdir")
+        self.dialogues(0).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / CONFIG, new)
+
+    def _check_shared(self) -> None:
+        if not (self.path / CONFIG).exists():
+            raise ValueError(
+                f"{self.path}: process {jax.process_index()} doesn't see what process 0 wrote there; name a --workdir "
+                f"that all hosts share (a network folder or gs://…)"
+            )
 
     def config(self) -> dict[str, Any]:
         """{"a.b": value} of the config that the run was last started with.

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Runs one command on all workers of a Cloud TPU that is there already: nothing is created, nothing is deleted.
+#
+#   ./launch/tpu_pod.sh TPU [--zone=ZONE] [--project=ID] [--setup=COMMAND] [--dry-run] -- COMMAND…
+#   ./launch/tpu_pod.sh TPU [--zone=ZONE] [--project=ID] [--dry-run] --status | --logs[=LINES] | --stop | --resume
+#
+#   COMMAND…      e.g. python -m rlver_jax.train --config=configs/ppo_think_7b.py --workdir=gs://BUCKET/runs/first …
+#                 The package is copied to every worker and installed there with its extra `tpu`; then the command is
+#                 started on all of them, in the background. The processes find each other by themselves.
+#   --setup=…     runs on every worker before the installation, e.g. 'sudo apt-get install -y python3.11-venv'
+#   --status      whether it runs on each worker, or with which exit status it ended
+#   --logs[=N]    the last N lines (default: 20) of each worker's log, ~/rlver_jax_pod/worker.log
+#   --stop        SIGTERM to all; training finishes its step and saves. Waits until it has ended
+#   --resume      starts the last command again on all workers, as after --stop; training goes on from its checkpoint
+#   --dry-run     prints what would be run, and runs nothing
+#   PYTHON=EXE    the interpreter on the workers, 3.11 or newer (default: python3.11, else python3)
+#
+# Every worker must see the same --workdir: a network folder, or gs://BUCKET/…, which is mounted with gcsfuse; so are
+# all other gs://… in the command. When a worker is preempted it gets SIGTERM, and all of them finish the step and save;
+# once the TPU is there again, the first form with the same command goes on (--resume, if its disks were kept).
+# Exit status: 0 done, 1 a worker failed (its message says why), 2 bad usage.
+set -eEuo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+readonly FOLDER=rlver_jax_pod  # in each worker's home; as in pod_worker.sh
+readonly SCRIPT=$FOLDER/source/launch/pod_worker.sh
+PACKAGE=(setup.py pyproject.toml README.md rlver_jax configs launch)
+
+usage() {
+  echo "tpu_pod.sh: $1; the head of launch/tpu_pod.sh has the usage" >&2
+  exit 2
+}
+
+action="" lines=20 setup="" dry="" tpu="" where=() command=()
+set_action() {
+  [ -z "$action" ] || usage "--$action and --$1 together; one at a time"
+  action="$1"
+}
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+    --zone=* | --project=*) where+=("$1") ;;
+    --setup=*) setup="${1#*=}" ;;
+    --dry-run) dry=1 ;;
+    --logs=*) set_action logs && lines="${1#*=}" ;;
+    --status | --logs | --stop | --resume) set_action "${1#--}" ;;
+    --) shift && command=("$@") && break ;;
+    -*) usage "unknown option $1" ;;
+    *) [ -z "$tpu" ] || usage "found '$1' after the TPU's name '$tpu'; the command comes after --" && tpu="$1" ;;
+  esac
+  shift
+done
+[ -n "$tpu" ] || usage "no TPU was named; 'gcloud compute tpus tpu-vm list' shows those that there are"
+[[ "$lines" =~ ^[0-9]+$ ]] || usage "--logs=$lines: expected a number of lines"
+[ -z "$action" ] || [ ${#command[@]} -eq 0 ] || usage "--$action takes no command"
+[ -n "$action" ] || [ ${#command[@]} -gt 0 ] || usage "neither a command after -- nor --status, --logs, --stop, --resume"
+[ -n "$dry" ] || command -v gcloud > /dev/null || usage "there is no gcloud on PATH; install the Google Cloud CLI"
+
+# run WORDS…: runs them, or prints them with --dry-run.
+run() {
+  if [ -n "$dry" ]; then
+    printf '%q ' "$@" && echo
+  else
+    "$@"
+  fi
+}
+
+# on_workers SHELL_TEXT: runs it on all workers at once.
+on_workers() {
+  run gcloud compute tpus tpu-vm ssh "$tpu" ${where[@]+"${where[@]}"} --worker=all --command="$1"
+}
+
+# worker WORDS…: calls pod_worker.sh on all workers.
+worker() {
+  on_workers "[ -e $SCRIPT ] || { echo \"\$(hostname): nothing was started here\" >&2; exit 1; }; bash $SCRIPT $(printf '%q ' "$@")"
+}
+
+copy_package() {
+  local folder=/tmp
+  [ -n "$dry" ] || folder="$(mktemp -d)"
+  local archive="$folder/package.tar.gz"
+  run tar -czf "$archive" --exclude=__pycache__ "${PACKAGE[@]}"
+  on_workers "mkdir -p $FOLDER/source"
+  run gcloud compute tpus tpu-vm scp "$archive" "$tpu:$FOLDER/package.tar.gz" ${where[@]+"${where[@]}"} --worker=all
+  [ -n "$dry" ] || rm -r "$folder"
+  on_workers "tar -xzf $FOLDER/package.tar.gz -C $FOLDER/source"
+}
+
+failed() {
+  echo "tpu_pod.sh: a worker of $tpu failed; its message is above" >&2
+  exit 1
+}
+
+start() {
+  # Before the copy: a running command must not lose its files.
+  on_workers "! [ -e $SCRIPT ] || bash $SCRIPT free"
+  [ -z "$setup" ] || on_workers "$setup"
+  copy_package
+  worker install ${PYTHON:+"$PYTHON"}
+  worker start "${command[@]}"
+}
+
+trap failed ERR
+case "$action" in
+  "") start ;;
+  logs) worker logs "$lines" ;;
+  *) worker "$action" ;;
+esac
