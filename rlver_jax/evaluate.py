@@ -34,6 +34,7 @@ from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, endpoint_sides, validate
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
+from rlver_jax.endpoint.usage import usage_text
 from rlver_jax.evaluation import Played, chosen_profiles, load
 from rlver_jax.judging import command as judging
 from rlver_jax.judging.finished import finished
@@ -206,13 +207,7 @@ def headline(summary: dict[str, Any], path: Path) -> str:
 
 def _remote_text(summary: dict[str, Any]) -> str:
     """A line for each endpoint: what it was asked, and what that cost where prices are given."""
-    return "".join(
-        f"{side} at its endpoint: {used['requests']} requests ({used['asked_again']} asked again), "
-        f"{used['prompt_tokens']} + {used['completion_tokens']} tokens"
-        + (f", cost {used['cost']:.4f}" if used["cost"] else "")
-        + "\n"
-        for side, used in summary.get("remote", {}).items()
-    )
+    return "".join(f"{side} at its endpoint: {usage_text(used)}\n" for side, used in summary.get("remote", {}).items())
 
 
 if __name__ == "__main__":
