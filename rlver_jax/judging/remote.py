@@ -91,9 +91,10 @@ class RemoteJudge(_Remote):
     ) -> tuple[int, Appraised]:
         assert dialogue.profile is not None
         record, usage, unanswered = dialogue.record, Usage(), []
-        spoken = [message["content"] or "" for message in record["messages"]]
+        said: list[str] = []
         found = Appraised([record["emotions"][0]], [], [], [])
         for place, turn in enumerate(turns_of(record)):
+            said += [turn.heard["content"] or "", turn.spoken["content"] or ""]
             moved = found.emotions[-1] if own else turn.emotion
             change, before = 0, usage.completion_tokens
             fields: dict[str, str] = {}
@@ -101,7 +102,7 @@ class RemoteJudge(_Remote):
                 # The same request as that of a user who plays this turn: of one model, it has been answered.
                 at = Place(record["seed"] or 0, record["dialogue"], turn.turn + 1)
                 try:
-                    felt = await user.appraise(dialogue.profile, spoken[: 2 * turn.turn + 2], moved, at, usage)
+                    felt = await user.appraise(dialogue.profile, said, moved, at, usage)
                     change, moved, fields = felt.change, felt.emotion, felt.fields
                 except (Unreadable, ContextFull):
                     unanswered.append(place)
