@@ -11,7 +11,13 @@ from rlver_jax.runs.sage import from_sage
 def test_everything_is_asked(language, results):
     forms = load_forms(language)
     asked = forms.ask(Finished(from_sage(results[0]), None, ""))
-    assert [form.name for form in asked.forms] == ["capabilities", "relationship", "coordinate", "person", *["reply"] * 4]
+    assert [form.name for form in asked.forms] == [
+        "capabilities",
+        "relationship",
+        "coordinate",
+        "person",
+        *["reply"] * 4,
+    ]
     names = {form.name: [step.name for step in form.steps if step.options] for form in asked.forms}
     assert names["capabilities"] == list(CAPABILITIES)
     assert len(names["relationship"]) == 12

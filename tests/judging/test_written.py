@@ -41,7 +41,11 @@ def test_a_form_has_marks_and_its_choices():
     ],
 )
 def test_readable_answers(answer):
-    assert read(STEPS, answer) == {"evidence": "It listened.", "depth": sure("4", RATING), "mattered": sure("-2", TRUTH)}
+    assert read(STEPS, answer) == {
+        "evidence": "It listened.",
+        "depth": sure("4", RATING),
+        "mattered": sure("-2", TRUTH),
+    }
 
 
 @pytest.mark.parametrize(
