@@ -238,6 +238,7 @@ def _boxes(title: str, caption: str, groups: Sequence[Group], values: Sequence[S
 
 
 def classes_of(group: Group) -> str:
+    """The classes of chart.css that colour a group."""
     return f"c{group.run}" + " early" * group.early
 
 
