@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.sage import from_sage
 
 from ..endpoint.server import ChatServer, digest, one_in_five, rule
+from ..test_serve import served
 from .test_finished import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -322,6 +324,22 @@ def test_judges_are_killed_and_taken_up_again(judged_play, tmp_path):
             part["settings"].pop("remote.user.url")
     assert ours["judges"] == unbroken["judges"]
     assert ours["measures"] == unbroken["measures"]
+
+
+@pytest.mark.slow
+def test_a_judge_behind_our_own_server(dialogues):
+    """Random weights seldom fill in a form, but they are asked, again as well, and answer alike each time."""
+    asked = [load_forms("en").ask(dialogues[3])]
+    with served("--rows=4", "--name=m", "--context=1600") as (_, url):
+        config = config_of(SimpleNamespace(url=f"{url}/v1"))
+        first, second = (judged(RemoteJudge.load(config, "far", None), dialogues, None, QUIET) for _ in range(2))
+        rated = fill(RemoteRater.load(config, "far", None), asked)[0]
+    assert first == second
+    assert first["remote"]["models"] == ["m"]
+    assert first["remote"]["requests"] == 14 + first["remote"]["asked_again"] > 14
+    assert first["remote"]["completion_tokens"] > 100
+    assert rated.remote["requests"] == 5 + rated.remote["asked_again"] > 5
+    assert [list(answers) for answers in rated.answers] == [[s.name for s in form.steps] for form in asked[0].forms]
 
 
 def test_agreement_of_a_user_at_an_endpoint(results, tmp_path, capsys):
