@@ -14,9 +14,9 @@ when it is started again with the same settings and DIR.
 
 --judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
 that have been played, ours or SAGE's, and checks their arithmetic; --agreement compares the config's user with the one
-of a record. A judge is on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md. Exit
-status: 0 done, 1 an emotion that is not the one before plus the change,
-2 bad usage, 130 interrupted.
+of a record. A judge is on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
+Exit status: 0 done, 1 an emotion that is not the one before plus the change or an endpoint that stays away, 2 bad
+usage, 130 interrupted.
 """
 
 import sys
