@@ -28,6 +28,12 @@ def as_finished(
             async with places:
                 return await piece()
 
+        async def settle() -> None:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # others may have failed as well
+            await close()
+
         tasks = {runner.get_loop().create_task(placed(piece)) for piece in work}
         try:
             while tasks:
@@ -39,6 +45,4 @@ def as_finished(
                 for error in filter(None, errors):
                     raise error
         finally:
-            for task in tasks:
-                task.cancel()
-            runner.run(close())
+            runner.run(settle())
