@@ -330,7 +330,7 @@ def test_judges_are_killed_and_taken_up_again(judged_play, tmp_path):
 def test_a_judge_behind_our_own_server(dialogues):
     """Random weights seldom fill in a form, but they are asked, again as well, and answer alike each time."""
     asked = [load_forms("en").ask(dialogues[3])]
-    with served("--rows=4", "--name=m", "--context=1600") as (_, url):
+    with served("--rows=4", "--name=m", "--context=4000") as (_, url):
         config = config_of(SimpleNamespace(url=f"{url}/v1"))
         first, second = (judged(RemoteJudge.load(config, "far", None), dialogues, None, QUIET) for _ in range(2))
         rated = fill(RemoteRater.load(config, "far", None), asked)[0]
