@@ -14,11 +14,13 @@ when it is started again with the same settings and DIR.
 
 --judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
 that have been played, ours or SAGE's, and checks their arithmetic; --agreement compares the config's user with the one
-of a record. See docs/judging.md. Exit status: 0 done, 1 an emotion that is not the one before plus the change, or
-another process is lost, 2 bad usage, 130 interrupted.
+of a record. A judge is on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
 
 On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them), for
 playing alone; see docs/pods.md.
+
+Exit status: 0 done, 1 an emotion that is not the one before plus the change, an endpoint that stays away, or another
+process is lost, 2 bad usage, 130 interrupted.
 """
 
 import sys
@@ -37,6 +39,7 @@ from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, endpoint_sides, validate
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
+from rlver_jax.endpoint.usage import usage_text
 from rlver_jax.evaluation import Played, chosen_profiles, load
 from rlver_jax.judging import command as judging
 from rlver_jax.judging.finished import finished
@@ -227,13 +230,7 @@ def headline(summary: dict[str, Any], path: Path) -> str:
 
 def _remote_text(summary: dict[str, Any]) -> str:
     """A line for each endpoint: what it was asked, and what that cost where prices are given."""
-    return "".join(
-        f"{side} at its endpoint: {used['requests']} requests ({used['asked_again']} asked again), "
-        f"{used['prompt_tokens']} + {used['completion_tokens']} tokens"
-        + (f", cost {used['cost']:.4f}" if used["cost"] else "")
-        + "\n"
-        for side, used in summary.get("remote", {}).items()
-    )
+    return "".join(f"{side} at its endpoint: {usage_text(used)}\n" for side, used in summary.get("remote", {}).items())
 
 
 if __name__ == "__main__":

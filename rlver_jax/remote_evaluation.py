@@ -1,6 +1,5 @@
 """Evaluations in which the policy, the user, or both are behind an OpenAI-compatible endpoint."""
 
-import asyncio
 import dataclasses
 import functools
 import json
@@ -18,6 +17,8 @@ from rlver_jax.config import ConfigError, endpoint_sides, reward_settings
 from rlver_jax.dialogue import room_needed
 from rlver_jax.endpoint.answers import AnswerCache
 from rlver_jax.endpoint.client import Client, Endpoint
+from rlver_jax.endpoint.usage import priced, summed
+from rlver_jax.endpoint.work import as_finished
 from rlver_jax.evaluation import Batch, Gold, eval_spec, scores
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.players import WIDTH_STEP, Players, Weights, emotion_rules, limits_of, load_model
@@ -65,31 +66,19 @@ class RemoteEvaluation:
             EndpointError: an endpoint refused, or was gone for longer than remote.deadline.
         """
         parts = [numbers[i : i + self.size] for i in range(0, len(numbers), self.size)]
-        with asyncio.Runner() as runner:
-            places = asyncio.Semaphore(self.at_once)
-            tasks = {runner.get_loop().create_task(self._play(part, places)) for part in parts}
-            try:
-                while tasks:
-                    began, before = time.monotonic(), self._traffic()
-                    done, tasks = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
-                    errors = [task.exception() for task in done]
-                    records = [r for task, error in zip(done, errors, strict=True) if not error for r in task.result()]
-                    if records:
-                        yield records, self._costs(records, began, before)
-                    for error in filter(None, errors):
-                        raise error
-            finally:
-                for task in tasks:
-                    task.cancel()
-                runner.run(self._close())
+        work = [functools.partial(self._play, part) for part in parts]
+        began, before = time.monotonic(), self._traffic()
+        for played in as_finished(work, self.at_once, self._close):
+            records = [record for some in played for record in some]
+            yield records, self._costs(records, began, before)
+            began, before = time.monotonic(), self._traffic()
 
-    async def _play(self, numbers: Sequence[int], places: asyncio.Semaphore) -> list[Record]:
-        async with places:
-            count, start = len(self.profiles), self.rules.initial
-            rows = [Row(n, slot, self.profiles[n % count], [start]) for slot, n in enumerate(numbers)]
-            policy, user = (side(rows) for side in self.sides)
-            await play(rows, policy, user, rules=self.rules, max_turns=self.config.eval.max_turns)  # type: ignore[arg-type]
-            return [record_of(row, reward=self._reward(row), **self.how) for row in rows]
+    async def _play(self, numbers: Sequence[int]) -> list[Record]:
+        count, start = len(self.profiles), self.rules.initial
+        rows = [Row(n, slot, self.profiles[n % count], [start]) for slot, n in enumerate(numbers)]
+        policy, user = (side(rows) for side in self.sides)
+        await play(rows, policy, user, rules=self.rules, max_turns=self.config.eval.max_turns)  # type: ignore[arg-type]
+        return [record_of(row, reward=self._reward(row), **self.how) for row in rows]
 
     def _reward(self, row: Row) -> float:
         found = reward(
@@ -123,11 +112,7 @@ class RemoteEvaluation:
     def _asked(self, side: str, records: Sequence[Record]) -> dict[str, Any]:
         """Counts and cost of all answers that make up the dialogues, those from the cache included."""
         used = [record["remote"][side] for record in records if side in record["remote"]]
-        prices = self.config.remote[side]
-        names = ("requests", "asked_again", "prompt_tokens", "completion_tokens")
-        counts = {name: sum(one[name] for one in used) for name in names}
-        cost = (counts["prompt_tokens"] * prices.price_in + counts["completion_tokens"] * prices.price_out) / 1e6
-        return counts | {"cost": cost, "models": sorted({model for one in used for model in one["models"]})}
+        return summed([priced(one, prices_of(self.config, side)) for one in used])
 
 
 def load(
@@ -188,19 +173,30 @@ def endpoint_of(config: ConfigDict, side: str) -> Endpoint:
     return Endpoint(c.url, c.model, key, extra, common.concurrency, common.timeout, common.deadline)
 
 
+def prices_of(config: ConfigDict, side: str) -> tuple[float, float]:
+    """Of a million tokens read, and generated, at the endpoint of `config.remote[side]`."""
+    return float(config.remote[side].price_in), float(config.remote[side].price_out)
+
+
+def remote_user(config: ConfigDict, client: Client) -> RemoteUser:
+    """The simulated user of a config, behind the endpoint that `client` asks."""
+    user, rules = config.user, emotion_rules(config, config.eval.initial_emotion)
+    prompts = load_prompts(config.data.language, user.prompts or None)
+    how = user.style, user.scenario, user.field_tokens, user.reply_tokens, user.reply_temperature
+    return RemoteUser(client, prompts, rules, *how, config.remote.asks)
+
+
 def _remote_side(config: ConfigDict, side: str, client: Client) -> PolicyOf | UserOf:
-    prompts, seed = load_prompts(config.data.language, config.user.prompts or None), config.eval.seed
-    think = config.policy.mode == "think"
+    seed, think = config.eval.seed, config.policy.mode == "think"
     one: Any
     if side == "policy":
+        prompts = load_prompts(config.data.language, config.user.prompts or None)
         one = RemotePolicy(
             client, prompts.policy_system(config.policy.mode), think, config.eval.temperature, config.rollout.top_p,
             config.rollout.say_tokens + think * config.rollout.think_tokens, config.remote.asks, seed,
         )  # fmt: skip
     else:
-        user, rules = config.user, emotion_rules(config, config.eval.initial_emotion)
-        how = user.style, user.scenario, user.field_tokens, user.reply_tokens, user.reply_temperature
-        one = RemoteUserSide(RemoteUser(client, prompts, rules, *how, config.remote.asks), seed)
+        one = RemoteUserSide(remote_user(config, client), seed)
     return lambda rows: one
 
 

@@ -32,6 +32,7 @@ from rlver_jax.players import load_model, sampling_copy
 from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.sampling.cache import LM
 from rlver_jax.serving.engine import Engine
+from rlver_jax.user.prompts import load_prompts
 
 TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"
 LOOK_S = 2.0  # between two lines of figures in a terminal
@@ -46,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = options.checkpoint or config.policy.path
         trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config())
         validate(config, base.get_config(), jax.device_count())
+        system = _system(config) if options.policy_prompt else ""
         with _listen(options.host, options.port) as listening:
             with console.status("loading the model"):
                 engine = _load(config, options, trained.weights if trained else None)
             with console.status("compiling"):
                 engine.warm_up()
-            _serve(engine, options.name or Path(checkpoint).resolve().name, listening, console)
+            _serve(engine, options.name or Path(checkpoint).resolve().name, system, listening, console)
     except (ValueError, OSError) as error:
         errors.print(f"serve: {error}", markup=False, highlight=False)
         return 2
@@ -67,6 +69,9 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         flags.DEFINE_string("checkpoint", None, "training run or Hugging Face folder to take the policy from", **given)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
         flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **given)
+        flags.DEFINE_boolean(
+            "policy_prompt", False, "put the policy's own system prompt (policy.mode) where a chat has none", **given
+        )
         flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **given)
         flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", 0, 65535, **given)
         flags.DEFINE_integer("rows", 16, "requests answered at once", 1, **given)
@@ -105,7 +110,12 @@ def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine
     return Engine(lm, tokenizer, rows=options.rows, context=context, block=options.block, queue=options.queue)
 
 
-def _serve(engine: Engine, name: str, listening: socket.socket, console: Console) -> None:
+def _system(config: ConfigDict) -> str:
+    """What the policy was trained under."""
+    return load_prompts(config.data.language, config.user.prompts or None).policy_system(config.policy.mode)
+
+
+def _serve(engine: Engine, name: str, system: str, listening: socket.socket, console: Console) -> None:
     """Answers until a signal comes or the engine fails."""
     import uvicorn
 
@@ -113,7 +123,7 @@ def _serve(engine: Engine, name: str, listening: socket.socket, console: Console
 
     token = os.environ.get(TOKEN_VARIABLE, "")
     host, port = listening.getsockname()[:2]
-    app = Service(engine, name, int(time.time()), token).app()
+    app = Service(engine, name, int(time.time()), token, system).app()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     engine.start()
     # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.

@@ -296,11 +296,10 @@ def test_bad_usage(tmp_path, capsys, fields, says):
 
 
 def test_an_endpoint_that_refuses_or_is_gone(tmp_path, capsys):
-    with ChatServer() as server:
-        server.fault = lambda n: "404 The model m does not exist"
+    with ChatServer(fault=lambda n: "404 The model m does not exist") as server:
         assert main(arguments(tmp_path, policy=server.url, user=server.url)) == 2
         assert "The model m does not exist" in capsys.readouterr().err
-        server.fault = lambda n: "" if n < 60 else "500"
+    with ChatServer(fault=lambda n: "" if n < 52 else "500") as server:
         assert main(arguments(tmp_path, "--config.remote.deadline=4", policy=server.url, user=server.url)) == 1
         assert "the same command goes on" in capsys.readouterr().err
         server.fault = lambda n: ""

@@ -40,17 +40,24 @@ def served(*args: str, **env: str):
 
 
 def test_a_server_starts_answers_and_stops(tmp_path):
-    with served("--rows=2", "--name=mine", RLVER_JAX_SERVE_TOKEN="s3cret") as (process, url):
+    how = {"RLVER_JAX_SERVE_TOKEN": "s3cret"}
+    with served("--rows=2", "--name=mine", "--policy_prompt", **how) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0) as client:
             reply = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "hello"}], n=2)
             assert reply.usage.completion_tokens > 0
+            # --policy_prompt: what the policy is trained under (configs/debug_world/prompts) stands in front.
+            trained = {"role": "system", "content": "Listen and help. Think first, then say it."}
+            for messages, same in (([trained], True), ([{"role": "system", "content": "Listen."}], False)):
+                asked = [*messages, {"role": "user", "content": "hello"}]
+                other = client.chat.completions.create(model="mine", messages=asked, n=2)
+                assert (other.usage.prompt_tokens == reply.usage.prompt_tokens) == same
         other = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
         with other, pytest.raises(openai.AuthenticationError):
             other.models.list()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         told = process.stdout.read()
-        assert "2 replies" in told
+        assert "6 replies" in told
         assert "s3cret" not in told
 
 

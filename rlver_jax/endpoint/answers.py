@@ -20,16 +20,16 @@ def request_key(url: str, body: dict[str, Any], seed: int) -> str:
 class AnswerCache:
     """Answers by request; several processes may share the file. Use as a context manager, or `close`."""
 
-    def __init__(self, path: str | Path):
-        """Opens or makes the file.
+    def __init__(self, path: str | Path | None):
+        """Opens or makes the file; with None answers are kept as long as the process lives.
 
         Raises:
             ValueError: it is there but is no such cache, or cannot be written.
         """
-        path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
+            if path is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
             self._file.execute("PRAGMA journal_mode=WAL")  # an answer is on disk as soon as `put` returns
             self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer TEXT)")
             self._file.execute("SELECT key, request, answer FROM answers LIMIT 1")

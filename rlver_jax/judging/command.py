@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,15 +16,17 @@ from rich.console import Console
 
 from configs import base
 from rlver_jax.command_line import config_from_flags, parse_flags
-from rlver_jax.config import ConfigError, profile_files, validate
+from rlver_jax.config import ConfigError, endpoint_sides, profile_files, validate
+from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.evaluation import scores
-from rlver_jax.judging.device import DeviceJudge, judge_settings
+from rlver_jax.judging.device import DeviceJudge
 from rlver_jax.judging.finished import Finished, faults, read_all, turns_of, with_profiles
 from rlver_jax.judging.forms import load_forms
 from rlver_jax.judging.judge import Judge
 from rlver_jax.judging.measures import measured, summed_up
 from rlver_jax.judging.rater import DeviceRater, Rater
 from rlver_jax.judging.score import agreed, judged
+from rlver_jax.judging.settings import judge_settings
 from rlver_jax.judging.show import show_agreement, show_judges, show_scores
 from rlver_jax.judging.statistics import mean_with_interval
 from rlver_jax.judging.work_folder import dialogues_fingerprint
@@ -92,14 +95,14 @@ class Judges:
         records = [dialogue.record for dialogue in dialogues]
         if self.users:
             summary["judges"] = {
-                name: judged(_load_judge(name, config), dialogues, folder, console)
+                name: judged(_load_judge(name, config, folder), dialogues, folder, console)
                 for name, config in self.users.items()
             }
         if self.measurer:
             name, config = self.measurer
-            rater = _load_rater(name, config)
-            records = measured(rater, load_forms(config.data.language), dialogues, folder, console)
-            summary["measures"] = summed_up(records) | {"settings": rater.settings}
+            rater = _load_rater(name, config, folder)
+            records, asked = measured(rater, load_forms(config.data.language), dialogues, folder, console)
+            summary["measures"] = summed_up(records) | asked | {"settings": rater.settings}
         return summary, records
 
     @property
@@ -130,25 +133,44 @@ def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]
                 f"judge {arg}: a model's folder needs settings: give --config=FILE too, or a config file for the judge"
             )
         found, name = config.copy_and_resolve_references(), Path(arg).resolve().name
-        found.user.path, found.user.init = arg, "path"
+        found.user.path, found.user.init, found.remote.user.url = arg, "path", ""
     else:
         found, _, _ = config_from_flags([f"--config={arg}"], "")
         file, _, how = arg.partition(":")
         name = re.sub(r"\W+", "_", f"{Path(file).stem}_{how}").strip("_")
     try:
         validate(found, base.get_config(), jax.device_count())
-        judge_settings(found)  # finds out now, not after the dialogues, that there is no model
+        _check_there(found)
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
     return name, found
 
 
-def _load_judge(name: str, config: ConfigDict) -> Judge:
+def _check_there(config: ConfigDict) -> None:
+    """Finds out now, not after the dialogues, that there is no model, no key or no package."""
+    judge_settings(config)
+    if "user" in endpoint_sides(config):
+        _remote().endpoint_of(config, "user")
+
+
+def _load_judge(name: str, config: ConfigDict, folder: Path | None) -> Judge:
+    if "user" in endpoint_sides(config):
+        return _remote().RemoteJudge.load(config, name, folder)
     return DeviceJudge.load(config, name, _mesh(config))
 
 
-def _load_rater(name: str, config: ConfigDict) -> Rater:
+def _load_rater(name: str, config: ConfigDict, folder: Path | None) -> Rater:
+    if "user" in endpoint_sides(config):
+        return _remote().RemoteRater.load(config, name, folder)
     return DeviceRater.load(config, name, _mesh(config))
+
+
+def _remote() -> ModuleType:
+    try:
+        from rlver_jax.judging import remote
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"endpoints need {error.name}: pip install 'rlver_jax[remote]'") from error
+    return remote
 
 
 def _mesh(config: ConfigDict) -> Mesh | None:
@@ -162,9 +184,9 @@ def main(argv: Sequence[str], usage: str) -> int:
         config, options = _arguments(argv, usage)
         run = _agreement if options.agreement else _scores
         return run(config, options, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EndpointError) as error:
         errors.print(f"evaluate: {error}", markup=False, highlight=False)
-        return 2
+        return 1 if isinstance(error, Unavailable) else 2
     except KeyboardInterrupt:
         errors.print("evaluate: interrupted; with --out the same command goes on where it was", highlight=False)
         return 130
@@ -242,13 +264,14 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
     if options.measures:
         raise ConfigError("--measures belongs to --from or to playing, not to --agreement")
     judges = Judges.of_flags(options, config)
+    _check_there(config)
     if "user" in judges.users:
         raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
     dialogues = [one for ones in read_all(options.agreement).values() for one in ones]
     dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), _profiles(config))
     found, folder = faults(dialogues), _folder(options)
     results = {
-        name: agreed(_load_judge(name, one), dialogues, folder, console)
+        name: agreed(_load_judge(name, one, folder), dialogues, folder, console)
         for name, one in ({"user": config} | judges.users).items()
     }
     if folder:

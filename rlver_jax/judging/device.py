@@ -12,14 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 from ml_collections import ConfigDict
 
-from rlver_jax.config import flatten
 from rlver_jax.evaluation import eval_spec
 from rlver_jax.judging.finished import Finished, Turn, turns_of
 from rlver_jax.judging.judge import Appraised, Progress, Work
+from rlver_jax.judging.settings import judge_settings
 from rlver_jax.players import Players, load_model
-from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
 from rlver_jax.runs.dialogue_log import Record
-from rlver_jax.runs.evaluation_folder import model_fingerprint, texts_fingerprint
 from rlver_jax.sampling.cache import LM, Cache, append, init_cache, rollback
 from rlver_jax.sampling.decode import Generated
 from rlver_jax.text.tokenizer import Tokenizer
@@ -56,6 +54,7 @@ class DeviceJudge:
     limits: UserLimits
     batch: int
     settings: dict[str, Any]
+    readouts = ("argmax", "mean")  # both from one distribution
 
     @classmethod
     def load(cls, config: ConfigDict, name: str, mesh: Mesh | None = None) -> "DeviceJudge":
@@ -218,25 +217,3 @@ def _appraise(
     opening = cache.length
     cache, said, logprobs, _ = appraise(lm, tables, cache, emotion, keys, rules, limits, max_tokens, active)
     return rollback(cache, opening), said, logprobs
-
-
-_WITHOUT_EFFECT = ("user.path", "user.prompts", "user.reply_tokens", "user.reply_temperature", "emotion.initial")
-
-
-def judge_settings(config: ConfigDict) -> dict[str, Any]:
-    """Everything that a judge's appraisals depend on; models and prompts by fingerprint, wherever they lie.
-
-    Raises:
-        ValueError, OSError: no model or no prompts where the config says.
-    """
-    flat = {name: value for name, value in flatten(config).items() if name.split(".")[0] in ("user", "emotion")}
-    for name in _WITHOUT_EFFECT:
-        flat.pop(name)
-    # The user's system prompt as it is written for each known wish; real profiles are part of the dialogues.
-    probes = [Profile(one.key, "persona", "scene", one.chinese, "") for one in HIDDEN_INTENTIONS]
-    return flat | {
-        "data.language": config.data.language,
-        "backend": jax.default_backend(),
-        "fingerprint.user": model_fingerprint(config.user, "user"),
-        "fingerprint.texts": texts_fingerprint(config, probes),
-    }

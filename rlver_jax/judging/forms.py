@@ -1,8 +1,9 @@
 """What a judge model fills in about a finished dialogue: our forms, as scripts, and what the answers amount to.
 
-Four things beyond the emotion: five capabilities (1–5); a relationship inventory of twelve items in four facets after
-Barrett-Lennard's (worded by us; -3..+3); three qualities and a strategy label of each reply; and the place of the
-policy's manner in the social-cognition coordinate of SAGE (arXiv 2505.02847), empathy–solution by structured–creative.
+Beyond the emotion: five capabilities (1–5); a relationship inventory of twelve items in four facets after
+Barrett-Lennard's (worded by us; -3..+3); three qualities and a strategy label of each reply; the place of the policy's
+manner in the social-cognition coordinate of SAGE (arXiv 2505.02847), empathy–solution by structured–creative; and of
+the user, how plainly it said what it needs (1–5).
 A choice becomes a number as the mean of its scale under the judge's probabilities: a rating of 3.4 is a judge in doubt.
 """
 
@@ -33,6 +34,7 @@ FACETS = {
 }
 REVERSED = tuple(items[-1] for items in FACETS.values())
 AXES = ("solution", "creative")
+PERSON = ("need_expression",)
 STRATEGIES = (
     *("question", "restatement", "reflection", "validation", "praise", "companionship", "self_disclosure", "analysis"),
     *("reframing", "confrontation", "suggestion", "information", "encouragement", "other"),
@@ -43,6 +45,7 @@ _CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "capabilities": dict.fromkeys(CAPABILITIES, RATING),
     "relationship": dict.fromkeys([item for items in FACETS.values() for item in items], TRUTH),
     "coordinate": dict.fromkeys(AXES, RATING),
+    "person": dict.fromkeys(PERSON, RATING),
     "reply": dict.fromkeys(QUALITIES, RATING) | {"strategy": tuple(LETTERS)},
 }
 _SLOTS = {"reply": ("turn", "strategies")}
@@ -74,7 +77,8 @@ class Asked(NamedTuple):
     forms: tuple[Form, ...]
 
 
-Answer = str | dict[str, float]  # a line, or the probability of each option, which sum to 1
+# A line, or the probability of each option, which sum to 1; none where a model in text gave no answer.
+Answer = str | dict[str, float]
 Answers = dict[str, Answer]  # by field
 
 
@@ -88,7 +92,7 @@ class Forms:
     strategies: Mapping[str, str]
 
     def ask(self, dialogue: Finished) -> Asked:
-        """Everything that is asked about a dialogue: three forms of the whole, then one of each reply."""
+        """Everything that is asked about a dialogue: four forms of the whole, then one of each reply."""
         turns = dialogue.record["turns"]
         values = {
             "strategies": "\n".join(f"{a}: {self.strategies[s]}" for a, s in zip(LETTERS, STRATEGIES, strict=True))
@@ -102,6 +106,10 @@ class Forms:
             hidden_intention=dialogue.record["hidden_intention"].strip(), messages=list(_spoken(dialogue.record))
         )
         return Asked(self.texts["system.j2"].strip(), text.strip(), (*whole, *replies))
+
+    def request(self, form: str, *, text: str | None = None) -> str:
+        """What a model in text is asked: to fill in a form about a conversation, or without `text` what it left out."""
+        return _ENV.from_string(self.texts["form.j2"]).render(form=form, text=text).strip()
 
 
 def load_forms(language: str) -> Forms:
@@ -144,36 +152,42 @@ def _spoken(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def measures_of(answers: Sequence[Answers], judge: str) -> dict[str, Any]:
-    """What the answers to `Forms.ask` amount to, as a dialogue's `measures`.
+    """What the answers to `Forms.ask` amount to, as a dialogue's `measures`; None where an answer is missing.
 
     `capabilities` 1..5; `relationship`: `items` -3..3 as worded, `facets` and `total` with reversed items turned round;
     `replies`: qualities 1..5 and the strategy of each; `coordinate`: both axes -1..1, `solution` from empathy to
-    solutions, `creative` from structured to creative.
+    solutions, `creative` from structured to creative; `person`: of the user, 1..5.
     """
-    capabilities, relationship, coordinate, *replies = answers
+    capabilities, relationship, coordinate, person, *replies = answers
     items = {name: _mean(relationship[name]) for names in FACETS.values() for name in names}
-    facets = {
-        facet: float(sum(items[name] * (-1 if name in REVERSED else 1) for name in names) / len(names))
-        for facet, names in FACETS.items()
-    }
+    turned = {name: value and value * (-1 if name in REVERSED else 1) for name, value in items.items()}
+    facets = {facet: _average([turned[name] for name in names]) for facet, names in FACETS.items()}
     return {
         "judge": judge,
         "evidence": capabilities["evidence"],
         "capabilities": {name: _mean(capabilities[name]) for name in CAPABILITIES},
-        "relationship": {"total": sum(facets.values()) / len(facets), "facets": facets, "items": items},
+        "relationship": {"total": _average(list(facets.values())), "facets": facets, "items": items},
         "replies": [
             {name: _mean(reply[name]) for name in QUALITIES} | {"strategy": _label(reply["strategy"])}
             for reply in replies
         ],
-        "coordinate": {name: (_mean(coordinate[name]) - 3) / 2 for name in AXES},
+        "coordinate": {name: _mean(coordinate[name], centre=3, scale=2) for name in AXES},
+        "person": {name: _mean(person[name]) for name in PERSON},
+        "unanswered": sum(answer == {} for form in answers for answer in form.values()),
     }
 
 
-def _mean(answer: Answer) -> float:
+def _mean(answer: Answer, centre: float = 0, scale: float = 1) -> float | None:
     assert isinstance(answer, dict)
-    return float(sum(float(option) * p for option, p in answer.items()))
+    return (float(sum(float(option) * p for option, p in answer.items())) - centre) / scale if answer else None
 
 
-def _label(answer: Answer) -> str:
+def _average(values: Sequence[float | None]) -> float | None:
+    """None where one is missing: a mean of the others would be of another scale."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _label(answer: Answer) -> str | None:
     assert isinstance(answer, dict)
-    return STRATEGIES[LETTERS.index(max(answer, key=lambda option: answer[option]))]
+    return STRATEGIES[LETTERS.index(max(answer, key=lambda option: answer[option]))] if answer else None

@@ -14,9 +14,11 @@ class Appraised(NamedTuple):
     """A finished dialogue as a judge took it; one entry for each turn that the dialogue's own user appraised."""
 
     emotions: list[int]  # the initial one first; own or recorded, as asked
-    changes: list[int]  # by the judge's own readout; 0 once its emotion has ended the dialogue
-    change_logprobs: list[list[float]]  # of the 21 changes, not normalized; empty where it had ended
+    changes: list[int]  # by the judge's own readout; 0 once its emotion has ended the dialogue, or where unanswered
+    change_logprobs: list[list[float]]  # of the 21 changes, not normalized; empty where it had ended, or has none
     appraisals: list[dict[str, str]]
+    unanswered: Sequence[int] = ()  # places of turns for which no change could be got
+    remote: dict[str, Any] | None = None  # what its endpoint was asked, as `endpoint.usage.priced` gives it
 
 
 class Work(NamedTuple):
@@ -40,6 +42,11 @@ class Judge(Protocol):
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that its appraisals depend on, in JSON's types."""
+        ...
+
+    @property
+    def readouts(self) -> tuple[str, ...]:
+        """How changes can be read: `argmax` and `mean` of its distributions, or `text`, as it has written them."""
         ...
 
     def appraise(

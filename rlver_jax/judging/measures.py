@@ -7,46 +7,79 @@ from typing import Any
 
 from rich.console import Console
 
+from rlver_jax.endpoint.usage import summed
 from rlver_jax.judging.finished import Finished
-from rlver_jax.judging.forms import STRATEGIES, Forms, measures_of
+from rlver_jax.judging.forms import QUALITIES, STRATEGIES, Forms, measures_of
 from rlver_jax.judging.rater import Rater
 from rlver_jax.judging.score import Meter
 from rlver_jax.judging.statistics import mean_with_interval
 from rlver_jax.judging.work_folder import WorkFile
 from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.runs.trajectory import reactions
 
 Measures = dict[str, Any]
 
 
 def measured(
     rater: Rater, forms: Forms, dialogues: Sequence[Finished], folder: Path | None, console: Console
-) -> list[Record]:
-    """The records of dialogues with their `measures` (see `forms.measures_of`)."""
+) -> tuple[list[Record], dict[str, Any]]:
+    """(the records of dialogues with `measures`, see `forms.measures_of`; `remote`: what an endpoint was asked)."""
     asked = [forms.ask(dialogue) for dialogue in dialogues]
     settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
     work = WorkFile(folder, "measures", settings, dialogues)
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     with Meter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
         for some in rater.fill([asked[i] for i in missing], meter.work):
-            work.add([{"index": missing[i], "measures": measures_of(found, rater.name)} for i, found in some])
+            work.add(
+                [
+                    {"index": missing[i], "measures": measures_of(found.answers, rater.name), "remote": found.remote}
+                    for i, found in some
+                ]
+            )
             depth = [line["measures"]["capabilities"]["empathic_depth"] for line in work.done.values()]
-            meter.kept(f"empathic depth {sum(depth) / len(depth):.2f} of 5")
-    return [dialogue.record | {"measures": work.done[i]["measures"]} for i, dialogue in enumerate(dialogues)]
+            known = [one for one in depth if one is not None]
+            meter.kept(f"empathic depth {sum(known) / len(known):.2f} of 5" if known else "nothing readable yet")
+    used = [work.done[i]["remote"] for i in range(len(dialogues)) if work.done[i]["remote"]]
+    records = [dialogue.record | {"measures": work.done[i]["measures"]} for i, dialogue in enumerate(dialogues)]
+    return records, ({"remote": summed(used)} if used else {})
 
 
 def summed_up(records: Sequence[Record]) -> dict[str, Any]:
-    """Means with deviations and intervals over dialogues, and how often each strategy leads."""
+    """Means with deviations and intervals over dialogues, and what became of each strategy."""
     found = [record["measures"] for record in records]
     values: dict[str, list[float]] = collections.defaultdict(list)
     for one in found:
         for name, value in _numbers(one):
-            values[name].append(value)
-    strategies = collections.Counter(reply["strategy"] for one in found for reply in one["replies"])
+            if value is not None:
+                values[name].append(value)
     means = {name: mean_with_interval(ours) for name, ours in values.items()}
-    return {"judge": found[0]["judge"], "strategies": {name: strategies[name] for name in STRATEGIES}} | means
+    first = {"judge": found[0]["judge"], "unanswered": sum(one["unanswered"] for one in found)}
+    return first | {"strategies": strategies(records)} | means
 
 
-def _numbers(measures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def strategies(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Of each strategy: how often it leads in a reply, and how the dialogue's user took it.
+
+    `n` replies; `acceptance`: share of those that the user appraised after which its emotion was meant to rise;
+    `change`: their mean change. Both are null where there are none.
+    """
+    counts = collections.Counter(reply["strategy"] for one in records for reply in one["measures"]["replies"])
+    changes: dict[str, list[int]] = collections.defaultdict(list)
+    for one in records:
+        for turn, _, user in reactions(one):
+            changes[one["measures"]["replies"][turn]["strategy"]].append(user["change"])
+    return {
+        name: {
+            "n": counts[name],
+            "acceptance": sum(change > 0 for change in ours) / len(ours) if ours else None,
+            "change": sum(ours) / len(ours) if ours else None,
+        }
+        for name in STRATEGIES
+        for ours in (changes[name],)
+    }
+
+
+def _numbers(measures: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     """What of a dialogue's measures has a mean, by flat name; the qualities are means over its replies."""
     for name, value in measures["capabilities"].items():
         yield f"capabilities/{name}", value
@@ -55,6 +88,8 @@ def _numbers(measures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"relationship/{name}", value
     for name, value in measures["coordinate"].items():
         yield f"coordinate/{name}", value
-    replies = measures["replies"]
-    for name in [key for key in (replies[0] if replies else {}) if key != "strategy"]:
-        yield f"replies/{name}", sum(reply[name] for reply in replies) / len(replies)
+    for name, value in measures["person"].items():
+        yield f"person/{name}", value
+    for name in QUALITIES:
+        known = [reply[name] for reply in measures["replies"] if reply[name] is not None]
+        yield f"replies/{name}", sum(known) / len(known) if known else None

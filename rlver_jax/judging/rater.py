@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from rlver_jax.judging.device import judge_settings, open_cache, pad
+from rlver_jax.judging.device import open_cache, pad
 from rlver_jax.judging.forms import Answers, Asked, Step
 from rlver_jax.judging.judge import Progress, Work
+from rlver_jax.judging.settings import judge_settings
 from rlver_jax.players import load_model
 from rlver_jax.sampling.cache import LM, Cache, append, rollback
 from rlver_jax.sampling.decode import Generated, Limits, Options, build_options, choose, generate
@@ -24,6 +25,13 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 
 LEAST_WIDTH = 64  # tokens; what is read is padded to it times a power of four, so that few widths are compiled
+
+
+class Rated(NamedTuple):
+    """What a dialogue's forms hold once they are filled in."""
+
+    answers: list[Answers]  # a form each; a choice that could not be got has no probabilities
+    remote: dict[str, Any] | None = None  # what an endpoint was asked, as `endpoint.usage.priced` gives it
 
 
 class Rater(Protocol):
@@ -39,8 +47,8 @@ class Rater(Protocol):
         """Everything that its answers depend on, in JSON's types."""
         ...
 
-    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, list[Answers]]]]:
-        """Fills in every form of each; yields (index, one `Answers` a form) of some at a time, in any order.
+    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
+        """Fills in every form of each; yields (index, answers) of some at a time, in any order.
 
         The forms of one place must have the same fields wherever there are any.
         """
@@ -71,7 +79,7 @@ class DeviceRater:
         grammar = one_line(tokenizer, lm.model.config.vocab_size)
         return cls(name, lm, tokenizer, grammar, config.user.field_tokens, config.eval.batch, settings)
 
-    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, list[Answers]]]]:
+    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
         """See `Rater`."""
         contexts = [self._context(one) for one in asked]
         width = -(-max(map(len, contexts), default=1) // LEAST_WIDTH) * LEAST_WIDTH
@@ -88,7 +96,7 @@ class DeviceRater:
                     if steps is not None:
                         ours.append(answer)
                 progress(Work(sum(steps is not None for steps in having), tokens))
-            yield list(zip(rows, found, strict=True))
+            yield list(zip(rows, map(Rated, found), strict=True))
 
     def _context(self, asked: Asked) -> list[int]:
         messages = [{"role": "system", "content": asked.system}, {"role": "user", "content": asked.text}]

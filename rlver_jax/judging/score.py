@@ -1,7 +1,7 @@
 """Judges at work on finished dialogues: each one's score beside the training user's, and agreement with a record."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlver_jax.judging.finished import Finished, turns_of
+from rlver_jax.endpoint.usage import summed
+from rlver_jax.judging.finished import Finished, Turn, turns_of
 from rlver_jax.judging.judge import Judge, Work
 from rlver_jax.judging.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.judging.work_folder import Line, WorkFile
 from rlver_jax.user.emotion import SAGE, change_readout
 
-READOUTS = ("argmax", "mean")  # both are read from one distribution
+TEXT = "text"  # readout of a judge that has no distribution
 QUIET_SECONDS = 60  # without a line where there is no bar
 
 
@@ -28,7 +29,7 @@ class Meter:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
         times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         self._bar = Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=total, state="compiling")
+        self._task = self._bar.add_task("", total=total, state="beginning")
         self._began, self._figure = time.monotonic(), ""
         self._printed = self._began
 
@@ -104,7 +105,8 @@ def judged(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, con
         return f"mean emotion {np.mean(final(lines)):.1f}, the user's {np.mean([theirs[i] for i in lines]):.1f}"
 
     work = WorkFile(folder and folder / "judges", judge.name, judge.settings, dialogues)
-    ours = final(appraised_lines(judge, dialogues, own=True, work=work, console=console, figure=figure))
+    lines = appraised_lines(judge, dialogues, own=True, work=work, console=console, figure=figure)
+    ours = final(lines)
     outcomes = [SAGE.outcome(emotion) for emotion in ours]
     gap = mean_with_interval([a - b for a, b in zip(theirs, ours, strict=True)])
     agrees = rank_correlation(ours, theirs)
@@ -116,25 +118,54 @@ def judged(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, con
         "gap": gap["mean"],
         "gap_interval": gap["interval"],
         "spearman_final": agrees if np.isfinite(agrees) else None,
+        **_asked(lines.values()),
         "settings": judge.settings,
     }
 
 
+def _asked(lines: Iterable[Line]) -> dict[str, Any]:
+    """`unanswered`: appraisals that could not be got; `remote`: what a judge behind an endpoint was asked."""
+    lines = list(lines)
+    used = [line["remote"] for line in lines if line["remote"]]
+    unanswered = sum(len(line["unanswered"]) for line in lines)
+    return {"unanswered": unanswered} | ({"remote": summed(used)} if used else {})
+
+
 def agreed(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, console: Console) -> dict[str, Any]:
-    """How a judge's changes compare with the recorded ones, for both readouts; contexts fixed to the record."""
+    """How a judge's changes compare with the recorded ones, by each of its readouts; contexts fixed to the record.
+
+    Raises:
+        ValueError: it answered nowhere.
+    """
     turns = [turns_of(dialogue.record) for dialogue in dialogues]
 
     def rows(lines: dict[int, Line], how: str) -> list[np.ndarray]:
-        """(emotion before, own change, recorded change) of each dialogue's turns."""
-        own = {i: np.asarray(change_readout(jnp.asarray(lines[i]["change_logprobs"]), how)) for i in lines if turns[i]}
-        return [np.array([(t.emotion, mine, t.change) for t, mine in zip(turns[i], own[i], strict=True)]) for i in own]
+        """(emotion before, own change, recorded change) of each dialogue's turns, those without an answer left out."""
+        found = [_compared(lines[i], turns[i], how) for i in sorted(lines)]
+        return [one for one in found if len(one)]
 
     def figure(lines: dict[int, Line]) -> str:
-        found = rows(lines, "mean")
+        found = rows(lines, judge.readouts[-1])
         return f"mean absolute error {mean_absolute_error(np.concatenate(found)):.2f}" if found else ""
 
     work = WorkFile(folder and folder / "agreement", judge.name, judge.settings, dialogues)
     lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, figure=figure)
-    compared = {how: agreement(rows(dict(sorted(lines.items())), how)) for how in READOUTS}
-    counts = [len(one) for one in turns if one]
-    return {"n": sum(counts), "dialogues": len(counts)} | compared | {"settings": judge.settings}
+    groups = {how: rows(lines, how) for how in judge.readouts}
+    counts = [len(one) for one in groups[judge.readouts[0]]]
+    if not counts:
+        raise ValueError(f"{judge.name}: not one appraisal could be read; the model is too weak to be a user")
+    compared = {how: agreement(ours) for how, ours in groups.items()}
+    asked = _asked(lines.values())
+    return {"n": sum(counts), "dialogues": len(counts)} | compared | asked | {"settings": judge.settings}
+
+
+def _compared(line: Line, turns: Sequence[Turn], how: str) -> np.ndarray:
+    """Int [n, 3]: emotion before, own change, recorded change, of the turns that were answered."""
+    places = [i for i in range(len(turns)) if i not in line["unanswered"]]
+    if not places:
+        return np.zeros((0, 3), int)
+    if how == TEXT:
+        own = [line["changes"][i] for i in places]
+    else:
+        own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in places]), how)).tolist()
+    return np.array([(turns[i].emotion, change, turns[i].change) for i, change in zip(places, own, strict=True)])

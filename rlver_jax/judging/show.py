@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rlver_jax.endpoint.usage import usage_text
 from rlver_jax.user.emotion import BANDS
 
 _FIGURES = {
@@ -47,15 +48,30 @@ def show_judges(summary: Mapping[str, Any], console: Console) -> None:
             gap = figure(one["gap"], one["gap_interval"])
             table.add_row(Text(name), figure(one["score"]), *counts, gap, figure(one["spearman_final"]))
         console.print(table, highlight=False)
+        for name, one in summary["judges"].items():
+            _show_asked(name, one, console)
     if "measures" in summary:
         table = Table("measure", "mean [95 % interval]")
         for name, one in summary["measures"].items():
             if "/" in name:
                 table.add_row(name, figure(one["mean"], one["interval"]))
-        strategies = summary["measures"]["strategies"]
-        used = sorted((name for name in strategies if strategies[name]), key=lambda name: -strategies[name])
-        table.add_row("strategies", ", ".join(f"{name} {strategies[name]}" for name in used))
         console.print(table, highlight=False)
+        table = Table("strategy that leads", "replies", "the emotion was meant to rise after", "mean change")
+        used = {name: one for name, one in summary["measures"]["strategies"].items() if one["n"]}
+        for name, one in sorted(used.items(), key=lambda item: -item[1]["n"]):
+            share = "–" if one["acceptance"] is None else f"{one['acceptance']:.0%}"
+            table.add_row(name, str(one["n"]), share, figure(one["change"]))
+        console.print(table, highlight=False)
+        _show_asked(summary["measures"]["judge"], summary["measures"], console)
+
+
+def _show_asked(name: str, result: Mapping[str, Any], console: Console) -> None:
+    """What could not be got from a judge, and what an endpoint was asked; a line, where there is something to say."""
+    said = [f"{result['unanswered']} answers could not be read"] * bool(result["unanswered"])
+    if "remote" in result:
+        said.append(usage_text(result["remote"]))
+    if said:
+        console.print(f"{name}: {' · '.join(said)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> None:
@@ -75,3 +91,4 @@ def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> No
         for band, row in result[how]["band_confusion"].items():
             bands.add_row(band, *(str(row[other]) for other in BANDS))
         console.print(bands, highlight=False)
+    _show_asked(name, result, console)

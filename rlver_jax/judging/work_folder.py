@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlver_jax.judging.finished import Finished
+from rlver_jax.runs.evaluation_folder import PATHS
 from rlver_jax.runs.files import write_json
 
 Line = dict[str, Any]
@@ -38,7 +39,7 @@ class WorkFile:
             write_json(noted, settings)
 
     def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+        names = [name for name in {**found, **settings} if name not in PATHS and found.get(name) != settings.get(name)]
         if names:
             shown = "; ".join(f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in names[:5])
             raise ValueError(f"{self.path}: was made with other settings ({shown}); name another --out, or remove it")

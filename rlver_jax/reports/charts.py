@@ -229,7 +229,7 @@ def _boxes(title: str, caption: str, groups: Sequence[Group], values: Sequence[S
         tip = (
             f"{group.name} · {least:g} to {most:g}, quartiles {low:g}, {middle:g}, {upper:g}; mean {np.mean(some):.1f}"
         )
-        classes = _classes(group)
+        classes = classes_of(group)
         chart.line([least, most], [place + 0.5] * 2, classes)
         width = max(upper - low, chart.x[1] / 150)
         chart.bar((low, low + width), (place + 0.8, place + 0.2), f"box {classes}", tip)
@@ -237,13 +237,14 @@ def _boxes(title: str, caption: str, groups: Sequence[Group], values: Sequence[S
     return Figure(title, caption, chart)
 
 
-def _classes(group: Group) -> str:
+def classes_of(group: Group) -> str:
+    """The classes of chart.css that colour a group."""
     return f"c{group.run}" + " early" * group.early
 
 
 def group_keys(groups: Sequence[Group], shape: str = "line") -> list[Key]:
     """A legend of groups."""
-    return [Key(_classes(group), group.name, shape) for group in groups]
+    return [Key(classes_of(group), group.name, shape) for group in groups]
 
 
 def trajectories(groups: Sequence[Group]) -> list[Figure]:
@@ -269,8 +270,8 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int) -> Figure:
         path = np.concatenate([path, np.repeat(path[-1:], turns + 1 - len(path), axis=0)])
         low, mean, high = path.T.tolist()
         if len(groups) <= MOST_BANDS:
-            chart.band(range(turns + 1), low, high, _classes(group))
-        chart.line(range(turns + 1), mean, _classes(group))
+            chart.band(range(turns + 1), low, high, classes_of(group))
+        chart.line(range(turns + 1), mean, classes_of(group))
         for turn, text in enumerate(texts):
             text.append(f"{group.name}: {mean[turn]:.1f} ({low[turn]:.0f}–{high[turn]:.0f}), n {len(some)}")
     chart.tips(range(turns + 1), [" · ".join(text) for text in texts])
@@ -294,10 +295,10 @@ def coordinate_chart(groups: Sequence[Group]) -> Figure | None:
     for group, some in placed:
         for x, y, record in some:
             place = f"solution {x:+.2f}, creative {y:+.2f}, emotion {record['emotion']}"
-            chart.dot(x, y, _classes(group), 3.5, f"{group.name} · {record['profile']} · {place}")
+            chart.dot(x, y, classes_of(group), 3.5, f"{group.name} · {record['profile']} · {place}")
     for group, some in placed:
         if some:
             x, y = np.mean([(x, y) for x, y, _ in some], axis=0).tolist()
-            chart.dot(x, y, f"mean {_classes(group)}", 7, f"{group.name} · mean of {len(some)}: {x:+.2f}, {y:+.2f}")
+            chart.dot(x, y, f"mean {classes_of(group)}", 7, f"{group.name} · mean of {len(some)}: {x:+.2f}, {y:+.2f}")
     caption = "A dialogue a dot, as a judge model placed it; large: a group's mean."
     return Figure(title, caption, chart)

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from rlver_jax.reports import charts, figures
 from rlver_jax.reports.browser import Packed, pack
 from rlver_jax.reports.charts import Figure
+from rlver_jax.reports.measures import measure_charts
 from rlver_jax.reports.sources import Run
 from rlver_jax.runs.render import plain
 
@@ -81,7 +82,7 @@ def _sections(runs: Sequence[Run], found: Sequence[figures.Group]) -> list[dict[
             keys,
         ),
         ("Dialogues in the logs", "", charts.group_charts(found), []),
-        ("Manner", "", [coordinate] if coordinate else [], []),
+        ("Manner", "", [*([coordinate] if coordinate else []), *measure_charts(found)], []),
     ]
     return [
         {"title": title, "text": text, "keys": legend, "figures": [_shown(figure) for figure in some]}

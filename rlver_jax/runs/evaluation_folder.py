@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = (
     *("emotion.initial", "eval.batch", "eval.every"),
 )
 # Where things lie; what lies there is told by fingerprints, so that a moved model is still the same.
-_PATHS = ("policy.path", "user.path", "user.prompts", "data.train", "data.eval", "remote.policy.url", "remote.user.url")
+PATHS = ("policy.path", "user.path", "user.prompts", "data.train", "data.eval", "remote.policy.url", "remote.user.url")
 # What of a side's fields still matters where its model is behind an endpoint, and the endpoint's fields that matter.
 _OF_DEVICE = (
     *("path", "init", "dtype", "param_dtype", "scan_layers", "attention", "attention_chunk"),
@@ -142,10 +142,7 @@ def settings_of(config: ConfigDict, profiles: Sequence[Profile], checkpoint: str
     flat["eval.num_profiles"] = len(profiles)
     remote = endpoint_sides(config)
     for side in remote:
-        for name in _OF_DEVICE:
-            flat.pop(f"{side}.{name}", None)
-        flat |= {f"remote.{side}.{name}": config.remote[side][name] for name in _OF_ENDPOINT}
-    flat |= {"remote.asks": config.remote.asks} if remote else {}
+        flat = at_endpoint(flat, config, side)
     flat |= {"backend": jax.default_backend()} if len(remote) < 2 else {}
     weights = {
         f"fingerprint.{side}": (side == "policy" and checkpoint) or model_fingerprint(config[side], side)
@@ -153,6 +150,13 @@ def settings_of(config: ConfigDict, profiles: Sequence[Profile], checkpoint: str
         if side not in remote
     }
     return flat | weights | {"fingerprint.texts": texts_fingerprint(config, profiles)}
+
+
+def at_endpoint(flat: dict[str, Any], config: ConfigDict, side: str) -> dict[str, Any]:
+    """Settings of a side whose model is behind an endpoint, in place of those that matter on the device only."""
+    kept = {name: value for name, value in flat.items() if name not in {f"{side}.{field}" for field in _OF_DEVICE}}
+    named = {f"remote.{side}.{name}": config.remote[side][name] for name in _OF_ENDPOINT}
+    return kept | named | {"remote.asks": config.remote.asks}
 
 
 def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
@@ -206,7 +210,7 @@ def _digest(*pieces: bytes) -> str:
 
 
 def _check_same(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    names = [name for name in {**found, **settings} if name not in _PATHS and found.get(name) != settings.get(name)]
+    names = [name for name in {**found, **settings} if name not in PATHS and found.get(name) != settings.get(name)]
     if names:
         shown = "; ".join(f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in names[:5])
         more = f"; and {len(names) - 5} more" if len(names) > 5 else ""

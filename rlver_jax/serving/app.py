@@ -39,7 +39,7 @@ class Service:
     model: str  # its name in requests
     created: int
     token: str = ""  # bearer token; empty: none is asked for
-    system: str = DEFAULT_SYSTEM  # of conversations that have no system message
+    system: str = ""  # of conversations that have no system message; empty: DEFAULT_SYSTEM
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -131,7 +131,7 @@ class Service:
         roles = {"developer": "system"}
         messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in ask.messages]
         if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
+            messages.insert(0, {"role": "system", "content": self.system or DEFAULT_SYSTEM})
         with _text_errors("messages"):
             if not ask.continue_final_message:
                 return chat.conversation(messages, generation_prompt=True)

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from rlver_jax.dialogue import CONTEXT, END_REASONS, FAILURE, FORMAT, GOODBYE, SUCCESS, TURN_LIMIT
 from rlver_jax.endpoint.errors import ContextFull
+from rlver_jax.endpoint.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import UNREADABLE, Record
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.forms import Unreadable
-from rlver_jax.user.remote import Usage
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,7 +122,6 @@ def record_of(row: Row, *, reward: float, **how: Any) -> Record:
     Args:
         how: seed, mode, language, style, scenario and readout.
     """
-    usage = {name: dataclasses.asdict(used) | {"models": sorted(used.models)} for name, used in row.usage.items()}
     return {
         "dialogue": row.number,
         "profile": row.profile.id,
@@ -136,5 +135,5 @@ def record_of(row: Row, *, reward: float, **how: Any) -> Record:
         "emotion": row.emotions[-1],
         "emotions": row.emotions,
         "messages": row.messages,
-        "remote": usage,
+        "remote": {name: used.to_json() for name, used in row.usage.items()},
     }

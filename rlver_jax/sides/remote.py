@@ -7,10 +7,11 @@ from typing import Any
 
 from rlver_jax.endpoint.client import Answer, Client, Message
 from rlver_jax.endpoint.errors import ContextFull
+from rlver_jax.endpoint.usage import Usage
 from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, Record
 from rlver_jax.sides.play import Row
 from rlver_jax.user.forms import Unreadable
-from rlver_jax.user.remote import Place, Reaction, RemoteUser, Usage
+from rlver_jax.user.remote import Place, Reaction, RemoteUser
 
 _NO_TOKENS = dict.fromkeys(("tokens", "logprobs", "raw_logprobs"))
 

@@ -81,16 +81,26 @@ def read_form(form: Form, answer: str) -> Filled:
     Raises:
         Unreadable: the change is no whole number from -10 to 10, or the reply is empty.
     """
-    answer = _FENCE.sub("", _THOUGHT.sub("", answer)).replace("\r\n", "\n")
-    places = _places(form, answer)
-    raw = {field.name: _between(answer, places, field.name) for field in form.fields}
-    texts = {field.name: _one_line(raw[field.name], form) for field in form.fields if not field.number}
+    raw = behind_marks(form, answer)
+    texts = {field.name: one_line(raw[field.name], form) for field in form.fields if not field.number}
     wanted = form.wanted
     if wanted.number:
         return Filled(texts, _change(_NUMBER.match(raw[wanted.name]), wanted, texts))
     if not texts[wanted.name]:
         raise Unreadable(f"[{wanted.name}]", texts)
     return Filled(texts, 0)
+
+
+def plain(answer: str) -> str:
+    """An answer without its thoughts and fences."""
+    return _FENCE.sub("", _THOUGHT.sub("", answer)).replace("\r\n", "\n")
+
+
+def behind_marks(form: Form, answer: str) -> dict[str, str]:
+    """What stands behind each field's mark (or else its heading), up to the next one's; "" where it is missing."""
+    answer = plain(answer)
+    places = _places(form, answer)
+    return {field.name: _between(answer, places, field.name) for field in form.fields}
 
 
 def read_wanted(form: Form, texts: dict[str, str], answer: str) -> Filled:
@@ -105,12 +115,12 @@ def read_wanted(form: Form, texts: dict[str, str], answer: str) -> Filled:
     except Unreadable:
         pass
     wanted = form.wanted
-    answer = _FENCE.sub("", _THOUGHT.sub("", answer))
+    answer = plain(answer)
     answer = re.sub(rf"\A\W*{_loosely(wanted.heading)}", "", answer, flags=re.IGNORECASE)
     if wanted.number:
         numbers = list(_ALONE.finditer(answer))
         return Filled(texts, _change(numbers[0] if len(numbers) == 1 else None, wanted, texts))
-    said = _one_line(answer, form)
+    said = one_line(answer, form)
     if not said or answer.lstrip().startswith("["):
         raise Unreadable(f"[{wanted.name}]", texts)
     return Filled(texts | {wanted.name: said}, 0)
@@ -152,7 +162,7 @@ def _change(match: re.Match[str] | None, field: Field, texts: dict[str, str]) ->
     return number
 
 
-def _one_line(text: str, form: Form) -> str:
+def one_line(text: str, form: Form) -> str:
     """One line, as on the device; lines that only repeat the form are left out."""
     known = {line.strip() for line in form.text.split("\n")}
     lines = [line.strip(" \t*") for line in text.split("\n")]

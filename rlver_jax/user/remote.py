@@ -6,10 +6,11 @@ Neither stays in the history, which holds only what was said aloud, as on the de
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlver_jax.endpoint.client import Answer, Client, Message
+from rlver_jax.endpoint.client import Client, Message
+from rlver_jax.endpoint.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.user.emotion import CHANGES, EmotionRules
@@ -17,25 +18,6 @@ from rlver_jax.user.forms import Filled, Form, Unreadable, make_form, read_form,
 from rlver_jax.user.prompts import Prompts
 
 _MARKS = 24  # tokens that a field's mark and heading may take in an answer
-
-
-@dataclass
-class Usage:
-    """What one side of a dialogue cost, answers from the cache included: the same whatever was interrupted."""
-
-    requests: int = 0
-    asked_again: int = 0  # because an answer could not be read
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    models: set[str] = field(default_factory=set)  # as the endpoint names what answered
-
-    def add(self, answer: Answer, *, again: bool) -> None:
-        """Counts one answer."""
-        self.requests += 1
-        self.asked_again += again
-        self.prompt_tokens += answer.prompt_tokens
-        self.completion_tokens += answer.completion_tokens
-        self.models |= {answer.model} - {""}
 
 
 class Place(NamedTuple):
@@ -48,6 +30,16 @@ class Place(NamedTuple):
     def of(self, part: str, attempt: int) -> int:
         """A seed for one request, 0..2**31-1."""
         return zlib.crc32(f"{self.seed}/{self.dialogue}/{self.turn}/{part}/{attempt}".encode()) & 0x7FFFFFFF
+
+
+class Appraisal(NamedTuple):
+    """What the user makes of a reply, and how it came to that: needed to ask for the user's own reply."""
+
+    fields: dict[str, str]
+    change: int
+    emotion: int  # after the change
+    messages: list[Message]  # the history, and the form
+    answer: str  # the form, filled in
 
 
 @dataclass(frozen=True)
@@ -115,10 +107,10 @@ class RemoteUser:
                 return text
         raise Unreadable("first words")
 
-    async def react(
-        self, profile: Profile, said: Sequence[str], emotion: int, place: Place, usage: Usage, *, may_reply: bool
-    ) -> Reaction:
-        """Appraises the last reply, moves the emotion, and answers unless the dialogue is over.
+    async def appraise(
+        self, profile: Profile, said: Sequence[str], emotion: int, place: Place, usage: Usage
+    ) -> Appraisal:
+        """Appraises the last reply, and moves the emotion.
 
         Args:
             said: aloud so far, the user first, in turns; the policy's reply to appraise comes last.
@@ -129,25 +121,31 @@ class RemoteUser:
         """
         roles = ("assistant", "user")
         spoken = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said[:-1])]
-        history = [*self.opening(profile), *spoken]
         form = make_form(self.prompts.appraisal, emotion, self.rules.band_name(emotion))
         asked = {"role": "user", "content": self.prompts.form(form.text, say=said[-1])}
-        filled, answer = await self._fill(form, [*history, asked], 0.0, "appraisal", place, usage)
+        messages: list[Message] = [*self.opening(profile), *spoken, asked]
+        filled, answer = await self._fill(form, messages, 0.0, "appraisal", place, usage)
         change = self.rules.clamp(filled.change)
-        moved = self.rules.update(emotion, change)
-        if self.rules.ended(moved) or not may_reply:
-            return Reaction(filled.texts, change, moved, {}, None)
-        form = make_form(self.prompts.reply, moved, self.rules.band_name(moved))
+        return Appraisal(filled.texts, change, self.rules.update(emotion, change), messages, answer)
+
+    async def react(
+        self, profile: Profile, said: Sequence[str], emotion: int, place: Place, usage: Usage, *, may_reply: bool
+    ) -> Reaction:
+        """Appraises the last reply, moves the emotion, and answers unless the dialogue is over; see `appraise`."""
+        felt = await self.appraise(profile, said, emotion, place, usage)
+        if self.rules.ended(felt.emotion) or not may_reply:
+            return Reaction(felt.fields, felt.change, felt.emotion, {}, None)
+        form = make_form(self.prompts.reply, felt.emotion, self.rules.band_name(felt.emotion))
         messages = [
-            *history, asked, {"role": "assistant", "content": answer},
+            *felt.messages, {"role": "assistant", "content": felt.answer},
             {"role": "user", "content": self.prompts.form(form.text)},
         ]  # fmt: skip
         try:
             reply, _ = await self._fill(form, messages, self.temperature, "reply", place, usage)
         except Unreadable:
-            return Reaction(filled.texts, change, moved, {}, None, unreadable=True)
+            return Reaction(felt.fields, felt.change, felt.emotion, {}, None, unreadable=True)
         spoken_aloud = reply.texts.pop(form.wanted.name)
-        return Reaction(filled.texts, change, moved, reply.texts, spoken_aloud)
+        return Reaction(felt.fields, felt.change, felt.emotion, reply.texts, spoken_aloud)
 
     async def _fill(
         self, form: Form, messages: Sequence[Message], temperature: float, part: str, place: Place, usage: Usage

@@ -11,13 +11,20 @@ from rlver_jax.runs.sage import from_sage
 def test_everything_is_asked(language, results):
     forms = load_forms(language)
     asked = forms.ask(Finished(from_sage(results[0]), None, ""))
-    assert [form.name for form in asked.forms] == ["capabilities", "relationship", "coordinate", *["reply"] * 4]
+    assert [form.name for form in asked.forms] == [
+        "capabilities",
+        "relationship",
+        "coordinate",
+        "person",
+        *["reply"] * 4,
+    ]
     names = {form.name: [step.name for step in form.steps if step.options] for form in asked.forms}
     assert names["capabilities"] == list(CAPABILITIES)
     assert len(names["relationship"]) == 12
     assert names["coordinate"] == ["solution", "creative"]
     assert all(len(step.options) == 14 for form in asked.forms for step in form.steps if step.name == "strategy")
-    for turn, form in enumerate(asked.forms[3:], start=1):
+    assert names["person"] == ["need_expression"]
+    for turn, form in enumerate(asked.forms[4:], start=1):
         assert str(turn) in form.steps[0].literal
         listed = form.steps[-1].literal
         assert all(f"\n{letter}: " in listed for letter in form.steps[-1].options)
@@ -60,10 +67,11 @@ def test_measures_by_hand():
     relationship = {item: sure("+2", truths) for items in FACETS.values() for item in items}
     relationship["regard_case"] = sure("-3", truths)
     coordinate = {"solution": sure("5", marks), "creative": {"1": 0.25, "2": 0.75, "3": 0, "4": 0, "5": 0}}
+    person = {"need_expression": sure("2", marks)}
     letters = "abcdefghijklmn"
     reply = {"natural": sure("3", marks), "attentive": sure("5", marks), "connecting": sure("1", marks)}
     reply["strategy"] = sure("b", letters) | {"k": 0.4}
-    found = measures_of([capabilities, relationship, coordinate, reply], "J")
+    found = measures_of([capabilities, relationship, coordinate, person, reply], "J")
     assert found["judge"] == "J"
     assert found["evidence"] == "it listened"
     assert found["capabilities"] == dict.fromkeys(CAPABILITIES, 4.0) | {"core_insight": 3.0}
@@ -73,4 +81,5 @@ def test_measures_by_hand():
     assert found["relationship"]["total"] == pytest.approx((7 / 3 + 2) / 4)
     assert found["relationship"]["items"]["regard_case"] == -3
     assert found["coordinate"] == {"solution": 1.0, "creative": pytest.approx((1.75 - 3) / 2)}
+    assert (found["person"], found["unanswered"]) == ({"need_expression": 2}, 0)
     assert found["replies"] == [{"natural": 3, "attentive": 5, "connecting": 1, "strategy": "restatement"}]

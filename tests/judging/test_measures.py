@@ -7,7 +7,8 @@ from rich.console import Console
 from rlver_jax.judging.finished import Finished
 from rlver_jax.judging.forms import load_forms
 from rlver_jax.judging.judge import Work
-from rlver_jax.judging.measures import measured, summed_up
+from rlver_jax.judging.measures import measured, strategies, summed_up
+from rlver_jax.judging.rater import Rated
 from rlver_jax.runs.sage import from_sage
 
 QUIET = Console(quiet=True)
@@ -33,7 +34,7 @@ class Person:
                     answers[step.name] = sure if step.options else "it listened"
                 filled.append(answers)
             progress(Work(len(one.forms), 0))
-            yield [(i, filled)]
+            yield [(i, Rated(filled))]
 
 
 @pytest.fixture
@@ -42,25 +43,26 @@ def dialogues(results):
 
 
 def test_measures_are_kept_and_taken_up(dialogues, tmp_path):
-    records = measured(Person(), load_forms("en"), dialogues, tmp_path, QUIET)
+    records, asked = measured(Person(), load_forms("en"), dialogues, tmp_path, QUIET)
+    assert asked == {}, "no endpoint"
     assert [{k: v for k, v in r.items() if k != "measures"} for r in records] == [d.record for d in dialogues]
     file = tmp_path / "measures.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
     file.write_bytes(lines[0] + lines[1] + lines[2][:50])
     person = Person()
-    assert measured(person, load_forms("en"), dialogues, tmp_path, QUIET) == records
+    assert measured(person, load_forms("en"), dialogues, tmp_path, QUIET) == (records, {})
     assert len(person.asked) == 2, "only what is missing"
     again = [Finished(record, None, "") for record in records]  # measures of before don't count as another dialogue
     person = Person()
-    assert measured(person, load_forms("en"), again, tmp_path, QUIET) == records
+    assert measured(person, load_forms("en"), again, tmp_path, QUIET) == (records, {})
     assert not person.asked
     with pytest.raises(ValueError, match="was made with other settings"):
         measured(Person(), load_forms("zh"), dialogues, tmp_path, QUIET)
 
 
 def test_the_sum_of_measures(dialogues):
-    records = measured(Person(), load_forms("en"), dialogues, None, QUIET)
+    records, _ = measured(Person(), load_forms("en"), dialogues, None, QUIET)
     summary = summed_up(records)
     depths = [r["measures"]["capabilities"]["empathic_depth"] for r in records]
     assert len(set(depths)) > 1
@@ -70,5 +72,49 @@ def test_the_sum_of_measures(dialogues):
     assert summary["capabilities/empathic_depth"]["n"] == 4
     flow = [np.mean([reply["natural"] for reply in r["measures"]["replies"]]) for r in records]
     assert summary["replies/natural"]["mean"] == pytest.approx(np.mean(flow))
-    assert sum(summary["strategies"].values()) == 4 + 6 + 4 + 1  # of all replies, the unappraised one included
+    assert sum(one["n"] for one in summary["strategies"].values()) == 4 + 6 + 4 + 1  # the unappraised reply included
     assert summary["judge"] == "person"
+    need = [r["measures"]["person"]["need_expression"] for r in records]
+    assert summary["person/need_expression"]["mean"] == pytest.approx(np.mean(need))
+
+
+def test_strategies_are_followed_by_the_users_changes(dialogues):
+    """Of the first dialogue (+5, -3, 0, and a last reply that nobody appraised) and the last (+4)."""
+    some = [dialogues[0], dialogues[3]]
+    labels = [["question", "praise", "question", "analysis"], ["question"]]
+    records = [
+        d.record | {"measures": {"replies": [{"strategy": label} for label in ours]}}
+        for d, ours in zip(some, labels, strict=True)
+    ]
+    found = strategies(records)
+    assert found["question"] == {"n": 3, "acceptance": pytest.approx(2 / 3), "change": pytest.approx(3)}
+    assert found["praise"] == {"n": 1, "acceptance": 0, "change": -3}
+    assert found["analysis"] == {"n": 1, "acceptance": None, "change": None}
+    assert found["suggestion"]["n"] == 0
+
+
+def test_what_was_not_answered_is_left_out(dialogues):
+    class Silent(Person):
+        def fill(self, asked, progress):
+            for some in super().fill(asked, progress):
+                for i, rated in some:
+                    if i == 0:
+                        rated.answers[0]["core_insight"] = rated.answers[1]["regard_case"] = {}
+                        rated.answers[4]["strategy"] = rated.answers[4]["natural"] = {}
+                yield some
+
+    records, _ = measured(Silent(), load_forms("en"), dialogues, None, QUIET)
+    full, _ = measured(Person(), load_forms("en"), dialogues, None, QUIET)
+    first = records[0]["measures"]
+    assert first["unanswered"] == 4
+    assert first["capabilities"]["core_insight"] is None
+    assert first["relationship"]["facets"]["regard"] is first["relationship"]["total"] is None
+    assert first["relationship"]["facets"]["empathy"] is not None
+    assert first["replies"][0]["strategy"] is first["replies"][0]["natural"] is None
+    summary, complete = summed_up(records), summed_up(full)
+    assert (summary["unanswered"], complete["unanswered"]) == (4, 0)
+    assert summary["capabilities/core_insight"]["n"] == 3
+    others = [r["measures"]["capabilities"]["core_insight"] for r in full[1:]]
+    assert summary["capabilities/core_insight"]["mean"] == pytest.approx(np.mean(others))
+    assert summary["capabilities/empathic_depth"] == complete["capabilities/empathic_depth"]
+    assert sum(one["n"] for one in summary["strategies"].values()) == 14

@@ -42,7 +42,7 @@ def questions():
 @pytest.fixture(scope="module")
 def filled(rater, questions):
     work: list = []
-    found = dict(pair for some in rater.fill(questions, work.append) for pair in some)
+    found = {i: rated.answers for some in rater.fill(questions, work.append) for i, rated in some}
     assert sum(w.turns for w in work) == 6
     return found
 
@@ -81,7 +81,7 @@ def test_our_own_forms_are_filled_in(rater, results):
     """Long ones, in both languages, with the model that will be asked."""
     dialogues = [Finished(from_sage(r, i), None, "") for i, r in enumerate(results)]
     for language in ("en", "zh"):
-        records = measured(rater, load_forms(language), dialogues, None, Console(quiet=True))
+        records, _ = measured(rater, load_forms(language), dialogues, None, Console(quiet=True))
         for record in records:
             found = record["measures"]
             assert len(found["replies"]) == record["turns"]

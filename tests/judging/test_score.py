@@ -19,7 +19,7 @@ QUIET = Console(quiet=True)
 class Given:
     """Not a model: what a judge elsewhere, such as a person, has said."""
 
-    name, settings = "given", {"who": "a person"}
+    name, settings, readouts = "given", {"who": "a person"}, ("argmax", "mean")
 
     def __init__(self, logprobs):
         self.logprobs, self.asked = logprobs, []

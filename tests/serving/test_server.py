@@ -12,8 +12,9 @@ import openai
 import pytest
 
 from rlver_jax.serving import programs
-from rlver_jax.serving.app import MAX_BODY
+from rlver_jax.serving.app import MAX_BODY, Service
 from rlver_jax.serving.engine import Engine
+from rlver_jax.serving.protocol import ChatRequest
 from rlver_jax.text.chat import ChatTemplate
 
 from ..conftest import SHORT_PROMPTS, plain
@@ -144,6 +145,14 @@ def test_without_a_system_message_it_is_qwens_own(client, bpe):
     assert chat(client, SAY[1:]).usage.prompt_tokens == len(prompt_ids(bpe, [system, SAY[1]]))
     parts = [{"role": "user", "content": [{"type": "text", "text": "my boss "}, {"type": "text", "text": "did."}]}]
     assert chat(client, parts).usage == chat(client, [{"role": "user", "content": "my boss did."}]).usage
+
+
+def test_a_system_prompt_of_ones_own_stands_where_there_is_none(engine, bpe):
+    policys = {"role": "system", "content": SHORT_PROMPTS["policy_think.j2"]}
+    service = Service(engine, "tiny", 0, system=policys["content"])
+    ask = lambda messages: service._chat_prompt(ChatRequest(model="tiny", messages=messages))  # noqa: E731
+    assert ask(SAY[1:]) == prompt_ids(bpe, [policys, SAY[1]])
+    assert ask(SAY) == prompt_ids(bpe, SAY), "a request's own goes first"
 
 
 def test_requests_that_come_together_are_answered_together(client, engine):
