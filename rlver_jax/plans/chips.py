@@ -67,7 +67,9 @@ def topology_devices(topology: str) -> list[Any]:
     """
     chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise PlanError("the TPU compiler is not installed: pip install '.[tpu]' (it runs on any machine, without a TPU)")
+        raise PlanError(
+            "the TPU compiler is not installed: pip install '.[tpu]' (it runs on any machine, without a TPU)"
+        )
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # it would wait for a metadata server
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: what isn't set, libtpu asks for, and complains

@@ -17,26 +17,22 @@ class Work:
     Attributes:
         useful: operations that the mathematics asks for; what utilization is measured by.
         flops: operations that run: layers that are computed again for the backward pass included.
-        passes: times that the weights, whole, are read; each chip reads its part.
-        weight_bytes: of the weights, over all chips that hold one copy together.
-        cache_bytes: read from and written to caches over the phase, all rows.
+        weight_bytes: of weights as products read them, once for each pass; chips along `tensor` share them.
+        spread_bytes: of caches, and of weights and moments in the optimizer; all chips share them.
     """
 
     useful: float
     flops: float
-    passes: float
     weight_bytes: float
-    cache_bytes: float = 0.0
+    spread_bytes: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         """Both, one after the other."""
-        return Work(
-            self.useful + other.useful,
-            self.flops + other.flops,
-            1,
-            self.passes * self.weight_bytes + other.passes * other.weight_bytes,
-            self.cache_bytes + other.cache_bytes,
-        )
+        return Work(*(mine + others for mine, others in zip(*map(dataclasses.astuple, (self, other)), strict=True)))
+
+    def times(self, n: float) -> "Work":
+        """The same n times."""
+        return Work(*(n * mine for mine in dataclasses.astuple(self)))
 
 
 def layer_flops(c: Qwen2Config, tokens: float) -> float:
@@ -72,14 +68,14 @@ def reading(c: Qwen2Config, rows: float, tokens: float, before: float, *, logits
     item = 2  # bytes of bfloat16: what the sampler's copy and its caches are in
     context = before + tokens / 2
     cache = rows * cache_token_bytes(c, item) * (passes * context + tokens)
-    return Work(flops, flops, passes, item * c.num_params, cache)
+    return Work(flops, flops, passes * item * c.num_params, cache)
 
 
 def packed_forward(c: Qwen2Config, rows: int, length: int, *, logits: bool, itemsize: int, parts: int) -> Work:
     """Hidden states of packed rows, and their log-probs; each of `parts` parts of the batch reads the weights."""
     pairs = rows * length * (length + 1) / 2
     flops = layer_flops(c, rows * length) + attention_flops(c, pairs) + logits * head_flops(c, rows * length)
-    return Work(flops, flops, parts, itemsize * c.num_params)
+    return Work(flops, flops, parts * itemsize * c.num_params)
 
 
 def packed_update(
@@ -99,8 +95,9 @@ def packed_update(
         again += attention_flops(c, pairs)
     if chunked:
         again += attention_flops(c, pairs)
-    passes = parts * (3 if remat == "none" else 4) + 7  # gradients, and 3 arrays read and written by Adam
-    return Work(3 * forward.useful, 3 * forward.useful + again, passes, itemsize * c.num_params)
+    weights = (3 if remat == "none" else 4) * forward.weight_bytes
+    optimizer = 7 * 4 * c.num_params  # gradients read; weights and both moments read and written; float32
+    return Work(3 * forward.useful, 3 * forward.useful + again, weights, optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +141,7 @@ def policy_turns(c: Qwen2Config, play: Play, spec: Spec) -> Work:
     average = play.system + growth * spec.max_turns / 2
     read = reading(c, play.rows, growth, average, logits=0, passes=1)
     spoken = reading(c, play.rows, spec.policy_tokens, average, logits=spec.policy_tokens, passes=spec.policy_tokens)
-    return _times(read + spoken, spec.max_turns)
+    return (read + spoken).times(spec.max_turns)
 
 
 def user_turns(c: Qwen2Config, play: Play, spec: Spec) -> Work:
@@ -154,8 +151,4 @@ def user_turns(c: Qwen2Config, play: Play, spec: Spec) -> Work:
     read = reading(c, play.rows, growth + play.literals, average, logits=0, passes=play.fields + 3)
     steps = play.user_steps
     spoken = reading(c, play.rows, steps, average + play.literals, logits=steps, passes=steps)
-    return _times(read + spoken, spec.max_turns)
-
-
-def _times(work: Work, n: int) -> Work:
-    return Work(work.useful * n, work.flops * n, work.passes * n, work.weight_bytes, work.cache_bytes * n)
+    return (read + spoken).times(spec.max_turns)

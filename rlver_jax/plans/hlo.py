@@ -144,7 +144,9 @@ def _add(total: Uses, more: Uses, times: float = 1) -> None:
 def trip_count(module: Module, loop: Instruction) -> int | None:
     """Turns of a loop that counts from 0 to a constant; None: its condition looks at data."""
     ops = list(module.computations.get(loop.attribute("condition"), ()))
-    ops += [op for outer in list(ops) for name in _CALLS.findall(outer.rest) for op in module.computations.get(name, ())]
+    ops += [
+        op for outer in list(ops) for name in _CALLS.findall(outer.rest) for op in module.computations.get(name, ())
+    ]
     constants = [int(found[1]) for op in ops if op.kind == "constant" and (found := re.match(r"(\d+)\)", op.rest))]
     counts = Counter(op.kind for op in ops)
     if counts["compare"] != 1 or counts["all-reduce"] or counts["reduce"] or len(constants) != 1:
