@@ -14,7 +14,7 @@ class Chip:
 
     Attributes:
         hbm_gib: memory, GiB.
-        usable_gib: of it, what the compiler lets one program have ("Used … of … hbm" when that is exceeded).
+        usable_gib: what the compiler gives to one program, as its message says when a program exceeds it.
         flops: peak of bfloat16 products, FLOP/s.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s out of a chip over all its links: half of what the documents call bidirectional.
@@ -33,7 +33,7 @@ class Chip:
 
 CHIPS = {
     # Links: 6 of 50 GB/s each way, table 4 of arXiv 2304.01433.
-    "v4": Chip(32, 31.25, 275e12, 1200e9, 300e9, "megacore", f"{DOCS}v4, arXiv 2304.01433"),
+    "v4": Chip(32, 30.75, 275e12, 1200e9, 300e9, "megacore", f"{DOCS}v4, arXiv 2304.01433"),
     "v5e": Chip(16, 15.75, 197e12, 819e9, 200e9, "default", f"{DOCS}v5e"),
     "v5p": Chip(95, 95.74, 459e12, 2765e9, 600e9, "default", f"{DOCS}v5p"),
     "v6e": Chip(32, 31.25, 918e12, 1638e9, 400e9, "default", f"{DOCS}v6e"),

@@ -13,7 +13,8 @@ from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
 
 GIB = 2**30
 LARGE = GIB  # bytes from which on an array that is whole on every chip is worth a warning
-_EXCEEDED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# The compiler's two ways to say that a program is too large: while it is planned, and after.
+_EXCEEDED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|\(([\d.]+)([KMG])\) exceeds available HBM")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 # Scopes of `jax.named_scope` in the programs -> phases of a step; the first that an op's name holds counts.
@@ -108,7 +109,7 @@ def measure(program: Program, shapes: Shapes) -> Measured:
         found = _EXCEEDED.search(str(error))
         if not found:
             raise
-        used = int(float(found[1]) * _UNITS[found[2]])
+        used = int(float(found[1] or found[3]) * _UNITS[found[2] or found[4]])
         memory = Memory(0, 0, 0, 0, sum(idle.values()), used)
         return Measured(program.name, memory, idle, {}, [], warnings, time.monotonic() - began)
     seconds = time.monotonic() - began
