@@ -29,6 +29,7 @@ from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.sampling.grammar import Grammar
 
 LENGTH_STEP = 128  # packed rows are multiples of it
 
@@ -46,6 +47,7 @@ class Run:
     limits: PlayLimits
     setup: Setup
     lengths: tuple[int, ...]  # of packed rows, rising
+    grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
     def length_for(self, longest: int) -> int:
@@ -74,14 +76,15 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     )
     players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
-    limits = players.check_limits(limits_of(config, spec, config.rollout.temperature))
+    limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
     lengths = packed_lengths(config, players, tokens.first_talk.shape[1])
     trained, trunk = trained_of(config, players, mesh)
     setup = setup_of(config, players, trunk, "critic" in trained, mesh)
     reference = None
     if config.loss.kl:
         reference = _model(config, "reference", config.policy, mesh, players)[0].params
-    run = Run(config, mesh, players, profiles, tokens, reader, limits, setup, lengths, reference)
+    grammar = jax.device_put(players.tables[0].grammar, NamedSharding(mesh, PartitionSpec()))
+    run = Run(config, mesh, players, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
     return run, _placed_state(trained, setup.optimizers, mesh)
 
 

@@ -2,16 +2,16 @@
 
 import contextlib
 import dataclasses
-import functools
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -23,6 +23,7 @@ from rlver_jax.dialogue import Dialogues, PolicyTables, Spec
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import TrainState, compile_step
+from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.players import Players, sampling_copy
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.rewards import Rewards, reward
@@ -38,14 +39,21 @@ from rlver_jax.sampling.cache import LM
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
 FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling")
 
-pack_batch = jax.jit(pack, static_argnums=(2, 4))
 
-
-@functools.partial(jax.jit, static_argnames=("spec", "how"))
 def score(dialogues: Dialogues, tables: PolicyTables, spec: Spec, how: tuple) -> tuple[Rewards, Int[Array, ""]]:
     """Rewards of a batch, and the tokens of its longest packed row; `how` holds the items of `reward_settings`."""
     rewards = reward(emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(how))
     return rewards, row_lengths(dialogues, tables, spec).max()
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Where rows lie on the training mesh: what is played on the sampling mesh comes out there."""
+    return NamedSharding(mesh, PartitionSpec(mesh_axes("batch")))
+
+
+def pack_program(mesh: Mesh) -> Any:
+    """`learning.pack.pack`, jitted for rows on the training mesh."""
+    return jax.jit(pack, static_argnums=(2, 4), out_shardings=row_sharding(mesh))
 
 
 @dataclasses.dataclass
@@ -69,8 +77,11 @@ class Trainer:
     def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
-        self.key = jax.random.key(config.train.seed)
         self.sampling_copy = sampling_copy(run.players.policy.model, run.players.mesh)
+        rows, whole = row_sharding(run.mesh), NamedSharding(run.mesh, PartitionSpec())
+        self.key = jax.device_put(jax.random.key(config.train.seed), whole)
+        self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
+        self.pack = pack_program(run.mesh)
         self.how = tuple(sorted(reward_settings(config).items()))
         self.checkpoints = Checkpoints(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -110,17 +121,18 @@ class Trainer:
         ids = [(number - 1) * size + i for i in range(size)]
         profiles = run.tokens.batch([index for index, _ in batch], ids)
         tables, spec = run.players.tables[0], run.players.spec
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
             # The sampler's copy of the policy is let go before the update, which has no room for it.
             dialogues = self.players(state).play(profiles, self.key, run.limits)
-            rewards, longest = score(dialogues, tables, spec, self.how)
+            rewards, longest = self.score(dialogues, tables, spec, self.how)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         length = run.length_for(int(jax.device_get(longest)))
         began, played = max(began, self.last_finished), time.monotonic()
-        with jax.transfer_guard("disallow"):
-            packed = pack_batch(dialogues, tables, spec, run.limits, length)
-            state, metrics = self.learn(state, packed, rewards, tables.grammar, self.key, run.reference)
+        with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
+            packed = self.pack(dialogues, tables, spec, run.limits, length)
+        with jax.transfer_guard("disallow"), jax.set_mesh(run.mesh):
+            state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference)
         times = {"time/rollout_s": played - began}
         metrics["tokens/padded"] = jnp.float32(packed.mask.size)
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
@@ -184,6 +196,8 @@ class Trainer:
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or the given one; and its number of steps."""
+        if self.checkpoints.steps():
+            state = give_up(state)  # two states at once may not fit the devices
         found = self.checkpoints.restore(state, report=lambda text: self.console.print(text, highlight=False))
         if found is None:
             self.folder.drop_after(0)
@@ -208,6 +222,14 @@ class Trainer:
         with contextlib.closing(self.writer), TrainingProgress(self.console, self.config.train.steps, done) as progress:
             self.progress = progress
             yield
+
+
+def give_up(state: TrainState) -> TrainState:
+    """Frees a state's arrays; returns their shapes, dtypes and places, for another state to be read into."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return like
 
 
 @contextlib.contextmanager
@@ -240,12 +262,11 @@ def train(
         CollapseError: a figure went beyond the limits of config.alarms.
     """
     folder = RunFolder.open(workdir, config, free_fields=FREE_FIELDS)
-    with jax.set_mesh(mesh):
-        with console.status("loading models and profiles"):
-            run, state = assemble(config, mesh)
-            held_out = None
-            if config.eval.every:
-                profiles = evaluation.chosen_profiles(config)
-                warn_shared_personas(run.profiles, profiles)
-                held_out = evaluation.of_players(config, run.players, profiles, gold)
-        return trainer(config, folder, run, held_out, console).train(state)
+    with console.status("loading models and profiles"):
+        run, state = assemble(config, mesh)
+        held_out = None
+        if config.eval.every:
+            profiles = evaluation.chosen_profiles(config)
+            warn_shared_personas(run.profiles, profiles)
+            held_out = evaluation.of_players(config, run.players, profiles, gold)
+    return trainer(config, folder, run, held_out, console).train(state)

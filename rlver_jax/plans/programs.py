@@ -28,7 +28,7 @@ from rlver_jax.players import Players, limits_of, make_model, sampling_params, s
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.cache import LM
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.trainer import pack_batch
+from rlver_jax.trainer import pack_program, row_sharding
 from rlver_jax.user.prompts import load_prompts
 
 
@@ -137,7 +137,8 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
             make_model(config.policy, "reference", architecture(config, "reference", config.policy)), mesh
         )
     lengths = assembly.packed_lengths(config, players, texts.first_talk)
-    return Shapes(config, mesh, players, _profiles(config, texts), state, setup, lengths, reference)
+    profiles = _whole(_profiles(config, texts), playing)
+    return Shapes(config, mesh, players, profiles, state, setup, lengths, reference)
 
 
 def unplaced_players(config: ConfigDict, tokenizer: Tokenizer, language: str, spec: Spec) -> Players:
@@ -216,12 +217,13 @@ def _lower_copy(players: Players, copy: Params, state: TrainState) -> Any:
     return sampling_program(copy).lower(state.params["policy"])
 
 
-def _key() -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0))
+def _key(mesh: Mesh) -> Any:
+    return _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
 
 
 def _limits(shapes: Shapes) -> Any:
-    return jax.eval_shape(lambda: limits_of(shapes.config, shapes.players.spec, shapes.config.rollout.temperature))
+    players, temperature = shapes.players, shapes.config.rollout.temperature
+    return _whole(jax.eval_shape(lambda: limits_of(shapes.config, players.spec, temperature)), players.mesh)
 
 
 def _lower_play(shapes: Shapes, copy: Params) -> Any:
@@ -229,25 +231,32 @@ def _lower_play(shapes: Shapes, copy: Params) -> Any:
     policy = LM(copy, players.policy.model)
     with jax.set_mesh(players.mesh):
         return sample_dialogues.lower(
-            policy, players.user, players.tables, shapes.profiles, _key(), _limits(shapes), spec=players.spec
+            policy,
+            players.user,
+            players.tables,
+            shapes.profiles,
+            _key(players.mesh),
+            _limits(shapes),
+            spec=players.spec,
         )
 
 
 def _dialogues(shapes: Shapes) -> Dialogues:
-    """What play returns, laid out by rows as far as they divide."""
+    """What play returns. Where its parts lie is the compiler's choice; whole on every chip is the most they take."""
     players, mesh = shapes.players, shapes.players.mesh
     with jax.set_mesh(mesh):
         found = jax.eval_shape(
             lambda *args: sample_dialogues(*args, spec=players.spec),
-            players.policy, players.user, players.tables, shapes.profiles, _key(), _limits(shapes),
+            LM(sampling_params(players.policy.model, mesh), players.policy.model), players.user, players.tables,
+            shapes.profiles, _key(mesh), _limits(shapes),
         )  # fmt: skip
     return _whole(found, mesh)
 
 
 def _lower_pack(shapes: Shapes) -> Any:
     players = shapes.players
-    with jax.set_mesh(shapes.mesh):
-        return pack_batch.lower(
+    with jax.set_mesh(players.mesh):
+        return pack_program(shapes.mesh).lower(
             _dialogues(shapes), players.tables[0], players.spec, _limits(shapes), shapes.lengths[-1]
         )
 
@@ -256,8 +265,7 @@ def _lower_learn(shapes: Shapes) -> Any:
     config, mesh, rows = shapes.config, shapes.mesh, shapes.config.rollout.batch
 
     def array(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        axes = ("batch", *(None,) * (len(sizes) - 1))
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=rules.sharding(axes, sizes, mesh, "packed rows"))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=row_sharding(mesh))
 
     dtypes = {"mask": jnp.bool_, "logprob": jnp.float32}
     names = [field.name for field in dataclasses.fields(PackedBatch) if field.name != "count"]
@@ -267,4 +275,4 @@ def _lower_learn(shapes: Shapes) -> Any:
     grammar = _whole(shapes.players.tables[0].grammar, mesh)
     with jax.set_mesh(mesh):
         step = compile_step(shapes.setup, shapes.state)
-        return step.lower(shapes.state, packed, rewards, grammar, _key(), shapes.reference)  # type: ignore[attr-defined]
+        return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference)  # type: ignore[attr-defined]

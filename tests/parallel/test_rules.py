@@ -1,11 +1,13 @@
 """Logical axes to mesh axes, and what is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from rlver_jax.parallel.mesh import make_mesh, resolve_mesh_shape
+from rlver_jax.parallel.mesh import device_grid, make_mesh, resolve_mesh_shape, resolve_sampling_shape, sampling_mesh
 from rlver_jax.parallel.rules import RULES, ShardingError, constrain, partition_spec, sharding
 
 
@@ -61,3 +63,27 @@ def test_mesh_sizes():
         with pytest.raises(ValueError, match=message):
             resolve_mesh_shape(*bad, 8)
     assert dict(make_mesh(tensor=2).shape) == {"replica": 1, "fsdp": 4, "tensor": 2}
+
+
+def test_sampling_mesh_sizes():
+    """0 is the size in training; the devices keep their order, and groups of `tensor` stay together."""
+    none = {"replica": 0, "fsdp": 0, "tensor": 0}
+    assert resolve_sampling_shape(none, (2, 2, 2)) == (2, 2, 2)
+    assert resolve_sampling_shape(none | {"replica": -1, "fsdp": 1}, (1, 4, 2)) == (4, 1, 2)
+    training = make_mesh(1, 4, 2)
+    assert sampling_mesh(training, none) is training
+    playing = sampling_mesh(training, none | {"fsdp": -1, "tensor": 4})
+    assert playing.devices.shape == (1, 2, 4)
+    assert list(playing.devices.flat) == list(training.devices.flat)
+    with pytest.raises(ValueError, match=r"mesh_sampling.fsdp=4, mesh_sampling.tensor=8: product 32, but there are 8"):
+        sampling_mesh(training, none | {"tensor": 8})
+
+
+def test_replica_alone_goes_across_slices():
+    """Devices of two slices, in any order; the TPU compiler's own ones are in test_programs."""
+    chips = [SimpleNamespace(slice_index=i % 2, id=i, platform="cpu", device_kind="cpu") for i in range(8)]
+    grid = device_grid((2, 2, 2), chips)
+    assert [[d.slice_index for d in half.flat] for half in grid] == [[0] * 4, [1] * 4]
+    assert device_grid((4, 1, 2), chips).shape == (4, 1, 2)
+    with pytest.raises(ValueError, match=r"mesh.replica=1: the devices are of 2 slices.*mesh.replica=2 or a multiple"):
+        device_grid((1, 4, 2), chips)
