@@ -52,7 +52,9 @@ def test_limits_are_the_compilers():
         assert len(devices) == 4, "a chip is one device"
         place = jax.sharding.SingleDeviceSharding(devices[0])
         large = jax.ShapeDtypeStruct((200, 2**30), jnp.int8, sharding=place)
-        with pytest.raises(jax.errors.JaxRuntimeError, match=rf"exceeds available HBM \({CHIPS[family].usable_gib}0*G\)"):
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match=rf"exceeds available HBM \({CHIPS[family].usable_gib}0*G\)"
+        ):
             jax.jit(lambda x: x + 1).lower(large).compile()
     with pytest.raises(PlanError, match="knows no such topology"):
         topology_devices("v5e:3x7")
