@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+BYTES |= {"bool": 1, "bfloat16": 2, "float16": 2, "int16": 2}  # the rest: 4
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _RESULT = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
@@ -75,15 +76,18 @@ class Module:
                 current.append(Instruction(found[2], found[4], shapes, found[5], bool(found[1])))
         return cls(computations, entry)
 
-    def collectives(self, phase_of: Callable[[str], str | None], trips_of: Callable[[str], float]) -> Uses:
+    def collectives(
+        self, phase: str, phase_of: Callable[[str], str | None], trips_of: Callable[[str], float]
+    ) -> Uses:
         """Collectives of one run of the program.
 
         Args:
+            phase: where no op says another.
             phase_of: phase of an op's name; None: that of what calls it.
             trips_of: turns of a loop whose condition the data decides, by the op's name.
         """
         walk = _Walk(self, phase_of, trips_of)
-        return walk.uses(self.entry, "", set())
+        return walk.uses(self.entry, phase, set())
 
     def arrays(self) -> dict[tuple[str, tuple[int, ...]], Instruction]:
         """Every array that gets memory of its own, by dtype and shape: what lies inside a fusion does not."""

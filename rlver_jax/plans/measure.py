@@ -26,6 +26,7 @@ PHASES = {
     "moved": "values and log-probs",
     "critic": "critic update",
 }
+FIRST = {"copy": "copy", "play": "prefill", "pack": "pack", "learn": "policy update"}  # phase of all other ops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,9 @@ class Measured:
     compile_s: float
 
 
-def phase_of(op_name: str, program: str) -> str | None:
+def phase_of(op_name: str) -> str | None:
     """Phase of an op by the scopes in its name; None: not known from the name."""
-    for scope, phase in PHASES.items():
-        if re.search(rf"[/(]{scope}[/)]", op_name):
-            return phase
-    return {"learn": "policy update"}.get(program, program) if op_name else None
+    return next((phase for scope, phase in PHASES.items() if re.search(rf"[/(]{scope}[/)]", op_name)), None)
 
 
 def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
@@ -101,10 +99,9 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     """
     began = time.monotonic()
     idle = {name: bytes_per_chip(tree) for name, tree in program.idle.items()}
-    lowered = program.lower()
-    warnings = _replicated(lowered, shapes)
+    warnings = _replicated(program, shapes)
     try:
-        compiled = lowered.compile()
+        compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         found = _EXCEEDED.search(str(error))
         if not found:
@@ -115,7 +112,7 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     seconds = time.monotonic() - began
     memory = _memory(compiled, sum(idle.values()))
     module = Module.parse(compiled.as_text())
-    uses = module.collectives(lambda name: phase_of(name, program.name), turns_of_loops(shapes))
+    uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes))
     faults = _logits(module, shapes) if program.name == "learn" else []
     return Measured(program.name, memory, idle, uses, faults, warnings + _gathered(module), seconds)
 
@@ -127,25 +124,15 @@ def _memory(compiled: Any, idle: int) -> Memory:
     return Memory(*parts, idle, sum(parts))
 
 
-def _replicated(lowered: Any, shapes: Shapes) -> list[str]:
-    """Arguments that every chip holds whole, though they are large."""
+def _replicated(program: Program, shapes: Shapes) -> list[str]:
+    """Large arguments that every chip holds whole."""
     found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(lowered.args_info):
-        place = getattr(getattr(x, "_aval", x), "sharding", None)
-        size = array_bytes_of(x)
-        whole = place is None or getattr(place, "is_fully_replicated", False)
-        if shapes.mesh.size > 1 and size >= LARGE and whole:
+    for path, x in jax.tree_util.tree_leaves_with_path(program.given):
+        size = array_bytes(x.dtype.name, x.shape)
+        if shapes.mesh.size > 1 and size >= LARGE and x.sharding.is_fully_replicated:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            found.append(f"{name} {tuple(x.shape)}: {size / GIB:.1f} GiB whole on every chip; see parallel/rules.py")
+            found.append(f"{name} {x.shape}: {size / GIB:.1f} GiB, whole on every chip; split it in parallel/rules.py")
     return found
-
-
-def array_bytes_of(x: Any) -> int:
-    """Bytes of a whole array."""
-    size = x.dtype.itemsize
-    for n in x.shape:
-        size *= n
-    return size
 
 
 def _gathered(module: Module) -> list[str]:

@@ -43,15 +43,12 @@ class Phase:
 def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[Phase]:
     """All phases of a step whose dialogues are as long as their limits allow."""
     works = _sampling(shapes) | _learning(shapes)
+    sent = {one.name: one.collectives for one in measured}
     found = []
-    for one in measured:
-        names = list(dict.fromkeys([n for n, (_, program) in works.items() if program == one.name]))
-        names += sorted({phase for phase, _ in one.collectives} - set(names))
-        for name in names:
-            work = works[name][0] if name in works else Work(0, 0, 0)
-            uses = {kind: use for (phase, kind), use in one.collectives.items() if phase == name}
-            if name in works or any(use.bytes for use in uses.values()):
-                found.append(_phase(name or one.name, one.name, work, uses, shapes, chip))
+    for name, (work, program) in works.items():
+        uses = {kind: use for (phase, kind), use in sent.get(program, {}).items() if phase == name}
+        if program in sent:
+            found.append(_phase(name, program, work, uses, shapes, chip))
     return found
 
 

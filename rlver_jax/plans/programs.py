@@ -68,11 +68,13 @@ class Program:
 
     Attributes:
         lower: what the trainer calls, lowered for the arguments that it gets.
+        given: its large arguments, by name.
         idle: trees that stay in memory beside it, by name.
     """
 
     name: str
     lower: Callable[[], Any]
+    given: dict[str, Any]
     idle: dict[str, Any]
 
 
@@ -192,18 +194,21 @@ def programs_of(shapes: Shapes) -> list[Program]:
     resident = {"policy": state.params["policy"], "policy's moments": state.opt_state["policy"]}
     if "critic" in state.params:
         resident |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
-    idle = resident | ({"reference": shapes.reference} if shapes.reference else {})
-    user = {"user": players.user.params}
-    if _is_ready(state.params["policy"], copy):  # the sampler reads the policy itself
-        copy, first, playing = state.params["policy"], [], {k: v for k, v in idle.items() if k != "policy"}
+    if shapes.reference:
+        resident["reference"] = shapes.reference
+    user, policy = {"user": players.user.params}, {"policy": resident["policy"]}
+    others = {name: tree for name, tree in resident.items() if name != "policy"}
+    if _is_ready(policy["policy"], copy):  # the sampler reads the policy itself
+        first, playing = [], Program("play", lambda: _lower_play(shapes, policy["policy"]), policy | user, others)
     else:
-        made = {k: v for k, v in (idle | user).items() if k != "policy"}
-        first, playing = [Program("copy", lambda: _lower_copy(players, copy, state), made)], idle
+        copying = lambda: sampling_program(copy).lower(policy["policy"])  # noqa: E731
+        first = [Program("copy", copying, policy, others | user)]
+        playing = Program("play", lambda: _lower_play(shapes, copy), {"policy's copy": copy} | user, resident)
     return [
         *first,
-        Program("play", lambda: _lower_play(shapes, copy), playing),
-        Program("pack", lambda: _lower_pack(shapes), idle | user),
-        Program("learn", lambda: _lower_learn(shapes), user),
+        playing,
+        Program("pack", lambda: _lower_pack(shapes, copy), {}, resident | user),
+        Program("learn", lambda: _lower_learn(shapes), resident, user),
     ]
 
 
@@ -211,10 +216,6 @@ def _is_ready(params: Params, copy: Params) -> bool:
     """As `players.sampling_copy` decides it."""
     same = lambda x, y: x.dtype == y.dtype and y.sharding.is_equivalent_to(x.sharding, x.ndim)  # noqa: E731
     return all(jax.tree.leaves(jax.tree.map(same, params, copy)))
-
-
-def _lower_copy(players: Players, copy: Params, state: TrainState) -> Any:
-    return sampling_program(copy).lower(state.params["policy"])
 
 
 def _key(mesh: Mesh) -> Any:
@@ -228,36 +229,27 @@ def _limits(shapes: Shapes) -> Any:
 
 def _lower_play(shapes: Shapes, copy: Params) -> Any:
     players = shapes.players
-    policy = LM(copy, players.policy.model)
+    given = (players.tables, shapes.profiles, _key(players.mesh), _limits(shapes))
     with jax.set_mesh(players.mesh):
-        return sample_dialogues.lower(
-            policy,
-            players.user,
-            players.tables,
-            shapes.profiles,
-            _key(players.mesh),
-            _limits(shapes),
-            spec=players.spec,
-        )
+        return sample_dialogues.lower(LM(copy, players.policy.model), players.user, *given, spec=players.spec)
 
 
-def _dialogues(shapes: Shapes) -> Dialogues:
+def _dialogues(shapes: Shapes, copy: Params) -> Dialogues:
     """What play returns. Where its parts lie is the compiler's choice; whole on every chip is the most they take."""
     players, mesh = shapes.players, shapes.players.mesh
     with jax.set_mesh(mesh):
         found = jax.eval_shape(
             lambda *args: sample_dialogues(*args, spec=players.spec),
-            LM(sampling_params(players.policy.model, mesh), players.policy.model), players.user, players.tables,
-            shapes.profiles, _key(mesh), _limits(shapes),
+            LM(copy, players.policy.model), players.user, players.tables, shapes.profiles, _key(mesh), _limits(shapes),
         )  # fmt: skip
     return _whole(found, mesh)
 
 
-def _lower_pack(shapes: Shapes) -> Any:
+def _lower_pack(shapes: Shapes, copy: Params) -> Any:
     players = shapes.players
     with jax.set_mesh(players.mesh):
         return pack_program(shapes.mesh).lower(
-            _dialogues(shapes), players.tables[0], players.spec, _limits(shapes), shapes.lengths[-1]
+            _dialogues(shapes, copy), players.tables[0], players.spec, _limits(shapes), shapes.lengths[-1]
         )
 
 
