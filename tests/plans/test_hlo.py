@@ -37,7 +37,7 @@ def test_collectives_in_nested_loops(gathering):
     """3 turns of the outer loop, 5 layers each: 15 gathers; of each a device lacks 7 of 8 parts."""
     asked = []
     found = gathering.collectives(
-        lambda name: "scope" if "until" in name else None, lambda name: asked.append(name) or 3
+        "", lambda name: "scope" if "until" in name else None, lambda name: asked.append(name) or 3
     )
     assert asked
     assert all("until" in name for name in asked)
@@ -89,7 +89,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_volumes_of_ring_algorithms():
     """All-reduce: twice what a device lacks; reduce-scatter: all other parts; one gather though two fusions show it."""
-    found = Module.parse(HLO).collectives(lambda name: "layers" if "layers" in name else None, lambda name: 1 / 0)
+    found = Module.parse(HLO).collectives("", lambda name: "layers" if "layers" in name else None, lambda name: 1 / 0)
     wanted = {
         "all-reduce": 2 * (4 * 10 * 2 + 6 * 4) * 3 / 4, "reduce-scatter": 4 * 4, "collective-permute": 5 * 4,
         "all-gather": 8 * 4 * 3 / 4,
