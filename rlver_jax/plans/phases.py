@@ -88,6 +88,7 @@ def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
         "prefill": (flops.prefill(policy, user, play), "play"),
         "policy turns": (flops.policy_turns(policy, play, players.spec), "play"),
         "user turns": (flops.user_turns(user, play, players.spec), "play"),
+        "pack": (Work(0, 0, 0), "pack"),
     }
 
 
