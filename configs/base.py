@@ -24,6 +24,7 @@ def get_model() -> ConfigDict:
     """Fields that the policy and the simulated user have in common."""
     c = ConfigDict()
     c.path = ""  # Hugging Face folder of a Qwen2.5 model with its tokenizer files
+    c.size = ""  # published size that `plan` takes where path is empty: 0.5b | 1.5b | 3b | 7b | 14b | 32b | 72b
     c.init = "path"  # weights: path (of the folder) | random (only the folder's config.json and tokenizer are read)
     c.dtype = "bfloat16"  # of activations and caches: bfloat16 | float32
     c.param_dtype = "bfloat16"  # of weights: bfloat16 | float32

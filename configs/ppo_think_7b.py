@@ -13,14 +13,23 @@ from ml_collections import ConfigDict
 from configs import base
 
 
+USER_72B = "user72b"
+
+
 def get_config(arg: str = "") -> ConfigDict:
-    """RLVER's settings are base.py's; here is what saves memory at 7B. `arg` as in base.py."""
-    c = base.get_config(arg)
+    """RLVER's settings are base.py's; here is what saves memory at 7B.
+
+    `arg` joins any of challenging (as in base.py) and user72b (a plan's size of the user) with commas.
+    """
+    words = base.words(arg, USER_72B, base.CHALLENGING)
+    c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
+    c.policy.size, c.user.size = "7b", "72b" if USER_72B in words else "7b"  # for plans without a path
     for model in (c.policy, c.critic):
         model.remat = "full"
     for model in (c.policy, c.user, c.critic):
         model.attention = "chunked"
     c.train.microbatches = 2
     c.mesh.tensor = 4  # Qwen2.5-7B has 4 key and value heads
+    c.mesh_sampling.replica, c.mesh_sampling.fsdp = -1, 1  # no weights travel while dialogues are played
     c.eval.every = 25
     return c

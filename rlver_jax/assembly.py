@@ -77,21 +77,20 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
     limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    longest = max_length(players.tables[0], spec, tokens.first_talk.shape[1])
-    trained, trunk = _trained(config, players, mesh)
-    setup = _setup(config, players, trunk, "critic" in trained, mesh)
+    lengths = packed_lengths(config, players, tokens.first_talk.shape[1])
+    trained, trunk = trained_of(config, players, mesh)
+    setup = setup_of(config, players, trunk, "critic" in trained, mesh)
     reference = None
     if config.loss.kl:
         reference = _model(config, "reference", config.policy, mesh, players)[0].params
     grammar = jax.device_put(players.tables[0].grammar, NamedSharding(mesh, PartitionSpec()))
-    run = Run(
-        config, mesh, players, profiles, tokens, reader, limits, setup, _lengths(longest, config), grammar, reference
-    )  # fmt: skip
+    run = Run(config, mesh, players, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
     return run, _placed_state(trained, setup.optimizers, mesh)
 
 
-def _lengths(longest: int, config: ConfigDict) -> tuple[int, ...]:
-    """Evenly spread up to the longest row possible."""
+def packed_lengths(config: ConfigDict, players: Players, first_width: int) -> tuple[int, ...]:
+    """Lengths of packed rows that may be compiled: evenly spread up to the longest row possible."""
+    longest = max_length(players.tables[0], players.spec, first_width)
     count = config.train.length_buckets
     up = lambda x: -(-x // LENGTH_STEP) * LENGTH_STEP  # noqa: E731
     return tuple(sorted({up(-(-longest * (i + 1) // count)) for i in range(count)}))
@@ -106,14 +105,14 @@ def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, players:
     return lm, tokenizer
 
 
-def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained, Any]:
+def trained_of(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained, Any]:
     """All parameters that learn, and the module of the critic's own trunk, if it has one."""
     policy = players.policy.params
     if players.user.params is policy:  # one folder for both: the update reuses the policy's buffers, the user keeps its
         policy = jax.tree.map(jnp.copy, policy)
     if config.algorithm.estimator != "gae":
         return {"policy": policy}, None
-    head = _value_head(config)
+    head = value_head_of(config)
     width = players.policy.model.config.hidden_size
     trunk, critic = None, {}
     if config.critic.kind == "separate":
@@ -124,12 +123,13 @@ def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained,
     return {"policy": policy, "critic": critic}, trunk
 
 
-def _value_head(config: ConfigDict) -> ValueHead:
+def value_head_of(config: ConfigDict) -> ValueHead:
     """It starts from what a dialogue would earn if nothing moved the user."""
     return ValueHead(bias_init=config.emotion.initial / 100 if config.reward.kind == "final" else 0.0)
 
 
-def _setup(config: ConfigDict, players: Players, trunk: Any, has_critic: bool, mesh: Mesh) -> Setup:
+def setup_of(config: ConfigDict, players: Players, trunk: Any, has_critic: bool, mesh: Mesh) -> Setup:
+    """What the update is compiled for; `trunk` is the module of the critic's own."""
     c, t = config.loss, config.train
     loss = Loss(
         c.ratio, c.clip_low, c.clip_high, c.dual_clip, c.normalization,
@@ -139,7 +139,7 @@ def _setup(config: ConfigDict, players: Players, trunk: Any, has_critic: bool, m
     learner = Learner(
         players.policy.model.clone(remat=config.policy.remat),
         trunk,
-        _value_head(config) if has_critic else None,
+        value_head_of(config) if has_critic else None,
         loss,
         temperature=config.rollout.temperature,
         vocab_chunk=c.vocab_chunk,

@@ -14,7 +14,11 @@ from ml_collections import ConfigDict
 
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
+SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "policy.size": SIZES,
+    "user.size": SIZES,
+    "critic.size": SIZES,
     "policy.dtype": ("bfloat16", "float32"),
     "policy.param_dtype": ("bfloat16", "float32"),
     "policy.attention": ("dense", "chunked"),

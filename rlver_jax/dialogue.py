@@ -132,6 +132,7 @@ def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec:
     return PolicyTables(system, open_user, open_assistant, opener, close, grammar, whitespace)
 
 
+@jax.named_scope("policy_turn")
 def policy_turn(
     lm: LM,
     tables: PolicyTables,
@@ -214,6 +215,7 @@ def _fingerprint(profiles: Profiles) -> Array:
     return jnp.where(place < profiles.prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
 
 
+@jax.named_scope("open_dialogues")
 def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits):
     """Both caches for all rows, and the first utterances: each profile, and the policy's system prompt, read once."""
     policy_tables, user_tables = tables

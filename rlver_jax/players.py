@@ -56,16 +56,19 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
         )
 
 
-def make_model(config: ConfigDict, name: str) -> Qwen2:
+def make_model(config: ConfigDict, name: str, architecture: Qwen2Config | None = None) -> Qwen2:
     """The module of `config.policy`, `config.user` or `config.critic`, without weights.
+
+    Args:
+        architecture: instead of that of config.path.
 
     Raises:
         ValueError: no path is set, or its config.json is not a Qwen2.5 model's.
     """
-    if not config.path:
+    if not config.path and architecture is None:
         raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
     return Qwen2(
-        Qwen2Config.from_hf(config.path),
+        architecture or Qwen2Config.from_hf(config.path),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         scan_layers=config.scan_layers,

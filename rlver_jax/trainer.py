@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,16 @@ def score(dialogues: Dialogues, tables: PolicyTables, spec: Spec, how: tuple) ->
     return rewards, row_lengths(dialogues, tables, spec).max()
 
 
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Where rows lie on the training mesh: what is played on the sampling mesh comes out there."""
+    return NamedSharding(mesh, PartitionSpec(mesh_axes("batch")))
+
+
+def pack_program(mesh: Mesh) -> Any:
+    """`learning.pack.pack`, jitted for rows on the training mesh."""
+    return jax.jit(pack, static_argnums=(2, 4), out_shardings=row_sharding(mesh))
+
+
 @dataclasses.dataclass
 class Step:
     """A step whose figures have not been fetched yet: the device is left alone until the next one is under way."""
@@ -67,12 +78,10 @@ class Trainer:
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
         self.sampling_copy = sampling_copy(run.players.policy.model, run.players.mesh)
-        # What is played on the sampling mesh comes out on the training mesh.
-        rows = NamedSharding(run.mesh, PartitionSpec(mesh_axes("batch")))
-        whole = NamedSharding(run.mesh, PartitionSpec())
+        rows, whole = row_sharding(run.mesh), NamedSharding(run.mesh, PartitionSpec())
         self.key = jax.device_put(jax.random.key(config.train.seed), whole)
         self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
-        self.pack = jax.jit(pack, static_argnums=(2, 4), out_shardings=rows)
+        self.pack = pack_program(run.mesh)
         self.how = tuple(sorted(reward_settings(config).items()))
         self.checkpoints = Checkpoints(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlver_jax"
 # Top first. A name is a module or a sub-package of rlver_jax.
 LAYERS = [
     {"train", "evaluate", "verify", "plan", "export", "chat", "bench", "report", "serve", "miniature"},
-    {"reports", "judging"},
+    {"reports", "judging", "plans"},
     {"trainer", "assembly", "evaluation", "remote_evaluation", "serving"},
     {"sides"},
     {"runs"},

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -140,6 +141,7 @@ def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -
     return total, metrics
 
 
+@jax.named_scope("critic")
 def _value_loss(learner: Learner, critic: Params, hidden: Array, sample: Sample) -> Array:
     value = values(learner, critic, hidden, sample.batch)
     clip = learner.loss.value_clip

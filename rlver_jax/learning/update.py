@@ -155,6 +155,7 @@ def train_step(
     return dataclasses.replace(state, step=state.step + 1), metrics
 
 
+@jax.named_scope("prepare")
 def prepare(
     setup: Setup,
     state: TrainState,
@@ -293,6 +294,7 @@ def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar
     return new, combine(metrics) | {f"{name}/grad_norm": norm for name, norm in norms.items()}
 
 
+@jax.named_scope("optimizer")
 def _apply(optimizer, gradient: Params, opt_state: Any, params: Params, wanted: Array) -> tuple[Params, Any]:
     """The optimizer's step, or everything as it was where it is not wanted."""
     updates, new_state = optimizer.update(gradient, opt_state, params)
@@ -301,6 +303,7 @@ def _apply(optimizer, gradient: Params, opt_state: Any, params: Params, wanted: 
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_state, opt_state)
 
 
+@jax.named_scope("moved")
 def _moved(setup: Setup, params: Params, sample: Sample, grammar: Grammar) -> Array:
     """KL of the updated policy to the one that acted, estimated on one microbatch.
 

@@ -19,6 +19,7 @@ from rlver_jax.models.precision import wide
 
 BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
 LEAST_PARTED = 256  # slots from which on a cache is read in parts
+PARTS = 8  # of a row without a cache, at most: each is compiled, so their number decides how long that takes
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
 
@@ -83,12 +84,27 @@ def chunked_attention(
 ) -> Float[Array, "B Q H hd"]:
     """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
 
-    Keys after a chunk's last query are left out, of a cache by parts: half of the products.
+    Keys after the last query of a chunk, or of its part of the row, are left out: nearly half of the products.
     """
-    if q.shape[1] <= chunk:
+    length = q.shape[1]
+    if length <= chunk:
         return dense_attention(q, k, v, see)
-    if see.q_slot is None:
-        return _causal_chunks(q, k, v, see, chunk)
+    if see.q_slot is not None:
+        return _chunks(q, k, v, see, chunk)
+    size = -(-length // (chunk * PARTS)) * chunk
+    outs = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        slots = jnp.broadcast_to(jnp.arange(start, end), (q.shape[0], end - start))
+        q_branch = None if see.q_branch is None else see.q_branch[:, start:end]
+        k_branch = None if see.k_branch is None else see.k_branch[:, :end]
+        part = Visibility(slots, q_branch, k_branch)
+        outs.append(_chunks(q[:, start:end], k[:, :, :end], v[:, :, :end], part, chunk))
+    return jnp.concatenate(outs, axis=1)
+
+
+def _chunks(q: Array, k: Array, v: Array, see: Visibility, chunk: int) -> Array:
+    """One chunk of queries after the other, each against all keys given."""
     pad = -q.shape[1] % chunk
     branches = None if see.q_branch is None else _split(see.q_branch, chunk, pad)
     pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), branches)
@@ -96,7 +112,8 @@ def chunked_attention(
     @jax.checkpoint
     def one(piece: tuple[Array, Array, Array | None]) -> Array:
         q_piece, slot, branch = piece
-        return dense_attention(q_piece, k, v, Visibility(slot, branch, see.k_branch, slot.max() + 1))
+        filled = None if see.filled is None else slot.max() + 1
+        return dense_attention(q_piece, k, v, Visibility(slot, branch, see.k_branch, filled))
 
     out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
     return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
@@ -106,18 +123,6 @@ def _split(x: Array, chunk: int, pad: int) -> Array:
     """[B, Q, ...] -> [count, B, chunk, ...], padded at the end."""
     x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-
-def _causal_chunks(q: Array, k: Array, v: Array, see: Visibility, chunk: int) -> Array:
-    attend = jax.checkpoint(dense_attention)
-    outs = []
-    for start in range(0, q.shape[1], chunk):
-        end = min(start + chunk, q.shape[1])
-        slots = jnp.broadcast_to(jnp.arange(start, end), (q.shape[0], end - start))
-        q_branch = None if see.q_branch is None else see.q_branch[:, start:end]
-        k_branch = None if see.k_branch is None else see.k_branch[:, :end]
-        outs.append(attend(q[:, start:end], k[:, :, :end], v[:, :, :end], Visibility(slots, q_branch, k_branch)))
-    return jnp.concatenate(outs, axis=1)
 
 
 def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N hd"]:

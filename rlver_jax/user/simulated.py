@@ -94,6 +94,7 @@ def part_keys(turn_keys: Key[Array, "B"], base: int, count: int) -> Key[Array, "
     return jax.vmap(lambda part: jax.vmap(jax.random.fold_in, (0, None))(turn_keys, part))(base + jnp.arange(count))
 
 
+@jax.named_scope("user_turn")
 def user_turn(
     lm: LM,
     tables: UserTables,
@@ -145,6 +146,7 @@ def user_turn(
     return rollback(cache, opening), turn
 
 
+@jax.named_scope("appraise")
 def appraise(
     lm: LM,
     tables: UserTables,
@@ -180,6 +182,7 @@ def appraise(
     return cache, said, jnp.where(active[:, None], logprobs, 0.0), read
 
 
+@jax.named_scope("reply")
 def _reply(lm, tables, cache, change, emotion, turn_keys, rules, limits, max_tokens, active):
     tokens, counts = tables.reply.render(emotion, rules.band(emotion))
     fields, batch, _ = tokens.shape

@@ -50,3 +50,17 @@ def test_any_part_of_a_cache_holds_all_that_may_be_seen(longest, queries, branch
         if attend is not dense_attention and queries == 1:
             continue
         np.testing.assert_allclose(jax.jit(attend)(q, k, v, see), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [33, 75])  # parts of two chunks, the last one of one; of three, the last one shorter
+def test_rows_of_many_chunks(length):
+    """Without a cache: more chunks than parts."""
+    draw = np.random.default_rng(length)
+    q = draw.normal(size=(2, length, 4, 8)).astype(np.float32)
+    k, v = (draw.normal(size=(2, 2, length, 8)).astype(np.float32) for _ in range(2))
+    branch = draw.choice([0, 0, 64, 66, 128], (2, length)).astype(np.int32)
+    branch[:, 0] = 0
+    slots = np.tile(np.arange(length), (2, 1))
+    see = Visibility(None, jnp.asarray(branch), jnp.asarray(branch))
+    found = jax.jit(lambda *args: chunked_attention(*args, chunk=4))(q, k, v, see)
+    np.testing.assert_allclose(found, by_hand(q, k, v, slots, branch, branch), atol=2e-6)

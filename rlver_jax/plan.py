@@ -1,0 +1,139 @@
+"""What training a config on a TPU topology takes, found without a TPU: the real programs compiled ahead of time.
+
+    python -m rlver_jax.plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--config.a.b=v …] [--json=FILE]
+
+Needs the TPU compiler: pip install '.[tpu]' (on any machine). Prints memory of a chip while each program of a training
+step runs, with all that is alive beside it; operations, bytes and collectives of each phase; and a prediction. A model
+is given by its folder (policy.path: config.json and the tokenizer are read, no weights) or its size (policy.size=7b).
+Exit status: 0 it fits, 1 it does not or an array exists that must not, 2 bad usage.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: planning leaves accelerators alone
+
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from configs import base
+from rlver_jax.command_line import config_from_flags
+from rlver_jax.config import ConfigError, profile_files, validate
+from rlver_jax.miniature.assets import POLICY, shipped
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.plans.chips import chip_of, topology_devices
+from rlver_jax.plans.measure import compile_all
+from rlver_jax.plans.phases import phases_of
+from rlver_jax.plans.programs import Shapes, Texts, programs_of, shapes_of, unplaced_players
+from rlver_jax.plans.remedies import find_remedy, over
+from rlver_jax.plans.report import Plan, show
+from rlver_jax.players import spec_of
+from rlver_jax.profiles.schema import read_profiles
+from rlver_jax.runs.files import write_json
+from rlver_jax.text.tokenizer import load_tokenizer
+
+PREFIX, FIRST_TALK = 2688, 128  # tokens: RLVER's 500 published training profiles under Qwen2.5's tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        config, options = _arguments(sys.argv[1:] if argv is None else argv)
+        devices = topology_devices(options.topology)
+        validate(config, base.get_config(), len(devices))
+        mesh = make_mesh(**config.mesh, devices=devices)
+        with console.status("planning") as status:
+            plan = make_plan(config, options.topology, mesh, lambda text: status.update(text))
+    except (ValueError, OSError) as error:
+        errors.print(f"plan: {error}", markup=False, highlight=False)
+        return 2
+    show(plan, console)
+    if options.json:
+        write_json(Path(options.json), plan.to_json())
+    return 0 if plan.fits and not plan.faults else 1
+
+
+def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("topology", None, "TPU chips, as FAMILY:SIZES, e.g. v5e:2x4", flag_values=values)
+        flags.DEFINE_string("json", None, "file that the whole plan is written to as well", flag_values=values)
+
+    config, options, rest = config_from_flags(argv, __doc__, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --topology=v5e:2x4; --help lists them")
+    if not options.topology:
+        raise ConfigError("no --topology was given; name the chips to plan for, e.g. --topology=v5e:2x4")
+    chip_of(options.topology)
+    return config, options
+
+
+def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any) -> Plan:
+    """Compiles and measures everything.
+
+    Args:
+        mesh: of training, over the topology's devices.
+        tell: hears what is being done.
+
+    Raises:
+        ValueError, OSError: the config doesn't fit the mesh, or a model is not named.
+    """
+    began, chip = time.monotonic(), chip_of(topology)
+    texts, assumed = texts_of(config)
+    remake = lambda changed: shapes_of(changed, mesh, texts)  # noqa: E731
+    shapes: Shapes = remake(config)
+    measured = compile_all(programs_of(shapes), shapes, tell)
+    remedy = None
+    if any(over(one, chip) > 0 for one in measured):
+        remedy = find_remedy(config, base.get_config(), mesh, measured, chip, remake, tell)
+    playing = shapes.players.mesh or mesh
+    return Plan(
+        topology, chip, dict(mesh.shape), dict(playing.shape), config.rollout.batch, shapes.lengths[-1], measured,
+        phases_of(shapes, measured, chip), remedy, assumed,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.monotonic() - began,
+    )  # fmt: skip
+
+
+def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
+    """How long prompts and profiles are, and what of it is assumed for want of a tokenizer or of profiles.
+
+    Raises:
+        ValueError, OSError: what the config names cannot be read.
+    """
+    assumed = ["every dialogue takes all its turns, every text its limit, and every packed row the greatest length"]
+    language = config.data.language
+    if config.policy.path:
+        tokenizer = load_tokenizer(config.policy.path)
+    else:
+        tokenizer, language = load_tokenizer(shipped() / POLICY), "en"
+        assumed.append(
+            "prompts: the English ones under the miniature's tokenizer, a little longer than under Qwen2.5's"
+        )
+    prefix, first = PREFIX, FIRST_TALK
+    files = profile_files(config.data.train)
+    if config.policy.path and files:
+        prefix, first = _widths(config, tokenizer, files)
+    else:
+        assumed.append(
+            f"profiles: {prefix} tokens of prefix and {first} of first words, as RLVER's published ones have"
+        )
+    return Texts(tokenizer, language, prefix, first), assumed
+
+
+def _widths(config: ConfigDict, tokenizer: Any, files: list[str]) -> tuple[int, int]:
+    c = config.rollout
+    spec = spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=config.emotion.initial)
+    players = unplaced_players(config, tokenizer, config.data.language, spec)
+    tokens = players.tokens(read_profiles(files))
+    return tokens.prefix.shape[1], tokens.first_talk.shape[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

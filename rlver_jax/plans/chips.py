@@ -1,0 +1,87 @@
+"""TPU chips: what each has, with the source of every number; and the devices of a topology that nobody owns."""
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+DOCS = "https://docs.cloud.google.com/tpu/docs/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip, with all its cores.
+
+    Attributes:
+        hbm_gib: memory, GiB.
+        usable_gib: what the compiler gives to one program, as its message says when a program exceeds it.
+        flops: peak of bfloat16 products, FLOP/s.
+        hbm_bandwidth: bytes/s.
+        ici_bandwidth: bytes/s out of a chip over all its links: half of what the documents call bidirectional.
+        cores: name of libtpu's configuration in which all cores of a chip are one device.
+        source: where the numbers are from.
+    """
+
+    hbm_gib: float
+    usable_gib: float
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    cores: str
+    source: str
+
+
+CHIPS = {
+    # Links: 6 of 50 GB/s each way, table 4 of arXiv 2304.01433.
+    "v4": Chip(32, 30.75, 275e12, 1200e9, 300e9, "megacore", f"{DOCS}v4, arXiv 2304.01433"),
+    "v5e": Chip(16, 15.75, 197e12, 819e9, 200e9, "default", f"{DOCS}v5e"),
+    "v5p": Chip(95, 95.74, 459e12, 2765e9, 600e9, "default", f"{DOCS}v5p"),
+    "v6e": Chip(32, 31.25, 918e12, 1638e9, 400e9, "default", f"{DOCS}v6e"),
+}
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; the message says why and what to do."""
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as "v5p:4x4x4".
+
+    Raises:
+        PlanError: another family, or no sizes.
+    """
+    family, _, sizes = topology.partition(":")
+    if family not in CHIPS or not sizes:
+        raise PlanError(
+            f"--topology={topology!r}: expected FAMILY:SIZES with a family of {', '.join(CHIPS)}, such as v5e:2x4 "
+            f"(one host of 8 chips) or v5p:4x4x4 (64 chips)"
+        )
+    return CHIPS[family]
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Devices of a topology, for compiling only; nothing is asked of a network.
+
+    Raises:
+        PlanError: libtpu, which holds the TPU compiler, is not installed, or knows no such topology.
+    """
+    chip = chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError(
+            "the TPU compiler is not installed: pip install '.[tpu]' (it runs on any machine, without a TPU)"
+        )
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",  # it would wait for a metadata server
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: what isn't set, libtpu asks for, and complains
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies  # heavy, and of no use without libtpu
+
+    try:
+        found = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores)
+    except Exception as error:  # libtpu's errors have no common type
+        raise PlanError(f"--topology={topology!r}: the TPU compiler knows no such topology: {error}") from error
+    return list(found.devices)

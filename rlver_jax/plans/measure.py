@@ -1,0 +1,184 @@
+"""Compiles the programs of a training step and measures them: memory of a chip, collectives, what should not exist."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from rlver_jax.plans.hlo import Instruction, Module, Uses, array_bytes
+from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
+
+GIB = 2**30
+LARGE = GIB  # bytes from which on an array that is whole on every chip is worth a warning
+# The compiler's two ways to say that a program is too large: while it is planned, and after.
+_EXCEEDED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|\(([\d.]+)([KMG])\) exceeds available HBM")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+# Scopes of `jax.named_scope` in the programs -> phases of a step; the first that an op's name holds counts.
+PHASES = {
+    "open_dialogues": "prefill",
+    "policy_turn": "policy turns",
+    "user_turn": "user turns",
+    "prepare": "values and log-probs",
+    "moved": "values and log-probs",
+    "critic": "critic update",
+}
+FIRST = {"copy": "copy", "play": "prefill", "pack": "pack", "learn": "policy update"}  # phase of all other ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a chip while a program runs. A program that doesn't fit has no parts, only `program`."""
+
+    arguments: int
+    outputs: int  # without those that lie in arguments' buffers
+    temporaries: int
+    code: int
+    idle: int  # what stays alive beside it
+    program: int  # all but idle
+
+    @property
+    def total(self) -> int:
+        """All that is alive at once."""
+        return self.program + self.idle
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One program, compiled.
+
+    Attributes:
+        collectives: of one run, by phase and kind; empty where it doesn't fit.
+        faults: arrays that must not exist.
+        warnings: arrays that could be smaller.
+    """
+
+    name: str
+    memory: Memory
+    idle: dict[str, int]
+    collectives: Uses
+    faults: list[str]
+    warnings: list[str]
+    compile_s: float
+
+
+def phase_of(op_name: str) -> str | None:
+    """Phase of an op by the scopes in its name; None: not known from the name."""
+    return next((phase for scope, phase in PHASES.items() if re.search(rf"[/(]{scope}[/)]", op_name)), None)
+
+
+def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
+    """How often loops run whose end the data decides: with every dialogue and every text at its limit."""
+    config, spec = shapes.config, shapes.players.spec
+    tables = shapes.players.tables[1]
+    considerations = len(tables.reply.names)
+    reply = ((considerations - 1) * config.user.field_tokens + config.user.reply_tokens) / considerations
+
+    def turns(op_name: str) -> float:
+        if "policy_turn" in op_name:
+            return spec.policy_tokens
+        if "appraise" in op_name:
+            return config.user.field_tokens
+        if "/reply/" in op_name:
+            return reply
+        if "open_dialogues" in op_name:
+            return 0  # profiles bring their first utterance
+        return spec.max_turns if "sample_dialogues" in op_name else 1
+
+    return turns
+
+
+def measure(program: Program, shapes: Shapes) -> Measured:
+    """Compiles a program for the topology's chips.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
+    """
+    began = time.monotonic()
+    idle = {name: bytes_per_chip(tree) for name, tree in program.idle.items()}
+    warnings = _replicated(program, shapes)
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _EXCEEDED.search(str(error))
+        if not found:
+            raise
+        used = int(float(found[1] or found[3]) * _UNITS[found[2] or found[4]])
+        memory = Memory(0, 0, 0, 0, sum(idle.values()), used)
+        return Measured(program.name, memory, idle, {}, [], warnings, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    memory = _memory(compiled, sum(idle.values()))
+    module = Module.parse(compiled.as_text())
+    uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes))
+    faults = _logits(module, shapes) if program.name == "learn" else []
+    return Measured(program.name, memory, idle, uses, faults, warnings + _gathered(module), seconds)
+
+
+def _memory(compiled: Any, idle: int) -> Memory:
+    found = compiled.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    parts = (found.argument_size_in_bytes, outputs, found.temp_size_in_bytes, found.generated_code_size_in_bytes)
+    return Memory(*parts, idle, sum(parts))
+
+
+def _replicated(program: Program, shapes: Shapes) -> list[str]:
+    """Large arguments that every chip holds whole."""
+    found = []
+    for path, x in jax.tree_util.tree_leaves_with_path(program.given):
+        size = array_bytes(x.dtype.name, x.shape)
+        if shapes.mesh.size > 1 and size >= LARGE and x.sharding.is_fully_replicated:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found.append(f"{name} {x.shape}: {size / GIB:.1f} GiB, whole on every chip; split it in parallel/rules.py")
+    return found
+
+
+def _gathered(module: Module) -> list[str]:
+    """Large arrays that a collective makes whole."""
+    ops = [op for body in module.computations.values() for op in body if op.kind.startswith("all-gather")]
+    sized = {(op.shapes[-1], op.op_name): array_bytes(*op.shapes[-1]) for op in ops if op.shapes}
+    return [
+        f"{dtype}{list(sizes)}: {size / GIB:.1f} GiB gathered on each chip, in {name or 'an op without a name'}"
+        for ((dtype, sizes), name), size in sized.items()
+        if size >= LARGE
+    ]
+
+
+def _logits(module: Module, shapes: Shapes) -> list[str]:
+    """Arrays of the size of one microbatch's logits: [B, L, V], however they are cut and laid out."""
+    config, mesh = shapes.config, shapes.mesh
+    model = shapes.players.policy.model.config
+    parts = config.train.minibatches * config.train.microbatches * mesh.shape["replica"] * mesh.shape["fsdp"]
+    places = config.rollout.batch * shapes.lengths[-1] // parts
+    return logits_among(module.arrays(), places, model.vocab_size, mesh.shape["tensor"], model.hidden_size)
+
+
+def logits_among(
+    arrays: dict[tuple[str, tuple[int, ...]], Instruction], places: int, vocab: int, shards: int, width: int
+) -> list[str]:
+    """Float arrays with an axis of the vocabulary, or of a shard of it, for `places` or more tokens.
+
+    Args:
+        width: of the model: the head and its gradient have a vocabulary axis, too.
+    """
+    faults = []
+    for (dtype, sizes), op in arrays.items():
+        count = 1
+        for n in sizes:
+            count *= n
+        axes = [n for n in (vocab, vocab // shards) if n in sizes]
+        rest = count // max(axes) if axes else 0
+        if axes and "f" in dtype and rest >= places and width % (rest or 1) and rest != width:
+            faults.append(f"{dtype}{list(sizes)} holds logits of every token, in {op.op_name or op.name}")
+    return faults
+
+
+def compile_all(programs: Sequence[Program], shapes: Shapes, tell: Callable[[str], None]) -> list[Measured]:
+    """All programs, one after the other; `tell` hears what is being compiled."""
+    found = []
+    for program in programs:
+        tell(f"compiling {program.name}")
+        found.append(measure(program, shapes))
+    return found

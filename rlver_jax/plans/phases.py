@@ -1,0 +1,123 @@
+"""The phases of a training step: what each computes, moves and sends, and how long it takes at the chips' limits."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.plans import flops
+from rlver_jax.plans.chips import Chip
+from rlver_jax.plans.flops import Work
+from rlver_jax.plans.hlo import Use
+from rlver_jax.plans.measure import Measured
+from rlver_jax.plans.programs import Shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of a step.
+
+    Attributes:
+        work: over all chips.
+        hbm_bytes: that one chip reads and writes.
+        collectives: by kind, of one chip.
+        compute_s, memory_s, network_s: at the chip's peak rates; a phase takes the longest of the three at least.
+    """
+
+    name: str
+    program: str
+    work: Work
+    hbm_bytes: float
+    collectives: dict[str, Use]
+    compute_s: float
+    memory_s: float
+    network_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Roofline time: everything overlaps, nothing waits."""
+        return max(self.compute_s, self.memory_s, self.network_s)
+
+
+def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[Phase]:
+    """All phases of a step whose dialogues are as long as their limits allow."""
+    works = _sampling(shapes) | _learning(shapes)
+    sent = {one.name: one.collectives for one in measured}
+    found = []
+    for name, (work, program) in works.items():
+        uses = {kind: use for (phase, kind), use in sent.get(program, {}).items() if phase == name}
+        if program in sent:
+            found.append(_phase(name, program, work, uses, shapes, chip))
+    return found
+
+
+def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Shapes, chip: Chip) -> Phase:
+    mesh = shapes.mesh if program == "learn" else shapes.players.mesh or shapes.mesh
+    hbm = work.weight_bytes / mesh.shape["tensor"] + work.spread_bytes / mesh.size
+    sent = sum(use.bytes for use in uses.values())
+    return Phase(
+        name, program, work, hbm, uses, work.flops / mesh.size / chip.flops, hbm / chip.hbm_bandwidth,
+        sent / chip.ici_bandwidth,
+    )  # fmt: skip
+
+
+def play_of(shapes: Shapes) -> flops.Play:
+    """Lengths of the dialogues."""
+    config, (policy, user) = shapes.config, shapes.players.tables
+    scripts = (user.appraisal, user.reply)
+    return flops.Play(
+        rows=config.rollout.batch,
+        profiles=config.rollout.batch // config.rollout.group,
+        system=policy.system.shape[0],
+        prefix=shapes.profiles.prefix.shape[1],
+        heard=config.user.reply_tokens,
+        fields=sum(len(script.names) for script in scripts) - 2,  # without the change and the reply
+        literals=sum(script.template.shape[0] * script.template.shape[1] for script in scripts),
+        field_tokens=config.user.field_tokens,
+        reply_tokens=config.user.reply_tokens,
+    )
+
+
+def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
+    players, play = shapes.players, play_of(shapes)
+    policy, user = players.policy.model.config, players.user.model.config
+    copied = Work(0, 0, 0, policy.num_params * (4.0 + 2.0))
+    return {
+        "copy": (copied, "copy"),
+        "prefill": (flops.prefill(policy, user, play), "play"),
+        "policy turns": (flops.policy_turns(policy, play, players.spec), "play"),
+        "user turns": (flops.user_turns(user, play, players.spec), "play"),
+        "pack": (Work(0, 0, 0), "pack"),
+    }
+
+
+def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
+    config, length, trunk = shapes.config, shapes.lengths[-1], shapes.setup.learner.trunk
+    rows, model = config.rollout.batch, shapes.players.policy.model
+    parts = config.train.minibatches * config.train.microbatches
+    moved = _forward(model, rows // parts, length, logits=True, parts=1)
+    given = moved
+    if trunk is not None:
+        given += _forward(trunk, rows, length, logits=False, parts=parts)
+    for _ in range(config.loss.recompute + (shapes.reference is not None)):
+        given += _forward(model, rows, length, logits=True, parts=parts)
+    update = _update(model, config.policy, rows, length, logits=True, parts=parts).times(config.train.epochs)
+    found = {"values and log-probs": (given, "learn"), "policy update": (update, "learn")}
+    if trunk is not None:
+        critic = _update(trunk, config.critic, rows, length, logits=False, parts=parts).times(config.train.epochs)
+        found["critic update"] = (critic, "learn")
+    return found
+
+
+def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) -> Work:
+    size = model.param_dtype.itemsize  # type: ignore[attr-defined]
+    return flops.packed_forward(model.config, rows, length, logits=logits, itemsize=size, parts=parts)
+
+
+def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int) -> Work:
+    chunked = c.attention == "chunked" and length > c.attention_chunk
+    size = model.param_dtype.itemsize  # type: ignore[attr-defined]
+    return flops.packed_update(
+        model.config, rows, length, logits=logits, itemsize=size, parts=parts, remat=c.remat, chunked=chunked
+    )

@@ -1,0 +1,270 @@
+"""The programs of a training step on arrays that don't exist: shapes, dtypes and places only, on any topology.
+
+Everything is made by the functions that the trainer calls itself; only where these would load or create arrays there
+are `ShapeDtypeStruct`s.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from rlver_jax import assembly
+from rlver_jax.dialogue import Dialogues, Profiles, Spec, sample_dialogues
+from rlver_jax.learning.objective import Trained
+from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.update import Setup, TrainState, compile_step, init_state
+from rlver_jax.models.config import Qwen2Config, preset
+from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
+from rlver_jax.parallel import rules
+from rlver_jax.parallel.mesh import sampling_mesh
+from rlver_jax.players import Players, limits_of, make_model, sampling_params, sampling_program, spec_of
+from rlver_jax.rewards import Rewards
+from rlver_jax.sampling.cache import LM
+from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.trainer import pack_program, row_sharding
+from rlver_jax.user.prompts import load_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What shapes depend on beside the config.
+
+    Attributes:
+        tokenizer: that the prompts are measured with.
+        language: of the prompts.
+        prefix, first_talk: widths of the profiles' longest prefix and first utterance, in tokens.
+    """
+
+    tokenizer: Tokenizer
+    language: str
+    prefix: int
+    first_talk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What a run holds, as shapes; fields as in `assembly.Run`."""
+
+    config: ConfigDict
+    mesh: Mesh
+    players: Players
+    profiles: Profiles
+    state: TrainState
+    setup: Setup
+    lengths: tuple[int, ...]
+    reference: Params | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a training step.
+
+    Attributes:
+        lower: what the trainer calls, lowered for the arguments that it gets.
+        given: its large arguments, by name.
+        idle: trees that stay in memory beside it, by name.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    given: dict[str, Any]
+    idle: dict[str, Any]
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """Shapes with their places."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes of a tree of shapes on each chip; what has no place is whole on each."""
+    part = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
+    return sum(math.prod(part(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def architecture(config: ConfigDict, name: str, otherwise: ConfigDict | None = None) -> Qwen2Config:
+    """Of `config.NAME`: of the folder that it names, else of its size, else that of the model `otherwise`.
+
+    Raises:
+        ValueError, OSError: nothing is named, or what is named is not a Qwen2.5 model.
+    """
+    for c in (config[name], otherwise):
+        if c is not None and c.get("path"):
+            return Qwen2Config.from_hf(c.path)
+        if c is not None and c.get("size"):
+            return preset(c.size)
+    raise ValueError(
+        f"{name}.path and {name}.size are empty; set --config.{name}.size to a published size of Qwen2.5, e.g. 7b, or "
+        f"--config.{name}.path to a model's folder, of which a plan reads config.json and the tokenizer"
+    )
+
+
+def _params(model: Qwen2, mesh: Mesh) -> Params:
+    shapes, axes = abstract_params(model)
+    return placed(shapes, rules.tree_shardings(axes, shapes, mesh))
+
+
+def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
+    """What `assembly.assemble` makes, as shapes.
+
+    Args:
+        mesh: of training.
+
+    Raises:
+        ValueError: an array can't be divided over the mesh, or a model is not named.
+    """
+    c = config.rollout
+    spec = spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=config.emotion.initial)
+    playing = sampling_mesh(mesh, config.mesh_sampling)
+    players = unplaced_players(config, texts.tokenizer, texts.language, spec)
+    policy, user = players.policy.model, players.user.model
+    players = dataclasses.replace(
+        players, policy=LM(_params(policy, mesh), policy), user=LM(_params(user, playing), user), mesh=playing,
+        tables=_whole(players.tables, playing),
+    )  # fmt: skip
+    trained, trunk = _trained(config, players, mesh)
+    setup = assembly.setup_of(config, players, trunk, "critic" in trained, mesh)
+    places = assembly.state_shardings(trained, setup.optimizers, mesh)
+    state = placed(jax.eval_shape(lambda p: init_state(p, setup.optimizers), trained), places)
+    reference = None
+    if config.loss.kl:
+        reference = _params(
+            make_model(config.policy, "reference", architecture(config, "reference", config.policy)), mesh
+        )
+    lengths = assembly.packed_lengths(config, players, texts.first_talk)
+    profiles = _whole(_profiles(config, texts), playing)
+    return Shapes(config, mesh, players, profiles, state, setup, lengths, reference)
+
+
+def unplaced_players(config: ConfigDict, tokenizer: Tokenizer, language: str, spec: Spec) -> Players:
+    """Players without parameters, whose tables are arrays.
+
+    Raises:
+        ValueError, OSError: as `architecture`.
+    """
+    policy, user = (LM({}, make_model(config[name], name, architecture(config, name))) for name in ("policy", "user"))
+    prompts = load_prompts(language, config.user.prompts or None)
+    how = {"style": config.user.style, "scenario": config.user.scenario}
+    return Players.build(policy, user, tokenizer, prompts, spec, **how)
+
+
+def _whole(tree: Any, mesh: Mesh) -> Any:
+    place = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained, Qwen2 | None]:
+    """`assembly.trained_of`, as shapes."""
+    trained: Trained = {"policy": players.policy.params}
+    if config.algorithm.estimator != "gae":
+        return trained, None
+    trunk, critic = None, {}
+    width = players.policy.model.config.hidden_size
+    if config.critic.kind == "separate":
+        found = architecture(config, "critic", config.policy)
+        trunk = make_model(config.critic, "critic", found).clone(remat=config.critic.remat)
+        width, critic["trunk"] = found.hidden_size, _params(trunk, mesh)
+    head = assembly.value_head_of(config)
+    made = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, width))))
+    critic["head"] = _whole(nn.unbox(made)["params"], mesh)
+    return trained | {"critic": critic}, trunk
+
+
+def _profiles(config: ConfigDict, texts: Texts) -> Profiles:
+    rows, count = config.rollout.batch, config.rollout.batch // config.rollout.group
+    shape = jax.ShapeDtypeStruct
+    return Profiles(
+        shape((count, texts.prefix), jnp.int32), shape((count,), jnp.int32),
+        shape((count, texts.first_talk), jnp.int32), shape((count,), jnp.int32),
+        shape((rows,), jnp.uint32), shape((rows,), jnp.bool_),
+    )  # fmt: skip
+
+
+def programs_of(shapes: Shapes) -> list[Program]:
+    """The programs of one step, in order; see `trainer.Trainer.step`."""
+    state, players = shapes.state, shapes.players
+    copy = sampling_params(players.policy.model, players.mesh)
+    resident = {"policy": state.params["policy"], "policy's moments": state.opt_state["policy"]}
+    if "critic" in state.params:
+        resident |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
+    if shapes.reference:
+        resident["reference"] = shapes.reference
+    user, policy = {"user": players.user.params}, {"policy": resident["policy"]}
+    others = {name: tree for name, tree in resident.items() if name != "policy"}
+    if _is_ready(policy["policy"], copy):  # the sampler reads the policy itself
+        first, playing = [], Program("play", lambda: _lower_play(shapes, policy["policy"]), policy | user, others)
+    else:
+        copying = lambda: sampling_program(copy).lower(policy["policy"])  # noqa: E731
+        first = [Program("copy", copying, policy, others | user)]
+        playing = Program("play", lambda: _lower_play(shapes, copy), {"policy's copy": copy} | user, resident)
+    return [
+        *first,
+        playing,
+        Program("pack", lambda: _lower_pack(shapes, copy), {}, resident | user),
+        Program("learn", lambda: _lower_learn(shapes), resident, user),
+    ]
+
+
+def _is_ready(params: Params, copy: Params) -> bool:
+    """As `players.sampling_copy` decides it."""
+    same = lambda x, y: x.dtype == y.dtype and y.sharding.is_equivalent_to(x.sharding, x.ndim)  # noqa: E731
+    return all(jax.tree.leaves(jax.tree.map(same, params, copy)))
+
+
+def _key(mesh: Mesh) -> Any:
+    return _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+
+
+def _limits(shapes: Shapes) -> Any:
+    players, temperature = shapes.players, shapes.config.rollout.temperature
+    return _whole(jax.eval_shape(lambda: limits_of(shapes.config, players.spec, temperature)), players.mesh)
+
+
+def _lower_play(shapes: Shapes, copy: Params) -> Any:
+    players = shapes.players
+    given = (players.tables, shapes.profiles, _key(players.mesh), _limits(shapes))
+    with jax.set_mesh(players.mesh):
+        return sample_dialogues.lower(LM(copy, players.policy.model), players.user, *given, spec=players.spec)
+
+
+def _dialogues(shapes: Shapes, copy: Params) -> Dialogues:
+    """What play returns. Where its parts lie is the compiler's choice; whole on every chip is the most they take."""
+    players, mesh = shapes.players, shapes.players.mesh
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(
+            lambda *args: sample_dialogues(*args, spec=players.spec),
+            LM(copy, players.policy.model), players.user, players.tables, shapes.profiles, _key(mesh), _limits(shapes),
+        )  # fmt: skip
+    return _whole(found, mesh)
+
+
+def _lower_pack(shapes: Shapes, copy: Params) -> Any:
+    players = shapes.players
+    with jax.set_mesh(players.mesh):
+        return pack_program(shapes.mesh).lower(
+            _dialogues(shapes, copy), players.tables[0], players.spec, _limits(shapes), shapes.lengths[-1]
+        )
+
+
+def _lower_learn(shapes: Shapes) -> Any:
+    config, mesh, rows = shapes.config, shapes.mesh, shapes.config.rollout.batch
+
+    def array(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=row_sharding(mesh))
+
+    dtypes = {"mask": jnp.bool_, "logprob": jnp.float32}
+    names = [field.name for field in dataclasses.fields(PackedBatch) if field.name != "count"]
+    arrays = {name: array(dtypes.get(name, jnp.int32), rows, shapes.lengths[-1]) for name in names}
+    packed = PackedBatch(count=array(jnp.int32, rows), **arrays)
+    rewards = Rewards(array(jnp.float32, rows), array(jnp.float32, rows, config.rollout.max_turns))
+    grammar = _whole(shapes.players.tables[0].grammar, mesh)
+    with jax.set_mesh(mesh):
+        step = compile_step(shapes.setup, shapes.state)
+        return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference)  # type: ignore[attr-defined]

@@ -1,0 +1,89 @@
+"""What to change in a config whose programs don't fit: tried with the compiler, not guessed."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlver_jax.config import ConfigError, validate
+from rlver_jax.plans.chips import Chip
+from rlver_jax.plans.measure import GIB, Measured, measure
+from rlver_jax.plans.programs import Shapes, programs_of
+
+TRIES = 6  # compilations
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """Fields to change, and the largest memory of a chip, in bytes, that programs which did not fit then take."""
+
+    fields: dict[str, Any]
+    total: int
+
+    def __str__(self) -> str:
+        flags = " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
+        return f"{flags} (compiled: {self.total / GIB:.2f} GiB)"
+
+
+def over(measured: Measured, chip: Chip) -> int:
+    """Bytes by which a program and what is alive beside it exceed a chip; 0 or less: it fits."""
+    return measured.memory.total - int(chip.usable_gib * GIB)
+
+
+def find_remedy(
+    config: ConfigDict,
+    base: ConfigDict,
+    mesh: Mesh,
+    measured: Sequence[Measured],
+    chip: Chip,
+    remake: Callable[[ConfigDict], Shapes],
+    tell: Callable[[str], None],
+) -> Remedy | None:
+    """The first of `candidates`, each on top of those before, with which all that did not fit does; None: none does.
+
+    Args:
+        base: the documented fields, to check a changed config by.
+        remake: shapes of a changed config.
+    """
+    failing = [one.name for one in measured if over(one, chip) > 0]
+    changed, fields = config.copy_and_resolve_references(), {}
+    tries = 0
+    for step in candidates(config, failing):
+        attempt = changed.copy_and_resolve_references()
+        attempt.update_from_flattened_dict(step)
+        try:
+            validate(attempt, base, mesh.size)
+            shapes = remake(attempt)
+        except (ConfigError, ValueError):
+            continue
+        changed, fields = attempt, fields | step
+        programs = [program for program in programs_of(shapes) if program.name in failing]
+        tell(f"{', '.join(failing)} with {', '.join(f'{name}={value}' for name, value in fields.items())}")
+        found = [measure(program, shapes) for program in programs]
+        tries += len(found)
+        if all(over(one, chip) <= 0 for one in found):
+            return Remedy(fields, max(one.memory.total for one in found))
+        if tries >= TRIES:
+            return None
+    return None
+
+
+def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Changes in the order of what they cost: nothing learned changes before the last ones."""
+    trained = ["policy"] + ["critic"] * (config.algorithm.estimator == "gae" and config.critic.kind == "separate")
+    if "learn" in failing:
+        full = {f"{name}.remat": "full" for name in trained if config[name].remat != "full"}
+        full |= {f"{name}.attention": "chunked" for name in trained if config[name].attention != "chunked"}
+        if full:
+            yield full
+        yield {"train.microbatches": 2 * config.train.microbatches}
+        yield {"train.microbatches": 4 * config.train.microbatches}
+    if {"play", "copy", "pack"} & set(failing) and config.mesh_sampling.fsdp == 1:
+        yield {"mesh_sampling.fsdp": 2, "mesh_sampling.replica": -1}
+        yield {"mesh_sampling.fsdp": 4, "mesh_sampling.replica": -1}
+    if config.train.moment_dtype != "bfloat16":
+        yield {"train.moment_dtype": "bfloat16"}
+    yield {"rollout.batch": config.rollout.batch // 2}
+    yield {"rollout.batch": config.rollout.batch // 4}

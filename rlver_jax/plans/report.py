@@ -1,0 +1,184 @@
+"""A plan as tables for a terminal and as one JSON object."""
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from rlver_jax.plans.chips import Chip
+from rlver_jax.plans.measure import GIB, Measured
+from rlver_jax.plans.phases import Phase
+from rlver_jax.plans.remedies import Remedy, over
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that was found; sizes in bytes of one chip, times in seconds.
+
+    Attributes:
+        mesh, sampling: sizes of the meshes by axis.
+        rows, length: dialogues of a step, and tokens of a packed row.
+        assumed: what the plan takes for given, in sentences.
+        host_gib: most memory that planning took on this machine.
+        seconds: that planning took.
+    """
+
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    sampling: dict[str, int]
+    rows: int
+    length: int
+    measured: list[Measured]
+    phases: list[Phase]
+    remedy: Remedy | None
+    assumed: list[str]
+    host_gib: float
+    seconds: float
+
+    @property
+    def chips(self) -> int:
+        """Of the topology."""
+        product = 1
+        for size in self.mesh.values():
+            product *= size
+        return product
+
+    @property
+    def largest(self) -> Measured:
+        """The program with most memory alive at once."""
+        return max(self.measured, key=lambda one: one.memory.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program does, with all that is alive beside it."""
+        return over(self.largest, self.chip) <= 0
+
+    @property
+    def faults(self) -> list[str]:
+        """Arrays that must not exist."""
+        return [fault for one in self.measured for fault in one.faults]
+
+    @property
+    def step_s(self) -> float:
+        """Roofline time of a step."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def mfu(self) -> float:
+        """Useful operations by what the chips could do in that time."""
+        return sum(phase.work.useful for phase in self.phases) / (self.chips * self.chip.flops * self.step_s)
+
+    @property
+    def dialogues_per_hour(self) -> float:
+        """At the roofline."""
+        return 3600 * self.rows / self.step_s
+
+    def verdict(self) -> str:
+        """One or two sentences."""
+        one, room = self.largest, self.chip.usable_gib
+        total = one.memory.total / GIB
+        if self.fits:
+            return f"fits: {total:.2f} of {room:.2f} GiB a chip, most while {one.name} runs"
+        tried = f"try {self.remedy}" if self.remedy else "no change of the config that was tried helps; use more chips"
+        return f"does not fit: {total - room:.2f} GiB over ({one.name}: {total:.2f} of {room:.2f} GiB a chip); {tried}"
+
+    def prediction(self) -> str:
+        """What the roofline says, or that a program is missing."""
+        if any(not one.memory.arguments for one in self.measured):
+            return "no prediction: a program that does not fit has no HLO to read collectives from"
+        return (
+            f"prediction, not a measurement: at best {self.step_s:.1f} s a step, {self.dialogues_per_hour:,.0f} "
+            f"dialogues/hour, {100 * self.mfu:.1f} % of the chips' peak (MFU)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan; `fits`, `hbm_gib_per_chip`, `hbm_capacity_gib` and `phases` are relied on elsewhere."""
+        return {
+            "topology": self.topology,
+            "chips": self.chips,
+            "mesh": self.mesh,
+            "mesh_sampling": self.sampling,
+            "fits": self.fits,
+            "hbm_gib_per_chip": self.largest.memory.total / GIB,
+            "hbm_capacity_gib": self.chip.usable_gib,
+            "chip": dataclasses.asdict(self.chip),
+            "batch": self.rows,
+            "packed_length": self.length,
+            "programs": [_program_json(one) for one in self.measured],
+            "phases": [_phase_json(phase) for phase in self.phases],
+            "predicted": {"step_s": self.step_s, "mfu": self.mfu, "dialogues_per_hour": self.dialogues_per_hour},
+            "verdict": self.verdict(),
+            "remedy": self.remedy.fields if self.remedy else None,
+            "faults": self.faults,
+            "warnings": [warning for one in self.measured for warning in one.warnings],
+            "assumed": self.assumed,
+            "host_gib": self.host_gib,
+            "plan_s": self.seconds,
+        }
+
+
+def _program_json(one: Measured) -> dict[str, Any]:
+    gib = {name: size / GIB for name, size in dataclasses.asdict(one.memory).items()}
+    idle = {name: size / GIB for name, size in one.idle.items()}
+    return {
+        "name": one.name, "hbm_gib": gib | {"total": one.memory.total / GIB}, "idle_gib": idle,
+        "compile_s": one.compile_s,
+    }  # fmt: skip
+
+
+def _phase_json(phase: Phase) -> dict[str, Any]:
+    return {
+        "name": phase.name,
+        "program": phase.program,
+        "flops": phase.work.flops,
+        "useful_flops": phase.work.useful,
+        "hbm_bytes_per_chip": phase.hbm_bytes,
+        "collectives_per_chip": {kind: use._asdict() for kind, use in phase.collectives.items()},
+        "seconds": {
+            "compute": phase.compute_s, "memory": phase.memory_s, "network": phase.network_s, "roofline": phase.seconds,
+        },
+    }  # fmt: skip
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the plan: memory, phases, notes, and the verdict last."""
+    notes = [("warning", text) for one in plan.measured for text in one.warnings]
+    notes += [("fault", text) for text in plan.faults] + [("assumed", text) for text in plan.assumed]
+    notes += [("planning", f"{plan.seconds:.0f} s, {plan.host_gib:.1f} GiB of this machine's memory")]
+    console.print(Group(_memory_table(plan), _phase_table(plan), *(Text(f"{kind}: {text}") for kind, text in notes)))
+    console.print(Text(plan.prediction()))
+    console.print(Text(plan.verdict(), style="green" if plan.fits and not plan.faults else "red"))
+
+
+def _memory_table(plan: Plan) -> Table:
+    sampling = "" if plan.sampling == plan.mesh else f", sampling on {_sizes(plan.sampling)}"
+    title = f"GiB a chip, {plan.topology}: {_sizes(plan.mesh)}{sampling}; {plan.rows} rows x {plan.length} tokens"
+    names = ("program", "arguments", "outputs", "temporaries", "code", "alive beside it", "sum")
+    table = Table(*names, title=title, title_justify="left")
+    for one in plan.measured:
+        m = one.memory
+        parts = (m.arguments, m.outputs, m.temporaries, m.code)
+        cells = [f"{size / GIB:.2f}" for size in parts] if m.arguments else ["", "", f"{m.program / GIB:.2f}", ""]
+        beside = ", ".join(f"{name} {size / GIB:.2f}" for name, size in one.idle.items())
+        mark = " !" if over(one, plan.chip) > 0 else ""
+        table.add_row(one.name, *cells, beside, f"{m.total / GIB:.2f}{mark}")
+    return table
+
+
+def _sizes(mesh: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+
+
+def _phase_table(plan: Plan) -> Table:
+    columns = ("phase", "PFLOP", "GB a chip", "collectives a chip: count, GB", "compute s", "memory s", "network s")
+    table = Table(*columns, title="phases of a step, every dialogue at its limits", title_justify="left")
+    for phase in plan.phases:
+        sent = ", ".join(
+            f"{kind} {use.count:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
+        )
+        times = [f"{s:.2f}" for s in (phase.compute_s, phase.memory_s, phase.network_s)]
+        table.add_row(phase.name, f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}", sent, *times)
+    return table

@@ -1,0 +1,60 @@
+"""What is said when a topology can't be planned for."""
+
+import importlib.util
+import re
+
+import pytest
+
+from rlver_jax import plan
+from rlver_jax.plans.chips import CHIPS, PlanError, chip_of, topology_devices
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "", "2x4"])
+def test_unknown_chips(topology):
+    with pytest.raises(PlanError, match=r"expected FAMILY:SIZES with a family of v4, v5e, v5p, v6e, such as v5e:2x4"):
+        chip_of(topology)
+
+
+def test_every_chip_names_its_source():
+    for chip in CHIPS.values():
+        assert chip.source.startswith("https://docs.cloud.google.com/tpu/docs/")
+        assert 0.95 < chip.usable_gib / chip.hbm_gib < 1.01
+
+
+def test_without_the_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert plan.main(["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4"]) == 2
+    assert "pip install '.[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--topology=v5e:2x4"], "no --config was given"),
+        (["--config=configs/base.py"], "no --topology was given"),
+        (["--config=configs/base.py", "--topology=v5e:2x4", "x"], "found 'x', expected flags only"),
+    ],
+)
+def test_bad_usage(argv, message, capsys):
+    assert plan.main(argv) == 2
+    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_limits_are_the_compilers():
+    """One array of 200 GiB fits no chip, and the compiler says how much would."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    import jax
+    import jax.numpy as jnp
+
+    for family, topology in {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}.items():
+        devices = topology_devices(topology)
+        assert len(devices) == 4, "a chip is one device"
+        place = jax.sharding.SingleDeviceSharding(devices[0])
+        large = jax.ShapeDtypeStruct((200, 2**30), jnp.int8, sharding=place)
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match=rf"exceeds available HBM \({CHIPS[family].usable_gib}0*G\)"
+        ):
+            jax.jit(lambda x: x + 1).lower(large).compile()
+    with pytest.raises(PlanError, match="knows no such topology"):
+        topology_devices("v5e:3x7")

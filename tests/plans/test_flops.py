@@ -1,0 +1,63 @@
+"""The formulas against what XLA counts in the same programs, on a model whose layers are unrolled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.logprobs import token_logprobs
+from rlver_jax.models.qwen2 import Qwen2, abstract_params, head
+from rlver_jax.plans import flops
+
+# Wide enough that products outweigh elementwise work, as they do in real models.
+CONFIG = Qwen2Config(2048, 512, 1408, 2, 8, 4, 64)
+ROWS, LENGTH = 2, 256
+
+
+def counted(function, *args) -> float:
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def tokens():
+    return jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+
+
+def hidden(model, params, x):
+    return model.apply({"params": params}, x, x)[0]
+
+
+def square() -> float:
+    """Pairs that dense attention computes: masked ones too, unlike the formulas' triangle."""
+    return ROWS * LENGTH**2 - ROWS * LENGTH * (LENGTH + 1) / 2
+
+
+def test_forward_pass():
+    model = Qwen2(CONFIG, scan_layers=False)
+    found = counted(lambda p, x: hidden(model, p, x), abstract_params(model)[0], tokens())
+    work = flops.packed_forward(CONFIG, ROWS, LENGTH, logits=False, itemsize=4, parts=1)
+    assert found == pytest.approx(work.flops + flops.attention_flops(CONFIG, square()), rel=0.02)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_update(remat):
+    """Gradients of log-probs: with the vocabulary in one chunk, so that no loop hides its turns from the compiler."""
+    model = Qwen2(CONFIG, scan_layers=False, remat=remat)
+
+    def loss(params, x):
+        return token_logprobs(hidden(model, params, x), head(params), x, chunk=CONFIG.vocab_size).logprob.sum()
+
+    found = counted(jax.grad(loss), abstract_params(model)[0], tokens())
+    work = flops.packed_update(
+        CONFIG, ROWS, LENGTH, logits=True, itemsize=4, parts=1, remat=remat, chunked=False
+    )  # fmt: skip
+    passes = 4 if remat == "full" else 3
+    assert found == pytest.approx(work.flops + passes * flops.attention_flops(CONFIG, square()), rel=0.03)
+
+
+def test_a_token_of_seven_billion():
+    """By hand: 2 x (parameters without the input embedding) a token, and 4 x 28 layers x 3,584 for each key seen."""
+    config = Qwen2Config(152_064, 3584, 18_944, 28, 28, 4, 128)
+    weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18_944) + 152_064 * 3584
+    work = flops.reading(config, 1, 1, 999, logits=1, passes=1)
+    assert work.flops == 2 * weights + 4 * 28 * 3584 * 1000
+    assert work.weight_bytes == 2 * 7_615_616_512  # the published number of parameters

@@ -1,0 +1,85 @@
+"""The command itself, with the TPU compiler: what it finds, against sizes worked out by hand."""
+
+import json
+
+import pytest
+
+from rlver_jax import plan
+from rlver_jax.plans.remedies import candidates
+
+GIB = 2**30
+PARAMS = 1_543_714_304  # of Qwen2.5-1.5B, as published
+SMALL = ["--config.policy.size=1.5b", "--config.user.size=1.5b", "--config.rollout.batch=8", "--config.mesh.tensor=2"]
+
+
+def test_a_model_must_be_named(capsys):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    assert plan.main(["--config=configs/base.py", "--topology=v5e:2x4"]) == 2
+    assert "set --config.policy.size to a published size" in capsys.readouterr().err
+
+
+def test_a_mesh_must_fit(capsys):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    argv = ["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4", "--config.mesh.tensor=3"]
+    assert plan.main(argv) == 2
+    assert "mesh.tensor=3: product 3 does not make 8 devices" in capsys.readouterr().err
+
+
+def test_cheap_remedies_come_first():
+    from configs import ppo_think_7b
+
+    config = ppo_think_7b.get_config()
+    config.critic.remat = "none"
+    found = list(candidates(config, ["learn"]))
+    assert found[0] == {"critic.remat": "full"}
+    assert found[1] == {"train.microbatches": 2 * config.train.microbatches}
+    assert found[-1] == {"rollout.batch": config.rollout.batch // 4}
+    assert all("mesh_sampling.fsdp" not in step for step in found), "of no use to the update"
+
+
+@pytest.mark.slow
+def test_a_small_plan(tmp_path, capsys):
+    """1.5B with GRPO on one v5e host: state over 8 chips, the sampler's copy and the user over 2."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    file = tmp_path / "plan.json"
+    argv = ["--config=configs/grpo_think_7b.py", "--topology=v5e:2x4", f"--json={file}", *SMALL]
+    assert plan.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "fits: " in out
+    assert "prediction, not a measurement" in out
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["fits"]
+    assert found["hbm_gib_per_chip"] < found["hbm_capacity_gib"] == 15.75
+    programs = {program["name"]: program for program in found["programs"]}
+    assert list(programs) == ["copy", "play", "pack", "learn"]
+    state, copy = 12 * PARAMS / 8 / GIB, 2 * PARAMS / 2 / GIB
+    assert sum(programs["play"]["idle_gib"].values()) == pytest.approx(state, rel=0.01)
+    assert programs["learn"]["hbm_gib"]["arguments"] == pytest.approx(state, rel=0.02)
+    assert programs["learn"]["idle_gib"]["user"] == pytest.approx(copy, rel=0.01)
+    assert programs["play"]["hbm_gib"]["arguments"] == pytest.approx(2 * copy, rel=0.02)
+    assert found["hbm_gib_per_chip"] == max(program["hbm_gib"]["total"] for program in found["programs"])
+    phases = {phase["name"]: phase for phase in found["phases"]}
+    steps = 8 * 1024  # of the policy; each reads a half of the weights
+    assert phases["policy turns"]["hbm_bytes_per_chip"] > steps * PARAMS
+    gathered = phases["policy turns"]["collectives_per_chip"].get("all-gather", {"bytes": 0})["bytes"]
+    assert gathered < 0.001 * PARAMS, "decoding gathers no weights"
+    assert phases["copy"]["collectives_per_chip"]["all-gather"]["bytes"] >= 0.7 * 2 * PARAMS / 2 * 3 / 4
+    tokens = 8 * found["packed_length"]
+    assert phases["policy update"]["useful_flops"] > 6 * (PARAMS - 151_936 * 1536) * tokens
+    assert found["faults"] == found["warnings"] == []
+
+
+@pytest.mark.slow
+def test_a_remedy_that_works(tmp_path, capsys):
+    """Tiny models, so many dialogues that their activations exceed a chip: the plan says what to do, and it is so."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    file = tmp_path / "plan.json"
+    argv = ["--config=configs/debug.py", "--topology=v5e:2x2", f"--json={file}", "--config.rollout.batch=32768"]
+    assert plan.main(argv) == 1
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert not found["fits"]
+    assert found["remedy"]
+    assert "does not fit: " in capsys.readouterr().out
+    flags = [f"--config.{name}={value}" for name, value in found["remedy"].items()]
+    assert plan.main([*argv, *flags]) == 0
+    assert json.loads(file.read_text(encoding="utf-8"))["fits"]

@@ -1,0 +1,85 @@
+"""A plan compiles the programs that the trainer runs: their text is the same, letter by letter."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import debug
+from rlver_jax.assembly import assemble
+from rlver_jax.dialogue import sample_dialogues
+from rlver_jax.learning.update import compile_step
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.plans.programs import Texts, bytes_per_chip, programs_of, shapes_of
+from rlver_jax.players import sampling_copy, sampling_params, sampling_program
+from rlver_jax.rewards import Rewards
+from rlver_jax.sampling.cache import LM
+from rlver_jax.trainer import row_sharding
+
+
+@pytest.fixture(scope="module")
+def config():
+    c = debug.get_config("ppo")
+    c.mesh.fsdp, c.mesh.tensor = 4, 2
+    c.mesh_sampling.replica, c.mesh_sampling.fsdp = 4, 1
+    return c
+
+
+@pytest.fixture(scope="module")
+def run_and_state(config):
+    mesh = make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        return assemble(config, mesh)
+
+
+@pytest.fixture(scope="module")
+def planned(config, run_and_state):
+    run = run_and_state[0]
+    first_talk = run.tokens.first_talk.shape[1]
+    texts = Texts(run.players.tokenizer, config.data.language, run.tokens.prefix.shape[1], first_talk)
+    return shapes_of(config, run.mesh, texts)
+
+
+@pytest.fixture(scope="module")
+def programs(planned):
+    return {program.name: program for program in programs_of(planned)}
+
+
+def test_state_takes_what_it_takes(run_and_state, planned):
+    """Parts of real arrays on one device; among them each moment where its parameter is."""
+    state, device = run_and_state[1], jax.devices()[3]
+    held = [part for x in jax.tree.leaves(state) for part in x.addressable_shards if part.device == device]
+    assert bytes_per_chip(planned.state) == sum(part.data.nbytes for part in held)
+
+
+def test_the_sampler(run_and_state, programs):
+    """The copy of the policy, and the dialogues."""
+    run, state = run_and_state
+    players, model = run.players, run.players.policy.model
+    copied = sampling_program(sampling_params(model, players.mesh)).lower(state.params["policy"])
+    assert programs["copy"].lower().as_text() == copied.as_text()
+    batch, count = run.reader.next_batch(), players.spec.group
+    profiles = run.tokens.batch([index for index, _ in batch], range(len(batch) * count))
+    policy = LM(sampling_copy(model, players.mesh)(state.params["policy"]), model)
+    given = players.place((profiles, jax.random.key(0), run.limits))
+    with jax.set_mesh(players.mesh):
+        played = sample_dialogues.lower(policy, players.user, players.tables, *given, spec=players.spec)
+    assert programs["play"].lower().as_text() == played.as_text()
+
+
+def test_the_update(run_and_state, programs):
+    """On rows as `pack` returns them."""
+    run, state = run_and_state
+    packed = programs["pack"].lower().out_info
+    assert packed.tokens.shape == (8, run.lengths[-1])
+    assert programs["learn"].lower().as_text() == _real_update(run, state, packed).as_text()
+
+
+def _real_update(run, state, packed):
+    rows, size = row_sharding(run.mesh), packed.tokens.shape[0]
+    packed = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), rows), packed)
+    zeros = Rewards(jnp.zeros(size), jnp.zeros((size, run.players.spec.max_turns)))
+    key = jax.device_put(jax.random.key(0), NamedSharding(run.mesh, PartitionSpec()))
+    with jax.set_mesh(run.mesh):
+        step = compile_step(run.setup, state)
+        return step.lower(state, packed, jax.device_put(zeros, rows), run.grammar, key, run.reference)
