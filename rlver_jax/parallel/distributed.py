@@ -57,7 +57,7 @@ def join(options: flags.FlagValues, *, finish_steps: bool) -> None:
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_enable_preemption_service", finish_steps)
-    limits = {"heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
     found = _place(options)
     if found:
         jax.distributed.initialize(*found, cluster_detection_method="deactivate", **limits)
@@ -94,7 +94,7 @@ def _among_tpu_workers() -> bool:
     """Whether this host is one of a TPU's: GKE lists the workers; elsewhere chips and libtpu are there, and wanted."""
     if "TPU_WORKER_HOSTNAMES" in os.environ:
         return True
-    wanted = "tpu" in (jax.config.jax_platforms or "tpu")
+    wanted = "tpu" in (jax.config.jax_platforms or "tpu")  # type: ignore[attr-defined]
     return wanted and "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
 
 
@@ -195,7 +195,11 @@ def rows_on(mesh: Mesh | None, count: int, rows: Callable[[slice], np.ndarray]) 
         return jax.numpy.asarray(rows(slice(0, count)))
     rest = rows(slice(0, 0)).shape[1:]
     where = NamedSharding(mesh, PartitionSpec() if count % batch_parts(mesh) else PartitionSpec(mesh_axes("batch")))
-    return jax.make_array_from_callback((count, *rest), where, lambda index: rows(index[0])[(slice(None), *index[1:])])
+
+    def part(index: Any) -> np.ndarray:
+        return rows(index[0])[(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback((count, *rest), where, part)
 
 
 def fetch(tree: Any) -> Any:

@@ -76,9 +76,7 @@ class Module:
                 current.append(Instruction(found[2], found[4], shapes, found[5], bool(found[1])))
         return cls(computations, entry)
 
-    def collectives(
-        self, phase: str, phase_of: Callable[[str], str | None], trips_of: Callable[[str], float]
-    ) -> Uses:
+    def collectives(self, phase: str, phase_of: Callable[[str], str | None], trips_of: Callable[[str], float]) -> Uses:
         """Collectives of one run of the program.
 
         Args:

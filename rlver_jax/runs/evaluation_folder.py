@@ -63,7 +63,7 @@ class EvaluationFolder:
                 origin; or processes were given different settings.
         """
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        distributed.check_same("the settings", {n: value for n, value in settings.items() if n not in _PATHS})
+        distributed.check_same("the settings", {n: value for n, value in settings.items() if n not in PATHS})
         found = distributed.from_main(lambda: _taken_up(Path(path), settings, repeats))
         return cls(Path(path), settings, **found)
 
