@@ -84,7 +84,7 @@ def packed_update(
     """Forward and backward pass over packed rows, and the optimizer.
 
     Backward costs twice the forward products. remat=full computes every layer but its last product once more, chunked
-    attention its scores once more, and log-probs their logits. The optimizer reads and writes the weights and both moments.
+    attention its scores once more, and log-probs their logits. The optimizer reads and writes weights and moments.
     """
     forward = packed_forward(c, rows, length, logits=logits, itemsize=itemsize, parts=parts)
     pairs = rows * length * (length + 1) / 2
