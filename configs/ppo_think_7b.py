@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-
 USER_72B = "user72b"
 
 
