@@ -83,14 +83,15 @@ def packed_update(
 ) -> Work:
     """Forward and backward pass over packed rows, and the optimizer.
 
-    Backward costs twice the forward products. remat=full computes every layer once more, chunked attention its scores
-    once more, and log-probs their logits. The optimizer reads and writes the weights and both moments.
+    Backward costs twice the forward products. remat=full computes every layer but its last product once more, chunked
+    attention its scores once more, and log-probs their logits. The optimizer reads and writes weights and moments.
     """
     forward = packed_forward(c, rows, length, logits=logits, itemsize=itemsize, parts=parts)
     pairs = rows * length * (length + 1) / 2
     again = logits * head_flops(c, rows * length)
     if remat == "full":
-        again += layer_flops(c, rows * length) + attention_flops(c, pairs)
+        down = 2.0 * rows * length * c.intermediate_size * c.hidden_size * c.num_layers  # its result is not asked for
+        again += layer_flops(c, rows * length) - down + attention_flops(c, pairs)
     elif remat == "dots":
         again += attention_flops(c, pairs)
     if chunked:

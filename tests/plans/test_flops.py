@@ -51,7 +51,9 @@ def test_update(remat):
         CONFIG, ROWS, LENGTH, logits=True, itemsize=4, parts=1, remat=remat, chunked=False
     )  # fmt: skip
     passes = 4 if remat == "full" else 3
-    assert found == pytest.approx(work.flops + passes * flops.attention_flops(CONFIG, square()), rel=0.03)
+    wanted = work.flops + passes * flops.attention_flops(CONFIG, square())
+    wanted -= flops.head_flops(CONFIG, ROWS * LENGTH)  # logits of one chunk are not computed again: XLA sees them twice
+    assert found == pytest.approx(wanted, rel=0.02)
 
 
 def test_a_token_of_seven_billion():
