@@ -76,7 +76,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     )
     players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
-    limits = players.check_limits(limits_of(config, spec, config.rollout.temperature))
+    limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
     longest = max_length(players.tables[0], spec, tokens.first_talk.shape[1])
     trained, trunk = _trained(config, players, mesh)
     setup = _setup(config, players, trunk, "critic" in trained, mesh)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import Prompts, load_prompts
 from rlver_jax.user.simulated import UserLimits, UserTables, build_user_tables
 
+_T = TypeVar("_T")
 Weights = Callable[[Qwen2, Mesh | None], Params]  # where a model's parameters come from
 WIDTH_STEP = 128  # prefix widths are multiples of it, so that other profiles rarely mean another compilation
 
@@ -249,9 +250,8 @@ class Players:
             build_policy_tables(tokenizer, prompts, policy.model.config.vocab_size, spec),
             build_user_tables(tokenizer, prompts, user.model.config.vocab_size),
         )
-        if mesh is not None:
-            tables = jax.device_put(tables, NamedSharding(mesh, PartitionSpec()))
-        return cls(policy, user, tokenizer, prompts, tables, spec=spec, mesh=mesh, **how)
+        found = cls(policy, user, tokenizer, prompts, tables, spec=spec, mesh=mesh, **how)
+        return dataclasses.replace(found, tables=found.place(tables))
 
     @classmethod
     def load(
@@ -335,8 +335,13 @@ class Players:
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits) -> Dialogues:
         """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
+        given = self.place((profiles, key, limits))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
+            return sample_dialogues(self.policy, self.user, self.tables, *given, spec=self.spec)
+
+    def place(self, tree: _T) -> _T:
+        """Small arrays, whole on every device of the mesh."""
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def check_limits(self, limits: PlayLimits) -> PlayLimits:
         """The limits, if they are none above what the sampler is compiled for.

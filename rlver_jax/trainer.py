@@ -66,11 +66,11 @@ class Trainer:
     def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
-        self.key = jax.random.key(config.train.seed)
         self.sampling_copy = sampling_copy(run.players.policy.model, run.players.mesh)
         # What is played on the sampling mesh comes out on the training mesh.
         rows = NamedSharding(run.mesh, PartitionSpec(mesh_axes("batch")))
         whole = NamedSharding(run.mesh, PartitionSpec())
+        self.key = jax.device_put(jax.random.key(config.train.seed), whole)
         self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
         self.pack = jax.jit(pack, static_argnums=(2, 4), out_shardings=rows)
         self.how = tuple(sorted(reward_settings(config).items()))

@@ -2,7 +2,12 @@
 
 import functools
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -15,6 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError, checksum
+
+from .move import numbers, places
 
 
 @flax.struct.dataclass
@@ -367,3 +374,20 @@ def test_the_record_is_plain_json(mesh, tmp_path):
         "score": 45.5,
         "leaves": {"a/0": {"shape": [2, 3], "dtype": "bfloat16", "checksum": 0}},
     }
+
+
+@pytest.mark.slow
+def test_from_8_to_4_to_16_devices(tmp_path):
+    """Equal values to the bit, in processes with so many devices; each saves what it read."""
+    state = jax.device_put(numbers(), places(make_mesh(2, 2, 2)))
+    checkpoints = Checkpoints(tmp_path, keep_last=9, keep_best=0)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    for step, shape in ((1, (1, 4, 1)), (2, (2, 4, 2))):
+        count = math.prod(shape)
+        environ = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        command = [sys.executable, "-m", "tests.runs.move", tmp_path, step, *shape]
+        done = subprocess.run(
+            list(map(str, command)), cwd=Path(__file__).parents[2], env=environ, capture_output=True, text=True
+        )
+        assert f"moved to {count} devices" in done.stdout, done.stderr
