@@ -27,7 +27,7 @@ from rlver_jax.parallel.rules import mesh_axes
 _T = TypeVar("_T")
 SILENCE = 30  # seconds without a sign of life after which a process counts as dead; the others then end
 # How JAX's runtime errors begin that are about the program or the memory of this process.
-_OWN_FAULTS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "OUT_OF_RANGE", "FAILED_PRECONDITION: Buffer")
+_OWN_FAULTS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
 _ENVIRONMENT = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
