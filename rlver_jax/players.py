@@ -317,7 +317,7 @@ class Players:
         group = self.spec.group
         if len(dialogue_ids) != len(profiles) * group:
             raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
-        return self.tokens(profiles).batch(range(len(profiles)), dialogue_ids, count)
+        return self.tokens(profiles).batch(range(len(profiles)), dialogue_ids, count, self.mesh)
 
     def _check_room(self, profiles: Sequence[Profile], lengths: np.ndarray, first_width: int) -> None:
         limits = UserLimits(self.spec.user_tokens, self.spec.user_tokens, 0.0)  # type: ignore[arg-type]
@@ -338,9 +338,9 @@ class Players:
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits) -> Dialogues:
         """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
-        given = self.place((profiles, key, limits))
+        key, limits = self.place((key, limits))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return sample_dialogues(self.policy, self.user, self.tables, *given, spec=self.spec)
+            return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
 
     def place(self, tree: _T) -> _T:
         """Small arrays, whole on every device of the mesh."""

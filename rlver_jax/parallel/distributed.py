@@ -26,6 +26,8 @@ from rlver_jax.parallel.rules import mesh_axes
 
 _T = TypeVar("_T")
 SILENCE = 30  # seconds without a sign of life after which a process counts as dead; the others then end
+# How JAX's runtime errors begin that are about the program or the memory of this process.
+_OWN_FAULTS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
 _ENVIRONMENT = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
@@ -117,8 +119,8 @@ def leave(status: int, *, alone: bool = False) -> int:
 
 
 def lost(error: Exception) -> str | None:
-    """What to say of a runtime error that may come from another process; None where there is no other."""
-    if jax.process_count() == 1:
+    """What to say of a runtime error that may come from another process; None where it is this one's own."""
+    if jax.process_count() == 1 or str(error).startswith(_OWN_FAULTS):
         return None
     return (
         f"process {jax.process_index()} of {jax.process_count()} cannot go on without the others: one of them has "

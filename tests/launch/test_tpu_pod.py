@@ -151,6 +151,7 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
     pod.call("pod", "--", "python", "-m", *words)
     run, until = pod.root / "buckets" / "bucket" / "run", time.monotonic() + 600
     while not (run / "metrics.jsonl").exists() or len(rows_of(run)) < 3:
+        assert not any((pod.folder(i) / "exit_status").exists() for i in (0, 1)), pod.call("pod", "--logs=50")
         assert time.monotonic() < until, pod.call("pod", "--logs=50")
         time.sleep(0.05)
     os.kill(int((pod.folder(1) / "pid").read_text()), signal.SIGTERM)
