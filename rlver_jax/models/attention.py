@@ -106,6 +106,7 @@ def chunked_attention(
 def _chunks(q: Array, k: Array, v: Array, see: Visibility, chunk: int) -> Array:
     """One chunk of queries after the other, each against all keys given."""
     pad = -q.shape[1] % chunk
+    assert see.q_slot is not None  # the caller has given every query its slot
     branches = None if see.q_branch is None else _split(see.q_branch, chunk, pad)
     pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), branches)
 

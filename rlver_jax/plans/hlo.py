@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
 class Use(NamedTuple):
     """Collectives of one kind in one phase, on one chip."""
 
-    count: float
+    times: float
     bytes: float  # that arrive from other chips, with the ring algorithms' volumes
 
 
@@ -123,8 +123,8 @@ class _Walk:
                     _add(total, {(here, kind): Use(1, _bytes_received(op, kind))})
                 seen |= {channel[1]} if channel else set()
             elif op.kind == "while":
-                turns = trip_count(self.module, op)
-                turns = self.trips_of(op.op_name) if turns is None else turns
+                known = trip_count(self.module, op)
+                turns = self.trips_of(op.op_name) if known is None else known
                 for part in ("body", "condition"):
                     _add(total, self.uses(op.attribute(part), here, set()), turns)
             elif op.kind == "conditional":
@@ -140,7 +140,7 @@ class _Walk:
 def _add(total: Uses, more: Uses, times: float = 1) -> None:
     for key, use in more.items():
         old = total.get(key, Use(0, 0))
-        total[key] = Use(old.count + times * use.count, old.bytes + times * use.bytes)
+        total[key] = Use(old.times + times * use.times, old.bytes + times * use.bytes)
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:

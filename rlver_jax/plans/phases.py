@@ -111,13 +111,13 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
 
 
 def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) -> Work:
-    size = model.param_dtype.itemsize  # type: ignore[attr-defined]
+    size = model.param_dtype.itemsize
     return flops.packed_forward(model.config, rows, length, logits=logits, itemsize=size, parts=parts)
 
 
 def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int) -> Work:
     chunked = c.attention == "chunked" and length > c.attention_chunk
-    size = model.param_dtype.itemsize  # type: ignore[attr-defined]
+    size = model.param_dtype.itemsize
     return flops.packed_update(
         model.config, rows, length, logits=logits, itemsize=size, parts=parts, remat=c.remat, chunked=chunked
     )

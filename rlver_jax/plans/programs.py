@@ -155,7 +155,8 @@ def unplaced_players(config: ConfigDict, tokenizer: Tokenizer, language: str, sp
     return Players.build(policy, user, tokenizer, prompts, spec, **how)
 
 
-def _whole(tree: Any, mesh: Mesh) -> Any:
+def _whole(tree: Any, mesh: Mesh | None) -> Any:
+    assert mesh is not None, "a plan is for a mesh"
     place = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
@@ -179,7 +180,7 @@ def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained,
 
 def _profiles(config: ConfigDict, texts: Texts) -> Profiles:
     rows, count = config.rollout.batch, config.rollout.batch // config.rollout.group
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     return Profiles(
         shape((count, texts.prefix), jnp.int32), shape((count,), jnp.int32),
         shape((count, texts.first_talk), jnp.int32), shape((count,), jnp.int32),
@@ -201,7 +202,7 @@ def programs_of(shapes: Shapes) -> list[Program]:
     if _is_ready(policy["policy"], copy):  # the sampler reads the policy itself
         first, playing = [], Program("play", lambda: _lower_play(shapes, policy["policy"]), policy | user, others)
     else:
-        copying = lambda: sampling_program(copy).lower(policy["policy"])  # noqa: E731
+        copying = lambda: sampling_program(copy).lower(policy["policy"])  # type: ignore[attr-defined]  # noqa: E731
         first = [Program("copy", copying, policy, others | user)]
         playing = Program("play", lambda: _lower_play(shapes, copy), {"policy's copy": copy} | user, resident)
     return [
@@ -218,7 +219,7 @@ def _is_ready(params: Params, copy: Params) -> bool:
     return all(jax.tree.leaves(jax.tree.map(same, params, copy)))
 
 
-def _key(mesh: Mesh) -> Any:
+def _key(mesh: Mesh | None) -> Any:
     return _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
 
 
@@ -256,7 +257,7 @@ def _lower_pack(shapes: Shapes, copy: Params) -> Any:
 def _lower_learn(shapes: Shapes) -> Any:
     config, mesh, rows = shapes.config, shapes.mesh, shapes.config.rollout.batch
 
-    def array(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=row_sharding(mesh))
 
     dtypes = {"mask": jnp.bool_, "logprob": jnp.float32}

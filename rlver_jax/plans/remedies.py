@@ -48,7 +48,8 @@ def find_remedy(
         remake: shapes of a changed config.
     """
     failing = [one.name for one in measured if over(one, chip) > 0]
-    changed, fields = config.copy_and_resolve_references(), {}
+    changed = config.copy_and_resolve_references()
+    fields: dict[str, Any] = {}
     tries = 0
     for step in candidates(config, failing):
         attempt = changed.copy_and_resolve_references()

@@ -177,7 +177,7 @@ def _phase_table(plan: Plan) -> Table:
     table = Table(*columns, title="phases of a step, every dialogue at its limits", title_justify="left")
     for phase in plan.phases:
         sent = ", ".join(
-            f"{kind} {use.count:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
+            f"{kind} {use.times:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
         )
         times = [f"{s:.2f}" for s in (phase.compute_s, phase.memory_s, phase.network_s)]
         table.add_row(phase.name, f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}", sent, *times)
