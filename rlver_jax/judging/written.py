@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from rlver_jax.judging.forms import Answers, Step
-from rlver_jax.user.forms import Field, Form, behind_marks, one_line, plain
+from rlver_jax.user.forms import BETWEEN, Field, Form, behind_marks, one_line, plain
 
 _SIGNS = "+＋\\-−–－"
 _MINUS = "-−–－"
@@ -56,7 +56,7 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
         return None
     rest = text[match.end() :]
     of_all = not signs and re.match(rf"\s*/\s*{options[-1]}(?!\w)", rest)  # "4/5"
-    if not of_all and re.match(rf"\s*(?:[-−–—~～/、,，&到至或和]|or\b|to\b|and\b)\s*{one}", rest):
+    if not of_all and re.match(rf"(?:{BETWEEN}|\s*/\s*){one}", rest):
         return None
     spelled = re.sub(r"\s", "", match[1]).lower()
     if not options[0].isalpha():

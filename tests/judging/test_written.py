@@ -75,6 +75,7 @@ def test_readable_answers(answer):
         ("-1 to +1", TRUTH, None),
         ("+2 / +3", TRUTH, None),
         ("-4", TRUTH, None),
+        ("-3 … +3", TRUTH, None),
         ("x", LETTERS, None),
         ("analysis", LETTERS, None),
         ("a or b", LETTERS, None),

@@ -51,7 +51,26 @@ def test_numbers(text, change):
     assert read_form(APPRAISAL, f"[change] {text}").change == change
 
 
-@pytest.mark.parametrize("text", ["", "11", "-11", "3.5", "100", "much better", "up by 3", "1000000", "+", "n/a -3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "11",
+        "-11",
+        "3.5",
+        "100",
+        "much better",
+        "up by 3",
+        "1000000",
+        "+",
+        "n/a -3",
+        "(-10 … +10)",
+        "-10...10",
+        "-10 to +10",
+        "3 or 4",
+        "-3~-1",
+    ],
+)
 def test_no_number_is_made_up(text):
     with pytest.raises(Unreadable, match=r"\[change\], a whole number from -10 to \+10"):
         read_form(APPRAISAL, f"[heard] that\n[change] {text}")
