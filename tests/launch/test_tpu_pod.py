@@ -180,7 +180,7 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
 def test_two_workers_install_and_train_the_miniature(pod, tmp_path):
     """Nothing stands in for the installation here: a virtual environment and pip on each worker (needs a registry)."""
     fields = {"train__steps": 2, "rollout__batch": 8, "rollout__group": 4, "rollout__max_turns": 2}
-    fields |= {"train__microbatches": 1, "eval__every": 0}
+    fields |= {"train__minibatches": 1, "train__microbatches": 1, "eval__every": 0}
     pod.environ |= {"STANDIN_DEVICES": "1"}
     pod.call("pod", "--", "python", "-m", *train_words("gs://bucket/run", "configs/miniature.py", **fields))
     assert pod.wait() == ["0", "0"], pod.call("pod", "--logs=50")
