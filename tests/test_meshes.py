@@ -29,7 +29,8 @@ def miniature_config(**fields) -> ConfigDict:
     config.update_from_flattened_dict(
         {
             "train.steps": 5, "eval.every": 0, "rollout.batch": 8, "rollout.group": 1, "rollout.max_turns": 3,
-            "train.minibatches": 1, "train.microbatches": 1, "log.dialogues_every": 1, "log.tensorboard": False, "alarms.readable_min": 0.0,
+            "train.minibatches": 1, "train.microbatches": 1,
+            "log.dialogues_every": 1, "log.tensorboard": False, "alarms.readable_min": 0.0,
         } | fields
     )  # fmt: skip
     return config
