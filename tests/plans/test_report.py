@@ -1,0 +1,72 @@
+"""What a plan says, from sizes and rates chosen by hand."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from rlver_jax.plans.chips import CHIPS
+from rlver_jax.plans.flops import Work
+from rlver_jax.plans.hlo import Use
+from rlver_jax.plans.measure import Measured, Memory
+from rlver_jax.plans.phases import Phase
+from rlver_jax.plans.remedies import Remedy, over
+from rlver_jax.plans.report import Plan, show
+
+GIB = 2**30
+V5E = CHIPS["v5e"]
+
+
+def measured(name: str, program: float, idle: float) -> Measured:
+    memory = Memory(int(program * GIB) // 2, 0, int(program * GIB) // 2, 0, int(idle * GIB), int(program * GIB))
+    return Measured(name, memory, {"user": int(idle * GIB)}, {}, [], [], 60.0)
+
+
+def plan_of(*programs: Measured, remedy: Remedy | None = None) -> Plan:
+    phases = [
+        Phase("play", "play", Work(8e12, 8e12, 0), 1e9, {"all-reduce": Use(56, 2e9)}, 1.0, 6.0, 2.0),
+        Phase("learn", "learn", Work(24e12, 32e12, 0), 1e9, {}, 4.0, 3.0, 2.0),
+    ]
+    mesh = {"replica": 1, "fsdp": 2, "tensor": 4}
+    return Plan("v5e:2x4", V5E, mesh, mesh, 5, 512, list(programs), phases, remedy, ["nothing"], 2.0, 61.0)
+
+
+def test_it_fits_with_what_lies_beside():
+    plan = plan_of(measured("play", 10, 5.5), measured("learn", 11, 4))
+    assert plan.fits
+    assert plan.verdict() == "fits: 15.50 of 15.75 GiB a chip, most while play runs"
+    assert over(plan.largest, V5E) == -0.25 * GIB
+
+
+def test_it_does_not_fit():
+    """Alone each program would: what stays alive beside it counts."""
+    remedy = Remedy({"train.microbatches": 4}, 14 * GIB)
+    plan = plan_of(measured("play", 10, 5), measured("learn", 14, 4), remedy=remedy)
+    assert not plan.fits
+    assert plan.verdict() == (
+        "does not fit: 2.25 GiB over (learn: 18.00 of 15.75 GiB a chip); "
+        "try --config.train.microbatches=4 (compiled: 14.00 GiB)"
+    )
+
+
+def test_prediction():
+    """The longest of three times each: 6 s and 4 s; 32e12 useful operations on 8 chips of 197e12 a second."""
+    plan = plan_of(measured("play", 10, 5))
+    assert plan.step_s == 10
+    assert plan.dialogues_per_hour == 5 * 360
+    assert plan.mfu == pytest.approx(32e12 / (8 * 197e12 * 10))
+    assert plan.prediction().startswith(
+        "prediction, not a measurement: at best 10.0 s a step, 1,800 dialogues/hour, 0.2 %"
+    )
+
+
+def test_tables_and_json_say_the_same():
+    plan = plan_of(measured("play", 10, 5.5), measured("learn", 11, 4))
+    console = Console(file=io.StringIO(), width=200)
+    show(plan, console)
+    text, found = console.file.getvalue(), plan.to_json()  # type: ignore[attr-defined]
+    assert found["hbm_gib_per_chip"] == 15.5
+    assert found["hbm_capacity_gib"] == 15.75
+    assert [phase["seconds"]["roofline"] for phase in found["phases"]] == [6.0, 4.0]
+    for part in ("15.50", "user 5.50", "all-reduce 56, 2.00", "assumed: nothing", found["verdict"]):
+        assert part in text
