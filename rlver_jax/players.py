@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
@@ -28,6 +28,7 @@ from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.distributed import rows_on
+from rlver_jax.parallel.mesh import place
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
@@ -344,7 +345,7 @@ class Players:
 
     def place(self, tree: _T) -> _T:
         """Small arrays, whole on every device of the mesh."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return tree if self.mesh is None else place(tree, self.mesh)
 
     def check_limits(self, limits: PlayLimits) -> PlayLimits:
         """The limits, if they are none above what the sampler is compiled for.
