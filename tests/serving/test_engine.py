@@ -55,6 +55,22 @@ def test_a_row_starts_anew(engine, bpe):
     engine.close()
 
 
+def test_replies_wanted_together_share_their_steps(engine, bpe):
+    """More than there are rows: the same texts as one by one, in fewer than half as many steps."""
+    engine = Engine(engine.lm, bpe, rows=ROWS, context=CONTEXT, block=BLOCK)
+    engine.warm_up()
+    engine.start()
+    works = [Work(bpe.encode("my boss " * (n + 1)), 30, temperature=1.3, seed=n) for n in range(4 * ROWS)]
+    text = lambda pieces: "".join(piece.text for piece in pieces)  # noqa: E731
+    alone = [text(asked(engine, work)[0]) for work in works]
+    middle = engine.stats()
+    assert [text(pieces) for pieces in asked(engine, *works)] == alone
+    after = engine.stats()
+    engine.close()
+    assert middle["steps"] == middle["tokens"]["generated"] == after["tokens"]["generated"] / 2
+    assert after["steps"] - middle["steps"] < middle["steps"] / 2
+
+
 def test_what_cannot_be_taken_is_refused_as_a_whole(engine, bpe):
     engine = Engine(engine.lm, bpe, rows=ROWS, context=CONTEXT, block=BLOCK, queue=2)
     wanted = [(Work([1], 1), lambda piece: None)]

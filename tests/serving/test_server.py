@@ -168,7 +168,7 @@ def test_requests_that_come_together_are_answered_together(client, engine):
     spoken = [b["tokens"]["generated"] - a["tokens"]["generated"] for a, b in ((before, middle), (middle, after))]
     steps = [b["steps"] - a["steps"] for a, b in ((before, middle), (middle, after))]
     assert spoken[0] == spoken[1] == steps[0], "one row at a time"
-    assert steps[1] < steps[0] / 2, f"{spoken[1]} tokens in {steps[1]} steps of {ROWS} rows"
+    assert steps[1] < steps[0], f"{spoken[1]} tokens in {steps[1]} steps of {ROWS} rows: none were answered together"
     assert programs.compiled() == compiled
 
 
