@@ -25,6 +25,7 @@ from rlver_jax.learning.update import (
 )
 from rlver_jax.models.qwen2 import Params
 from rlver_jax.models.value_head import ValueHead
+from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
@@ -83,7 +84,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     reference = None
     if config.loss.kl:
         reference = _model(config, "reference", config.policy, mesh, players)[0].params
-    grammar = jax.device_put(players.tables[0].grammar, NamedSharding(mesh, PartitionSpec()))
+    grammar = everywhere(players.tables[0].grammar, mesh)
     run = Run(config, mesh, players, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
     return run, _placed_state(trained, setup.optimizers, mesh)
 
@@ -160,12 +161,11 @@ def setup_of(config: ConfigDict, players: Players, trunk: Any, has_critic: bool,
 
 def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> TrainState:
     """The first state; each of Adam's moments lies where its parameter does."""
-    whole = NamedSharding(mesh, PartitionSpec())
     spread = lambda x: len(x.sharding.device_set) == mesh.size  # noqa: E731
-    trained = jax.tree.map(lambda x: x if spread(x) else jax.device_put(x, whole), trained)
+    trained = jax.tree.map(lambda x: x if spread(x) else everywhere(x, mesh), trained)
     where = state_shardings(trained, optimizers, mesh)
     made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=where.opt_state)(trained)
-    zero = jax.device_put(jnp.int32(0), whole)
+    zero = everywhere(jnp.int32(0), mesh)
     return TrainState(zero, trained, made, jnp.copy(zero))
 
 

@@ -1,11 +1,13 @@
 """Flags of the entry points, with help and with errors that say what to do."""
 
+import importlib
 import io
 import os
 import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import jax
 from absl import flags
@@ -55,6 +57,18 @@ def keep_compiled() -> None:
         return  # JAX has read it
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "rlver_jax" / "compiled" / platform.node()))
+
+
+def import_remote(name: str) -> ModuleType:
+    """A module that speaks with endpoints.
+
+    Raises:
+        ConfigError: a package of the extra `remote` is missing.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"endpoints need {error.name}: pip install 'rlver_jax[remote]'") from error
 
 
 def config_from_flags(

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs import base
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.command_line import config_from_flags, import_remote
 from rlver_jax.config import ConfigError, endpoint_sides, validate
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.endpoint.usage import usage_text
@@ -101,7 +101,7 @@ def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> i
         if not (text := distributed.lost(error)):
             raise error
         errors.print(f"evaluate: {text}", markup=False, highlight=False)
-        return distributed.leave(1, alone=True)
+        return 1
     interrupted = isinstance(error, KeyboardInterrupt)
     errors.print(f"evaluate: {'interrupted' if interrupted else error}", markup=False, highlight=False)
     if interrupted or isinstance(error, EndpointError):
@@ -149,10 +149,7 @@ def _load(
 ) -> Played:
     weights, gold = trained.weights if trained else None, gold_judge(config)
     if endpoint_sides(config):
-        try:
-            from rlver_jax import remote_evaluation
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"endpoints need {error.name}: pip install 'rlver_jax[remote]'") from error
+        remote_evaluation = import_remote("rlver_jax.remote_evaluation")
         return remote_evaluation.load(config, profiles, folder.path, weights, gold)
     return load(config, profiles, policy_weights=weights, gold=gold)
 

@@ -27,8 +27,7 @@ from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
-from rlver_jax.parallel.distributed import rows_on
-from rlver_jax.parallel.mesh import place
+from rlver_jax.parallel.distributed import everywhere, rows_on
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
@@ -131,11 +130,16 @@ def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], 
     """
     like = sampling_params(model, mesh)
     copy = sampling_program(like)
+    return lambda params: params if is_ready(params, like) else copy(params)
 
-    def is_ready(x: Array, y: jax.ShapeDtypeStruct) -> bool:
+
+def is_ready(params: Params, like: Params) -> bool:
+    """Whether parameters, or shapes with places, are what `sampling_params` describes, so that none need be copied."""
+
+    def same(x: Any, y: jax.ShapeDtypeStruct) -> bool:
         return x.dtype == y.dtype and (y.sharding is None or y.sharding.is_equivalent_to(x.sharding, x.ndim))
 
-    return lambda params: params if all(jax.tree.leaves(jax.tree.map(is_ready, params, like))) else copy(params)
+    return all(jax.tree.leaves(jax.tree.map(same, params, like)))
 
 
 def _is_matrix(path: Any) -> bool:
@@ -345,7 +349,7 @@ class Players:
 
     def place(self, tree: _T) -> _T:
         """Small arrays, whole on every device of the mesh."""
-        return tree if self.mesh is None else place(tree, self.mesh)
+        return tree if self.mesh is None else everywhere(tree, self.mesh)
 
     def check_limits(self, limits: PlayLimits) -> PlayLimits:
         """The limits, if they are none above what the sampler is compiled for.

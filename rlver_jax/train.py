@@ -53,10 +53,10 @@ def _run(argv: Sequence[str]) -> int:
         if not (text := distributed.lost(error)):
             raise
         say(text)
-        return distributed.leave(1, alone=True)
+        return 1
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on in {workdir}")
-        return distributed.leave(130, alone=True)
+        return 130
     if distributed.is_main():
         console.print(_summary(workdir, done, config.train.steps), markup=False, highlight=False, soft_wrap=True)
     return 0

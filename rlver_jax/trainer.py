@@ -23,7 +23,6 @@ from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import TrainState, compile_step
 from rlver_jax.parallel import distributed
-from rlver_jax.parallel.mesh import place
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.players import Players, sampling_copy
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
@@ -80,7 +79,7 @@ class Trainer:
         self.held_out = held_out
         self.sampling_copy = sampling_copy(run.players.policy.model, run.players.mesh)
         rows, whole = row_sharding(run.mesh), NamedSharding(run.mesh, PartitionSpec())
-        self.key = place(jax.random.key(config.train.seed), run.mesh)
+        self.key = distributed.everywhere(jax.random.key(config.train.seed), run.mesh)
         self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
         self.pack = pack_program(run.mesh)
         self.how = tuple(sorted(reward_settings(config).items()))

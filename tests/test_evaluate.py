@@ -70,7 +70,7 @@ def arguments(world, *more, out="out"):
 
 def process(world, *args):
     """Runs `evaluate` on one device; programs are compiled quickly, and kept for the next run."""
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(world[0] / "cache"), "COLUMNS": "100"}
+    env = os.environ | {"COLUMNS": "100"}
     env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rlver_jax.evaluate", *args]

@@ -41,7 +41,7 @@ def test_a_process_writes_page_and_curve(tmp_path):
 @pytest.mark.slow
 def test_a_run_and_an_evaluation_as_the_program_writes_them(tmp_path):
     """The debug config's own folders; their dialogues, counted in the files, are all on the page."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def python(module, *args):
         command = [sys.executable, "-m", f"rlver_jax.{module}", *args]

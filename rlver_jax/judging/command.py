@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import base
-from rlver_jax.command_line import config_from_flags, parse_flags
+from rlver_jax.command_line import config_from_flags, import_remote, parse_flags
 from rlver_jax.config import ConfigError, endpoint_sides, profile_files, validate
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.evaluation import scores
@@ -166,11 +166,7 @@ def _load_rater(name: str, config: ConfigDict, folder: Path | None) -> Rater:
 
 
 def _remote() -> ModuleType:
-    try:
-        from rlver_jax.judging import remote
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"endpoints need {error.name}: pip install 'rlver_jax[remote]'") from error
-    return remote
+    return import_remote("rlver_jax.judging.remote")
 
 
 def _mesh(config: ConfigDict) -> Mesh | None:

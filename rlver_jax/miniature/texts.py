@@ -75,7 +75,7 @@ def thought(person: Person, reply: Reply) -> str:
 
 
 def make_reply(kind: str, person: Person, before: Sequence[Reply], heard: str, draw: random.Random) -> Reply:
-    """A reply of a kind of `HEARD` or `BASE`."""
+    """A reply of a kind of `HEARD`, `TAUGHT` or `BASE`."""
     style = person.intention if kind == "served" else draw.choice(INTENTIONS)
     if kind == "met":
         style = hinted(heard) or style

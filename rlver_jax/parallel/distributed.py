@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from rlver_jax.parallel.rules import mesh_axes
 
 _T = TypeVar("_T")
 SILENCE = 30  # seconds without a sign of life after which a process counts as dead; the others then end
+GRACE = 3  # seconds that process 0 outlives its fault: without it the others end too, and may have the same to say
 # How JAX's runtime errors begin that are about the program or the memory of this process.
 _OWN_FAULTS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
 _ENVIRONMENT = {
@@ -100,8 +102,12 @@ def _among_tpu_workers() -> bool:
     return wanted and "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
 
 
-def leave(status: int, *, alone: bool = False) -> int:
-    """Ends this process's part with its exit status: orderly with the others, or `alone` where they cannot follow."""
+def leave(status: int) -> int:
+    """Ends this process's part with its exit status: orderly with the others after 0, else at once.
+
+    An orderly end waits for the others. After a fault they may be waiting for this process in a collective, and JAX
+    would abort all of them.
+    """
     if not jax.distributed.is_initialized():
         return status
     sys.stdout.flush()
@@ -109,13 +115,14 @@ def leave(status: int, *, alone: bool = False) -> int:
     try:
         if status == 0:
             multihost_utils.sync_global_devices("done")
-        if not alone:
             jax.distributed.shutdown()
             return status
     except (RuntimeError, ValueError) as error:
-        print(f"the other processes have not ended orderly: {_first_line(error)}", file=sys.stderr)
-        status = status or 1
-    os._exit(status)  # an orderly end would wait for processes that don't answer
+        print(f"the other processes have not ended orderly: {_first_line(error)}", file=sys.stderr, flush=True)
+        status = 1
+    if is_main():
+        time.sleep(GRACE)
+    os._exit(status)
 
 
 def lost(error: Exception) -> str | None:
@@ -202,6 +209,14 @@ def rows_on(mesh: Mesh | None, count: int, rows: Callable[[slice], np.ndarray]) 
         return rows(index[0])[(slice(None), *index[1:])]
 
     return jax.make_array_from_callback((count, *rest), where, part)
+
+
+def everywhere(tree: _T, mesh: Mesh) -> _T:
+    """Arrays that every process has in equal form, whole on every device of the mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, whole)
+    return jax.jit(_identity, out_shardings=whole)(tree)  # device_put refuses typed keys here
 
 
 def fetch(tree: Any) -> Any:

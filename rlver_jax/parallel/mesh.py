@@ -4,15 +4,13 @@ Training and sampling may look at the same devices as two meshes: a decode step 
 `fsdp` gathers them all for one token a row, so that sampling wants fewer `fsdp` and more `replica` or `tensor`.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 AXES = ("replica", "fsdp", "tensor")
 
@@ -127,13 +125,3 @@ def _slices(replica: int, devices: Iterable[jax.Device], name: str) -> int:
 
 def _mesh(grid: np.ndarray) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Small arrays, whole on every device of a mesh; also keys on devices of other processes, unlike `device_put`."""
-    return _placing(mesh)(tree)
-
-
-@functools.cache
-def _placing(mesh: Mesh) -> Any:
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))

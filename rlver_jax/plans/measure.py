@@ -1,6 +1,7 @@
 """Compiles the programs of a training step and measures them: memory of a chip, collectives, what should not exist."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -165,11 +166,8 @@ def logits_among(
     """
     faults = []
     for (dtype, sizes), op in arrays.items():
-        count = 1
-        for n in sizes:
-            count *= n
         axes = [n for n in (vocab, vocab // shards) if n in sizes]
-        rest = count // max(axes) if axes else 0
+        rest = math.prod(sizes) // max(axes) if axes else 0
         if axes and "f" in dtype and rest >= places and width % (rest or 1) and rest != width:
             faults.append(f"{dtype}{list(sizes)} holds logits of every token, in {op.op_name or op.name}")
     return faults

@@ -24,7 +24,7 @@ from rlver_jax.models.config import Qwen2Config, preset
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
-from rlver_jax.players import Players, limits_of, make_model, sampling_params, sampling_program, spec_of
+from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program, spec_of
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.cache import LM
 from rlver_jax.text.tokenizer import Tokenizer
@@ -106,7 +106,8 @@ def architecture(config: ConfigDict, name: str, otherwise: ConfigDict | None = N
     )
 
 
-def _params(model: Qwen2, mesh: Mesh) -> Params:
+def params_of(model: Qwen2, mesh: Mesh) -> Params:
+    """A model's parameters as shapes with their places on a mesh."""
     shapes, axes = abstract_params(model)
     return placed(shapes, rules.tree_shardings(axes, shapes, mesh))
 
@@ -126,7 +127,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     players = unplaced_players(config, texts.tokenizer, texts.language, spec)
     policy, user = players.policy.model, players.user.model
     players = dataclasses.replace(
-        players, policy=LM(_params(policy, mesh), policy), user=LM(_params(user, playing), user), mesh=playing,
+        players, policy=LM(params_of(policy, mesh), policy), user=LM(params_of(user, playing), user), mesh=playing,
         tables=_whole(players.tables, playing),
     )  # fmt: skip
     trained, trunk = _trained(config, players, mesh)
@@ -135,7 +136,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     state = placed(jax.eval_shape(lambda p: init_state(p, setup.optimizers), trained), places)
     reference = None
     if config.loss.kl:
-        reference = _params(
+        reference = params_of(
             make_model(config.policy, "reference", architecture(config, "reference", config.policy)), mesh
         )
     lengths = assembly.packed_lengths(config, players, texts.first_talk)
@@ -171,7 +172,7 @@ def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained,
     if config.critic.kind == "separate":
         found = architecture(config, "critic", config.policy)
         trunk = make_model(config.critic, "critic", found).clone(remat=config.critic.remat)
-        width, critic["trunk"] = found.hidden_size, _params(trunk, mesh)
+        width, critic["trunk"] = found.hidden_size, params_of(trunk, mesh)
     head = assembly.value_head_of(config)
     made = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, width))))
     critic["head"] = _whole(nn.unbox(made)["params"], mesh)
@@ -199,7 +200,7 @@ def programs_of(shapes: Shapes) -> list[Program]:
         resident["reference"] = shapes.reference
     user, policy = {"user": players.user.params}, {"policy": resident["policy"]}
     others = {name: tree for name, tree in resident.items() if name != "policy"}
-    if _is_ready(policy["policy"], copy):  # the sampler reads the policy itself
+    if is_ready(policy["policy"], copy):  # the sampler reads the policy itself
         first, playing = [], Program("play", lambda: _lower_play(shapes, policy["policy"]), policy | user, others)
     else:
         copying = lambda: sampling_program(copy).lower(policy["policy"])  # type: ignore[attr-defined]  # noqa: E731
@@ -211,12 +212,6 @@ def programs_of(shapes: Shapes) -> list[Program]:
         Program("pack", lambda: _lower_pack(shapes, copy), {}, resident | user),
         Program("learn", lambda: _lower_learn(shapes), resident, user),
     ]
-
-
-def _is_ready(params: Params, copy: Params) -> bool:
-    """As `players.sampling_copy` decides it."""
-    same = lambda x, y: x.dtype == y.dtype and y.sharding.is_equivalent_to(x.sharding, x.ndim)  # noqa: E731
-    return all(jax.tree.leaves(jax.tree.map(same, params, copy)))
 
 
 def _key(mesh: Mesh | None) -> Any:

@@ -1,6 +1,7 @@
 """A plan as tables for a terminal and as one JSON object."""
 
 import dataclasses
+import math
 from typing import Any
 
 from rich.console import Console, Group
@@ -41,10 +42,7 @@ class Plan:
     @property
     def chips(self) -> int:
         """Of the topology."""
-        product = 1
-        for size in self.mesh.values():
-            product *= size
-        return product
+        return math.prod(self.mesh.values())
 
     @property
     def largest(self) -> Measured:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from rlver_jax.config import PATHS as CONFIG_PATHS
 from rlver_jax.config import endpoint_sides, flatten
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
@@ -30,7 +31,7 @@ _WITHOUT_EFFECT = (
     *("emotion.initial", "eval.batch", "eval.every"),
 )
 # Where things lie; what lies there is told by fingerprints, so that a moved model is still the same.
-PATHS = ("policy.path", "user.path", "user.prompts", "data.train", "data.eval", "remote.policy.url", "remote.user.url")
+PATHS = (*CONFIG_PATHS, "remote.policy.url", "remote.user.url")
 # What of a side's fields still matters where its model is behind an endpoint, and the endpoint's fields that matter.
 _OF_DEVICE = (
     *("path", "init", "dtype", "param_dtype", "scan_layers", "attention", "attention_chunk"),

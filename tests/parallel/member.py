@@ -58,6 +58,8 @@ def spread() -> None:
     tell("asked", sorted(asked))
     odd = distributed.rows_on(mesh, 3, lambda some: table[:3][some])
     by_column = jax.jit(lambda x: x * 2.0, out_shardings=NamedSharding(mesh, PartitionSpec(None)))(array)
+    key = distributed.everywhere(jax.random.key(7), mesh)
+    tell("key", (key.is_fully_replicated, len(key.sharding.device_set)))
     tree = {"rows": array, "odd": odd, "sum": jnp.float32(1) + array.sum(), "whole": by_column, "host": np.arange(2)}
     tell("addressable", array.is_fully_addressable)
     tell("fetched", {name: np.asarray(x).tolist() for name, x in distributed.fetch(tree).items()})
@@ -90,7 +92,7 @@ def main() -> int:
                 tell("going", "on")
     except jax.errors.JaxRuntimeError as error:
         tell("lost", distributed.lost(error))
-        return distributed.leave(1, alone=True)
+        return distributed.leave(1)
     return distributed.leave(0)
 
 

@@ -13,9 +13,11 @@ from rlver_jax.learning.objective import Learner, Loss
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, make_optimizer
 from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.qwen2 import Qwen2, abstract_params
+from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.models.value_head import ValueHead
-from rlver_jax.parallel.rules import sharding, tree_shardings
+from rlver_jax.parallel.rules import sharding
+from rlver_jax.plans.hlo import COLLECTIVES, Module
+from rlver_jax.plans.programs import params_of, placed
 from rlver_jax.players import sampling_params, sampling_program
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.cache import LM, init_cache
@@ -31,16 +33,6 @@ VOCAB_CHUNK = 136
 MODEL = Qwen2(
     CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.float32, remat="full", attention="chunked", attention_chunk=96
 )
-
-
-def placed(shapes, places):
-    """ShapeDtypeStructs with shardings."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
-
-
-def params_of(model: Qwen2, mesh: Mesh):
-    shapes, axes = abstract_params(model)
-    return placed(shapes, tree_shardings(axes, shapes, mesh))
 
 
 def whole(mesh: Mesh, shape, dtype) -> jax.ShapeDtypeStruct:
@@ -118,41 +110,25 @@ class Op(NamedTuple):
         return max((int(np.prod(dims)) for _, dims in self.shapes), default=0)
 
 
-SHAPE = re.compile(r"\b(pred|[subf]\w*\d)\[([\d,]*)\]")
-NAME = re.compile(r"^\s*(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
-RESULT = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([%\w.\-, ]+)\}?")
 
 
 def operations(text: str) -> list[Op]:
     """All instructions of a compiled program (`compiled.as_text()`)."""
-    bodies: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in text.splitlines():
-        name = NAME.match(line)
-        if name and " = " not in line.split("{")[0]:
-            current = bodies.setdefault(name[1], [])
-        elif " = " in line:
-            current.append(line)
-    called = {name: {c.strip(" %") for line in lines for m in CALLED.finditer(line) for c in m[1].split(",")}
-              for name, lines in bodies.items()}  # fmt: skip
-    looped = {m[1] for lines in bodies.values() for line in lines for m in re.finditer(r"body=%?([\w.\-]+)", line)}
-    todo = list(looped)
-    while todo:
-        new = called.get(todo.pop(), set()) - looped
+    bodies = Module.parse(text).computations
+    called = {name: {c.strip(" %") for op in ops for m in CALLED.finditer(op.rest) for c in m[1].split(",")}
+              for name, ops in bodies.items()}  # fmt: skip
+    looped = {op.attribute("body") for ops in bodies.values() for op in ops if op.kind == "while"}
+    unseen = list(looped)
+    while unseen:
+        new = called.get(unseen.pop(), set()) - looped
         looped |= new
-        todo += new
-    found = []
-    for name, lines in bodies.items():
-        for line in lines:
-            match = RESULT.match(line)
-            if match:
-                shapes = tuple((t, tuple(int(n) for n in dims.split(",") if n)) for t, dims in SHAPE.findall(match[1]))
-                found.append(Op(match[2], shapes, name in looped, line))
-    return found
-
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+        unseen += new
+    return [
+        Op(op.kind, op.shapes, name in looped, f"{op.name} = {op.shapes} {op.kind}({op.rest}")
+        for name, ops in bodies.items()
+        for op in ops
+    ]
 
 
 def collectives(ops: list[Op]) -> list[Op]:

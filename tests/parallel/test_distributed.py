@@ -30,6 +30,7 @@ def test_two_processes_from_meeting_to_end(two):
         assert member.told("main_fails=") == ("disk full on 0", "process 0 failed; its own log says why")[me]
         assert member.told("asked=") == str([[0, 1, 2, 3], [4, 5, 6, 7]][me]), "each makes its own rows alone"
         assert member.told("addressable=") == "False"
+        assert member.told("key=") == "(True, 8)"
         table = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(8)]
         fetched = {
             "rows": table,
