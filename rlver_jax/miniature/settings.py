@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import base
 from rlver_jax.miniature import assets
 
-STEPS = 16  # of a training: minutes on two cores
+STEPS = 10  # of a training: minutes on two cores
 
 
 def miniature_config(arg: str, folder: Path) -> ConfigDict:
