@@ -158,7 +158,7 @@ class Trainer:
         self.last_finished = time.monotonic()
         row = dialogue_metrics(dialogues, rewards.reward) | reply_metrics(dialogues, self.run.players.tokenizer)
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
-        row["time/update_s"] = self.last_finished - step.learning_since
+        row["time/update_s"] = self.last_finished - step.learning_since - row.get("time/eval_s", 0.0)
         every = self.config.log.dialogues_every
         problem = breach(row, self.config.alarms.to_dict(), step.number)
         if distributed.is_main() and (problem or (every and (step.number % every == 0 or step.number == 1))):
@@ -183,6 +183,7 @@ class Trainer:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """`eval/…` of the policy on the held-out profiles."""
         assert self.held_out is not None
+        jax.block_until_ready(state)  # an update that is under way counts as such
         began = time.monotonic()
         found = self.held_out.metrics(self.players(state).policy)
         return found | {"time/eval_s": time.monotonic() - began}

@@ -1,8 +1,11 @@
 """A whole run of configs/debug.py: its folder, its figures, going on after an interruption, its alarms."""
 
+import contextlib
 import io
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from configs import debug
-from rlver_jax import evaluate, export, verify
+from rlver_jax import evaluate, export, trainer, verify
 from rlver_jax import train as command
 from rlver_jax.dialogue import sample_dialogues
+from rlver_jax.evaluation import Evaluation
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen2 import Qwen2, abstract_params
@@ -59,11 +63,27 @@ def same(a, b) -> bool:
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
+@contextlib.contextmanager
+def evaluations_last(seconds):
+    """As the trainer's clock sees it."""
+    late, metrics = [0.0], Evaluation.metrics
+
+    def slow(self, *args):
+        late[0] += seconds
+        return metrics(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluation, "metrics", slow)
+        patch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+        yield
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """(folder of a finished run, what it printed, compilations of the sampler)."""
     folder, before = tmp_path_factory.mktemp("unbroken"), sample_dialogues._cache_size()
-    printed = run(folder)
+    with evaluations_last(1e6):
+        printed = run(folder)
     return folder, printed, sample_dialogues._cache_size() - before
 
 
@@ -77,6 +97,14 @@ def test_every_step_has_its_row(unbroken):
     for row in rows[1:]:
         assert abs(row["policy/ratio_max_first"] - 1) < 1e-4
         assert row["train/skipped_updates"] == 0
+
+
+def test_an_evaluation_is_no_part_of_the_update(unbroken):
+    for row in read_metrics(unbroken[0] / "metrics.jsonl"):
+        assert all(name in row for name in ("time/rollout_s", "time/update_s")) == (row["step"] > 0)
+        for name, value in row.items():
+            if name.startswith("time/"):
+                assert 0 < value < 1e5 if name != "time/eval_s" else 1e6 < value < 1.1e6, (row["step"], name)
 
 
 def test_figures_are_those_of_the_logged_dialogues(unbroken):

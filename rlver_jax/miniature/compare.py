@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
     seed: int
     user: tuple[float, float]  # by the simulated user, 0..100
     rule: tuple[float, float]  # by the gold judge
-    minutes: float  # of playing and learning; without compilation and evaluations
+    minutes: float  # of playing and learning, compilation included; without evaluations
 
 
 def outcome(workdir: Path) -> Outcome:
