@@ -162,7 +162,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.alarms.reply_tokens_max = 0.0  # largest; 0: no limit
     c.alarms.entropy_min = 0.0  # least mean entropy of the policy, in nats
     c.alarms.entropy_max = 8.0  # largest (uniform over Qwen's vocabulary: 11.9)
-    c.alarms.ratio_max = 100.0  # largest ratio of any token within an update
+    c.alarms.ratio_max = 100.0  # largest ratio of any token within an update; 0: no limit
     c.alarms.kl_max = 1.0  # largest KL that one step may move the policy by, in nats a token
 
     c.eval = ConfigDict()

@@ -15,7 +15,9 @@ config="${CONFIG:-configs/miniature.py}"
 echo "installing into ${VENV:-.venv}"
 make_environment ""
 began=$SECONDS
-[ -e "$run/finished.json" ] || "$python" -m rlver_jax.train --config="$config" --workdir="$run" "$@"
+# Held-out people are played below, before and after: not within the training too.
+[ -e "$run/finished.json" ] ||
+  "$python" -m rlver_jax.train --config="$config" --workdir="$run" --config.eval.every=0 "$@"
 echo
 echo "the policy before training, and after it"
 "$python" -m rlver_jax.evaluate --config="$config" --out="$run/played_before" > /dev/null

@@ -107,7 +107,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "alarms.reply_tokens_max": (0, None, "tokens"),
     "alarms.entropy_min": (0, None, "nats"),
     "alarms.entropy_max": (0, None, "nats"),
-    "alarms.ratio_max": (1, None, ""),
+    "alarms.ratio_max": (0, None, ""),
     "alarms.kl_max": (0, None, "nats"),
     "eval.every": (0, None, "steps"),
     "eval.num_profiles": (1, None, "profiles"),
