@@ -38,20 +38,34 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
     c.rollout.context, c.rollout.think_tokens, c.rollout.say_tokens = 768, 32, 32
     c.emotion.initial = c.eval.initial_emotion = assets.INITIAL
     c.reward.kind = "per_turn"
+    _set_learning(c)
     if "ppo" in words:
-        c.algorithm.lam = 0.95  # a token; a reply has about thirty, and what it changes is known at its end
+        _set_ppo(c)
     else:
         c.algorithm.estimator, c.algorithm.credit, c.algorithm.turn_discount = "grpo", "turn", 0.5
-    # Without much of a penalty, the one sentence that pleases is said again and again.
-    c.loss.kl, c.loss.dual_clip = 0.1, 3.0
-    c.train.minibatches, c.train.microbatches = 4, 2
-    c.train.steps, c.train.warmup_steps = STEPS, 4
-    c.train.learning_rate = c.critic.learning_rate = 5e-4
-    # Rare tokens' rows of the vocabulary hardly ever have a gradient: with Adam's usual epsilon it would count in full.
-    c.train.beta2, c.train.adam_eps = 0.99, 1e-5
     c.checkpoint.every = 20
     c.alarms.readable_min = 0.8
     c.alarms.ratio_max = 0.0  # a rare token of thousands leaps and nothing is lost; kl_max watches their mean
     c.eval.every, c.eval.num_profiles, c.eval.batch, c.eval.max_turns = STEPS, assets.EVAL_COUNT, 64, assets.TURNS
     c.eval.gold = "miniature"
     return c
+
+
+def _set_learning(c: ConfigDict) -> None:
+    # Without much of a penalty, the one sentence that pleases is said again and again.
+    c.loss.kl, c.loss.dual_clip = 0.1, 3.0
+    c.train.minibatches, c.train.microbatches = 4, 2
+    c.train.steps, c.train.warmup_steps = STEPS, 4
+    c.train.learning_rate = 5e-4
+    # Rare tokens' rows of the vocabulary hardly ever have a gradient: with Adam's usual epsilon it would count in full.
+    c.train.beta2, c.train.adam_eps = 0.99, 1e-5
+
+
+def _set_ppo(c: ConfigDict) -> None:
+    """What a critic needs that has ten steps to learn in, and hence tells little more than a mean."""
+    c.algorithm.lam = 0.95  # a token; a reply has about thirty, and what it changes is known at its end
+    # The mean over all tokens is no baseline for those far from the next reward: once replies are good, it would
+    # teach against how every one of them begins.
+    c.algorithm.whiten = False
+    c.critic.learning_rate, c.loss.value_clip = 1e-3, 0.0
+    c.loss.kl_estimator = "k2"  # k3's gradient explodes on tokens that the policy has unlearned
