@@ -5,10 +5,10 @@
 
 An interrupted build goes on with the same command.
 
-The simulated user learns to appraise and answer from dialogues of the grammar, then once more also from what a policy
-said that was trained against it; the policy to hear hints, then to reply in any style as if it didn't know which one
-helps. Exit status: 0 done, and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad
-usage.
+The simulated user learns to appraise and answer from dialogues of the grammar; the policy to hear hints, then to reply
+in any style as if it didn't know which one helps. A policy is then trained against the user: what it says to held-out
+people is kept to be measured, and with --again_steps the user learns from its text too. Exit status: 0 done, and every
+gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad usage.
 """
 
 import functools
@@ -29,7 +29,7 @@ from rlver_jax.config import ConfigError
 from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
 from rlver_jax.miniature.rows import Packer
-from rlver_jax.miniature.settings import miniature_config
+from rlver_jax.miniature.settings import STEPS, miniature_config
 from rlver_jax.miniature.world import people
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2
@@ -54,8 +54,8 @@ class Steps(NamedTuple):
     user: int
     policy: int
     base: int  # of the policy on what it is to say before reinforcement
-    rl: int  # of the run whose text the user learns from; 0: it doesn't
-    again: int  # of the user, on that text
+    rl: int  # of the run whose text is measured; 0: none
+    again: int  # of the user, on that text; 0: it doesn't learn from it
 
 
 def build(out: Path, steps: Steps, console: Console) -> None:
@@ -103,23 +103,32 @@ def learn_policy(out: Path, packer: Packer, steps: Steps, console: Console) -> N
 
 
 def learn_from_rl(out: Path, packer: Packer, steps: Steps, console: Console) -> None:
-    """Trains a policy against the user, the user on what it said, and a policy again, whose replies are kept."""
-    runs, before = out / RUNS, out / RUNS / assets.USER
-    reinforce(out, runs / "first", steps.rl, console)
-    if not before.exists():
-        files = sorted(RunFolder(runs / "first").dialogues(0).parent.iterdir())
-        records = [record for file in files for record in read_dialogues(file)]
-        crowd = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
-        source = recipe.user_batches(packer, USER_SEED, recipe.rl_dialogues(records, crowd))
-        model = model_for(packer.tokenizer)
-        start = load_params(out / assets.USER, model)
-        name = f"{assets.USER}, on a run's text"
-        lm, _ = fit(model, source, steps.again, console=console, name=name, learning_rate=5e-4, params=start)
-        save(out / "user.again", lm, packer.tokenizer)
-        (out / assets.USER).rename(before)
-        (out / "user.again").rename(out / assets.USER)
-    reinforce(out, runs / "second", steps.rl, console)
-    check.write_replies(out / assets.TRAINED, held_out_dialogues(out, runs / "second"))
+    """Trains a policy against the user; with `again` the user on what it said, and a policy anew; keeps its replies."""
+    run = out / RUNS / "first"
+    reinforce(out, run, steps.rl, console)
+    if steps.again:
+        learn_again(out, run, packer, steps.again, console)
+        run = out / RUNS / "second"
+        reinforce(out, run, steps.rl, console)
+    check.write_replies(out / assets.TRAINED, held_out_dialogues(out, run))
+
+
+def learn_again(out: Path, run: Path, packer: Packer, steps: int, console: Console) -> None:
+    """The user learns from a run's text too; the one that it was before stays beside the run."""
+    before = out / RUNS / assets.USER
+    if before.exists():
+        return
+    files = sorted(RunFolder(run).dialogues(0).parent.iterdir())
+    records = [record for file in files for record in read_dialogues(file)]
+    crowd = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
+    source = recipe.user_batches(packer, USER_SEED, recipe.rl_dialogues(records, crowd))
+    model = model_for(packer.tokenizer)
+    start = load_params(out / assets.USER, model)
+    name = f"{assets.USER}, on a run's text"
+    lm, _ = fit(model, source, steps, console=console, name=name, learning_rate=5e-4, params=start)
+    save(out / "user.again", lm, packer.tokenizer)
+    (out / assets.USER).rename(before)
+    (out / "user.again").rename(out / assets.USER)
 
 
 def reinforce(out: Path, workdir: Path, steps: int, console: Console) -> None:
@@ -156,11 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.DEFINE_boolean("check", False, "measure the folder instead of building it", flag_values=values)
         flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
         for field, count, what in (
-            ("user", 2500, "of the simulated user"),
+            ("user", 2000, "of the simulated user"),
             ("policy", 1200, "of the policy on dialogues in which hints are met"),
             ("base", 300, "of the policy on what it is to say before reinforcement"),
-            ("rl", 60, "of each reinforcement run; 0: the user learns from the grammar only"),
-            ("again", 400, "of the user on text of a reinforcement run"),
+            ("rl", STEPS, "of a reinforcement run, whose text the user is measured on; 0: none"),
+            ("again", 0, "of the user on that text, before another such run; 0: it learns from the grammar alone"),
         ):
             flags.DEFINE_integer(f"{field}_steps", count, f"steps {what}", flag_values=values)
 
