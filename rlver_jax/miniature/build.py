@@ -1,7 +1,9 @@
 """Builds the miniature world in a folder, or measures the one that is there.
 
-    python -m rlver_jax.miniature.build --out=DIR          tokenizer, profiles, simulated user, policy, config, manifest
-    python -m rlver_jax.miniature.build --out=DIR --check  measures it again
+    python -m rlver_jax.miniature.build --out=DIR
+        tokenizer, profiles, simulated user, policy, config, manifest
+    python -m rlver_jax.miniature.build --check [--out=DIR]
+        measures a folder again, without one the shipped models
 
 An interrupted build goes on with the same command.
 
@@ -159,26 +161,10 @@ def show(found: dict[str, Any], strangers: Sequence[str], console: Console) -> i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("out", "", "folder to be written, or to be measured", flag_values=values)
-        flags.DEFINE_boolean("check", False, "measure the folder instead of building it", flag_values=values)
-        flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
-        for field, count, what in (
-            ("user", 2000, "of the simulated user"),
-            ("policy", 1200, "of the policy on dialogues in which hints are met"),
-            ("base", 300, "of the policy on what it is to say before reinforcement"),
-            ("rl", STEPS, "of a reinforcement run, whose text the user is measured on; 0: none"),
-            ("again", 0, "of the user on that text, before another such run; 0: it learns from the grammar alone"),
-        ):
-            flags.DEFINE_integer(f"{field}_steps", count, f"steps {what}", flag_values=values)
-
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
-        options, rest = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, define)
-        if rest or not options.out:
-            raise ConfigError("expected --out=DIR; --help lists the flags")
-        folder, strangers = Path(options.out), []
+        options = _arguments(sys.argv[1:] if argv is None else argv)
+        folder, strangers = Path(options.out) if options.out else assets.shipped(), []
         if options.check:
             strangers = assets.changed_files(folder)  # before minutes of measuring: there may be no manifest
         else:
@@ -199,6 +185,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_json(Path(options.json), found)
     return show(found, strangers, console)
+
+
+def _arguments(argv: Sequence[str]) -> flags.FlagValues:
+    def define(values: flags.FlagValues) -> None:
+        what = "folder to be written, or to be measured (default: the shipped one)"
+        flags.DEFINE_string("out", "", what, flag_values=values)
+        flags.DEFINE_boolean("check", False, "measure the folder instead of building it", flag_values=values)
+        flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
+        for field, count, what in (
+            ("user", 2000, "of the simulated user"),
+            ("policy", 1200, "of the policy on dialogues in which hints are met"),
+            ("base", 300, "of the policy on what it is to say before reinforcement"),
+            ("rl", STEPS, "of a reinforcement run, whose text the user is measured on; 0: none"),
+            ("again", 0, "of the user on that text, before another such run; 0: it learns from the grammar alone"),
+        ):
+            flags.DEFINE_integer(f"{field}_steps", count, f"steps {what}", flag_values=values)
+
+    options, rest = parse_flags(argv, __doc__, define)
+    if rest or not (options.out or options.check):
+        raise ConfigError("expected --out=DIR, or --check; --help lists the flags")
+    return options
 
 
 if __name__ == "__main__":

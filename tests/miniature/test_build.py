@@ -44,6 +44,18 @@ def test_a_folder_without_manifest_is_not_measured(tmp_path, capsys, monkeypatch
     assert "manifest.json" in capsys.readouterr().err.replace("\n", "")
 
 
+def test_what_is_shipped_is_measured_by_default_and_keeps_its_bounds(capsys, monkeypatch):
+    """By the manifest's own figures, gates on the trained policy's text among them; files are those that it names."""
+    shipped = json.loads((assets.shipped() / assets.MANIFEST).read_text())
+    measured = []
+    monkeypatch.setattr(check, "measure", lambda folder: measured.append(folder) or shipped["quality"])
+    assert build.main(["--check"]) == 0
+    assert measured == [assets.shipped()]
+    assert "spearman, trained policy" in capsys.readouterr().out
+    assert build.main([]) == 2
+    assert "expected --out=DIR, or --check" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_built_miniature_trains_and_is_judged_twice(built, tmp_path):
     (folder, flags_of_build), workdir = built, tmp_path / "run"
