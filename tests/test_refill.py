@@ -1,0 +1,164 @@
+"""Dialogues on fewer rows than there are: each is the one that it is on a row of its own, and no row idles in between."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from rlver_jax.dialogue import END_REASONS, sample_dialogues
+
+from .conftest import check_claims, some_profiles
+from .test_dialogue import ALONE, DIRECT, PROFILES, THINK, Table, words
+
+ROWS = 3  # 16 and 8 dialogues are no multiple of it
+SPECS = {"think": (THINK, PROFILES, range(16)), "direct": (DIRECT, some_profiles(4), range(8))}
+
+
+@pytest.fixture(scope="module")
+def table(policy_lm, user_lm, bpe, prompts):
+    tables = {}
+
+    def get(spec, rows=0) -> Table:
+        spec = dataclasses.replace(spec, rows=rows)
+        if spec not in tables:
+            tables[spec] = Table(policy_lm, user_lm, bpe, prompts, spec)
+        return tables[spec]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def plays(table):
+    """{name: [(on rows of their own, on ROWS rows), …]}: three batches of each spec, from other emotions."""
+    how = [{"seed": 0}, {"seed": 2, "initial_emotion": 40}, {"seed": 3, "initial_emotion": 22}]
+    return {
+        name: [tuple(table(spec, rows).play(profiles, ids, **given) for rows in (0, ROWS)) for given in how]
+        for name, (spec, profiles, ids) in SPECS.items()
+    }
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_each_dialogue_is_the_same_token_for_token(name, plays):
+    """All arrays of the log, also those of turns that were never played."""
+    for want, found in plays[name]:
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(found), strict=True):
+            what = jax.tree_util.keystr(path)
+            if what in (".row_turns", ".row_steps"):
+                continue
+            if np.issubdtype(a.dtype, np.floating):
+                np.testing.assert_allclose(b, a, atol=1e-4, err_msg=what)
+            else:
+                np.testing.assert_array_equal(b, a, err_msg=what)
+
+
+def test_dialogues_ended_at_every_turn_for_every_reason(plays):
+    """What the test above would prove nothing without."""
+    found = [
+        (int(t), END_REASONS[r]) for some in plays.values() for _, d in some for t, r in zip(d.turns, d.end_reason)
+    ]
+    assert {turns for turns, _ in found} >= {1, 2, 3, 4}
+    assert {reason for _, reason in found} == set(END_REASONS[1:])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_log_probs_on_used_rows_equal_fresh_contexts(name, table, plays, policy_lm, user_lm):
+    """Nothing of a row's earlier dialogues is seen: plain passes over contexts of the logged ids."""
+    spec, profiles, _ = SPECS[name]
+    found = plays[name][0][1]
+    mine, theirs = table(spec, ROWS).rows(found, profiles)
+    assert check_claims(policy_lm, mine) == found.policy.said.count.sum() > 200
+    assert check_claims(user_lm, theirs) == found.user.appraisal.count.sum() + found.user.reply.count.sum() > 200
+
+
+def by_lists(d, rows):
+    """[(dialogue, turn) of each row that plays, of each turn of the loop], from the lengths of the dialogues."""
+    # A dialogue that the context ends takes one more turn of its row, in which that is found out.
+    left = [int(t) + (END_REASONS[r] == "context") for t, r in zip(d.turns, d.end_reason, strict=True)]
+    waiting, seats, turns, loop = list(range(len(left))), [None] * rows, [0] * len(left), []
+    while waiting or any(seat is not None for seat in seats):
+        seats = [waiting.pop(0) if seat is None and waiting else seat for seat in seats]
+        playing = [seat for seat in seats if seat is not None]
+        loop.append([(seat, turns[seat]) for seat in playing])
+        for seat in playing:
+            turns[seat] += 1
+        seats = [None if seat is None or turns[seat] == left[seat] else seat for seat in seats]
+    return loop
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_room_is_counted(name, plays):
+    """Turns and decode steps of the loop, by a list of who sits where."""
+    for both in plays[name]:
+        for d, rows in zip(both, (len(both[0].turns), ROWS), strict=True):
+            loop = by_lists(d, rows)
+            assert d.row_turns == rows * len(loop)
+            steps = 0
+            for playing in loop:
+                row, turn = (np.array(x) for x in zip(*playing, strict=True))
+                steps += d.policy.said.count[turn, row].max()
+                steps += sum(said.count[turn, :, row].max(0).sum() for said in (d.user.appraisal, d.user.reply))
+            assert d.row_steps == rows * steps
+        assert both[1].row_turns < both[0].row_turns
+
+
+@pytest.fixture(scope="module")
+def queues(table, plays):
+    """Plays a queue of (profile, dialogue id) on four rows of six places; the program is compiled once."""
+    four = table(ALONE, 4)
+
+    def play(queue):
+        return four.play([PROFILES[p] for p, _ in queue], [i for _, i in queue], count=6)
+
+    play([(0, 0)])
+    return play
+
+
+QUEUES = {
+    "permuted": [(1, 13), (0, 6), (1, 8), (0, 1), (1, 15), (0, 0)],
+    "reversed": [(0, 0), (1, 15), (0, 1), (1, 8), (0, 6), (1, 13)],
+    "no multiple of the rows": [(1, 9), (0, 7), (1, 11), (0, 2), (1, 8)],
+    "as many as rows": [(0, 3), (1, 10), (1, 12), (0, 4)],
+    "shorter than the rows": [(1, 14), (0, 5)],
+    "one": [(1, 13)],
+}
+
+
+@pytest.mark.parametrize("queue", QUEUES.values(), ids=QUEUES)
+def test_a_dialogue_is_the_same_in_any_queue(queue, queues, plays):
+    """Other groups, rows, company and order; places without a dialogue stay empty, and nothing compiles again."""
+    want, compiled = plays["think"][0][0], sample_dialogues._cache_size()
+    found = queues(queue)
+    for place, (_, number) in enumerate(queue):
+        assert words(found, place) == words(want, number), f"dialogue {number}"
+    assert not found.turns[len(queue) :].any()
+    assert not found.end_reason[len(queue) :].any()
+    assert found.row_turns == 4 * len(
+        by_lists(
+            jax.tree.map(
+                lambda x: x,
+                dataclasses.replace(found, turns=found.turns[: len(queue)], end_reason=found.end_reason[: len(queue)]),
+            ),
+            4,
+        )
+    )
+    assert sample_dialogues._cache_size() == compiled
+
+
+def test_other_limits_compile_nothing(table, plays):
+    compiled = sample_dialogues._cache_size()
+    d = table(THINK, ROWS).play(PROFILES[:1], range(50, 58), 9, 2, max_turns=2, say_tokens=5, field=3, reply=2)
+    assert sample_dialogues._cache_size() == compiled
+    assert d.turns[:8].min() > 0
+    assert d.turns.max() == 2
+    assert not d.turns[8:].any()
+    assert d.row_turns == ROWS * len(
+        by_lists(dataclasses.replace(d, turns=d.turns[:8], end_reason=d.end_reason[:8]), ROWS)
+    )
+
+
+def test_profiles_are_read_once_each(plays):
+    """A group's members share one prefill, also one after the other on one row."""
+    for some in plays.values():
+        for want, found in some:
+            assert found.prefix_tokens == want.prefix_tokens
