@@ -1,4 +1,4 @@
-"""Dialogues on fewer rows than there are: each is the one that it is on a row of its own, and no row idles in between."""
+"""Dialogues on fewer rows than there are: each is what it is on a row of its own, and no row idles in between."""
 
 import dataclasses
 
@@ -54,9 +54,8 @@ def test_each_dialogue_is_the_same_token_for_token(name, plays):
 
 def test_dialogues_ended_at_every_turn_for_every_reason(plays):
     """What the test above would prove nothing without."""
-    found = [
-        (int(t), END_REASONS[r]) for some in plays.values() for _, d in some for t, r in zip(d.turns, d.end_reason)
-    ]
+    batches = [d for some in plays.values() for _, d in some]
+    found = {(int(t), END_REASONS[r]) for d in batches for t, r in zip(d.turns, d.end_reason, strict=True)}
     assert {turns for turns, _ in found} >= {1, 2, 3, 4}
     assert {reason for _, reason in found} == set(END_REASONS[1:])
 
@@ -71,10 +70,10 @@ def test_log_probs_on_used_rows_equal_fresh_contexts(name, table, plays, policy_
     assert check_claims(user_lm, theirs) == found.user.appraisal.count.sum() + found.user.reply.count.sum() > 200
 
 
-def by_lists(d, rows):
-    """[(dialogue, turn) of each row that plays, of each turn of the loop], from the lengths of the dialogues."""
+def by_lists(d, rows, count=None):
+    """[(dialogue, turn) of each row that plays, of each turn of the loop], from the lengths of the first `count`."""
     # A dialogue that the context ends takes one more turn of its row, in which that is found out.
-    left = [int(t) + (END_REASONS[r] == "context") for t, r in zip(d.turns, d.end_reason, strict=True)]
+    left = [int(t) + (END_REASONS[r] == "context") for t, r in zip(d.turns, d.end_reason, strict=True)][:count]
     waiting, seats, turns, loop = list(range(len(left))), [None] * rows, [0] * len(left), []
     while waiting or any(seat is not None for seat in seats):
         seats = [waiting.pop(0) if seat is None and waiting else seat for seat in seats]
@@ -133,15 +132,7 @@ def test_a_dialogue_is_the_same_in_any_queue(queue, queues, plays):
         assert words(found, place) == words(want, number), f"dialogue {number}"
     assert not found.turns[len(queue) :].any()
     assert not found.end_reason[len(queue) :].any()
-    assert found.row_turns == 4 * len(
-        by_lists(
-            jax.tree.map(
-                lambda x: x,
-                dataclasses.replace(found, turns=found.turns[: len(queue)], end_reason=found.end_reason[: len(queue)]),
-            ),
-            4,
-        )
-    )
+    assert found.row_turns == 4 * len(by_lists(found, 4, len(queue)))
     assert sample_dialogues._cache_size() == compiled
 
 
@@ -152,9 +143,7 @@ def test_other_limits_compile_nothing(table, plays):
     assert d.turns[:8].min() > 0
     assert d.turns.max() == 2
     assert not d.turns[8:].any()
-    assert d.row_turns == ROWS * len(
-        by_lists(dataclasses.replace(d, turns=d.turns[:8], end_reason=d.end_reason[:8]), ROWS)
-    )
+    assert d.row_turns == ROWS * len(by_lists(d, ROWS, 8))
 
 
 def test_profiles_are_read_once_each(plays):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
+from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.sampling.queue import open_queue, take_next
 
 take = jax.jit(take_next)
@@ -61,9 +61,7 @@ def test_nobody_plays_an_empty_queue():
 
 
 def test_each_part_of_a_mesh_has_a_queue_of_its_own():
-    mesh = Mesh(
-        np.array(jax.devices()[:2]).reshape(1, 2, 1), ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-    )
+    mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
     active = np.array([True] * 5 + [False] + [True] * 3 + [False] * 3)
     lengths = np.random.default_rng(0).integers(1, 5, 12)
     with jax.set_mesh(mesh):
