@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogue import END_REASONS, sample_dialogues
+from rlver_jax.parallel.distributed import everywhere
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import Players
+from rlver_jax.sampling.cache import LM
 
 from .conftest import check_claims, some_profiles
-from .test_dialogue import ALONE, DIRECT, PROFILES, THINK, Table, words
+from .test_dialogue import ALONE, DIRECT, HOW, PROFILES, THINK, Table, limits, words
 
 ROWS = 3  # 16 and 8 dialogues are no multiple of it
 SPECS = {"think": (THINK, PROFILES, range(16)), "direct": (DIRECT, some_profiles(4), range(8))}
@@ -144,6 +148,27 @@ def test_other_limits_compile_nothing(table, plays):
     assert d.turns.max() == 2
     assert not d.turns[8:].any()
     assert d.row_turns == ROWS * len(by_lists(d, ROWS, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [("think", 8), ("direct", 4)])
+def test_parts_of_a_mesh_refill_their_own_rows(name, rows, plays, policy_lm, user_lm, bpe, prompts):
+    """Four parts: two profiles, whole on each, are no multiple of them; four are, and lie where their rows do."""
+    spec, profiles, ids = SPECS[name]
+    mesh = make_mesh(2, 2, 2)
+    policy, user = (LM(everywhere(lm.params, mesh), lm.model) for lm in (policy_lm, user_lm))
+    spec = dataclasses.replace(spec, rows=rows)
+    players = Players.build(policy, user, bpe, prompts, spec, mesh, **HOW)
+    found = jax.device_get(players.play(players.encode(profiles, ids), jax.random.key(0), limits(spec)))
+    want = plays[name][0][0]
+    for b in range(len(ids)):
+        assert words(found, b) == words(want, b), f"dialogue {b}"
+    size = len(ids) // 4
+    loops = []
+    for i in range(0, len(ids), size):
+        part = dataclasses.replace(want, turns=want.turns[i:], end_reason=want.end_reason[i:])
+        loops.append(by_lists(part, rows // 4, size))
+    assert found.row_turns == rows * max(map(len, loops))
 
 
 def test_profiles_are_read_once_each(plays):
