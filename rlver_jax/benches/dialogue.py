@@ -1,8 +1,8 @@
 """Whole dialogues of the miniature, of one to eight turns: rows that are filled again against rows that wait.
 
-Three ways to play the same dialogues: on ROWS rows that take the next dialogue when theirs has ended (`refill`), in
-batches of ROWS, each played to its end (`waiting`), and all at once on as many rows as there are dialogues (`wide`),
-which needs the memory for that.
+Three ways to play the same dialogues: on a few rows that take the next dialogue when theirs has ended (`refill`), in
+batches of that size, each played to its end (`waiting`), and all at once on as many rows as there are dialogues
+(`wide`), which needs the memory for that.
 """
 
 import dataclasses
@@ -26,13 +26,14 @@ FLOOR, CEILING = 30, 70  # near enough to the beginning, 40, that emotions end d
 
 def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     """Figures of the three ways, and how many times as fast `refill` is as the others."""
+    dialogues, rows = DIALOGUES, ROWS
     tell("loading the models")
-    refill = _evaluation(DIALOGUES, ROWS)
+    refill = _evaluation(dialogues, rows)
     waiting, wide = (
-        dataclasses.replace(refill, batch=batch, players=_on_all_rows(refill)) for batch in (ROWS, DIALOGUES)
+        dataclasses.replace(refill, batch=batch, players=_on_all_rows(refill)) for batch in (rows, dialogues)
     )
     evaluations = {"refill": refill, "waiting": waiting, "wide": wide}
-    ways = {name: _player(evaluation) for name, evaluation in evaluations.items()}
+    ways = {name: _player(evaluation, dialogues) for name, evaluation in evaluations.items()}
     compiled, played = {}, {}
     for name, play in ways.items():
         tell(f"compiling and playing {name}")
@@ -44,8 +45,8 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     found = {name: _figures(e, played[name], seconds[name], compiled[name]) for name, e in evaluations.items()}
     turns = np.concatenate([d.turns for d in played["refill"]])
     return {
-        "dialogues": DIALOGUES,
-        "rows": ROWS,
+        "dialogues": dialogues,
+        "rows": rows,
         "turns": {str(n): int((turns == n).sum()) for n in range(1, TURNS + 1)},
         "ways": found,
         "refill_over_waiting": ratios(seconds["waiting"], seconds["refill"]),
@@ -84,10 +85,10 @@ def _on_all_rows(evaluation: Evaluation) -> Any:
     return dataclasses.replace(evaluation.players, spec=spec)
 
 
-def _player(evaluation: Evaluation) -> Callable[[], list[Dialogues]]:
+def _player(evaluation: Evaluation, dialogues: int) -> Callable[[], list[Dialogues]]:
     """Plays all dialogues, batch by batch; nothing waits for a batch to end before the next is on its way."""
     key, size = jax.random.key(0), evaluation.batch
-    numbers = [list(range(i, i + size)) for i in range(0, DIALOGUES, size)]
+    numbers = [list(range(i, i + size)) for i in range(0, dialogues, size)]
     batches = [evaluation.tokens.batch(some, some, size, evaluation.players.mesh) for some in numbers]
     return lambda: [evaluation.players.play(profiles, key, evaluation.limits) for profiles in batches]
 
@@ -109,7 +110,7 @@ def _figures(evaluation: Evaluation, played: list[Dialogues], seconds: list[floa
     generated, turns = sum(map(generated_count, played)), sum(int(d.turns.sum()) for d in played)
     return {
         "rows": evaluation.players.spec.rows_of(evaluation.batch),
-        "dialogues_per_s": DIALOGUES / median,
+        "dialogues_per_s": sum(len(d.turns) for d in played) / median,
         "generated_tokens_per_s": generated / median,
         "occupancy": turns / sum(int(d.row_turns) for d in played),
         "step_occupancy": generated / sum(int(d.row_steps) for d in played),
