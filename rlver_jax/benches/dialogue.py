@@ -8,7 +8,7 @@ batches of that size, each played to its end (`waiting`), and all at once on as 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
