@@ -21,7 +21,7 @@ class Queue(NamedTuple):
 class Seats(NamedTuple):
     """What each row plays."""
 
-    dialogue: Int[Array, "R"]  # of a dead row: the one it has played, 0 before
+    dialogue: Int[Array, "R"]  # of a dead row: any of its part's
     turn: Int[Array, "R"]  # turns of that dialogue that are over
     alive: Bool[Array, "R"]
     taken: Int[Array, "G"]  # dialogues that have left each part's queue
@@ -33,8 +33,9 @@ def open_queue(active: Bool[Array, "N"], rows: int) -> tuple[Queue, Seats]:
     waits = active.reshape(parts, -1)
     order = jnp.argsort(~waits, axis=1, stable=True) + jnp.arange(parts)[:, None] * waits.shape[1]
     queue = Queue(order.astype(jnp.int32), waits.sum(1, dtype=jnp.int32))
-    nobody = jnp.zeros(rows, jnp.int32)
-    return queue, Seats(nobody, nobody, jnp.zeros(rows, bool), jnp.zeros(parts, jnp.int32))
+    any_of_part = jnp.repeat(queue.dialogues[:, 0], rows // parts)
+    seats = Seats(any_of_part, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), jnp.zeros(parts, jnp.int32))
+    return queue, seats
 
 
 def take_next(queue: Queue, seats: Seats) -> tuple[Seats, Bool[Array, "R"]]:
