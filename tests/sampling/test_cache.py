@@ -92,7 +92,7 @@ def test_repeated_rows_go_their_own_ways(toy):
 def test_restarted_rows_are_fresh_contexts_and_the_others_go_on(lm):
     """Rows 0 and 2 forget longer contexts than their new heads; what was there behind the heads is never seen."""
     old, heads, tails = random_rows([30, 9, 25, 1], 6), random_rows([6, 13], 7), random_rows([20, 5, 1, 24], 8)
-    before = appended(lm, old)
+    before = appended(lm, old, width=32)
     source, fresh = jnp.asarray([1, 0, 0, 1]), jnp.asarray([True, False, True, False])
     restart = jax.jit(restart_rows)
     cache = restart(before, appended(lm, heads, 40), source, fresh)
