@@ -73,7 +73,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.shuffle = True  # False: profiles come in the order of the files
 
     c.rollout = ConfigDict()
-    c.rollout.batch = 32  # dialogues played at once = profiles x group (RLVER: 32)
+    c.rollout.batch = 32  # dialogues of a step = profiles x group (RLVER: 32)
+    c.rollout.rows = 0  # of them played at a time: where one ends, the next begins (docs/performance.md); 0: all
     c.rollout.group = 1  # dialogues of one profile (RLVER: 1 with PPO, 4 with GRPO)
     c.rollout.max_turns = 8  # policy replies in a dialogue (RLVER: 8)
     c.rollout.context = 8192  # slots of each row's cache, in tokens, policy and user alike
@@ -170,7 +171,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.num_profiles = 100  # profiles played (SAGE: 100); fewer if the file has fewer
     c.eval.initial_emotion = 40  # SAGE
     c.eval.max_turns = 10  # SAGE
-    c.eval.batch = 32  # dialogues played at once
+    c.eval.batch = 32  # dialogues played by one call of the sampler
+    c.eval.rows = 0  # of them played at a time, as rollout.rows, where both models are on the device; 0: all
     c.eval.temperature = 1.0  # of the policy; 0: greedy
     c.eval.seed = 0
     c.eval.gold = ""  # judge beside the user: miniature (its grammar's rule, eval/rule_score); empty: none

@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax.config import profile_files
-from rlver_jax.dialogue import PlayLimits
 from rlver_jax.learning.objective import Learner, Loss, Trained
 from rlver_jax.learning.pack import max_length
 from rlver_jax.learning.update import (
@@ -31,6 +30,7 @@ from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_o
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.sampling.grammar import Grammar
+from rlver_jax.spec import PlayLimits, Spec
 
 LENGTH_STEP = 128  # packed rows are multiples of it
 
@@ -69,12 +69,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         batch_size=config.rollout.batch // config.rollout.group,
         shuffle=config.data.shuffle,
     )
-    spec = spec_of(
-        config,
-        group=config.rollout.group,
-        max_turns=config.rollout.max_turns,
-        initial_emotion=config.emotion.initial,
-    )
+    spec = rollout_spec(config)
     players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
     limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
@@ -87,6 +82,13 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     grammar = everywhere(players.tables[0].grammar, mesh)
     run = Run(config, mesh, players, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
     return run, _placed_state(trained, setup.optimizers, mesh)
+
+
+def rollout_spec(config: ConfigDict) -> Spec:
+    """What the sampler is compiled for in training."""
+    c = config.rollout
+    initial = config.emotion.initial
+    return spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=initial, rows=c.rows)
 
 
 def packed_lengths(config: ConfigDict, players: Players, first_width: int) -> tuple[int, ...]:

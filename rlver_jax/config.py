@@ -56,6 +56,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "user.field_tokens": (1, None, "tokens"),
     "user.reply_tokens": (1, None, "tokens"),
     "rollout.batch": (1, None, "dialogues"),
+    "rollout.rows": (0, None, "dialogues"),
     "rollout.group": (1, None, "dialogues"),
     "rollout.max_turns": (1, None, "turns"),
     "rollout.context": (1, None, "tokens"),
@@ -114,6 +115,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "eval.initial_emotion": (0, 100, "points"),
     "eval.max_turns": (1, None, "turns"),
     "eval.batch": (1, None, "dialogues"),
+    "eval.rows": (0, None, "dialogues"),
     "eval.temperature": (0, None, ""),
     "remote.policy.price_in": (0, None, "a million tokens"),
     "remote.policy.price_out": (0, None, "a million tokens"),
@@ -287,7 +289,8 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
     checks = [("rollout.batch", "mesh", training_shape)]
     if sampling_shape != training_shape:
         checks.append(("rollout.batch", "mesh_sampling", sampling_shape))
-    checks.append(("eval.batch", checks[-1][1], sampling_shape))
+    played_on = checks[-1][1]
+    checks += [(field, played_on, sampling_shape) for field in ("rollout.rows", "eval.batch", "eval.rows")]
     parts = values["train.minibatches"] * values["train.microbatches"]
     rows = training_shape[0] * training_shape[1]
     if not batch % parts and not batch % rows and batch // parts % rows:

@@ -13,24 +13,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from rlver_jax.dialogue import (
-    Dialogues,
-    PlayLimits,
-    PolicyTables,
-    Profiles,
-    Spec,
-    build_policy_tables,
-    room_needed,
-    sample_dialogues,
-)
+from rlver_jax.dialogue import Dialogues, Profiles, room_needed, sample_dialogues
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.distributed import everywhere, rows_on
+from rlver_jax.policy import PolicyTables, build_policy_tables
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
+from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
@@ -152,7 +145,7 @@ def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
     return EmotionRules(initial, c.floor, c.ceiling, c.max_change, tuple(c.thresholds))
 
 
-def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int) -> Spec:
+def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int, rows: int = 0) -> Spec:
     """What the sampler is compiled for, from a config."""
     return Spec(
         mode=config.policy.mode,
@@ -166,6 +159,7 @@ def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: 
         readout=config.user.readout,
         rules=emotion_rules(config, initial_emotion),
         truncation=Truncation(config.rollout.top_k, config.rollout.top_p),
+        rows=rows,
     )
 
 

@@ -18,13 +18,14 @@ from rich.console import Console
 from rlver_jax import evaluation
 from rlver_jax.assembly import Run, assemble
 from rlver_jax.config import flatten, reward_settings
-from rlver_jax.dialogue import Dialogues, PolicyTables, Spec
+from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import TrainState, compile_step
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.players import Players, sampling_copy
+from rlver_jax.policy import PolicyTables
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.rewards import Rewards, reward
 from rlver_jax.runs.checkpoint import Checkpoints
@@ -35,9 +36,10 @@ from rlver_jax.runs.metrics import MetricsWriter
 from rlver_jax.runs.progress import TrainingProgress
 from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.sampling.cache import LM
+from rlver_jax.spec import Spec
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
-FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling")
+FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows")
 
 
 def score(dialogues: Dialogues, tables: PolicyTables, spec: Spec, how: tuple) -> tuple[Rewards, Int[Array, ""]]:

@@ -76,6 +76,7 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
     config, spec = shapes.config, shapes.players.spec
     tables = shapes.players.tables[1]
     considerations = len(tables.reply.names)
+    rounds = -(-config.rollout.batch // spec.rows_of(config.rollout.batch))
     reply = ((considerations - 1) * config.user.field_tokens + config.user.reply_tokens) / considerations
 
     def turns(op_name: str) -> float:
@@ -87,7 +88,7 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
             return reply
         if "open_dialogues" in op_name:
             return 0  # profiles bring their first utterance
-        return spec.max_turns if "sample_dialogues" in op_name else 1
+        return spec.max_turns * rounds if "sample_dialogues" in op_name else 1
 
     return turns
 

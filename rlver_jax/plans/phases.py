@@ -65,10 +65,12 @@ def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Sh
 def play_of(shapes: Shapes) -> flops.Play:
     """Lengths of the dialogues."""
     config, (policy, user) = shapes.config, shapes.players.tables
+    batch = config.rollout.batch
     scripts = (user.appraisal, user.reply)
     return flops.Play(
-        rows=config.rollout.batch,
-        profiles=config.rollout.batch // config.rollout.group,
+        dialogues=batch,
+        profiles=batch // config.rollout.group,
+        rows=shapes.players.spec.rows_of(batch),
         system=policy.system.shape[0],
         prefix=shapes.profiles.prefix.shape[1],
         heard=config.user.reply_tokens,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax import assembly
-from rlver_jax.dialogue import Dialogues, Profiles, Spec, sample_dialogues
+from rlver_jax.dialogue import Dialogues, Profiles, sample_dialogues
 from rlver_jax.learning.objective import Trained
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.update import Setup, TrainState, compile_step, init_state
@@ -24,9 +24,10 @@ from rlver_jax.models.config import Qwen2Config, preset
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
-from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program, spec_of
+from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.cache import LM
+from rlver_jax.spec import Spec
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.trainer import pack_program, row_sharding
 from rlver_jax.user.prompts import load_prompts
@@ -121,8 +122,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     Raises:
         ValueError: an array can't be divided over the mesh, or a model is not named.
     """
-    c = config.rollout
-    spec = spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=config.emotion.initial)
+    spec = assembly.rollout_spec(config)
     playing = sampling_mesh(mesh, config.mesh_sampling)
     players = unplaced_players(config, texts.tokenizer, texts.language, spec)
     policy, user = players.policy.model, players.user.model
