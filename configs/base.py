@@ -144,7 +144,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.epochs = 1  # passes over each batch (RLVER: 1)
     c.train.minibatches = 1  # optimizer steps a pass
     c.train.microbatches = 1  # parts of a minibatch whose gradients are summed: less memory, same result
-    c.train.length_buckets = 4  # lengths of packed rows that may be compiled; a batch takes the least that fits
+    # Dialogues share packed rows, of which each device reads one at a time, as often as they need: less padding, same
+    # result (docs/performance.md). False: one dialogue a row, microbatches as given above
+    c.train.share_rows = True
+    c.train.length_buckets = 8  # lengths of packed rows that may be compiled; a batch takes the cheapest
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # steps; the last step and an interrupted one are always saved

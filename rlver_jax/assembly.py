@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ from rlver_jax.config import profile_files
 from rlver_jax.dialogue import PlayLimits
 from rlver_jax.learning.objective import Learner, Loss, Trained
 from rlver_jax.learning.pack import max_length
+from rlver_jax.learning.rows import Layout, arrange
 from rlver_jax.learning.update import (
     Advantage,
     Optimizers,
@@ -23,10 +25,11 @@ from rlver_jax.learning.update import (
     init_state,
     make_optimizer,
 )
+from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Params
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import everywhere
-from rlver_jax.parallel.mesh import sampling_mesh
+from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
@@ -47,13 +50,28 @@ class Run:
     reader: ProfileReader
     limits: PlayLimits
     setup: Setup
-    lengths: tuple[int, ...]  # of packed rows, rising
+    lengths: tuple[int, ...]  # that packed rows may have, rising
     grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
-    def length_for(self, longest: int) -> int:
-        """The least length that is compiled for a batch whose longest row has so many tokens."""
-        return next(length for length in self.lengths if length >= longest)
+    def arranged(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, Layout | None]:
+        """How to read a batch: the length of packed rows, and the dialogues' places where they share rows.
+
+        Args:
+            lengths: [B] tokens of the dialogues.
+            orders: [U, N] dialogues of each update.
+        """
+        if not self.config.train.share_rows:
+            return next(length for length in self.lengths if length >= lengths.max()), None
+        horizon = attention_horizon(self.players.policy.model.config)
+        return arrange(lengths, orders, self.lengths, batch_parts(self.mesh), horizon)
+
+    def places(self, length: int, layout: Layout | None) -> int:
+        """Places of all rows that one pass over a batch reads, padding included."""
+        if layout is None:
+            return length * self.config.rollout.batch
+        reads = int(np.sum(layout.updates.reads)) * batch_parts(self.mesh)
+        return reads * length // self.config.train.epochs
 
 
 def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
@@ -78,7 +96,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
     limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    lengths = packed_lengths(config, players, tokens.first_talk.shape[1])
+    lengths = row_lengths(config, players, tokens.first_talk.shape[1], mesh)
     trained, trunk = trained_of(config, players, mesh)
     setup = setup_of(config, players, trunk, "critic" in trained, mesh)
     reference = None
@@ -89,12 +107,36 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     return run, _placed_state(trained, setup.optimizers, mesh)
 
 
-def packed_lengths(config: ConfigDict, players: Players, first_width: int) -> tuple[int, ...]:
-    """Lengths of packed rows that may be compiled: evenly spread up to the longest row possible."""
-    longest = max_length(players.tables[0], players.spec, first_width)
+def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:
+    """Lengths of packed rows that may be compiled: evenly spread, the last one holds the longest dialogues possible."""
+    longest = dialogues_a_row(config, mesh) * max_length(players.tables[0], players.spec, first_width)
     count = config.train.length_buckets
     up = lambda x: -(-x // LENGTH_STEP) * LENGTH_STEP  # noqa: E731
     return tuple(sorted({up(-(-longest * (i + 1) // count)) for i in range(count)}))
+
+
+def dialogues_a_row(config: ConfigDict, mesh: Mesh) -> int:
+    """How many of the longest dialogues fit in the longest row.
+
+    2 where they share rows and each device would have two or more rows of a microbatch otherwise: no more tokens are
+    read at a time than it has room for.
+    """
+    apart = config.rollout.batch // (config.train.minibatches * config.train.microbatches)
+    return 2 if config.train.share_rows and apart >= 2 * batch_parts(mesh) else 1
+
+
+def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
+    """Microbatches that so many dialogues of the greatest length are read in."""
+    if not config.train.share_rows:
+        return dialogues * config.train.minibatches * config.train.microbatches // config.rollout.batch
+    return -(-dialogues // (dialogues_a_row(config, mesh) * batch_parts(mesh)))
+
+
+def attention_horizon(c: Qwen2Config) -> float:
+    """Length of a row, in tokens, at which attention takes as many operations as the weights of a layer."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    # 2 for each weight against 4 q for each of the length / 2 tokens seen: scores and weighted values.
+    return c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size) / q
 
 
 def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, players: Players):

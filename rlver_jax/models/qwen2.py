@@ -186,6 +186,7 @@ class Qwen2(nn.Module):
         branch: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
         start: Int[Array, "B"] | None = None,
+        segment: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with the new tokens in it.
 
@@ -195,8 +196,10 @@ class Qwen2(nn.Module):
             branch: int32, 0 for canonical tokens (see `attention`); with a cache, what it already holds is canonical.
             cache: keys and values of earlier tokens; the new ones are written at slots start..start+S-1.
             start: int32 valid slots of each row; wanted exactly when there is a cache.
+            segment: int32, equal for the tokens of one dialogue: only they see each other; None: a row is one. Without
+                a cache only.
         """
-        see = self._visibility(tokens, branch, cache, start)
+        see = self._visibility(tokens, branch, cache, start, segment)
         embed = Embedding(self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed")
         x = rules.constrain(embed(tokens), "batch", "length", "activation")
         keys, values = (None, None) if cache is None else cache
@@ -208,11 +211,13 @@ class Qwen2(nn.Module):
             self.param("lm_head", init, shape, self.param_dtype)  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
 
-    def _visibility(self, tokens, branch, cache, start) -> Visibility:
+    def _visibility(self, tokens, branch, cache, start, segment) -> Visibility:
         if (cache is None) != (start is None):
             raise ValueError("cache and start go together: give both or neither")
         if cache is None or start is None:
-            return Visibility(None, branch, branch)
+            return Visibility(None, branch, branch, q_segment=segment, k_segment=segment)
+        if segment is not None:
+            raise ValueError("a cache holds one dialogue a row: give no segment with it")
         slots = start[:, None] + jnp.arange(tokens.shape[1])
         filled = slots.max() + 1  # once, not in every layer: where a batch is spread, devices must agree on it
         if branch is None:
