@@ -26,7 +26,7 @@ from rlver_jax.learning.update import (
     make_optimizer,
 )
 from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.qwen2 import Params
+from rlver_jax.models.qwen2 import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
@@ -80,6 +80,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     Raises:
         ValueError, OSError: a model or the profiles cannot be loaded, or don't fit together.
     """
+    _check_attention(config, mesh)
     profiles = read_profiles(profile_files(config.data.train))
     reader = ProfileReader(
         profiles,
@@ -105,6 +106,16 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     grammar = everywhere(players.tables[0].grammar, mesh)
     run = Run(config, mesh, players, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
     return run, _placed_state(trained, setup.optimizers, mesh)
+
+
+def _check_attention(config: ConfigDict, mesh: Mesh) -> None:
+    platform = mesh.devices.flat[0].platform
+    for name in ("policy", "critic"):
+        if config[name].attention == "splash" and platform != "tpu":
+            raise ValueError(
+                f"{name}.attention='splash' is made of kernels for TPU, but the devices are {platform}; set "
+                f"--config.{name}.attention=chunked"
+            )
 
 
 def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:
@@ -160,10 +171,15 @@ def trained_of(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Traine
     trunk, critic = None, {}
     if config.critic.kind == "separate":
         lm, _ = _model(config, "critic", config.critic, mesh, players)
-        width, trunk = lm.model.config.hidden_size, lm.model.clone(remat=config.critic.remat)
+        width, trunk = lm.model.config.hidden_size, as_trained(lm.model, config.critic)
         critic["trunk"] = lm.params
     critic["head"] = nn.unbox(head.init(jax.random.key(0), jnp.zeros((1, width))))["params"]  # a constant: no draw
     return {"policy": policy, "critic": critic}, trunk
+
+
+def as_trained(model: Qwen2, c: ConfigDict) -> Qwen2:
+    """A model as the update reads it; `c` is `config.policy` or `config.critic`."""
+    return model.clone(remat=c.remat, attention=c.attention)
 
 
 def value_head_of(config: ConfigDict) -> ValueHead:
@@ -180,7 +196,7 @@ def setup_of(config: ConfigDict, players: Players, trunk: Any, has_critic: bool,
         entropy=c.entropy, kl=c.kl, kl_estimator=c.kl_estimator, value=c.value_weight, value_clip=c.value_clip,
     )  # fmt: skip
     learner = Learner(
-        players.policy.model.clone(remat=config.policy.remat),
+        as_trained(players.policy.model, config.policy),
         trunk,
         value_head_of(config) if has_critic else None,
         loss,

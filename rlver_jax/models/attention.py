@@ -9,7 +9,7 @@ row, a query sees keys of its own segment only.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Visibility(NamedTuple):
     filled: Int[Array, ""] | None = None  # slots from here on are seen by no query; None: not known
     q_segment: Int[Array, "B Q"] | None = None  # dialogue of each query; None: a row is one dialogue
     k_segment: Int[Array, "B C"] | None = None
+    blocks: Any = None  # the same in blocks, for `splash`
 
 
 def visible(see: Visibility, num_keys: int) -> Array:

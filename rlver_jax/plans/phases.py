@@ -119,7 +119,8 @@ def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) 
 
 
 def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int) -> Work:
-    chunked = c.attention == "chunked" and length > c.attention_chunk
+    # Splash, too, computes scores again in its backward pass.
+    chunked = c.attention == "splash" or (c.attention == "chunked" and length > c.attention_chunk)
     size = model.param_dtype.itemsize
     return flops.packed_update(
         model.config, rows, length, logits=logits, itemsize=size, parts=parts, remat=c.remat, chunked=chunked

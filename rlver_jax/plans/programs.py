@@ -172,7 +172,7 @@ def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained,
     width = players.policy.model.config.hidden_size
     if config.critic.kind == "separate":
         found = architecture(config, "critic", config.policy)
-        trunk = make_model(config.critic, "critic", found).clone(remat=config.critic.remat)
+        trunk = assembly.as_trained(make_model(config.critic, "critic", found), config.critic)
         width, critic["trunk"] = found.hidden_size, params_of(trunk, mesh)
     head = assembly.value_head_of(config)
     made = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, width))))

@@ -18,10 +18,13 @@ def gathers(ops):
     return [op for op in collectives(ops) if op.kind.startswith("all-gather") and "f" in op.shapes[0][0]]
 
 
-def check_update(ops, mesh):
-    """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens."""
+def check_update(ops, mesh, places: int = 0):
+    """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens.
+
+    Numbers of all tokens, so many `places`, may be gathered too.
+    """
     tensor = mesh.shape["tensor"]
-    found = gathers(ops)
+    found = [op for op in gathers(ops) if op.largest > places]
     assert found, "weights split over fsdp must be gathered somewhere"
     for op in found:
         assert op.inside, f"gathered outside the loop over layers or chunks: {op.line}"
@@ -80,6 +83,26 @@ def test_ppo_for_tpu(shape, microbatches):
     mesh = tpu_mesh("v5e:2x4", *shape)
     lowered = lower_update(mesh, batch=BATCH, length=LENGTH, ppo=True, microbatches=microbatches)
     check_update(operations(lowered.compile().as_text()), mesh)
+
+
+@pytest.mark.slow
+def test_shared_rows_move_numbers_of_tokens_only():
+    mesh = make_mesh(1, 4, 2)
+    lowered = lower_update(mesh, batch=BATCH, length=LENGTH, ppo=True, shared=True)
+    check_update(operations(lowered.compile().as_text()), mesh, places=BATCH * LENGTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_splash_attention_for_tpu(topology, scan):
+    """Three kernels a layer and its gradient: the forward pass, and the gradients of queries and of keys and values."""
+    mesh = tpu_mesh(topology, 1, 4, 2)
+    model = MODEL.clone(attention="splash", scan_layers=scan)
+    text = lower_update(mesh, batch=BATCH, length=1024, ppo=False, model=model, shared=True).compile().as_text()
+    for kernel in ("fwd", "dq", "dkv"):
+        assert f"splash_mha_{kernel}" in text
+    check_update(operations(text), mesh, places=BATCH * 1024)
 
 
 @pytest.mark.slow
