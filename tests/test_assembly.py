@@ -1,0 +1,66 @@
+"""How a run's rows are read: lengths that may be compiled, and what one device holds of a microbatch."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import debug
+from rlver_jax.assembly import assemble, attention_horizon, dialogues_a_row, reads_at_most, row_lengths
+from rlver_jax.dialogue import Spec
+from rlver_jax.learning.pack import max_length
+from rlver_jax.models.config import preset
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import Players
+
+
+def config_of(**fields):
+    config = debug.get_config()
+    config.update_from_flattened_dict({name.replace("__", "."): x for name, x in fields.items()})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices", "fit", "reads"),
+    [
+        ({}, 1, 2, 4),  # eight rows at a time otherwise: now one of twice the length, four times
+        ({}, 4, 2, 1),
+        ({}, 8, 1, 1),  # a row for each device, and no room for more
+        ({"train__microbatches": 2}, 4, 1, 2),
+        ({"train__microbatches": 8}, 1, 1, 8),
+        ({"train__share_rows": False, "train__microbatches": 2}, 1, 1, 2),
+    ],
+)
+def test_a_device_never_reads_more_at_a_time_than_it_has_room_for(fields, devices, fit, reads):
+    config, mesh = config_of(**fields), make_mesh(1, devices, 1, devices=jax.devices()[:devices])
+    assert dialogues_a_row(config, mesh) == fit
+    assert reads_at_most(config, mesh, config.rollout.batch) == reads
+
+
+def test_lengths_are_spread_up_to_the_longest_row(bpe, prompts, policy_lm, user_lm):
+    spec = Spec(
+        mode="think", enforce_format=False, group=1, max_turns=2, context=768, think_tokens=24, say_tokens=12,
+        user_tokens=8,
+    )  # fmt: skip
+    players = Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    longest = max_length(players.tables[0], spec, 10)
+    one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for fields, most in (({}, 2 * longest), ({"train__share_rows": False}, longest)):
+        found = np.array(row_lengths(config_of(train__length_buckets=3, **fields), players, 10, one))
+        assert not (found % 128).any()
+        assert (np.diff(found) > 0).all()
+        assert most <= found[-1] < most + 128
+        assert len(found) <= 3
+
+
+def test_attention_counts_from_a_length_on():
+    """Qwen2.5-7B: 233 million weights in a layer's products, 3,584 query columns."""
+    weights = 3584 * (2 * 3584 + 2 * 512 + 3 * 18_944)
+    assert attention_horizon(preset("7b")) == pytest.approx(weights / 3584)
+
+
+def test_kernels_for_tpu_are_refused_elsewhere():
+    config = config_of(critic__attention="splash")
+    with pytest.raises(
+        ValueError, match=r"critic.attention='splash' is made of kernels for TPU, but the devices are cpu"
+    ):
+        assemble(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
