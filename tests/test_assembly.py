@@ -60,7 +60,5 @@ def test_attention_counts_from_a_length_on():
 
 def test_kernels_for_tpu_are_refused_elsewhere():
     config = config_of(critic__attention="splash")
-    with pytest.raises(
-        ValueError, match=r"critic.attention='splash' is made of kernels for TPU, but the devices are cpu"
-    ):
+    with pytest.raises(ValueError, match="critic.attention='splash' is made of kernels for TPU, but the devices are"):
         assemble(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
