@@ -147,7 +147,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.microbatches = 1  # parts of a minibatch whose gradients are summed: less memory, same result
     # Rows are shared by dialogues and read one at a time by each device, as often as it takes (docs/performance.md)
     c.train.share_rows = True  # less padding, same result; False: one dialogue a row, microbatches as given above
-    c.train.length_buckets = 8  # lengths of packed rows that may be compiled; a batch takes the cheapest
+    c.train.padding = 0.1  # share of padding in shared rows that is little: the shortest rows with less are taken
+    c.train.length_buckets = 8  # lengths of packed rows that may be compiled, between a length and its double
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # steps; the last step and an interrupted one are always saved

@@ -25,7 +25,6 @@ from rlver_jax.learning.update import (
     init_state,
     make_optimizer,
 )
-from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import everywhere
@@ -35,7 +34,7 @@ from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.sampling.grammar import Grammar
 
-LENGTH_STEP = 128  # packed rows are multiples of it
+LENGTH_STEP = 64  # packed rows are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Run:
         """
         if not self.config.train.share_rows:
             return next(length for length in self.lengths if length >= lengths.max()), None
-        horizon = attention_horizon(self.players.policy.model.config)
-        return arrange(lengths, orders, self.lengths, batch_parts(self.mesh), horizon)
+        return arrange(lengths, orders, self.lengths, batch_parts(self.mesh), self.config.train.padding)
 
     def places(self, length: int, layout: Layout | None) -> int:
         """Places of all rows that one pass over a batch reads, padding included."""
@@ -119,11 +117,14 @@ def _check_attention(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:
-    """Lengths of packed rows that may be compiled: evenly spread, the last one holds the longest dialogues possible."""
+    """Lengths of packed rows that may be compiled, rising, so many an octave; the last holds the longest dialogues."""
     longest = dialogues_a_row(config, mesh) * max_length(players.tables[0], players.spec, first_width)
-    count = config.train.length_buckets
     up = lambda x: -(-x // LENGTH_STEP) * LENGTH_STEP  # noqa: E731
-    return tuple(sorted({up(-(-longest * (i + 1) // count)) for i in range(count)}))
+    lengths = [LENGTH_STEP]
+    while lengths[-1] < longest:
+        octave = 1 << (lengths[-1].bit_length() - 1)
+        lengths.append(min(lengths[-1] + up(-(-octave // config.train.length_buckets)), up(longest)))
+    return tuple(lengths)
 
 
 def dialogues_a_row(config: ConfigDict, mesh: Mesh) -> int:
@@ -141,13 +142,6 @@ def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
     if not config.train.share_rows:
         return dialogues * config.train.minibatches * config.train.microbatches // config.rollout.batch
     return -(-dialogues // (dialogues_a_row(config, mesh) * batch_parts(mesh)))
-
-
-def attention_horizon(c: Qwen2Config) -> float:
-    """Length of a row, in tokens, at which attention takes as many operations as the weights of a layer."""
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    # 2 for each weight against 4 q for each of the length / 2 tokens seen: scores and weighted values.
-    return c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size) / q
 
 
 def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, players: Players):

@@ -97,6 +97,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "train.epochs": (1, None, "passes"),
     "train.minibatches": (1, None, "updates"),
     "train.microbatches": (1, None, "parts"),
+    "train.padding": (0, 1, ""),
     "train.length_buckets": (1, None, "lengths"),
     "checkpoint.every": (1, None, "steps"),
     "checkpoint.keep_last": (1, None, "checkpoints"),

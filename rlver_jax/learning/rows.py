@@ -45,36 +45,38 @@ class SharedRows(PackedBatch):
 
 
 def arrange(
-    lengths: np.ndarray, orders: np.ndarray, ladder: Sequence[int], width: int, horizon: float
+    lengths: np.ndarray, orders: np.ndarray, ladder: Sequence[int], width: int, most: float
 ) -> tuple[int, Layout]:
-    """The cheapest way to read a batch, on the host.
-
-    A row of L places costs L (1 + L / horizon): attention is not free. Of `ladder` that length is taken which makes the
-    sum over all updates least; rows are then filled evenly, so that devices have alike to do.
+    """How to read a batch, on the host: in the shortest rows with little padding, since long ones cost attention.
 
     Args:
         lengths: [B] tokens of the dialogues.
         orders: [U, N] dialogues of each update.
         ladder: lengths of rows that may be compiled, rising; the last one holds the longest dialogue.
         width: rows read at a time.
-        horizon: length of a row at which attention takes as long as the weights.
+        most: share of padding in the rows of all updates that is little; where no length has less, the least it is.
+
+    Returns:
+        The length of rows, and where dialogues lie in them.
 
     Raises:
         ValueError: a dialogue is longer than any row.
     """
     if lengths.max() > ladder[-1]:
         raise ValueError(f"a dialogue has {lengths.max()} tokens, but rows have at most {ladder[-1]}")
-    found = None
+    tokens, found = int(lengths[orders].sum()), None
     for length in ladder:
-        if length >= lengths.max():
-            updates = [place(lengths[order], length, width) for order in orders]
-            cost = sum(int(places.reads) for places in updates) * length * (1 + length / horizon)
-            if found is None or cost < found[0]:
-                found = (cost, length, updates)
+        if length < lengths.max():
+            continue
+        updates = [place(lengths[order], length, width) for order in orders]
+        padding = 1 - tokens / (sum(int(places.reads) for places in updates) * width * length)
+        if found is None or padding < found[0]:
+            found = (padding, length, updates)
+        if padding <= most:
+            break
     assert found is not None
     _, length, updates = found
-    whole = place(lengths, length, width)
-    return length, Layout(whole, jax.tree.map(lambda *x: np.stack(x), *updates))
+    return length, Layout(place(lengths, length, width), jax.tree.map(lambda *x: np.stack(x), *updates))
 
 
 def place(lengths: np.ndarray, length: int, width: int) -> Places:
@@ -107,11 +109,6 @@ def _fill(
         row[n], start[n] = r, filled[r]
         filled[r] += lengths[n]
     return row, start
-
-
-def places_read(layout: Layout, length: int, width: int, epochs: int) -> int:
-    """Places of all rows that one pass over the batch reads, padding included."""
-    return int(np.sum(layout.updates.reads)) * width * length // epochs
 
 
 def lay_out(tree: Any, places: Places, count: Int[Array, " N"], width: int) -> Any:

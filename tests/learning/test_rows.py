@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlver_jax.learning import losses
 from rlver_jax.learning.objective import Learner, Loss, Sample, loss
 from rlver_jax.learning.pack import PackedBatch
-from rlver_jax.learning.rows import Places, arrange, bring_back, lay_out, place, places_read
+from rlver_jax.learning.rows import Places, arrange, bring_back, lay_out, place
 from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, orders
 from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.value_head import ValueHead
@@ -55,16 +55,17 @@ def test_reads_are_as_few_as_first_fit_needs():
     assert place(np.array([100, 50, 50, 1]), 100, 1).reads == 3
 
 
-def test_the_cheapest_length_of_rows_is_taken():
-    """Twelve dialogues of 30: 12 rows of 32 (384 places), 6 of 61 (366) or 4 of 96 (384)."""
-    orders, lengths = np.arange(12).reshape(2, 6), np.full(12, 30)
-    length, layout = arrange(lengths, orders, [16, 32, 61, 96], 1, horizon=1e9)
+def test_the_shortest_rows_with_little_padding_are_taken():
+    """Twelve dialogues of 30 take 12 rows of 32 (384 places, 6 % padding), 6 of 61 (366, 2 %) or 4 of 96 (384)."""
+    orders, lengths, ladder = np.arange(12).reshape(2, 6), np.full(12, 30), [16, 32, 61, 96]
+    assert arrange(lengths, orders, ladder, 1, most=0.1)[0] == 32
+    length, layout = arrange(lengths, orders, ladder, 1, most=0.05)
     assert (length, layout.updates.reads.tolist(), layout.whole.reads) == (61, [3, 3], 6)
-    assert places_read(layout, length, 1, epochs=1) == 6 * 61
     assert layout.updates.row.shape == (2, 6)
-    assert arrange(lengths, orders, [16, 32, 61, 96], 1, horizon=100)[0] == 32, "attention over longer rows costs more"
+    assert arrange(lengths, orders, ladder, 1, most=0.0)[0] == 61, "the least there is"
+    assert arrange(lengths, orders, ladder, 4, most=0.1)[0] == 61, "one read of four rows, of 32 two"
     with pytest.raises(ValueError, match="a dialogue has 30 tokens, but rows have at most 16"):
-        arrange(lengths, orders, [8, 16], 1, horizon=1e9)
+        arrange(lengths, orders, [8, 16], 1, most=0.1)
 
 
 # Laid out: on the device.
@@ -215,7 +216,7 @@ def first_step(setup, bpe, problem, width, mesh=None):
 
     def layout(done):
         order = np.asarray(orders(setup.schedule, key, jnp.int32(done), number))
-        length, found = arrange(np.asarray(problem.batch.count), order, [256], width, 1e9)
+        length, found = arrange(np.asarray(problem.batch.count), order, [256], width, most=0.1)
         assert length == 256
         assert found.updates.reads.max() * width < number // setup.schedule.minibatches, "they do share rows"
         return jax.device_put(found, where)
