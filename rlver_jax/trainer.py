@@ -138,7 +138,7 @@ class Trainer:
         with jax.transfer_guard("disallow"), jax.set_mesh(run.mesh):
             state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference, layout)
         times = {"time/rollout_s": played - began}
-        metrics["tokens/padded"] = np.float32(run.places(length, layout))
+        metrics["tokens/padded"] = jnp.float32(run.places(length, layout))
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
         return state
 

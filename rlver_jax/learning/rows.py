@@ -22,11 +22,11 @@ from rlver_jax.parallel import rules
 
 @flax.struct.dataclass
 class Places:
-    """Where N dialogues lie: each in row r % width of read r // width, from `start` on."""
+    """Where N dialogues lie: each in row r % width of read r // width, from `start` on; NumPy arrays on the host."""
 
-    row: Int[Array, "*u N"]
-    start: Int[Array, "*u N"]
-    reads: Int[Array, "*u"]  # that hold any dialogue
+    row: Any  # int32 [*u, N]
+    start: Any  # int32 [*u, N]
+    reads: Any  # int32 [*u], those that hold any dialogue
 
 
 @flax.struct.dataclass
@@ -64,7 +64,8 @@ def arrange(
     """
     if lengths.max() > ladder[-1]:
         raise ValueError(f"a dialogue has {lengths.max()} tokens, but rows have at most {ladder[-1]}")
-    tokens, found = int(lengths[orders].sum()), None
+    tokens = int(lengths[orders].sum())
+    found: tuple[float, int, list[Places]] | None = None
     for length in ladder:
         if length < lengths.max():
             continue

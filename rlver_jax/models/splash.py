@@ -5,7 +5,9 @@ mask is data. It is made once for all layers, a byte a pair of places, and cut i
 block that is wholly masked, in both directions, without reading its keys.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +25,13 @@ LANES = 128  # a block is a multiple of it
 class Blocks(NamedTuple):
     """The masks of B rows in blocks; every array has the rows in front."""
 
-    forward: masks.MaskInfo  # also of the queries' gradient
-    backward: masks.MaskInfo  # of the keys' and values' gradient
+    forward: Any  # MaskInfo, also of the queries' gradient
+    backward: Any  # MaskInfo of the keys' and values' gradient
 
     @property
     def size(self) -> int:
         """Queries, and keys, of a block."""
-        return self.forward.partial_mask_blocks.shape[-1]  # type: ignore[union-attr]
+        return self.forward.partial_mask_blocks.shape[-1]
 
 
 def blocks_of(mask: Array, block: int = BLOCK) -> Blocks:
@@ -74,21 +76,23 @@ def splash_attention(
     scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     inputs = [jnp.pad(x, fill) for x in (scaled.swapaxes(1, 2), k, v)]
 
-    def here(blocks: Blocks, q: Array, k: Array, v: Array) -> Array:
-        one = lambda row: _row(*row, interpret=interpret)  # noqa: E731
-        rows = (blocks, q, k, v)
-        if q.shape[0] == 1:
-            return one(jax.tree.map(lambda x: x[0], rows))[None]
-        return jax.lax.map(one, rows)
-
+    attend: Callable[..., Array] = functools.partial(_rows, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         _check_division(q, k)
         batch = rules.mesh_axes("batch")
         heads = PartitionSpec(batch, rules.mesh_axes("heads"))
-        here = jax.shard_map(
-            here, in_specs=(PartitionSpec(batch), heads, heads, heads), out_specs=heads, check_vma=False
-        )
-    return here(blocks, *inputs)[:, :, :length].swapaxes(1, 2)
+        where = (PartitionSpec(batch), heads, heads, heads)
+        attend = jax.shard_map(attend, in_specs=where, out_specs=heads, check_vma=False)
+    return attend(blocks, *inputs)[:, :, :length].swapaxes(1, 2)
+
+
+def _rows(blocks: Blocks, q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
+    """One row after the other: q [B, H, L, hd], k and v [B, K, L, hd]."""
+    one = lambda row: _row(*row, interpret=interpret)  # noqa: E731
+    rows = (blocks, q, k, v)
+    if q.shape[0] == 1:
+        return one(jax.tree.map(lambda x: x[0], rows))[None]
+    return jax.lax.map(one, rows)
 
 
 def _row(blocks: Blocks, q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
