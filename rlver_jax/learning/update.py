@@ -188,10 +188,7 @@ def prepare(
             found["reference"] = action_logprobs(learner, reference, own, part, grammar).logprob
         return found
 
-    places = None if layout is None else layout.whole
-    pieces, reads = _pieces(batch, batch, schedule.minibatches * schedule.microbatches, places)
-    looked = _loop(lambda _, part: (None, look(part)), None, pieces, reads)[1]
-    looked = _together(looked) if places is None else bring_back(looked, places, batch.count)
+    looked = _of_parts(look, batch, schedule.minibatches * schedule.microbatches, layout)
     importance = None
     if schedule.recompute and schedule.importance_cap:
         importance = losses.importance_weights(looked["old"], batch.logprob, mask, cap=schedule.importance_cap)
@@ -335,6 +332,14 @@ def _pieces(tree: Any, batch: PackedBatch, number: int, places: Places | None) -
     if places is None:
         return _split(tree, number), None
     return lay_out(tree, places, batch.count, parts("batch")), places.reads
+
+
+def _of_parts(function: Callable, batch: PackedBatch, number: int, layout: Layout | None) -> Any:
+    """What a function finds for every token, a microbatch at a time; arrays [B, L]."""
+    places = None if layout is None else layout.whole
+    pieces, reads = _pieces(batch, batch, number, places)
+    _, found = _loop(lambda _, part: (None, function(part)), None, pieces, reads)
+    return _together(found) if places is None else bring_back(found, places, batch.count)
 
 
 def _split(tree: Any, parts: int) -> Any:
