@@ -8,8 +8,11 @@ from configs import debug
 from rlver_jax.assembly import assemble, dialogues_a_row, reads_at_most, row_lengths
 from rlver_jax.dialogue import Spec
 from rlver_jax.learning.pack import max_length
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players
+from rlver_jax.sampling.cache import LM
 
 
 def config_of(**fields):
@@ -35,12 +38,13 @@ def test_a_device_never_reads_more_at_a_time_than_it_has_room_for(fields, device
     assert reads_at_most(config, mesh, config.rollout.batch) == reads
 
 
-def test_lengths_are_spread_up_to_the_longest_row(bpe, prompts, policy_lm, user_lm):
+def test_lengths_are_spread_up_to_the_longest_row(bpe, prompts):
     spec = Spec(
         mode="think", enforce_format=False, group=1, max_turns=2, context=768, think_tokens=24, say_tokens=12,
         user_tokens=8,
     )  # fmt: skip
-    players = Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    lm = LM({}, Qwen2(Qwen2Config(bpe.vocab_size, 8, 8, 1, num_heads=1, num_kv_heads=1, head_dim=8)))
+    players = Players.build(lm, lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
     longest = max_length(players.tables[0], spec, 10)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for fields, most in (({}, 2 * longest), ({"train__share_rows": False}, longest)):

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rlver_jax.models.attention import BRANCH_RADIX, Visibility, dense_attention, visible
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import init_kv_cache
-from rlver_jax.models.qwen2 import Qwen2, init_params
+from rlver_jax.models.qwen2 import Qwen2, abstract_params, init_params
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh
 
@@ -135,9 +135,11 @@ def test_a_cache_is_refused():
     model = Qwen2(CONFIG, attention="splash")
     cache = init_kv_cache(CONFIG, 1, 8, jnp.float32, scan_layers=True)
     tokens = jnp.zeros((1, 4), jnp.int32)
+    shapes, _ = abstract_params(model)
     with pytest.raises(ValueError, match="attention='splash' reads rows without a cache"):
-        jax.eval_shape(lambda p: model.apply({"params": p}, tokens, tokens, None, cache, jnp.zeros(1, jnp.int32)),
-                       init_params(model, jax.random.key(0)))  # fmt: skip
+        jax.eval_shape(
+            lambda p: model.apply({"params": p}, tokens, tokens, None, cache, jnp.zeros(1, jnp.int32)), shapes
+        )
 
 
 @pytest.mark.parametrize(
