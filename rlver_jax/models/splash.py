@@ -99,11 +99,12 @@ def _row(blocks: Blocks, q: Array, k: Array, v: Array, *, interpret: bool) -> Ar
     """One row: q [H, L, hd], k and v [K, L, hd]."""
     size = blocks.size
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: Any = {f"block_{name}": size for name in names}
     kernel = kernels.SplashAttentionKernel(
         blocks.forward,
         blocks.forward,
         blocks.backward,
-        block_sizes=kernels.BlockSizes(**{f"block_{name}": size for name in names}),
+        block_sizes=kernels.BlockSizes(**sizes),
         is_mqa=False,
         save_residuals=False,
         mask_value=kernels.DEFAULT_MASK_VALUE,
@@ -112,7 +113,8 @@ def _row(blocks: Blocks, q: Array, k: Array, v: Array, *, interpret: bool) -> Ar
         mask_function=None,
         interpret=interpret,
     )
-    return kernel(q, k, v)
+    found: Any = kernel(q, k, v)
+    return found
 
 
 def _check_division(q: Array, k: Array) -> None:
