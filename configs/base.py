@@ -29,6 +29,7 @@ def get_model() -> ConfigDict:
     c.dtype = "bfloat16"  # of activations and caches: bfloat16 | float32
     c.param_dtype = "bfloat16"  # of weights: bfloat16 | float32
     c.scan_layers = True  # compile one layer and scan it (TPU); False unrolls: faster decoding on CPU
+    # policy and critic also splash: on TPU, training rows are read by kernels that leave out what is masked
     c.attention = "dense"  # dense | chunked (less memory for long rows, equal result)
     c.attention_chunk = 512  # queries at a time with attention=chunked
     return c
@@ -145,7 +146,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.epochs = 1  # passes over each batch (RLVER: 1)
     c.train.minibatches = 1  # optimizer steps a pass
     c.train.microbatches = 1  # parts of a minibatch whose gradients are summed: less memory, same result
-    c.train.length_buckets = 4  # lengths of packed rows that may be compiled; a batch takes the least that fits
+    # Rows are shared by dialogues and read one at a time by each device, as often as it takes (docs/performance.md)
+    c.train.share_rows = True  # less padding, same result; False: one dialogue a row, microbatches as given above
+    c.train.padding = 0.1  # share of padding in shared rows that is little: the shortest rows with less are taken
+    c.train.length_buckets = 8  # lengths of packed rows that may be compiled, between a length and its double
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # steps; the last step and an interrupted one are always saved

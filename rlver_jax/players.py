@@ -50,7 +50,7 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
 
 
 def make_model(config: ConfigDict, name: str, architecture: Qwen2Config | None = None) -> Qwen2:
-    """The module of `config.policy`, `config.user` or `config.critic`, without weights.
+    """The module of `config.policy`, `config.user` or `config.critic`, without weights, as it plays.
 
     Args:
         architecture: instead of that of config.path.
@@ -65,7 +65,7 @@ def make_model(config: ConfigDict, name: str, architecture: Qwen2Config | None =
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         scan_layers=config.scan_layers,
-        attention=config.attention,
+        attention="chunked" if config.attention == "splash" else config.attention,  # splash is for training alone
         attention_chunk=config.attention_chunk,
     )
 
