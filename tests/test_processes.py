@@ -85,10 +85,12 @@ def same_as(folder: Path, other: Path) -> None:
         assert records_of(folder, step) == records_of(other, step)
 
 
-def wait_for_rows(folder: Path, count: int, seconds: float = 300) -> None:
+def wait_for_rows(members, folder: Path, count: int, seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     path = folder / "metrics.jsonl"
     while (path.read_bytes().count(b"\n") if path.exists() else 0) < count:
+        for member in members:
+            assert member.process.poll() is None, (member.ended(0), member.printed)
         assert time.monotonic() < until
         time.sleep(0.005)
 
@@ -99,7 +101,7 @@ def test_two_processes_do_what_one_does(alone, pair):
 
 def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(start, pair, tmp_path):
     with start(2, 4, tmp_path) as members:
-        wait_for_rows(tmp_path, 3)
+        wait_for_rows(members, tmp_path, 3)
         members[1].process.send_signal(signal.SIGTERM)
         assert [member.ended(120) for member in members] == [0, 0], members[0].printed + members[1].printed
         assert "stopped by a signal: the same command goes on" in members[0].printed
@@ -112,7 +114,7 @@ def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(start
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(start, pair, tmp_path, victim):
     with start(2, 4, tmp_path) as members:
-        wait_for_rows(tmp_path, 4)
+        wait_for_rows(members, tmp_path, 4)
         members[victim].process.kill()
         began = time.monotonic()
         left = members[1 - victim]
