@@ -33,8 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite, options = _arguments(sys.argv[1:] if argv is None else argv)
         found = {"suite": suite, "repeats": options.repeats, "machine": machine()}
         module = importlib.import_module(f"rlver_jax.benches.{suite}")
-        with console.status(suite) as status:
-            found |= module.measure(options.repeats, lambda text: status.update(f"{suite}: {text}"))
+        with errors.status(suite) as status:
+
+            def tell(text: str) -> None:
+                status.update(f"{suite}: {text}")
+                if not errors.is_terminal:
+                    errors.print(f"{suite}: {text}", markup=False, highlight=False)
+
+            found |= module.measure(options.repeats, tell)
         if options.json:
             write_json(Path(options.json), found)
     except (ValueError, OSError) as error:
