@@ -1,1 +1,0 @@
-"""What `bench` measures: one module a suite."""
