@@ -20,13 +20,9 @@ FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 3,
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts a run in a process of its own; all of them share compiled programs."""
-    environ = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
+def start():
+    """Starts a run in a process of its own."""
+    environ = os.environ | {"XLA_FLAGS": ""}
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
 
     def start(workdir: Path) -> subprocess.Popen:

@@ -1,6 +1,5 @@
 """Training by several processes: what one process does, whatever happens to one of them."""
 
-import functools
 import json
 import shutil
 import signal
@@ -27,17 +26,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """`start(count, devices, workdir, flags…)`: a training, or another entry point; all share compiled programs."""
-    compiled = str(tmp_path_factory.mktemp("compiled"))
-    keep = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+def start():
+    """`start(count, devices, workdir, flags…)`: a training, or another entry point."""
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
 
     def start(count: int, devices: int, workdir: Path, *more: str):
         words = ["rlver_jax.train", CONFIG, f"--workdir={workdir}", *fields, *more]
-        return processes(count, devices, *words, **keep)
+        return processes(count, devices, *words)
 
-    start.other = functools.partial(processes, **keep)
+    start.other = processes
     return start
 
 

@@ -164,9 +164,8 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
     assert pod.wait() == ["0", "0"], pod.call("pod", "--logs=50")
     assert f"going on after step {done} of 6" in pod.call("pod", "--logs=50")
     unbroken = {2: tmp_path / "two", 1: tmp_path / "one"}
-    keep = {"JAX_COMPILATION_CACHE_DIR": str(pod.root / "compiled")}
     for count, folder in unbroken.items():
-        with processes(count, 8 // count, *train_words(folder, "configs/debug.py:direct", **fields), **keep) as members:
+        with processes(count, 8 // count, *train_words(folder, "configs/debug.py:direct", **fields)) as members:
             assert [member.ended(900) for member in members] == [0] * count, members[0].printed
     assert rows_of(run) == rows_of(unbroken[2]), "to the bit"
     assert same(policy_of(run), policy_of(unbroken[2]))
