@@ -29,6 +29,7 @@ def get_model() -> ConfigDict:
     c.dtype = "bfloat16"  # of activations and caches: bfloat16 | float32
     c.param_dtype = "bfloat16"  # of weights: bfloat16 | float32
     c.scan_layers = True  # compile one layer and scan it (TPU); False unrolls: faster decoding on CPU
+    # policy and critic also splash: on TPU, training rows are read by kernels that leave out what is masked
     c.attention = "dense"  # dense | chunked (less memory for long rows, equal result)
     c.attention_chunk = 512  # queries at a time with attention=chunked
     return c
@@ -73,7 +74,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.shuffle = True  # False: profiles come in the order of the files
 
     c.rollout = ConfigDict()
-    c.rollout.batch = 32  # dialogues played at once = profiles x group (RLVER: 32)
+    c.rollout.batch = 32  # dialogues of a step = profiles x group (RLVER: 32)
+    c.rollout.rows = 0  # of them played at a time: where one ends, the next begins (docs/performance.md); 0: all
     c.rollout.group = 1  # dialogues of one profile (RLVER: 1 with PPO, 4 with GRPO)
     c.rollout.max_turns = 8  # policy replies in a dialogue (RLVER: 8)
     c.rollout.context = 8192  # slots of each row's cache, in tokens, policy and user alike
@@ -144,7 +146,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.epochs = 1  # passes over each batch (RLVER: 1)
     c.train.minibatches = 1  # optimizer steps a pass
     c.train.microbatches = 1  # parts of a minibatch whose gradients are summed: less memory, same result
-    c.train.length_buckets = 4  # lengths of packed rows that may be compiled; a batch takes the least that fits
+    # Rows are shared by dialogues and read one at a time by each device, as often as it takes (docs/performance.md)
+    c.train.share_rows = True  # less padding, same result; False: one dialogue a row, microbatches as given above
+    c.train.padding = 0.1  # share of padding in shared rows that is little: the shortest rows with less are taken
+    c.train.length_buckets = 8  # lengths of packed rows that may be compiled, between a length and its double
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # steps; the last step and an interrupted one are always saved
@@ -170,7 +175,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.num_profiles = 100  # profiles played (SAGE: 100); fewer if the file has fewer
     c.eval.initial_emotion = 40  # SAGE
     c.eval.max_turns = 10  # SAGE
-    c.eval.batch = 32  # dialogues played at once
+    c.eval.batch = 32  # dialogues played by one call of the sampler
+    c.eval.rows = 0  # of them played at a time, as rollout.rows, where both models are on the device; 0: all
     c.eval.temperature = 1.0  # of the policy; 0: greedy
     c.eval.seed = 0
     c.eval.gold = ""  # judge beside the user: miniature (its grammar's rule, eval/rule_score); empty: none

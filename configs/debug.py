@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.algorithm.estimator = "grpo"
     c.train.steps, c.train.warmup_steps = 6, 0
     c.train.learning_rate = c.critic.learning_rate = 1e-4
-    c.train.length_buckets = 1
+    c.train.length_buckets, c.train.padding = 1, 1.0  # few lengths of rows are compiled
     c.checkpoint.every = 2
     c.log.dialogues_every = 2
     c.alarms.readable_min = 0.0  # random tokens are no text

@@ -6,14 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax.config import profile_files
-from rlver_jax.dialogue import PlayLimits
 from rlver_jax.learning.objective import Learner, Loss, Trained
 from rlver_jax.learning.pack import max_length
+from rlver_jax.learning.rows import Layout, arrange
 from rlver_jax.learning.update import (
     Advantage,
     Optimizers,
@@ -23,16 +24,17 @@ from rlver_jax.learning.update import (
     init_state,
     make_optimizer,
 )
-from rlver_jax.models.qwen2 import Params
+from rlver_jax.models.qwen2 import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import everywhere
-from rlver_jax.parallel.mesh import sampling_mesh
+from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.sampling.grammar import Grammar
+from rlver_jax.spec import PlayLimits, Spec
 
-LENGTH_STEP = 128  # packed rows are multiples of it
+LENGTH_STEP = 64  # packed rows are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +49,27 @@ class Run:
     reader: ProfileReader
     limits: PlayLimits
     setup: Setup
-    lengths: tuple[int, ...]  # of packed rows, rising
+    lengths: tuple[int, ...]  # that packed rows may have, rising
     grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
-    def length_for(self, longest: int) -> int:
-        """The least length that is compiled for a batch whose longest row has so many tokens."""
-        return next(length for length in self.lengths if length >= longest)
+    def arranged(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, Layout | None]:
+        """How to read a batch: the length of packed rows, and the dialogues' places where they share rows.
+
+        Args:
+            lengths: [B] tokens of the dialogues.
+            orders: [U, N] dialogues of each update.
+        """
+        if not self.config.train.share_rows:
+            return next(length for length in self.lengths if length >= lengths.max()), None
+        return arrange(lengths, orders, self.lengths, batch_parts(self.mesh), self.config.train.padding)
+
+    def places(self, length: int, layout: Layout | None) -> int:
+        """Places of all rows that one pass over a batch reads, padding included."""
+        if layout is None:
+            return length * self.config.rollout.batch
+        reads = int(np.sum(layout.updates.reads)) * batch_parts(self.mesh)
+        return reads * length // self.config.train.epochs
 
 
 def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
@@ -62,6 +78,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     Raises:
         ValueError, OSError: a model or the profiles cannot be loaded, or don't fit together.
     """
+    _check_attention(config, mesh)
     profiles = read_profiles(profile_files(config.data.train))
     reader = ProfileReader(
         profiles,
@@ -69,16 +86,11 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         batch_size=config.rollout.batch // config.rollout.group,
         shuffle=config.data.shuffle,
     )
-    spec = spec_of(
-        config,
-        group=config.rollout.group,
-        max_turns=config.rollout.max_turns,
-        initial_emotion=config.emotion.initial,
-    )
+    spec = rollout_spec(config)
     players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
     tokens = players.tokens(profiles)
     limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    lengths = packed_lengths(config, players, tokens.first_talk.shape[1])
+    lengths = row_lengths(config, players, tokens.first_talk.shape[1], mesh)
     trained, trunk = trained_of(config, players, mesh)
     setup = setup_of(config, players, trunk, "critic" in trained, mesh)
     reference = None
@@ -89,12 +101,49 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     return run, _placed_state(trained, setup.optimizers, mesh)
 
 
-def packed_lengths(config: ConfigDict, players: Players, first_width: int) -> tuple[int, ...]:
-    """Lengths of packed rows that may be compiled: evenly spread up to the longest row possible."""
-    longest = max_length(players.tables[0], players.spec, first_width)
-    count = config.train.length_buckets
+def rollout_spec(config: ConfigDict) -> Spec:
+    """What the sampler is compiled for in training."""
+    c = config.rollout
+    initial = config.emotion.initial
+    return spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=initial, rows=c.rows)
+
+
+def _check_attention(config: ConfigDict, mesh: Mesh) -> None:
+    platform = mesh.devices.flat[0].platform
+    for name in ("policy", "critic"):
+        if config[name].attention == "splash" and platform != "tpu":
+            raise ValueError(
+                f"{name}.attention='splash' is made of kernels for TPU, but the devices are {platform}; set "
+                f"--config.{name}.attention=chunked"
+            )
+
+
+def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:
+    """Lengths of packed rows that may be compiled, rising, so many an octave; the last holds the longest dialogues."""
+    longest = dialogues_a_row(config, mesh) * max_length(players.tables[0], players.spec, first_width)
     up = lambda x: -(-x // LENGTH_STEP) * LENGTH_STEP  # noqa: E731
-    return tuple(sorted({up(-(-longest * (i + 1) // count)) for i in range(count)}))
+    lengths = [LENGTH_STEP]
+    while lengths[-1] < longest:
+        octave = 1 << (lengths[-1].bit_length() - 1)
+        lengths.append(min(lengths[-1] + up(-(-octave // config.train.length_buckets)), up(longest)))
+    return tuple(lengths)
+
+
+def dialogues_a_row(config: ConfigDict, mesh: Mesh) -> int:
+    """How many of the longest dialogues fit in the longest row.
+
+    2 where they share rows and each device would have two or more rows of a microbatch otherwise: no more tokens are
+    read at a time than it has room for.
+    """
+    apart = config.rollout.batch // (config.train.minibatches * config.train.microbatches)
+    return 2 if config.train.share_rows and apart >= 2 * batch_parts(mesh) else 1
+
+
+def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
+    """Microbatches that so many dialogues of the greatest length are read in."""
+    if not config.train.share_rows:
+        return dialogues * config.train.minibatches * config.train.microbatches // config.rollout.batch
+    return -(-dialogues // (dialogues_a_row(config, mesh) * batch_parts(mesh)))
 
 
 def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, players: Players):
@@ -118,10 +167,15 @@ def trained_of(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Traine
     trunk, critic = None, {}
     if config.critic.kind == "separate":
         lm, _ = _model(config, "critic", config.critic, mesh, players)
-        width, trunk = lm.model.config.hidden_size, lm.model.clone(remat=config.critic.remat)
+        width, trunk = lm.model.config.hidden_size, as_trained(lm.model, config.critic)
         critic["trunk"] = lm.params
     critic["head"] = nn.unbox(head.init(jax.random.key(0), jnp.zeros((1, width))))["params"]  # a constant: no draw
     return {"policy": policy, "critic": critic}, trunk
+
+
+def as_trained(model: Qwen2, c: ConfigDict) -> Qwen2:
+    """A model as the update reads it; `c` is `config.policy` or `config.critic`."""
+    return model.clone(remat=c.remat, attention=c.attention)
 
 
 def value_head_of(config: ConfigDict) -> ValueHead:
@@ -138,7 +192,7 @@ def setup_of(config: ConfigDict, players: Players, trunk: Any, has_critic: bool,
         entropy=c.entropy, kl=c.kl, kl_estimator=c.kl_estimator, value=c.value_weight, value_clip=c.value_clip,
     )  # fmt: skip
     learner = Learner(
-        players.policy.model.clone(remat=config.policy.remat),
+        as_trained(players.policy.model, config.policy),
         trunk,
         value_head_of(config) if has_critic else None,
         loss,

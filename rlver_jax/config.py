@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "critic.size": SIZES,
     "policy.dtype": ("bfloat16", "float32"),
     "policy.param_dtype": ("bfloat16", "float32"),
-    "policy.attention": ("dense", "chunked"),
+    "policy.attention": ("dense", "chunked", "splash"),
     "policy.remat": ("none", "dots", "full"),
     "policy.mode": ("think", "direct"),
     "user.dtype": ("bfloat16", "float32"),
@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "critic.init": ("path", "random"),
     "critic.dtype": ("bfloat16", "float32"),
     "critic.param_dtype": ("bfloat16", "float32"),
-    "critic.attention": ("dense", "chunked"),
+    "critic.attention": ("dense", "chunked", "splash"),
     "critic.remat": ("none", "dots", "full"),
     "critic.kind": ("separate", "shared"),
     "algorithm.estimator": ("gae", "grpo", "rloo", "reinforce_pp"),
@@ -56,6 +56,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "user.field_tokens": (1, None, "tokens"),
     "user.reply_tokens": (1, None, "tokens"),
     "rollout.batch": (1, None, "dialogues"),
+    "rollout.rows": (0, None, "dialogues"),
     "rollout.group": (1, None, "dialogues"),
     "rollout.max_turns": (1, None, "turns"),
     "rollout.context": (1, None, "tokens"),
@@ -97,6 +98,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "train.epochs": (1, None, "passes"),
     "train.minibatches": (1, None, "updates"),
     "train.microbatches": (1, None, "parts"),
+    "train.padding": (0, 1, ""),
     "train.length_buckets": (1, None, "lengths"),
     "checkpoint.every": (1, None, "steps"),
     "checkpoint.keep_last": (1, None, "checkpoints"),
@@ -114,6 +116,7 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "eval.initial_emotion": (0, 100, "points"),
     "eval.max_turns": (1, None, "turns"),
     "eval.batch": (1, None, "dialogues"),
+    "eval.rows": (0, None, "dialogues"),
     "eval.temperature": (0, None, ""),
     "remote.policy.price_in": (0, None, "a million tokens"),
     "remote.policy.price_out": (0, None, "a million tokens"),
@@ -287,7 +290,8 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
     checks = [("rollout.batch", "mesh", training_shape)]
     if sampling_shape != training_shape:
         checks.append(("rollout.batch", "mesh_sampling", sampling_shape))
-    checks.append(("eval.batch", checks[-1][1], sampling_shape))
+    played_on = checks[-1][1]
+    checks += [(field, played_on, sampling_shape) for field in ("rollout.rows", "eval.batch", "eval.rows")]
     parts = values["train.minibatches"] * values["train.microbatches"]
     rows = training_shape[0] * training_shape[1]
     if not batch % parts and not batch % rows and batch // parts % rows:

@@ -1,7 +1,9 @@
 """The batched on-device sampler: policy and simulated user play whole batches of dialogues in token space.
 
 One jitted function plays everything: profiles are prefilled once each, a `lax.while_loop` runs over turns, and both
-models' contexts stay on the device. Ended rows read and say nothing; the loop leaves when all have ended.
+models' contexts stay on the device. With fewer rows than dialogues, a row whose dialogue has ended takes the next one
+before the next turn: its profile's keys and values are copied from where they were prefilled. Rows without a dialogue
+read and say nothing; the loop leaves when all dialogues have ended.
 """
 
 import dataclasses
@@ -11,69 +13,21 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from rlver_jax.parallel import rules
-from rlver_jax.sampling.cache import LM, Cache, append, init_cache, join, repeat_rows, rollback
-from rlver_jax.sampling.decode import KEEP_ALL, Generated, Limits, Truncation, generate
-from rlver_jax.sampling.grammar import Grammar, free_text, thought_then_say, whitespace_tokens
-from rlver_jax.text.chat import ChatTemplate
-from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.user.emotion import TRAINING, EmotionRules
-from rlver_jax.user.prompts import Prompts
-from rlver_jax.user.simulated import KEY_POLICY, UserLimits, UserTables, UserTurn, dialogue_key, part_keys, user_turn
+from rlver_jax.parallel.rows import put_rows, take_rows
+from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
+from rlver_jax.sampling.cache import LM, Cache, append, init_cache, repeat_rows, restart_rows, rollback
+from rlver_jax.sampling.decode import Limits, generate
+from rlver_jax.sampling.queue import Queue, Seats, open_queue, take_next
+from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
 
 # Why a dialogue ended; a Dialogues' end_reason indexes it.
 END_REASONS = ("running", "success", "failure", "goodbye", "turn_limit", "format", "context")
 RUNNING, SUCCESS, FAILURE, GOODBYE, TURN_LIMIT, FORMAT, CONTEXT = range(7)
-THINK_OPEN = "<think>\n"
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What a sampler is compiled for. Lengths are maxima; `PlayLimits` may ask for less without compiling again."""
-
-    mode: str  # think | direct
-    enforce_format: bool  # think: keep the policy from ending a message before `</think>` and a visible say
-    group: int  # dialogues of one profile
-    max_turns: int
-    context: int  # slots of each row, policy and user alike
-    think_tokens: int
-    say_tokens: int
-    user_tokens: int  # of any field of the user's scripts, the reply included
-    readout: str = "argmax"
-    rules: EmotionRules = TRAINING
-    truncation: Truncation = KEEP_ALL
-
-    @property
-    def policy_tokens(self) -> int:
-        """Tokens of a policy's reply, its thought included."""
-        return self.say_tokens + (self.think_tokens if self.mode == "think" else 0)
-
-
-@flax.struct.dataclass
-class PlayLimits:
-    """What may change between calls without compiling again."""
-
-    max_turns: Int[Array, ""]
-    think_tokens: Int[Array, ""]
-    say_tokens: Int[Array, ""]
-    temperature: Float[Array, ""]  # of the policy; 0: greedy
-    initial_emotion: Int[Array, ""]
-    user: UserLimits
-
-
-@flax.struct.dataclass
-class PolicyTables:
-    """All constants of the policy's side, on the device."""
-
-    system: Int[Array, "_"]
-    open_user: Int[Array, "_"]
-    open_assistant: Int[Array, "_"]
-    think_open: Int[Array, "_"]  # empty in direct mode
-    close: Int[Array, "_"]
-    grammar: Grammar
-    whitespace: Bool[Array, "V"]
 
 
 @flax.struct.dataclass
@@ -86,17 +40,6 @@ class Profiles:
     first_count: Int[Array, "P"]  # 0: the user makes up its first utterance
     dialogue_ids: Int[Array, "B"]  # decide each dialogue's randomness, whatever batch it stands in
     active: Bool[Array, "B"]  # False: padding of the batch
-
-
-@flax.struct.dataclass
-class PolicyTurn:
-    """One reply of the policy."""
-
-    said: Generated  # thought and say, as sampled
-    say: Int[Array, "B S"]  # what the user hears: after `</think>` and the white space that follows, before the end
-    say_count: Int[Array, "B"]
-    violation: Bool[Array, "B"]  # think mode: no `</think>`, or nothing after it
-    prefilled: Int[Array, "B"]  # tokens read, not generated
 
 
 @flax.struct.dataclass
@@ -113,98 +56,8 @@ class Dialogues:
     user: UserTurn
     appraised: Bool[Array, "T B"]
     prefix_tokens: Int[Array, ""]  # tokens read before the first turn, each profile and the system prompt once
-
-
-def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec: Spec) -> PolicyTables:
-    """Tables for a policy with `rows` embedding rows."""
-    chat, think = ChatTemplate(tokenizer), spec.mode == "think"
-    grammar = thought_then_say(tokenizer, rows, enforce=spec.enforce_format) if think else free_text(tokenizer, rows)
-    think_open = tokenizer.encode(THINK_OPEN) if think else []
-    tokens = (
-        chat.message("system", prompts.policy_system(spec.mode)),
-        chat.open("user"),
-        chat.open("assistant"),
-        think_open,
-        chat.close,
-    )
-    system, open_user, open_assistant, opener, close = (jnp.asarray(t, jnp.int32) for t in tokens)
-    whitespace = jnp.asarray(whitespace_tokens(tokenizer, rows))
-    return PolicyTables(system, open_user, open_assistant, opener, close, grammar, whitespace)
-
-
-@jax.named_scope("policy_turn")
-def policy_turn(
-    lm: LM,
-    tables: PolicyTables,
-    cache: Cache,
-    last_say: tuple[Int[Array, "B S"], Int[Array, "B"]],
-    heard: tuple[Int[Array, "B R"], Int[Array, "B"]],
-    turn_keys: Key[Array, "B"],
-    *,
-    spec: Spec,
-    limits: PlayLimits,
-    active: Bool[Array, "B"],
-    first: Bool[Array, ""],
-) -> tuple[Cache, PolicyTurn]:
-    """One reply: read what the user said, speak, and keep only what later turns may see.
-
-    In think mode the whole reply is forgotten again and `last_say` is read with the user's next words; in direct mode
-    the say is already in the cache. Either way the context is what a fresh prompt of plain messages would be.
-    """
-    batch, think = active.shape[0], spec.mode == "think"
-    tokens, count = join(
-        batch,
-        *([last_say] if think else []),
-        (tables.close, jnp.where(first, 0, tables.close.shape[0])),
-        (tables.open_user, None),
-        heard,
-        (tables.close, None),
-        (tables.open_assistant, None),
-        (tables.think_open, None),
-    )
-    count = jnp.where(active, count, 0)
-    cache = append(lm, cache, tokens, count)
-    opened = cache.length
-    cache, said = generate(
-        lm,
-        cache,
-        part_keys(turn_keys, KEY_POLICY, 1)[0],
-        tables.grammar,
-        max_tokens=spec.policy_tokens,
-        limits=Limits(limits.think_tokens, limits.say_tokens) if think else Limits(limits.say_tokens, jnp.int32(0)),
-        temperature=limits.temperature,
-        active=active,
-        truncation=spec.truncation,
-    )
-    say, say_count = _split_say(said, tables.whitespace, spec) if think else (said.tokens, said.text_count)
-    violation = active & think & ((said.found_at < 0) | (say_count == 0))
-    keep = opened - tables.think_open.shape[0] * active if think else opened + say_count
-    return rollback(cache, keep), PolicyTurn(said, say, say_count, violation, count)
-
-
-def _split_say(said: Generated, whitespace: Array, spec: Spec) -> tuple[Array, Array]:
-    """Tokens after the one that completed `</think>`, leading white space and the stop token left out."""
-    ended = said.text_count * (said.found_at >= 0)
-    places = jnp.arange(said.tokens.shape[1])
-    after = (places > said.found_at[:, None]) & (places < ended[:, None])
-    visible = after & ~whitespace[said.tokens]
-    start = jnp.where(visible.any(1), jnp.argmax(visible, axis=1), ended)
-    index = jnp.minimum(start[:, None] + jnp.arange(spec.say_tokens), said.tokens.shape[1] - 1)
-    count = jnp.maximum(ended - start, 0)
-    say = jnp.take_along_axis(said.tokens, index, axis=1)
-    return jnp.where(jnp.arange(spec.say_tokens) < count[:, None], say, 0), count
-
-
-class _State(NamedTuple):
-    turn: Array
-    policy: Cache
-    user: Cache
-    alive: Array
-    reason: Array
-    emotion: Array
-    say: tuple[Array, Array]
-    reply: tuple[Array, Array]
-    log: Dialogues
+    row_turns: Int[Array, ""]  # turns that there was room for: rows x turns of the loop; `turns` of them were played
+    row_steps: Int[Array, ""]  # tokens that there was room for: rows x decode steps of both models
 
 
 def _fingerprint(profiles: Profiles) -> Array:
@@ -215,9 +68,18 @@ def _fingerprint(profiles: Profiles) -> Array:
     return jnp.where(place < profiles.prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
 
 
+class Opening(NamedTuple):
+    """What is read before the first turn: each profile once, and the policy's system prompt once."""
+
+    policy: Cache  # one row
+    user: Cache  # P rows
+    first: tuple[Int[Array, "P R"], Int[Array, "P"]]  # the first utterances
+    tokens: Int[Array, ""]
+
+
 @jax.named_scope("open_dialogues")
-def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits):
-    """Both caches for all rows, and the first utterances: each profile, and the policy's system prompt, read once."""
+def read_openings(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits) -> Opening:
+    """Prefills all profiles and makes up the first utterances that they lack."""
     policy_tables, user_tables = tables
     one = init_cache(policy, 1, policy_tables.system.shape[0])
     one = append(policy, one, policy_tables.system[None], jnp.array([policy_tables.system.shape[0]]))
@@ -242,10 +104,16 @@ def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, li
     pad = lambda x: jnp.pad(x, ((0, 0), (0, size - x.shape[1])))  # noqa: E731
     first = jnp.where(given[:, None], pad(profiles.first_talk), pad(made.tokens))
     first_count = jnp.where(given, profiles.first_count, made.text_count)
-    heads = repeat_rows(rollback(heads, prefix), spec.group, spec.context)
-    one = repeat_rows(one, profiles.active.shape[0], spec.context)
-    reply = jnp.repeat(first, spec.group, axis=0), jnp.repeat(first_count, spec.group)
-    return one, heads, reply, prefix.sum() + policy_tables.system.shape[0]
+    return Opening(one, rollback(heads, prefix), (first, first_count), prefix.sum() + policy_tables.system.shape[0])
+
+
+def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits):
+    """Both caches with a row for every dialogue, the first utterances, and how many tokens were read."""
+    opening = read_openings(policy, user, tables, profiles, key, spec, limits)
+    one = repeat_rows(opening.policy, profiles.active.shape[0], spec.context)
+    heads = repeat_rows(opening.user, spec.group, spec.context)
+    reply = jax.tree.map(lambda x: jnp.repeat(x, spec.group, axis=0), opening.first)
+    return one, heads, reply, opening.tokens
 
 
 def room_needed(tables: tuple[PolicyTables, UserTables], spec: Spec, limits: PlayLimits, first_width: int):
@@ -262,59 +130,128 @@ def room_needed(tables: tuple[PolicyTables, UserTables], spec: Spec, limits: Pla
     return policy_room, user_room
 
 
-def _turn(policy, user, tables, spec: Spec, limits: PlayLimits, row_keys, room, state: _State) -> _State:
-    """One turn of every row that is still alive."""
-    first, last = state.turn == 0, state.turn + 1 >= limits.max_turns
-    fits = (state.policy.length + room[0] <= spec.context) & (state.user.length + room[1] <= spec.context)
-    reason = jnp.where(state.alive & ~fits, CONTEXT, state.reason)
-    active = state.alive & fits
-    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.turn)
-    cache, spoken = policy_turn(
-        policy,
-        tables[0],
-        state.policy,
-        state.say,
-        state.reply,
-        keys,
-        spec=spec,
-        limits=limits,
-        active=active,
-        first=first,
-    )
-    listening = active & ~spoken.violation
-    say = spoken.say, spoken.say_count
-    user_cache, reaction = user_turn(
-        user, tables[1], state.user, state.reply, say, state.emotion, keys, rules=spec.rules, readout=spec.readout,
-        limits=limits.user, max_tokens=spec.user_tokens, active=listening, may_reply=~last,
-    )  # fmt: skip
-    rules, emotion = spec.rules, reaction.emotion
+class _State(NamedTuple):
+    """R rows that play N dialogues."""
+
+    seats: Seats
+    policy: Cache
+    user: Cache
+    emotion: Int[Array, "R"]
+    say: tuple[Int[Array, "R S"], Int[Array, "R"]]  # of the turn before
+    reply: tuple[Int[Array, "R W"], Int[Array, "R"]]  # that the policy hears next
+    log: "_Turn | None"  # of all dialogues: [N, T] in front of each array; None: not made yet
+    cost: tuple[Array, Array]  # Dialogues' row_turns and row_steps
+
+
+class _Turn(NamedTuple):
+    """What one turn of every row adds to the log; rows stand in front of each array."""
+
+    policy: PolicyTurn
+    user: UserTurn
+    appraised: Bool[Array, "R"]
+    end_reason: Int[Array, "R"]  # RUNNING, unless the dialogue ends here
+
+
+@dataclasses.dataclass(frozen=True)
+class _Game:
+    """What stays the same while a batch is played."""
+
+    policy: LM
+    user: LM
+    tables: tuple[PolicyTables, UserTables]
+    profiles: Profiles
+    key: Key[Array, ""]
+    limits: PlayLimits
+    spec: Spec
+    queue: Queue
+    opening: Opening
+
+    def begin(self, seats: Seats) -> _State:
+        """All rows with their first dialogues."""
+        spec, rows = self.spec, seats.alive.shape[0]
+        none = jnp.zeros(rows, jnp.int32)
+        words = lambda size: (jnp.zeros((rows, size), jnp.int32), none)  # noqa: E731
+        policy = repeat_rows(self.opening.policy, rows, spec.context)
+        user = init_cache(self.user, rows, spec.context)
+        say, reply = words(spec.say_tokens), words(self.opening.first[0].shape[1])
+        state = _State(seats, policy, user, none, say, reply, None, (jnp.int32(0), jnp.int32(0)))
+        turn = jax.eval_shape(lambda state: self.turn(state)[1], state)
+        shape = (self.profiles.active.shape[0], spec.max_turns)
+        log = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), turn)
+        return self.refill(state._replace(log=rules.constrain_rows(log)))
+
+    def refill(self, state: _State) -> _State:
+        """Rows that are free take the next dialogues: the user's prefix is copied, the policy's is there already."""
+        seats, fresh = take_next(self.queue, state.seats)
+        profile, system = seats.dialogue // self.spec.group, self.opening.policy.length
+        first, count = self.opening.first
+        reply = jnp.where(fresh[:, None], take_rows(first, profile), state.reply[0])
+        return state._replace(
+            seats=seats,
+            policy=rollback(state.policy, jnp.where(fresh, system, state.policy.length)),
+            user=restart_rows(state.user, self.opening.user, profile, fresh),
+            emotion=jnp.where(fresh, self.limits.initial_emotion, state.emotion),
+            say=(state.say[0], jnp.where(fresh, 0, state.say[1])),
+            reply=(reply, jnp.where(fresh, take_rows(count, profile), state.reply[1])),
+        )
+
+    def play(self, state: _State) -> _State:
+        """One turn of all rows, and its place in the log."""
+        seats, count = state.seats, self.profiles.active.shape[0]
+        state, turn = self.turn(state)
+        dialogue = jnp.where(seats.alive, seats.dialogue, count)  # a dead row writes nothing
+        log = jax.tree.map(lambda x, new: put_rows(x, dialogue, seats.turn, new), state.log, turn)
+        said = (turn.policy.said, turn.user.appraisal, turn.user.reply)
+        steps = sum(x.count.max(axis=0).sum() for x in said)  # each generation ends with its longest row
+        rows = seats.alive.shape[0]
+        state = state._replace(log=log, cost=(state.cost[0] + rows, state.cost[1] + rows * steps))
+        return self.refill(state) if rows < count else state
+
+    def turn(self, state: _State) -> tuple[_State, _Turn]:
+        """One turn of every row that is alive."""
+        spec, limits, seats = self.spec, self.limits, state.seats
+        room = room_needed(self.tables, spec, limits, self.profiles.first_talk.shape[1])
+        fits = (state.policy.length + room[0] <= spec.context) & (state.user.length + room[1] <= spec.context)
+        active, last = seats.alive & fits, seats.turn + 1 >= limits.max_turns
+        dialogues = take_rows(self.profiles.dialogue_ids, seats.dialogue)
+        keys = jax.vmap(lambda i, turn: jax.random.fold_in(dialogue_key(self.key, i), turn))(dialogues, seats.turn)
+        policy, spoken = policy_turn(
+            self.policy, self.tables[0], state.policy, state.say, state.reply, keys, spec=spec, limits=limits,
+            active=active, first=seats.turn == 0,
+        )  # fmt: skip
+        listening = active & ~spoken.violation
+        say = spoken.say, spoken.say_count
+        user, reaction = user_turn(
+            self.user, self.tables[1], state.user, state.reply, say, state.emotion, keys, rules=spec.rules,
+            readout=spec.readout, limits=limits.user, max_tokens=spec.user_tokens, active=listening, may_reply=~last,
+        )  # fmt: skip
+        reason = _end_reason(seats.alive, fits, listening, last, reaction, spec.rules)
+        said = jax.tree.map(lambda x: x[-1], reaction.reply)
+        size = state.reply[0].shape[1]
+        reply = jnp.pad(said.tokens, ((0, 0), (0, size - said.tokens.shape[1]))), said.text_count
+        seats = seats._replace(turn=seats.turn + 1, alive=active & (reason == RUNNING))
+        state = state._replace(seats=seats, policy=policy, user=user, emotion=reaction.emotion, say=say, reply=reply)
+        return state, _Turn(spoken, _fields_moved(reaction, 0, 1), listening, reason)
+
+
+def _end_reason(alive, fits, listening, last, reaction: UserTurn, rules: EmotionRules) -> Int[Array, "R"]:
+    """Why a dialogue ends with this turn; RUNNING for those that go on, and for rows without one."""
+    reason = jnp.where(fits, FORMAT, CONTEXT)
     for condition, why in (
+        (listening, RUNNING),
         (last, TURN_LIMIT),
         (reaction.goodbye, GOODBYE),
-        (rules.failed(emotion), FAILURE),
-        (rules.succeeded(emotion), SUCCESS),
+        (rules.failed(reaction.emotion), FAILURE),
+        (rules.succeeded(reaction.emotion), SUCCESS),
     ):
         reason = jnp.where(listening & condition, why, reason)
-    reason = jnp.where(spoken.violation, FORMAT, reason)
-    said = jax.tree.map(lambda x: x[-1], reaction.reply)
-    size = state.reply[0].shape[1]
-    reply = jnp.pad(said.tokens, ((0, 0), (0, size - said.tokens.shape[1]))), said.text_count
-    log = _record(state, spoken, reaction, active, listening, emotion)
-    return _State(state.turn + 1, cache, user_cache, active & (reason == RUNNING), reason, emotion, say, reply, log)
+    return jnp.where(alive, reason, RUNNING)
 
 
-def _record(state: _State, spoken, reaction, active, listening, emotion) -> Dialogues:
-    log, turn = state.log, state.turn
-    put = lambda buffer, value: buffer.at[turn].set(value)  # noqa: E731
-    return dataclasses.replace(
-        log,
-        turns=log.turns + active,
-        violation=log.violation | spoken.violation,
-        emotions=jnp.where(jnp.arange(log.emotions.shape[1]) > turn, emotion[:, None], log.emotions),
-        policy=jax.tree.map(put, log.policy, spoken),
-        user=jax.tree.map(put, log.user, reaction),
-        appraised=log.appraised.at[turn].set(listening),
-    )
+def _fields_moved(user: UserTurn, of: int, to: int) -> UserTurn:
+    """The axis of the scripts' fields moved from place `of` to place `to`."""
+    move = lambda said: jax.tree.map(lambda x: jnp.moveaxis(x, of, to), said)  # noqa: E731
+    return dataclasses.replace(user, appraisal=move(user.appraisal), reply=move(user.reply))
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -338,49 +275,33 @@ def sample_dialogues(
         limits: lengths and temperatures, at most what `spec` is compiled for.
     """
     profiles = rules.constrain_rows(profiles)
-    policy_cache, user_cache, reply, prefix = open_dialogues(policy, user, tables, profiles, key, spec, limits)
-    batch = profiles.active.shape[0]
-    row_keys = jax.vmap(dialogue_key, (None, 0))(key, profiles.dialogue_ids)
-    emotion = jnp.full(batch, limits.initial_emotion, jnp.int32)
-    room = room_needed(tables, spec, limits, profiles.first_talk.shape[1])
-    run = functools.partial(_turn, policy, user, tables, spec, limits, row_keys, room)
-    say = (jnp.zeros((batch, spec.say_tokens), jnp.int32), jnp.zeros(batch, jnp.int32))
-    state = _State(
-        jnp.int32(0), policy_cache, user_cache, profiles.active, jnp.zeros(batch, jnp.int32), emotion, say, reply,
-        _empty_log(policy, user, tables, policy_cache, user_cache, say, reply, emotion, row_keys, prefix, spec, limits),
-    )  # fmt: skip
-    state = jax.lax.while_loop(lambda s: s.alive.any() & (s.turn < limits.max_turns), run, state)
-    return dataclasses.replace(state.log, end_reason=state.reason)
+    count = profiles.active.shape[0]
+    queue, seats = open_queue(profiles.active, spec.rows_of(count))
+    opening = read_openings(policy, user, tables, profiles, key, spec, limits)
+    game = _Game(policy, user, tables, profiles, key, limits, spec, queue, opening)
+    state = jax.lax.while_loop(lambda state: state.seats.alive.any(), game.play, game.begin(seats))
+    return _finished(state, game)
 
 
-def _empty_log(policy, user, tables, policy_cache, user_cache, say, reply, emotion, keys, prefix, spec, limits):
-    """Zeroed buffers of T turns, shaped by the turn functions themselves."""
-    active = jnp.ones(emotion.shape, bool)
-    spoken = jax.eval_shape(
-        lambda c, k: policy_turn(
-            policy, tables[0], c, say, reply, k, spec=spec, limits=limits, active=active, first=jnp.bool_(True)
-        )[1],
-        policy_cache,
-        keys,
-    )
-    reaction = jax.eval_shape(
-        lambda c, k: user_turn(
-            user, tables[1], c, reply, say, emotion, k, rules=spec.rules, readout=spec.readout,
-            limits=limits.user, max_tokens=spec.user_tokens, active=active, may_reply=jnp.bool_(True),
-        )[1],
-        user_cache, keys,
-    )  # fmt: skip
-    zeros = lambda s: jnp.zeros((spec.max_turns, *s.shape), s.dtype)  # noqa: E731
-    batch = emotion.shape[0]
+def _finished(state: _State, game: _Game) -> Dialogues:
+    """The log in the order of its readers: turns in front, then fields, then dialogues."""
+    log = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), state.log)
+    turns = (log.appraised | log.policy.violation).sum(0, dtype=jnp.int32)
+    known = jnp.pad(log.user.emotion, ((1, 0), (0, 0)), constant_values=game.limits.initial_emotion)
+    emotions = jnp.take_along_axis(known, jnp.minimum(jnp.arange(known.shape[0])[:, None], turns), axis=0)
+    first, first_count = jax.tree.map(lambda x: jnp.repeat(x, game.spec.group, axis=0), game.opening.first)
+    row_turns, row_steps = state.cost
     return Dialogues(
-        turns=jnp.zeros(batch, jnp.int32),
-        end_reason=jnp.zeros(batch, jnp.int32),
-        violation=jnp.zeros(batch, bool),
-        emotions=jnp.tile(emotion[:, None], (1, spec.max_turns + 1)),
-        first_talk=reply[0],
-        first_count=reply[1],
-        policy=jax.tree.map(zeros, spoken),
-        user=jax.tree.map(zeros, reaction),
-        appraised=jnp.zeros((spec.max_turns, batch), bool),
-        prefix_tokens=prefix.astype(jnp.int32),
+        turns=turns,
+        end_reason=log.end_reason.max(axis=0),
+        violation=log.policy.violation.any(axis=0),
+        emotions=emotions.T,
+        first_talk=first,
+        first_count=first_count,
+        policy=log.policy,
+        user=_fields_moved(dataclasses.replace(log.user, emotion=emotions[1:]), 2, 1),
+        appraised=log.appraised,
+        prefix_tokens=game.opening.tokens.astype(jnp.int32),
+        row_turns=row_turns,
+        row_steps=row_steps,
     )

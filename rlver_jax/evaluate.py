@@ -207,6 +207,7 @@ def summarize(evaluation: Played, records: Sequence[Record], folder: EvaluationF
             "seconds": round(folder.spent("seconds"), 3),
             "settings": folder.settings,
         }
+        | ({"occupancy": folder.spent("turns") / room} if (room := folder.spent("row_turns")) else {})
     )
 
 

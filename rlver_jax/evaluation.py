@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax.config import ConfigError, profile_files, reward_settings
-from rlver_jax.dialogue import Dialogues, PlayLimits
+from rlver_jax.dialogue import Dialogues
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_of
@@ -20,11 +20,12 @@ from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
 from rlver_jax.runs.figures import prefilled_count
 from rlver_jax.sampling.cache import LM
+from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.user.emotion import SAGE
 
 # A second judge of finished dialogues, which training never sees: mean final emotion by its own appraisals.
 Gold = Callable[[Sequence[Record], Sequence[Profile]], float]
-# Finished dialogues, and what they cost: tokens generated and prefilled, seconds.
+# Finished dialogues, and what they cost: tokens generated and prefilled, turns and room for turns, seconds.
 Batch = tuple[list[Record], dict[str, float]]
 
 
@@ -60,9 +61,9 @@ class Evaluation:
             began, some = time.monotonic(), numbers[start : start + self.batch]
             played = self.play(some)
             records = self.records(played, some)
-            generated = sum(map(generated_tokens, records))
-            costs = {"generated": generated, "prefilled": prefilled_count(played), "seconds": time.monotonic() - began}
-            yield records, costs
+            costs = {"generated": sum(map(generated_tokens, records)), "prefilled": prefilled_count(played)}
+            room = {"turns": int(played.turns.sum()), "row_turns": int(played.row_turns)}
+            yield records, costs | room | {"seconds": time.monotonic() - began}
 
     def play(self, numbers: Sequence[int]) -> Dialogues:
         """At most `batch` dialogues by number; on the host (every process's), padding rows included."""
@@ -140,9 +141,10 @@ def of_players(
     return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold)
 
 
-def eval_spec(config: ConfigDict) -> Any:
+def eval_spec(config: ConfigDict) -> Spec:
     """What the sampler is compiled for in evaluations."""
-    return spec_of(config, group=1, max_turns=config.eval.max_turns, initial_emotion=config.eval.initial_emotion)
+    c = config.eval
+    return spec_of(config, group=1, max_turns=c.max_turns, initial_emotion=c.initial_emotion, rows=c.rows)
 
 
 def scores(records: Sequence[Record]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import base
+from rlver_jax.assembly import rollout_spec
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, profile_files, validate
 from rlver_jax.miniature.assets import POLICY, shipped
@@ -34,7 +35,6 @@ from rlver_jax.plans.phases import phases_of
 from rlver_jax.plans.programs import Shapes, Texts, programs_of, shapes_of, unplaced_players
 from rlver_jax.plans.remedies import find_remedy, over
 from rlver_jax.plans.report import Plan, show
-from rlver_jax.players import spec_of
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.tokenizer import load_tokenizer
@@ -128,9 +128,7 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
 
 
 def _widths(config: ConfigDict, tokenizer: Any, files: list[str]) -> tuple[int, int]:
-    c = config.rollout
-    spec = spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=config.emotion.initial)
-    players = unplaced_players(config, tokenizer, config.data.language, spec)
+    players = unplaced_players(config, tokenizer, config.data.language, rollout_spec(config))
     tokens = players.tokens(read_profiles(files))
     return tokens.prefix.shape[1], tokens.first_talk.shape[1]
 

@@ -13,24 +13,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from rlver_jax.dialogue import (
-    Dialogues,
-    PlayLimits,
-    PolicyTables,
-    Profiles,
-    Spec,
-    build_policy_tables,
-    room_needed,
-    sample_dialogues,
-)
+from rlver_jax.dialogue import Dialogues, Profiles, room_needed, sample_dialogues
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.distributed import everywhere, rows_on
+from rlver_jax.policy import PolicyTables, build_policy_tables
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
+from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
@@ -57,7 +50,7 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
 
 
 def make_model(config: ConfigDict, name: str, architecture: Qwen2Config | None = None) -> Qwen2:
-    """The module of `config.policy`, `config.user` or `config.critic`, without weights.
+    """The module of `config.policy`, `config.user` or `config.critic`, without weights, as it plays.
 
     Args:
         architecture: instead of that of config.path.
@@ -72,7 +65,7 @@ def make_model(config: ConfigDict, name: str, architecture: Qwen2Config | None =
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         scan_layers=config.scan_layers,
-        attention=config.attention,
+        attention="chunked" if config.attention == "splash" else config.attention,  # splash is for training alone
         attention_chunk=config.attention_chunk,
     )
 
@@ -152,7 +145,7 @@ def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
     return EmotionRules(initial, c.floor, c.ceiling, c.max_change, tuple(c.thresholds))
 
 
-def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int) -> Spec:
+def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int, rows: int = 0) -> Spec:
     """What the sampler is compiled for, from a config."""
     return Spec(
         mode=config.policy.mode,
@@ -166,6 +159,7 @@ def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: 
         readout=config.user.readout,
         rules=emotion_rules(config, initial_emotion),
         truncation=Truncation(config.rollout.top_k, config.rollout.top_p),
+        rows=rows,
     )
 
 

@@ -18,13 +18,14 @@ from rich.console import Console
 from rlver_jax import evaluation
 from rlver_jax.assembly import Run, assemble
 from rlver_jax.config import flatten, reward_settings
-from rlver_jax.dialogue import Dialogues, PolicyTables, Spec
+from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.pack import pack, row_lengths
-from rlver_jax.learning.update import TrainState, compile_step
+from rlver_jax.learning.update import TrainState, compile_step, orders
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.players import Players, sampling_copy
+from rlver_jax.policy import PolicyTables
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.rewards import Rewards, reward
 from rlver_jax.runs.checkpoint import Checkpoints
@@ -35,15 +36,16 @@ from rlver_jax.runs.metrics import MetricsWriter
 from rlver_jax.runs.progress import TrainingProgress
 from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.sampling.cache import LM
+from rlver_jax.spec import Spec
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
-FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling")
+FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows")
 
 
-def score(dialogues: Dialogues, tables: PolicyTables, spec: Spec, how: tuple) -> tuple[Rewards, Int[Array, ""]]:
-    """Rewards of a batch, and the tokens of its longest packed row; `how` holds the items of `reward_settings`."""
+def score(dialogues: Dialogues, tables: PolicyTables, spec: Spec, how: tuple) -> tuple[Rewards, Int[Array, " B"]]:
+    """Rewards of a batch, and the tokens of its packed dialogues; `how` holds the items of `reward_settings`."""
     rewards = reward(emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(how))
-    return rewards, row_lengths(dialogues, tables, spec).max()
+    return rewards, row_lengths(dialogues, tables, spec)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -82,6 +84,7 @@ class Trainer:
         self.key = distributed.everywhere(jax.random.key(config.train.seed), run.mesh)
         self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
         self.pack = pack_program(run.mesh)
+        self.orders = jax.jit(orders, static_argnums=(0, 3), out_shardings=whole)
         self.how = tuple(sorted(reward_settings(config).items()))
         self.checkpoints = Checkpoints(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -126,17 +129,19 @@ class Trainer:
         with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
             # The sampler's copy of the policy is let go before the update, which has no room for it.
             dialogues = self.players(state).play(profiles, self.key, run.limits)
-            rewards, longest = self.score(dialogues, tables, spec, self.how)
+            rewards, lengths = self.score(dialogues, tables, spec, self.how)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
-        length = run.length_for(int(jax.device_get(longest)))
+        updates = self.orders(run.setup.schedule, self.key, state.step, size)
+        length, layout = run.arranged(*jax.device_get((lengths, updates)))
+        layout = distributed.everywhere(layout, run.mesh)
         began, played = max(began, self.last_finished), time.monotonic()
         with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
             packed = self.pack(dialogues, tables, spec, run.limits, length)
         with jax.transfer_guard("disallow"), jax.set_mesh(run.mesh):
-            state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference)
+            state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference, layout)
         times = {"time/rollout_s": played - began}
-        metrics["tokens/padded"] = jnp.float32(packed.mask.size)
+        metrics["tokens/padded"] = jnp.float32(run.places(length, layout))
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
         return state
 
@@ -159,6 +164,7 @@ class Trainer:
         row = dialogue_metrics(dialogues, rewards.reward) | reply_metrics(dialogues, self.run.players.tokenizer)
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
         row["time/update_s"] = self.last_finished - step.learning_since - row.get("time/eval_s", 0.0)
+        row["tokens/padding"] = 1 - row["tokens/packed"] / row["tokens/padded"]
         every = self.config.log.dialogues_every
         problem = breach(row, self.config.alarms.to_dict(), step.number)
         if distributed.is_main() and (problem or (every and (step.number % every == 0 or step.number == 1))):

@@ -57,8 +57,10 @@ def test_choices_and_ranges_name_fields_that_exist():
     ("fields", "parts"),
     [
         ({"rollout__bacth": 3}, ["rollout.bacth=3", "unknown field", "did you mean rollout.batch?"]),
+        ({"train__padding": 1.5}, ["train.padding=1.5", "0 to 1"]),
         ({"policy__mode": "thikn"}, ["policy.mode='thikn'", "think, direct", "did you mean 'think'"]),
         ({"rollout__top_p": 1.5}, ["rollout.top_p=1.5", "0 to 1"]),
+        ({"rollout__rows": -1, "eval__rows": -2}, ["rollout.rows=-1", "eval.rows=-2", "at least 0 dialogues"]),
         ({"rollout__batch": 0}, ["rollout.batch=0", "at least 1 dialogues"]),
         ({"rollout__batch": "many"}, ["rollout.batch='many'", "is str, expected int"]),
         ({"rollout__group": 5}, ["rollout.batch=32", "multiple of rollout.group=5", "choose 30"]),
@@ -84,6 +86,7 @@ def test_faults(fields, parts):
         ({"mesh__fsdp": 3}, ["mesh.fsdp=3", "product 3, but there are 8 devices"]),
         ({"mesh__fsdp": -1, "mesh__tensor": -1}, ["at most one of them -1"]),
         ({"rollout__batch": 12}, ["rollout.batch=12", "mesh.replica x mesh.fsdp = 8", "choose 16"]),
+        ({"rollout__rows": 12}, ["rollout.rows=12", "mesh.replica x mesh.fsdp = 8", "choose 16"]),
         ({"mesh_sampling__tensor": 3}, ["mesh_sampling.fsdp=8, mesh_sampling.tensor=3: product 24, but there are 8"]),
         (
             {"mesh__tensor": 8, "mesh_sampling__fsdp": 8, "mesh_sampling__tensor": 1, "eval__batch": 12},

@@ -143,6 +143,10 @@ def test_the_summary_follows_from_the_dialogues(done):
     assert {k: v for k, v in summary["end_reasons"].items() if v} == {k: reasons.count(k) for k in reasons}
     assert summary["tokens"]["generated"] == generated
     assert summary["tokens"]["prefilled"] > 3 * 30
+    assert "context" not in reasons, "its end would take a turn of a row"
+    assert summary["occupancy"] == pytest.approx(sum(turns) / (2 * max(turns[:2]) + 2 * turns[2])), (
+        "two rows, two batches"
+    )
     assert summary["seconds"] > 0
     assert summary["settings"]["eval.temperature"] == 1.0
     assert "score" in result.stdout.splitlines()[-3], "the summary comes last"

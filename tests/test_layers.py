@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlver_jax"
 # Top first. A name is a module or a sub-package of rlver_jax.
 LAYERS = [
     {"train", "evaluate", "verify", "plan", "export", "chat", "bench", "report", "serve", "miniature"},
-    {"reports", "judging", "plans"},
+    {"reports", "judging", "plans", "benches"},
     {"trainer", "assembly", "evaluation", "remote_evaluation", "serving"},
     {"sides"},
     {"runs"},
     {"learning"},
     {"players"},
-    {"dialogue"},
+    {"dialogue", "policy", "spec"},
     {"rewards"},
     {"user"},
     {"sampling"},

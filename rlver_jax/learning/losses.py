@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.learning.masked import keep, masked_max, masked_mean
 
@@ -58,14 +58,26 @@ def token_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[A
     return keep(_exp(_log_ratio(new, old, mask)), mask)
 
 
-def sequence_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+def sequence_ratio(
+    new: Float[Array, "B L"],
+    old: Float[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    segment: Int[Array, "B L"] | None = None,
+) -> Float[Array, "B L"]:
     """GSPO (arXiv 2507.18071): exp(mean over the dialogue's action tokens of new - old), at each of its action places.
 
     Every place passes a gradient to all of its dialogue's tokens: with one advantage a dialogue and the weights of
-    dialogue_mean, the clipped objective is then GSPO's.
+    dialogue_mean, the clipped objective is then GSPO's. Where dialogues share a row, `segment` is the number of each
+    place's dialogue, from 0 to L - 1.
     """
-    mean = masked_mean(_log_ratio(new, old, mask), mask, axis=1)
-    return keep(jnp.broadcast_to(_exp(mean)[:, None], mask.shape), mask)
+    log_ratio = _log_ratio(new, old, mask)
+    if segment is None:
+        mean = masked_mean(log_ratio, mask, axis=1)[:, None]
+    else:
+        rows = jnp.arange(mask.shape[0])[:, None]
+        total, count = (jnp.zeros_like(log_ratio).at[rows, segment].add(x) for x in (log_ratio, mask))
+        mean = jnp.take_along_axis(total / jnp.maximum(count, 1), segment, axis=1)
+    return keep(jnp.broadcast_to(_exp(mean), mask.shape), mask)
 
 
 def clipped_objective(

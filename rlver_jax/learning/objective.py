@@ -6,10 +6,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rlver_jax.learning import losses
 from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.rows import SharedRows
 from rlver_jax.models.logprobs import Forbidden, TokenLogprobs, token_logprobs
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, head
 from rlver_jax.models.value_head import ValueHead
@@ -68,7 +69,12 @@ class Sample:
 
 def read(model: Qwen2, params: Params, batch: PackedBatch) -> Float[Array, "B L D"]:
     """Hidden states of packed rows."""
-    return model.apply({"params": params}, batch.tokens, batch.positions, batch.branch)[0]
+    tokens = (batch.tokens, batch.positions, batch.branch)
+    return model.apply({"params": params}, *tokens, segment=_segment(batch))[0]
+
+
+def _segment(batch: PackedBatch) -> Int[Array, "B L"] | None:
+    return batch.segment if isinstance(batch, SharedRows) else None
 
 
 def action_logprobs(
@@ -115,8 +121,10 @@ def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -
     batch, mask, options = sample.batch, sample.batch.mask, learner.loss
     hidden = read(learner.model, trained["policy"], batch)
     new, entropy = action_logprobs(learner, trained["policy"], hidden, batch, grammar)
-    ratio_of = losses.sequence_ratio if options.ratio == "sequence" else losses.token_ratio
-    ratio = ratio_of(new, sample.old, mask)
+    if options.ratio == "sequence":
+        ratio = losses.sequence_ratio(new, sample.old, mask, _segment(batch))
+    else:
+        ratio = losses.token_ratio(new, sample.old, mask)
     objective = losses.clipped_objective(
         ratio,
         sample.advantage,

@@ -25,9 +25,10 @@ from rlver_jax.learning.objective import (
     values,
 )
 from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.rows import Layout, Places, bring_back, lay_out
 from rlver_jax.models.precision import wide
 from rlver_jax.models.qwen2 import Params
-from rlver_jax.parallel.rules import constrain, constrain_rows
+from rlver_jax.parallel.rules import constrain, constrain_rows, parts
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.grammar import Grammar
 
@@ -54,7 +55,7 @@ class Schedule:
 
     epochs: int = 1
     minibatches: int = 1  # optimizer steps an epoch
-    microbatches: int = 1  # parts of a minibatch whose gradients are summed: less memory, same result
+    microbatches: int = 1  # parts of a minibatch whose gradients are summed, where no layout is given
     critic_warmup: int = 0  # training steps in which only the critic learns
     recompute: bool = False  # ratios start from the trainer's own log-probs rather than the sampler's
     importance_cap: float = 0.0  # with recompute: truncated importance weights; 0: none
@@ -133,6 +134,7 @@ def train_step(
     grammar: Grammar,
     key: Key[Array, ""],
     reference: Params | None = None,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Updates policy and critic on one batch of B dialogues.
 
@@ -140,17 +142,19 @@ def train_step(
         grammar: the policy's, as it was sampled under.
         key: of the run; what is shuffled depends on it and on the step alone.
         reference: parameters of the model that a KL penalty holds the policy to.
+        layout: how dialogues share rows, `rows.arrange`d for the `orders` of this step: the result is the same. None:
+            one dialogue a row, a minibatch in so many microbatches as the schedule says.
 
     Returns:
         the new state, and metrics: float32 scalars by the names of metrics.jsonl.
     """
-    sample, metrics = prepare(setup, state, batch, rewards, grammar, reference)
-    key = jax.random.fold_in(key, state.step)
-    state, found = _epochs(setup, state, sample, grammar, key)
+    sample, metrics = prepare(setup, state, batch, rewards, grammar, reference, layout)
+    order = orders(setup.schedule, key, state.step, batch.count.shape[0])
+    state, found = _epochs(setup, state, sample, grammar, order, layout)
     first = jax.tree.map(lambda x: x[0], found)
     metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in found.items()}
     metrics["policy/ratio_max_first"] = first["policy/ratio_max"]
-    metrics["policy/update_kl"] = _moved(setup, state.params["policy"], sample, grammar)
+    metrics["policy/update_kl"] = _moved(setup, state.params["policy"], sample, grammar, layout)
     metrics["train/skipped_updates"] = state.skipped.astype(jnp.float32)
     return dataclasses.replace(state, step=state.step + 1), metrics
 
@@ -163,10 +167,10 @@ def prepare(
     rewards: Rewards,
     grammar: Grammar,
     reference: Params | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Sample, dict[str, Array]]:
     """All that the loss takes as given: values, log-probs to start from, advantages. Weights are still zero."""
     learner, schedule, mask = setup.learner, setup.schedule, batch.mask
-    parts = schedule.minibatches * schedule.microbatches
     params = state.params
 
     def look(part: PackedBatch) -> dict[str, Array]:
@@ -184,7 +188,7 @@ def prepare(
             found["reference"] = action_logprobs(learner, reference, own, part, grammar).logprob
         return found
 
-    looked = _together(_loop(lambda _, part: (None, look(part)), None, _split(batch, parts))[1])
+    looked = _of_parts(look, batch, schedule.minibatches * schedule.microbatches, layout)
     importance = None
     if schedule.recompute and schedule.importance_cap:
         importance = losses.importance_weights(looked["old"], batch.logprob, mask, cap=schedule.importance_cap)
@@ -249,23 +253,29 @@ def compute_advantages(
     raise ValueError(f"estimator={how.estimator!r}; expected one of {', '.join(ESTIMATORS)}")
 
 
-def _epochs(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, key: Key[Array, ""]):
-    """Every minibatch of every epoch, one optimizer step each; metrics [epochs * minibatches]."""
-    schedule = setup.schedule
-    size = sample.advantage.shape[0]
+def orders(schedule: Schedule, key: Key[Array, ""], step: Int[Array, ""], size: int) -> Int[Array, "U N"]:
+    """The dialogues of each update of a training step: every epoch goes through all of them, in an order of its own."""
     order = jnp.tile(jnp.arange(size), (schedule.epochs, 1))
     if schedule.minibatches > 1:
+        key = jax.random.fold_in(key, step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(schedule.epochs))
         order = jax.vmap(jax.random.permutation, (0, None))(keys, size)
-
-    def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
-        picked = sample if schedule.minibatches == 1 else constrain_rows(jax.tree.map(lambda x: x[rows], sample))
-        return _minibatch(setup, state, picked, grammar)
-
-    return _loop(one, state, order.reshape(schedule.epochs * schedule.minibatches, -1))
+    return order.reshape(schedule.epochs * schedule.minibatches, -1)
 
 
-def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar):
+def _epochs(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, order: Array, layout: Layout | None):
+    """Every minibatch of every epoch, one optimizer step each; metrics [epochs * minibatches]."""
+
+    def one(state: TrainState, update: tuple[Array, Places | None]) -> tuple[TrainState, dict[str, Array]]:
+        rows, places = update
+        whole = setup.schedule.minibatches == 1
+        picked = sample if whole else constrain_rows(jax.tree.map(lambda x: x[rows], sample))
+        return _minibatch(setup, state, picked, grammar, places)
+
+    return _loop(one, state, (order, None if layout is None else layout.updates))
+
+
+def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, places: Places | None):
     """One optimizer step."""
     options, mask = setup.learner.loss, sample.batch.mask
     sample = dataclasses.replace(
@@ -278,9 +288,9 @@ def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar
         gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.learner, state.params, rows, grammar)
         return as_params(setup.learner, jax.tree.map(jnp.add, total, gradient)), metrics
 
-    parts = _split(sample, setup.schedule.microbatches)
+    pieces, reads = _pieces(sample, sample.batch, setup.schedule.microbatches, places)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), state.params)
-    gradients, metrics = _loop(part, zeros, parts)
+    gradients, metrics = _loop(part, zeros, pieces, reads)
     frozen = {"policy": state.step < setup.schedule.critic_warmup, "critic": jnp.bool_(False)}
     norms = {name: optax.global_norm(tree) for name, tree in gradients.items()}
     params, opt_state, skipped = {}, {}, jnp.int32(0)
@@ -304,16 +314,32 @@ def _apply(optimizer, gradient: Params, opt_state: Any, params: Params, wanted: 
 
 
 @jax.named_scope("moved")
-def _moved(setup: Setup, params: Params, sample: Sample, grammar: Grammar) -> Array:
+def _moved(setup: Setup, params: Params, sample: Sample, grammar: Grammar, layout: Layout | None) -> Array:
     """KL of the updated policy to the one that acted, estimated on one microbatch.
 
     With one optimizer step a batch, ratios inside the update are all 1 and say nothing of how far it went.
     """
     parts = setup.schedule.minibatches * setup.schedule.microbatches
-    some = jax.tree.map(lambda x: x[0], _split(sample, parts))
+    pieces, _ = _pieces(sample, sample.batch, parts, None if layout is None else layout.whole)
+    some = jax.tree.map(lambda x: x[0], pieces)
     new = action_logprobs(setup.learner, params, read(setup.learner.model, params, some.batch), some.batch, grammar)
     kl = losses.kl_penalty(some.old, new.logprob, some.batch.mask, estimator="k3")
     return masked_mean(kl, some.batch.mask)
+
+
+def _pieces(tree: Any, batch: PackedBatch, number: int, places: Places | None) -> tuple[Any, Array | None]:
+    """Microbatches along axis 0, and how many of them hold anything; None: all."""
+    if places is None:
+        return _split(tree, number), None
+    return lay_out(tree, places, batch.count, parts("batch")), places.reads
+
+
+def _of_parts(function: Callable, batch: PackedBatch, number: int, layout: Layout | None) -> Any:
+    """What a function finds for every token, a microbatch at a time; arrays [B, L]."""
+    places = None if layout is None else layout.whole
+    pieces, reads = _pieces(batch, batch, number, places)
+    _, found = _loop(lambda _, part: (None, function(part)), None, pieces, reads)
+    return _together(found) if places is None else bring_back(found, places, batch.count)
 
 
 def _split(tree: Any, parts: int) -> Any:
@@ -329,9 +355,24 @@ def _together(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _loop(function: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`lax.scan`, but a single turn is no loop: XLA then needs no second copy of what is carried."""
-    if jax.tree.leaves(xs)[0].shape[0] > 1:
+def _loop(function: Callable, carry: Any, xs: Any, count: Array | None = None) -> tuple[Any, Any]:
+    """`lax.scan` of the first `count` of xs (None: all; results of the others are 0).
+
+    A single turn is no loop: XLA then needs no second copy of what is carried.
+    """
+    at = lambda i: jax.tree.map(lambda x: x[i], xs)  # noqa: E731
+    if jax.tree.leaves(xs)[0].shape[0] == 1:
+        carry, y = function(carry, at(0))
+        return carry, jax.tree.map(lambda x: x[None], y)
+    if count is None:
         return jax.lax.scan(function, carry, xs)
-    carry, y = function(carry, jax.tree.map(lambda x: x[0], xs))
-    return carry, jax.tree.map(lambda x: x[None], y)
+
+    def turn(i: Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, y = function(both[0], at(i))
+        return carry, jax.tree.map(lambda all_, one: all_.at[i].set(one), both[1], y)
+
+    turns = jax.tree.leaves(xs)[0].shape[0]
+    _, shapes = jax.eval_shape(function, carry, at(0))
+    nothing = jax.tree.map(lambda x: jnp.zeros((turns, *x.shape), x.dtype), shapes)
+    with jax.named_scope("reads"):
+        return jax.lax.fori_loop(0, count, turn, (carry, nothing))

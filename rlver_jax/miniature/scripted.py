@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlver_jax.dialogue import PlayLimits
 from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import append, init_cache
+from rlver_jax.spec import PlayLimits
 from rlver_jax.user.simulated import dialogue_key, user_turn
 
 SAY_TOKENS = 64  # longest reply that can be given

@@ -4,11 +4,12 @@ Visibility (packed dialogues): query at slot i sees key at slot j iff j <= i and
 history), the query's own branch, or the parent of it. A branch id is parent + twig: parents are multiples of
 `BRANCH_RADIX`, twigs 0..BRANCH_RADIX-1, so a thought is branch t * BRANCH_RADIX and each option of a choice made within
 it t * BRANCH_RADIX + 1, + 2, …; ids below BRANCH_RADIX hang from the canonical history itself. Without branches this
-is plain causal attention. Padding needs no mask: it lies after every valid token of its row.
+is plain causal attention. Padding needs no mask: it lies after every valid token of its row. Where dialogues share a
+row, a query sees keys of its own segment only.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ class Visibility(NamedTuple):
     q_branch: Int[Array, "B Q"] | None = None  # None: every token is canonical
     k_branch: Int[Array, "B C"] | None = None
     filled: Int[Array, ""] | None = None  # slots from here on are seen by no query; None: not known
+    q_segment: Int[Array, "B Q"] | None = None  # dialogue of each query; None: a row is one dialogue
+    k_segment: Int[Array, "B C"] | None = None
+    blocks: Any = None  # the same in blocks, for `splash`
 
 
 def visible(see: Visibility, num_keys: int) -> Array:
@@ -39,6 +43,8 @@ def visible(see: Visibility, num_keys: int) -> Array:
     if see.k_branch is not None and see.q_branch is not None:
         key, query = see.k_branch[:, None, :], see.q_branch[:, :, None]
         mask &= (key == 0) | (key == query) | (key == query - query % BRANCH_RADIX)
+    if see.k_segment is not None and see.q_segment is not None:
+        mask &= see.k_segment[:, None, :] == see.q_segment[:, :, None]
     return mask
 
 
@@ -61,9 +67,7 @@ def dense_attention(
 
 def _attend(end: int, q: Array, k: Array, v: Array, see: Visibility) -> Array:
     """`dense_attention` over the first `end` keys."""
-    k, v = k[:, :, :end], v[:, :, :end]
-    if see.k_branch is not None:
-        see = see._replace(k_branch=see.k_branch[:, :end])
+    k, v, see = k[:, :, :end], v[:, :, :end], _up_to(end, see)
     b, length, heads, dim = q.shape
     kv_heads = k.shape[1]
     q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
@@ -73,6 +77,12 @@ def _attend(end: int, q: Array, k: Array, v: Array, see: Visibility) -> Array:
     # Transposed afterwards: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
     out = jnp.einsum("bkgqc,bkcd->bkgqd", weights, v, preferred_element_type=wide(v.dtype))
     return jnp.moveaxis(out, 3, 1).reshape(b, length, heads, dim).astype(q.dtype)
+
+
+def _up_to(end: int, see: Visibility) -> Visibility:
+    """Without the keys from `end` on."""
+    branch, segment = (None if x is None else x[:, :end] for x in (see.k_branch, see.k_segment))
+    return see._replace(k_branch=branch, k_segment=segment)
 
 
 def chunked_attention(
@@ -96,9 +106,8 @@ def chunked_attention(
     for start in range(0, length, size):
         end = min(start + size, length)
         slots = jnp.broadcast_to(jnp.arange(start, end), (q.shape[0], end - start))
-        q_branch = None if see.q_branch is None else see.q_branch[:, start:end]
-        k_branch = None if see.k_branch is None else see.k_branch[:, :end]
-        part = Visibility(slots, q_branch, k_branch)
+        q_branch, q_segment = (None if x is None else x[:, start:end] for x in (see.q_branch, see.q_segment))
+        part = _up_to(end, see)._replace(q_slot=slots, q_branch=q_branch, q_segment=q_segment)
         outs.append(_chunks(q[:, start:end], k[:, :, :end], v[:, :, :end], part, chunk))
     return jnp.concatenate(outs, axis=1)
 
@@ -107,14 +116,15 @@ def _chunks(q: Array, k: Array, v: Array, see: Visibility, chunk: int) -> Array:
     """One chunk of queries after the other, each against all keys given."""
     pad = -q.shape[1] % chunk
     assert see.q_slot is not None  # the caller has given every query its slot
-    branches = None if see.q_branch is None else _split(see.q_branch, chunk, pad)
-    pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), branches)
+    labels = (None if x is None else _split(x, chunk, pad) for x in (see.q_branch, see.q_segment))
+    pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), *labels)
 
     @jax.checkpoint
-    def one(piece: tuple[Array, Array, Array | None]) -> Array:
-        q_piece, slot, branch = piece
+    def one(piece: tuple[Array, Array, Array | None, Array | None]) -> Array:
+        q_piece, slot, branch, segment = piece
         filled = None if see.filled is None else slot.max() + 1
-        return dense_attention(q_piece, k, v, Visibility(slot, branch, see.k_branch, filled))
+        part = see._replace(q_slot=slot, q_branch=branch, q_segment=segment, filled=filled)
+        return dense_attention(q_piece, k, v, part)
 
     out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
     return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate
+from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate, visible
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import KVCache, write
 from rlver_jax.models.precision import wide
 from rlver_jax.models.product import product
+from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel import rules
 
 Params = dict[str, Any]
@@ -26,7 +27,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the results of weight products
     "full": jax.checkpoint_policies.nothing_saveable,  # keep only the layer's input
 }
-ATTENTION = ("dense", "chunked")
+ATTENTION = ("dense", "chunked", "splash")
 
 
 def partitioned(init: Any, *axes: str) -> Any:
@@ -99,7 +100,9 @@ class Attention(nn.Module):
         if keys is not None:
             keys, values = write(keys, k, start, layer), write(values, v, start, layer)
             k, v = (keys, values) if layer is None else (keys[layer], values[layer])
-        if self.attention == "chunked":
+        if see.blocks is not None:
+            out = splash_attention(q, k, v, see.blocks)
+        elif self.attention == "chunked":
             out = chunked_attention(q, k.astype(q.dtype), v.astype(q.dtype), see, self.attention_chunk)
         else:
             out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), see)
@@ -168,7 +171,7 @@ class Qwen2(nn.Module):
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
-    attention: str = "dense"
+    attention: str = "dense"  # splash: kernels for TPU, for rows without a cache
     attention_chunk: int = 512  # queries at a time with attention="chunked"
 
     def __post_init__(self):
@@ -186,6 +189,7 @@ class Qwen2(nn.Module):
         branch: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
         start: Int[Array, "B"] | None = None,
+        segment: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with the new tokens in it.
 
@@ -195,8 +199,10 @@ class Qwen2(nn.Module):
             branch: int32, 0 for canonical tokens (see `attention`); with a cache, what it already holds is canonical.
             cache: keys and values of earlier tokens; the new ones are written at slots start..start+S-1.
             start: int32 valid slots of each row; wanted exactly when there is a cache.
+            segment: int32, equal for the tokens of one dialogue: only they see each other; None: a row is one. Without
+                a cache only.
         """
-        see = self._visibility(tokens, branch, cache, start)
+        see = self._visibility(tokens, branch, cache, start, segment)
         embed = Embedding(self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed")
         x = rules.constrain(embed(tokens), "batch", "length", "activation")
         keys, values = (None, None) if cache is None else cache
@@ -208,11 +214,19 @@ class Qwen2(nn.Module):
             self.param("lm_head", init, shape, self.param_dtype)  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
 
-    def _visibility(self, tokens, branch, cache, start) -> Visibility:
+    def _visibility(self, tokens, branch, cache, start, segment) -> Visibility:
         if (cache is None) != (start is None):
             raise ValueError("cache and start go together: give both or neither")
         if cache is None or start is None:
-            return Visibility(None, branch, branch)
+            see = Visibility(None, branch, branch, q_segment=segment, k_segment=segment)
+            if self.attention != "splash" or self.is_initializing():
+                return see
+            mask = jnp.broadcast_to(visible(see, tokens.shape[1]), (*tokens.shape, tokens.shape[1]))
+            return Visibility(None, blocks=blocks_of(mask))
+        if self.attention == "splash":
+            raise ValueError("attention='splash' reads rows without a cache; sample with 'dense' or 'chunked'")
+        if segment is not None:
+            raise ValueError("a cache holds one dialogue a row: give no segment with it")
         slots = start[:, None] + jnp.arange(tokens.shape[1])
         filled = slots.max() + 1  # once, not in every layer: where a batch is spread, devices must agree on it
         if branch is None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from rlver_jax.assembly import reads_at_most
+from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.plans.hlo import Instruction, Module, Uses, array_bytes
 from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
 
@@ -76,9 +78,14 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
     config, spec = shapes.config, shapes.players.spec
     tables = shapes.players.tables[1]
     considerations = len(tables.reply.names)
+    rounds = -(-config.rollout.batch // spec.rows_of(config.rollout.batch))
+    rows, minibatches = config.rollout.batch, config.train.minibatches
+    reads = [reads_at_most(config, shapes.mesh, dialogues) for dialogues in (rows, rows // minibatches)]
     reply = ((considerations - 1) * config.user.field_tokens + config.user.reply_tokens) / considerations
 
     def turns(op_name: str) -> float:
+        if re.search(r"[/(]reads[/)]", op_name):
+            return reads["prepare" not in op_name]
         if "policy_turn" in op_name:
             return spec.policy_tokens
         if "appraise" in op_name:
@@ -87,7 +94,7 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
             return reply
         if "open_dialogues" in op_name:
             return 0  # profiles bring their first utterance
-        return spec.max_turns if "sample_dialogues" in op_name else 1
+        return spec.max_turns * rounds if "sample_dialogues" in op_name else 1
 
     return turns
 
@@ -151,8 +158,8 @@ def _logits(module: Module, shapes: Shapes) -> list[str]:
     """Arrays of the size of one microbatch's logits: [B, L, V], however they are cut and laid out."""
     config, mesh = shapes.config, shapes.mesh
     model = shapes.players.policy.model.config
-    parts = config.train.minibatches * config.train.microbatches * mesh.shape["replica"] * mesh.shape["fsdp"]
-    places = config.rollout.batch * shapes.lengths[-1] // parts
+    apart = config.rollout.batch // (config.train.minibatches * config.train.microbatches) // batch_parts(mesh)
+    places = (1 if config.train.share_rows else apart) * shapes.lengths[-1]
     return logits_among(module.arrays(), places, model.vocab_size, mesh.shape["tensor"], model.hidden_size)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from rlver_jax.assembly import dialogues_a_row, reads_at_most
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.plans import flops
 from rlver_jax.plans.chips import Chip
@@ -65,10 +66,12 @@ def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Sh
 def play_of(shapes: Shapes) -> flops.Play:
     """Lengths of the dialogues."""
     config, (policy, user) = shapes.config, shapes.players.tables
+    batch = config.rollout.batch
     scripts = (user.appraisal, user.reply)
     return flops.Play(
-        rows=config.rollout.batch,
-        profiles=config.rollout.batch // config.rollout.group,
+        dialogues=batch,
+        profiles=batch // config.rollout.group,
+        rows=shapes.players.spec.rows_of(batch),
         system=policy.system.shape[0],
         prefix=shapes.profiles.prefix.shape[1],
         heard=config.user.reply_tokens,
@@ -93,9 +96,11 @@ def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
 
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
-    config, length, trunk = shapes.config, shapes.lengths[-1], shapes.setup.learner.trunk
+    """Of dialogues at their limits, whether they share rows or not: they see nothing of each other."""
+    config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.learner.trunk
+    length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
     rows, model = config.rollout.batch, shapes.players.policy.model
-    parts = config.train.minibatches * config.train.microbatches
+    parts = config.train.minibatches * reads_at_most(config, mesh, rows // config.train.minibatches)
     moved = _forward(model, rows // parts, length, logits=True, parts=1)
     given = moved
     if trunk is not None:
@@ -116,7 +121,8 @@ def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) 
 
 
 def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int) -> Work:
-    chunked = c.attention == "chunked" and length > c.attention_chunk
+    # Splash, too, computes scores again in its backward pass.
+    chunked = c.attention == "splash" or (c.attention == "chunked" and length > c.attention_chunk)
     size = model.param_dtype.itemsize
     return flops.packed_update(
         model.config, rows, length, logits=logits, itemsize=size, parts=parts, remat=c.remat, chunked=chunked

@@ -16,17 +16,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax import assembly
-from rlver_jax.dialogue import Dialogues, Profiles, Spec, sample_dialogues
+from rlver_jax.dialogue import Dialogues, Profiles, sample_dialogues
 from rlver_jax.learning.objective import Trained
 from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.rows import Layout, Places
 from rlver_jax.learning.update import Setup, TrainState, compile_step, init_state
 from rlver_jax.models.config import Qwen2Config, preset
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
-from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program, spec_of
+from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.cache import LM
+from rlver_jax.spec import Spec
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.trainer import pack_program, row_sharding
 from rlver_jax.user.prompts import load_prompts
@@ -121,8 +123,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     Raises:
         ValueError: an array can't be divided over the mesh, or a model is not named.
     """
-    c = config.rollout
-    spec = spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=config.emotion.initial)
+    spec = assembly.rollout_spec(config)
     playing = sampling_mesh(mesh, config.mesh_sampling)
     players = unplaced_players(config, texts.tokenizer, texts.language, spec)
     policy, user = players.policy.model, players.user.model
@@ -139,7 +140,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
         reference = params_of(
             make_model(config.policy, "reference", architecture(config, "reference", config.policy)), mesh
         )
-    lengths = assembly.packed_lengths(config, players, texts.first_talk)
+    lengths = assembly.row_lengths(config, players, texts.first_talk, mesh)
     profiles = _whole(_profiles(config, texts), playing)
     return Shapes(config, mesh, players, profiles, state, setup, lengths, reference)
 
@@ -171,7 +172,7 @@ def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained,
     width = players.policy.model.config.hidden_size
     if config.critic.kind == "separate":
         found = architecture(config, "critic", config.policy)
-        trunk = make_model(config.critic, "critic", found).clone(remat=config.critic.remat)
+        trunk = assembly.as_trained(make_model(config.critic, "critic", found), config.critic)
         width, critic["trunk"] = found.hidden_size, params_of(trunk, mesh)
     head = assembly.value_head_of(config)
     made = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, width))))
@@ -261,6 +262,18 @@ def _lower_learn(shapes: Shapes) -> Any:
     packed = PackedBatch(count=array(jnp.int32, rows), **arrays)
     rewards = Rewards(array(jnp.float32, rows), array(jnp.float32, rows, config.rollout.max_turns))
     grammar = _whole(shapes.players.tables[0].grammar, mesh)
+    layout = _whole(_layout(config), mesh) if config.train.share_rows else None
     with jax.set_mesh(mesh):
         step = compile_step(shapes.setup, shapes.state)
-        return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference)  # type: ignore[attr-defined]
+        return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference, layout)  # type: ignore[attr-defined]
+
+
+def _layout(config: ConfigDict) -> Layout:
+    """Where dialogues lie: data, whatever it says."""
+
+    def places(*sizes: int) -> Places:
+        shape: Any = jax.ShapeDtypeStruct
+        return Places(shape(sizes, jnp.int32), shape(sizes, jnp.int32), shape(sizes[:-1], jnp.int32))
+
+    rows, minibatches = config.rollout.batch, config.train.minibatches
+    return Layout(places(rows), places(config.train.epochs * minibatches, rows // minibatches))

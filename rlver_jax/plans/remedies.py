@@ -76,7 +76,7 @@ def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str,
     trained = ["policy"] + ["critic"] * (config.algorithm.estimator == "gae" and config.critic.kind == "separate")
     if "learn" in failing:
         full = {f"{name}.remat": "full" for name in trained if config[name].remat != "full"}
-        full |= {f"{name}.attention": "chunked" for name in trained if config[name].attention != "chunked"}
+        full |= {f"{name}.attention": "chunked" for name in trained if config[name].attention == "dense"}
         if full:
             yield full
         yield {"train.microbatches": 2 * config.train.microbatches}

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from rlver_jax.dialogue import END_REASONS, Dialogues, PolicyTurn
+from rlver_jax.dialogue import END_REASONS, Dialogues
 from rlver_jax.players import Players
+from rlver_jax.policy import PolicyTurn
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rewards import reward as compute_reward
 from rlver_jax.sampling.decode import Generated

@@ -28,7 +28,7 @@ PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json
 _SECTIONS = ("policy", "user", "data", "rollout", "emotion", "reward", "eval")
 _WITHOUT_EFFECT = (
     *("policy.remat", "data.seed", "rollout.batch", "rollout.group", "rollout.max_turns", "rollout.temperature"),
-    *("emotion.initial", "eval.batch", "eval.every"),
+    *("emotion.initial", "eval.batch", "eval.every", "rollout.rows", "eval.rows"),
 )
 # Where things lie; what lies there is told by fingerprints, so that a moved model is still the same.
 PATHS = (*CONFIG_PATHS, "remote.policy.url", "remote.user.url")
@@ -48,7 +48,7 @@ class EvaluationFolder:
     path: Path
     settings: dict[str, Any]
     records: list[Record]
-    played: list[dict[str, Any]]  # a batch each: dialogues, generated, prefilled, seconds
+    played: list[dict[str, Any]]  # a batch each: dialogues, and what they cost (`evaluation.Batch`)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], repeats: int = 1) -> "EvaluationFolder":
@@ -78,8 +78,8 @@ class EvaluationFolder:
         self._save()
 
     def spent(self, what: str) -> float:
-        """Sum of a cost over the batches, those of interrupted evaluations included."""
-        return sum(batch[what] for batch in self.played)
+        """Sum of a cost over the batches, those of interrupted evaluations included; 0 where none has it."""
+        return sum(batch.get(what, 0) for batch in self.played)
 
     def finish(self, records: Sequence[Record], summary: dict[str, Any]) -> None:
         """Puts the dialogues in order, with what judges have added to them, and writes the summary."""

@@ -33,6 +33,8 @@ def dialogue_metrics(dialogues: Dialogues, reward: np.ndarray) -> dict[str, floa
         "dialogue/success_rate": float(np.mean(outcome == 1)),
         "dialogue/failure_rate": float(np.mean(outcome == -1)),
         "dialogue/turns_mean": float(d.turns.mean()),
+        "dialogue/occupancy": float(d.turns.sum() / d.row_turns),
+        "dialogue/step_occupancy": float(generated_count(d) / d.row_steps),
         "reward/mean": float(reward.mean()),
         "reward/std": float(reward.std()),
         "tokens/generated": float(generated_count(d)),

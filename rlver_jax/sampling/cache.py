@@ -6,10 +6,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.models.kv_cache import KVCache, init_kv_cache, laid_out
 from rlver_jax.models.qwen2 import Params, Qwen2, head, logits
+from rlver_jax.parallel.rows import take_rows
 
 
 @flax.struct.dataclass
@@ -84,6 +85,31 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
     axis = 0 if isinstance(cache.kv.k, tuple) else 1
     kv = laid_out(jax.tree.map(lambda x: grow(x, axis), cache.kv))
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
+
+
+def restart_rows(cache: Cache, heads: Cache, source: Int[Array, "B"], fresh: Bool[Array, "B"]) -> Cache:
+    """Row b begins anew as row source[b] of `heads` where fresh[b]; the others stay as they are.
+
+    In place: of every row only the slots that `heads` has are written, one layer after the other.
+    """
+    width, mask = heads.capacity, fresh[:, None, None, None]
+
+    def one(x: Array, head: Array) -> Array:
+        new = jnp.where(mask, take_rows(head, source), x[:, :, :width])
+        return jax.lax.dynamic_update_slice(x, new, (0, 0, 0, 0))
+
+    def stacked(x: Array, head: Array) -> Array:
+        def layer(i: Array, x: Array) -> Array:
+            kept = jax.lax.dynamic_slice(x, (i, 0, 0, 0, 0), (1, *x.shape[1:3], width, x.shape[4]))
+            new = jnp.where(mask, take_rows(head[i], source), kept)
+            return jax.lax.dynamic_update_slice(x, new, (i, 0, 0, 0, 0))
+
+        return jax.lax.fori_loop(0, x.shape[0], layer, x)
+
+    kv = jax.tree.map(one if isinstance(cache.kv.k, tuple) else stacked, cache.kv, heads.kv)
+    hidden = jnp.where(fresh[:, None], take_rows(heads.hidden, source), cache.hidden)
+    length = jnp.where(fresh, take_rows(heads.length, source), cache.length)
+    return Cache(kv, length, hidden)
 
 
 Piece = tuple[Array, Array | int | None]

@@ -18,19 +18,16 @@ from rlver_jax.dialogue import (
     RUNNING,
     SUCCESS,
     TURN_LIMIT,
-    PlayLimits,
-    PolicyTables,
-    PolicyTurn,
     Profiles,
-    Spec,
     open_dialogues,
-    policy_turn,
     room_needed,
 )
 from rlver_jax.players import Players
+from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import Record, policy_message, user_message
 from rlver_jax.sampling.cache import LM, Cache
+from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
 
 TYPED = 256  # tokens that a person may say at once; less where the context is small

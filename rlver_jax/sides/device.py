@@ -16,19 +16,16 @@ from jaxtyping import Array, Bool, Int, Key
 from rlver_jax.dialogue import (
     CONTEXT,
     END_REASONS,
-    PlayLimits,
-    PolicyTables,
-    PolicyTurn,
     Profiles,
-    Spec,
     open_dialogues,
-    policy_turn,
     room_needed,
 )
 from rlver_jax.players import WIDTH_STEP, Players, ProfileTokens
+from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.runs.dialogue_log import policy_message, user_message
 from rlver_jax.sampling.cache import LM, Cache, append, init_cache, repeat_rows
 from rlver_jax.sides.play import Row
+from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
 
 Words = tuple[Int[Array, "B W"], Int[Array, "B"]]

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTurn, Spec, build_policy_tables
+from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTurn, Spec
 from rlver_jax.learning.pack import PackedBatch, pack
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.policy import build_policy_tables
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Generated
 from rlver_jax.user.simulated import UserLimits, UserTurn
@@ -130,6 +131,8 @@ def to_arrays(spec: Spec, dialogues: list[list[Turn]], draw) -> Dialogues:
         user=UserTurn(user, no(*flat, 21), zero(*flat), zero(*flat), user, np.zeros(flat, bool), zero(*flat)),
         appraised=np.ones(flat, bool),
         prefix_tokens=np.int32(0),
+        row_turns=np.int32(batch * turns),
+        row_steps=np.int32(batch * turns * size),
     )
     return jax.tree.map(jnp.asarray, arrays)
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlver_jax.assembly import state_shardings
 from rlver_jax.learning.objective import Learner, Loss
 from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.rows import Layout, Places
 from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, make_optimizer
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Qwen2
@@ -53,9 +54,11 @@ def grammar_of(mesh: Mesh) -> Grammar:
     return Grammar(whole(mesh, shape, jnp.int16), whole(mesh, shape, jnp.bool_), 3, 5, 6, whole(mesh, (0,), jnp.int32))
 
 
-def lower_update(mesh: Mesh, *, batch: int, length: int, ppo: bool, microbatches: int = 1):
-    """GRPO; or PPO with a critic of its own, and a KL penalty."""
-    model, shards = MODEL, mesh.shape["tensor"]
+def lower_update(
+    mesh: Mesh, *, batch: int, length: int, ppo: bool, microbatches: int = 1, model: Qwen2 = MODEL, shared: bool = False
+):
+    """GRPO; or PPO with a critic of its own, and a KL penalty. With `shared`, rows hold several dialogues each."""
+    shards = mesh.shape["tensor"]
     options = Loss(kl=0.1 if ppo else 0.0)
     trunk, head = (model, ValueHead()) if ppo else (None, None)
     learner = Learner(model, trunk, head, options, vocab_chunk=VOCAB_CHUNK, vocab_shards=shards)
@@ -75,8 +78,18 @@ def lower_update(mesh: Mesh, *, batch: int, length: int, ppo: bool, microbatches
     arrays = {name: rows(mesh, (batch, length), grid.get(name, jnp.int32)) for name in names}
     packed = PackedBatch(count=rows(mesh, (batch,), jnp.int32), **arrays)
     rewards = Rewards(rows(mesh, (batch,), jnp.float32), rows(mesh, (batch, 4), jnp.float32))
+    reference, layout = params if ppo else None, layout_of(mesh, batch) if shared else None
     with jax.set_mesh(mesh):
-        return compile_step(setup, state).lower(state, packed, rewards, grammar_of(mesh), key_of(), *[params] * ppo)
+        return compile_step(setup, state).lower(state, packed, rewards, grammar_of(mesh), key_of(), reference, layout)
+
+
+def layout_of(mesh: Mesh, batch: int) -> Layout:
+    """One update of all dialogues."""
+
+    def places(*sizes: int) -> Places:
+        return Places(*(whole(mesh, shape, jnp.int32) for shape in (sizes, sizes, sizes[:-1])))
+
+    return Layout(places(batch), places(1, batch))
 
 
 def lower_decode(mesh: Mesh, *, batch: int, capacity: int, dtype=jnp.bfloat16):

@@ -2,10 +2,14 @@
 
 import os
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from rlver_jax.models.attention import Visibility, visible
+from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
+from rlver_jax.parallel.rules import sharding
 
 from .programs import CONFIG, VOCAB_CHUNK, collectives, lower_copy, lower_decode, lower_update, operations
 
@@ -18,10 +22,13 @@ def gathers(ops):
     return [op for op in collectives(ops) if op.kind.startswith("all-gather") and "f" in op.shapes[0][0]]
 
 
-def check_update(ops, mesh):
-    """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens."""
+def check_update(ops, mesh, places: int = 0):
+    """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens.
+
+    Numbers of all tokens, so many `places`, may be gathered too.
+    """
     tensor = mesh.shape["tensor"]
-    found = gathers(ops)
+    found = [op for op in gathers(ops) if op.largest > places]
     assert found, "weights split over fsdp must be gathered somewhere"
     for op in found:
         assert op.inside, f"gathered outside the loop over layers or chunks: {op.line}"
@@ -80,6 +87,59 @@ def test_ppo_for_tpu(shape, microbatches):
     mesh = tpu_mesh("v5e:2x4", *shape)
     lowered = lower_update(mesh, batch=BATCH, length=LENGTH, ppo=True, microbatches=microbatches)
     check_update(operations(lowered.compile().as_text()), mesh)
+
+
+@pytest.mark.slow
+def test_shared_rows_move_numbers_of_tokens_only():
+    mesh = make_mesh(1, 4, 2)
+    lowered = lower_update(mesh, batch=BATCH, length=LENGTH, ppo=True, shared=True)
+    check_update(operations(lowered.compile().as_text()), mesh, places=BATCH * LENGTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "width", "dtype", "length"),
+    [
+        ("v5e:2x2", 128, jnp.bfloat16, 1088),  # filled up to whole blocks
+        ("v5p:2x2x1", 128, jnp.bfloat16, 1088),
+        ("v5e:2x2", 64, jnp.bfloat16, 1024),  # heads of Qwen2.5-0.5B
+        ("v5e:2x2", 128, jnp.float32, 1024),
+    ],
+)
+def test_splash_kernels_for_tpu(topology, width, dtype, length):
+    """Forward and backward, on a mesh that divides rows and heads: three kernels."""
+    mesh = tpu_mesh(topology, 1, 2, 2)
+
+    def graded(q, k, v, branch, segment):
+        see = Visibility(None, branch, branch, q_segment=segment, k_segment=segment)
+        blocks = blocks_of(visible(see, length))
+        total = lambda *x: (splash_attention(*x, blocks).astype(jnp.float32) ** 2).sum()  # noqa: E731
+        return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+
+    def shape(axes, *sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding(axes, sizes, mesh))
+
+    heads = [shape(("batch", "kv_heads", None, None), 2, 2, length, width) for _ in "kv"]
+    labels = [shape(("batch", None), 2, length, dtype=jnp.int32) for _ in range(2)]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(graded).lower(shape(("batch", None, "heads", None), 2, length, 4, width), *heads, *labels)
+        text = compiled.compile().as_text()
+    assert text.count("tpu_custom_call") == 3
+    for kernel in ("fwd", "dq", "dkv"):
+        assert f"splash_mha_{kernel}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_an_update_with_splash_attention_for_tpu(topology, scan):
+    """Of rows that dialogues share: weights are gathered as with any attention."""
+    mesh = tpu_mesh(topology, 1, 4, 2)
+    model = MODEL.clone(attention="splash", scan_layers=scan)
+    text = lower_update(mesh, batch=BATCH, length=1024, ppo=False, model=model, shared=True).compile().as_text()
+    for kernel in ("fwd", "dq", "dkv"):
+        assert f"splash_mha_{kernel}" in text
+    check_update(operations(text), mesh, places=BATCH * 1024)
 
 
 @pytest.mark.slow

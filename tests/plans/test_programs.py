@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -9,6 +10,7 @@ from configs import debug
 from rlver_jax.assembly import assemble
 from rlver_jax.dialogue import sample_dialogues
 from rlver_jax.learning.update import compile_step
+from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.plans.programs import Texts, bytes_per_chip, programs_of, shapes_of
 from rlver_jax.players import sampling_copy, sampling_params, sampling_program
@@ -79,7 +81,9 @@ def _real_update(run, state, packed):
     rows, size = row_sharding(run.mesh), packed.tokens.shape[0]
     packed = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), rows), packed)
     zeros = Rewards(jnp.zeros(size), jnp.zeros((size, run.players.spec.max_turns)))
+    layout = everywhere(run.arranged(np.full(size, 9), np.arange(size)[None])[1], run.mesh)
     key = jax.device_put(jax.random.key(0), NamedSharding(run.mesh, PartitionSpec()))
     with jax.set_mesh(run.mesh):
         step = compile_step(run.setup, state)
-        return step.lower(state, packed, jax.device_put(zeros, rows), run.grammar, key, run.reference)
+        given = (packed, jax.device_put(zeros, rows), run.grammar, key, run.reference, layout)
+        return step.lower(state, *given)

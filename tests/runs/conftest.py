@@ -115,6 +115,8 @@ def written_by_hand(bpe) -> Dialogues:
         user=user,
         appraised=appraised,
         prefix_tokens=np.int32(0),
+        row_turns=np.int32(12),
+        row_steps=np.int32(400),
     )
 
 

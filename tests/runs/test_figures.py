@@ -30,6 +30,8 @@ def test_dialogue_metrics_follow_the_script(six):
     assert found["emotion/final_mean"] == pytest.approx(np.mean(final))
     assert found["emotion/final_std"] == pytest.approx(np.std(final))
     assert found["dialogue/turns_mean"] == pytest.approx((3 + 2 + 1 + 1 + 2 + 0) / 6)
+    assert found["dialogue/occupancy"] == pytest.approx(9 / 12), "turns played of those that there was room for"
+    assert found["dialogue/step_occupancy"] == pytest.approx(generated_count(six) / 400)
     ends = {name.removeprefix("dialogue/end_"): x for name, x in found.items() if name.startswith("dialogue/end_")}
     by_hand = {"turn_limit": 1, "success": 1, "format": 2, "goodbye": 1, "context": 1, "failure": 0}
     assert ends == pytest.approx({name: count / 6 for name, count in by_hand.items()})

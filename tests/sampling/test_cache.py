@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlver_jax.models.qwen2 import Qwen2, stack_layers
-from rlver_jax.sampling.cache import LM, init_cache, join, repeat_rows, rollback
+from rlver_jax.sampling.cache import LM, init_cache, join, repeat_rows, restart_rows, rollback
 
 from ..conftest import appended, plain, read
 
@@ -86,6 +86,24 @@ def test_repeated_rows_go_their_own_ways(toy):
         tokens[b, : len(row)] = row
     cache = read(toy, cache, tokens, jnp.asarray([len(t) for t in tails], jnp.int32))
     want = last_hidden(toy, [rows[b // 2] + tail for b, tail in enumerate(tails)])
+    np.testing.assert_allclose(cache.hidden, want, atol=2e-5)
+
+
+def test_restarted_rows_are_fresh_contexts_and_the_others_go_on(lm):
+    """Rows 0 and 2 forget longer contexts than their new heads; what was there behind the heads is never seen."""
+    old, heads, tails = random_rows([30, 9, 25, 1], 6), random_rows([6, 13], 7), random_rows([20, 5, 1, 24], 8)
+    before = appended(lm, old, width=32)
+    source, fresh = jnp.asarray([1, 0, 0, 1]), jnp.asarray([True, False, True, False])
+    restart = jax.jit(restart_rows)
+    cache = restart(before, appended(lm, heads, 40), source, fresh)
+    np.testing.assert_array_equal(cache.length, [13, 9, 6, 1])
+    now = [heads[1], old[1], heads[0], old[3]]
+    np.testing.assert_allclose(cache.hidden, last_hidden(lm, now), atol=2e-5)
+    tokens = np.zeros((4, 24), np.int32)
+    for b, row in enumerate(tails):
+        tokens[b, : len(row)] = row
+    cache = read(lm, cache, tokens, jnp.asarray([len(t) for t in tails], jnp.int32))
+    want = last_hidden(lm, [row + tail for row, tail in zip(now, tails, strict=True)])
     np.testing.assert_allclose(cache.hidden, want, atol=2e-5)
 
 

@@ -1,0 +1,68 @@
+"""Measures this program on this machine, each way of doing something beside the one that it replaces.
+
+    python -m rlver_jax.bench SUITE [--json=FILE] [--repeats=N]
+
+Suites:
+    dialogue   the miniature's dialogues on rows that take the next one when theirs has ended, and on rows that wait
+
+Each way runs once first, for compilation, then all of them in turn, N times. Figures are medians. Where other programs
+share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+
+from rlver_jax.benches.timing import machine
+from rlver_jax.command_line import parse_flags
+from rlver_jax.config import ConfigError
+from rlver_jax.runs.files import write_json
+
+# Each is a module with `measure(repeats, tell)`, which returns figures, and `lines(figures)`, which says them.
+SUITES = ("dialogue",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    try:
+        suite, options = _arguments(sys.argv[1:] if argv is None else argv)
+        found = {"suite": suite, "repeats": options.repeats, "machine": machine()}
+        module = importlib.import_module(f"rlver_jax.benches.{suite}")
+        with errors.status(suite) as status:
+
+            def tell(text: str) -> None:
+                status.update(f"{suite}: {text}")
+                if not errors.is_terminal:
+                    errors.print(f"{suite}: {text}", markup=False, highlight=False)
+
+            found |= module.measure(options.repeats, tell)
+        if options.json:
+            write_json(Path(options.json), found)
+    except (ValueError, OSError) as error:
+        errors.print(f"bench: {error}", markup=False, highlight=False)
+        return 2
+    for line in module.lines(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[str, flags.FlagValues]:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
+        flags.DEFINE_integer("repeats", 3, "runs of each way", 1, flag_values=values)
+
+    options, suites = parse_flags(argv, __doc__, define)
+    if len(suites) != 1 or suites[0] not in SUITES:
+        raise ConfigError(f"found {' '.join(suites) or 'no suite'}, expected one of {', '.join(SUITES)}")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ConfigError(f"{options.json}: its folder does not exist; make it, or name another file")
+    return suites[0], options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

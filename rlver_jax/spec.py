@@ -1,0 +1,49 @@
+"""How dialogues are played: what a sampler is compiled for, and what may change without compiling again."""
+
+import dataclasses
+
+import flax.struct
+from jaxtyping import Array, Float, Int
+
+from rlver_jax.sampling.decode import KEEP_ALL, Truncation
+from rlver_jax.user.emotion import TRAINING, EmotionRules
+from rlver_jax.user.simulated import UserLimits
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a sampler is compiled for. Lengths are maxima; `PlayLimits` may ask for less without compiling again."""
+
+    mode: str  # think | direct
+    enforce_format: bool  # think: keep the policy from ending a message before `</think>` and a visible say
+    group: int  # dialogues of one profile
+    max_turns: int
+    context: int  # slots of each row, policy and user alike
+    think_tokens: int
+    say_tokens: int
+    user_tokens: int  # of any field of the user's scripts, the reply included
+    readout: str = "argmax"
+    rules: EmotionRules = TRAINING
+    truncation: Truncation = KEEP_ALL
+    rows: int = 0  # dialogues played at a time; 0: all of a batch
+
+    @property
+    def policy_tokens(self) -> int:
+        """Tokens of a policy's reply, its thought included."""
+        return self.say_tokens + (self.think_tokens if self.mode == "think" else 0)
+
+    def rows_of(self, batch: int) -> int:
+        """Rows that a batch of so many dialogues is played on."""
+        return min(self.rows or batch, batch)
+
+
+@flax.struct.dataclass
+class PlayLimits:
+    """What may change between calls without compiling again."""
+
+    max_turns: Int[Array, ""]
+    think_tokens: Int[Array, ""]
+    say_tokens: Int[Array, ""]
+    temperature: Float[Array, ""]  # of the policy; 0: greedy
+    initial_emotion: Int[Array, ""]
+    user: UserLimits

@@ -1,0 +1,261 @@
+"""Dialogues that share rows: laid out without loss; a step computes of them what it computes of each alone."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlver_jax.learning import losses
+from rlver_jax.learning.objective import Learner, Loss, Sample, loss
+from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.rows import Places, arrange, bring_back, lay_out, place
+from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, orders
+from rlver_jax.models.attention import Visibility, visible
+from rlver_jax.models.value_head import ValueHead
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.rewards import Rewards
+from rlver_jax.sampling.grammar import Grammar
+
+from .conftest import LENGTH, make_world, packed, small_lm
+from .test_update import optimizer, trained
+
+# Where dialogues lie: on the host.
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("most", [100, 35, 9])
+def test_every_dialogue_has_its_place(width, most):
+    lengths = np.random.default_rng(most).integers(1, most + 1, 41)
+    found = place(lengths, 100, width)
+    taken = np.zeros((found.reads * width, 100), int)
+    for row, start, length in zip(found.row, found.start, lengths, strict=True):
+        taken[row, start : start + length] += 1
+    assert taken.max() == 1, "no two in one place"
+    assert taken.sum() == lengths.sum(), "and none beyond a row's end"
+    filled = taken.sum(1)
+    for row in range(len(filled)):
+        assert not (np.diff(taken[row]) > 0).any(), "without gaps, from 0 on"
+    if most < 100:
+        assert filled.max() - filled.min() <= lengths.max(), "devices have alike to do"
+
+
+def test_reads_are_as_few_as_first_fit_needs():
+    """By hand: six dialogues of 60 and six of 40 fill six rows of 100; with 61 instead of 60 no two fit together."""
+    sixty = np.array([60, 40] * 6)
+    assert place(sixty, 100, 1).reads == 6
+    assert place(sixty, 100, 2).reads == 3
+    assert place(sixty, 100, 4).reads == 2
+    assert place(sixty + np.array([1, 0] * 6), 100, 1).reads == 9, "two of 40 in a row"
+    assert place(np.array([3]), 100, 8).reads == 1
+    assert place(np.array([100, 50, 50, 1]), 100, 1).reads == 3
+
+
+def test_the_shortest_rows_with_little_padding_are_taken():
+    """Twelve dialogues of 30 take 12 rows of 32 (384 places, 6 % padding), 6 of 61 (366, 2 %) or 4 of 96 (384)."""
+    orders, lengths, ladder = np.arange(12).reshape(2, 6), np.full(12, 30), [16, 32, 61, 96]
+    assert arrange(lengths, orders, ladder, 1, most=0.1)[0] == 32
+    length, layout = arrange(lengths, orders, ladder, 1, most=0.05)
+    assert (length, layout.updates.reads.tolist(), layout.whole.reads) == (61, [3, 3], 6)
+    assert layout.updates.row.shape == (2, 6)
+    assert arrange(lengths, orders, ladder, 1, most=0.0)[0] == 61, "the least there is"
+    assert arrange(lengths, orders, ladder, 4, most=0.1)[0] == 61, "one read of four rows, of 32 two"
+    with pytest.raises(ValueError, match="a dialogue has 30 tokens, but rows have at most 16"):
+        arrange(lengths, orders, [8, 16], 1, most=0.1)
+
+
+# Laid out: on the device.
+
+
+def shared(world, batch, width=2, length=None):
+    """(rows flattened to [reads * width, L], places) of a packed batch."""
+    places = place(np.asarray(batch.count), length or batch.mask.shape[1], width)
+    rows = jax.jit(lay_out, static_argnums=3)(batch, places, batch.count, width)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), rows), places
+
+
+def test_rows_hold_the_dialogues_and_nothing_else(world):
+    batch = packed(world)
+    rows, places = shared(world, batch)
+    assert places.reads * 2 < len(batch.count) + 1, "some share a row"
+    seen = np.zeros(rows.mask.shape, bool)
+    for b, (row, start) in enumerate(zip(places.row, places.start, strict=True)):
+        count = int(batch.count[b])
+        at = slice(start, start + count)
+        for name in ("tokens", "positions", "branch", "mask", "target", "logprob", "state", "turn"):
+            np.testing.assert_array_equal(getattr(rows, name)[row, at], getattr(batch, name)[b, :count])
+        assert (rows.segment[row, at] == start).all()
+        seen[row, at] = True
+    for name in ("tokens", "positions", "branch", "mask", "target", "logprob"):
+        assert not getattr(rows, name)[~seen].any()
+    np.testing.assert_array_equal(rows.count, seen.sum(1))
+    np.testing.assert_array_equal(rows.segment[~seen], np.repeat(rows.count, (~seen).sum(1)))
+
+
+def test_a_dialogue_sees_itself_as_if_alone(world):
+    batch = packed(world)
+    rows, places = shared(world, batch)
+    alone = np.asarray(visible(Visibility(None, batch.branch, batch.branch), LENGTH))
+    see = Visibility(None, rows.branch, rows.branch, None, rows.segment, rows.segment)
+    together = np.asarray(visible(see, LENGTH))
+    for b, (row, start) in enumerate(zip(places.row, places.start, strict=True)):
+        count = int(batch.count[b])
+        at = slice(start, start + count)
+        np.testing.assert_array_equal(together[row, at, at], alone[b, :count, :count])
+        assert together[row, at].sum() == alone[b, :count, :count].sum(), "and nothing else"
+
+
+def test_what_is_laid_out_comes_back(world):
+    batch = packed(world)
+    places = place(np.asarray(batch.count), LENGTH, 2)
+    there = lay_out({"logprob": batch.logprob, "turn": batch.turn}, places, batch.count, 2)
+    back = bring_back(there, places, batch.count)
+    np.testing.assert_array_equal(back["logprob"], batch.logprob)
+    np.testing.assert_array_equal(back["turn"], batch.turn)
+    assert back["turn"].dtype == batch.turn.dtype
+
+
+def test_empty_dialogues_take_no_place():
+    count, x = jnp.array([2, 0, 3]), jnp.array([[1, 2, 0, 0, 0], [0, 0, 0, 0, 0], [3, 4, 5, 0, 0]])
+    for row, start in (([0, 0, 0], [3, 3, 0]), ([0, 1, 0], [3, 0, 0])):
+        places = Places(np.array(row), np.array(start), np.int32(1))
+        assert lay_out(x, places, count, 1)[0].tolist() == [[3, 4, 5, 1, 2]]
+
+
+# Loss and gradients of shared rows against those of one dialogue a row.
+
+
+def sample_of(world, options, critic):
+    """Numbers that differ from token to token, garbage where no action is."""
+    batch, draw = packed(world), np.random.default_rng(7)
+    noise = lambda s: jnp.where(batch.mask, draw.normal(0, s, batch.mask.shape), jnp.nan).astype(jnp.float32)  # noqa: E731
+    weight = losses.token_weights(batch.mask, options.normalization, length=options.length)
+    mean = losses.token_weights(batch.mask, "token_mean")
+    old = batch.logprob + noise(0.3)
+    given = {"value": noise(0.2), "returns": noise(0.5)} if critic else {}
+    return Sample(batch, old, noise(1.0), weight, mean, old + noise(0.1), 1 + 0.1 * noise(1.0), **given)
+
+
+PPO = Loss(clip_high=0.3, dual_clip=3.0, entropy=0.01, kl=0.1)
+GRPO = Loss(ratio="sequence", normalization="dialogue_mean", entropy=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "attention", "scan"),
+    [
+        (GRPO, "dense", False),
+        pytest.param(PPO, "dense", False, marks=pytest.mark.slow),
+        pytest.param(PPO, "chunked", True, marks=pytest.mark.slow),
+        pytest.param(GRPO, "chunked", True, marks=pytest.mark.slow),
+    ],
+    ids=["grpo-dense", "ppo-dense", "ppo-chunked", "grpo-chunked"],
+)
+def test_loss_and_gradients_are_those_of_one_dialogue_a_row(world, bpe, options, attention, scan):
+    how = {"scan_layers": scan, "attention": attention, "attention_chunk": 32}
+    lm, critic = small_lm(bpe, **how), small_lm(bpe, seed=4, **how)
+    head = {"kernel": 0.1 * jnp.ones(32), "bias": jnp.float32(0.2)}
+    both = {"policy": lm.params, "critic": {"trunk": critic.params, "head": head}}
+    learner = Learner(lm.model, critic.model, ValueHead(), options, vocab_chunk=100)
+    sample = sample_of(world, options, critic=options is PPO)
+    graded = jax.jit(jax.value_and_grad(lambda t, s: loss(learner, t, s, world.tables.grammar), has_aux=True))
+    (want, metrics), want_gradient = graded(both, sample)
+    places = place(np.asarray(sample.batch.count), LENGTH, 1)
+    rows = jax.tree.map(lambda x: x[:, 0], lay_out(sample, places, sample.batch.count, 1))
+    (found, mine), gradient = graded(both, jax.tree.map(lambda x: x[: places.reads], rows))
+    assert places.reads < len(sample.batch.count)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(metrics), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    check_gradients(gradient, want_gradient)
+
+
+def check_gradients(found, wanted):
+    assert optax.global_norm(wanted) > 0.01
+    for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        scale = float(jnp.abs(theirs).max()) + 1e-12
+        np.testing.assert_allclose(mine / scale, theirs / scale, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+# Whole steps.
+
+
+class Problem(NamedTuple):
+    batch: PackedBatch
+    rewards: Rewards
+    grammar: Grammar
+
+
+@pytest.fixture(scope="module")
+def problem(bpe, prompts):
+    """Sixteen dialogues of up to three turns."""
+    world = make_world(bpe, prompts, "think", batch=16, turns=3, seed=2)
+    turns = np.random.default_rng(0).integers(-10, 11, (16, 3)).astype(np.float32) / 10
+    return Problem(packed(world, 256), Rewards(turns.sum(1), turns), world.tables.grammar)
+
+
+def setup_of(bpe, ppo, minibatches, attention):
+    model = small_lm(bpe, layers=1, scan_layers=False, attention=attention, attention_chunk=64).model
+    options = PPO if ppo else dataclasses.replace(GRPO, normalization="token_mean")
+    learner = Learner(model, model if ppo else None, ValueHead(0.3) if ppo else None, options, vocab_chunk=128)
+    advantage = Advantage(lam=0.9) if ppo else Advantage("grpo", group=4)
+    schedule = Schedule(epochs=minibatches, minibatches=minibatches, recompute=not ppo)
+    return Setup(learner, advantage, schedule, Optimizers(optimizer(1e-3), optimizer(1e-3) if ppo else None))
+
+
+def first_step(setup, bpe, problem, width, mesh=None):
+    """State and metrics after a step that reads `width` shared rows at a time; 0: one dialogue a row."""
+    state = init_state(trained(bpe, setup.learner.value_head is not None), setup.optimizers)
+    where = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    state, given, key = jax.device_put((state, problem, jax.random.key(1)), where)
+    reference = jax.tree.map(jnp.copy, state.params["policy"]) if setup.learner.loss.kl else None
+    step, number = compile_step(setup, state), problem.batch.count.shape[0]
+
+    def layout(done):
+        order = np.asarray(orders(setup.schedule, key, jnp.int32(done), number))
+        length, found = arrange(np.asarray(problem.batch.count), order, [256], width, most=0.1)
+        assert length == 256
+        assert found.updates.reads.max() * width < number // setup.schedule.minibatches, "they do share rows"
+        return jax.device_put(found, where)
+
+    after = step(state, *given, key, reference, layout(0) if width else None)
+    kept = jax.device_get(after)
+    if width:  # lengths, orders and the number of reads are data
+        step(after[0], *given, key, reference, layout(1))
+        assert step._cache_size() == 1
+    return kept
+
+
+def check_same(found, wanted):
+    for name, value in wanted[1].items():
+        if name != "policy/update_kl":  # measured on one microbatch
+            np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for kind in wanted[0].params:
+        mine, theirs = (s[0].opt_state[kind][1][0].mu for s in (found, wanted))  # a mean of clipped gradients
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("ppo", "minibatches", "attention", "shape"),
+    [
+        (False, 1, "dense", None),
+        pytest.param(True, 2, "dense", (1, 2, 4), marks=pytest.mark.slow),
+        pytest.param(False, 1, "chunked", (2, 2, 2), marks=pytest.mark.slow),
+        pytest.param(True, 1, "chunked", (1, 4, 2), marks=pytest.mark.slow),
+        pytest.param(False, 2, "dense", (1, 4, 2), marks=pytest.mark.slow),
+    ],
+    ids=["grpo", "ppo-2-eight", "grpo-1-eight", "ppo-1-eight", "grpo-2-eight"],
+)
+def test_a_step_is_that_of_one_dialogue_a_row(bpe, problem, ppo, minibatches, attention, shape):
+    """On one device, and on a mesh of eight."""
+    setup = setup_of(bpe, ppo, minibatches, attention)
+    alone = first_step(setup, bpe, problem, 0)
+    check_same(first_step(setup, bpe, problem, 1), alone)
+    if shape:
+        mesh = make_mesh(*shape)
+        with jax.set_mesh(mesh):
+            check_same(first_step(setup, bpe, problem, shape[0] * shape[1], mesh), alone)
