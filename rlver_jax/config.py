@@ -269,6 +269,8 @@ def _learning(values: dict[str, Any]) -> Iterator[str]:
         yield "loss.importance_cap weighs the trainer's log-probs against the sampler's: set loss.recompute as well"
     if 0 < values["loss.dual_clip"] <= 1:
         yield f"loss.dual_clip={values['loss.dual_clip']}: expected above 1, e.g. 3, or 0 for none"
+    if 0 < values["alarms.ratio_max"] <= 1:
+        yield f"alarms.ratio_max={values['alarms.ratio_max']}: every ratio is above; expected e.g. 100, or 0 for none"
 
 
 def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:

@@ -8,9 +8,9 @@
 An interrupted build goes on with the same command.
 
 The simulated user learns to appraise and answer from dialogues of the grammar; the policy to hear hints, then to reply
-in any style as if it didn't know which one helps. A policy is then trained against the user: what it says to held-out
-people is kept to be measured, and with --again_steps the user learns from its text too. Exit status: 0 done, and every
-gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad usage.
+in any style as if it didn't know which one helps. Policies are then trained against the user, which learns from their
+text too; what another one says to held-out people is kept, so that the user can be measured on it. Exit status: 0 done,
+and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad usage.
 """
 
 import functools
@@ -56,8 +56,8 @@ class Steps(NamedTuple):
     user: int
     policy: int
     base: int  # of the policy on what it is to say before reinforcement
-    rl: int  # of the run whose text is measured; 0: none
-    again: int  # of the user, on that text; 0: it doesn't learn from it
+    rl: int  # of each reinforcement run; 0: none
+    again: int  # of the user, on what these said; 0: it doesn't learn from it
 
 
 def build(out: Path, steps: Steps, console: Console) -> None:
@@ -109,35 +109,37 @@ def learn_from_rl(out: Path, packer: Packer, steps: Steps, console: Console) -> 
     run = out / RUNS / "first"
     reinforce(out, run, steps.rl, console)
     if steps.again:
-        learn_again(out, run, packer, steps.again, console)
+        direct = out / RUNS / "first_direct"
+        reinforce(out, direct, steps.rl, console, "direct")
+        learn_again(out, (run, direct), packer, steps.again, console)
         run = out / RUNS / "second"
         reinforce(out, run, steps.rl, console)
     check.write_replies(out / assets.TRAINED, held_out_dialogues(out, run))
 
 
-def learn_again(out: Path, run: Path, packer: Packer, steps: int, console: Console) -> None:
-    """The user learns from a run's text too; the one that it was before stays beside the run."""
+def learn_again(out: Path, runs: Sequence[Path], packer: Packer, steps: int, console: Console) -> None:
+    """The user learns from the text of runs too; the one that it was before stays beside them."""
     before = out / RUNS / assets.USER
     if before.exists():
         return
-    files = sorted(RunFolder(run).dialogues(0).parent.iterdir())
-    records = [record for file in files for record in read_dialogues(file)]
+    files = [file for run in runs for file in sorted(RunFolder(run).dialogues(0).parent.iterdir())]
     crowd = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
-    source = recipe.user_batches(packer, USER_SEED, recipe.rl_dialogues(records, crowd))
+    heard = [dialogue for file in files for dialogue in recipe.rl_dialogues(read_dialogues(file), crowd)]
+    source = recipe.user_batches(packer, USER_SEED, heard)
     model = model_for(packer.tokenizer)
     start = load_params(out / assets.USER, model)
     name = f"{assets.USER}, on a run's text"
-    lm, _ = fit(model, source, steps, console=console, name=name, learning_rate=5e-4, params=start)
+    lm, _ = fit(model, source, steps, console=console, name=name, learning_rate=1e-3, params=start)
     save(out / "user.again", lm, packer.tokenizer)
     (out / assets.USER).rename(before)
     (out / "user.again").rename(out / assets.USER)
 
 
-def reinforce(out: Path, workdir: Path, steps: int, console: Console) -> None:
-    """A training run in the miniature, all of whose dialogues are kept."""
+def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str = "") -> None:
+    """A training run in the miniature, all of whose dialogues are kept; `arg` as that of its config."""
     if (workdir / FINISHED).exists():
         return
-    config = miniature_config("", out)
+    config = miniature_config(arg, out)
     config.train.steps, config.eval.every, config.log.dialogues_every = steps, 0, 1
     if train(config, workdir, make_mesh(**config.mesh), console) < steps:  # SIGTERM
         raise SystemExit("build: interrupted; the same command goes on")
@@ -180,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"build: {error}", markup=False, highlight=False)
         return 2
     except CollapseError as alarm:
-        errors.print(f"build: the run against the new user was stopped by an alarm at {alarm}", highlight=False)
+        errors.print(f"build: a run against the user was stopped by an alarm at {alarm}", highlight=False)
         return 1
     if options.json:
         write_json(Path(options.json), found)
@@ -197,8 +199,8 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
             ("user", 2000, "of the simulated user"),
             ("policy", 1200, "of the policy on dialogues in which hints are met"),
             ("base", 300, "of the policy on what it is to say before reinforcement"),
-            ("rl", STEPS, "of a reinforcement run, whose text the user is measured on; 0: none"),
-            ("again", 0, "of the user on that text, before another such run; 0: it learns from the grammar alone"),
+            ("rl", STEPS, "of each reinforcement run; 0: none"),
+            ("again", 400, "of the user on what such runs said, before another; 0: it learns from the grammar alone"),
         ):
             flags.DEFINE_integer(f"{field}_steps", count, f"steps {what}", flag_values=values)
 

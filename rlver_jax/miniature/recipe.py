@@ -55,11 +55,12 @@ def batches(make: Callable[[random.Random, int], Row], shapes: Sequence[Shape], 
 def user_batches(packer: Packer, seed: int, heard: Sequence[Dialogue] = ()) -> Callable[[int], Rows]:
     """What the simulated user learns from: the grammar's dialogues; with `heard`, every third is one of these."""
     crowd = people(PEOPLE, seed=seed, held_out=False)
+    shares = texts.HEARD_LATER if heard else texts.HEARD
 
     def make(draw: random.Random, turns: int) -> Row:
         if heard and draw.random() < 1 / 3:
             return packer.user(draw.choice(heard))
-        return packer.user(sample_dialogues(1, draw, crowd, texts.HEARD, turns)[0])
+        return packer.user(sample_dialogues(1, draw, crowd, shares, turns)[0])
 
     whole = Shape(assets.TURNS, 8, 784)
     return batches(make, (whole,) if heard else (Shape(3, 16, 448), Shape(3, 16, 448), whole), seed)

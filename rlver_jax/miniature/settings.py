@@ -39,6 +39,8 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
     c.emotion.initial = c.eval.initial_emotion = assets.INITIAL
     c.reward.kind = "per_turn"
     _set_learning(c)
+    if "direct" in words:
+        c.loss.kl = 0.2  # no thought that may change freely: replies lose their variety sooner
     if "ppo" in words:
         _set_ppo(c)
     else:

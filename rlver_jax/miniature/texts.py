@@ -34,6 +34,8 @@ HEARD = {
     "injected": 0.02,
     "empty": 0.01,
 }
+# The same beside the text of reinforcement runs: repetition is what it knows least about by then.
+HEARD_LATER = HEARD | {"style": 0.26, "again": 0.25}
 # What the policy learns first: to hear what people hint at. A model so small needs to see it often to see it at all.
 TAUGHT = {"met": 0.85, "style": 0.08, "wrong_topic": 0.05, "platitude": 0.02}
 # What it says before reinforcement: any style, often on another topic. It meets a hint no more often than by accident
