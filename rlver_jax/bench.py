@@ -4,6 +4,8 @@
 
 Suites:
     dialogue   the miniature's dialogues on rows that take the next one when theirs has ended, and on rows that wait
+    rollout    the policy's side of dialogues by a model of 39 million weights; decoding against a copy of what it reads
+    logprob    log-probs over 151,936 tokens: in chunks of the vocabulary against all logits at once
 
 Each way runs once first, for compilation, then all of them in turn, N times. Figures are medians. Where other programs
 share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage.
@@ -23,7 +25,7 @@ from rlver_jax.config import ConfigError
 from rlver_jax.runs.files import write_json
 
 # Each is a module with `measure(repeats, tell)`, which returns figures, and `lines(figures)`, which says them.
-SUITES = ("dialogue",)
+SUITES = ("dialogue", "rollout", "logprob")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

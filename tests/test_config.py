@@ -58,6 +58,7 @@ def test_choices_and_ranges_name_fields_that_exist():
     [
         ({"rollout__bacth": 3}, ["rollout.bacth=3", "unknown field", "did you mean rollout.batch?"]),
         ({"train__padding": 1.5}, ["train.padding=1.5", "0 to 1"]),
+        ({"alarms__ratio_max": 0.5}, ["alarms.ratio_max=0.5", "or 0 for none"]),
         ({"policy__mode": "thikn"}, ["policy.mode='thikn'", "think, direct", "did you mean 'think'"]),
         ({"rollout__top_p": 1.5}, ["rollout.top_p=1.5", "0 to 1"]),
         ({"rollout__rows": -1, "eval__rows": -2}, ["rollout.rows=-1", "eval.rows=-2", "at least 0 dialogues"]),

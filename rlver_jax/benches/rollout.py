@@ -1,0 +1,162 @@
+"""The policy's side of dialogues of one shape, by a model of random weights, against the limits of the machine.
+
+The model is Qwen2.5 in small: 8 layers, width 512, a vocabulary of 32,000, float32. 16 dialogues begin with 512 tokens;
+in each of six turns every one of them says 48 tokens, sampled at temperature 1 and never ended by a stop token, and hears
+32 before the next.
+"""
+
+import functools
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from rlver_jax.benches.limits import copied_bytes_per_s
+from rlver_jax.benches.timing import Tell, alternate
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.qwen2 import Qwen2, init_params
+from rlver_jax.policy import PolicyTables, policy_turn
+from rlver_jax.sampling.cache import LM, Cache, append, init_cache
+from rlver_jax.sampling.decode import Limits, generate
+from rlver_jax.sampling.grammar import Grammar
+from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.user.simulated import UserLimits
+
+
+class Shape(NamedTuple):
+    """Of the dialogues."""
+
+    batch: int
+    prefix: int  # tokens before the first turn
+    turns: int
+    said: int  # tokens a turn
+    heard: int  # tokens between turns
+
+    @property
+    def context(self) -> int:
+        """Slots of a row."""
+        return self.prefix + self.turns * (self.said + self.heard)
+
+
+SMALL = Qwen2Config(32_000, 512, 1408, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, tie_embeddings=True)
+SHAPE = Shape(batch=16, prefix=512, turns=6, said=48, heard=32)
+
+
+def measure(repeats: int, tell: Tell) -> dict[str, Any]:
+    """Tokens a second of whole dialogues, and of decoding alone beside a copy of all that a step must read."""
+    model = Qwen2(SMALL, scan_layers=False)
+    lm = LM(init_params(model, jax.random.key(0)), model)
+    tables, keys = _tables(SMALL.vocab_size), jax.random.split(jax.random.key(1), SHAPE.batch)
+    prefix, heard = _texts(SHAPE, SMALL.vocab_size)
+    tell("compiling")
+    began = time.perf_counter()
+    play = functools.partial(_play, lm, tables, prefix, heard, keys)
+    cache = jax.block_until_ready(play())
+    compiled = time.perf_counter() - began
+    # A turn from half of the context on: what a step reads on average.
+    half = jax.block_until_ready(_half(cache))
+    decode = functools.partial(_say, lm, tables.grammar, half, keys)
+    jax.block_until_ready(decode())
+    seconds = alternate({"dialogues": play, "decode": decode}, repeats, tell)
+    tell("copying")
+    return _figures(lm, half, seconds, compiled, copied_bytes_per_s(max(repeats, 5)))
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The figures, to be read."""
+    return [
+        f"{found['batch']} dialogues: {found['generated']} tokens generated, {found['prefilled']} read, in "
+        f"{found['seconds']:.2f} s: {found['generated_tokens_per_s']:.0f} generated tokens/s "
+        f"(compiled in {found['compile_s']:.1f} s)",
+        f"decoding alone: {found['decode_tokens_per_s']:.0f} tokens/s, {found['step_ms']:.1f} ms a step; a copy of the "
+        f"{found['step_bytes'] / 1e6:.0f} MB that a step reads takes {found['copy_ms']:.1f} ms: "
+        f"{found['of_limit']:.0%} of the limit",
+    ]
+
+
+def _figures(lm: LM, half: Cache, seconds: dict[str, list[float]], compiled: float, copied: float) -> dict[str, Any]:
+    whole, decode = (statistics.median(seconds[name]) for name in ("dialogues", "decode"))
+    generated = SHAPE.batch * SHAPE.turns * SHAPE.said
+    filled = float(half.length.mean()) + SHAPE.said / 2
+    weights = sum(x.nbytes for x in jax.tree.leaves(lm.params))
+    step_bytes = weights + sum(x.nbytes for x in jax.tree.leaves(half.kv)) * filled / half.capacity
+    return {
+        **SHAPE._asdict(),
+        "seconds": whole,
+        "compile_s": compiled - whole,
+        "generated": generated,
+        "prefilled": SHAPE.batch * (SHAPE.prefix + (SHAPE.turns - 1) * SHAPE.heard),
+        "generated_tokens_per_s": generated / whole,
+        "decode_tokens_per_s": SHAPE.batch * SHAPE.said / decode,
+        "step_ms": decode / SHAPE.said * 1e3,
+        "step_bytes": step_bytes,
+        "copied_bytes_per_s": copied,
+        "copy_ms": step_bytes / copied * 1e3,
+        "of_limit": step_bytes / copied / (decode / SHAPE.said),
+        "all_seconds": seconds,
+    }
+
+
+def _tables(vocabulary: int) -> PolicyTables:
+    """Messages without a template around them, and a grammar that nothing stops."""
+    nothing, free = jnp.zeros(0, jnp.int32), np.zeros((3, vocabulary), bool)
+    grammar = Grammar(jnp.zeros((3, vocabulary), jnp.int16), jnp.asarray(free), first_found=1, begin=1, stop=2)
+    return PolicyTables(nothing, nothing, nothing, nothing, nothing, grammar, jnp.asarray(free[0]))
+
+
+def _texts(shape: Shape, vocabulary: int) -> tuple[Array, Array]:
+    draw = np.random.default_rng(0)
+    prefix = draw.integers(3, vocabulary, (shape.batch, shape.prefix))
+    heard = draw.integers(3, vocabulary, (shape.turns, shape.batch, shape.heard))
+    return jnp.asarray(prefix, jnp.int32), jnp.asarray(heard, jnp.int32)
+
+
+@jax.jit
+def _play(lm: LM, tables: PolicyTables, prefix: Int[Array, "B P"], heard: Int[Array, "T B H"], keys: Key[Array, "B"]):
+    spec = Spec("direct", False, 1, SHAPE.turns, SHAPE.context, 0, SHAPE.said, SHAPE.heard)
+    everyone, whole = jnp.ones(SHAPE.batch, bool), jnp.full(SHAPE.batch, SHAPE.prefix, jnp.int32)
+    limits = _limits()
+    cache = append(lm, init_cache(lm, SHAPE.batch, SHAPE.context), prefix, whole)
+
+    def turn(i: Array, cache: Cache) -> Cache:
+        count = jnp.where(i > 0, SHAPE.heard, 0) * everyone
+        turn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        last = (jnp.zeros((SHAPE.batch, SHAPE.said), jnp.int32), jnp.zeros(SHAPE.batch, jnp.int32))
+        cache, _ = policy_turn(
+            lm,
+            tables,
+            cache,
+            last,
+            (heard[i], count),
+            turn_keys,
+            spec=spec,
+            limits=limits,
+            active=everyone,
+            first=i == 0,
+        )
+        return cache
+
+    return jax.lax.fori_loop(0, SHAPE.turns, turn, cache)
+
+
+def _limits() -> PlayLimits:
+    none, one = jnp.int32(0), jnp.float32(1)
+    user = UserLimits(field_tokens=none, reply_tokens=none, reply_temperature=one)
+    return PlayLimits(jnp.int32(SHAPE.turns), none, jnp.int32(SHAPE.said), one, jnp.int32(40), user)
+
+
+def _half(cache: Cache) -> Cache:
+    return Cache(cache.kv, jnp.full_like(cache.length, (SHAPE.prefix + SHAPE.context) // 2), cache.hidden)
+
+
+@jax.jit
+def _say(lm: LM, grammar: Grammar, cache: Cache, keys: Key[Array, "B"]) -> Array:
+    everyone, limits = jnp.ones(SHAPE.batch, bool), Limits(jnp.int32(SHAPE.said), jnp.int32(0))
+    _, said = generate(
+        lm, cache, keys, grammar, max_tokens=SHAPE.said, limits=limits, temperature=jnp.float32(1), active=everyone
+    )
+    return said.tokens
