@@ -5,6 +5,7 @@
 Suites:
     dialogue   the miniature's dialogues on rows that take the next one when theirs has ended, and on rows that wait
     rollout    the policy's side of dialogues by a model of 39 million weights; decoding against a copy of what it reads
+    update     gradients of whole dialogues: packed in one row each against one row for every turn
     logprob    log-probs over 151,936 tokens: in chunks of the vocabulary against all logits at once
 
 Each way runs once first, for compilation, then all of them in turn, N times. Figures are medians. Where other programs
@@ -25,7 +26,7 @@ from rlver_jax.config import ConfigError
 from rlver_jax.runs.files import write_json
 
 # Each is a module with `measure(repeats, tell)`, which returns figures, and `lines(figures)`, which says them.
-SUITES = ("dialogue", "rollout", "logprob")
+SUITES = ("dialogue", "rollout", "update", "logprob")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

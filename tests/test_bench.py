@@ -2,11 +2,16 @@
 
 import json
 
+import jax
 import pytest
 
 from rlver_jax.bench import SUITES, main
-from rlver_jax.benches import dialogue
+from rlver_jax.benches import dialogue, limits, logprob, rollout, update
 from rlver_jax.benches.timing import alternate, ratios
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.qwen2 import Qwen2, init_params
+
+TINY = Qwen2Config(64, 16, 24, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, tie_embeddings=True)
 
 
 def test_ways_are_run_in_turn():
@@ -37,13 +42,57 @@ def test_bad_usage_is_refused(arguments, parts, capsys):
         assert part in message, message
 
 
+def measured(suite: str, tmp_path) -> dict:
+    assert main([suite, f"--json={tmp_path / 'f.json'}", "--repeats=2"]) == 0
+    return json.loads((tmp_path / "f.json").read_text())
+
+
+def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
+    """By hand: 3 dialogues of 10 + 2 x 5 tokens heard, 3 x 4 said."""
+    monkeypatch.setattr(rollout, "SMALL", TINY)
+    monkeypatch.setattr(rollout, "SHAPE", rollout.Shape(batch=3, prefix=10, turns=3, said=4, heard=5))
+    monkeypatch.setattr(limits, "COPIED", 1024)
+    found = measured("rollout", tmp_path)
+    assert (found["generated"], found["prefilled"]) == (36, 60)
+    assert found["generated_tokens_per_s"] == pytest.approx(36 / found["seconds"])
+    weights = sum(x.nbytes for x in jax.tree.leaves(init_params(Qwen2(TINY), jax.random.key(0))))
+    half = (10 + 37) // 2 + 2  # slots that are filled on average while four more are said
+    assert found["step_bytes"] == weights + 2 * 2 * 3 * 2 * half * 8 * 4  # keys and values, layers, rows, heads
+    assert found["of_limit"] == pytest.approx(found["copy_ms"] / found["step_ms"])
+    assert "of the limit" in capsys.readouterr().out
+
+
+def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
+    sizes = {"MODEL": TINY, "DIALOGUES": 2, "TURNS": 3, "SYSTEM": 5, "HEARD": 4, "THOUGHT": 6, "SAY": 3}
+    for name, value in sizes.items():
+        monkeypatch.setattr(update, name, value)
+    found = measured("update", tmp_path)
+    for mode, thought in (("think", 6), ("direct", 0)):
+        places = {name: way["places"] for name, way in found[mode]["ways"].items()}
+        turns = [5 + t * 7 + 4 + thought + 2 for t in range(3)]  # of each row: what is predicted last is not read
+        assert places["turns"] == 2 * sum(turns)
+        assert places["padded"] == 2 * 3 * turns[-1]
+        assert places["packed"] == 2 * (5 + 3 * 4 + 2 * 3 + (3 * (thought + 2) if thought else 2))
+        assert found[mode]["largest_difference"] < 1e-5
+    assert "x as fast as turns" in capsys.readouterr().out
+
+
+def test_logprobs_are_measured(tmp_path, capsys, monkeypatch):
+    for name, value in {"LENGTH": 64, "VOCABULARY": 40_000, "HIDDEN": 16}.items():
+        monkeypatch.setattr(logprob, name, value)
+    found = measured("logprob", tmp_path)
+    assert found["largest_difference"] < 1e-4
+    assert found["ways"]["full"]["extra_bytes"] > 2 * 64 * 40_000 * 4, "all logits are held"
+    assert found["full_over_chunked_memory"] > 2
+    assert "of the memory" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
     """Few of them; the figures follow from one another."""
     monkeypatch.setattr(dialogue, "DIALOGUES", 6)
     monkeypatch.setattr(dialogue, "ROWS", 2)
-    assert main(["dialogue", f"--json={tmp_path / 'f.json'}", "--repeats=2"]) == 0
-    found = json.loads((tmp_path / "f.json").read_text())
+    found = measured("dialogue", tmp_path)
     assert found["suite"] == "dialogue"
     assert sum(found["turns"].values()) == found["dialogues"] == 6
     turns = sum(int(n) * count for n, count in found["turns"].items())

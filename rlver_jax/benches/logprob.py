@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rlver_jax.benches.timing import Tell, alternate, ratios
+from rlver_jax.benches.timing import Tell, alternate, difference, ratios
 from rlver_jax.models.logprobs import token_logprobs
 
 ROWS, LENGTH, VOCABULARY, HIDDEN = 2, 512, 151_936, 896
@@ -44,7 +44,7 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
         },
         "full_over_chunked_memory": memory["full"] / memory["chunked"],
         "chunked_over_full_time": ratios(seconds["chunked"], seconds["full"]),
-        "largest_difference": _difference(results["chunked"], results["full"]),
+        "largest_difference": difference(results["chunked"], results["full"]),
     }
 
 
@@ -74,8 +74,3 @@ def _program(function: Callable, targets: Array):
         return logprob.sum() + entropy.sum()
 
     return jax.jit(jax.value_and_grad(loss, (0, 1)))
-
-
-def _difference(some: Any, others: Any) -> float:
-    pairs = zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
-    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)

@@ -1,8 +1,8 @@
 """The policy's side of dialogues of one shape, by a model of random weights, against the limits of the machine.
 
-The model is Qwen2.5 in small: 8 layers, width 512, a vocabulary of 32,000, float32. 16 dialogues begin with 512 tokens;
-in each of six turns every one of them says 48 tokens, sampled at temperature 1 and never ended by a stop token, and hears
-32 before the next.
+The model is Qwen2.5 in small: 8 layers, width 512, a vocabulary of 32,000, float32. 16 dialogues begin with 512 tokens.
+In each of six turns every one of them says 48, sampled at temperature 1 and never ended by a stop token, and hears 32
+before the next.
 """
 
 import functools
@@ -102,10 +102,17 @@ def _figures(lm: LM, half: Cache, seconds: dict[str, list[float]], compiled: flo
 
 
 def _tables(vocabulary: int) -> PolicyTables:
-    """Messages without a template around them, and a grammar that nothing stops."""
-    nothing, free = jnp.zeros(0, jnp.int32), np.zeros((3, vocabulary), bool)
-    grammar = Grammar(jnp.zeros((3, vocabulary), jnp.int16), jnp.asarray(free), first_found=1, begin=1, stop=2)
-    return PolicyTables(nothing, nothing, nothing, nothing, nothing, grammar, jnp.asarray(free[0]))
+    """Messages without a template around them."""
+    nothing = jnp.zeros(0, jnp.int32)
+    return PolicyTables(
+        nothing, nothing, nothing, nothing, nothing, free_grammar(vocabulary), jnp.zeros(vocabulary, bool)
+    )
+
+
+def free_grammar(vocabulary: int) -> Grammar:
+    """One that rules nothing out and ends nowhere."""
+    table, forbidden = jnp.zeros((3, vocabulary), jnp.int16), jnp.zeros((3, vocabulary), bool)
+    return Grammar(table, forbidden, first_found=1, begin=1, stop=2)
 
 
 def _texts(shape: Shape, vocabulary: int) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Tell = Callable[[str], None]  # hears what is being done
 
@@ -31,6 +32,12 @@ def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
     """How many times as fast `fast` is, by pairs of one round: the median pair, the worst and the best."""
     pairs = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"median": statistics.median(pairs), "least": min(pairs), "most": max(pairs)}
+
+
+def difference(some: Any, others: Any) -> float:
+    """The largest difference of any array in two trees of arrays, as a share of the array's largest value."""
+    pairs = zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
+    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
 def machine() -> dict[str, Any]:
