@@ -132,7 +132,8 @@ def _row(tokens, positions, branch, said: list[tuple[int, list[int]]]) -> Row:
     for first, actions in said:
         at = slice(first - 1, first - 1 + len(actions))
         target[at], mask[at] = actions, True
-    return Row(*(np.asarray(list(x), np.int32) for x in (tokens, positions, branch)), target, mask)
+    read = [np.asarray(list(x), np.int32) for x in (tokens, positions, branch)]
+    return Row(read[0], read[1], read[2], target, mask)
 
 
 def _padded(row: Row, length: int) -> Row:
