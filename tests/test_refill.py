@@ -106,8 +106,8 @@ def test_room_is_counted(name, plays):
                 steps += d.policy.said.count[turn, row].max()
                 steps += sum(said.count[turn, :, row].max(0).sum() for said in (d.user.appraisal, d.user.reply))
             assert d.row_steps == rows * steps
-    before, after = (sum(int(both[i].row_turns) for both in plays[name]) for i in range(2))
-    assert after < before
+            played, longest = sum(map(len, loop)), 1 + max(turn for playing in loop for _, turn in playing)
+            assert played <= d.row_turns <= played + (rows - 1) * longest, "Graham's bound of list scheduling"
 
 
 @pytest.fixture(scope="module")
