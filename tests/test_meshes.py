@@ -48,10 +48,14 @@ def miniature_run(tmp_path_factory) -> Path:
     return run(miniature_config(), tmp_path_factory.mktemp("miniature"), ONE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "fields"),
-    [((1, 8, 1), {}), ((1, 4, 2), {}), ((2, 2, 2), {}), ((1, 4, 2), APART)],
+    [
+        pytest.param((1, 8, 1), {}, marks=pytest.mark.long),
+        pytest.param((1, 4, 2), {}, marks=pytest.mark.long),
+        pytest.param((2, 2, 2), {}, marks=pytest.mark.long),
+        pytest.param((1, 4, 2), APART, marks=pytest.mark.slow),
+    ],
     ids=["fsdp8", "fsdp4-tensor2", "replica2-fsdp2-tensor2", "fsdp4-tensor2-apart"],
 )
 def test_the_miniature_learns_the_same_on_eight_devices(shape, fields, miniature_run, tmp_path):

@@ -142,7 +142,7 @@ def train_words(workdir, config: str, **fields) -> list[str]:
     return ["rlver_jax.train", f"--config={config}", f"--workdir={workdir}", "--config.log.tensorboard=False", *fields]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_path):
     """The debug world: SIGTERM to one worker's process, --resume, and the unbroken run of one process beside it."""
     pod.give_environment()
@@ -175,7 +175,7 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-3), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_install_and_train_the_miniature(pod, tmp_path):
     """Nothing stands in for the installation here: a virtual environment and pip on each worker (needs a registry)."""
     fields = {"train__steps": 2, "rollout__batch": 8, "rollout__group": 4, "rollout__max_turns": 2}
