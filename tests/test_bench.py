@@ -89,17 +89,17 @@ def test_logprobs_are_measured(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
-    """Few of them; the figures follow from one another."""
-    monkeypatch.setattr(dialogue, "DIALOGUES", 6)
-    monkeypatch.setattr(dialogue, "ROWS", 2)
+    """Few of them (a row for each of the eight devices); the figures follow from one another."""
+    monkeypatch.setattr(dialogue, "DIALOGUES", 16)
+    monkeypatch.setattr(dialogue, "ROWS", 8)
     found = measured("dialogue", tmp_path)
     assert found["suite"] == "dialogue"
-    assert sum(found["turns"].values()) == found["dialogues"] == 6
+    assert sum(found["turns"].values()) == found["dialogues"] == 16
     turns = sum(int(n) * count for n, count in found["turns"].items())
-    assert [way["rows"] for way in found["ways"].values()] == [2, 2, 6]
+    assert [way["rows"] for way in found["ways"].values()] == [8, 8, 16]
     for way in found["ways"].values():
         assert turns / way["occupancy"] % way["rows"] == pytest.approx(0, abs=1e-6)
         assert len(way["seconds"]) == 2
-        assert way["dialogues_per_s"] == pytest.approx(6 / (sum(way["seconds"]) / 2))
+        assert way["dialogues_per_s"] == pytest.approx(16 / (sum(way["seconds"]) / 2))
     assert found["ways"]["refill"]["occupancy"] >= found["ways"]["waiting"]["occupancy"]
     assert "x as fast as waiting" in capsys.readouterr().out
