@@ -108,7 +108,8 @@ def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(start
     same_as(tmp_path, pair)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(start, pair, tmp_path, victim):
     with start(2, 4, tmp_path) as members:
         wait_for_rows(members, tmp_path, 4)
