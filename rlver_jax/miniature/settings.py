@@ -70,5 +70,5 @@ def _set_ppo(c: ConfigDict) -> None:
     # teach against how every one of them begins.
     c.algorithm.whiten = False
     c.critic.learning_rate, c.loss.value_clip = 1e-3, 0.0
-    # k3's gradient explodes on tokens that the policy has unlearned; held by 0.1, one run of several ended in gibberish.
+    # k3's gradient explodes on tokens that the policy has unlearned; at 0.1 one run ended in gibberish.
     c.loss.kl_estimator, c.loss.kl = "k2", 0.2
