@@ -72,7 +72,7 @@ def join(options: flags.FlagValues, *, finish_steps: bool) -> None:
             if "coordinator_address" not in str(error):
                 raise
             # A host with chips, but of no cluster that JAX knows: a process alone.
-    if jax.distributed.is_initialized() and (jax.config.jax_platforms or "").startswith("cpu"):
+    if jax.distributed.is_initialized() and (getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
         # On CPU each process has a key of its own for a program, and process 0 alone keeps any: it would find its own,
         # begin while the others compile, and give them up after half a minute in the first collective.
         jax.config.update("jax_enable_compilation_cache", False)
