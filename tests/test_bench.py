@@ -87,7 +87,7 @@ def test_logprobs_are_measured(tmp_path, capsys, monkeypatch):
     assert "of the memory" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
     """Few of them (a row for each of the eight devices); the figures follow from one another."""
     monkeypatch.setattr(dialogue, "DIALOGUES", 16)
@@ -98,7 +98,9 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
     turns = sum(int(n) * count for n, count in found["turns"].items())
     assert [way["rows"] for way in found["ways"].values()] == [8, 8, 16]
     for way in found["ways"].values():
-        assert turns / way["occupancy"] % way["rows"] == pytest.approx(0, abs=1e-6)
+        row_turns = turns / way["occupancy"]
+        assert row_turns == pytest.approx(round(row_turns))
+        assert round(row_turns) % way["rows"] == 0
         assert len(way["seconds"]) == 2
         assert way["dialogues_per_s"] == pytest.approx(16 / (sum(way["seconds"]) / 2))
     assert found["ways"]["refill"]["occupancy"] >= found["ways"]["waiting"]["occupancy"]
