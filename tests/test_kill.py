@@ -19,22 +19,16 @@ STEPS = 12
 FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 3, "eval.every": 4}
 
 
-@pytest.fixture(scope="module")
-def start():
-    """Starts a run in a process of its own."""
-    environ = os.environ | {"XLA_FLAGS": ""}
+def start(workdir: Path) -> subprocess.Popen:
+    """A run in a process of its own."""
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-
-    def start(workdir: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={workdir}"]
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([*command, *fields], cwd=ROOT, env=environ, **pipe)
-
-    return start
+    command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={workdir}"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *fields], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, **pipe)
 
 
 @pytest.fixture(scope="module")
-def unbroken(start, tmp_path_factory):
+def unbroken(tmp_path_factory):
     """(folder of a run that nobody disturbed, its seconds)."""
     folder, began = tmp_path_factory.mktemp("unbroken"), time.monotonic()
     run = start(folder)
@@ -58,7 +52,7 @@ def lines(path: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_five_random_moments(start, unbroken, tmp_path):
+def test_killed_at_five_random_moments(unbroken, tmp_path):
     """Two kills at any moment of a start, three amid steps and saves; each time the run has gone further."""
     other, seconds = unbroken
     draw = random.Random(int.from_bytes(os.urandom(4), "little"))
@@ -87,7 +81,7 @@ def test_killed_at_five_random_moments(start, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_the_step_and_saves(start, unbroken, tmp_path):
+def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
     other, _ = unbroken
     run = start(tmp_path)
     while lines(tmp_path / "metrics.jsonl") < 4 and run.poll() is None:
@@ -105,7 +99,7 @@ def test_sigterm_finishes_the_step_and_saves(start, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_truncated_newest_checkpoint_falls_back_and_says_so(start, unbroken, tmp_path):
+def test_a_truncated_newest_checkpoint_falls_back_and_says_so(unbroken, tmp_path):
     other, _ = unbroken
     run = start(tmp_path)
     while lines(tmp_path / "metrics.jsonl") < 7 and run.poll() is None:

@@ -25,17 +25,10 @@ CONFIG = f"--config={debug.__file__}:direct"
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def start():
-    """`start(count, devices, workdir, flags…)`: a training, or another entry point."""
+def start(count: int, devices: int, workdir: Path, *more: str):
+    """A training by so many processes."""
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-
-    def start(count: int, devices: int, workdir: Path, *more: str):
-        words = ["rlver_jax.train", CONFIG, f"--workdir={workdir}", *fields, *more]
-        return processes(count, devices, *words)
-
-    start.other = processes
-    return start
+    return processes(count, devices, "rlver_jax.train", CONFIG, f"--workdir={workdir}", *fields, *more)
 
 
 def finish(started) -> str:
@@ -47,7 +40,7 @@ def finish(started) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(start, tmp_path_factory):
+def alone(tmp_path_factory):
     """A run by one process with eight devices."""
     folder = tmp_path_factory.mktemp("alone")
     finish(start(1, 8, folder))
@@ -55,7 +48,7 @@ def alone(start, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(start, tmp_path_factory):
+def pair(tmp_path_factory):
     """A run by two processes with four devices each."""
     folder = tmp_path_factory.mktemp("pair")
     with start(2, 4, folder) as members:
@@ -96,7 +89,7 @@ def test_two_processes_do_what_one_does(alone, pair):
     close_to(pair, alone)
 
 
-def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(start, pair, tmp_path):
+def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(pair, tmp_path):
     with start(2, 4, tmp_path) as members:
         wait_for_rows(members, tmp_path, 3)
         members[1].process.send_signal(signal.SIGTERM)
@@ -110,7 +103,7 @@ def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(start
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(start, pair, tmp_path, victim):
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair, tmp_path, victim):
     with start(2, 4, tmp_path) as members:
         wait_for_rows(members, tmp_path, 4)
         members[victim].process.kill()
@@ -124,7 +117,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(start, pair, tmp_pa
     same_as(tmp_path, pair)
 
 
-def test_a_full_disk_on_one_ends_both(start, pair, tmp_path):
+def test_a_full_disk_on_one_ends_both(pair, tmp_path):
     """The folder of dialogues turns into a file: process 0 cannot write them."""
     shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
     (tmp_path / "finished.json").unlink()
@@ -137,7 +130,7 @@ def test_a_full_disk_on_one_ends_both(start, pair, tmp_path):
         assert members[1].ended(90) != 0
 
 
-def test_a_checkpoint_of_eight_devices_goes_on_with_four_then_sixteen(start, alone, tmp_path):
+def test_a_checkpoint_of_eight_devices_goes_on_with_four_then_sixteen(alone, tmp_path):
     """Values equal on every mesh: Checkpoints compares each leaf's checksum with that of the one that saved it."""
     finish(start(2, 4, tmp_path, "--config.train.steps=2"))
     finish(start(1, 4, tmp_path, "--config.train.steps=4"))
@@ -145,14 +138,14 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_then_sixteen(start, alo
     close_to(tmp_path, alone)
 
 
-def test_two_processes_evaluate_a_checkpoint_as_training_did(start, pair, tmp_path):
+def test_two_processes_evaluate_a_checkpoint_as_training_did(pair, tmp_path):
     """The second start finds everything played; the folder of the first is process 0's alone."""
     words = ["rlver_jax.evaluate", CONFIG, f"--checkpoint={pair}", f"--out={tmp_path / 'out'}"]
     words += ["--step=last"]
-    finish(start.other(2, 4, *words))
+    finish(processes(2, 4, *words))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["score"] == pytest.approx(rows_of(pair)[-1]["eval/score"])
-    assert "8 of 8 dialogues are in" in finish(start.other(2, 4, *words))
-    with start.other(2, 4, *words, "--judge=x") as members:
+    assert "8 of 8 dialogues are in" in finish(processes(2, 4, *words))
+    with processes(2, 4, *words, "--judge=x") as members:
         assert [member.ended(60) for member in members] == [2, 2]
         assert "--judge: works in one process, but there are 2" in members[1].printed
