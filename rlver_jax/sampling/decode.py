@@ -91,8 +91,8 @@ def _draw_each(logits, keys, step, temperature: Float[Array, "B"], truncation: T
     def mixed() -> tuple[Array, Array]:
         warm = temperature > 0
         drawn = _sample(logits / jnp.where(warm, temperature, 1.0)[:, None], keys, step, truncation)
-        likeliest = _greedy(logits)
-        return jnp.where(warm, drawn[0], likeliest[0]), jnp.where(warm, drawn[1], likeliest[1])
+        greedy = _greedy(logits)
+        return jnp.where(warm, drawn[0], greedy[0]), jnp.where(warm, drawn[1], greedy[1])
 
     return jax.lax.cond((temperature > 0).any(), mixed, lambda: _greedy(logits))
 
@@ -100,13 +100,24 @@ def _draw_each(logits, keys, step, temperature: Float[Array, "B"], truncation: T
 def _sample(logits: Array, keys: Array, step: Array, truncation: Truncation) -> tuple[Array, Array]:
     scaled = truncate(logits, truncation)
     noise = jax.vmap(gumbel, (0, None, None))(keys, step, logits.shape[1])
-    token = jnp.argmax(scaled + noise, axis=-1)
+    token = likeliest(scaled + noise)
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
+def likeliest(scores: Float[Array, "*b V"]) -> Int[Array, "*b"]:
+    """The place of the highest score, of equal ones the first.
+
+    In two passes, a maximum and the least place that has it: XLA's CPU backend does not vectorize `argmax`, nor what is
+    computed for it, such as a row's noise.
+    """
+    places = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    best = scores == scores.max(axis=-1, keepdims=True)
+    return jnp.where(best, places, scores.shape[-1] - 1).min(axis=-1)
+
+
 def _greedy(logits: Array) -> tuple[Array, Array]:
-    return jnp.argmax(logits, axis=-1), jnp.zeros(logits.shape[0], jnp.float32)
+    return likeliest(logits), jnp.zeros(logits.shape[0], jnp.float32)
 
 
 class Limits(NamedTuple):

@@ -18,6 +18,7 @@ from rlver_jax.sampling.decode import (
     draw,
     generate,
     gumbel,
+    likeliest,
     truncate,
 )
 from rlver_jax.sampling.grammar import Grammar
@@ -99,6 +100,14 @@ def loop(toy, rows, keys, before, after, temperature):
             said[b][4] = token == STOP or (newly and after == 0)
             rows[b].append(token)
     return said, rows
+
+
+def test_the_likeliest_is_the_first_of_equal_ones():
+    """NumPy's argmax, with many ties, ruled out scores, and rows of which nothing is left."""
+    scores = np.random.default_rng(0).integers(-3, 3, (64, 2, 57)).astype(np.float32)
+    scores[scores == -3] = -np.inf
+    scores[::7] = -np.inf
+    np.testing.assert_array_equal(jax.jit(likeliest)(scores), scores.argmax(-1))
 
 
 @pytest.mark.parametrize(("temperature", "after"), [(0.0, 3), (1.3, 0), (1.3, 3)])
