@@ -27,7 +27,7 @@ def get_model() -> ConfigDict:
     c.size = ""  # published size that `plan` takes where path is empty: 0.5b | 1.5b | 3b | 7b | 14b | 32b | 72b
     c.init = "path"  # weights: path (of the folder) | random (only the folder's config.json and tokenizer are read)
     c.dtype = "bfloat16"  # of activations and caches: bfloat16 | float32
-    c.param_dtype = "bfloat16"  # of weights: bfloat16 | float32
+    c.param_dtype = "bfloat16"  # of weights: bfloat16 | float32; of the user also int8 (docs/performance.md)
     c.scan_layers = True  # compile one layer and scan it (TPU); False unrolls: faster decoding on CPU
     # policy and critic also splash: on TPU, training rows are read by kernels that leave out what is masked
     c.attention = "dense"  # dense | chunked (less memory for long rows, equal result)

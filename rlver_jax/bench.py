@@ -7,6 +7,8 @@ Suites:
     rollout    the policy's side of dialogues by a model of 39 million weights; decoding against a copy of what it reads
     update     gradients of whole dialogues: packed in one row each against one row for every turn
     logprob    log-probs over 151,936 tokens: in chunks of the vocabulary against all logits at once
+    load       weights of the size of Qwen2.5-0.5B onto the device, against the file as it is
+    compile    the miniature from the command to its first step, with nothing compiled before and once more
 
 Each way runs once first, for compilation, then all of them in turn, N times. Figures are medians. Where other programs
 share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage.
@@ -26,7 +28,7 @@ from rlver_jax.config import ConfigError
 from rlver_jax.runs.files import write_json
 
 # Each is a module with `measure(repeats, tell)`, which returns figures, and `lines(figures)`, which says them.
-SUITES = ("dialogue", "rollout", "update", "logprob")
+SUITES = ("dialogue", "rollout", "update", "logprob", "load", "compile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

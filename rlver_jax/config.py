@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "policy.remat": ("none", "dots", "full"),
     "policy.mode": ("think", "direct"),
     "user.dtype": ("bfloat16", "float32"),
-    "user.param_dtype": ("bfloat16", "float32"),
+    "user.param_dtype": ("bfloat16", "float32", "int8"),
     "user.attention": ("dense", "chunked"),
     "user.style": ("vanilla", "challenging"),
     "user.scenario": ("heart_to_heart", "chit_chat"),

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rlver_jax.dialogue import Dialogues, Profiles, room_needed, sample_dialogues
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
+from rlver_jax.models.int8 import quantize, unrounded
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.distributed import everywhere, rows_on
@@ -82,13 +83,15 @@ def load_model(
         ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
     """
     model = make_model(config, name)
+    rounded = model.param_dtype == jnp.int8
+    stored = unrounded(model) if rounded else model
     if weights is not None:
-        params = weights(model, mesh)
+        params = weights(stored, mesh)
     elif config.init == "random":
-        params = init_params(model, jax.random.key(zlib.crc32(name.encode())), mesh)
+        params = init_params(stored, jax.random.key(zlib.crc32(name.encode())), mesh)
     else:
-        params = load_params(config.path, model, mesh=mesh)
-    return LM(params, model), load_tokenizer(config.path)
+        params = load_params(config.path, stored, mesh=mesh)
+    return LM(quantize(params, model, mesh) if rounded else params, model), load_tokenizer(config.path)
 
 
 def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
@@ -101,7 +104,8 @@ def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
     places = jax.tree.map(lambda _: None, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
 
     def one(path: Any, x: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, model.dtype if _is_matrix(path) else x.dtype, sharding=place)
+        dtype = model.dtype if _is_matrix(path) and x.dtype != jnp.int8 else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
 
     return jax.tree_util.tree_map_with_path(one, shapes, places)
 

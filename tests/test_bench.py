@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from rlver_jax.bench import SUITES, main
-from rlver_jax.benches import dialogue, limits, logprob, rollout, update
+from rlver_jax.benches import compile, dialogue, limits, load, logprob, rollout, update
 from rlver_jax.benches.timing import alternate, ratios
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Qwen2, init_params
@@ -105,3 +105,29 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
         assert way["dialogues_per_s"] == pytest.approx(16 / (sum(way["seconds"]) / 2))
     assert found["ways"]["refill"]["occupancy"] >= found["ways"]["waiting"]["occupancy"]
     assert "x as fast as waiting" in capsys.readouterr().out
+
+
+def test_loading_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load, "MODEL", TINY)
+    monkeypatch.setattr(limits, "COPIED", 1024)
+    found = measured("load", tmp_path)
+    weights = sum(x.size for x in jax.tree.leaves(init_params(Qwen2(TINY), jax.random.key(0))))
+    assert 0 < found["bytes"] - 2 * weights < 8192, "bfloat16, and the file's head"
+    for way in found["ways"].values():
+        assert way["bytes_per_s"] == pytest.approx(found["bytes"] / way["seconds"])
+    assert "x as long as safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_starts_are_measured(tmp_path, capsys, monkeypatch):
+    """Of short dialogues: with the programs kept, less is compiled; what a run can't do is said."""
+    short = ("--config.rollout.batch=8", "--config.rollout.max_turns=1")
+    monkeypatch.setattr(compile, "FLAGS", (*compile.FLAGS, *short))
+    found = measured("compile", tmp_path)
+    cold, warm = found["ways"]["cold"], found["ways"]["warm"]
+    assert len(cold["all"]) == len(warm["all"]) == 2
+    assert 0 < warm["compile_s"] < cold["compile_s"] < cold["start_s"]
+    assert "compiling s" in capsys.readouterr().out
+    monkeypatch.setattr(compile, "FLAGS", ("--config.train.steps=0",))
+    assert main(["compile"]) == 2
+    assert "train.steps" in capsys.readouterr().err

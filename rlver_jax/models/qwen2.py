@@ -3,6 +3,7 @@
 The module never makes [B, L, V] logits; see `logits` for a few positions and `logprobs.token_logprobs` for training.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -35,8 +36,16 @@ def partitioned(init: Any, *axes: str) -> Any:
     return nn.with_logical_partitioning(init, axes)  # plain partitioning would take the names for mesh axes
 
 
+def kept(param_dtype: Any, dtype: Any) -> Any:
+    """The dtype of what is not rounded where `param_dtype` is int8: all but the weight matrices of layers."""
+    return dtype if param_dtype == jnp.int8 else param_dtype
+
+
 class Linear(nn.Module):
-    """x @ kernel (+ bias), kernel [in, out] with logical axes. The result is float32: the caller rounds it, once."""
+    """x @ kernel (+ bias), kernel [in, out] with logical axes. The result is float32: the caller rounds it, once.
+
+    A kernel in int8 has a scale for each column (see `int8`).
+    """
 
     features: int
     axes: tuple[str, str]
@@ -47,12 +56,18 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B S I"]) -> Float[Array, "B S O"]:
         """Operands in `dtype`, accumulated and returned in float32."""
-        kernel_init = partitioned(nn.initializers.normal(0.02), *self.axes)
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        zeros, shape = nn.initializers.zeros_init(), (x.shape[-1], self.features)
+        rounded = self.param_dtype == jnp.int8
+        kernel_init = partitioned(zeros if rounded else nn.initializers.normal(0.02), *self.axes)
+        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
         y = product(x, kernel.astype(self.dtype))
+        if rounded:
+            ones = partitioned(nn.initializers.ones_init(), *self.axes[1:])
+            y *= self.param("scale", ones, (self.features,), jnp.float32).astype(y.dtype)
         if self.use_bias:
-            bias_init = partitioned(nn.initializers.zeros_init(), *self.axes[1:])
-            y += self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)
+            dtype = kept(self.param_dtype, self.dtype)
+            bias = self.param("bias", partitioned(zeros, *self.axes[1:]), (self.features,), dtype)
+            y += bias.astype(y.dtype)
         return y
 
 
@@ -67,7 +82,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Result in `dtype`, rounded once."""
         init = partitioned(nn.initializers.ones_init(), "norm")
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = self.param("scale", init, (x.shape[-1],), kept(self.param_dtype, self.dtype))
         y = x.astype(wide(x.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (scale.astype(y.dtype) * y).astype(self.dtype)
@@ -141,6 +156,20 @@ class Block(nn.Module):
         return Linear(d, ("mlp", "embed"), *options, name="down")(inner).astype(self.dtype)
 
 
+@functools.cache
+def _block(remat: str, scanned: bool) -> type[nn.Module]:
+    """The class of a layer, the same one for the same arguments."""
+    if remat == "none":
+        return Block
+    return nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(block: type[nn.Module], fields: tuple, params: Params, *arguments: Any) -> Any:
+    """One of the unrolled layers: traced once for all of them, as their shapes are the same; compiled with the rest."""
+    return block(*fields, parent=None).apply({"params": params}, *arguments)
+
+
 class Embedding(nn.Module):
     """Token embedding [V, D]; also the output head when the model ties them."""
 
@@ -153,7 +182,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Rows of the table in `dtype`."""
         init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
-        table = self.param("kernel", init, (self.rows, self.features), self.param_dtype)
+        table = self.param("kernel", init, (self.rows, self.features), kept(self.param_dtype, self.dtype))
         # Each device looks up its part of the model dimension for all rows that share it: tokens travel, not the table.
         rows = table[rules.constrain(tokens, "group", "length")]
         return rules.constrain(rows, "group", "length", "embed").astype(self.dtype)
@@ -168,7 +197,7 @@ class Qwen2(nn.Module):
 
     config: Qwen2Config
     dtype: Any = jnp.float32  # of activations
-    param_dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32  # int8: of weight matrices that are not trained (see `int8`)
     scan_layers: bool = True
     remat: str = "none"
     attention: str = "dense"  # splash: kernels for TPU, for rows without a cache
@@ -211,7 +240,7 @@ class Qwen2(nn.Module):
         if not self.config.tie_embeddings:
             init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
             shape = (self.config.vocab_size, self.config.hidden_size)
-            self.param("lm_head", init, shape, self.param_dtype)  # read by `head`
+            self.param("lm_head", init, shape, kept(self.param_dtype, self.dtype))  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
 
     def _visibility(self, tokens, branch, cache, start, segment) -> Visibility:
@@ -237,9 +266,7 @@ class Qwen2(nn.Module):
 
     def _layers(self, x, keys, values, positions, see, start):
         fields = (self.config, self.dtype, self.param_dtype, self.attention, self.attention_chunk)
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        block = _block(self.remat, self.scan_layers)
         if self.scan_layers:
             scanned = nn.scan(
                 block,
@@ -255,7 +282,11 @@ class Qwen2(nn.Module):
         new = []
         for i in range(self.config.num_layers):
             cached = (None, None) if keys is None else (keys[i], values[i])
-            (x, *kv), _ = block(*fields, name=f"layer_{i}")((x, *cached), None, positions, see, start)
+            arguments = ((x, *cached), None, positions, see, start)
+            if self.is_initializing():
+                (x, *kv), _ = block(*fields, name=f"layer_{i}")(*arguments)
+            else:
+                (x, *kv), _ = _layer(block, fields, self.variables["params"][f"layer_{i}"], *arguments)
             new.append(kv)
         if keys is None:
             return x, None, None

@@ -1,6 +1,7 @@
 """The context of every row of a batch as keys and values: each row has its own length and grows by its own count."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -11,6 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from rlver_jax.models.kv_cache import KVCache, init_kv_cache, laid_out
 from rlver_jax.models.qwen2 import Params, Qwen2, head, logits
 from rlver_jax.parallel.rows import take_rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(model: Qwen2, params: Params, *arguments: Any) -> Any:
+    """Traced once for all places of a program that read as many tokens; compiled with the rest of it."""
+    return model.apply({"params": params}, *arguments)
 
 
 @flax.struct.dataclass
@@ -26,8 +33,7 @@ class LM:
 
     def read(self, tokens: Array, positions: Array, branch: Array | None, cache: "Cache") -> tuple[Array, KVCache]:
         """Hidden states [B, S, D] of new tokens after each row's length, and keys and values with them."""
-        result: Any = self.model.apply({"params": self.params}, tokens, positions, branch, cache.kv, cache.length)
-        return result
+        return _read(self.model, self.params, tokens, positions, branch, cache.kv, cache.length)
 
     @property
     def head(self) -> Float[Array, "V D"]:

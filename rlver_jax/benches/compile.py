@@ -1,0 +1,82 @@
+"""From a command to its first training step, in the miniature: with nothing compiled before, and once more.
+
+A training run of two steps is started as a user starts one, with an empty folder for compiled programs; then another
+one with the folder that the first one has filled. The first step, less the second one, is tracing and compilation.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from configs import miniature
+from rlver_jax.benches.timing import Tell
+from rlver_jax.runs.metrics import read_metrics
+
+CONFIG, FLAGS = miniature.__file__, ("--config.eval.every=0",)
+POLL_S = 0.05
+
+
+def measure(repeats: int, tell: Tell) -> dict[str, Any]:
+    """Seconds of cold and warm starts."""
+    starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    for repeat in range(repeats):
+        with tempfile.TemporaryDirectory(prefix="rlver_jax_bench_") as folder:
+            for name, some in starts.items():
+                tell(f"a {name} start, {repeat + 1} of {repeats}")
+                some.append(_start(Path(folder), name))
+    return {"ways": {name: _medians(some) | {"all": some} for name, some in starts.items()}}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The figures, to be read."""
+    text = [f"{'':5} start s  first step s  second step s  compiling s"]
+    for name, f in found["ways"].items():
+        steps = f"{f['first_step_s']:12.1f}  {f['second_step_s']:13.1f}  {f['compile_s']:11.1f}"
+        text.append(f"{name:5} {f['start_s']:7.1f}  {steps}")
+    return [*text, "start: from the command to the end of the first step, less the time of the second step"]
+
+
+def _start(folder: Path, name: str) -> dict[str, float]:
+    """One run, watched from outside."""
+    workdir, log = folder / name, folder / f"{name}.log"
+    command = [sys.executable, "-m", "rlver_jax.train", f"--config={CONFIG}", "--config.train.steps=2", *FLAGS]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    began = time.perf_counter()
+    with log.open("w") as out:
+        run = subprocess.Popen([*command, f"--workdir={workdir}"], stdout=out, stderr=out, env=environment)
+    try:
+        first, second = (_until(run, workdir / "metrics.jsonl", step, log) - began for step in (1, 2))
+        if run.wait():
+            raise ValueError(_failure(run, log))
+    finally:
+        run.kill()
+        run.wait()
+    steps = [r["time/rollout_s"] + r["time/update_s"] for r in read_metrics(workdir / "metrics.jsonl")]
+    return {
+        "start_s": first - (second - first),
+        "first_step_s": steps[0],
+        "second_step_s": steps[1],
+        "compile_s": steps[0] - steps[1],
+    }
+
+
+def _until(run: subprocess.Popen, metrics: Path, steps: int, log: Path) -> float:
+    """When the run has written down so many steps."""
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        if run.poll():
+            raise ValueError(_failure(run, log))
+        time.sleep(POLL_S)
+    return time.perf_counter()
+
+
+def _failure(run: subprocess.Popen, log: Path) -> str:
+    return f"the training run ended with exit status {run.returncode}: {log.read_text()[-2000:]}"
+
+
+def _medians(some: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(one[name] for one in some) for name in some[0]}

@@ -1,0 +1,71 @@
+"""Weights from a Hugging Face folder onto the device: as a run loads them, beside the file as it is.
+
+A model of the size of Qwen2.5-0.5B with random weights, in bfloat16 as published, is written to a temporary folder, and
+read from there while the file is still in memory: what is measured is the work, not the disk.
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from safetensors.flax import load_file
+
+from rlver_jax.benches.limits import copied_bytes_per_s
+from rlver_jax.benches.timing import Tell, alternate, ratios
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.hf_weights import load_params, save_params
+from rlver_jax.models.qwen2 import Qwen2, init_params
+
+MODEL = Qwen2Config(151_936, 896, 4864, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64, tie_embeddings=True)
+
+
+def measure(repeats: int, tell: Tell) -> dict[str, Any]:
+    """Seconds of loading the weights, as float32 and as they are, and of `safetensors` alone."""
+    model = Qwen2(MODEL)
+    with tempfile.TemporaryDirectory(prefix="rlver_jax_bench_") as parent:
+        folder = Path(parent) / "model"
+        tell("writing weights")
+        save_params(folder, init_params(model, jax.random.key(0)), MODEL, dtype=jnp.bfloat16)
+        files = list(folder.glob("*.safetensors"))
+        ways = {
+            "float32": lambda: load_params(folder, model, dtype=jnp.float32),
+            "bfloat16": lambda: load_params(folder, model, dtype=jnp.bfloat16),
+            "safetensors": lambda: [load_file(file) for file in files],
+        }
+        for name, way in ways.items():
+            tell(f"{name}, the first time")
+            jax.block_until_ready(way())
+        seconds = alternate(ways, repeats, tell)
+        size = sum(file.stat().st_size for file in files)
+    tell("copying")
+    copied = copied_bytes_per_s(max(repeats, 5))
+    return {
+        "bytes": size,
+        "ways": {
+            name: {
+                "seconds": statistics.median(some),
+                "all_seconds": some,
+                "bytes_per_s": size / statistics.median(some),
+            }
+            for name, some in seconds.items()
+        },
+        "over_safetensors": {name: ratios(seconds[name], seconds["safetensors"]) for name in ("float32", "bfloat16")},
+        "copied_bytes_per_s": copied,
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The figures, to be read."""
+    text = [f"{found['bytes'] / 1e6:.0f} MB of weights, float32 twice as much; memory copies {_rate(found)}"]
+    for name, f in found["ways"].items():
+        text.append(f"{name:11} {f['seconds']:6.2f} s  {f['bytes_per_s'] / 1e9:5.2f} GB/s of the file")
+    for name, r in found["over_safetensors"].items():
+        text.append(f"{name} takes {r['median']:.2f} x as long as safetensors ({r['least']:.2f} to {r['most']:.2f})")
+    return text
+
+
+def _rate(found: dict[str, Any]) -> str:
+    return f"{found['copied_bytes_per_s'] / 1e9:.2f} GB/s"

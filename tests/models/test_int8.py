@@ -1,0 +1,122 @@
+"""Weights in int8 against the same weights multiplied out, and what a rounded user says against the one that played."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlver_jax import evaluate
+from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.int8 import quantize, unrounded
+from rlver_jax.models.kv_cache import init_kv_cache
+from rlver_jax.models.qwen2 import Qwen2, abstract_params, init_params
+from rlver_jax.parallel.mesh import make_mesh
+
+CONFIG = Qwen2Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8)
+MATRICES = [("attn", "q"), ("attn", "k"), ("attn", "v"), ("attn", "o"), ("gate",), ("up",), ("down",)]
+
+
+def rounded(scan=True, mesh=None, dtype=jnp.float32):
+    """The module, its parameters, and those that were rounded, with biases and norms that are not the initial ones."""
+    model = Qwen2(CONFIG, dtype=dtype, param_dtype=jnp.int8, scan_layers=scan)
+    draw = np.random.default_rng(0)
+    plain = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * draw.normal(size=x.shape), x.dtype),
+        init_params(unrounded(model), jax.random.key(0), mesh),
+    )
+    kept = jax.tree.map(np.asarray, plain)
+    return model, quantize(plain, model, mesh), kept
+
+
+def layers_of(params):
+    return [params["layers"]] if "layers" in params else [params[f"layer_{i}"] for i in range(CONFIG.num_layers)]
+
+
+def at(layer, path):
+    for name in path:
+        layer = layer[name]
+    return layer
+
+
+def multiplied(params):
+    """NumPy: every matrix as int8 times its columns' scales, without scales."""
+    found = jax.tree.map(np.asarray, params)
+    for layer in layers_of(found):
+        for path in MATRICES:
+            linear = at(layer, path)
+            linear["kernel"] = linear["kernel"].astype(np.float32) * linear.pop("scale")[..., None, :]
+    return found
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_model_is_that_of_its_weights_multiplied_out(scan):
+    model, params, kept = rounded(scan)
+    tokens, positions = jnp.arange(24).reshape(2, 12), jnp.broadcast_to(jnp.arange(12), (2, 12))
+    found = model.apply({"params": params}, tokens, positions)[0]
+    want = unrounded(model).apply({"params": multiplied(params)}, tokens, positions)[0]
+    np.testing.assert_allclose(found, want, atol=2e-5)
+    cache = init_kv_cache(CONFIG, 2, 16, jnp.float32, scan_layers=scan)
+    cached, _ = model.apply({"params": params}, tokens, positions, None, cache, jnp.zeros(2, jnp.int32))
+    np.testing.assert_allclose(cached, want, atol=2e-5)
+    assert np.abs(want - unrounded(model).apply({"params": kept}, tokens, positions)[0]).max() > 1e-4
+
+
+def test_each_weight_is_within_half_a_step_and_the_rest_untouched():
+    model, params, kept = rounded(dtype=jnp.bfloat16)
+    again = jax.tree.map(np.asarray, params)
+    for path in MATRICES:
+        mine, theirs = at(again["layers"], path), at(kept["layers"], path)["kernel"].astype(np.float32)
+        assert mine["kernel"].dtype == np.int8
+        step = np.abs(theirs).max(axis=1) / 127
+        np.testing.assert_allclose(mine["scale"], step, rtol=1e-6)
+        error = np.abs(mine["kernel"] * mine["scale"][:, None, :] - theirs)
+        assert (error <= step[:, None, :] * 0.5001).all()
+    np.testing.assert_array_equal(again["embed"]["kernel"], kept["embed"]["kernel"])
+    np.testing.assert_array_equal(again["layers"]["attn"]["q"]["bias"], kept["layers"]["attn"]["q"]["bias"])
+    shapes, _ = abstract_params(model)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+
+
+def test_a_column_of_zeros_stays_one():
+    model = Qwen2(CONFIG, param_dtype=jnp.int8)
+    params = jax.tree.map(jnp.zeros_like, init_params(unrounded(model), jax.random.key(0)))
+    found = quantize(params, model)["layers"]["gate"]
+    assert not np.asarray(found["kernel"]).any()
+    assert np.isfinite(found["scale"]).all()
+
+
+def test_on_a_mesh_it_lies_as_weights_do():
+    mesh = make_mesh(1, 4, 2)
+    _, alone, _ = rounded()
+    _, params, _ = rounded(mesh=mesh)
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    gate = params["layers"]["gate"]
+    assert gate["kernel"].sharding.shard_shape(gate["kernel"].shape) == (2, 32 // 4, 48 // 2)
+    assert gate["scale"].sharding.shard_shape(gate["scale"].shape) == (2, 48 // 2)
+
+
+@pytest.mark.slow
+def test_a_rounded_user_feels_the_same(tmp_path):
+    """The miniature's user in int8 reads the dialogues that it played whole, keeping its own emotion."""
+    (tmp_path / "int8.py").write_text(
+        "from configs import miniature\n\n\ndef get_config(arg=''):\n    config = miniature.get_config()\n"
+        "    config.user.param_dtype = 'int8'\n    return config\n"
+    )
+    out = tmp_path / "out"
+    command = ["--config=configs/miniature.py", f"--judge={tmp_path / 'int8.py'}", f"--out={out}"]
+    assert evaluate.main(command) == 0
+    read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
+    played, judged = read(out / "dialogues.jsonl"), read(out / "judges" / "int8.jsonl")
+    print(json.loads((out / "summary.json").read_text())["judges"])
+    pairs = [
+        (said["change"], change)
+        for one, other in zip(played, judged, strict=True)
+        for said, change in zip([m for m in one["messages"] if "change" in m], other["changes"], strict=False)
+    ]
+    same = np.mean([a == b for a, b in pairs])
+    print(f"the same change in {same:.1%} of {len(pairs)} turns")
+    assert len(pairs) > 600
+    assert same >= 0.97
