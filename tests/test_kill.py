@@ -51,7 +51,7 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_five_random_moments(unbroken, tmp_path):
     """Two kills at any moment of a start, three amid steps and saves; each time the run has gone further."""
     other, seconds = unbroken

@@ -54,8 +54,10 @@ def setup_of(policy_lm, estimator) -> Setup:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["think", "direct"])
-@pytest.mark.parametrize("estimator", ["grpo", "gae"])
+@pytest.mark.parametrize(
+    ("estimator", "mode"),
+    [("grpo", "think"), ("grpo", "direct"), pytest.param("gae", "think", marks=pytest.mark.long), ("gae", "direct")],
+)
 def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, mode, estimator):
     players, setup = make_players(policy_lm, user_lm, bpe, prompts, mode), setup_of(policy_lm, estimator)
     user = UserLimits(jnp.int32(1), jnp.int32(1), jnp.float32(1))

@@ -245,7 +245,7 @@ def check_same(found, wanted):
         (False, 1, "dense", None),
         pytest.param(True, 2, "dense", (1, 2, 4), marks=pytest.mark.slow),
         pytest.param(False, 1, "chunked", (2, 2, 2), marks=pytest.mark.long),
-        pytest.param(True, 1, "chunked", (1, 4, 2), marks=pytest.mark.slow),
+        pytest.param(True, 1, "chunked", (1, 4, 2), marks=pytest.mark.long),
         pytest.param(False, 2, "dense", (1, 4, 2), marks=pytest.mark.long),
     ],
     ids=["grpo", "ppo-2-eight", "grpo-1-eight", "ppo-1-eight", "grpo-2-eight"],

@@ -176,6 +176,7 @@ def test_on_a_mesh(checkpoint, prompts, expected):
     assert max(worst) <= 1e-3
 
 
+@pytest.mark.long
 def test_bfloat16_next_token(torch, checkpoint, profile_ids):
     """Greedy next tokens over 2,000 positions of text, bfloat16 weights and activations, against float32.
 
