@@ -72,5 +72,5 @@ def _set_ppo(c: ConfigDict) -> None:
     c.critic.learning_rate, c.loss.value_clip = 1e-3, 0.0
     # k3's gradient explodes on tokens that the policy has unlearned; at 0.1 one run ended in gibberish.
     c.loss.kl_estimator, c.loss.kl = "k2", 0.2
-    # Before the critic knows a mean, how replies begin is taught against as well: one run in three unlearned the format.
+    # Before the critic knows a mean, how replies begin is taught against as well: one run in three forgot the format.
     c.policy.enforce_format = c.policy.mode == "think"
