@@ -8,7 +8,6 @@ is plain causal attention. Padding needs no mask: it lies after every valid toke
 row, a query sees keys of its own segment only.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.precision import wide
 
 BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
-LEAST_PARTED = 256  # slots from which on a cache is read in parts
+BLOCK, MOST_BLOCKS = 128, 8  # slots of a cache that are read at a time, at least; how often, at most
 PARTS = 8  # of a row without a cache, at most: each is compiled, so their number decides how long that takes
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
@@ -36,10 +35,10 @@ class Visibility(NamedTuple):
     blocks: Any = None  # the same in blocks, for `splash`
 
 
-def visible(see: Visibility, num_keys: int) -> Array:
-    """Boolean mask [B, Q, C]."""
+def visible(see: Visibility, num_keys: int, first: Int[Array, ""] | int = 0) -> Array:
+    """Boolean mask [B, Q, C] of the C keys from slot `first` on, to which k_branch and k_segment belong."""
     slots = jnp.arange(num_keys)[None] if see.q_slot is None else see.q_slot
-    mask = jnp.arange(num_keys)[None, None, :] <= slots[:, :, None]
+    mask = (first + jnp.arange(num_keys))[None, None, :] <= slots[:, :, None]
     if see.k_branch is not None and see.q_branch is not None:
         key, query = see.k_branch[:, None, :], see.q_branch[:, :, None]
         mask &= (key == 0) | (key == query) | (key == query - query % BRANCH_RADIX)
@@ -53,21 +52,46 @@ def dense_attention(
 ) -> Float[Array, "B Q H hd"]:
     """softmax(q k^T / sqrt(hd)) v with scores and softmax in float32; H/K query heads share a key head.
 
-    Of a cache only the least of some parts that holds `see.filled` slots is read.
+    Of a cache only the blocks that hold `see.filled` slots are read.
     """
-    slots = k.shape[2]
-    if see.filled is None or slots < LEAST_PARTED:
-        return _attend(slots, q, k, v, see)
-    # A part is copied before it is used, which few queries don't repay for more than half of a cache.
-    eighths = range(1, 9) if q.shape[1] > 16 else (1, 2, 3, 4, 8)
-    ends = [-(-slots * n // 8) for n in eighths]
-    part = jnp.searchsorted(jnp.asarray(ends[:-1]), see.filled)
-    return jax.lax.switch(part, [functools.partial(_attend, end) for end in ends], q, k, v, see)
+    if see.filled is None or k.shape[2] < 2 * BLOCK:
+        return _attend(q, k, v, see)
+    return _in_blocks(q, k, v, see, see.filled)
 
 
-def _attend(end: int, q: Array, k: Array, v: Array, see: Visibility) -> Array:
-    """`dense_attention` over the first `end` keys."""
-    k, v, see = k[:, :, :end], v[:, :, :end], _up_to(end, see)
+def _in_blocks(q: Array, k: Array, v: Array, see: Visibility, filled: Int[Array, ""]) -> Array:
+    """`dense_attention` over the filled slots, a block at a time, with the running softmax of arXiv 1805.02867.
+
+    A block is small enough to be copied into a core's own memory; a part of the cache of any size could not be read
+    without a copy of it.
+    """
+    b, length, heads, dim = q.shape
+    kv_heads, slots = k.shape[1:3]
+    size = -(-slots // (MOST_BLOCKS * BLOCK)) * BLOCK
+    q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
+    dtype = wide(q.dtype)
+
+    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, out = carry
+        first = jnp.minimum(i * size, slots - size)  # the last block begins earlier, where `size` doesn't divide
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
+        branch = None if see.k_branch is None else jax.lax.dynamic_slice_in_dim(see.k_branch, first, size, axis=1)
+        mask = visible(see._replace(k_branch=branch), size, first) & (first + jnp.arange(size) >= i * size)
+        scores = jnp.einsum("bqkgd,bkcd->bkgqc", q, keys, preferred_element_type=dtype) * dim**-0.5
+        scores = jnp.where(mask[:, None, None], scores, MASKED)
+        new = jnp.maximum(highest, scores.max(axis=-1))
+        weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
+        read = jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), values, preferred_element_type=dtype)
+        return new, total * kept + weights.sum(axis=-1), out * kept[..., None] + read
+
+    shape = (b, kv_heads, heads // kv_heads, length)
+    start = (jnp.full(shape, MASKED, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, dim), dtype))
+    _, total, out = jax.lax.fori_loop(0, -(-filled // size), block, start)
+    return jnp.moveaxis(out / total[..., None], 3, 1).reshape(b, length, heads, dim).astype(q.dtype)
+
+
+def _attend(q: Array, k: Array, v: Array, see: Visibility) -> Array:
+    """`dense_attention` over all keys at once."""
     b, length, heads, dim = q.shape
     kv_heads = k.shape[1]
     q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
