@@ -13,6 +13,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import base
 from rlver_jax.config import ConfigError
 
 Define = Callable[[flags.FlagValues], None]
@@ -76,11 +77,15 @@ def config_from_flags(
 ) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
     """Reads `--config=FILE[:ARG] [--config.a.b=v …]` and an entry point's own flags; see `parse_flags`.
 
+    A FILE configs/NAME.py that the working folder doesn't have is that of the installed package.
+
     Who reads a config is about to compile: programs are kept from here on (see `keep_compiled`).
 
     Returns:
         the config, not yet validated; the flags; what is no flag.
     """
+
+    argv = [_installed(arg) for arg in argv]
 
     def define_all(values: flags.FlagValues) -> None:
         config_flags.DEFINE_config_file(
@@ -98,6 +103,15 @@ def config_from_flags(
     if values.config is None:
         raise ConfigError("no --config was given; name one, e.g. --config=configs/base.py (--help lists all flags)")
     return values.config, values, rest
+
+
+def _installed(arg: str) -> str:
+    """`--config=configs/NAME.py` with the file's place in the package, where there is none in the working folder."""
+    found = re.fullmatch(r"(--?config=|)(configs/\w+\.py)(:.*|)", arg)
+    if not found or Path(found[2]).exists():
+        return arg
+    file = Path(base.__file__).parent.parent / found[2]
+    return f"{found[1]}{file}{found[3]}" if file.exists() else arg
 
 
 def _help(usage: str, values: flags.FlagValues) -> str:

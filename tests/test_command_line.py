@@ -1,11 +1,11 @@
-"""Entry points keep what they compile."""
+"""Entry points keep what they compile, and find the package's configs from anywhere."""
 
 import platform
 
 import jax
 import pytest
 
-from rlver_jax.command_line import keep_compiled
+from rlver_jax.command_line import config_from_flags, keep_compiled
 
 
 @pytest.fixture
@@ -29,3 +29,24 @@ def test_the_environment_has_the_last_word(folder, named, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
     keep_compiled()
     assert folder() == before
+
+
+@pytest.mark.parametrize("given", [["--config=configs/miniature.py:ppo"], ["--config", "configs/miniature.py:ppo"]])
+def test_the_packages_configs_are_found_from_any_folder(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _, rest = config_from_flags([*given, "--config.train.steps=3"], "")
+    assert (config.algorithm.estimator, config.train.steps, rest) == ("gae", 3, [])
+
+
+def test_the_working_folders_config_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    lines = [
+        "from configs import base",
+        "def get_config():",
+        "  c = base.get_config()",
+        "  c.train.steps = 7",
+        "  return c",
+    ]
+    (tmp_path / "configs" / "miniature.py").write_text("\n".join(lines))
+    assert config_from_flags(["--config=configs/miniature.py"], "")[0].train.steps == 7
