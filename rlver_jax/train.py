@@ -87,13 +87,18 @@ def _summary(workdir: str, done: int, steps: int) -> str:
     if trained:
         text += f" · emotion {trained[0]['emotion/final_mean']:.1f} → {trained[-1]['emotion/final_mean']:.1f}"
     if scores:
-        text += f" · eval/score {scores[0]:.2f} → {scores[-1]:.2f}"
+        text += f" · eval/score {_course(scores)}"
     gold = [row["eval/rule_score"] for row in rows if "eval/rule_score" in row]
     if gold:
-        text += f" (by the gold judge {gold[0]:.2f} → {gold[-1]:.2f})"
+        text += f" (by the gold judge {_course(gold)})"
     if done < steps:
         text += " · stopped by a signal: the same command goes on"
     return f"{text}\n{workdir}"
+
+
+def _course(scores: list[float]) -> str:
+    """The first and the last one; where there was one evaluation only, before training, that one."""
+    return " → ".join(f"{score:.2f}" for score in ([scores[0], scores[-1]] if len(scores) > 1 else scores))
 
 
 if __name__ == "__main__":
