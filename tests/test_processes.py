@@ -130,6 +130,7 @@ def test_a_full_disk_on_one_ends_both(pair, tmp_path):
         assert members[1].ended(90) != 0
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_eight_devices_goes_on_with_four_then_sixteen(alone, tmp_path):
     """Values equal on every mesh: Checkpoints compares each leaf's checksum with that of the one that saved it."""
     finish(start(2, 4, tmp_path, "--config.train.steps=2"))
