@@ -106,17 +106,23 @@ def test_a_rounded_user_feels_the_same(tmp_path):
         "    config.user.param_dtype = 'int8'\n    return config\n"
     )
     out = tmp_path / "out"
-    command = ["--config=configs/miniature.py", f"--judge={tmp_path / 'int8.py'}", f"--out={out}"]
+    command = [
+        "--config=configs/miniature.py",
+        f"--judge={tmp_path / 'int8.py'}",
+        f"--out={out}",
+        "--config.eval.num_profiles=64",
+    ]
     assert evaluate.main(command) == 0
     read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
-    played, judged = read(out / "dialogues.jsonl"), read(out / "judges" / "int8.jsonl")
+    played = read(out / "dialogues.jsonl")
+    judged = sorted(read(out / "judges" / "int8.jsonl"), key=lambda line: line["index"])
     print(json.loads((out / "summary.json").read_text())["judges"])
     pairs = [
         (said["change"], change)
         for one, other in zip(played, judged, strict=True)
-        for said, change in zip([m for m in one["messages"] if "change" in m], other["changes"], strict=False)
+        for said, change in zip([m for m in one["messages"] if "change" in m], other["changes"], strict=True)
     ]
     same = np.mean([a == b for a, b in pairs])
     print(f"the same change in {same:.1%} of {len(pairs)} turns")
-    assert len(pairs) > 600
+    assert len(pairs) > 300
     assert same >= 0.97
