@@ -121,6 +121,7 @@ def test_loading_is_measured(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_starts_are_measured(tmp_path, capsys, monkeypatch):
     """Of short dialogues: with the programs kept, less is compiled; what a run can't do is said."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # as on a user's machine: one device
     short = ("--config.rollout.batch=8", "--config.rollout.max_turns=1")
     monkeypatch.setattr(compile, "FLAGS", (*compile.FLAGS, *short))
     found = measured("compile", tmp_path)
