@@ -15,11 +15,11 @@ from safetensors.flax import load_file
 
 from rlver_jax.benches.limits import copied_bytes_per_s
 from rlver_jax.benches.timing import Tell, alternate, ratios
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.config import preset
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2, init_params
 
-MODEL = Qwen2Config(151_936, 896, 4864, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64, tie_embeddings=True)
+MODEL = preset("0.5b")
 
 
 def measure(repeats: int, tell: Tell) -> dict[str, Any]:
@@ -59,13 +59,10 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The figures, to be read."""
-    text = [f"{found['bytes'] / 1e6:.0f} MB of weights, float32 twice as much; memory copies {_rate(found)}"]
+    copied = f"memory copies {found['copied_bytes_per_s'] / 1e9:.2f} GB/s"
+    text = [f"{found['bytes'] / 1e6:.0f} MB of weights, float32 twice as much; {copied}"]
     for name, f in found["ways"].items():
         text.append(f"{name:11} {f['seconds']:6.2f} s  {f['bytes_per_s'] / 1e9:5.2f} GB/s of the file")
     for name, r in found["over_safetensors"].items():
         text.append(f"{name} takes {r['median']:.2f} x as long as safetensors ({r['least']:.2f} to {r['most']:.2f})")
     return text
-
-
-def _rate(found: dict[str, Any]) -> str:
-    return f"{found['copied_bytes_per_s'] / 1e9:.2f} GB/s"

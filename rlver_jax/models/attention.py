@@ -68,7 +68,6 @@ def _in_blocks(q: Array, k: Array, v: Array, see: Visibility, filled: Int[Array,
     b, length, heads, dim = q.shape
     kv_heads, slots = k.shape[1:3]
     size = -(-slots // (MOST_BLOCKS * BLOCK)) * BLOCK
-    q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
     dtype = wide(q.dtype)
 
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -77,30 +76,42 @@ def _in_blocks(q: Array, k: Array, v: Array, see: Visibility, filled: Int[Array,
         keys, values = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
         branch = None if see.k_branch is None else jax.lax.dynamic_slice_in_dim(see.k_branch, first, size, axis=1)
         mask = visible(see._replace(k_branch=branch), size, first) & (first + jnp.arange(size) >= i * size)
-        scores = jnp.einsum("bqkgd,bkcd->bkgqc", q, keys, preferred_element_type=dtype) * dim**-0.5
-        scores = jnp.where(mask[:, None, None], scores, MASKED)
+        scores = _scores(q, keys, mask)
         new = jnp.maximum(highest, scores.max(axis=-1))
         weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
-        read = jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), values, preferred_element_type=dtype)
-        return new, total * kept + weights.sum(axis=-1), out * kept[..., None] + read
+        return new, total * kept + weights.sum(axis=-1), out * kept[..., None] + _read(weights, values)
 
     shape = (b, kv_heads, heads // kv_heads, length)
     start = (jnp.full(shape, MASKED, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, dim), dtype))
     _, total, out = jax.lax.fori_loop(0, -(-filled // size), block, start)
-    return jnp.moveaxis(out / total[..., None], 3, 1).reshape(b, length, heads, dim).astype(q.dtype)
+    return _rows(out / total[..., None], q)
 
 
 def _attend(q: Array, k: Array, v: Array, see: Visibility) -> Array:
     """`dense_attention` over all keys at once."""
+    weights = jax.nn.softmax(_scores(q, k, visible(see, k.shape[2])), axis=-1)
+    return _rows(_read(weights, v), q)
+
+
+def _scores(q: Array, k: Array, mask: Array) -> Array:
+    """[B, K, H/K, Q, C] in float32; MASKED where a query doesn't see a key."""
     b, length, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    q = q.reshape(b, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bqkgd,bkcd->bkgqc", q, k, preferred_element_type=wide(q.dtype)) * dim**-0.5
-    scores = jnp.where(visible(see, k.shape[2])[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    # Transposed afterwards: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
-    out = jnp.einsum("bkgqc,bkcd->bkgqd", weights, v, preferred_element_type=wide(v.dtype))
-    return jnp.moveaxis(out, 3, 1).reshape(b, length, heads, dim).astype(q.dtype)
+    grouped = q.reshape(b, length, k.shape[1], heads // k.shape[1], dim)
+    scores = jnp.einsum("bqkgd,bkcd->bkgqc", grouped, k, preferred_element_type=wide(q.dtype)) * dim**-0.5
+    return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def _read(weights: Array, v: Array) -> Array:
+    """Values [B, K, H/K, Q, hd] by weights as `_scores` has them."""
+    return jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), v, preferred_element_type=wide(v.dtype))
+
+
+def _rows(out: Array, q: Array) -> Array:
+    """What `_read` has found, as queries are laid out, and in their dtype.
+
+    Transposed after the product: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
+    """
+    return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
 
 
 def _up_to(end: int, see: Visibility) -> Visibility:
