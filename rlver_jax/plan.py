@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: planning leaves accelerators alone
 
+import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -50,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices = topology_devices(options.topology)
         validate(config, base.get_config(), len(devices))
         mesh = make_mesh(**config.mesh, devices=devices)
-        with console.status("planning") as status:
-            plan = make_plan(config, options.topology, mesh, lambda text: status.update(text))
+        # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
+        jax.config.update("jax_enable_compilation_cache", False)
+        with errors.status("planning"):
+            plan = make_plan(config, options.topology, mesh, lambda text: errors.print(text, highlight=False))
     except (ValueError, OSError) as error:
         errors.print(f"plan: {error}", markup=False, highlight=False)
         return 2
@@ -80,7 +83,7 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any) -> Plan:
 
     Args:
         mesh: of training, over the topology's devices.
-        tell: hears what is being done.
+        tell: hears what is being done, and what was found.
 
     Raises:
         ValueError, OSError: the config doesn't fit the mesh, or a model is not named.

@@ -36,9 +36,16 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer, train_sentencepiece
 from rlver_jax.user.prompts import load_prompts
 
+from .quick import QUICK
 from .text.conftest import sentences, write_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Default tests spend their time compiling small programs, slow ones running them."""
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] += f" {QUICK}"  # read when the first array is made
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +191,6 @@ def train_tiny(tokenizer, text, *, seed: int, steps: int = 60, width: int = 144,
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(params, updates), state), value
 
-    params = random_params(model, seed)
     params = random_params(model, seed)
     state, losses, step = (params, optimizer.init(params)), [], jax.jit(step)
     for batch in batches:

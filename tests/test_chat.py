@@ -15,8 +15,9 @@ import pytest
 from rlver_jax.chat import main
 from rlver_jax.runs.dialogue_log import read_dialogues
 
+from .quick import QUICK
+
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,8 @@ import tokenizers
 from rlver_jax.evaluate import main
 from rlver_jax.models.hf_weights import save_params
 
+from .quick import QUICK
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = '''"""Tiny."""
 from configs import base
@@ -70,8 +72,7 @@ def arguments(world, *more, out="out"):
 
 def process(world, *args):
     """Runs `evaluate` on one device; programs are compiled quickly, and kept for the next run."""
-    env = os.environ | {"COLUMNS": "100"}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    env = os.environ | {"COLUMNS": "100", "XLA_FLAGS": QUICK}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rlver_jax.evaluate", *args]
     return subprocess.run(command, env=env, cwd=world[0], capture_output=True, text=True, timeout=300, check=False)

@@ -15,6 +15,7 @@ import pytest
 
 from rlver_jax.serve import main
 
+from .quick import QUICK
 from .serving import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @contextlib.contextmanager
 def served(*args: str, **env: str):
     """(process, base URL) of a server of the debug world on one device."""
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = os.environ | {"XLA_FLAGS": quick, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | env
+    env = os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | env
     command = [sys.executable, "-m", "rlver_jax.serve", "--config=configs/debug.py", "--port=0", *args]
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None

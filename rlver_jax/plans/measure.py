@@ -181,9 +181,11 @@ def logits_among(
 
 
 def compile_all(programs: Sequence[Program], shapes: Shapes, tell: Callable[[str], None]) -> list[Measured]:
-    """All programs, one after the other; `tell` hears what is being compiled."""
+    """All programs, one after the other; `tell` hears what is being compiled, and what each takes."""
     found = []
     for program in programs:
         tell(f"compiling {program.name}")
         found.append(measure(program, shapes))
+        total, seconds = found[-1].memory.total / GIB, found[-1].compile_s
+        tell(f"{program.name}: {total:.2f} GiB a chip with all that is alive beside it (compiled in {seconds:.0f} s)")
     return found

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.plans.chips import Chip
-from rlver_jax.plans.measure import GIB, Measured, measure
+from rlver_jax.plans.measure import GIB, Measured, compile_all
 from rlver_jax.plans.programs import Shapes, programs_of
 
 TRIES = 6  # compilations
@@ -61,8 +61,8 @@ def find_remedy(
             continue
         changed, fields = attempt, fields | step
         programs = [program for program in programs_of(shapes) if program.name in failing]
-        tell(f"{', '.join(failing)} with {', '.join(f'{name}={value}' for name, value in fields.items())}")
-        found = [measure(program, shapes) for program in programs]
+        tell(f"{', '.join(failing)} too large, trying {', '.join(f'{name}={value}' for name, value in fields.items())}")
+        found = compile_all(programs, shapes, tell)
         tries += len(found)
         if all(over(one, chip) <= 0 for one in found):
             return Remedy(fields, max(one.memory.total for one in found))

@@ -12,7 +12,8 @@ from pathlib import Path
 import orbax.checkpoint
 import pytest
 
-from ..parallel.processes import QUICK, free_port, processes
+from ..parallel.processes import free_port, processes
+from ..quick import QUICK
 from ..test_trainer import policy_of, rows_of, same
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..quick import QUICK
+
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles faster, runs slower
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """The command itself, with the TPU compiler: what it finds, against sizes worked out by hand."""
 
 import json
+import re
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_a_small_plan(tmp_path, capsys):
     file = tmp_path / "plan.json"
     argv = ["--config=configs/grpo_think_7b.py", "--topology=v5e:2x4", f"--json={file}", *SMALL]
     assert plan.main(argv) == 0
-    out = capsys.readouterr().out
+    out, told = capsys.readouterr()
+    assert re.search(r"^learn: \d+\.\d\d GiB a chip", told, re.MULTILINE), "what is known is said at once"
     assert "fits: " in out
     assert "prediction, not a measurement" in out
     found = json.loads(file.read_text(encoding="utf-8"))

@@ -64,16 +64,6 @@ def client(url):
         yield made
 
 
-@contextlib.contextmanager
-def compiled_quickly():
-    """Programs that run a few times only: XLA need not optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Played(NamedTuple):
     """Dialogues that the sampler played as one batch, the policy greedily, and with what."""
 
@@ -92,6 +82,5 @@ def played(policy_lm, user_lm, bpe, prompts) -> Played:
     limits = PlayLimits(jnp.int32(3), jnp.int32(24), jnp.int32(16), jnp.float32(0), jnp.int32(40), user)
     # Ids all 0: each dialogue is one that a conversation of its own would have.
     encoded = players.encode(some_profiles(4), [0] * 4)
-    with compiled_quickly():
-        dialogues = jax.device_get(players.play(encoded, jax.random.key(3), limits))
+    dialogues = jax.device_get(players.play(encoded, jax.random.key(3), limits))
     return Played(players, some_profiles(4), limits, 3, dialogues)

@@ -9,14 +9,6 @@ from rlver_jax.dialogue import END_REASONS
 from rlver_jax.runs.dialogue_log import dialogue_records, read_dialogues, write_dialogues
 from rlver_jax.serving.conversation import Conversation
 
-from .conftest import compiled_quickly
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    with compiled_quickly():
-        yield
-
 
 def test_the_users_words_typed_again_give_the_same_dialogue(played, tmp_path):
     """The person says what the user said: every reply, appraisal, change and emotion is the sampler's."""
