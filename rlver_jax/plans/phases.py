@@ -40,6 +40,16 @@ class Phase:
         """Roofline time: everything overlaps, nothing waits."""
         return max(self.compute_s, self.memory_s, self.network_s)
 
+    @property
+    def mfu(self) -> float:
+        """Share of the chips' peak that useful operations come to in that time."""
+        return self.work.useful / self.work.flops * self.compute_s / self.seconds if self.work.flops else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Share of the memory's bandwidth that is used in that time."""
+        return self.memory_s / self.seconds if self.seconds else 0.0
+
 
 def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[Phase]:
     """All phases of a step whose dialogues are as long as their limits allow."""

@@ -138,6 +138,8 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
         "seconds": {
             "compute": phase.compute_s, "memory": phase.memory_s, "network": phase.network_s, "roofline": phase.seconds,
         },
+        "mfu": phase.mfu,
+        "hbm_bandwidth": phase.bandwidth,
     }  # fmt: skip
 
 
@@ -172,11 +174,13 @@ def _sizes(mesh: dict[str, int]) -> str:
 
 def _phase_table(plan: Plan) -> Table:
     columns = ("phase", "PFLOP", "GB a chip", "collectives a chip: count, GB", "compute s", "memory s", "network s")
-    table = Table(*columns, title="phases of a step, every dialogue at its limits", title_justify="left")
+    title = "phases of a step, every dialogue at its limits; shares of the chips' peak at the roofline"
+    table = Table(*columns, "MFU", "HBM", title=title, title_justify="left")
     for phase in plan.phases:
         sent = ", ".join(
             f"{kind} {use.times:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
         )
         times = [f"{s:.2f}" for s in (phase.compute_s, phase.memory_s, phase.network_s)]
-        table.add_row(phase.name, f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}", sent, *times)
+        done, moved = f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}"
+        table.add_row(phase.name, done, moved, sent, *times, f"{phase.mfu:.0%}", f"{phase.bandwidth:.0%}")
     return table

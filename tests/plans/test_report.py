@@ -68,5 +68,8 @@ def test_tables_and_json_say_the_same():
     assert found["hbm_gib_per_chip"] == 15.5
     assert found["hbm_capacity_gib"] == 15.75
     assert [phase["seconds"]["roofline"] for phase in found["phases"]] == [6.0, 4.0]
-    for part in ("15.50", "user 5.50", "all-reduce 56, 2.00", "assumed: nothing", found["verdict"]):
+    assert [phase["mfu"] for phase in found["phases"]] == [1 / 6, 0.75], "8 layers of 32 are computed again"
+    assert [phase["hbm_bandwidth"] for phase in found["phases"]] == [1.0, 0.75]
+    shares = ("17%", "75%", "100%")
+    for part in ("15.50", *shares, "user 5.50", "all-reduce 56, 2.00", "assumed: nothing", found["verdict"]):
         assert part in text
