@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
@@ -115,8 +115,16 @@ def sampling_program(like: Params) -> Callable[[Params], Params]:
 
     The two meshes must hold the same devices in the same order (`parallel.mesh.sampling_mesh`).
     """
-    places = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(lambda params: jax.tree.map(lambda x, y: x.astype(y.dtype), params, like), out_shardings=places)
+    copied = lambda params: jax.tree_util.tree_map_with_path(_moved, params, like)  # noqa: E731
+    return jax.jit(copied, out_shardings=jax.tree.map(lambda x: x.sharding, like))
+
+
+def _moved(path: Any, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A weight rounded and at its place; stacked ones layer by layer: a gather then needs room for one layer only."""
+    if path[0].key != "layers" or not isinstance(like.sharding, NamedSharding):
+        return x.astype(like.dtype)
+    place = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
+    return jax.lax.map(lambda one: jax.lax.with_sharding_constraint(one.astype(like.dtype), place), x)
 
 
 def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], Params]:

@@ -72,6 +72,7 @@ def topology_devices(topology: str) -> list[Any]:
         )
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # it would wait for a metadata server
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: other plans may be made at the same time
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: what isn't set, libtpu asks for, and complains
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_STDERR_LOG_LEVEL": "3",

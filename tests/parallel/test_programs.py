@@ -50,6 +50,17 @@ def check_decode(ops, mesh):
             assert op.kind not in ("copy", "copy-start", "convert", "transpose", "select", "broadcast"), op.line
 
 
+def check_copy(ops, mesh):
+    """The seven matrices of one layer at a time, embedding and head each by itself."""
+    tensor = mesh.shape["tensor"]
+    layers = [op for op in gathers(ops) if op.inside]
+    assert len(layers) == 7
+    assert max(op.largest for op in layers) == LARGEST_MATRIX // tensor
+    assert [op.largest for op in gathers(ops) if not op.inside] == 2 * [
+        CONFIG.vocab_size * CONFIG.hidden_size // tensor
+    ]
+
+
 def test_update_gathers_a_layer_at_a_time():
     mesh = make_mesh(1, 4, 2)
     check_update(operations(lower_update(mesh, batch=BATCH, length=LENGTH, ppo=False).compile().as_text()), mesh)
@@ -71,6 +82,7 @@ def test_weights_pass_to_the_sampling_mesh_by_gathers_alone():
     sampling = sampling_mesh(training, {"replica": 4, "fsdp": 1, "tensor": 0})
     ops = collectives(operations(lower_copy(training, sampling).compile().as_text()))
     assert {op.kind for op in ops} == {"all-gather"}
+    check_copy(ops, sampling)
 
 
 def tpu_mesh(topology: str, *shape: int, **options):
@@ -149,6 +161,7 @@ def test_decoding_for_tpu():
     check_decode(operations(lower_decode(sampling, batch=BATCH, capacity=CAPACITY).compile().as_text()), sampling)
     copied = collectives(operations(lower_copy(training, sampling).compile().as_text()))
     assert {shape[0] for op in copied for shape in op.shapes} == {"bf16"}, "rounded before they travel"
+    check_copy(copied, sampling)
 
 
 @pytest.mark.slow
