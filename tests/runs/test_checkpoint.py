@@ -1,5 +1,6 @@
 """A restored state is the saved one to the bit, or an older one that is."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -104,6 +105,20 @@ def test_a_state_comes_back_to_the_bit_and_where_it_was(mesh, tmp_path):
         assert bits(found.state) == bits(state)
         assert jax.tree.map(lambda x: x.sharding, found.state) == jax.tree.map(lambda x: x.sharding, state)
     again.close()
+
+
+@pytest.mark.slow
+def test_every_bfloat16_comes_back(mesh, tmp_path):
+    """All 65,536, as programs are compiled outside of default tests: signalling NaNs and payloads among them."""
+    state, every = make_state(mesh), np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16).reshape(4, 2, -1)
+    place = state.params["critic"]["w"].sharding
+    state = dataclasses.replace(state, params=state.params | {"critic": {"w": jax.device_put(every, place)}})
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    checkpoints.save(1, state, {})
+    found = checkpoints.restore(abstract(state))
+    checkpoints.close()
+    assert found.step == 1
+    assert np.array(found.state.params["critic"]["w"]).tobytes() == every.tobytes()
 
 
 def test_another_mesh_may_read_it(origin, mesh):
