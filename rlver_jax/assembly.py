@@ -87,7 +87,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         shuffle=config.data.shuffle,
     )
     spec = rollout_spec(config)
-    players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), policy_mesh=mesh)
+    players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
     tokens = players.tokens(profiles)
     limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
     lengths = row_lengths(config, players, tokens.first_talk.shape[1], mesh)

@@ -19,7 +19,6 @@ from rlver_jax.players import Players, ProfileTokens, Weights, limits_of, spec_o
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
 from rlver_jax.runs.figures import prefilled_count
-from rlver_jax.sampling.cache import LM
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.user.emotion import SAGE
 
@@ -79,9 +78,9 @@ class Evaluation:
         """`scores`, and the gold judge's."""
         return scores(records) | ({"rule_score": self.gold(records, self.profiles)} if self.gold else {})
 
-    def metrics(self, policy: LM) -> dict[str, float]:
-        """`eval/…` of a policy."""
-        players = dataclasses.replace(self.players, policy=policy)
+    def metrics(self, players: Players) -> dict[str, float]:
+        """`eval/…` of the models of these players, played as this evaluation's are."""
+        players = dataclasses.replace(self.players, policy=players.policy, user=players.user)
         found = self.scores(dataclasses.replace(self, players=players).play_all())
         counts = {"success_rate": found["success"] / found["n"], "failure_rate": found["failure"] / found["n"]}
         named = {name: found[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in found}

@@ -274,26 +274,25 @@ class Players:
         spec: Spec,
         mesh: Mesh | None = None,
         policy_weights: Weights | None = None,
-        policy_mesh: Mesh | None = None,
+        rest: Mesh | None = None,
     ) -> "Players":
         """Players of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
 
         Args:
             mesh: that dialogues are played on; both models are loaded onto it.
-            policy_mesh: that the policy is loaded onto instead, for training; `sampling_copy` brings it over.
+            rest: that they are loaded onto instead, for training; `sampling_copy` brings them over.
 
         Raises:
             ValueError: the two models have different tokenizers, or one of them cannot be loaded.
         """
-        policy, tokenizer = load_model(config.policy, "policy", policy_mesh or mesh, policy_weights)
+        policy, tokenizer = load_model(config.policy, "policy", rest or mesh, policy_weights)
         shared = [name for name in config.user if name in config.policy]
         same = (
             policy_weights is None
-            and policy_mesh in (None, mesh)
             and config.user.init == "path"
             and all(config.policy[name] == config.user[name] for name in shared)
         )
-        user, other = (policy, tokenizer) if same else load_model(config.user, "user", mesh)
+        user, other = (policy, tokenizer) if same else load_model(config.user, "user", rest or mesh)
         check_tokenizers(tokenizer, other)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
         how = {"style": config.user.style, "scenario": config.user.scenario}

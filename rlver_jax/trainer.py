@@ -79,7 +79,8 @@ class Trainer:
     def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
-        self.sampling_copy = sampling_copy(run.players.policy.model, run.players.mesh)
+        models = (run.players.policy.model, run.players.user.model)
+        self.copy_policy, self.copy_user = (sampling_copy(model, run.players.mesh) for model in models)
         rows, whole = row_sharding(run.mesh), NamedSharding(run.mesh, PartitionSpec())
         self.key = distributed.everywhere(jax.random.key(config.train.seed), run.mesh)
         self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
@@ -127,7 +128,7 @@ class Trainer:
         profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.players.mesh)
         tables, spec = run.players.tables[0], run.players.spec
         with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
-            # The sampler's copy of the policy is let go before the update, which has no room for it.
+            # The sampler's copies of both models are let go before the update, which has no room for them.
             dialogues = self.players(state).play(profiles, self.key, run.limits)
             rewards, lengths = self.score(dialogues, tables, spec, self.how)
         rewards = self.judge(dialogues, rewards, batch)
@@ -150,9 +151,13 @@ class Trainer:
         return rewards
 
     def players(self, state: TrainState) -> Players:
-        """The run's players with the policy of this state."""
-        model = self.run.players.policy.model
-        return dataclasses.replace(self.run.players, policy=LM(self.sampling_copy(state.params["policy"]), model))
+        """The run's players with the policy of this state, both ready to play."""
+        policy, user = self.run.players.policy.model, self.run.players.user
+        return dataclasses.replace(
+            self.run.players,
+            policy=LM(self.copy_policy(state.params["policy"]), policy),
+            user=LM(self.copy_user(user.params), user.model),
+        )
 
     def finish(self) -> None:
         """Fetches, checks and writes the figures of the pending step; every process checks, one writes."""
@@ -191,7 +196,7 @@ class Trainer:
         assert self.held_out is not None
         jax.block_until_ready(state)  # an update that is under way counts as such
         began = time.monotonic()
-        found = self.held_out.metrics(self.players(state).policy)
+        found = self.held_out.metrics(self.players(state))
         return found | {"time/eval_s": time.monotonic() - began}
 
     def evaluate_untrained(self, state: TrainState) -> None:

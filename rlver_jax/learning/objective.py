@@ -95,11 +95,12 @@ def action_logprobs(
 
 def as_params(learner: Learner, gradients: Trained) -> Trained:
     """Hints that gradients lie where their parameters do, so that devices sum parts of them and none holds all."""
-    found = {"policy": rules.constrain_tree(gradients["policy"], abstract_params(learner.model)[1])}
-    if "critic" in gradients:
-        found["critic"] = dict(gradients["critic"])
-    if learner.trunk is not None:
-        found["critic"]["trunk"] = rules.constrain_tree(found["critic"]["trunk"], abstract_params(learner.trunk)[1])
+    found = dict(gradients)
+    if "policy" in gradients:
+        found["policy"] = rules.constrain_tree(gradients["policy"], abstract_params(learner.model)[1])
+    if "critic" in gradients and learner.trunk is not None:
+        trunk = rules.constrain_tree(gradients["critic"]["trunk"], abstract_params(learner.trunk)[1])
+        found["critic"] = gradients["critic"] | {"trunk": trunk}
     return found
 
 
@@ -117,22 +118,39 @@ def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -
 
     Losses and metrics under "sum" of all parts add up to those of the minibatch; of those under "max" the largest
     counts. So the result doesn't depend on how the minibatch is divided.
+
+    Args:
+        trained: trees whose loss is wanted: all, or one of `apart`.
     """
+    total: Array = jnp.float32(0)
+    metrics: dict[str, dict] = {"sum": {}, "max": {}}
+    hidden = jnp.zeros(0)  # a critic with its own trunk doesn't read it
+    if "policy" in trained:
+        hidden = read(learner.model, trained["policy"], sample.batch)
+        total, metrics = _policy_loss(learner, trained["policy"], hidden, sample, grammar)
+    if "critic" in trained and sample.value is not None:
+        value_loss = _value_loss(learner, trained["critic"], hidden, sample)
+        metrics["sum"]["critic/loss"] = value_loss
+        total = total + learner.loss.value * value_loss
+    return total, metrics
+
+
+def apart(learner: Learner, trained: Trained) -> list[Trained]:
+    """Trees whose losses have nothing in common, so that one can be differentiated after the other."""
+    return [trained] if learner.trunk is None else [{name: tree} for name, tree in trained.items()]
+
+
+def _policy_loss(
+    learner: Learner, params: Params, hidden: Array, sample: Sample, grammar: Grammar
+) -> tuple[Array, dict[str, dict]]:
     batch, mask, options = sample.batch, sample.batch.mask, learner.loss
-    hidden = read(learner.model, trained["policy"], batch)
-    new, entropy = action_logprobs(learner, trained["policy"], hidden, batch, grammar)
+    new, entropy = action_logprobs(learner, params, hidden, batch, grammar)
     if options.ratio == "sequence":
         ratio = losses.sequence_ratio(new, sample.old, mask, _segment(batch))
     else:
         ratio = losses.token_ratio(new, sample.old, mask)
-    objective = losses.clipped_objective(
-        ratio,
-        sample.advantage,
-        mask,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        dual_clip=options.dual_clip,
-    )
+    clips = {name: getattr(options, name) for name in ("clip_low", "clip_high", "dual_clip")}
+    objective = losses.clipped_objective(ratio, sample.advantage, mask, **clips)
     importance = 1.0 if sample.importance is None else sample.importance
     policy_loss = (sample.weight * importance * objective.loss).sum()
     metrics = losses.ratio_metrics(new, sample.old, objective.clipped, mask, sample.mean)
@@ -142,10 +160,6 @@ def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -
         penalty = losses.kl_penalty(new, sample.reference, mask, estimator=options.kl_estimator)
         metrics["sum"]["policy/reference_kl"] = (sample.mean * penalty).sum()
         total = total + options.kl * (sample.weight * penalty).sum()
-    if sample.value is not None:
-        value_loss = _value_loss(learner, trained["critic"], hidden, sample)
-        metrics["sum"]["critic/loss"] = value_loss
-        total = total + options.value * value_loss
     return total, metrics
 
 

@@ -18,6 +18,7 @@ from rlver_jax.learning.objective import (
     Sample,
     Trained,
     action_logprobs,
+    apart,
     as_params,
     combine,
     loss,
@@ -276,32 +277,41 @@ def _epochs(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, o
 
 
 def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, places: Places | None):
-    """One optimizer step."""
+    """One optimizer step of each tree. What has nothing in common is done in turn: one gradient is alive at a time."""
     options, mask = setup.learner.loss, sample.batch.mask
     sample = dataclasses.replace(
         sample,
         weight=losses.token_weights(mask, options.normalization, length=options.length),
         mean=losses.token_weights(mask, "token_mean", length=options.length),
     )
+    pieces = _pieces(sample, sample.batch, setup.schedule.microbatches, places)
+    frozen = {"policy": state.step < setup.schedule.critic_warmup, "critic": jnp.bool_(False)}
+    params, opt_state, skipped = {}, {}, state.skipped
+    metrics: dict[str, Array] = {}
+    for trained in apart(setup.learner, state.params):
+        gradients, found = _gradients(setup, trained, pieces, grammar)
+        metrics |= found
+        for name, gradient in gradients.items():
+            norm = optax.global_norm(gradient)
+            wanted = jnp.isfinite(norm) & ~frozen[name]
+            params[name], opt_state[name] = _apply(
+                setup.optimizers.of(name), gradient, state.opt_state[name], trained[name], wanted
+            )
+            skipped += ~jnp.isfinite(norm)
+            metrics[f"{name}/grad_norm"] = norm
+    return TrainState(state.step, params, opt_state, skipped), metrics
+
+
+def _gradients(setup: Setup, trained: Trained, pieces: tuple[Sample, Array | None], grammar: Grammar):
+    """Sums over the microbatches, and the minibatch's metrics."""
 
     def part(total: Trained, rows: Sample) -> tuple[Trained, dict]:
-        gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.learner, state.params, rows, grammar)
+        gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.learner, trained, rows, grammar)
         return as_params(setup.learner, jax.tree.map(jnp.add, total, gradient)), metrics
 
-    pieces, reads = _pieces(sample, sample.batch, setup.schedule.microbatches, places)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), state.params)
-    gradients, metrics = _loop(part, zeros, pieces, reads)
-    frozen = {"policy": state.step < setup.schedule.critic_warmup, "critic": jnp.bool_(False)}
-    norms = {name: optax.global_norm(tree) for name, tree in gradients.items()}
-    params, opt_state, skipped = {}, {}, jnp.int32(0)
-    for name, gradient in gradients.items():
-        finite = jnp.isfinite(norms[name])
-        params[name], opt_state[name] = _apply(
-            setup.optimizers.of(name), gradient, state.opt_state[name], state.params[name], finite & ~frozen[name]
-        )
-        skipped += ~finite
-    new = TrainState(state.step, params, opt_state, state.skipped + skipped)
-    return new, combine(metrics) | {f"{name}/grad_norm": norm for name, norm in norms.items()}
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), trained)
+    gradients, metrics = _loop(part, zeros, *pieces)
+    return gradients, combine(metrics)
 
 
 @jax.named_scope("optimizer")

@@ -125,6 +125,16 @@ class Attention(nn.Module):
         return o(out.reshape(b, s, -1)).astype(self.dtype), keys, values
 
 
+def residual(x: Float[Array, "B S D"], spread: bool) -> Float[Array, "B S D"]:
+    """Hidden states as they lie between layers.
+
+    `spread` over the devices that split heads and MLP columns, where each would keep the same ones for the backward
+    pass otherwise (sequence parallelism, arXiv 2205.05198). Products then gather rows and scatter their sums: together
+    what the sum over devices sends without it.
+    """
+    return rules.constrain(x, "batch", "residual_length" if spread else "length", "activation")
+
+
 class Block(nn.Module):
     """Pre-norm decoder layer. As the body of a scan its carry is (x, keys, values): the cache is updated in place."""
 
@@ -139,12 +149,15 @@ class Block(nn.Module):
         """Returns (carry, None) as `nn.scan` wants it."""
         c = self.config
         x, keys, values = carry
-        norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="attn_norm")
+        spread = keys is None
+        norm = lambda name: RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name=name)  # noqa: E731
+        whole = lambda y: rules.constrain(y, "batch", "length", "activation")  # noqa: E731
         attention = Attention(c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn")
-        out, keys, values = attention(norm(x), positions, see, start, keys, values, layer)
-        x = rules.constrain(x + out, "batch", "length", "activation")
-        x = x + self.mlp(RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="mlp_norm")(x))
-        return (rules.constrain(x, "batch", "length", "activation"), keys, values), None
+        y = whole(norm("attn_norm")(x))
+        out, keys, values = attention(y, positions, see, start, keys, values, layer)
+        x = x + residual(out, spread)
+        x = x + residual(self.mlp(whole(norm("mlp_norm")(x))), spread)
+        return (residual(x, spread), keys, values), None
 
     def mlp(self, x: Array) -> Array:
         """Gated MLP: down(silu(gate(x)) * up(x)), the elementwise part in float32."""
@@ -233,10 +246,11 @@ class Qwen2(nn.Module):
         """
         see = self._visibility(tokens, branch, cache, start, segment)
         embed = Embedding(self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed")
-        x = rules.constrain(embed(tokens), "batch", "length", "activation")
+        x = residual(embed(tokens), spread=cache is None)
         keys, values = (None, None) if cache is None else cache
         x, keys, values = self._layers(x, keys, values, positions, see, start)
         x = RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
+        x = rules.constrain(x, "batch", "length", "activation")
         if not self.config.tie_embeddings:
             init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
             shape = (self.config.vocab_size, self.config.hidden_size)

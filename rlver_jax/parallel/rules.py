@@ -28,6 +28,7 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
     "batch": ("replica", "fsdp"),
     "group": ("replica",),  # rows of a batch while their model dimension is the one that `fsdp` splits
     "length": None,
+    "residual_length": ("tensor",),  # of hidden states between the products of rows without a cache (arXiv 2205.05198)
     "head_dim": None,
     "activation": None,  # the model dimension of hidden states
 }

@@ -29,7 +29,14 @@ PHASES = {
     "moved": "values and log-probs",
     "critic": "critic update",
 }
-FIRST = {"copy": "copy", "play": "prefill", "pack": "pack", "learn": "policy update"}  # phase of all other ops
+# Phase of all other ops.
+FIRST = {
+    "copy policy": "copy policy",
+    "copy user": "copy user",
+    "play": "prefill",
+    "pack": "pack",
+    "learn": "policy update",
+}
 
 
 @dataclasses.dataclass(frozen=True)

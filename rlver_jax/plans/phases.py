@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlver_jax.assembly import dialogues_a_row, reads_at_most
@@ -95,14 +96,21 @@ def play_of(shapes: Shapes) -> flops.Play:
 def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     players, play = shapes.players, play_of(shapes)
     policy, user = players.policy.model.config, players.user.model.config
-    copied = Work(0, 0, 0, policy.num_params * (4.0 + 2.0))
     return {
-        "copy": (copied, "copy"),
+        "copy policy": (_copied(players.policy.model), "copy policy"),
+        "copy user": (_copied(players.user.model), "copy user"),
         "prefill": (flops.prefill(policy, user, play), "play"),
         "policy turns": (flops.policy_turns(policy, play, players.spec), "play"),
         "user turns": (flops.user_turns(user, play, players.spec), "play"),
         "pack": (Work(0, 0, 0), "pack"),
     }
+
+
+def _copied(model: Qwen2) -> Work:
+    """Read as it is stored, and written as the sampler reads it."""
+    stored = model.param_dtype
+    played = stored if stored == jnp.int8 else model.dtype
+    return Work(0, 0, 0, model.config.num_params * float(stored.itemsize + played.itemsize))
 
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:

@@ -6,7 +6,7 @@ are `ShapeDtypeStruct`s.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -128,7 +128,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     players = unplaced_players(config, texts.tokenizer, texts.language, spec)
     policy, user = players.policy.model, players.user.model
     players = dataclasses.replace(
-        players, policy=LM(params_of(policy, mesh), policy), user=LM(params_of(user, playing), user), mesh=playing,
+        players, policy=LM(params_of(policy, mesh), policy), user=LM(params_of(user, mesh), user), mesh=playing,
         tables=_whole(players.tables, playing),
     )  # fmt: skip
     trained, trunk = _trained(config, players, mesh)
@@ -192,27 +192,45 @@ def _profiles(config: ConfigDict, texts: Texts) -> Profiles:
 
 def programs_of(shapes: Shapes) -> list[Program]:
     """The programs of one step, in order; see `trainer.Trainer.step`."""
-    state, players = shapes.state, shapes.players
-    copy = sampling_params(players.policy.model, players.mesh)
-    resident = {"policy": state.params["policy"], "policy's moments": state.opt_state["policy"]}
-    if "critic" in state.params:
-        resident |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
-    if shapes.reference:
-        resident["reference"] = shapes.reference
-    user, policy = {"user": players.user.params}, {"policy": resident["policy"]}
-    others = {name: tree for name, tree in resident.items() if name != "policy"}
-    if is_ready(policy["policy"], copy):  # the sampler reads the policy itself
-        first, playing = [], Program("play", lambda: _lower_play(shapes, policy["policy"]), policy | user, others)
-    else:
-        copying = lambda: sampling_program(copy).lower(policy["policy"])  # type: ignore[attr-defined]  # noqa: E731
-        first = [Program("copy", copying, policy, others | user)]
-        playing = Program("play", lambda: _lower_play(shapes, copy), {"policy's copy": copy} | user, resident)
+    resident = _resident(shapes)
+    found: list[Program] = []
+    ready: dict[str, Params] = {}
+    copies: dict[str, Params] = {}
+    for name in ("policy", "user"):
+        ready[name] = resident[name]
+        like = sampling_params(getattr(shapes.players, name).model, shapes.players.mesh)
+        if not is_ready(resident[name], like):  # otherwise the sampler reads the model itself
+            found.append(_copy(name, like, resident, copies))
+            ready[name] = copies[f"{name}'s copy"] = like
+    read = {name: tree for name, tree in resident.items() if ready.get(name) is tree}
+    user = {"user": resident["user"]}
     return [
-        *first,
-        playing,
-        Program("pack", lambda: _lower_pack(shapes, copy), {}, resident | user),
-        Program("learn", lambda: _lower_learn(shapes), resident, user),
+        *found,
+        Program("play", lambda: _lower_play(shapes, ready), read | copies, _without(resident, read)),
+        Program("pack", lambda: _lower_pack(shapes, ready), {}, resident),
+        Program("learn", lambda: _lower_learn(shapes), _without(resident, user), user),
     ]
+
+
+def _without(trees: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: tree for name, tree in trees.items() if name not in names}
+
+
+def _resident(shapes: Shapes) -> dict[str, Any]:
+    """What is there from the beginning of a run to its end, by name."""
+    state = shapes.state
+    found = {"policy": state.params["policy"], "policy's moments": state.opt_state["policy"]}
+    if "critic" in state.params:
+        found |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
+    if shapes.reference:
+        found["reference"] = shapes.reference
+    return found | {"user": shapes.players.user.params}
+
+
+def _copy(name: str, like: Params, resident: dict[str, Any], made: dict[str, Any]) -> Program:
+    """A model's copy for the sampler, beside those made before."""
+    lower = lambda: sampling_program(like).lower(resident[name])  # type: ignore[attr-defined]  # noqa: E731
+    return Program(f"copy {name}", lower, {name: resident[name]}, _without(resident, [name]) | made)
 
 
 def _key(mesh: Mesh | None) -> Any:
@@ -224,29 +242,34 @@ def _limits(shapes: Shapes) -> Any:
     return _whole(jax.eval_shape(lambda: limits_of(shapes.config, players.spec, temperature)), players.mesh)
 
 
-def _lower_play(shapes: Shapes, copy: Params) -> Any:
+def _ready(shapes: Shapes, params: dict[str, Params]) -> tuple[LM, LM]:
+    """Policy and user as the sampler gets them."""
+    return LM(params["policy"], shapes.players.policy.model), LM(params["user"], shapes.players.user.model)
+
+
+def _lower_play(shapes: Shapes, params: dict[str, Params]) -> Any:
     players = shapes.players
     given = (players.tables, shapes.profiles, _key(players.mesh), _limits(shapes))
     with jax.set_mesh(players.mesh):
-        return sample_dialogues.lower(LM(copy, players.policy.model), players.user, *given, spec=players.spec)
+        return sample_dialogues.lower(*_ready(shapes, params), *given, spec=players.spec)
 
 
-def _dialogues(shapes: Shapes, copy: Params) -> Dialogues:
+def _dialogues(shapes: Shapes, params: dict[str, Params]) -> Dialogues:
     """What play returns. Where its parts lie is the compiler's choice; whole on every chip is the most they take."""
     players, mesh = shapes.players, shapes.players.mesh
     with jax.set_mesh(mesh):
         found = jax.eval_shape(
             lambda *args: sample_dialogues(*args, spec=players.spec),
-            LM(copy, players.policy.model), players.user, players.tables, shapes.profiles, _key(mesh), _limits(shapes),
+            *_ready(shapes, params), players.tables, shapes.profiles, _key(mesh), _limits(shapes),
         )  # fmt: skip
     return _whole(found, mesh)
 
 
-def _lower_pack(shapes: Shapes, copy: Params) -> Any:
+def _lower_pack(shapes: Shapes, params: dict[str, Params]) -> Any:
     players = shapes.players
     with jax.set_mesh(players.mesh):
         return pack_program(shapes.mesh).lower(
-            _dialogues(shapes, copy), players.tables[0], players.spec, _limits(shapes), shapes.lengths[-1]
+            _dialogues(shapes, params), players.tables[0], players.spec, _limits(shapes), shapes.lengths[-1]
         )
 
 

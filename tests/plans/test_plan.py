@@ -40,7 +40,7 @@ def test_cheap_remedies_come_first():
 
 @pytest.mark.slow
 def test_a_small_plan(tmp_path, capsys):
-    """1.5B with GRPO on one v5e host: state over 8 chips, the sampler's copy and the user over 2."""
+    """1.5B with GRPO on one v5e host: state and user over 8 chips, the sampler's copies of two models over 2."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
     file = tmp_path / "plan.json"
     argv = ["--config=configs/grpo_think_7b.py", "--topology=v5e:2x4", f"--json={file}", *SMALL]
@@ -53,11 +53,12 @@ def test_a_small_plan(tmp_path, capsys):
     assert found["fits"]
     assert found["hbm_gib_per_chip"] < found["hbm_capacity_gib"] == 15.75
     programs = {program["name"]: program for program in found["programs"]}
-    assert list(programs) == ["copy", "play", "pack", "learn"]
-    state, copy = 12 * PARAMS / 8 / GIB, 2 * PARAMS / 2 / GIB
-    assert sum(programs["play"]["idle_gib"].values()) == pytest.approx(state, rel=0.01)
+    assert list(programs) == ["copy policy", "copy user", "play", "pack", "learn"]
+    state, user, copy = 12 * PARAMS / 8 / GIB, 2 * PARAMS / 8 / GIB, 2 * PARAMS / 2 / GIB
+    assert sum(programs["copy user"]["idle_gib"].values()) == pytest.approx(state + copy, rel=0.01)
+    assert sum(programs["play"]["idle_gib"].values()) == pytest.approx(state + user, rel=0.01)
     assert programs["learn"]["hbm_gib"]["arguments"] == pytest.approx(state, rel=0.02)
-    assert programs["learn"]["idle_gib"]["user"] == pytest.approx(copy, rel=0.01)
+    assert programs["learn"]["idle_gib"]["user"] == pytest.approx(user, rel=0.01)
     assert programs["play"]["hbm_gib"]["arguments"] == pytest.approx(2 * copy, rel=0.02)
     assert found["hbm_gib_per_chip"] == max(program["hbm_gib"]["total"] for program in found["programs"])
     phases = {phase["name"]: phase for phase in found["phases"]}
@@ -65,7 +66,9 @@ def test_a_small_plan(tmp_path, capsys):
     assert phases["policy turns"]["hbm_bytes_per_chip"] > steps * PARAMS
     gathered = phases["policy turns"]["collectives_per_chip"].get("all-gather", {"bytes": 0})["bytes"]
     assert gathered < 0.001 * PARAMS, "decoding gathers no weights"
-    assert phases["copy"]["collectives_per_chip"]["all-gather"]["bytes"] >= 0.7 * 2 * PARAMS / 2 * 3 / 4
+    for name in ("copy policy", "copy user"):
+        sent = phases[name]["collectives_per_chip"]["all-gather"]["bytes"]
+        assert sent >= 0.7 * 2 * PARAMS / 2 * 3 / 4
     tokens = 8 * found["packed_length"]
     assert phases["policy update"]["useful_flops"] > 6 * (PARAMS - 151_936 * 1536) * tokens
     assert found["faults"] == found["warnings"] == []

@@ -55,17 +55,21 @@ def test_state_takes_what_it_takes(run_and_state, planned):
 
 
 def test_the_sampler(run_and_state, programs):
-    """The copy of the policy, and the dialogues."""
+    """The copies of both models, and the dialogues."""
     run, state = run_and_state
-    players, model = run.players, run.players.policy.model
-    copied = sampling_program(sampling_params(model, players.mesh)).lower(state.params["policy"])
-    assert programs["copy"].lower().as_text() == copied.as_text()
+    players = run.players
+    params = {"policy": state.params["policy"], "user": players.user.params}
+    ready = {}
+    for name, tree in params.items():
+        model = getattr(players, name).model
+        copied = sampling_program(sampling_params(model, players.mesh)).lower(tree)
+        assert programs[f"copy {name}"].lower().as_text() == copied.as_text()
+        ready[name] = LM(sampling_copy(model, players.mesh)(tree), model)
     batch, count = run.reader.next_batch(), players.spec.group
     profiles = run.tokens.batch([index for index, _ in batch], range(len(batch) * count))
-    policy = LM(sampling_copy(model, players.mesh)(state.params["policy"]), model)
     given = players.place((profiles, jax.random.key(0), run.limits))
     with jax.set_mesh(players.mesh):
-        played = sample_dialogues.lower(policy, players.user, players.tables, *given, spec=players.spec)
+        played = sample_dialogues.lower(ready["policy"], ready["user"], players.tables, *given, spec=players.spec)
     assert programs["play"].lower().as_text() == played.as_text()
 
 
