@@ -125,6 +125,11 @@ class Attention(nn.Module):
         return o(out.reshape(b, s, -1)).astype(self.dtype), keys, values
 
 
+def gathered(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """Hidden states as products with weights read them: whole rows on each device."""
+    return rules.constrain(x, "batch", "length", "activation")
+
+
 def residual(x: Float[Array, "B S D"], spread: bool) -> Float[Array, "B S D"]:
     """Hidden states as they lie between layers.
 
@@ -151,12 +156,12 @@ class Block(nn.Module):
         x, keys, values = carry
         spread = keys is None
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name=name)  # noqa: E731
-        whole = lambda y: rules.constrain(y, "batch", "length", "activation")  # noqa: E731
         attention = Attention(c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn")
-        y = whole(norm("attn_norm")(x))
+        y = gathered(norm("attn_norm")(x))
         out, keys, values = attention(y, positions, see, start, keys, values, layer)
-        x = x + residual(out, spread)
-        x = x + residual(self.mlp(whole(norm("mlp_norm")(x))), spread)
+        # Gathered for the backward pass, which would gather weights instead of cotangents.
+        x = x + residual(gathered(out), spread)
+        x = x + residual(gathered(self.mlp(gathered(norm("mlp_norm")(x)))), spread)
         return (residual(x, spread), keys, values), None
 
     def mlp(self, x: Array) -> Array:
@@ -250,7 +255,7 @@ class Qwen2(nn.Module):
         keys, values = (None, None) if cache is None else cache
         x, keys, values = self._layers(x, keys, values, positions, see, start)
         x = RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
-        x = rules.constrain(x, "batch", "length", "activation")
+        x = gathered(x)
         if not self.config.tie_embeddings:
             init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
             shape = (self.config.vocab_size, self.config.hidden_size)

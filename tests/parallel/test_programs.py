@@ -14,6 +14,7 @@ from rlver_jax.parallel.rules import sharding
 from .programs import CONFIG, VOCAB_CHUNK, collectives, lower_copy, lower_decode, lower_update, operations
 
 BATCH, LENGTH, CAPACITY = 16, 288, 1024
+HIDDEN = (LENGTH, CONFIG.hidden_size)
 LARGEST_MATRIX = CONFIG.hidden_size * CONFIG.intermediate_size
 
 
@@ -25,10 +26,11 @@ def gathers(ops):
 def check_update(ops, mesh, places: int = 0):
     """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens.
 
-    Numbers of all tokens, so many `places`, may be gathered too.
+    Numbers of all tokens, so many `places`, may be gathered too. Hidden states are gathered for one layer's products;
+    what the backward pass keeps of each layer is spread.
     """
     tensor = mesh.shape["tensor"]
-    found = [op for op in gathers(ops) if op.largest > places]
+    found = [op for op in gathers(ops) if op.largest > places and op.shapes[-1][1][-2:] != HIDDEN]
     assert found, "weights split over fsdp must be gathered somewhere"
     for op in found:
         assert op.inside, f"gathered outside the loop over layers or chunks: {op.line}"
@@ -36,6 +38,11 @@ def check_update(ops, mesh, places: int = 0):
     logits = BATCH * LENGTH // (mesh.shape["replica"] * mesh.shape["fsdp"]) * CONFIG.vocab_size // tensor
     for op in ops:
         assert op.largest < logits, f"as large as logits of all tokens: {op.line}"
+    kept = {
+        dims[-2] for op in ops for _, dims in op.shapes if dims[:1] == (CONFIG.num_layers,) and dims[-1:] == HIDDEN[1:]
+    }
+    assert LENGTH // tensor in kept
+    assert LENGTH not in kept
 
 
 def check_decode(ops, mesh):
