@@ -62,7 +62,7 @@ def test_the_miniature_learns_the_same_on_eight_devices(shape, fields, miniature
     check_equal(run(miniature_config(**fields), tmp_path, shape), miniature_run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_moves_from_8_to_4_to_16_devices(tmp_path):
     """Each part reads the checkpoint of the one before on another mesh, and ends as a run on one device."""
     steps = 5

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from rlver_jax.plans.hlo import Instruction, Module, Uses, array_bytes
 from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
 
 GIB = 2**30
+AT_ONCE = 2  # programs that are compiled
 LARGE = GIB  # bytes from which on an array that is whole on every chip is worth a warning
 # The compiler's two ways to say that a program is too large: while it is planned, and after.
 _EXCEEDED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|\(([\d.]+)([KMG])\) exceeds available HBM")
@@ -188,11 +190,17 @@ def logits_among(
 
 
 def compile_all(programs: Sequence[Program], shapes: Shapes, tell: Callable[[str], None]) -> list[Measured]:
-    """All programs, one after the other; `tell` hears what is being compiled, and what each takes."""
-    found = []
-    for program in programs:
+    """All programs, two at a time; `tell` hears what is being compiled, and what each takes.
+
+    The compiler works on one core for the most part, and takes up to 5 GiB of memory for a program of 7B.
+    """
+
+    def one(program: Program) -> Measured:
         tell(f"compiling {program.name}")
-        found.append(measure(program, shapes))
-        total, seconds = found[-1].memory.total / GIB, found[-1].compile_s
+        found = measure(program, shapes)
+        total, seconds = found.memory.total / GIB, found.compile_s
         tell(f"{program.name}: {total:.2f} GiB a chip with all that is alive beside it (compiled in {seconds:.0f} s)")
-    return found
+        return found
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(one, programs))
