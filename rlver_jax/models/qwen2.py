@@ -134,8 +134,7 @@ def residual(x: Float[Array, "B S D"], spread: bool) -> Float[Array, "B S D"]:
     """Hidden states as they lie between layers.
 
     `spread` over the devices that split heads and MLP columns, where each would keep the same ones for the backward
-    pass otherwise (sequence parallelism, arXiv 2205.05198). Products then gather rows and scatter their sums: together
-    what the sum over devices sends without it.
+    pass otherwise (sequence parallelism, arXiv 2205.05198): products gather rows, and their sums are spread again.
     """
     return rules.constrain(x, "batch", "residual_length" if spread else "length", "activation")
 

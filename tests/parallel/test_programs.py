@@ -1,7 +1,5 @@
 """What XLA makes of the programs of a training step on a mesh: which weights travel, what exists, what is copied."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,11 +8,11 @@ from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
+from rlver_jax.plans.chips import without_chips
 
-from .programs import CONFIG, VOCAB_CHUNK, collectives, lower_copy, lower_decode, lower_update, operations
+from .programs import CONFIG, MODEL, VOCAB_CHUNK, collectives, lower_copy, lower_decode, lower_update, operations
 
 BATCH, LENGTH, CAPACITY = 16, 288, 1024
-HIDDEN = (LENGTH, CONFIG.hidden_size)
 LARGEST_MATRIX = CONFIG.hidden_size * CONFIG.intermediate_size
 
 
@@ -23,26 +21,25 @@ def gathers(ops):
     return [op for op in collectives(ops) if op.kind.startswith("all-gather") and "f" in op.shapes[0][0]]
 
 
-def check_update(ops, mesh, places: int = 0):
+def check_update(ops, mesh, places: int = 0, length: int = LENGTH, stacked: bool = True):
     """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens.
 
     Numbers of all tokens, so many `places`, may be gathered too. Hidden states are gathered for one layer's products;
     what the backward pass keeps of each layer is spread.
     """
-    tensor = mesh.shape["tensor"]
-    found = [op for op in gathers(ops) if op.largest > places and op.shapes[-1][1][-2:] != HIDDEN]
+    tensor, width = mesh.shape["tensor"], CONFIG.hidden_size
+    found = [op for op in gathers(ops) if op.largest > places and op.shapes[-1][1][-2:] != (length, width)]
     assert found, "weights split over fsdp must be gathered somewhere"
     for op in found:
-        assert op.inside, f"gathered outside the loop over layers or chunks: {op.line}"
-        assert op.largest <= max(LARGEST_MATRIX // tensor, VOCAB_CHUNK * CONFIG.hidden_size), op.line
-    logits = BATCH * LENGTH // (mesh.shape["replica"] * mesh.shape["fsdp"]) * CONFIG.vocab_size // tensor
+        assert op.inside or not stacked, f"gathered outside the loop over layers or chunks: {op.line}"
+        assert op.largest <= max(LARGEST_MATRIX // tensor, VOCAB_CHUNK * width), op.line
+    logits = BATCH * length // (mesh.shape["replica"] * mesh.shape["fsdp"]) * CONFIG.vocab_size // tensor
     for op in ops:
         assert op.largest < logits, f"as large as logits of all tokens: {op.line}"
-    kept = {
-        dims[-2] for op in ops for _, dims in op.shapes if dims[:1] == (CONFIG.num_layers,) and dims[-1:] == HIDDEN[1:]
-    }
-    assert LENGTH // tensor in kept
-    assert LENGTH not in kept
+    stacks = [dims for op in ops for _, dims in op.shapes if dims[:1] == (CONFIG.num_layers,) and dims[-1] == width]
+    kept = {dims[-2] for dims in stacks} if stacked else {length // tensor}
+    assert length // tensor in kept
+    assert length not in kept
 
 
 def check_decode(ops, mesh):
@@ -94,7 +91,7 @@ def test_weights_pass_to_the_sampling_mesh_by_gathers_alone():
 
 def tpu_mesh(topology: str, *shape: int, **options):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'rlver_jax[tpu]'")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    without_chips()
     from jax.experimental import topologies
 
     return make_mesh(*shape, devices=topologies.get_topology_desc(topology, "tpu", **options).devices)
@@ -158,7 +155,7 @@ def test_an_update_with_splash_attention_for_tpu(topology, scan):
     text = lower_update(mesh, batch=BATCH, length=1024, ppo=False, model=model, shared=True).compile().as_text()
     for kernel in ("fwd", "dq", "dkv"):
         assert f"splash_mha_{kernel}" in text
-    check_update(operations(text), mesh, places=BATCH * 1024)
+    check_update(operations(text), mesh, places=BATCH * 1024, length=1024, stacked=scan)
 
 
 @pytest.mark.slow

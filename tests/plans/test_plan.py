@@ -77,7 +77,7 @@ def test_a_small_plan(tmp_path, capsys):
     assert found["faults"] == found["warnings"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_remedy_that_works(tmp_path, capsys):
     """Tiny models, so many dialogues that their activations exceed a chip: the plan says what to do, and it is so."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
