@@ -20,7 +20,7 @@ from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation, chosen_profiles, load
 from rlver_jax.runs.figures import generated_count
 
-DIALOGUES, ROWS, TURNS = 96, 8, 8
+DIALOGUES, ROWS, TURNS = 128, 8, 8
 FLOOR, CEILING = 36, 52  # near enough to the beginning, 40, that emotions end dialogues at every turn
 
 
