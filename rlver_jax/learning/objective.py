@@ -104,7 +104,9 @@ def as_params(learner: Learner, gradients: Trained) -> Trained:
     return found
 
 
-def values(learner: Learner, critic: Params, hidden: Float[Array, "B L D"], batch: PackedBatch) -> Float[Array, "B L"]:
+def values(
+    learner: Learner, critic: Params, hidden: Float[Array, "B L D"] | None, batch: PackedBatch
+) -> Float[Array, "B L"]:
     """The critic's values; `hidden` are the policy's, for a critic without a trunk of its own."""
     assert learner.value_head is not None
     if learner.trunk is not None:
@@ -124,7 +126,7 @@ def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -
     """
     total: Array = jnp.float32(0)
     metrics: dict[str, dict] = {"sum": {}, "max": {}}
-    hidden = jnp.zeros(0)  # a critic with its own trunk doesn't read it
+    hidden = None
     if "policy" in trained:
         hidden = read(learner.model, trained["policy"], sample.batch)
         total, metrics = _policy_loss(learner, trained["policy"], hidden, sample, grammar)
@@ -149,8 +151,14 @@ def _policy_loss(
         ratio = losses.sequence_ratio(new, sample.old, mask, _segment(batch))
     else:
         ratio = losses.token_ratio(new, sample.old, mask)
-    clips = {name: getattr(options, name) for name in ("clip_low", "clip_high", "dual_clip")}
-    objective = losses.clipped_objective(ratio, sample.advantage, mask, **clips)
+    objective = losses.clipped_objective(
+        ratio,
+        sample.advantage,
+        mask,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        dual_clip=options.dual_clip,
+    )
     importance = 1.0 if sample.importance is None else sample.importance
     policy_loss = (sample.weight * importance * objective.loss).sum()
     metrics = losses.ratio_metrics(new, sample.old, objective.clipped, mask, sample.mean)
@@ -164,7 +172,7 @@ def _policy_loss(
 
 
 @jax.named_scope("critic")
-def _value_loss(learner: Learner, critic: Params, hidden: Array, sample: Sample) -> Array:
+def _value_loss(learner: Learner, critic: Params, hidden: Array | None, sample: Sample) -> Array:
     value = values(learner, critic, hidden, sample.batch)
     clip = learner.loss.value_clip
     assert sample.value is not None

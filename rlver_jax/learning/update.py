@@ -175,13 +175,11 @@ def prepare(
     params = state.params
 
     def look(part: PackedBatch) -> dict[str, Array]:
-        found = {}
+        found, hidden = {}, None
         if schedule.recompute or (learner.value_head is not None and learner.trunk is None):
             hidden = read(learner.model, params["policy"], part)
             if schedule.recompute:
                 found["old"] = action_logprobs(learner, params["policy"], hidden, part, grammar).logprob
-        else:
-            hidden = jnp.zeros(0)  # a critic with its own trunk doesn't read it
         if learner.value_head is not None:
             found["value"] = values(learner, params["critic"], hidden, part)
         if reference is not None:

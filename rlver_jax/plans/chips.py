@@ -59,8 +59,8 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[family]
 
 
-def topology_devices(topology: str) -> list[Any]:
-    """Devices of a topology, for compiling only; nothing is asked of a network.
+def topology_devices(topology: str, slices: int = 1) -> list[Any]:
+    """Devices of a topology, so many slices of it, for compiling only; nothing is asked of a network.
 
     Raises:
         PlanError: libtpu, which holds the TPU compiler, is not installed, or knows no such topology.
@@ -70,18 +70,6 @@ def topology_devices(topology: str) -> list[Any]:
         raise PlanError(
             "the TPU compiler is not installed: pip install '.[tpu]' (it runs on any machine, without a TPU)"
         )
-    without_chips()
-    from jax.experimental import topologies  # heavy, and of no use without libtpu
-
-    try:
-        found = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores)
-    except Exception as error:  # libtpu's errors have no common type
-        raise PlanError(f"--topology={topology!r}: the TPU compiler knows no such topology: {error}") from error
-    return list(found.devices)
-
-
-def without_chips() -> None:
-    """Has libtpu compile on a machine that has no TPU, however many processes do; before it is loaded."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # it would wait for a metadata server
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: other plans may be made at the same time
@@ -91,3 +79,10 @@ def without_chips() -> None:
         "TPU_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
+    from jax.experimental import topologies  # heavy, and of no use without libtpu
+
+    try:
+        found = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores, num_slices=slices)
+    except Exception as error:  # libtpu's errors have no common type
+        raise PlanError(f"--topology={topology!r}: the TPU compiler knows no such topology: {error}") from error
+    return list(found.devices)

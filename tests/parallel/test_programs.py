@@ -8,7 +8,7 @@ from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
-from rlver_jax.plans.chips import without_chips
+from rlver_jax.plans.chips import topology_devices
 
 from .programs import CONFIG, MODEL, VOCAB_CHUNK, collectives, lower_copy, lower_decode, lower_update, operations
 
@@ -37,9 +37,9 @@ def check_update(ops, mesh, places: int = 0, length: int = LENGTH, stacked: bool
     for op in ops:
         assert op.largest < logits, f"as large as logits of all tokens: {op.line}"
     stacks = [dims for op in ops for _, dims in op.shapes if dims[:1] == (CONFIG.num_layers,) and dims[-1] == width]
-    kept = {dims[-2] for dims in stacks} if stacked else {length // tensor}
-    assert length // tensor in kept
+    kept = {dims[-2] for dims in stacks}
     assert length not in kept
+    assert length // tensor in kept or not stacked
 
 
 def check_decode(ops, mesh):
@@ -89,12 +89,9 @@ def test_weights_pass_to_the_sampling_mesh_by_gathers_alone():
     check_copy(ops, sampling)
 
 
-def tpu_mesh(topology: str, *shape: int, **options):
+def tpu_mesh(topology: str, *shape: int, slices: int = 1):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'rlver_jax[tpu]'")
-    without_chips()
-    from jax.experimental import topologies
-
-    return make_mesh(*shape, devices=topologies.get_topology_desc(topology, "tpu", **options).devices)
+    return make_mesh(*shape, devices=topology_devices(topology, slices))
 
 
 @pytest.mark.slow
@@ -184,7 +181,7 @@ def test_meshes_on_real_tori(topology, shape):
 
 @pytest.mark.slow
 def test_replica_goes_across_slices():
-    mesh = tpu_mesh("v5e:2x4", 4, 2, 2, num_slices=2)
+    mesh = tpu_mesh("v5e:2x4", 4, 2, 2, slices=2)
     assert [sorted({d.slice_index for d in half.flat}) for half in mesh.devices.reshape(2, -1)] == [[0], [1]]
     with pytest.raises(ValueError, match=r"mesh.replica=1: the devices are of 2 slices.*choose mesh.replica=2"):
         make_mesh(1, 8, 2, devices=list(mesh.devices.flat))
