@@ -1,8 +1,10 @@
 """TPU chips: what each has, with the source of every number; and the devices of a topology that nobody owns."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 DOCS = "https://docs.cloud.google.com/tpu/docs/"
@@ -39,6 +41,15 @@ CHIPS = {
     "v6e": Chip(32, 31.25, 918e12, 1638e9, 400e9, "default", f"{DOCS}v6e"),
 }
 
+_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",  # it would wait for a metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: other plans may be made at the same time
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: what isn't set, libtpu asks for, and complains
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
 
 class PlanError(ValueError):
     """A plan that cannot be made; the message says why and what to do."""
@@ -70,19 +81,23 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
         raise PlanError(
             "the TPU compiler is not installed: pip install '.[tpu]' (it runs on any machine, without a TPU)"
         )
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",  # it would wait for a metadata server
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: other plans may be made at the same time
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: what isn't set, libtpu asks for, and complains
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3",
-    }.items():
-        os.environ.setdefault(name, value)
     from jax.experimental import topologies  # heavy, and of no use without libtpu
 
     try:
-        found = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores, num_slices=slices)
+        with _as_if_on_a_host():
+            found = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores, num_slices=slices)
     except Exception as error:  # libtpu's errors have no common type
         raise PlanError(f"--topology={topology!r}: the TPU compiler knows no such topology: {error}") from error
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def _as_if_on_a_host() -> Iterator[None]:
+    """What libtpu reads once, when it is loaded; gone afterwards, since other programs tell a TPU's host by it."""
+    missing = {name: value for name, value in _HOST.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]

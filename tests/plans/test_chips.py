@@ -1,6 +1,7 @@
 """What is said when a topology can't be planned for."""
 
 import importlib.util
+import os
 import re
 
 import pytest
@@ -47,9 +48,11 @@ def test_limits_are_the_compilers():
     import jax
     import jax.numpy as jnp
 
+    before = dict(os.environ)
     for family, topology in {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}.items():
         devices = topology_devices(topology)
         assert len(devices) == 4, "a chip is one device"
+        assert dict(os.environ) == before, "what says that this is a TPU's host would make other programs look for it"
         place = jax.sharding.SingleDeviceSharding(devices[0])
         large = jax.ShapeDtypeStruct((200, 2**30), jnp.int8, sharding=place)
         with pytest.raises(
