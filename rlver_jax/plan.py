@@ -1,6 +1,6 @@
 """What training a config on a TPU topology takes, found without a TPU: the real programs compiled ahead of time.
 
-    python -m rlver_jax.plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--config.a.b=v …] [--json=FILE]
+    python -m rlver_jax.plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--config.a.b=v …] [--remat] [--json=FILE]
 
 Needs the TPU compiler: pip install '.[tpu]' (on any machine). Prints memory of a chip while each program of a training
 step runs, with all that is alive beside it; operations, bytes and collectives of each phase; and a prediction. A model
@@ -34,6 +34,7 @@ from rlver_jax.plans.chips import chip_of, topology_devices
 from rlver_jax.plans.measure import compile_all
 from rlver_jax.plans.phases import phases_of
 from rlver_jax.plans.programs import Shapes, Texts, programs_of, shapes_of, unplaced_players
+from rlver_jax.plans.remat import remats_of
 from rlver_jax.plans.remedies import find_remedy, over
 from rlver_jax.plans.report import Plan, show
 from rlver_jax.profiles.schema import read_profiles
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
         jax.config.update("jax_enable_compilation_cache", False)
         with errors.status("planning"):
-            plan = make_plan(config, options.topology, mesh, lambda text: errors.print(text, highlight=False))
+            tell = lambda text: errors.print(text, highlight=False)  # noqa: E731
+            plan = make_plan(config, options.topology, mesh, tell, remats=options.remat)
     except (ValueError, OSError) as error:
         errors.print(f"plan: {error}", markup=False, highlight=False)
         return 2
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("topology", None, "TPU chips, as FAMILY:SIZES, e.g. v5e:2x4", flag_values=values)
+        what = "also compile the update under each remat policy, and name the lightest that fits"
+        flags.DEFINE_boolean("remat", False, what, flag_values=values)
         flags.DEFINE_string("json", None, "file that the whole plan is written to as well", flag_values=values)
 
     config, options, rest = config_from_flags(argv, __doc__, define)
@@ -78,12 +82,13 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     return config, options
 
 
-def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any) -> Plan:
+def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: bool = False) -> Plan:
     """Compiles and measures everything.
 
     Args:
         mesh: of training, over the topology's devices.
         tell: hears what is being done, and what was found.
+        remats: whether to try every remat policy.
 
     Raises:
         ValueError, OSError: the config doesn't fit the mesh, or a model is not named.
@@ -96,10 +101,11 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any) -> Plan:
     remedy = None
     if any(over(one, chip) > 0 for one in measured):
         remedy = find_remedy(config, base.get_config(), mesh, measured, chip, remake, tell)
+    tried = remats_of(config, shapes, measured, chip, remake, tell) if remats else []
     playing = shapes.players.mesh or mesh
     return Plan(
         topology, chip, dict(mesh.shape), dict(playing.shape), config.rollout.batch, shapes.lengths[-1], measured,
-        phases_of(shapes, measured, chip), remedy, assumed,
+        phases_of(shapes, measured, chip), remedy, tried, assumed,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.monotonic() - began,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from rlver_jax.plans.chips import Chip
 from rlver_jax.plans.measure import GIB, Measured
 from rlver_jax.plans.phases import Phase
+from rlver_jax.plans.remat import Remat, lightest
 from rlver_jax.plans.remedies import Remedy, over
 
 
@@ -35,6 +36,7 @@ class Plan:
     measured: list[Measured]
     phases: list[Phase]
     remedy: Remedy | None
+    remats: list[Remat]
     assumed: list[str]
     host_gib: float
     seconds: float
@@ -110,6 +112,7 @@ class Plan:
             "predicted": {"step_s": self.step_s, "mfu": self.mfu, "dialogues_per_hour": self.dialogues_per_hour},
             "verdict": self.verdict(),
             "remedy": self.remedy.fields if self.remedy else None,
+            "remat": [_remat_json(one) for one in self.remats],
             "faults": self.faults,
             "warnings": [warning for one in self.measured for warning in one.warnings],
             "assumed": self.assumed,
@@ -143,12 +146,20 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _remat_json(one: Remat) -> dict[str, Any]:
+    return {"fields": one.fields, "hbm_gib": one.total / GIB, "update_s": one.seconds, "fits": one.fits}
+
+
 def show(plan: Plan, console: Console) -> None:
     """Prints the plan: memory, phases, notes, and the verdict last."""
     notes = [("warning", text) for one in plan.measured for text in one.warnings]
     notes += [("fault", text) for text in plan.faults] + [("assumed", text) for text in plan.assumed]
     notes += [("planning", f"{plan.seconds:.0f} s, {plan.host_gib:.1f} GiB of this machine's memory")]
     console.print(Group(_memory_table(plan), _phase_table(plan), *(Text(f"{kind}: {text}") for kind, text in notes)))
+    if plan.remats:
+        console.print(_remat_table(plan))
+        best = lightest(plan.remats)
+        console.print(Text(f"lightest remat that fits: {best}" if best else "no remat policy makes the update fit"))
     console.print(Text(plan.prediction()))
     console.print(Text(plan.verdict(), style="green" if plan.fits and not plan.faults else "red"))
 
@@ -165,6 +176,14 @@ def _memory_table(plan: Plan) -> Table:
         beside = ", ".join(f"{name} {size / GIB:.2f}" for name, size in one.idle.items())
         mark = " !" if over(one, plan.chip) > 0 else ""
         table.add_row(one.name, *cells, beside, f"{m.total / GIB:.2f}{mark}")
+    return table
+
+
+def _remat_table(plan: Plan) -> Table:
+    table = Table("remat", "GiB a chip", "update s", title="the update under each remat policy", title_justify="left")
+    for one in plan.remats:
+        mark = "" if one.fits else " !"
+        table.add_row(one.fields["policy.remat"], f"{one.total / GIB:.2f}{mark}", f"{one.seconds:.2f}")
     return table
 
 

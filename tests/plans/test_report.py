@@ -10,6 +10,7 @@ from rlver_jax.plans.flops import Work
 from rlver_jax.plans.hlo import Use
 from rlver_jax.plans.measure import Measured, Memory
 from rlver_jax.plans.phases import Phase
+from rlver_jax.plans.remat import Remat
 from rlver_jax.plans.remedies import Remedy, over
 from rlver_jax.plans.report import Plan, show
 
@@ -22,13 +23,15 @@ def measured(name: str, program: float, idle: float) -> Measured:
     return Measured(name, memory, {"user": int(idle * GIB)}, {}, [], [], 60.0)
 
 
-def plan_of(*programs: Measured, remedy: Remedy | None = None) -> Plan:
+def plan_of(*programs: Measured, remedy: Remedy | None = None, remats: list[Remat] | None = None) -> Plan:
     phases = [
         Phase("play", "play", Work(8e12, 8e12, 0), 1e9, {"all-reduce": Use(56, 2e9)}, 1.0, 6.0, 2.0),
         Phase("learn", "learn", Work(24e12, 32e12, 0), 1e9, {}, 4.0, 3.0, 2.0),
     ]
     mesh = {"replica": 1, "fsdp": 2, "tensor": 4}
-    return Plan("v5e:2x4", V5E, mesh, mesh, 5, 512, list(programs), phases, remedy, ["nothing"], 2.0, 61.0)
+    return Plan(
+        "v5e:2x4", V5E, mesh, mesh, 5, 512, list(programs), phases, remedy, remats or [], ["nothing"], 2.0, 61.0
+    )
 
 
 def test_it_fits_with_what_lies_beside():
@@ -73,3 +76,17 @@ def test_tables_and_json_say_the_same():
     shares = ("17%", "75%", "100%")
     for part in ("15.50", *shares, "user 5.50", "all-reduce 56, 2.00", "assumed: nothing", found["verdict"]):
         assert part in text
+
+
+def test_remat_policies():
+    kinds = [("none", 20, 1.0), ("dots", 12, 1.25), ("full", 9, 1.3125)]
+    remats = [Remat({"policy.remat": name}, size * GIB, seconds, size < 15) for name, size, seconds in kinds]
+    plan = plan_of(measured("learn", 9, 0), remats=remats)
+    console = Console(file=io.StringIO(), width=200)
+    show(plan, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("none  │ 20.00 !", "1.25", "lightest remat that fits: --config.policy.remat=dots"):
+        assert part in text
+    assert plan.to_json()["remat"][1] == {
+        "fields": {"policy.remat": "dots"}, "hbm_gib": 12.0, "update_s": 1.25, "fits": True
+    }  # fmt: skip

@@ -1,0 +1,69 @@
+"""How much of an update is computed twice to save memory: every remat policy compiled, and the lightest that fits."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlver_jax.plans.chips import Chip
+from rlver_jax.plans.measure import Measured, compile_all
+from rlver_jax.plans.phases import phases_of
+from rlver_jax.plans.programs import Shapes, programs_of
+from rlver_jax.plans.remedies import over
+
+LIGHTEST_FIRST = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """One policy for all that is trained.
+
+    Attributes:
+        fields: of the config, that set it.
+        total: bytes of a chip while the update runs, with all that is alive beside it.
+        seconds: of the update at its roofline.
+    """
+
+    fields: dict[str, Any]
+    total: int
+    seconds: float
+    fits: bool
+
+    def __str__(self) -> str:
+        return " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
+
+
+def remats_of(
+    config: ConfigDict,
+    shapes: Shapes,
+    measured: Sequence[Measured],
+    chip: Chip,
+    remake: Callable[[ConfigDict], Shapes],
+    tell: Callable[[str], None],
+) -> list[Remat]:
+    """The update under each policy, from the one that computes least twice to the one that keeps least.
+
+    Args:
+        measured: programs of `shapes`, what the config says; its update is not compiled again.
+        remake: shapes of a changed config.
+    """
+    trained = ["policy"] + ["critic"] * (shapes.setup.learner.trunk is not None)
+    found = []
+    for remat in LIGHTEST_FIRST:
+        fields = {f"{name}.remat": remat for name in trained}
+        now, learn = shapes, [one for one in measured if one.name == "learn"]
+        if any(config[name].remat != remat for name in trained):
+            changed = config.copy_and_resolve_references()
+            changed.update_from_flattened_dict(fields)
+            now = remake(changed)
+            tell(f"trying {' '.join(f'{name}={value}' for name, value in fields.items())}")
+            learn = compile_all([program for program in programs_of(now) if program.name == "learn"], now, tell)
+        seconds = sum(phase.seconds for phase in phases_of(now, learn, chip))
+        found.append(Remat(fields, learn[0].memory.total, seconds, over(learn[0], chip) <= 0))
+    return found
+
+
+def lightest(remats: Sequence[Remat]) -> Remat | None:
+    """The first that fits; None: none does."""
+    return next((one for one in remats if one.fits), None)
