@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rlver_jax.assembly import reads_at_most
+from rlver_jax.models.attention import MOST_BLOCKS
 from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.plans.hlo import Instruction, Module, Uses, array_bytes
 from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
@@ -95,6 +96,8 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
     def turns(op_name: str) -> float:
         if re.search(r"[/(]reads[/)]", op_name):
             return reads["prepare" not in op_name]
+        if re.search(r"[/(]attn/while", op_name):
+            return MOST_BLOCKS  # of a cache, whatever reads it
         if "policy_turn" in op_name:
             return spec.policy_tokens
         if "appraise" in op_name:

@@ -12,6 +12,7 @@ from rlver_jax.dialogue import sample_dialogues
 from rlver_jax.learning.update import compile_step
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.plans.measure import turns_of_loops
 from rlver_jax.plans.programs import Texts, bytes_per_chip, programs_of, shapes_of
 from rlver_jax.players import sampling_copy, sampling_params, sampling_program
 from rlver_jax.rewards import Rewards
@@ -91,3 +92,13 @@ def _real_update(run, state, packed):
         step = compile_step(run.setup, state)
         given = (packed, jax.device_put(zeros, rows), run.grammar, key, run.reference, layout)
         return step.lower(state, *given)
+
+
+def test_loops_that_data_ends(config, planned):
+    """Every text at its limit; within a token, attention goes through a cache in eighths, not by the limit again."""
+    turns, play = turns_of_loops(planned), "jit(sample_dialogues)/while/body"
+    assert turns("jit(sample_dialogues)/while") == config.rollout.max_turns
+    assert turns(f"{play}/policy_turn/while") == config.rollout.think_tokens + config.rollout.say_tokens
+    assert turns(f"{play}/user_turn/appraise/while/body/closed_call/while") == config.user.field_tokens
+    for where in (f"{play}/policy_turn", f"{play}/user_turn/appraise/while/body"):
+        assert turns(f"{where}/while/body/jit(_read)/Qwen2/Qwen2._layers/while/body/layers/attn/while") == 8
