@@ -330,6 +330,11 @@ def init_params(model: Qwen2, key: jax.Array, mesh: Mesh | None = None) -> Param
 
 def abstract_params(model: Qwen2) -> tuple[Params, Params]:
     """(shapes, logical axes) of the parameters as trees: ShapeDtypeStructs, and PartitionSpecs of logical names."""
+    return jax.tree.map(lambda x: x, _abstract_params(model))  # trees of the caller's own
+
+
+@functools.cache
+def _abstract_params(model: Qwen2) -> tuple[Params, Params]:
     tokens = jnp.zeros((1, 1), jnp.int32)
     boxed = jax.eval_shape(lambda k: model.init(k, tokens, tokens), jax.random.key(0))["params"]
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
