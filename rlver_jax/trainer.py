@@ -121,7 +121,7 @@ class Trainer:
 
     def step(self, state: TrainState, number: int) -> TrainState:
         """Plays a batch of dialogues with the policy as it is, and learns from it."""
-        run, began = self.run, time.monotonic()
+        run, started = self.run, time.monotonic()
         batch = run.reader.next_batch()
         size = self.config.rollout.batch
         ids = [(number - 1) * size + i for i in range(size)]
@@ -130,18 +130,19 @@ class Trainer:
         with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
             # The sampler's copies of both models are let go before the update, which has no room for them.
             dialogues = self.players(state).play(profiles, self.key, run.limits)
+            dispatched = time.monotonic()
             rewards, lengths = self.score(dialogues, tables, spec, self.how)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         updates = self.orders(run.setup.schedule, self.key, state.step, size)
         length, layout = run.arranged(*jax.device_get((lengths, updates)))
         layout = distributed.everywhere(layout, run.mesh)
-        began, played = max(began, self.last_finished), time.monotonic()
+        began, played = max(started, self.last_finished), time.monotonic()
         with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
             packed = self.pack(dialogues, tables, spec, run.limits, length)
         with jax.transfer_guard("disallow"), jax.set_mesh(run.mesh):
             state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference, layout)
-        times = {"time/rollout_s": played - began}
+        times = {"time/rollout_s": played - began, "time/dispatch_s": dispatched - started}
         metrics["tokens/padded"] = jnp.float32(run.places(length, layout))
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
         return state

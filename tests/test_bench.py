@@ -128,6 +128,7 @@ def test_starts_are_measured(tmp_path, capsys, monkeypatch):
     cold, warm = found["ways"]["cold"], found["ways"]["warm"]
     assert len(cold["all"]) == len(warm["all"]) == 2
     assert 0 < warm["compile_s"] < cold["compile_s"] < cold["start_s"]
+    assert 0 < warm["begins_s"] < cold["begins_s"] < cold["start_s"], "the update is compiled after the first dialogues"
     assert "compiling s" in capsys.readouterr().out
     monkeypatch.setattr(compile, "FLAGS", ("--config.train.steps=0",))
     assert main(["compile"]) == 2
