@@ -39,7 +39,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     for name, f in found["ways"].items():
         steps = f"{f['first_step_s']:12.1f}  {f['second_step_s']:13.1f}  {f['compile_s']:11.1f}"
         text.append(f"{name:5} {f['begins_s']:19.1f}  {f['start_s']:7.1f}  {steps}")
-    return [*text, "begins: from the command until the first dialogues are being played", "start: from the command to the end of the first step, less the time of the second step"]
+    text.append("begins: from the command until the first dialogues are being played")
+    return [*text, "start: from the command to the end of the first step, less the time of the second step"]
 
 
 def _start(folder: Path, name: str) -> dict[str, float]:
