@@ -156,9 +156,10 @@ def _backward(static: _Static, saved, cotangents):
         d_logits = (d_logits / static.temperature).astype(hidden.dtype)
         product = {"preferred_element_type": wide(hidden.dtype)}
         d_hidden += jnp.einsum("ntc,tcd->tnd", d_logits, kernel, **product)
-        d_kernel = jnp.einsum("ntc,nd->tcd", d_logits, hidden, **product)
+        # As one matrix: XLA's CPU compiler would write a transposed copy of three axes before it multiplies.
+        d_kernel = jnp.einsum("nk,nd->kd", d_logits.reshape(hidden.shape[0], -1), hidden, **product)
         old = jax.lax.dynamic_slice_in_dim(d_head, start, static.chunk, axis=1)
-        new = (old.astype(d_kernel.dtype) + d_kernel).astype(d_head.dtype)
+        new = (old.astype(d_kernel.dtype) + d_kernel.reshape(kernel.shape)).astype(d_head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)
 
     # Each shard's part of d_hidden is added up by itself: they are summed over devices once, not for every chunk.
