@@ -26,7 +26,7 @@ def test_a_mesh_must_fit(capsys):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
     argv = ["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4", "--config.mesh.tensor=3"]
     assert plan.main(argv) == 2
-    assert "mesh.tensor=3: product 3 does not make 8 devices" in capsys.readouterr().err
+    assert "mesh.tensor=3: 8 devices cannot be divided by 3" in capsys.readouterr().err
 
 
 def test_cheap_remedies_come_first():
