@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -22,10 +23,12 @@ from rlver_jax.parallel import rules
 
 Params = dict[str, Any]
 
+WEIGHT_PRODUCT = "weight_product"
 # What the backward pass of a layer keeps; everything else is computed again.
 REMAT_POLICIES = {
     "none": None,  # keep all activations
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the results of weight products
+    # Keep the results of weight products, by name: a policy of operations doesn't see into `product`'s own derivative.
+    "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep only the layer's input
 }
 ATTENTION = ("dense", "chunked", "splash")
@@ -60,7 +63,7 @@ class Linear(nn.Module):
         rounded = self.param_dtype == jnp.int8
         kernel_init = partitioned(zeros if rounded else nn.initializers.normal(0.02), *self.axes)
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
-        y = product(x, kernel.astype(self.dtype))
+        y = checkpoint_name(product(x, kernel.astype(self.dtype)), WEIGHT_PRODUCT)
         if rounded:
             ones = partitioned(nn.initializers.ones_init(), *self.axes[1:])
             y *= self.param("scale", ones, (self.features,), jnp.float32).astype(y.dtype)

@@ -146,6 +146,21 @@ def test_remat_changes_memory_not_gradients(remat):
     assert temp[1] < temp[0]
 
 
+@pytest.mark.parametrize(("remat", "again"), [("none", 0), ("dots", 2), ("full", 8)])
+def test_remat_computes_again_what_it_says(remat, again):
+    """Products of a scanned layer: 7 with weights and 2 of attention, each with two derivatives. `dots` repeats
+    attention's; `full` all but the last one, whose result no derivative needs."""
+    config, tokens, _ = golden("tied")
+    model = Qwen2(config, remat=remat, scan_layers=True)
+    shapes, _ = abstract_params(model)
+
+    def loss(params):
+        return model.apply({"params": params}, tokens, positions(tokens))[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(shapes).as_text()
+    assert text.count("stablehlo.dot_general") == 3 * (7 + 2) + again
+
+
 def test_decoding_updates_a_scanned_cache_in_place():
     """A donated cache is returned in its own buffers, and no second cache is ever made."""
     config, _, _ = golden("gqa")

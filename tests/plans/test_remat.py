@@ -49,6 +49,6 @@ def test_each_keeps_less_and_computes_more():
         config.rollout.batch // 4 * shapes.lengths[-1]
     )  # of a chip's rows; each keeps 2 bytes x 896 a layer at least
     assert none.total - full.total > 24 * 896 * 2 * tokens / 2
-    assert none.total > dots.total >= full.total  # texts are so short here that layers may not be what is most
+    assert none.total > dots.total > full.total
     assert none.seconds < dots.seconds < full.seconds
     assert sum(line.startswith("trying ") for line in told) == 2, "the config's own is not compiled again"
