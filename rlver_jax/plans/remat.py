@@ -10,7 +10,7 @@ from rlver_jax.plans.chips import Chip
 from rlver_jax.plans.measure import Measured, compile_all
 from rlver_jax.plans.phases import phases_of
 from rlver_jax.plans.programs import Shapes, programs_of
-from rlver_jax.plans.remedies import over
+from rlver_jax.plans.remedies import flags_of, over, trained_of
 
 LIGHTEST_FIRST = ("none", "dots", "full")
 
@@ -31,7 +31,7 @@ class Remat:
     fits: bool
 
     def __str__(self) -> str:
-        return " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
+        return flags_of(self.fields)
 
 
 def remats_of(
@@ -48,7 +48,7 @@ def remats_of(
         measured: programs of `shapes`, what the config says; its update is not compiled again.
         remake: shapes of a changed config.
     """
-    trained = ["policy"] + ["critic"] * (shapes.setup.learner.trunk is not None)
+    trained = trained_of(config)
     found = []
     for remat in LIGHTEST_FIRST:
         fields = {f"{name}.remat": remat for name in trained}

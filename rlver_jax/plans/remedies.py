@@ -23,8 +23,17 @@ class Remedy:
     total: int
 
     def __str__(self) -> str:
-        flags = " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
-        return f"{flags} (compiled: {self.total / GIB:.2f} GiB)"
+        return f"{flags_of(self.fields)} (compiled: {self.total / GIB:.2f} GiB)"
+
+
+def flags_of(fields: dict[str, Any]) -> str:
+    """Changed fields of a config as its command line takes them."""
+    return " ".join(f"--config.{name}={value}" for name, value in fields.items())
+
+
+def trained_of(config: ConfigDict) -> list[str]:
+    """Sections of the config whose layers an update differentiates."""
+    return ["policy"] + ["critic"] * (config.algorithm.estimator == "gae" and config.critic.kind == "separate")
 
 
 def over(measured: Measured, chip: Chip) -> int:
@@ -73,7 +82,7 @@ def find_remedy(
 
 def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Changes in the order of what they cost: nothing learned changes before the last ones."""
-    trained = ["policy"] + ["critic"] * (config.algorithm.estimator == "gae" and config.critic.kind == "separate")
+    trained = trained_of(config)
     if "learn" in failing:
         full = {f"{name}.remat": "full" for name in trained if config[name].remat != "full"}
         full |= {f"{name}.attention": "chunked" for name in trained if config[name].attention == "dense"}
