@@ -215,13 +215,14 @@ def _record(loop: _Loop, grammar: Grammar, token, logprob, raw, state, limits: L
 
 @flax.struct.dataclass
 class Options:
-    """Options of a choice, flattened so that one forward pass scores them all, each on its own branch.
+    """Options of a choice, flattened so that one forward pass scores them all, on branches of their own.
 
-    N tokens of O options; the C distinct contexts in which a token is predicted are evaluated once each.
+    N tokens are read to predict those of O options; the C distinct contexts in which a token is predicted are evaluated
+    once each.
     """
 
     tokens: Int[Array, "N"]
-    branch: Int[Array, "N"]  # 1..O
+    branch: Int[Array, "N"]  # 1..N at most
     offset: Int[Array, "N"]  # place in its option
     contexts: Int[Array, "C"]  # 0: the cache's last token; j + 1: after token j
     pair_context: Int[Array, "P"]  # index into contexts
@@ -238,8 +239,7 @@ def build_options(options: Sequence[Sequence[int]]) -> Options:
         for j, b in enumerate(tuples):
             if i != j and b[: len(a)] == a:
                 raise ValueError(f"option {a} is the beginning of option {b}; end each option with a terminator token")
-    flat = [(i, j, t) for i, option in enumerate(tuples) for j, t in enumerate(option)]
-    place = {(i, j): n for n, (i, j, _) in enumerate(flat)}
+    flat, place = _twigs(tuples)
     contexts: dict[tuple[int, ...], int] = {}
     where: list[int] = []
     pairs: list[tuple[int, int, int]] = []
@@ -247,19 +247,34 @@ def build_options(options: Sequence[Sequence[int]]) -> Options:
         for j, token in enumerate(option):
             if option[:j] not in contexts:
                 contexts[option[:j]] = len(where)
-                where.append(0 if j == 0 else place[i, j - 1] + 1)
+                where.append(place[option[:j]])
             pairs.append((contexts[option[:j]], token, i))
     width = max(map(len, tuples))
     arrays = [
-        [t for _, _, t in flat],
-        [i + 1 for i, _, _ in flat],
-        [j for _, j, _ in flat],
+        *np.array(flat, np.int32).reshape(-1, 3).T,
         where,
         *zip(*pairs, strict=True),
         [o + (0,) * (width - len(o)) for o in tuples],
         [len(o) for o in tuples],
     ]
     return Options(*(jnp.asarray(np.array(a, np.int32)) for a in arrays))
+
+
+def _twigs(options: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, int, int]], dict[tuple[int, ...], int]]:
+    """What must be read to predict every token: (token, branch, offset) each.
+
+    And behind which of them (from 1; 0: none) each beginning of an option ends. The last token of an option is only
+    predicted, and a beginning that a longer one contains is read as part of that one.
+    """
+    heads = dict.fromkeys(option[:-1] for option in options)
+    longest = [head for head in heads if not any(len(h) > len(head) and h[: len(head)] == head for h in heads)]
+    flat: list[tuple[int, int, int]] = []
+    place: dict[tuple[int, ...], int] = {(): 0}
+    for branch, twig in enumerate(longest, 1):
+        for offset, token in enumerate(twig):
+            flat.append((token, branch, offset))
+            place.setdefault(twig[: offset + 1], len(flat))
+    return flat, place
 
 
 def choose(lm: LM, cache: Cache, options: Options) -> tuple[Cache, Float[Array, "B O"]]:
@@ -269,6 +284,8 @@ def choose(lm: LM, cache: Cache, options: Options) -> tuple[Cache, Float[Array, 
     written beyond each row's length as scratch: N free slots are needed.
     """
     batch = cache.length.shape[0]
+    if not options.tokens.size:  # options of one token each
+        return cache, score_options(lm, options, cache.hidden[:, None])
     tokens, branch = (jnp.broadcast_to(x, (batch, x.shape[0])) for x in (options.tokens, options.branch))
     positions = cache.length[:, None] + options.offset
     hidden, kv = lm.read(tokens, positions, branch, cache)

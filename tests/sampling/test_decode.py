@@ -286,14 +286,17 @@ OPTIONS = [[1, 9], [1, 2, 9], [5], [6, 2, 3, 9], [6, 2, 4]]
 score = jax.jit(choose)
 
 
-def test_choose_equals_scoring_each_option_separately(toy):
-    before = appended(toy, ROWS)
-    cache, found = score(toy, before, build_options(OPTIONS))
-    whole = [row + option for row in ROWS for option in OPTIONS]
+@pytest.mark.parametrize(("options", "read"), [(OPTIONS, 5), ([[1], [5], [7]], 0)])
+def test_choose_equals_scoring_each_option_separately(toy, options, read):
+    """Of OPTIONS only 1 2 and 6 2 3 are read: all else is predicted behind a part of them."""
+    before, built = appended(toy, ROWS), build_options(options)
+    cache, found = score(toy, before, built)
+    assert built.tokens.shape == (read,)
+    whole = [row + option for row in ROWS for option in options]
     logp = plain(toy, whole)[1]
-    for n, (row, option) in enumerate((row, option) for row in ROWS for option in OPTIONS):
+    for n, (row, option) in enumerate((row, option) for row in ROWS for option in options):
         want = sum(logp[n][len(row) - 1 + j, token] for j, token in enumerate(option))
-        np.testing.assert_allclose(found[n // len(OPTIONS), n % len(OPTIONS)], want, atol=1e-5)
+        np.testing.assert_allclose(found[n // len(options), n % len(options)], want, atol=1e-5)
     np.testing.assert_array_equal(cache.length, before.length)
     np.testing.assert_array_equal(cache.hidden, before.hidden)
     for old, new in zip(jax.tree.leaves(before.kv), jax.tree.leaves(cache.kv), strict=True):
