@@ -11,9 +11,10 @@ import pytest
 from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.players import Players
 from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
+from rlver_jax.runs.log_faults import logged_turns
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits
-from rlver_jax.verify import Settings, _is_tie, check_settings, logged_turns, prefix_reader, verify_dialogue
+from rlver_jax.verify import Logged, Report, Settings, _is_tie, check_settings, verify_records
 
 from .conftest import some_profiles
 
@@ -21,7 +22,7 @@ TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emo
 COUNT = PROFILES * GROUP
 REWARD = {"name": "final", "gamma": 1.0, "weight": 0.5}
 SETTINGS = Settings(
-    reply_temperature=0.9, field_tokens=12, reply_tokens=16, max_turns=TURNS + 1, reward=REWARD, tolerance=1e-3
+    reply_temperature=0.9, field_tokens=12, reply_tokens=16, readout="argmax", reward=REWARD, tolerance=1e-3
 )
 
 
@@ -53,15 +54,20 @@ def log(request, policy_lm, user_lm, bpe, prompts):
     return players, profiles, records
 
 
-def check(log, record):
+def check_all(log, records, **settings) -> list[Report]:
     players, profiles, _ = log
-    return verify_dialogue(
-        players, {p.id: p for p in profiles}[record["profile"]], record, SETTINGS, prefix_reader(players)
-    )
+    settings = dataclasses.replace(SETTINGS, readout=records[0]["readout"], **settings)
+    logged = [Logged(f"dialogue {record['dialogue']}", record) for record in records]
+    return list(verify_records(players, {profile.id: profile for profile in profiles}, logged, settings))
+
+
+def check(log, record) -> Report:
+    (report,) = check_all(log, [record])
+    return report
 
 
 def test_a_fresh_log_is_derived_completely(log):
-    reports = [check(log, record) for record in log[2]]
+    reports = check_all(log, log[2])
     assert [report.faults for report in reports] == [[]] * COUNT
     appraised = sum(m["role"] == "user" for record in log[2] for m in record["messages"][1:])
     assert sum(report.turns for report in reports) == appraised > COUNT
@@ -179,6 +185,26 @@ def edit_cut_field(players, r):
     user["appraisal_stopped"]["feeling"] = False
 
 
+def edit_impossible_emotion(players, r):
+    user_messages(r)[0]["emotion"] = 101
+
+
+def edit_impossible_change(players, r):
+    user_messages(r)[0]["change"] = 11
+
+
+def edit_unknown_token(players, r):
+    user_messages(r)[0]["all_tokens"][0] = players.tokenizer.vocab_size
+
+
+def edit_missing_field(players, r):
+    del user_messages(r)[0]["appraisal_tokens"]["feeling"]
+
+
+def edit_missing_logprob(players, r):
+    user_messages(r)[0]["raw_logprobs"].pop()
+
+
 EDITS = [value for name, value in list(globals().items()) if name.startswith("edit_")]
 
 
@@ -194,9 +220,11 @@ def test_planted_edits_are_found(log, edit):
 
 
 def test_a_dialogue_of_an_unknown_profile(log):
-    report = verify_dialogue(log[0], None, log[2][0], SETTINGS, prefix_reader(log[0]))
-    assert report.turns == 0
-    assert "is not in data.eval or data.train" in report.faults[0]
+    stranger, known = check_all(log, [log[2][0] | {"profile": "nobody"}, log[2][1]])
+    assert stranger.turns == 0
+    assert "profile 'nobody' is not in data.eval or data.train" in stranger.faults[0]
+    assert known.turns > 0
+    assert known.faults == []
 
 
 def test_turns_of_a_dialogue_that_ended_on_an_emotion(log):
@@ -231,13 +259,6 @@ def test_another_config_than_the_logs_is_refused(log):
 
 def test_temperature_matters(log):
     """Replies were sampled: held against a greedy user they are faults."""
-    players, profiles, records = log
-    by_id = {p.id: p for p in profiles}
-    greedy = dataclasses.replace(SETTINGS, reply_temperature=0.0)
-    faults = [
-        f
-        for r in records
-        for f in verify_dialogue(players, by_id[r["profile"]], r, greedy, prefix_reader(players)).faults
-    ]
+    faults = [fault for report in check_all(log, log[2], reply_temperature=0.0) for fault in report.faults]
     assert any("'reply'" in fault for fault in faults)
     assert not any("'feeling'" in fault for fault in faults)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -91,6 +92,13 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
     axis = 0 if isinstance(cache.kv.k, tuple) else 1
     kv = laid_out(jax.tree.map(lambda x: grow(x, axis), cache.kv))
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
+
+
+def concatenate_rows(caches: Sequence[Cache]) -> Cache:
+    """All rows of caches of one capacity, in their order."""
+    axis = 0 if isinstance(caches[0].kv.k, tuple) else 1
+    kv = jax.tree.map(lambda *x: jnp.concatenate(x, axis), *(cache.kv for cache in caches))
+    return Cache(kv, *(jnp.concatenate([getattr(cache, name) for cache in caches]) for name in ("length", "hidden")))
 
 
 def restart_rows(cache: Cache, heads: Cache, source: Int[Array, "B"], fresh: Bool[Array, "B"]) -> Cache:

@@ -9,8 +9,8 @@ from rlver_jax.miniature import assets, rows, rule, texts, world
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.text.tokenizer import train_sentencepiece
 from rlver_jax.user.emotion import SAGE
+from rlver_jax.user.packed import LoggedTurn, Packer, Said
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.rederive import LoggedTurn, Said, pack_dialogue
 from rlver_jax.user.simulated import build_user_tables, option_text
 
 
@@ -43,15 +43,16 @@ def logged(packer, dialogue) -> list[LoggedTurn]:
 
 
 def test_a_users_row_is_what_the_engine_reads(packer, dialogues):
-    """Against `pack_dialogue`, whose distributions are held against the sampler's elsewhere."""
+    """Against what `verify` reads, whose distributions are held against the sampler's elsewhere."""
     tables = build_user_tables(packer.tokenizer, packer.prompts, packer.tokenizer.vocab_size)
+    engine = Packer(tables, SAGE.band)
     encode, (newline,) = packer.tokenizer.encode, packer.tokenizer.encode("\n")
     assert {dialogue.turns[-1].answer is None for dialogue in dialogues} == {True, False}
     for dialogue in dialogues:
         row, prefix = packer.user(dialogue), prefix_length(packer, dialogue)
-        packed = pack_dialogue(tables, prefix, encode(dialogue.person.first_talk), logged(packer, dialogue), SAGE.band)
+        packed = engine.dialogue(prefix, encode(dialogue.person.first_talk), logged(packer, dialogue))
         plain = [i for i, branch in enumerate(packed.branch) if branch % BRANCH_RADIX == 0]  # without the options
-        engine = [(packed.tokens[i], packed.positions[i], packed.branch[i]) for i in plain]
+        read = [(packed.tokens[i], packed.positions[i], packed.branch[i]) for i in plain]
         mine = list(zip(row.tokens, row.positions, row.branch, strict=True))[prefix:]
         ends = [mine[i + 1][2] == 0 if i + 1 < len(mine) else True for i in range(len(mine))]
         mine = [x for x, last in zip(mine, ends, strict=True) if not (x[2] and last and x[0] == newline)]
@@ -59,7 +60,7 @@ def test_a_users_row_is_what_the_engine_reads(packer, dialogues):
         # what the row ends with and no reply follows: an answer, or the option that ended the dialogue
         tail = encode(last.answer) if last.answer else encode(option_text(last.verdict.change))[:-1]
         assert [token for token, _, _ in mine[-len(tail) :]] == tail
-        assert mine[: -len(tail)] == engine
+        assert mine[: -len(tail)] == read
         taught = [token for token in row.target if token >= 0]
         options = [encode(option_text(turn.verdict.change)) for turn in dialogue.turns]
         assert len(taught) == len(packed.queries) + sum(map(len, options))
