@@ -28,10 +28,11 @@ from rlver_jax.config import ConfigError, profile_files, reward_settings, valida
 from rlver_jax.players import Players, load_model, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import read_dialogues
+from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.log_faults import derived_rewards, logged_turns, misfits, own_faults
 from rlver_jax.runs.trajectory import reactions
 from rlver_jax.user.emotion import CHANGES
-from rlver_jax.user.packed import Packed, Packer
+from rlver_jax.user.packed import LoggedTurn, Packed, Packer
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.rederive import Dialogue, Rederived, Sizes, read_prefix, rederive
 from rlver_jax.user.simulated import dialogue_key
@@ -71,69 +72,64 @@ class Logged(NamedTuple):
     record: Mapping[str, Any]
 
 
-def verify_records(
-    players: Players, profiles: Mapping[str, Profile], logged: Sequence[Logged], settings: Settings
-) -> Iterator[Report]:
-    """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field.
+class _Case(NamedTuple):
+    """A dialogue that can be derived."""
 
-    Args:
-        profiles: by id.
-    """
-    known = []
-    for line in logged:
-        faults = list(_unfit(players, profiles, line))
-        if faults:
+    place: str
+    record: Mapping[str, Any]
+    profile: Profile
+    turns: Sequence[LoggedTurn]
+
+
+def verify_records(
+    players: Players, profiles: KnownProfiles, logged: Sequence[Logged], settings: Settings
+) -> Iterator[Report]:
+    """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field."""
+    cases = []
+    for place, record in logged:
+        profile = profiles.of(record)
+        faults = [f"{place}, {fault}" for fault in misfits(players, record)]
+        if profile is None:
+            faults = [f"{place}: profile {record['profile']!r} is not in data.eval or data.train of the config"]
+        if faults or profile is None:
             yield Report(dialogues=1, faults=faults)
         else:
-            known.append(line)
-    if not known:
+            cases.append(_Case(place, record, profile, logged_turns(record)))
+    if not cases:
         return
-    known.sort(key=lambda line: line.record["profile"])
-    turns = [logged_turns(line.record) for line in known]
-    found = _derived(players, profiles, known, turns, settings)
-    rewards = derived_rewards([line.record for line in known], settings.reward)
-    for line, its_turns, reward in zip(known, turns, rewards, strict=True):
-        report = Report(dialogues=1)
-        own = own_faults(players, profiles[line.record["profile"]], line.record, reward)
-        report.faults += [f"{line.place}: {fault}" for fault in own]
-        if its_turns:
-            _check(players, line, its_turns, *next(found), settings, report)
+    cases.sort(key=lambda case: (case.profile.id, case.profile.hidden_intention, case.profile.background))
+    found = _derived(players, [case for case in cases if case.turns], settings)
+    rewards = derived_rewards([case.record for case in cases], settings.reward)
+    for case, reward in zip(cases, rewards, strict=True):
+        own = own_faults(players, case.profile, case.record, reward)
+        report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in own])
+        if case.turns:
+            _check(players, case, *next(found), settings, report)
         yield report
 
 
-def _unfit(players: Players, profiles: Mapping[str, Profile], line: Logged) -> Iterator[str]:
-    """Why a dialogue can't be derived at all."""
-    if line.record["profile"] in profiles:
-        yield from (f"{line.place}, {fault}" for fault in misfits(players, line.record))
-    else:
-        yield f"{line.place}: profile {line.record['profile']!r} is not in data.eval or data.train of the config"
-
-
-def _derived(
-    players: Players, profiles: Mapping[str, Profile], logged: Sequence[Logged], turns, settings: Settings
-) -> Iterator[tuple[Packed, Rederived]]:
-    """What the user says of every dialogue that has turns."""
+def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[Packed, Rederived]]:
+    """What the user says of every dialogue."""
     tables, packer = players.tables[1], Packer(players.tables[1], players.spec.rules.band)
-    prefixes = {name: players.prefix(profiles[name]) for name in {line.record["profile"] for line in logged}}
-    packed, names, keys = [], [], []
-    for (_, record), its_turns in zip(logged, turns, strict=True):
-        if its_turns:
-            names.append(record["profile"])
-            first_talk = record["messages"][0]["tokens"]
-            packed.append(packer.dialogue(len(prefixes[names[-1]]), first_talk, its_turns))
-            keys.append(dialogue_key(jax.random.key(record["seed"]), jnp.uint32(record["dialogue"])))
-    sizes = Sizes.of(map(len, prefixes.values()), packed)
-    read = functools.lru_cache(maxsize=1)(lambda name: read_prefix(players.user, prefixes[name], sizes))
-    dialogues = [
-        Dialogue(functools.partial(read, name), one, key) for name, one, key in zip(names, packed, keys, strict=True)
+    prefix_of = functools.lru_cache(maxsize=1)(players.prefix)
+    prefixes = [tuple(prefix_of(case.profile)) for case in cases]
+    packed = [
+        packer.dialogue(len(prefix), case.record["messages"][0]["tokens"], case.turns)
+        for prefix, case in zip(prefixes, cases, strict=True)
     ]
+    sizes = Sizes.of(map(len, prefixes), packed)
+    read = functools.lru_cache(maxsize=1)(lambda prefix: read_prefix(players.user, prefix, sizes))
+    dialogues = []
+    for prefix, one, case in zip(prefixes, packed, cases, strict=True):
+        key = dialogue_key(jax.random.key(case.record["seed"]), jnp.uint32(case.record["dialogue"]))
+        dialogues.append(Dialogue(functools.partial(read, prefix), one, key))
     found = rederive(players.user, tables, dialogues, settings.reply_temperature, settings.readout, sizes)
     return zip(packed, found, strict=True)
 
 
-def _check(players, line: Logged, turns, packed: Packed, found: Rederived, settings, report: Report) -> None:
+def _check(players, case: _Case, packed: Packed, found: Rederived, settings, report: Report) -> None:
     """Holds a dialogue against its derivation."""
-    place, record = line
+    place, record, _, turns = case
     report.turns, report.tokens = len(turns), len(packed.queries)
     _check_tokens(players, record, packed, found, settings, place, report)
     users = {turn: user for turn, _, user in reactions(record)}
@@ -229,7 +225,7 @@ def verify_logs(paths: Sequence[str], config: ConfigDict, console: Console) -> R
         logged += [Logged(f"{name}dialogue {record['dialogue']}", record) for record in records]
     players = load_user(config)
     files = profile_files(config.data.eval, config.data.train)
-    profiles = {profile.id: profile for file in files for profile in read_profiles(file)}
+    profiles = KnownProfiles(profile for file in dict.fromkeys(files) for profile in read_profiles(file))
     reports, total = verify_records(players, profiles, logged, settings_of(config)), Report()
     for one in track(reports, "verifying", len(logged), console=console):
         total = Report(*(getattr(total, f.name) + getattr(one, f.name) for f in dataclasses.fields(Report)))

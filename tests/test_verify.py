@@ -11,6 +11,7 @@ import pytest
 from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.players import Players
 from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
+from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.log_faults import logged_turns
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits
@@ -58,7 +59,7 @@ def check_all(log, records, **settings) -> list[Report]:
     players, profiles, _ = log
     settings = dataclasses.replace(SETTINGS, readout=records[0]["readout"], **settings)
     logged = [Logged(f"dialogue {record['dialogue']}", record) for record in records]
-    return list(verify_records(players, {profile.id: profile for profile in profiles}, logged, settings))
+    return list(verify_records(players, KnownProfiles(profiles), logged, settings))
 
 
 def check(log, record) -> Report:
@@ -225,6 +226,15 @@ def test_a_dialogue_of_an_unknown_profile(log):
     assert "profile 'nobody' is not in data.eval or data.train" in stranger.faults[0]
     assert known.turns > 0
     assert known.faults == []
+
+
+def test_training_and_held_out_profiles_may_share_ids(log):
+    """As the miniature's do: a dialogue's own profile is the one with its wish and its first words."""
+    players, profiles, records = log
+    others = [dataclasses.replace(p, id=q.id) for p, q in zip(profiles[1:] + profiles[:1], profiles, strict=True)]
+    for both in (others + profiles, profiles + others):
+        assert not any(report.faults for report in check_all((players, both, records), records))
+    assert any(report.faults for report in check_all((players, others, records), records))
 
 
 def test_turns_of_a_dialogue_that_ended_on_an_emotion(log):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from rlver_jax.profiles.schema import Profile, ProfileError
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, record_faults
+from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.sage import from_sage
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.user.emotion import SAGE, EmotionRules
@@ -109,8 +110,8 @@ def with_profiles(dialogues: Sequence[Finished], profiles: Sequence[Profile]) ->
     Raises:
         ValueError: a dialogue whose profile is not among them.
     """
-    known = {profile.id: profile for profile in profiles}
-    found = [d if d.profile else dataclasses.replace(d, profile=known.get(d.record["profile"])) for d in dialogues]
+    known = KnownProfiles(profiles)
+    found = [d if d.profile else dataclasses.replace(d, profile=known.of(d.record)) for d in dialogues]
     for one in found:
         if one.profile is None:
             raise ValueError(

@@ -1,0 +1,30 @@
+"""Which profile a logged dialogue was played with: a log names it by its id."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rlver_jax.profiles.schema import Profile
+
+
+class KnownProfiles:
+    """Profiles of any files. Ids are unique in one set of files; training and held-out profiles may share them."""
+
+    def __init__(self, profiles: Iterable[Profile]):
+        """Of several with one id the earlier ones are preferred where a dialogue fits both."""
+        self._by_id: dict[str, list[Profile]] = defaultdict(list)
+        for profile in profiles:
+            self._by_id[profile.id].append(profile)
+
+    def __len__(self) -> int:
+        """How many ids there are."""
+        return len(self._by_id)
+
+    def of(self, record: Mapping[str, Any]) -> Profile | None:
+        """The profile with a record's id, and where several have it, the one whose wish and first words it holds."""
+        return max(self._by_id.get(record["profile"], ()), key=lambda profile: _likeness(profile, record), default=None)
+
+
+def _likeness(profile: Profile, record: Mapping[str, Any]) -> int:
+    said = record["messages"][0]["content"].strip()
+    return (profile.hidden_intention == record["hidden_intention"]) + ((profile.first_talk or "").strip() == said)
