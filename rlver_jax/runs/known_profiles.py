@@ -26,5 +26,6 @@ class KnownProfiles:
 
 
 def _likeness(profile: Profile, record: Mapping[str, Any]) -> int:
-    said = record["messages"][0]["content"].strip()
-    return (profile.hidden_intention == record["hidden_intention"]) + ((profile.first_talk or "").strip() == said)
+    first, talk = record["messages"][0], (profile.first_talk or "").strip()
+    said = first["content"].strip() == talk if talk else bool(first["generated"])
+    return (profile.hidden_intention == record["hidden_intention"]) + said

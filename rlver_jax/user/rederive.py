@@ -8,8 +8,10 @@ each token can be held against the user's own choice.
 
 import functools
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,11 @@ from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
 
 LENGTH_STEP = 32  # what is read is padded to multiples of it
 QUERY_STEP = 32  # tokens whose whole distributions are held at once
+THREADS = 2  # forward passes at a time: those of a small model leave cores idle
 TURN_TOKENS = 512  # of turns that are read together, at least: enough for the weights' products
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Rederived(NamedTuple):
@@ -113,7 +119,8 @@ def rederive(
     """
     tasks = _tasks(lm, dialogues, sizes)
     batches = iter(lambda: list(itertools.islice(tasks, sizes.rows)), [])
-    done = (result for batch in batches for result in _derive(lm, tables, batch, temperature, readout, sizes))
+    derive = lambda batch: _derive(lm, tables, batch, temperature, readout, sizes)  # noqa: E731
+    done = itertools.chain.from_iterable(_side_by_side(derive, batches))
     for dialogue in dialogues:
         turns = list(itertools.islice(done, len(dialogue.packed.spans)))
         yield Rederived(*(np.concatenate(parts) for parts in zip(*turns, strict=True)))
@@ -127,11 +134,23 @@ def _tasks(lm: LM, dialogues: Sequence[Dialogue], sizes: Sizes) -> Iterator[_Tas
         yield from (_Task(row, read, key) for row in rows_of(packed))
 
 
+def _side_by_side(work: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
+    """`map` in THREADS threads, a little ahead of what is asked for."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def _derive(lm: LM, tables: UserTables, batch: list[_Task], temperature, readout, sizes: Sizes) -> list[Rederived]:
     """One result for each of the rows."""
     tasks = batch + batch[:1] * (sizes.rows - len(batch))
     rows = [task.row for task in tasks]
-    margin, logprob, change_logprobs, change = _hold(
+    found = _hold(
         lm,
         tables,
         tuple(task.history for task in tasks),
@@ -145,9 +164,10 @@ def _derive(lm: LM, tables: UserTables, batch: list[_Task], temperature, readout
         jnp.float32(temperature),
         readout=readout,
     )
+    margin, logprob, change_logprobs, change = map(np.asarray, found)
     counts = np.cumsum([len(task.row.queries) for task in batch])
-    asked = [np.split(np.asarray(x).reshape(-1)[: counts[-1]], counts[:-1]) for x in (margin, logprob)]
-    changes = [np.split(np.asarray(x), sizes.rows)[: len(batch)] for x in (change_logprobs, change)]
+    asked = [np.split(x.reshape(-1)[: counts[-1]], counts[:-1]) for x in (margin, logprob)]
+    changes = [np.split(x, len(x))[: len(batch)] for x in (change_logprobs, change)]
     return [Rederived(*parts) for parts in zip(*asked, *changes, strict=True)]
 
 
