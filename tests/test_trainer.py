@@ -119,11 +119,16 @@ def test_figures_are_those_of_the_logged_dialogues(unbroken):
         assert profiles == [profiles[0]] * 4 + [profiles[4]] * 4, "two groups of four"
 
 
-def test_a_training_log_is_derived_completely(unbroken, capsys):
+def test_training_logs_are_derived_completely(unbroken, tmp_path, capsys):
     folder, _, _ = unbroken
-    log = folder / "dialogues" / "step_000004.jsonl"
-    assert verify.main([str(log), f"--config={debug.__file__}"]) == 0, capsys.readouterr().out
-    assert "derived 8 dialogues, 16 turns" in capsys.readouterr().out
+    logs = [str(folder / "dialogues" / f"step_00000{step}.jsonl") for step in (2, 4)]
+    assert verify.main([*logs, f"--config={debug.__file__}"]) == 0, capsys.readouterr().out
+    assert "derived 16 dialogues, 32 turns" in capsys.readouterr().out
+    record = records_of(folder, 4)[3]
+    record["reward"] += 0.01
+    (tmp_path / "edited.jsonl").write_text(json.dumps(record) + "\n")
+    assert verify.main([logs[0], str(tmp_path / "edited.jsonl"), f"--config={debug.__file__}"]) == 1
+    assert f"{tmp_path / 'edited.jsonl'}, dialogue 27: reward" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_equals_an_unbroken_one(unbroken, tmp_path):

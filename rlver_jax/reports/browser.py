@@ -31,17 +31,23 @@ def pack(runs: Sequence[Run], most_bytes: int) -> Packed:
     together, so that before and after can be compared.
     """
     everything = [(i, played.step, r) for i, run in enumerate(runs) for played in run.played for r in played.records]
-    profiles = list(dict.fromkeys(record["profile"] for _, _, record in everything))
+    profiles = list(dict.fromkeys(_who(record) for _, _, record in everything))
     keep = len(profiles)
     while True:
         chosen = {
             name for i, name in enumerate(profiles) if (i + 1) * keep // len(profiles) > i * keep // len(profiles)
         }
-        some = [one for one in everything if one[2]["profile"] in chosen]
+        some = [one for one in everything if _who(one[2]) in chosen]
         text = _compressed(_payload(runs, some))
         if len(text) <= most_bytes or keep == 0:
             return Packed(text, len(some), len(everything))
         keep = min(keep - 1, int(keep * most_bytes / len(text) * 0.97))
+
+
+def _who(record: Record) -> tuple[str, str, str | None]:
+    """What tells profiles apart: held-out and training profiles may share their ids."""
+    first = record["messages"][0]
+    return record["profile"], record["hidden_intention"], None if first["generated"] else first["content"]
 
 
 def _compressed(value: Any) -> str:
@@ -51,6 +57,7 @@ def _compressed(value: Any) -> str:
 
 def _payload(runs: Sequence[Run], some: Sequence[tuple[int, int | None, Record]]) -> dict[str, Any]:
     labels = intention_labels(record for _, _, record in some)
+    people = {who: number for number, who in enumerate(dict.fromkeys(_who(record) for _, _, record in some))}
     return {
         "runs": [plain(run.name) for run in runs],
         "intentions": [plain(label) for label in labels],
@@ -61,6 +68,7 @@ def _payload(runs: Sequence[Run], some: Sequence[tuple[int, int | None, Record]]
                 "step": step,
                 "number": record["dialogue"],
                 "profile": plain(record["profile"]),
+                "who": people[_who(record)],
                 "intention": labels.index(intention_label(record["hidden_intention"])),
                 "hidden": plain(record["hidden_intention"]),
                 "outcome": OUTCOMES.index(outcome(record["emotion"])),

@@ -102,7 +102,9 @@ def sixty_steps(tmp_path_factory):
 
     def dialogue(number, step):
         emotions = [40, *(min(100, 40 + turn * step // 10) for turn in range(1, 7))]
-        return record(number, f"p{number % 64}", emotions, wish=list(WISHES)[number % 3], words=words)
+        made = record(number, f"p{number % 64}", emotions, wish=list(WISHES)[number % 3], words=words)
+        made["messages"][0]["generated"] = True  # other first words each time
+        return made
 
     rows = [row(step, 40 + step / 2) for step in range(1, 61)]
     played = {step: [dialogue(i, step) for i in range(64)] for step in (1, *range(10, 61, 10))}

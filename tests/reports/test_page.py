@@ -162,3 +162,13 @@ def test_several_runs_are_compared(small_run, tmp_path):
     assert re.search(r"<th scope=\"row\">kind</th><td>training run</td><td>evaluation</td>", table)
     assert re.search(r"<th scope=\"row\">score</th><td></td><td>47.0</td>", table)
     assert "eval.seed" in text
+
+
+def test_two_profiles_of_one_id_are_told_apart(tmp_path):
+    """Held-out and training profiles may share ids: only the wish and given first words say who it is."""
+    records = [record(n, "p0", [40, 50], wish=wish) for n, wish in enumerate(("advice", "listening", "advice"))]
+    records[2]["messages"][0]["content"] = "something else"
+    again = [record(3, "p0", [40, 60])]
+    run = write_run(tmp_path / "run", [row(1, 50.0), row(2, 60.0)], {1: records, 2: again})
+    text, _ = page.render(read_runs([run]), 10**9)
+    assert [d["who"] for d in dialogues_of(text)["dialogues"]] == [0, 1, 2, 0]

@@ -44,8 +44,8 @@ class Browser {
     this.dialogues.forEach((dialogue, index) => { dialogue.index = index; });
     this.byProfile = new Map();
     for (const d of this.dialogues) {
-      if (!this.byProfile.has(d.profile)) this.byProfile.set(d.profile, []);
-      this.byProfile.get(d.profile).push(d);
+      if (!this.byProfile.has(d.who)) this.byProfile.set(d.who, []);
+      this.byProfile.get(d.who).push(d);
     }
     this.filters = {};
     this.makeFilters();
@@ -106,7 +106,7 @@ class Browser {
     brief.onchange = () => $(".panes").classList.toggle("brief", brief.checked);
     const next = make("button", { type: "button", name: "next" }, "next profile, before and after");
     next.onclick = () => {
-      const at = pairs.findIndex(([, last]) => last.profile === this.shown.profile);
+      const at = pairs.findIndex(([, last]) => last.who === this.shown.who);
       const [first, last] = pairs[(at + 1) % pairs.length];
       this.show(last, first);
     };
@@ -164,7 +164,7 @@ class Browser {
 
   show(d, other) {
     this.shown = d;
-    const others = this.byProfile.get(d.profile).filter((one) => one !== d);
+    const others = this.byProfile.get(d.who).filter((one) => one !== d);
     this.compare.replaceChildren(
       make("option", { value: "" }, others.length ? "– nothing –" : "no other dialogue"),
       ...others.map((one) => make("option", { value: one.index }, `${this.name(one)}, ${one.emotions.at(-1)} at the end`)));
