@@ -15,6 +15,7 @@ from rlver_jax.sampling.script import Part
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import SAGE
+from rlver_jax.user.packed import Branches
 from rlver_jax.user.prompts import Prompts
 from rlver_jax.user.simulated import option_text
 
@@ -31,21 +32,15 @@ class Rows(NamedTuple):
 
 
 @dataclasses.dataclass
-class Row:
+class Row(Branches):
     """One row under construction."""
 
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    positions: list[int] = dataclasses.field(default_factory=list)
-    branch: list[int] = dataclasses.field(default_factory=list)
     target: list[int] = dataclasses.field(default_factory=list)
 
     def read(self, tokens: Sequence[int], branch: int, position: int) -> int:
         """Adds tokens that are given; returns the position after them."""
-        self.tokens += tokens
-        self.positions += range(position, position + len(tokens))
-        self.branch += [branch] * len(tokens)
         self.target += [-1] * len(tokens)
-        return position + len(tokens)
+        return self.add(tokens, branch, position)
 
     def learn(self, tokens: Sequence[int], branch: int, position: int) -> int:
         """Adds tokens that the model is to say: each is the target of the place before it."""

@@ -118,7 +118,7 @@ def _check_place(part: Part, text: str, match: re.Match[str], names: set[str], p
         raise ValueError(f"{place}: remove the space before {mark}; the tokenizer joins a space to the next word")
 
 
-PAD, FIRST_SLOT = -1, -2  # in a template: padding, and -2 - index into SLOTS
+_PAD, _FIRST_SLOT = -1, -2  # in a template: padding, and -2 - index into SLOTS
 
 
 @flax.struct.dataclass
@@ -141,7 +141,7 @@ class Script:
         tokens = jnp.zeros((fields, emotion.shape[0], length, width), jnp.int32).at[..., 0].set(self.template[:, None])
         mask = jnp.zeros(tokens.shape, bool).at[..., 0].set(self.template[:, None] >= 0)
         for slot, value in enumerate((emotion, band)):
-            here = (self.template == FIRST_SLOT - slot)[:, None, :, None]
+            here = (self.template == _FIRST_SLOT - slot)[:, None, :, None]
             tokens = jnp.where(here, self.values[slot, value][None, :, None], tokens)
             filled = jnp.arange(width) < self.counts[slot, value][:, None]
             mask = jnp.where(here, filled[None, :, None], mask)
@@ -169,7 +169,7 @@ def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[s
         rows[-1] += tokenizer.encode(text) if text else []
         text = "\n" if part.kind == "free" else ""
         if part.kind == "slot":
-            mark = FIRST_SLOT - SLOTS.index(part.value)
+            mark = _FIRST_SLOT - SLOTS.index(part.value)
             if mark in rows[-1]:
                 raise ValueError(f"slot {{{part.value}}} stands twice before {part}; once in a literal is enough")
             rows[-1].append(mark)
@@ -177,7 +177,7 @@ def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[s
             names.append(part.value)
             rows.append([])
     del rows[-1]
-    template = np.full((len(rows), max(map(len, rows))), PAD, np.int32)
+    template = np.full((len(rows), max(map(len, rows))), _PAD, np.int32)
     for row, tokens in zip(template, rows, strict=True):
         row[: len(tokens)] = tokens
     values, counts = _slot_tables(tokenizer, slots)

@@ -8,10 +8,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.sampling.script import FIRST_SLOT, PAD, Script
+from rlver_jax.sampling.script import Script
 from rlver_jax.user.emotion import CHANGES, HIGHEST
 from rlver_jax.user.simulated import KEY_APPRAISAL, KEY_REPLY, UserTables
 
@@ -65,14 +68,12 @@ class Span(NamedTuple):
 
 
 @dataclasses.dataclass
-class Packed:
-    """One packed dialogue under construction (host lists)."""
+class Branches:
+    """A packed row under construction (host lists)."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
     branch: list[int] = dataclasses.field(default_factory=list)
-    queries: list[Query] = dataclasses.field(default_factory=list)
-    spans: list[Span] = dataclasses.field(default_factory=list)
 
     def add(self, tokens: Sequence[int], branch: int, position: int) -> int:
         """Adds tokens of one branch from `position` on; returns the position after them."""
@@ -82,10 +83,23 @@ class Packed:
         return position + len(tokens)
 
 
+@dataclasses.dataclass
+class Packed(Branches):
+    """One packed dialogue, and what to hold against its user."""
+
+    queries: list[Query] = dataclasses.field(default_factory=list)
+    spans: list[Span] = dataclasses.field(default_factory=list)
+
+    @property
+    def history(self) -> list[int]:
+        """Tokens of the plain messages."""
+        return [token for token, branch in zip(self.tokens, self.branch, strict=True) if branch == 0]
+
+
 class Packer:
     """Packs what follows a dialogue's prefix; holds the user's tables as Python lists."""
 
-    def __init__(self, tables: UserTables, band: Callable[[int], int]):
+    def __init__(self, tables: UserTables, band: Callable[[Array], Array]):
         """`band` maps an emotion to the index of its band."""
         as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
         self._close, self._open_user = as_list(tables.close), as_list(tables.open_user)
@@ -142,21 +156,16 @@ class Packer:
         return position
 
 
-def _literals(script: Script, band: Callable[[int], int]) -> list[list[list[int]]]:
-    """A script's literals under each emotion, 0 to 100: what `Script.render` makes on the device."""
-    template, counts = np.asarray(script.template).tolist(), np.asarray(script.counts)
-    values = np.asarray(script.values)
+def _literals(script: Script, band: Callable[[Array], Array]) -> list[list[list[int]]]:
+    """A script's literals under each emotion, 0 to 100."""
+    emotions = jnp.arange(HIGHEST + 1)
+    tokens, counts = (np.asarray(x).swapaxes(0, 1) for x in _render(script, emotions, band(emotions)))
+    return [
+        [row[:n].tolist() for row, n in zip(rows, ns, strict=True)] for rows, ns in zip(tokens, counts, strict=True)
+    ]
 
-    def tokens(mark: int, slots: tuple[int, int]) -> list[int]:
-        if mark >= 0:
-            return [mark]
-        slot = FIRST_SLOT - mark
-        return values[slot, slots[slot], : counts[slot, slots[slot]]].tolist()
 
-    def fill(row: list[int], slots: tuple[int, int]) -> list[int]:
-        return [token for mark in row if mark != PAD for token in tokens(mark, slots)]
-
-    return [[fill(row, (emotion, band(emotion))) for row in template] for emotion in range(HIGHEST + 1)]
+_render = jax.jit(Script.render)
 
 
 class Row(NamedTuple):
@@ -181,8 +190,3 @@ def rows_of(packed: Packed) -> list[Row]:
         choice = before - start, option - start
         rows.append(Row(packed.tokens[row], packed.positions[row], branch, turn, queries, choice))
     return rows
-
-
-def history_of(packed: Packed) -> list[int]:
-    """Tokens of the plain messages."""
-    return [token for token, branch in zip(packed.tokens, packed.branch, strict=True) if branch == 0]

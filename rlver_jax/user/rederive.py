@@ -22,7 +22,7 @@ from rlver_jax.models.qwen2 import logits
 from rlver_jax.sampling.cache import LM, Cache, append, concatenate_rows, init_cache, repeat_rows, rollback
 from rlver_jax.sampling.decode import gumbel, score_options
 from rlver_jax.user.emotion import change_readout
-from rlver_jax.user.packed import Packed, Query, Row, history_of, rows_of
+from rlver_jax.user.packed import Packed, Query, Row, rows_of
 from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
 
 LENGTH_STEP = 32  # what is read is padded to multiples of it
@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
         """For prefixes of these lengths and these dialogues."""
         history, row, queries = 0, 0, 0
         for packed in dialogues:
-            history = max(history, len(history_of(packed)))
+            history = max(history, len(packed.history))
             for span in packed.spans:
                 row = max(row, 1 + span.tokens.stop - span.tokens.start)
                 queries = max(queries, span.queries.stop - span.queries.start)
@@ -128,7 +128,7 @@ def rederive(
 
 def _tasks(lm: LM, dialogues: Sequence[Dialogue], sizes: Sizes) -> Iterator[_Task]:
     for prefix, packed, key in dialogues:
-        history = history_of(packed)
+        history = packed.history
         tokens = _padded([history], sizes.history)
         read = _read_history(lm, prefix(), tokens, jnp.array([len(history)]), room=sizes.row)
         yield from (_Task(row, read, key) for row in rows_of(packed))
