@@ -220,7 +220,8 @@ def test_answers_that_cannot_be_read(tmp_path, capsys):
     assert summary["end_reasons"]["unreadable"] == 2
     third = [body for body in server.bodies if "every side" in body["messages"][0]["content"]][2]["messages"]
     assert [message["role"] for message in third[-5:]] == ["user", "assistant", "user", "assistant", "user"]
-    assert third[-1]["content"].endswith(": Change: (-10 … +10))")
+    assert "by how many points" in third[-1]["content"]
+    assert not re.search(r"\d", third[-1]["content"]), "a weak model would answer with a number that it reads there"
 
 
 def test_policies_of_all_manners(tmp_path):

@@ -165,7 +165,8 @@ def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
     texts = [prompts.policy_system(config.policy.mode), prompts.opening, repr(prompts.appraisal), repr(prompts.reply)]
-    texts += [prompts.form("", say=""), prompts.form("", missing="?")] if config.remote.user.url else []
+    if config.remote.user.url:
+        texts += [prompts.form("", say=""), *(prompts.form("", missing="?", number=number) for number in (True, False))]
     for p in profiles:
         texts += [p.id, p.first_talk or "", prompts.user_system(p.persona, p.background, p.hidden_intention, **how)]
     return _digest(json.dumps(texts).encode())

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from rlver_jax.sampling.script import Part
 from rlver_jax.user.emotion import CHANGES
 
-# What leads from one number to another: a range, such as the "(-10 … +10)" that weak models repeat, is no answer.
+# What leads from one number to another: a range, such as "-10 … +10", is no answer.
 BETWEEN = r"\s*(?:…+|\.{2,}|[-−–—~～、,，&到至或和]|or\b|to\b|and\b)\s*"
 # Behind the mark: perhaps a colon or bold, then the number, which nothing but a unit or an explanation may follow.
 _NUMBER = re.compile(rf"[^\w+\-−–－]*([+\-−–－]?)\s*(\d{{1,3}})(?![\d.]*\d)(?!{BETWEEN}[+\-−–－]?\d)")

@@ -13,7 +13,7 @@ from rlver_jax.endpoint.client import Client, Message
 from rlver_jax.endpoint.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.automaton import GOODBYES
-from rlver_jax.user.emotion import CHANGES, EmotionRules
+from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.forms import Filled, Form, Unreadable, make_form, read_form, read_wanted
 from rlver_jax.user.prompts import Prompts
 
@@ -152,8 +152,7 @@ class RemoteUser:
     ) -> tuple[Filled, str]:
         """A form's answer, read and as it is; where the field that counts is missing, it is asked for alone."""
         room = len(form.fields) * (self.field_tokens + _MARKS) + self.reply_tokens
-        span = f" ({CHANGES[0]} … +{CHANGES[-1]})" if form.wanted.number else ""
-        missing = self.prompts.form(form.text, missing=form.wanted.heading + span)
+        missing = self.prompts.form(form.text, missing=form.wanted.heading, number=form.wanted.number)
         messages, texts = list(messages), {}  # type: ignore[var-annotated]
         for attempt in range(self.asks):
             answer = await self.client.ask(
