@@ -341,6 +341,9 @@ def test_no_host_callback_in_the_program(table):
     text = sample_dialogues.lower(*arguments, spec=THINK).as_text()
     assert not [word for word in HOST if word in text]
     assert "stablehlo.while" in text
+    # float32 models: no product may round its operands first, which TPUs do unless told otherwise.
+    assert "precision = [HIGHEST" in text
+    assert "precision = [DEFAULT" not in text
     seen = jax.jit(lambda x: jax.pure_callback(lambda y: y, jax.ShapeDtypeStruct((), jnp.float32), x))
     assert any(word in seen.lower(jnp.float32(0)).as_text() for word in HOST), "a callback would be seen"
 

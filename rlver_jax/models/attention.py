@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlver_jax.models.precision import wide
+from rlver_jax.models.precision import exact, wide
 
 BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
 BLOCK, MOST_BLOCKS = 128, 8  # slots of a cache that are read at a time, at least; how often, at most
@@ -97,13 +97,13 @@ def _scores(q: Array, k: Array, mask: Array) -> Array:
     """[B, K, H/K, Q, C] in float32; MASKED where a query doesn't see a key."""
     b, length, heads, dim = q.shape
     grouped = q.reshape(b, length, k.shape[1], heads // k.shape[1], dim)
-    scores = jnp.einsum("bqkgd,bkcd->bkgqc", grouped, k, preferred_element_type=wide(q.dtype)) * dim**-0.5
+    scores = jnp.einsum("bqkgd,bkcd->bkgqc", grouped, k, **exact(q.dtype)) * dim**-0.5
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
 def _read(weights: Array, v: Array) -> Array:
     """Values [B, K, H/K, Q, hd] by weights as `_scores` has them."""
-    return jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), v, preferred_element_type=wide(v.dtype))
+    return jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), v, **exact(v.dtype))
 
 
 def _rows(out: Array, q: Array) -> Array:

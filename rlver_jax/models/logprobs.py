@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlver_jax.models.precision import wide
+from rlver_jax.models.precision import exact, wide
 from rlver_jax.parallel import rules
 
 
@@ -99,8 +99,8 @@ def _chunk_logits(
     split = head.reshape(shards, rows, head.shape[1])
     kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1).astype(hidden.dtype)
     kernel = rules.constrain(kernel, "vocab", None, None)  # of the head, a chunk at a time is gathered over `fsdp`
-    product = {"preferred_element_type": wide(hidden.dtype)}
-    logits = rules.constrain(jnp.einsum("nd,tcd->ntc", hidden, kernel, **product), "batch", "vocab", None)
+    logits = jnp.einsum("nd,tcd->ntc", hidden, kernel, **exact(hidden.dtype))
+    logits = rules.constrain(logits, "batch", "vocab", None)
     local = start + jnp.arange(static.chunk)
     ids = jnp.arange(shards)[:, None] * rows + local
     keep = jnp.broadcast_to(local >= i * static.chunk, (1, *ids.shape))
@@ -154,10 +154,9 @@ def _backward(static: _Static, saved, cotangents):
         # d log p(t) / d l = 1[t] - p,   d H / d l = -p (log p + H)
         d_logits = d_logprob * (hit - p) - d_entropy * p * (log_p + entropy[:, None, None])
         d_logits = (d_logits / static.temperature).astype(hidden.dtype)
-        product = {"preferred_element_type": wide(hidden.dtype)}
-        d_hidden += jnp.einsum("ntc,tcd->tnd", d_logits, kernel, **product)
+        d_hidden += jnp.einsum("ntc,tcd->tnd", d_logits, kernel, **exact(hidden.dtype))
         # As one matrix: XLA's CPU compiler would write a transposed copy of three axes before it multiplies.
-        d_kernel = jnp.einsum("nk,nd->kd", d_logits.reshape(hidden.shape[0], -1), hidden, **product)
+        d_kernel = jnp.einsum("nk,nd->kd", d_logits.reshape(hidden.shape[0], -1), hidden, **exact(hidden.dtype))
         old = jax.lax.dynamic_slice_in_dim(d_head, start, static.chunk, axis=1)
         new = (old.astype(d_kernel.dtype) + d_kernel.reshape(kernel.shape)).astype(d_head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -9,3 +10,15 @@ from jax.typing import DTypeLike
 def wide(*dtypes: DTypeLike) -> Any:
     """float32, or float64 where an argument is (finite differences need it): never less than float32."""
     return jnp.result_type(jnp.float32, *(jnp.dtype(dtype) for dtype in dtypes))
+
+
+def exact(dtype: DTypeLike) -> dict[str, Any]:
+    """Options of a product of operands of one dtype that loses nothing of them, accumulated and returned in `wide`.
+
+    Left alone, accelerators round float32 operands before they multiply: TPUs to bfloat16, GPUs to 10 bits.
+    """
+    rounded = jnp.dtype(dtype).itemsize < 4
+    return {
+        "preferred_element_type": wide(dtype),
+        "precision": None if rounded else jax.lax.Precision.HIGHEST,
+    }

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlver_jax.models.precision import wide
+from rlver_jax.models.precision import exact
 
 
 @jax.custom_vjp
 def product(x: Float[Array, "B S I"], kernel: Float[Array, "I O"]) -> Float[Array, "B S O"]:
     """x @ kernel, both of one dtype; accumulated and returned in float32 (float64 for float64)."""
-    return jnp.matmul(x, kernel, preferred_element_type=wide(x.dtype))
+    return jnp.matmul(x, kernel, **exact(x.dtype))
 
 
 def _forward(x, kernel):
@@ -26,8 +26,8 @@ def _backward(operands, cotangent):
     x, kernel = operands
     barrier = jax.lax.optimization_barrier
     cotangent = jax.lax.platform_dependent(cotangent, cpu=barrier, default=lambda g: g)
-    to_x = jnp.matmul(cotangent, kernel.T, preferred_element_type=cotangent.dtype)
-    to_kernel = jnp.einsum("bsi,bso->io", x, cotangent, preferred_element_type=cotangent.dtype)
+    to_x = jnp.matmul(cotangent, kernel.T, **exact(x.dtype))
+    to_kernel = jnp.einsum("bsi,bso->io", x, cotangent, **exact(x.dtype))
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 

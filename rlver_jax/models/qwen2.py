@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate, visible
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import KVCache, write
-from rlver_jax.models.precision import wide
+from rlver_jax.models.precision import exact, wide
 from rlver_jax.models.product import product
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel import rules
@@ -351,7 +351,7 @@ def head(params: Params) -> Float[Array, "V D"]:
 def logits(params: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """float32 logits for a few positions (decoding, tests); training uses `token_logprobs`."""
     kernel = head(params).astype(hidden.dtype)
-    found = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=wide(hidden.dtype))
+    found = jnp.einsum("...d,vd->...v", hidden, kernel, **exact(hidden.dtype))
     return rules.constrain(found, "batch", *("length",) * (found.ndim - 2), "vocab")
 
 

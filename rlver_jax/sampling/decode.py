@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlver_jax.models.logprobs import log_normalizer
+from rlver_jax.models.precision import exact
 from rlver_jax.parallel import rules
 from rlver_jax.sampling.cache import LM, Cache, append
 from rlver_jax.sampling.grammar import Grammar
@@ -298,7 +299,7 @@ def score_options(lm: LM, options: Options, contexts: Float[Array, "B C D"]) -> 
     vocab_shards = rules.parts("vocab")
     kernel = lm.head[options.pair_token].astype(contexts.dtype)
     pair_hidden = contexts[:, options.pair_context]
-    logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, **exact(kernel.dtype))
     logprob = logits - log_normalizer(contexts, lm.head, vocab_shards=vocab_shards)[:, options.pair_context]
     total = jnp.zeros((contexts.shape[0], options.counts.shape[0]), jnp.float32)
     return total.at[:, options.pair_option].add(logprob)
