@@ -5,8 +5,8 @@
 Each profile costs one forward pass of the user over its prefix, each dialogue one over its plain messages and a share
 of one over what the user reasoned; nothing is generated. Every appraisal token must be the user's own choice, every
 change the readout of its distribution, every emotion the clipped sum, every reward its formula, every spoken word the
-one that its key draws. Where two candidates lie within TIE of each other, float32 rounding decides: that is reported as
-a tie. Exit status: 0 all derived, 1 any fault, 2 bad usage.
+one that its key draws. Where two candidates lie so close to each other that rounding decides (`ALLOWED`, by the user's
+dtype), that is reported as a tie. Exit status: 0 all derived, 1 any fault, 2 bad usage.
 """
 
 import dataclasses
@@ -37,8 +37,6 @@ from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.rederive import Dialogue, Rederived, Sizes, read_prefix, rederive
 from rlver_jax.user.simulated import dialogue_key
 
-TIE = 1e-4  # in nats
-LOGPROB_TOLERANCE = 1e-3  # between a logged log-probability and its derivation, float32 (see `tolerance`)
 SHOWN = 50  # faults and ties that are printed
 
 
@@ -49,8 +47,29 @@ class Report:
     dialogues: int = 0
     turns: int = 0
     tokens: int = 0
+    moved: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
     ties: list[str] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: "Report") -> None:
+        """Takes in what was found in other dialogues."""
+        self.dialogues += other.dialogues
+        self.turns += other.turns
+        self.tokens += other.tokens
+        self.moved = max(self.moved, other.moved)
+        self.ties += other.ties
+        self.faults += other.faults
+
+
+class Allowed(NamedTuple):
+    """How far rounding may move what many steps have computed from what one pass computes, in nats."""
+
+    tie: float  # of two candidates against each other
+    logprob: float
+
+
+# By the user's dtype. What bfloat16 moves has no bound; docs/training.md says what an accelerator was seen to.
+ALLOWED = {"float32": Allowed(1e-4, 1e-3), "bfloat16": Allowed(0.5, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +81,7 @@ class Settings:
     reply_tokens: int
     readout: str
     reward: Mapping[str, Any]
-    tolerance: float
+    allowed: Allowed = ALLOWED["float32"]
 
 
 class Logged(NamedTuple):
@@ -133,9 +152,9 @@ def _check(players, case: _Case, packed: Packed, found: Rederived, settings, rep
     report.turns, report.tokens = len(turns), len(packed.queries)
     _check_tokens(players, record, packed, found, settings, place, report)
     users = {turn: user for turn, _, user in reactions(record)}
-    for turn, logprobs, derived in zip(turns, found.change_logprobs, found.change.tolist(), strict=True):
+    for turn, *derived in zip(turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True):
         where = f"{place}, turn {turn.turn + 1}, change"
-        _check_change(users[turn.turn], turn.change, logprobs, derived, settings, where, report)
+        _check_change(users[turn.turn], turn.change, derived, settings, where, report)
 
 
 def _check_tokens(players, record, packed: Packed, found: Rederived, settings, place: str, report: Report) -> None:
@@ -145,12 +164,13 @@ def _check_tokens(players, record, packed: Packed, found: Rederived, settings, p
     for query, margin, logprob in zip(packed.queries, found.margin, found.logprob, strict=True):
         name = names[query.field]
         where = f"{place}, turn {query.turn + 1}, {name!r}, token {query.step + 1}"
-        if not margin <= TIE:  # NaN is a fault
+        if not margin <= settings.allowed.tie:  # NaN is a fault
             report.faults.append(f"{where}: not the user's own choice, which lies {margin:.4g} nats above it")
         elif margin > 0:
             report.ties.append(f"{where}: {margin:.2g} nats")
         logged = _logged_logprobs(users[query.turn], name)[query.step]
-        if abs(logged - logprob) > settings.tolerance:
+        report.moved = max(report.moved, abs(logged - logprob))
+        if not abs(logged - logprob) <= settings.allowed.logprob:
             report.faults.append(f"{where}: logged log-probability {logged:.5f}, derived {logprob:.5f}")
     for turn, user in users.items():
         for name, tokens, stopped in _lines(user, names[-1]):
@@ -175,32 +195,28 @@ def _logged_logprobs(user: Mapping[str, Any], name: str) -> Sequence[float]:
     return user["raw_logprobs"]
 
 
-def _check_change(user, change: int, logprobs: np.ndarray, derived: int, settings, where: str, report: Report) -> None:
+def _check_change(user, change: int, found: Sequence[Any], settings, where: str, report: Report) -> None:
     """The change is the readout of the user's distribution over the options."""
+    logprobs, derived, noise = found
     worst = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
-    if not worst <= settings.tolerance:
+    if not worst <= settings.allowed.logprob:
         report.faults.append(f"{where}: logged log-probabilities differ from the derived ones by {worst:.4g}")
     if derived == change:
         return
-    if _is_tie(settings.readout, logprobs, derived, change):
-        report.ties.append(f"{where}: {change:+d} and {derived:+d} are equally likely")
+    if _is_tie(settings.readout, logprobs + noise, derived, change, settings.allowed.tie):
+        report.ties.append(f"{where}: rounding decides between {change:+d} and {derived:+d}")
     else:
         report.faults.append(f"{where}: logged {change:+d}, but the user's {settings.readout} is {derived:+d}")
 
 
-def _is_tie(readout: str, logprobs: np.ndarray, derived: int, logged: int) -> bool:
-    if readout == "argmax":
-        return bool(logprobs[derived - CHANGES[0]] - logprobs[logged - CHANGES[0]] <= TIE)
-    if readout == "mean":
-        p = np.exp(logprobs - logprobs.max())
-        mean = float((p / p.sum() * np.array(CHANGES)).sum())
-        return abs(derived - logged) == 1 and abs(mean - (derived + logged) / 2) <= TIE
-    return False
-
-
-def tolerance(dtype: str) -> float:
-    """Allowed difference of log-probabilities: one pass and many steps round differently, in bfloat16 much more."""
-    return LOGPROB_TOLERANCE if dtype == "float32" else 0.5
+def _is_tie(readout: str, scores: np.ndarray, derived: int, logged: int, tie: float) -> bool:
+    """Whether `logged` would be the readout of log-probabilities (with noise) that lie within `tie` of the derived."""
+    if readout != "mean":
+        return bool(scores[derived - CHANGES[0]] - scores[logged - CHANGES[0]] <= tie)
+    p, values = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum(), np.array(CHANGES)
+    mean = float((p * values).sum())
+    reach = tie * float((p * np.abs(values - mean)).sum())  # d mean / d log p(c) = p(c) (c - mean)
+    return abs(mean - logged) <= 0.5 + reach
 
 
 def settings_of(config: ConfigDict) -> Settings:
@@ -211,7 +227,7 @@ def settings_of(config: ConfigDict) -> Settings:
         reply_tokens=config.user.reply_tokens,
         readout=config.user.readout,
         reward=reward_settings(config),
-        tolerance=tolerance(config.user.dtype),
+        allowed=ALLOWED[config.user.dtype],
     )
 
 
@@ -228,7 +244,7 @@ def verify_logs(paths: Sequence[str], config: ConfigDict, console: Console) -> R
     profiles = KnownProfiles(profile for file in dict.fromkeys(files) for profile in read_profiles(file))
     reports, total = verify_records(players, profiles, logged, settings_of(config)), Report()
     for one in track(reports, "verifying", len(logged), console=console):
-        total = Report(*(getattr(total, f.name) + getattr(one, f.name) for f in dataclasses.fields(Report)))
+        total.add(one)
     return total
 
 
@@ -282,7 +298,7 @@ def show(report: Report, console: Console) -> None:
             console.print(f"… and {len(lines) - SHOWN} more {kind}s")
     console.print(
         f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
-        f"{len(report.ties)} ties, {len(report.faults)} faults"
+        f"{len(report.ties)} ties, {len(report.faults)} faults; log-probabilities moved by at most {report.moved:.1g}"
     )
 
 

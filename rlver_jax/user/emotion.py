@@ -107,6 +107,12 @@ TRAINING = EmotionRules(initial=30)
 SAGE = EmotionRules(initial=40)
 
 
+def sample_noise(key: Key[Array, "..."]) -> Float[Array, "... 21"]:
+    """Gumbel noise, float32, of each row's own typed key: the likeliest option after adding it is a sample."""
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, (len(CHANGES),), jnp.float32))(key.reshape(-1))
+    return noise.reshape(*key.shape, len(CHANGES))
+
+
 def change_readout(
     log_probs: Float[Array, "... 21"], how: str = "argmax", key: Key[Array, "..."] | None = None
 ) -> Int[Array, "..."]:
@@ -123,10 +129,8 @@ def change_readout(
     """
     _check_readout(log_probs, how, key)
     if how == "sample":
-        rows = log_probs.reshape(-1, len(CHANGES))
         assert key is not None
-        index = jax.vmap(jax.random.categorical)(key.reshape(-1), rows)
-        return index.reshape(log_probs.shape[:-1]).astype(jnp.int32) + CHANGES[0]
+        log_probs = log_probs + sample_noise(key)
     if how == "mean":
         probs = jax.nn.softmax(log_probs.astype(jnp.float32), axis=-1)
         expected = jnp.sum(probs * jnp.asarray(CHANGES, jnp.float32), axis=-1)

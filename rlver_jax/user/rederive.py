@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from rlver_jax.models.qwen2 import logits
 from rlver_jax.sampling.cache import LM, Cache, append, concatenate_rows, init_cache, repeat_rows, rollback
 from rlver_jax.sampling.decode import gumbel, score_options
-from rlver_jax.user.emotion import change_readout
+from rlver_jax.user.emotion import change_readout, sample_noise
 from rlver_jax.user.packed import Packed, Query, Row, rows_of
 from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
 
@@ -41,6 +41,7 @@ class Rederived(NamedTuple):
     logprob: np.ndarray  # [Q] raw log-probability of the logged token
     change_logprobs: np.ndarray  # [choices, 21]
     change: np.ndarray  # [choices] the readout
+    change_noise: np.ndarray  # [choices, 21] with which `sample` takes the likeliest; zeros for other readouts
 
 
 class Sizes(NamedTuple):
@@ -164,10 +165,10 @@ def _derive(lm: LM, tables: UserTables, batch: list[_Task], temperature, readout
         jnp.float32(temperature),
         readout=readout,
     )
-    margin, logprob, change_logprobs, change = map(np.asarray, found)
+    margin, logprob, *of_choices = map(np.asarray, found)
     counts = np.cumsum([len(task.row.queries) for task in batch])
     asked = [np.split(x.reshape(-1)[: counts[-1]], counts[:-1]) for x in (margin, logprob)]
-    changes = [np.split(x, len(x))[: len(batch)] for x in (change_logprobs, change)]
+    changes = [np.split(x, len(x))[: len(batch)] for x in of_choices]
     return [Rederived(*parts) for parts in zip(*asked, *changes, strict=True)]
 
 
@@ -195,7 +196,7 @@ def _hold(
     *,
     readout: str,
 ):
-    """(margin and raw log-prob of every query [n, k], log p of every change [R, 21], its readout [R])."""
+    """(margin and raw log-prob of every query [n, k]; log p of every change [R, 21], its readout [R] and noise)."""
     cache = rollback(concatenate_rows(histories), positions[:, 0])
     hidden, _ = lm.read(tokens, positions, branch, cache)
     turn_keys = jax.vmap(jax.random.fold_in)(keys, turns)
@@ -205,7 +206,9 @@ def _hold(
     places = jnp.where(options.contexts == 0, choices[:, :1], choices[:, 1:] + options.contexts - 1)
     change_logprobs = score_options(lm, options, jnp.take_along_axis(hidden, places[..., None], axis=1))
     readout_keys = part_keys(turn_keys, KEY_READOUT, 1)[0] if readout == "sample" else None
-    return margin, logprob, change_logprobs, change_readout(change_logprobs, readout, readout_keys)
+    change = change_readout(change_logprobs, readout, readout_keys)
+    noise = jnp.zeros_like(change_logprobs) if readout_keys is None else sample_noise(readout_keys)
+    return margin, logprob, change_logprobs, change, noise
 
 
 def _held(lm: LM, tables: UserTables, hidden: Float[Array, "R L D"], group: Int[Array, "k 9"], turn_keys, temperature):

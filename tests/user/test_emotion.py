@@ -157,6 +157,12 @@ def test_sample_readout_follows_the_distribution():
         assert abs((drawn == change).mean() - p) < 4 * math.sqrt(p * (1 - p) / 4000)
 
 
+def test_samples_are_jax_random_categorical():
+    rows, keys = jax.random.normal(jax.random.key(3), (50, 21)), jax.random.split(jax.random.key(4), 50)
+    expected = [int(jax.random.categorical(key, row)) - 10 for key, row in zip(keys, rows, strict=True)]
+    assert change_readout(rows, "sample", keys).tolist() == expected
+
+
 def test_sample_of_a_row_does_not_depend_on_its_batch():
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(6, 21)), jnp.float32)
     keys = jax.random.split(jax.random.key(3), 6)
