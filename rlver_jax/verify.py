@@ -298,7 +298,7 @@ def show(report: Report, console: Console) -> None:
             console.print(f"… and {len(lines) - SHOWN} more {kind}s")
     console.print(
         f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
-        f"{len(report.ties)} ties, {len(report.faults)} faults; log-probabilities moved by at most {report.moved:.1g}"
+        f"{len(report.ties)} ties, {len(report.faults)} faults, log-probabilities within {report.moved:.2g} nats"
     )
 
 
