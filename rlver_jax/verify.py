@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
+from scipy.special import softmax
 
 from configs import base
 from rlver_jax.command_line import config_from_flags
@@ -213,7 +214,7 @@ def _is_tie(readout: str, scores: np.ndarray, derived: int, logged: int, tie: fl
     """Whether `logged` would be the readout of log-probabilities (with noise) that lie within `tie` of the derived."""
     if readout != "mean":
         return bool(scores[derived - CHANGES[0]] - scores[logged - CHANGES[0]] <= tie)
-    p, values = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum(), np.array(CHANGES)
+    p, values = softmax(scores), np.array(CHANGES)
     mean = float((p * values).sum())
     reach = tie * float((p * np.abs(values - mean)).sum())  # d mean / d log p(c) = p(c) (c - mean)
     return abs(mean - logged) <= 0.5 + reach
