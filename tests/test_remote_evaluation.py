@@ -190,7 +190,7 @@ def garbled(body):
     """No number for one person's appraisals, at first or ever; no reply for another's."""
     messages = body["messages"]
     who, last = messages[0]["content"], messages[-1]["content"]
-    again = "That is not the form" in last
+    again = "by how many points" in last or "Never mind the form" in last
     if "advice" in who and ("[change]" in last or again):
         return "-2" if again else "[content] so it is\n[change] a bit less"
     if "every side" in who:
@@ -218,10 +218,15 @@ def test_answers_that_cannot_be_read(tmp_path, capsys):
     assert silent["messages"][-1]["content"] is None
     assert silent["emotion"] == 40 + silent["messages"][-1]["change"]
     assert summary["end_reasons"]["unreadable"] == 2
-    third = [body for body in server.bodies if "every side" in body["messages"][0]["content"]][2]["messages"]
+    third, unsaid = (
+        [body["messages"] for body in server.bodies if who in body["messages"][0]["content"]][-1]
+        for who in ("every side", "work out why")
+    )
     assert [message["role"] for message in third[-5:]] == ["user", "assistant", "user", "assistant", "user"]
     assert "by how many points" in third[-1]["content"]
     assert not re.search(r"\d", third[-1]["content"]), "a weak model would answer with a number that it reads there"
+    assert "just say what you would say" in unsaid[-1]["content"].lower()
+    assert "I say aloud" not in unsaid[-1]["content"], "or with the heading"
 
 
 def test_policies_of_all_manners(tmp_path):

@@ -166,7 +166,7 @@ def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
     how = {"style": config.user.style, "scenario": config.user.scenario}
     texts = [prompts.policy_system(config.policy.mode), prompts.opening, repr(prompts.appraisal), repr(prompts.reply)]
     if config.remote.user.url:
-        texts += [prompts.form("", say=""), *(prompts.form("", missing="?", number=number) for number in (True, False))]
+        texts += [prompts.form("", say=""), *(prompts.form("", missing=missing) for missing in ("change", "reply"))]
     for p in profiles:
         texts += [p.id, p.first_talk or "", prompts.user_system(p.persona, p.background, p.hidden_intention, **how)]
     return _digest(json.dumps(texts).encode())

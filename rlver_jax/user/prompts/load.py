@@ -30,7 +30,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "user_system.j2": ("persona", "scene", "hidden_intention", "intention", "style", "scenario", "rules"),
     "policy_think.j2": (),
     "policy_direct.j2": (),
-    "form.j2": ("say", "form", "missing", "number"),  # how a user behind an endpoint is asked to fill in a script
+    "form.j2": ("say", "form", "missing"),  # how a user behind an endpoint is asked to fill in a script
 }
 FILES = (*TEMPLATES, "opening.txt", "appraisal.script", "reply.script", "hidden_intentions.json")
 
@@ -114,13 +114,13 @@ class Prompts:
         _check_choice("mode", mode, MODES)
         return self._render(f"policy_{mode}.j2")
 
-    def form(self, form: str, *, say: str | None = None, missing: str = "", number: bool = False) -> str:
+    def form(self, form: str, *, say: str | None = None, missing: str = "") -> str:
         """Render the request to fill in a form, perhaps after what the policy said.
 
-        missing: heading of what an answer lacked; then it asks for that alone.
-        number: that is the change of the emotion.
+        missing: "change" or "reply" where an answer lacked it; then it asks for that alone, in words of its own. (A
+            weak model that is shown a heading once more answers with the heading.)
         """
-        return self._render("form.j2", form=form, say=say, missing=missing, number=number)
+        return self._render("form.j2", form=form, say=say, missing=missing)
 
     def _render(self, name: str, **values: Any) -> str:
         try:
