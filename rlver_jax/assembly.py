@@ -33,6 +33,7 @@ from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.sampling.grammar import Grammar
 from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.text.padding import round_up
 
 LENGTH_STEP = 64  # packed rows are multiples of it
 
@@ -121,7 +122,7 @@ def _check_attention(config: ConfigDict, mesh: Mesh) -> None:
 def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:
     """Lengths of packed rows that may be compiled, rising, so many an octave; the last holds the longest dialogues."""
     longest = dialogues_a_row(config, mesh) * max_length(players.tables[0], players.spec, first_width)
-    up = lambda x: -(-x // LENGTH_STEP) * LENGTH_STEP  # noqa: E731
+    up = lambda x: round_up(x, LENGTH_STEP)  # noqa: E731
     lengths = [LENGTH_STEP]
     while lengths[-1] < longest:
         octave = 1 << (lengths[-1].bit_length() - 1)

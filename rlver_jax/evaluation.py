@@ -20,6 +20,7 @@ from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
 from rlver_jax.runs.figures import prefilled_count
 from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.text.padding import round_up
 from rlver_jax.user.emotion import SAGE
 
 # A second judge of finished dialogues, which training never sees: mean final emotion by its own appraisals.
@@ -136,7 +137,7 @@ def of_players(
     players = dataclasses.replace(players, spec=eval_spec(config))
     limits = players.check_limits(limits_of(config, players.spec, config.eval.temperature))
     # No wider than there are profiles: padding rows cost as much as playing ones.
-    batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
+    batch = round_up(min(config.eval.batch, len(profiles)), rows)
     return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold)
 
 

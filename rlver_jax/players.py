@@ -26,6 +26,7 @@ from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import Prompts, load_prompts
@@ -317,8 +318,10 @@ class Players:
         Raises:
             ValueError: a profile leaves no room for a turn in the context.
         """
-        prefix, prefix_count = _pad([self.prefix(p) for p in profiles])
-        talk, talk_count = _pad([self.tokenizer.encode(p.first_talk.strip()) if p.first_talk else [] for p in profiles])
+        prefixes = [self.prefix(p) for p in profiles]
+        talks = [self.tokenizer.encode(p.first_talk.strip()) if p.first_talk else [] for p in profiles]
+        prefix, prefix_count = pad_rows(prefixes, round_up(longest(prefixes), WIDTH_STEP))
+        talk, talk_count = pad_rows(talks, round_up(max(longest(talks), 1), WIDTH_STEP))
         self._check_room(profiles, prefix_count + talk_count, talk.shape[1])
         return ProfileTokens(prefix, prefix_count, talk, talk_count)
 
@@ -373,13 +376,3 @@ class Players:
             if int(limit) > most:
                 raise ValueError(f"limits.{name}={limit}, but the sampler is compiled for at most {most}")
         return limits
-
-
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [N, W], counts): padded with zeros to a multiple of WIDTH_STEP."""
-    width = -(-max(map(len, rows), default=1) // WIDTH_STEP) * WIDTH_STEP or WIDTH_STEP
-    tokens, counts = np.zeros((len(rows), width), np.int32), np.zeros(len(rows), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-        counts[i] = len(row)
-    return tokens, counts

@@ -28,6 +28,7 @@ from rlver_jax.runs.dialogue_log import Record, generated_tokens
 from rlver_jax.sides.device import DevicePolicy, DeviceUser
 from rlver_jax.sides.play import Policy, Row, User, play, record_of
 from rlver_jax.sides.remote import RemotePolicy, RemoteUserSide
+from rlver_jax.text.padding import round_up
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.remote import RemoteUser
@@ -206,7 +207,7 @@ def _device_side(
     """(rows of a batch, {side: what makes it for a batch}). The model stands in for the other side, which is unused."""
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     rows = batch_parts(mesh)
-    batch = -(-min(config.eval.batch, len(profiles)) // rows) * rows
+    batch = round_up(min(config.eval.batch, len(profiles)), rows)
     lm, tokenizer = load_model(config[side], side, mesh, policy_weights if side == "policy" else None)
     prompts, spec = load_prompts(config.data.language, config.user.prompts or None), eval_spec(config)
     how = {"style": config.user.style, "scenario": config.user.scenario}

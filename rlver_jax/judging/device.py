@@ -20,6 +20,7 @@ from rlver_jax.players import Players, load_model
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.sampling.cache import LM, Cache, append, init_cache, rollback
 from rlver_jax.sampling.decode import Generated
+from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.prompts import load_prompts
@@ -99,15 +100,15 @@ class DeviceJudge:
         return [*own, *close, *open_user, *reply, *close, *open_assistant]
 
     def _shape(self, prefixes: Sequence[list[int]], said: Sequence[list[list[int]]]) -> Shape:
-        up = lambda n: -(-n // WIDTH_STEP) * WIDTH_STEP  # noqa: E731
-        prefix, message = up(max(map(len, prefixes))), up(max(len(m) for one in said for m in one))
+        up = lambda n: round_up(n, WIDTH_STEP)  # noqa: E731
+        prefix, message = up(longest(prefixes)), up(max(map(longest, said)))
         # Padding of what is read is written too, into slots beyond the row.
-        longest = max(len(p) + sum(map(len, one)) for p, one in zip(prefixes, said, strict=True))
+        read = max(len(p) + sum(map(len, one)) for p, one in zip(prefixes, said, strict=True))
         tables, tokens = self.players.tables[1], self.players.spec.user_tokens
         fields, literal = tables.appraisal.template.shape
         literals = fields * (literal + 2 * tables.appraisal.values.shape[2])
         room = message + literals + fields * tokens + tables.scratch
-        return Shape(min(self.batch, len(prefixes)), prefix, message, up(max(longest, prefix) + room))
+        return Shape(min(self.batch, len(prefixes)), prefix, message, up(max(read, prefix) + room))
 
 
 @dataclasses.dataclass
@@ -128,7 +129,7 @@ class _Batch:
     ) -> list[Appraised]:
         """One turn of all dialogues at a time."""
         user, rules = self.judge.players.user, self.judge.players.spec.rules
-        cache = open_cache(user, *pad(prefixes, shape.batch, shape.prefix), capacity=shape.capacity)
+        cache = open_cache(user, *pad_rows(prefixes, shape.prefix, shape.batch), capacity=shape.capacity)
         row_keys = self._keys(shape.batch)
         results = [Appraised([record["emotions"][0]], [], [], []) for record in self.records]
         for turn in range(max(map(len, self.turns))):
@@ -138,7 +139,7 @@ class _Batch:
             rest = shape.batch - len(active)
             keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn)
             cache, fields, logprobs = _appraise(
-                user, self.judge.players.tables[1], cache, *pad(texts, shape.batch, shape.message),
+                user, self.judge.players.tables[1], cache, *pad_rows(texts, shape.message, shape.batch),
                 jnp.asarray(emotion + [rules.initial] * rest, jnp.int32), keys, self.judge.limits,
                 jnp.asarray(active + [False] * rest), rules=rules, max_tokens=self.judge.players.spec.user_tokens,
             )  # fmt: skip
@@ -181,14 +182,6 @@ class _Batch:
             count = int(fields.count[place, row]) - bool(fields.stopped[place, row])
             texts[name] = players.tokenizer.decode(fields.tokens[place, row, :count].tolist())
         return texts
-
-
-def pad(rows: Sequence[Sequence[int]], batch: int, width: int) -> tuple[Int[np.ndarray, "B W"], Int[np.ndarray, "B"]]:
-    """Rows of tokens as one array, and how long each is; `batch` rows in all."""
-    tokens, counts = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], counts[i] = row, len(row)
-    return tokens, counts
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from rlver_jax.judging.device import open_cache, pad
+from rlver_jax.judging.device import open_cache
 from rlver_jax.judging.forms import Answers, Asked, Step
 from rlver_jax.judging.judge import Progress, Work
 from rlver_jax.judging.settings import judge_settings
@@ -22,6 +22,7 @@ from rlver_jax.sampling.cache import LM, Cache, append, rollback
 from rlver_jax.sampling.decode import Generated, Limits, Options, build_options, choose, generate
 from rlver_jax.sampling.grammar import Grammar, one_line
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
 
 LEAST_WIDTH = 64  # tokens; what is read is padded to it times a power of four, so that few widths are compiled
@@ -82,12 +83,12 @@ class DeviceRater:
     def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
         """See `Rater`."""
         contexts = [self._context(one) for one in asked]
-        width = -(-max(map(len, contexts), default=1) // LEAST_WIDTH) * LEAST_WIDTH
-        longest = max((self._length(form.steps) for one in asked for form in one.forms), default=0)
-        capacity, size = width + longest, min(self.batch, len(asked))
+        width = round_up(longest(contexts), LEAST_WIDTH)
+        most = max((self._length(form.steps) for one in asked for form in one.forms), default=0)
+        capacity, size = width + most, min(self.batch, len(asked))
         for start in range(0, len(asked), self.batch):
             rows = range(start, min(start + self.batch, len(asked)))
-            cache = open_cache(self.lm, *pad([contexts[i] for i in rows], size, width), capacity=capacity)
+            cache = open_cache(self.lm, *pad_rows([contexts[i] for i in rows], width, size), capacity=capacity)
             found: list[list[Answers]] = [[] for _ in rows]
             for place in range(max(len(asked[i].forms) for i in rows)):
                 having = [asked[i].forms[place].steps if place < len(asked[i].forms) else None for i in rows]
@@ -120,7 +121,7 @@ class DeviceRater:
                 chosen[row] + self.tokenizer.encode(steps[i].literal) if steps is not None else []
                 for row, steps in enumerate(rows)
             ]
-            read = pad(texts, size, _up(max(map(len, texts))))
+            read = pad_rows(texts, _up(longest(texts)), size)
             if step.options:
                 spelled = [self.tokenizer.encode(f"{option}\n") for option in step.options]
                 cache, logprobs = _ask(self.lm, cache, *read, build_options(spelled))

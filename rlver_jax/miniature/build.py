@@ -42,6 +42,7 @@ from rlver_jax.runs.files import write_json
 from rlver_jax.runs.trained import TrainedPolicy
 from rlver_jax.runs.workdir import FINISHED, RunFolder
 from rlver_jax.sampling.cache import LM
+from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.trainer import train
 from rlver_jax.user.prompts import load_prompts
@@ -80,7 +81,7 @@ def build(out: Path, steps: Steps, console: Console) -> None:
 
 def model_for(tokenizer: Tokenizer) -> Qwen2:
     """The architecture, its vocabulary a multiple of 8."""
-    return small_model(-(-tokenizer.vocab_size // 8) * 8)
+    return small_model(round_up(tokenizer.vocab_size, 8))
 
 
 def save(folder: Path, lm: LM, tokenizer: Tokenizer) -> None:

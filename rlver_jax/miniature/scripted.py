@@ -12,6 +12,7 @@ from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import append, init_cache
 from rlver_jax.spec import PlayLimits
+from rlver_jax.text.padding import pad_rows
 from rlver_jax.user.simulated import dialogue_key, user_turn
 
 SAY_TOKENS = 64  # longest reply that can be given
@@ -77,7 +78,5 @@ def _turn(lm, tables, cache, last, say, emotion, keys, limits, active, may_reply
 
 def _padded(players: Players, texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
     rows = [players.tokenizer.encode(text)[:SAY_TOKENS] for text in texts]
-    made = np.zeros((len(rows), SAY_TOKENS), np.int32)
-    for i, row in enumerate(rows):
-        made[i, : len(row)] = row
-    return jnp.asarray(made), jnp.asarray([len(row) for row in rows], jnp.int32)
+    tokens, count = pad_rows(rows, SAY_TOKENS)
+    return jnp.asarray(tokens), jnp.asarray(count)

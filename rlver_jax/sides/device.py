@@ -26,6 +26,7 @@ from rlver_jax.runs.dialogue_log import policy_message, user_message
 from rlver_jax.sampling.cache import LM, Cache, append, init_cache, repeat_rows
 from rlver_jax.sides.play import Row
 from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
 
 Words = tuple[Int[Array, "B W"], Int[Array, "B"]]
@@ -53,10 +54,10 @@ class _Batch:
 
     def words(self, rows: Sequence[Row], texts: Sequence[Sequence[int]], width: int = 0) -> Words:
         """Tokens of the rows in their slots, as wide as the widest needs in steps of WIDTH_STEP, `width` at least."""
-        size = max(width, -(-max(map(len, texts), default=0) // WIDTH_STEP) * WIDTH_STEP)
-        tokens, count = np.zeros((self.batch, size), np.int32), np.zeros(self.batch, np.int32)
+        placed: list[Sequence[int]] = [()] * self.batch
         for row, text in zip(rows, texts, strict=True):
-            tokens[row.slot, : len(text)], count[row.slot] = text, len(text)
+            placed[row.slot] = text
+        tokens, count = pad_rows(placed, max(width, round_up(longest(texts), WIDTH_STEP)))
         return jnp.asarray(tokens), jnp.asarray(count)
 
     def active(self, rows: Sequence[Row]) -> Bool[Array, "B"]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from rlver_jax.models.qwen2 import logits
 from rlver_jax.sampling.cache import LM, Cache, append, concatenate_rows, init_cache, repeat_rows, rollback
 from rlver_jax.sampling.decode import gumbel, score_options
+from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.user.emotion import change_readout, sample_noise
 from rlver_jax.user.packed import Packed, Query, Row, rows_of
 from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
@@ -62,30 +63,19 @@ class Sizes(NamedTuple):
             for span in packed.spans:
                 row = max(row, 1 + span.tokens.stop - span.tokens.start)
                 queries = max(queries, span.queries.stop - span.queries.start)
-        row = _up(row, LENGTH_STEP)
+        prefix, history, row = (round_up(n, LENGTH_STEP) for n in (max(prefixes, default=0), history, row))
         rows = -(-TURN_TOKENS // max(row, 1))
-        return cls(_up(max(prefixes, default=0), LENGTH_STEP), _up(history, LENGTH_STEP), row, queries * rows, rows)
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step
+        return cls(prefix, history, row, queries * rows, rows)
 
 
 def read_prefix(lm: LM, prefix: Sequence[int], sizes: Sizes) -> Cache:
     """The user's context before the first turn, to be shared by all dialogues of a profile."""
-    return _read_prefix(lm, _padded([prefix], sizes.prefix), jnp.array([len(prefix)]))
+    return _read_prefix(lm, *pad_rows([prefix], sizes.prefix))
 
 
 @jax.jit
 def _read_prefix(lm: LM, tokens: Int[Array, "1 L"], count: Int[Array, "1"]) -> Cache:
     return append(lm, init_cache(lm, 1, tokens.shape[1]), tokens, count)
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "R L"]:
-    made = np.zeros((len(rows), width), np.int32)
-    for row, values in zip(made, rows, strict=True):
-        row[: len(values)] = values
-    return made
 
 
 @functools.partial(jax.jit, static_argnames="room")
@@ -130,8 +120,7 @@ def rederive(
 def _tasks(lm: LM, dialogues: Sequence[Dialogue], sizes: Sizes) -> Iterator[_Task]:
     for prefix, packed, key in dialogues:
         history = packed.history
-        tokens = _padded([history], sizes.history)
-        read = _read_history(lm, prefix(), tokens, jnp.array([len(history)]), room=sizes.row)
+        read = _read_history(lm, prefix(), *pad_rows([history], sizes.history), room=sizes.row)
         yield from (_Task(row, read, key) for row in rows_of(packed))
 
 
@@ -155,9 +144,9 @@ def _derive(lm: LM, tables: UserTables, batch: list[_Task], temperature, readout
         lm,
         tables,
         tuple(task.history for task in tasks),
-        _padded([row.tokens for row in rows], sizes.row),
-        _padded([row.positions for row in rows], sizes.row),
-        _padded([row.branch for row in rows], sizes.row),
+        pad_rows([row.tokens for row in rows], sizes.row)[0],
+        pad_rows([row.positions for row in rows], sizes.row)[0],
+        pad_rows([row.branch for row in rows], sizes.row)[0],
         _grouped(rows[: len(batch)], sizes.queries),
         np.array([row.choice for row in rows], np.int32),
         np.array([row.turn for row in rows], np.int32),
@@ -174,7 +163,7 @@ def _derive(lm: LM, tables: UserTables, batch: list[_Task], temperature, readout
 
 def _grouped(rows: Sequence[Row], most: int) -> Int[np.ndarray, "n k 9"]:
     """(row, query) as integers, in groups of QUERY_STEP, padded with zeros."""
-    made = np.zeros((_up(most, QUERY_STEP), 1 + len(Query._fields)), np.int32)
+    made = np.zeros((round_up(most, QUERY_STEP), 1 + len(Query._fields)), np.int32)
     queries = [(i, *query) for i, row in enumerate(rows) for query in row.queries]
     made[: len(queries)] = queries
     return made.reshape(-1, QUERY_STEP, made.shape[1])
