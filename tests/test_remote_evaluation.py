@@ -218,10 +218,8 @@ def test_answers_that_cannot_be_read(tmp_path, capsys):
     assert silent["messages"][-1]["content"] is None
     assert silent["emotion"] == 40 + silent["messages"][-1]["change"]
     assert summary["end_reasons"]["unreadable"] == 2
-    third, unsaid = (
-        [body["messages"] for body in server.bodies if who in body["messages"][0]["content"]][-1]
-        for who in ("every side", "work out why")
-    )
+    third = [body for body in server.bodies if "every side" in body["messages"][0]["content"]][2]["messages"]
+    unsaid = [body for body in server.bodies if "work out why" in body["messages"][0]["content"]][3]["messages"]
     assert [message["role"] for message in third[-5:]] == ["user", "assistant", "user", "assistant", "user"]
     assert "by how many points" in third[-1]["content"]
     assert not re.search(r"\d", third[-1]["content"]), "a weak model would answer with a number that it reads there"

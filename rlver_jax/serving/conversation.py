@@ -28,6 +28,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import Record, policy_message, user_message
 from rlver_jax.sampling.cache import LM, Cache
 from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.text.padding import pad_rows
 from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
 
 TYPED = 256  # tokens that a person may say at once; less where the context is small
@@ -170,9 +171,8 @@ class Conversation:
         return jax.random.fold_in(self._key, self.record["turns"] if turn is None else turn)[None]
 
     def _words(self, tokens: Sequence[int], width: int = 0) -> Words:
-        array = np.zeros((1, width or self.width), np.int32)
-        array[0, : len(tokens)] = tokens
-        return jnp.asarray(array), jnp.array([len(tokens)], jnp.int32)
+        padded, count = pad_rows([tokens], width or self.width)
+        return jnp.asarray(padded), jnp.asarray(count)
 
     def _add_reply(self, message: Record) -> None:
         record = self.record

@@ -19,6 +19,7 @@ from rlver_jax.sampling.grammar import free_text
 from rlver_jax.serving import programs
 from rlver_jax.serving.programs import Ask, Likeliest, Spoken
 from rlver_jax.serving.speech import Speech
+from rlver_jax.text.padding import pad_rows
 from rlver_jax.text.tokenizer import Tokenizer
 
 CHUNKS = (32, 256)  # tokens of a prompt read at a time
@@ -239,9 +240,7 @@ class Engine:
                 self._free(row, "finished")
 
     def _read(self, row: int, length: int, part: Sequence[int], size: int, score: bool = False) -> Likeliest | None:
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, : len(part)] = part
-        where = np.int32(row), np.int32(length), tokens, np.array([len(part)], np.int32)
+        where = np.int32(row), np.int32(length), *pad_rows([part], size)
         if not score:
             self._cache = programs.read(self.lm, self._cache, *where)
             return None

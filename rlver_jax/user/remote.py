@@ -152,7 +152,7 @@ class RemoteUser:
     ) -> tuple[Filled, str]:
         """A form's answer, read and as it is; where the field that counts is missing, it is asked for alone."""
         room = len(form.fields) * (self.field_tokens + _MARKS) + self.reply_tokens
-        missing = self.prompts.form(form.text, missing="change" if form.wanted.number else "reply")
+        missing = self.prompts.form(form.text, missing=form.wanted.name)
         messages, texts = list(messages), {}  # type: ignore[var-annotated]
         for attempt in range(self.asks):
             answer = await self.client.ask(
