@@ -2,8 +2,8 @@
 
     python -m rlver_jax.verify DIALOGUES.jsonl [FILE…] --config=configs/x.py [--config.a.b=v …]
 
-Each profile costs one forward pass of the user over its prefix, each dialogue one over its plain messages and a share
-of one over what the user reasoned; nothing is generated. Every appraisal token must be the user's own choice, every
+Each profile costs one reading of its prefix by the user, each dialogue one of the rest, where no turn sees what the
+user reasoned in another; nothing is generated. Every appraisal token must be the user's own choice, every
 change the readout of its distribution, every emotion the clipped sum, every reward its formula, every spoken word the
 one that its key draws. Where two candidates lie so close to each other that rounding decides (`ALLOWED`, by the user's
 dtype), that is reported as a tie. Exit status: 0 all derived, 1 any fault, 2 bad usage.
@@ -35,7 +35,7 @@ from rlver_jax.runs.trajectory import reactions
 from rlver_jax.user.emotion import CHANGES
 from rlver_jax.user.packed import LoggedTurn, Packed, Packer
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.rederive import Dialogue, Rederived, Sizes, read_prefix, rederive
+from rlver_jax.user.rederive import Dialogue, Rederived, rederive
 from rlver_jax.user.simulated import dialogue_key
 
 SHOWN = 50  # faults and ties that are printed
@@ -132,19 +132,13 @@ def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> It
     """What the user says of every dialogue."""
     tables, packer = players.tables[1], Packer(players.tables[1], players.spec.rules.band)
     prefix_of = functools.lru_cache(maxsize=1)(players.prefix)
-    prefixes = [tuple(prefix_of(case.profile)) for case in cases]
-    packed = [
-        packer.dialogue(len(prefix), case.record["messages"][0]["tokens"], case.turns)
-        for prefix, case in zip(prefixes, cases, strict=True)
-    ]
-    sizes = Sizes.of(map(len, prefixes), packed)
-    read = functools.lru_cache(maxsize=1)(lambda prefix: read_prefix(players.user, prefix, sizes))
     dialogues = []
-    for prefix, one, case in zip(prefixes, packed, cases, strict=True):
+    for case in cases:
         key = dialogue_key(jax.random.key(case.record["seed"]), jnp.uint32(case.record["dialogue"]))
-        dialogues.append(Dialogue(functools.partial(read, prefix), one, key))
-    found = rederive(players.user, tables, dialogues, settings.reply_temperature, settings.readout, sizes)
-    return zip(packed, found, strict=True)
+        packed = packer.dialogue(prefix_of(case.profile), case.record["messages"][0]["tokens"], case.turns)
+        dialogues.append(Dialogue(packed, key))
+    found = rederive(players.user, tables, dialogues, settings.reply_temperature, settings.readout)
+    return zip((packed for packed, _ in dialogues), found, strict=True)
 
 
 def _check(players, case: _Case, packed: Packed, found: Rederived, settings, report: Report) -> None:

@@ -239,19 +239,21 @@ class Qwen2(nn.Module):
         cache: KVCache | None = None,
         start: Int[Array, "B"] | None = None,
         segment: Int[Array, "B S"] | None = None,
+        held: Int[Array, "B C"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with the new tokens in it.
 
         Args:
             tokens: int32; padding, if any, at the end of a row.
             positions: int32 rotary positions; a branch's positions continue from its canonical prefix.
-            branch: int32, 0 for canonical tokens (see `attention`); with a cache, what it already holds is canonical.
+            branch: int32, 0 for canonical tokens (see `attention`).
             cache: keys and values of earlier tokens; the new ones are written at slots start..start+S-1.
             start: int32 valid slots of each row; wanted exactly when there is a cache.
             segment: int32, equal for the tokens of one dialogue: only they see each other; None: a row is one. Without
                 a cache only.
+            held: int32 branches of what the cache already holds; None: all of it is canonical.
         """
-        see = self._visibility(tokens, branch, cache, start, segment)
+        see = self._visibility(tokens, branch, cache, start, segment, held)
         embed = Embedding(self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed")
         x = residual(embed(tokens), spread=cache is None)
         keys, values = (None, None) if cache is None else cache
@@ -264,7 +266,7 @@ class Qwen2(nn.Module):
             self.param("lm_head", init, shape, kept(self.param_dtype, self.dtype))  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
 
-    def _visibility(self, tokens, branch, cache, start, segment) -> Visibility:
+    def _visibility(self, tokens, branch, cache, start, segment, held) -> Visibility:
         if (cache is None) != (start is None):
             raise ValueError("cache and start go together: give both or neither")
         if cache is None or start is None:
@@ -277,13 +279,16 @@ class Qwen2(nn.Module):
             raise ValueError("attention='splash' reads rows without a cache; sample with 'dense' or 'chunked'")
         if segment is not None:
             raise ValueError("a cache holds one dialogue a row: give no segment with it")
+        if held is not None and branch is None:
+            raise ValueError("`held` without `branch`: the new tokens have branches too; give both or neither")
         slots = start[:, None] + jnp.arange(tokens.shape[1])
         filled = slots.max() + 1  # once, not in every layer: where a batch is spread, devices must agree on it
         if branch is None:
             return Visibility(slots, filled=filled)
         rows = jnp.arange(tokens.shape[0])[:, None]
-        k_branch = jnp.zeros((tokens.shape[0], cache.capacity), branch.dtype)
-        return Visibility(slots, branch, k_branch.at[rows, slots].set(branch, mode="drop"), filled)
+        if held is None:
+            held = jnp.zeros((tokens.shape[0], cache.capacity), branch.dtype)
+        return Visibility(slots, branch, held.at[rows, slots].set(branch, mode="drop"), filled)
 
     def _layers(self, x, keys, values, positions, see, start):
         fields = (self.config, self.dtype, self.param_dtype, self.attention, self.attention_chunk)

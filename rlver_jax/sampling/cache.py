@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -32,9 +31,14 @@ class LM:
         """float32 logits of a few positions."""
         return logits(self.params, hidden)
 
-    def read(self, tokens: Array, positions: Array, branch: Array | None, cache: "Cache") -> tuple[Array, KVCache]:
-        """Hidden states [B, S, D] of new tokens after each row's length, and keys and values with them."""
-        return _read(self.model, self.params, tokens, positions, branch, cache.kv, cache.length)
+    def read(
+        self, tokens: Array, positions: Array, branch: Array | None, cache: "Cache", held: Array | None = None
+    ) -> tuple[Array, KVCache]:
+        """Hidden states [B, S, D] of new tokens after each row's length, and keys and values with them.
+
+        held: branches [B, C] of what the cache holds; None: all of it is canonical.
+        """
+        return _read(self.model, self.params, tokens, positions, branch, cache.kv, cache.length, None, held)
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -94,11 +98,13 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
 
 
-def concatenate_rows(caches: Sequence[Cache]) -> Cache:
-    """All rows of caches of one capacity, in their order."""
-    axis = 0 if isinstance(caches[0].kv.k, tuple) else 1
-    kv = jax.tree.map(lambda *x: jnp.concatenate(x, axis), *(cache.kv for cache in caches))
-    return Cache(kv, *(jnp.concatenate([getattr(cache, name) for cache in caches]) for name in ("length", "hidden")))
+def keep_slots(cache: Cache, slots: Int[Array, "C"], length: Int[Array, "B"]) -> Cache:
+    """Slot j becomes what slot slots[j] was, in all rows: what is not among a row's first length[b] is forgotten.
+
+    As after a rollback the last hidden state is stale.
+    """
+    kv = jax.tree.map(lambda x: jnp.take(x, slots, axis=-2, mode="clip"), cache.kv)
+    return dataclasses.replace(cache, kv=kv, length=length)
 
 
 def restart_rows(cache: Cache, heads: Cache, source: Int[Array, "B"], fresh: Bool[Array, "B"]) -> Cache:

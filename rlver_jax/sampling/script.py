@@ -149,6 +149,18 @@ class Script:
         order = jnp.argsort(~mask, axis=-1, stable=True)[..., : length + len(SLOTS) * (width - 1)]
         return jnp.take_along_axis(tokens, order, axis=-1), mask.sum(axis=-1, dtype=jnp.int32)
 
+    def literals(self, emotion: int, band: int) -> list[list[int]]:
+        """What `render` gives one row, on the host; of a script that was fetched from the device."""
+
+        def filled(token: int) -> list[int]:
+            if token >= 0 or token == _PAD:
+                return [token] if token >= 0 else []
+            slot = _FIRST_SLOT - token
+            value = (emotion, band)[slot]
+            return self.values[slot, value, : self.counts[slot, value]].tolist()
+
+        return [[found for token in row for found in filled(token)] for row in self.template.tolist()]
+
 
 def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[str, Sequence[str]]) -> Script:
     """Tokens of a parsed script; `slots` gives the text of every value of every slot.

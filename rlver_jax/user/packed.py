@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.sampling.script import Script
@@ -48,7 +46,7 @@ class LoggedTurn:
 class Query(NamedTuple):
     """A generated token to hold against the distribution it came from."""
 
-    place: int  # index of the token before it
+    place: int  # index of the token before it; queries are in the order of their places
     token: int
     state: int  # of the grammar before it
     part: int  # which key of the turn
@@ -58,13 +56,17 @@ class Query(NamedTuple):
     spoken: bool  # sampled at the reply's temperature rather than greedily
 
 
-class Span(NamedTuple):
-    """Where in a packed dialogue the reasoning of one turn lies."""
+class Choice(NamedTuple):
+    """Where in a packed dialogue the options of one turn's change lie."""
 
     turn: int
-    tokens: slice
-    queries: slice
-    choice: tuple[int, int]  # indices of the last token before the options and of the first option's first
+    before: int  # index of the last token before the options
+    first: int  # of the first option's first
+    end: int  # behind the last option's last
+
+    def moved(self, by: int) -> "Choice":
+        """With other indices."""
+        return Choice(self.turn, self.before + by, self.first + by, self.end + by)
 
 
 @dataclasses.dataclass
@@ -77,7 +79,7 @@ class Branches:
 
     def add(self, tokens: Sequence[int], branch: int, position: int) -> int:
         """Adds tokens of one branch from `position` on; returns the position after them."""
-        self.tokens += tokens
+        self.tokens.extend(tokens)
         self.branch += [branch] * len(tokens)
         self.positions += range(position, position + len(tokens))
         return position + len(tokens)
@@ -87,19 +89,15 @@ class Branches:
 class Packed(Branches):
     """One packed dialogue, and what to hold against its user."""
 
+    prefix: int = 0  # tokens of the context before the first turn, which dialogues of a profile share
     queries: list[Query] = dataclasses.field(default_factory=list)
-    spans: list[Span] = dataclasses.field(default_factory=list)
-
-    @property
-    def history(self) -> list[int]:
-        """Tokens of the plain messages."""
-        return [token for token, branch in zip(self.tokens, self.branch, strict=True) if branch == 0]
+    choices: list[Choice] = dataclasses.field(default_factory=list)
 
 
 class Packer:
     """Packs what follows a dialogue's prefix; holds the user's tables as Python lists."""
 
-    def __init__(self, tables: UserTables, band: Callable[[Array], Array]):
+    def __init__(self, tables: UserTables, band: Callable[[int], int]):
         """`band` maps an emotion to the index of its band."""
         as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
         self._close, self._open_user = as_list(tables.close), as_list(tables.open_user)
@@ -111,31 +109,30 @@ class Packer:
         self._options = [row[:count] for row, count in zip(as_list(options.padded), counts, strict=True)]
         self._grammar, self._begin = np.asarray(tables.grammar.table), int(tables.grammar.begin)
 
-    def dialogue(self, start: int, first_talk: Sequence[int], turns: Sequence[LoggedTurn]) -> Packed:
-        """Packs what follows a prefix of `start` tokens."""
-        packed, position, last_reply = Packed(), start, list(first_talk)
+    def dialogue(self, prefix: Sequence[int], first_talk: Sequence[int], turns: Sequence[LoggedTurn]) -> Packed:
+        """Packs a dialogue, with what its user had read before the first turn."""
+        packed, last_reply = Packed(prefix=len(prefix)), list(first_talk)
+        position = packed.add(prefix, 0, 0)
         for index, turn in enumerate(turns):
             base = [*last_reply, *self._close, *self._open_user, *turn.say, *self._close, *self._open_assistant]
             position = packed.add(base, 0, position)
-            tokens, queries = len(packed.tokens), len(packed.queries)
-            choice = self._branch(packed, turn, (index + 1) * BRANCH_RADIX, position)
-            own, asked = slice(tokens, len(packed.tokens)), slice(queries, len(packed.queries))
-            packed.spans.append(Span(turn.turn, own, asked, choice))
+            self._branch(packed, turn, (index + 1) * BRANCH_RADIX, position)
             last_reply = list(turn.reply[-1].text_tokens) if turn.reply else []
         return packed
 
-    def _branch(self, packed: Packed, turn: LoggedTurn, branch: int, position: int) -> tuple[int, int]:
+    def _branch(self, packed: Packed, turn: LoggedTurn, branch: int, position: int) -> None:
         """The reasoning of one turn: appraisal, options on their twigs, the chosen one, reply script."""
         literals = self._appraisal[turn.emotion_before]
         for i, said in enumerate(turn.appraisal):
             position = packed.add(literals[i], branch, position)
             position = self._said(packed, said, branch, position, turn.turn, i, KEY_APPRAISAL + i, False)
         position = packed.add(literals[-1], branch, position)
-        choice = len(packed.tokens) - 1, len(packed.tokens)
+        first = len(packed.tokens)
         for token, twig, offset in self._twigs:
             packed.add([token], branch + twig, position + offset)
+        packed.choices.append(Choice(turn.turn, first - 1, first, len(packed.tokens)))
         if not turn.reply:
-            return choice
+            return
         literals = self._reply[turn.emotion_after]
         position = packed.add(self._options[turn.change - CHANGES[0]], branch, position)
         last = len(turn.reply) - 1
@@ -143,7 +140,6 @@ class Packer:
             position = packed.add(literals[i], branch, position)
             field = len(turn.appraisal) + i
             position = self._said(packed, said, branch, position, turn.turn, field, KEY_REPLY + i, i == last)
-        return choice
 
     def _said(self, packed: Packed, said: Said, branch, position, turn, field, part, spoken) -> int:
         """One line: its text tokens, and a query for each token, the ending one included."""
@@ -156,37 +152,7 @@ class Packer:
         return position
 
 
-def _literals(script: Script, band: Callable[[Array], Array]) -> list[list[list[int]]]:
+def _literals(script: Script, band: Callable[[int], int]) -> list[list[list[int]]]:
     """A script's literals under each emotion, 0 to 100."""
-    emotions = jnp.arange(HIGHEST + 1)
-    tokens, counts = (np.asarray(x).swapaxes(0, 1) for x in _render(script, emotions, band(emotions)))
-    return [
-        [row[:n].tolist() for row, n in zip(rows, ns, strict=True)] for rows, ns in zip(tokens, counts, strict=True)
-    ]
-
-
-_render = jax.jit(Script.render)
-
-
-class Row(NamedTuple):
-    """What the user reasoned in one turn, behind the last token of the plain messages before it."""
-
-    tokens: list[int]
-    positions: list[int]  # the first one is also that token's slot
-    branch: list[int]  # 0: the reasoning itself, else a twig
-    turn: int
-    queries: list[Query]  # `place`: in this row
-    choice: tuple[int, int]
-
-
-def rows_of(packed: Packed) -> list[Row]:
-    """The reasoning of every turn, each as a row of its own."""
-    rows = []
-    for turn, own, asked, (before, option) in packed.spans:
-        start = own.start - 1
-        row = slice(start, own.stop)
-        branch = [branch % BRANCH_RADIX for branch in packed.branch[row]]
-        queries = [query._replace(place=query.place - start) for query in packed.queries[asked]]
-        choice = before - start, option - start
-        rows.append(Row(packed.tokens[row], packed.positions[row], branch, turn, queries, choice))
-    return rows
+    fetched = jax.device_get(script)
+    return [fetched.literals(emotion, band(emotion)) for emotion in range(HIGHEST + 1)]

@@ -50,9 +50,9 @@ def test_a_users_row_is_what_the_engine_reads(packer, dialogues):
     assert {dialogue.turns[-1].answer is None for dialogue in dialogues} == {True, False}
     for dialogue in dialogues:
         row, prefix = packer.user(dialogue), prefix_length(packer, dialogue)
-        packed = engine.dialogue(prefix, encode(dialogue.person.first_talk), logged(packer, dialogue))
+        packed = engine.dialogue(row.tokens[:prefix], encode(dialogue.person.first_talk), logged(packer, dialogue))
         plain = [i for i, branch in enumerate(packed.branch) if branch % BRANCH_RADIX == 0]  # without the options
-        read = [(packed.tokens[i], packed.positions[i], packed.branch[i]) for i in plain]
+        read = [(packed.tokens[i], packed.positions[i], packed.branch[i]) for i in plain][prefix:]
         mine = list(zip(row.tokens, row.positions, row.branch, strict=True))[prefix:]
         ends = [mine[i + 1][2] == 0 if i + 1 < len(mine) else True for i in range(len(mine))]
         mine = [x for x, last in zip(mine, ends, strict=True) if not (x[2] and last and x[0] == newline)]

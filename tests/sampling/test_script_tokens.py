@@ -35,6 +35,8 @@ def test_every_emotion_and_band_renders_as_formatted_text(name, tokenizer):
     for b in range(len(emotion)):
         for f, want in enumerate(literals(TEXTS[name], int(emotion[b]), BANDS[band[b]])):
             assert tokenizer.decode(found[f][b]) == want
+        on_host = jax.device_get(script).literals(int(emotion[b]), int(band[b]))
+        assert on_host == [found[f][b] for f in range(len(found))]
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])

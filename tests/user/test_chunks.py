@@ -1,0 +1,119 @@
+"""Reading a packed dialogue in chunks, with the ended turns forgotten between them, is reading it in one pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.sampling.cache import LM, init_cache, keep_slots
+from rlver_jax.text.padding import pad_rows
+from rlver_jax.user.chunks import WIDTHS, Sizes, chunks_of, cuts
+from rlver_jax.user.packed import Choice, Packed, Query
+
+PREFIX = 30
+
+
+def dialogue(seed: int, turns: int, prefix: int = PREFIX) -> Packed:
+    """Messages, and in each turn a thought, four options of one to three tokens, and mostly more of the thought."""
+    draw = np.random.default_rng(seed)
+    some = lambda count: draw.integers(1, 40, count).tolist()  # noqa: E731
+    packed = Packed(prefix=prefix)
+    position = packed.add(np.random.default_rng(99).integers(1, 40, prefix).tolist(), 0, 0)
+    for turn in range(turns):
+        position = packed.add(some(draw.integers(2, 9)), 0, position)
+        branch = (turn + 1) * BRANCH_RADIX
+        place = packed.add(some(draw.integers(3, 20)), branch, position)
+        first = len(packed.tokens)
+        for twig in range(1, 5):
+            packed.add(some(draw.integers(1, 4)), branch + twig, place)
+        packed.choices.append(Choice(turn, first - 1, first, len(packed.tokens)))
+        packed.add(some(draw.integers(0, 20)), branch, place)
+    places = sorted((prefix + draw.choice(len(packed.tokens) - prefix, 8, replace=False)).tolist())
+    packed.queries = [Query(place, packed.tokens[place], 0, 0, 0, 0, 0, False) for place in places]
+    return packed
+
+
+def seen(packed: Packed, i: int) -> set[int]:
+    """Places that token i sees: before it, of the messages, of its own branch or of the branch its twig hangs from."""
+    own = {0, packed.branch[i], packed.branch[i] // BRANCH_RADIX * BRANCH_RADIX}
+    return {j for j in range(i + 1) if packed.branch[j] in own}
+
+
+@pytest.mark.parametrize("width", [16, 23, 64, 1000])
+def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
+    for seed in range(20):
+        packed = dialogue(seed, turns=1 + seed % 5)
+        read, slots, queries, choices = 0, list[int](), list[Query](), list[Choice]()
+        for chunk in chunks_of(packed, width):
+            slots = [slots[slot] for slot in chunk.keep]
+            assert chunk.kept == [packed.branch[place] for place in slots]
+            own = range(read, read + len(chunk.tokens))
+            assert 0 < len(own) <= width
+            for row, all_of in ((chunk.tokens, packed.tokens), (chunk.branch, packed.branch)):
+                assert row == all_of[own.start : own.stop]
+            assert chunk.positions == packed.positions[own.start : own.stop]
+            needed = set().union(*(seen(packed, i) for i in own))
+            assert needed <= set(slots) | set(own)
+            current = packed.branch[own.start] // BRANCH_RADIX * BRANCH_RADIX
+            assert {packed.branch[place] for place in slots} <= {0, current}, "no turn that has ended"
+            assert slots == sorted(slots), "in the order of reading: visibility is causal by slot"
+            queries += [query._replace(place=query.place + read) for query in chunk.queries]
+            for choice in chunk.choices:
+                assert 0 <= choice.before < choice.first < choice.end <= len(own), "with the token before it"
+                choices.append(choice.moved(read))
+            slots, read = slots + list(own), own.stop
+        assert (read, queries, choices) == (len(packed.tokens), packed.queries, packed.choices)
+
+
+def test_chunks_within_the_prefix_are_those_of_every_dialogue_with_it():
+    one, other = (list(chunks_of(dialogue(seed, 3), 13)) for seed in (1, 2))
+    assert one[: PREFIX // 13] == other[: PREFIX // 13]
+    assert one[PREFIX // 13] != other[PREFIX // 13]
+
+
+def test_a_choice_longer_than_a_chunk_is_refused():
+    packed = dialogue(0, 1)
+    choice = packed.choices[0]
+    assert cuts(packed, choice.end - choice.before)[-1] == len(packed.tokens)
+    with pytest.raises(ValueError, match="a choice takes"):
+        cuts(packed, choice.end - choice.before - 1)
+
+
+def test_the_width_is_that_of_the_least_padding():
+    dialogues = [dialogue(seed, turns, prefix=700) for seed, turns in enumerate((3, 3, 17, 25))]
+    sizes = Sizes.of(dialogues)
+
+    def places(width: int) -> int:
+        first = sum(len(chunk.tokens) == width for chunk in list(chunks_of(dialogues[0], width))[: 700 // width])
+        assert first == 700 // width
+        return width * (first + sum(len(list(chunks_of(one, width))) - first for one in dialogues))
+
+    assert places(sizes.width) == min(map(places, WIDTHS)) < max(map(places, WIDTHS))
+    chunks = [chunk for one in dialogues for chunk in chunks_of(one, sizes.width)]
+    assert sizes.capacity == max(len(chunk.keep) for chunk in chunks) + sizes.width
+    assert sizes.choices == max(len(chunk.choices) for chunk in chunks)
+
+
+@pytest.mark.parametrize("width", [16, 40])
+def test_hidden_states_are_those_of_one_forward_pass(width, toy):
+    """Against the model's own pass over the whole row without a cache, in which nothing was ever forgotten."""
+    packed = dialogue(5, turns=4)
+    rows = (jnp.asarray([row]) for row in (packed.tokens, packed.positions, packed.branch))
+    expected, _ = jax.jit(toy.model.apply)({"params": toy.params}, *rows)
+    capacity = len(packed.tokens) + width
+
+    @jax.jit
+    def read(lm: LM, cache, keep, kept, length, tokens, positions, branch):
+        cache = keep_slots(cache, keep, length)
+        hidden, kv = lm.read(tokens, positions, branch, cache, kept)
+        return cache.replace(kv=kv), hidden
+
+    cache, found = init_cache(toy, 1, capacity), []
+    for chunk in chunks_of(packed, width):
+        keep, length = pad_rows([chunk.keep], capacity)
+        own = (pad_rows([row], width)[0] for row in (chunk.tokens, chunk.positions, chunk.branch))
+        cache, hidden = read(toy, cache, keep[0], pad_rows([chunk.kept], capacity)[0], length, *own)
+        found.append(np.asarray(hidden[0, : len(chunk.tokens)]))
+    np.testing.assert_allclose(np.concatenate(found), expected[0], atol=2e-5)
+    assert read._cache_size() == 1
