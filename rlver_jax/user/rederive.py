@@ -28,7 +28,7 @@ from rlver_jax.user.packed import Choice, Packed, Query
 from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
 
 QUERY_STEP = 32  # tokens whose whole distributions are held at once
-THREADS = 2  # dialogues at a time: the forward passes of a small model leave cores idle
+THREADS = 3  # dialogues at a time: the forward passes of a small model leave cores idle, and more so what lies between
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -94,11 +94,6 @@ def rederive(
     sizes = Sizes.of([dialogue.packed for dialogue in dialogues])
     hold = functools.partial(_hold, lm, tables, temperature=jnp.float32(temperature), readout=readout)
 
-    def read(cache: Cache, chunk: Chunk, key: Key[Array, ""]) -> tuple[Cache, Rederived]:
-        cache, found = hold(cache, _Inputs.of(chunk, sizes), key)
-        counts = [len(chunk.queries)] * 2 + [len(chunk.choices)] * 3
-        return cache, Rederived(*(np.asarray(x)[:count] for x, count in zip(found, counts, strict=True)))
-
     def tasks() -> Iterator[_Task]:
         known: list[int] | None = None
         empty = cache = _empty(lm, sizes.capacity)
@@ -114,9 +109,10 @@ def rederive(
     def derive(task: _Task) -> Rederived:
         cache, parts = task.prefix, []
         for chunk in task.chunks:
-            cache, found = read(cache, chunk, task.key)
-            parts.append(found)
-        return Rederived(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+            cache, found = hold(cache, _Inputs.of(chunk, sizes), task.key)
+            counts = [len(chunk.queries)] * 2 + [len(chunk.choices)] * 3
+            parts.append([np.asarray(x)[:count] for x, count in zip(found, counts, strict=True)])
+        return Rederived(*map(np.concatenate, zip(*parts, strict=True)))
 
     return _side_by_side(derive, tasks())
 
