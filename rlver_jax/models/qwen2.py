@@ -269,6 +269,8 @@ class Qwen2(nn.Module):
     def _visibility(self, tokens, branch, cache, start, segment, held) -> Visibility:
         if (cache is None) != (start is None):
             raise ValueError("cache and start go together: give both or neither")
+        if held is not None and (cache is None or branch is None):
+            raise ValueError("`held` tells the branches of what a cache holds: give it with a cache and with `branch`")
         if cache is None or start is None:
             see = Visibility(None, branch, branch, q_segment=segment, k_segment=segment)
             if self.attention != "splash" or self.is_initializing():
@@ -279,8 +281,6 @@ class Qwen2(nn.Module):
             raise ValueError("attention='splash' reads rows without a cache; sample with 'dense' or 'chunked'")
         if segment is not None:
             raise ValueError("a cache holds one dialogue a row: give no segment with it")
-        if held is not None and branch is None:
-            raise ValueError("`held` without `branch`: the new tokens have branches too; give both or neither")
         slots = start[:, None] + jnp.arange(tokens.shape[1])
         filled = slots.max() + 1  # once, not in every layer: where a batch is spread, devices must agree on it
         if branch is None:

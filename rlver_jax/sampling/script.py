@@ -153,8 +153,10 @@ class Script:
         """What `render` gives one row, on the host; of a script that was fetched from the device."""
 
         def filled(token: int) -> list[int]:
-            if token >= 0 or token == _PAD:
-                return [token] if token >= 0 else []
+            if token >= 0:
+                return [token]
+            if token == _PAD:
+                return []
             slot = _FIRST_SLOT - token
             value = (emotion, band)[slot]
             return self.values[slot, value, : self.counts[slot, value]].tolist()

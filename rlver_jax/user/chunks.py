@@ -17,7 +17,7 @@ class Chunk(NamedTuple):
     """Tokens that are read together, and what to hold against the user there (`place` and `choices`: in the chunk)."""
 
     keep: list[int]  # slots of the cache, as the chunk before left it, that stay, moved together to its front
-    kept: list[int]  # their branches
+    held: list[int]  # their branches
     tokens: list[int]
     positions: list[int]
     branch: list[int]
@@ -37,10 +37,10 @@ def cuts(packed: Packed, width: int) -> list[int]:
         stop = min(found[-1] + width, total)
         while choice and choice.end <= stop:
             choice = next(choices, None)
-        if choice and choice.before < stop:
-            stop = choice.before
+        if choice and choice.first - 1 < stop:
+            stop = choice.first - 1
             if stop == found[-1]:
-                raise ValueError(f"a choice takes {choice.end - choice.before} tokens, but a chunk has {width}")
+                raise ValueError(f"a choice takes {choice.end - stop} tokens, but a chunk has {width}")
         found.append(stop)
     return found
 
@@ -49,7 +49,7 @@ def chunks_of(packed: Packed, width: int) -> Iterator[Chunk]:
     """The chunks of a dialogue. Those that end within its prefix are the same for every dialogue with that prefix."""
     queries, choices = iter(packed.queries), iter(packed.choices)
     query, choice = next(queries, None), next(choices, None)
-    keep, kept = list[int](), list[int]()
+    keep, held = list[int](), list[int]()
     ends = cuts(packed, width)
     for start, stop in itertools.pairwise(ends):
         asked, chosen = list[Query](), list[Choice]()
@@ -60,11 +60,11 @@ def chunks_of(packed: Packed, width: int) -> Iterator[Chunk]:
             chosen.append(choice.moved(-start))
             choice = next(choices, None)
         own = slice(start, stop)
-        yield Chunk(keep, kept, packed.tokens[own], packed.positions[own], packed.branch[own], asked, chosen)
-        slots = kept + packed.branch[own]
+        yield Chunk(keep, held, packed.tokens[own], packed.positions[own], packed.branch[own], asked, chosen)
+        slots = held + packed.branch[own]
         seen = {0, _trunk(packed.branch[stop]) if stop < ends[-1] else 0}
         keep = [slot for slot, branch in enumerate(slots) if branch in seen]
-        kept = [slots[slot] for slot in keep]
+        held = [slots[slot] for slot in keep]
 
 
 def _trunk(branch: int) -> int:

@@ -60,13 +60,12 @@ class Choice(NamedTuple):
     """Where in a packed dialogue the options of one turn's change lie."""
 
     turn: int
-    before: int  # index of the last token before the options
-    first: int  # of the first option's first
+    first: int  # index of the first option's first token; the token before it predicts that one
     end: int  # behind the last option's last
 
     def moved(self, by: int) -> "Choice":
         """With other indices."""
-        return Choice(self.turn, self.before + by, self.first + by, self.end + by)
+        return Choice(self.turn, self.first + by, self.end + by)
 
 
 @dataclasses.dataclass
@@ -95,7 +94,7 @@ class Packed(Branches):
 
 
 class Packer:
-    """Packs what follows a dialogue's prefix; holds the user's tables as Python lists."""
+    """Packs dialogues; holds the user's tables as Python lists."""
 
     def __init__(self, tables: UserTables, band: Callable[[int], int]):
         """`band` maps an emotion to the index of its band."""
@@ -130,7 +129,7 @@ class Packer:
         first = len(packed.tokens)
         for token, twig, offset in self._twigs:
             packed.add([token], branch + twig, position + offset)
-        packed.choices.append(Choice(turn.turn, first - 1, first, len(packed.tokens)))
+        packed.choices.append(Choice(turn.turn, first, len(packed.tokens)))
         if not turn.reply:
             return
         literals = self._reply[turn.emotion_after]

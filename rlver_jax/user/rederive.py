@@ -55,23 +55,22 @@ class _Inputs(NamedTuple):
     """A chunk as arrays."""
 
     keep: Int[Array, "C"]
-    kept: Int[Array, "1 C"]
+    held: Int[Array, "1 C"]
     length: Int[Array, "1"]  # slots that are kept
     tokens: Int[Array, "1 W"]
     positions: Int[Array, "1 W"]
     branch: Int[Array, "1 W"]
     queries: Int[Array, "n k 9"]  # (1, query); zeros where there is none
-    choices: Int[Array, "c 5"]  # (1, choice); zeros where there is none
+    choices: Int[Array, "c 4"]  # (1, choice); zeros where there is none
 
     @classmethod
     def of(cls, chunk: Chunk, sizes: Sizes) -> "_Inputs":
-        keep, length = pad_rows([chunk.keep], sizes.capacity)
-        kept, _ = pad_rows([chunk.kept], sizes.capacity)
-        rows = (pad_rows([row], sizes.width)[0] for row in (chunk.tokens, chunk.positions, chunk.branch))
+        (keep, held), lengths = pad_rows([chunk.keep, chunk.held], sizes.capacity)
+        rows, _ = pad_rows([chunk.tokens, chunk.positions, chunk.branch], sizes.width)
         queries = _table(chunk.queries, round_up(sizes.width, QUERY_STEP), len(Query._fields))
         choices = _table(chunk.choices, sizes.choices, len(Choice._fields))
         groups = queries.reshape(-1, QUERY_STEP, queries.shape[1])
-        return cls(*map(jnp.asarray, (keep[0], kept, length, *rows, groups, choices)))
+        return cls(*map(jnp.asarray, (keep, held[None], lengths[:1], *rows[:, None], groups, choices)))
 
 
 def _table(entries: Sequence[tuple[int, ...]], height: int, fields: int) -> Int[np.ndarray, "H F"]:
@@ -158,7 +157,7 @@ def _hold(
 ) -> tuple[Cache, tuple[Array, ...]]:
     """The cache with the chunk in it, and the fields of `Rederived` for each of its queries and choices."""
     cache = keep_slots(cache, chunk.keep, chunk.length)
-    hidden, kv = lm.read(chunk.tokens, chunk.positions, chunk.branch, cache, chunk.kept)
+    hidden, kv = lm.read(chunk.tokens, chunk.positions, chunk.branch, cache, chunk.held)
     found = jax.lax.map(
         lambda group: _where_any(lambda: _held(lm, tables, hidden[0], group, key, temperature), group), chunk.queries
     )
@@ -173,13 +172,12 @@ def _where_any(work: Callable[[], tuple[Array, ...]], entries: Int[Array, "k F"]
     return jax.lax.cond((entries[:, 0] > 0).any(), work, lambda: nothing)
 
 
-def _changes(lm: LM, tables: UserTables, hidden: Float[Array, "W D"], choices: Int[Array, "c 5"], key, readout: str):
+def _changes(lm: LM, tables: UserTables, hidden: Float[Array, "W D"], choices: Int[Array, "c 4"], key, readout: str):
     """(log p of every change [c, 21], its readout [c] and noise [c, 21]) of the choices of a chunk."""
-    _, turn, before, first, _ = choices.T
+    _, turn, first, _ = choices.T
     options = tables.options
-    # What `choose` computes from a cache: the token before the options predicts their first ones.
-    places = jnp.where(options.contexts == 0, before[:, None], first[:, None] + options.contexts - 1)
-    logprobs = score_options(lm, options, hidden[places])
+    # What `choose` computes from a cache: context 0 is the token before the options, which predicts their first ones.
+    logprobs = score_options(lm, options, hidden[first[:, None] + options.contexts - 1])
     keys = part_keys(_turn_keys(key, turn), KEY_READOUT, 1)[0] if readout == "sample" else None
     noise = jnp.zeros_like(logprobs) if keys is None else sample_noise(keys)
     return logprobs, change_readout(logprobs, readout, keys), noise

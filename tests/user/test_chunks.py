@@ -27,7 +27,7 @@ def dialogue(seed: int, turns: int, prefix: int = PREFIX) -> Packed:
         first = len(packed.tokens)
         for twig in range(1, 5):
             packed.add(some(draw.integers(1, 4)), branch + twig, place)
-        packed.choices.append(Choice(turn, first - 1, first, len(packed.tokens)))
+        packed.choices.append(Choice(turn, first, len(packed.tokens)))
         packed.add(some(draw.integers(0, 20)), branch, place)
     places = sorted((prefix + draw.choice(len(packed.tokens) - prefix, 8, replace=False)).tolist())
     packed.queries = [Query(place, packed.tokens[place], 0, 0, 0, 0, 0, False) for place in places]
@@ -47,7 +47,7 @@ def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
         read, slots, queries, choices = 0, list[int](), list[Query](), list[Choice]()
         for chunk in chunks_of(packed, width):
             slots = [slots[slot] for slot in chunk.keep]
-            assert chunk.kept == [packed.branch[place] for place in slots]
+            assert chunk.held == [packed.branch[place] for place in slots]
             own = range(read, read + len(chunk.tokens))
             assert 0 < len(own) <= width
             for row, all_of in ((chunk.tokens, packed.tokens), (chunk.branch, packed.branch)):
@@ -60,7 +60,7 @@ def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
             assert slots == sorted(slots), "in the order of reading: visibility is causal by slot"
             queries += [query._replace(place=query.place + read) for query in chunk.queries]
             for choice in chunk.choices:
-                assert 0 <= choice.before < choice.first < choice.end <= len(own), "with the token before it"
+                assert 0 < choice.first < choice.end <= len(own), "with the token before it"
                 choices.append(choice.moved(read))
             slots, read = slots + list(own), own.stop
         assert (read, queries, choices) == (len(packed.tokens), packed.queries, packed.choices)
@@ -75,9 +75,9 @@ def test_chunks_within_the_prefix_are_those_of_every_dialogue_with_it():
 def test_a_choice_longer_than_a_chunk_is_refused():
     packed = dialogue(0, 1)
     choice = packed.choices[0]
-    assert cuts(packed, choice.end - choice.before)[-1] == len(packed.tokens)
+    assert cuts(packed, choice.end - choice.first + 1)[-1] == len(packed.tokens)
     with pytest.raises(ValueError, match="a choice takes"):
-        cuts(packed, choice.end - choice.before - 1)
+        cuts(packed, choice.end - choice.first)
 
 
 def test_the_width_is_that_of_the_least_padding():
@@ -104,16 +104,24 @@ def test_hidden_states_are_those_of_one_forward_pass(width, toy):
     capacity = len(packed.tokens) + width
 
     @jax.jit
-    def read(lm: LM, cache, keep, kept, length, tokens, positions, branch):
+    def read(lm: LM, cache, keep, held, length, tokens, positions, branch):
         cache = keep_slots(cache, keep, length)
-        hidden, kv = lm.read(tokens, positions, branch, cache, kept)
+        hidden, kv = lm.read(tokens, positions, branch, cache, held)
         return cache.replace(kv=kv), hidden
 
     cache, found = init_cache(toy, 1, capacity), []
     for chunk in chunks_of(packed, width):
         keep, length = pad_rows([chunk.keep], capacity)
         own = (pad_rows([row], width)[0] for row in (chunk.tokens, chunk.positions, chunk.branch))
-        cache, hidden = read(toy, cache, keep[0], pad_rows([chunk.kept], capacity)[0], length, *own)
+        cache, hidden = read(toy, cache, keep[0], pad_rows([chunk.held], capacity)[0], length, *own)
         found.append(np.asarray(hidden[0, : len(chunk.tokens)]))
     np.testing.assert_allclose(np.concatenate(found), expected[0], atol=2e-5)
     assert read._cache_size() == 1
+
+
+def test_branches_of_a_cache_are_refused_without_it_or_without_those_of_the_new_tokens(toy):
+    one, held = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(ValueError, match="`held`"):
+        toy.read(one, one, None, init_cache(toy, 1, 8), held)
+    with pytest.raises(ValueError, match="`held`"):
+        toy.model.apply({"params": toy.params}, one, one, one, held=held)
