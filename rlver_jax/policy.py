@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from rlver_jax.sampling.cache import LM, Cache, append, join, rollback
@@ -53,8 +54,8 @@ def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec:
         think_open,
         chat.close,
     )
-    system, open_user, open_assistant, opener, close = (jnp.asarray(t, jnp.int32) for t in tokens)
-    whitespace = jnp.asarray(whitespace_tokens(tokenizer, rows))
+    system, open_user, open_assistant, opener, close = jax.device_put([np.array(t, np.int32) for t in tokens])
+    whitespace = jax.device_put(whitespace_tokens(tokenizer, rows))
     return PolicyTables(system, open_user, open_assistant, opener, close, grammar, whitespace)
 
 

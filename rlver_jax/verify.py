@@ -16,12 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
-from scipy.special import softmax
 
 from configs import base
 from rlver_jax.command_line import config_from_flags
@@ -131,10 +129,10 @@ def verify_records(
 def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[Packed, Rederived]]:
     """What the user says of every dialogue."""
     tables, packer = players.tables[1], Packer(players.tables[1], players.spec.rules.band)
-    prefix_of = functools.lru_cache(maxsize=1)(players.prefix)
+    prefix_of, seed_key = functools.lru_cache(maxsize=1)(players.prefix), functools.cache(jax.random.key)
     dialogues = []
     for case in cases:
-        key = dialogue_key(jax.random.key(case.record["seed"]), jnp.uint32(case.record["dialogue"]))
+        key = dialogue_key(seed_key(case.record["seed"]), np.uint32(case.record["dialogue"]))
         packed = packer.dialogue(prefix_of(case.profile), case.record["messages"][0]["tokens"], case.turns)
         dialogues.append(Dialogue(packed, key))
     found = rederive(players.user, tables, dialogues, settings.reply_temperature, settings.readout)
@@ -208,7 +206,7 @@ def _is_tie(readout: str, scores: np.ndarray, derived: int, logged: int, tie: fl
     """Whether `logged` would be the readout of log-probabilities (with noise) that lie within `tie` of the derived."""
     if readout != "mean":
         return bool(scores[derived - CHANGES[0]] - scores[logged - CHANGES[0]] <= tie)
-    p, values = softmax(scores), np.array(CHANGES)
+    p, values = np.asarray(jax.nn.softmax(scores)), np.array(CHANGES)
     mean = float((p * values).sum())
     reach = tie * float((p * np.abs(values - mean)).sum())  # d mean / d log p(c) = p(c) (c - mean)
     return abs(mean - logged) <= 0.5 + reach

@@ -151,7 +151,7 @@ class _Batch:
         """As the sampler folded them when it played the dialogues; of use where the readout samples."""
         pairs = [(record["seed"] or 0, record["dialogue"]) for record in self.records]
         pairs += [(0, 0)] * (count - len(pairs))
-        return jnp.stack([dialogue_key(jax.random.key(seed), jnp.uint32(number)) for seed, number in pairs])
+        return jnp.stack([dialogue_key(jax.random.key(seed), np.uint32(number)) for seed, number in pairs])
 
     def _over(self, result: Appraised) -> bool:
         return self.own and bool(self.judge.players.spec.rules.ended(result.emotions[-1]))

@@ -343,8 +343,11 @@ def abstract_params(model: Qwen2) -> tuple[Params, Params]:
 
 @functools.cache
 def _abstract_params(model: Qwen2) -> tuple[Params, Params]:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.eval_shape(lambda k: model.init(k, tokens, tokens), jax.random.key(0))["params"]
+    def create() -> Params:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return model.init(jax.random.key(0), tokens, tokens)["params"]
+
+    boxed = jax.eval_shape(create)
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 

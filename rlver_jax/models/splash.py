@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -39,6 +37,8 @@ def blocks_of(mask: Array, block: int = BLOCK) -> Blocks:
 
     Every query must see a key; one that fills up sees itself.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks  # slow to import
+
     length = mask.shape[1]
     size = min(block, -(-length // LANES) * LANES)
     fill = -length % size
@@ -97,6 +97,8 @@ def _rows(blocks: Blocks, q: Array, k: Array, v: Array, *, interpret: bool) -> A
 
 def _row(blocks: Blocks, q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
     """One row: q [H, L, hd], k and v [K, L, hd]."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
+
     size = blocks.size
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes: Any = {f"block_{name}": size for name in names}

@@ -258,7 +258,7 @@ def build_options(options: Sequence[Sequence[int]]) -> Options:
         [o + (0,) * (width - len(o)) for o in tuples],
         [len(o) for o in tuples],
     ]
-    return Options(*(jnp.asarray(np.array(a, np.int32)) for a in arrays))
+    return Options(*jax.device_put([np.array(a, np.int32) for a in arrays]))
 
 
 def _twigs(options: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, int, int]], dict[tuple[int, ...], int]]:

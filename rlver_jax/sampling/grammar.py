@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -68,8 +69,8 @@ def _grammar(
     # The end of text is a stop that some base models say; where a message can end, <|im_end|> says it.
     forbidden = np.concatenate([forbidden, (forbidden[0] | begin)[None], np.zeros((1, rows), bool)]) | never
     first_found = states if automaton is None else automaton.first_found
-    end = jnp.asarray(tokenizer.encode(closing), jnp.int32)
-    return Grammar(jnp.asarray(table), jnp.asarray(forbidden), first_found, states, states + 1, end)
+    table, forbidden, end = jax.device_put((table, forbidden, np.array(tokenizer.encode(closing), np.int32)))
+    return Grammar(table, forbidden, first_found, states, states + 1, end)
 
 
 def free_text(tokenizer: Tokenizer, rows: int) -> Grammar:
@@ -121,4 +122,4 @@ def one_line(tokenizer: Tokenizer, rows: int) -> Grammar:
 def matcher(patterns: Sequence[bytes], tokenizer: Tokenizer, rows: int) -> tuple[Array, int]:
     """(table, first found state) of an automaton that watches finished text, e.g. for goodbyes."""
     automaton = build_automaton(patterns, tokenizer, pad_vocab_to=rows)
-    return jnp.asarray(automaton.table), automaton.first_found
+    return jax.device_put(automaton.table), automaton.first_found

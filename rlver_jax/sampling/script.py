@@ -195,7 +195,7 @@ def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[s
     for row, tokens in zip(template, rows, strict=True):
         row[: len(tokens)] = tokens
     values, counts = _slot_tables(tokenizer, slots)
-    return Script(jnp.asarray(template), jnp.asarray(values), jnp.asarray(counts), tuple(names))
+    return Script(*jax.device_put((template, values, counts)), tuple(names))
 
 
 def _slot_tables(tokenizer: Tokenizer, slots: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:

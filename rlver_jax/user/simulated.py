@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlver_jax.sampling.cache import LM, Cache, append, join, rollback
@@ -71,10 +72,12 @@ def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int) -> User
     chat = ChatTemplate(tokenizer)
     slots = {"emotion": [str(n) for n in range(101)], "band": BANDS}
     goodbye, found = matcher(GOODBYES, tokenizer, rows)
+    around = (chat.open("user"), chat.open("assistant"), chat.close)
+    open_user, open_assistant, close = jax.device_put([np.array(tokens, np.int32) for tokens in around])
     return UserTables(
-        open_user=jnp.asarray(chat.open("user"), jnp.int32),
-        open_assistant=jnp.asarray(chat.open("assistant"), jnp.int32),
-        close=jnp.asarray(chat.close, jnp.int32),
+        open_user=open_user,
+        open_assistant=open_assistant,
+        close=close,
         appraisal=compile_script(prompts.appraisal, tokenizer, slots),
         reply=compile_script(prompts.reply, tokenizer, slots),
         options=build_options([tokenizer.encode(option_text(c)) for c in CHANGES]),
@@ -84,6 +87,7 @@ def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int) -> User
     )
 
 
+@jax.jit
 def dialogue_key(key: Key[Array, ""], dialogue_id: Int[Array, ""]) -> Key[Array, ""]:
     """Key of one dialogue of a run, whatever batch it stands in; its turns fold their index into it."""
     return jax.random.fold_in(jax.random.fold_in(key, 0), dialogue_id)
