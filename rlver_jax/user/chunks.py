@@ -7,22 +7,25 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.user.packed import Choice, Packed, Query
 
 WIDTHS = range(256, 513, 32)  # of a chunk, in tokens: enough for the weights' products
+_PLACE, _END = Query._fields.index("place"), Choice._fields.index("end")  # columns by which entries are in order
+_PLACES, _BOUNDS = np.isin(Query._fields, "place"), np.isin(Choice._fields, ("first", "end"))  # that hold indices
 
 
 class Chunk(NamedTuple):
-    """Tokens that are read together, and what to hold against the user there (`place` and `choices`: in the chunk)."""
+    """Tokens that are read together, and what to hold against the user there, with indices into them."""
 
-    keep: list[int]  # slots of the cache, as the chunk before left it, that stay, moved together to its front
-    held: list[int]  # their branches
-    tokens: list[int]
-    positions: list[int]
-    branch: list[int]
-    queries: list[Query]
-    choices: list[Choice]
+    keep: Int[np.ndarray, "K"]  # slots of the cache, as the chunk before left it, that stay, moved to its front
+    held: Int[np.ndarray, "K"]  # their branches
+    rows: Int[np.ndarray, "3 N"]  # tokens, positions and branches
+    queries: Int[np.ndarray, "Q 8"]  # a `Query` each
+    choices: Int[np.ndarray, "C 3"]  # a `Choice` each
 
 
 def cuts(packed: Packed, width: int) -> list[int]:
@@ -47,29 +50,25 @@ def cuts(packed: Packed, width: int) -> list[int]:
 
 def chunks_of(packed: Packed, width: int) -> Iterator[Chunk]:
     """The chunks of a dialogue. Those that end within its prefix are the same for every dialogue with that prefix."""
-    queries, choices = iter(packed.queries), iter(packed.choices)
-    query, choice = next(queries, None), next(choices, None)
-    keep, held = list[int](), list[int]()
-    ends = cuts(packed, width)
-    for start, stop in itertools.pairwise(ends):
-        asked, chosen = list[Query](), list[Choice]()
-        while query and query.place < stop:
-            asked.append(query._replace(place=query.place - start))
-            query = next(queries, None)
-        while choice and choice.end <= stop:
-            chosen.append(choice.moved(-start))
-            choice = next(choices, None)
-        own = slice(start, stop)
-        yield Chunk(keep, held, packed.tokens[own], packed.positions[own], packed.branch[own], asked, chosen)
-        slots = held + packed.branch[own]
-        seen = {0, _trunk(packed.branch[stop]) if stop < ends[-1] else 0}
-        keep = [slot for slot, branch in enumerate(slots) if branch in seen]
-        held = [slots[slot] for slot in keep]
+    rows = np.array([packed.tokens, packed.positions, packed.branch], np.int32)
+    queries, choices = _table(packed.queries, Query), _table(packed.choices, Choice)
+    slots = np.zeros(0, np.int32)  # the place of what lies in each slot of the cache
+    for start, stop in itertools.pairwise(cuts(packed, width)):
+        kept = _kept(rows[2], start)
+        asked = queries[slice(*np.searchsorted(queries[:, _PLACE], (start, stop)))] - start * _PLACES
+        chosen = choices[slice(*np.searchsorted(choices[:, _END], (start, stop), side="right"))] - start * _BOUNDS
+        yield Chunk(np.searchsorted(slots, kept), rows[2, kept], rows[:, start:stop], asked, chosen)
+        slots = np.concatenate([kept, np.arange(start, stop)])
 
 
-def _trunk(branch: int) -> int:
-    """The branch that a twig belongs to."""
-    return branch - branch % BRANCH_RADIX
+def _table(entries: Sequence[tuple[int, ...]], kind: type[Query] | type[Choice]) -> Int[np.ndarray, "n F"]:
+    return np.array(entries, np.int32).reshape(-1, len(kind._fields))
+
+
+def _kept(branch: Int[np.ndarray, "N"], start: int) -> Int[np.ndarray, "K"]:
+    """Places before `start` that a token from there on may see: messages, and the reasoning that still goes on."""
+    trunk = branch[start] - branch[start] % BRANCH_RADIX
+    return np.flatnonzero((branch[:start] == 0) | (branch[:start] == trunk))
 
 
 class Sizes(NamedTuple):
@@ -90,6 +89,10 @@ class Sizes(NamedTuple):
             return width * (whole + sum(len(cuts(one, width)) - 1 - one.prefix // width for one in dialogues))
 
         width = min(reversed(WIDTHS), key=places)
-        chunks = [chunk for packed in dialogues for chunk in chunks_of(packed, width)]
-        capacity = max((len(chunk.keep) for chunk in chunks), default=0) + width
-        return cls(width, capacity, max((len(chunk.choices) for chunk in chunks), default=0))
+        kept, choices = [0], [0]
+        for packed in dialogues:
+            found, branch = cuts(packed, width), np.array(packed.branch)
+            kept += [len(_kept(branch, start)) for start in found[:-1]]
+            ends = [choice.end for choice in packed.choices]
+            choices += np.diff(np.searchsorted(ends, found, side="right")).tolist()
+        return cls(width, max(kept) + width, max(choices))

@@ -63,10 +63,6 @@ class Choice(NamedTuple):
     first: int  # index of the first option's first token; the token before it predicts that one
     end: int  # behind the last option's last
 
-    def moved(self, by: int) -> "Choice":
-        """With other indices."""
-        return Choice(self.turn, self.first + by, self.end + by)
-
 
 @dataclasses.dataclass
 class Branches:

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int, Key
 from rlver_jax.models.qwen2 import logits
 from rlver_jax.sampling.cache import LM, Cache, init_cache, keep_slots
 from rlver_jax.sampling.decode import gumbel, score_options
-from rlver_jax.text.padding import pad_rows, round_up
+from rlver_jax.text.padding import round_up
 from rlver_jax.user.chunks import Chunk, Sizes, chunks_of
 from rlver_jax.user.emotion import change_readout, sample_noise
-from rlver_jax.user.packed import Choice, Packed, Query
+from rlver_jax.user.packed import Packed
 from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
 
 QUERY_STEP = 32  # tokens whose whole distributions are held at once
@@ -52,7 +52,7 @@ class Dialogue(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """A chunk as arrays."""
+    """A chunk as arrays of one shape for all."""
 
     keep: Int[Array, "C"]
     held: Int[Array, "1 C"]
@@ -65,18 +65,19 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, chunk: Chunk, sizes: Sizes) -> "_Inputs":
-        (keep, held), lengths = pad_rows([chunk.keep, chunk.held], sizes.capacity)
-        rows, _ = pad_rows([chunk.tokens, chunk.positions, chunk.branch], sizes.width)
-        queries = _table(chunk.queries, round_up(sizes.width, QUERY_STEP), len(Query._fields))
-        choices = _table(chunk.choices, sizes.choices, len(Choice._fields))
-        groups = queries.reshape(-1, QUERY_STEP, queries.shape[1])
-        return cls(*map(jnp.asarray, (keep, held[None], lengths[:1], *rows[:, None], groups, choices)))
+        keep, held = (_filled(x, sizes.capacity) for x in (chunk.keep, chunk.held))
+        rows = _filled(chunk.rows, 3, sizes.width)
+        queries, choices = (np.insert(x, 0, 1, axis=1) for x in (chunk.queries, chunk.choices))
+        asked = _filled(queries, round_up(sizes.width, QUERY_STEP), queries.shape[1])
+        groups = asked.reshape(-1, QUERY_STEP, queries.shape[1])
+        chosen, length = _filled(choices, sizes.choices, choices.shape[1]), np.array([len(chunk.keep)], np.int32)
+        return cls(keep, held[None], length, *rows[:, None], groups, chosen)
 
 
-def _table(entries: Sequence[tuple[int, ...]], height: int, fields: int) -> Int[np.ndarray, "H F"]:
-    made = np.zeros((height, 1 + fields), np.int32)
-    if entries:
-        made[: len(entries), 0], made[: len(entries), 1:] = 1, entries
+def _filled(x: np.ndarray, *shape: int) -> Int[np.ndarray, "..."]:
+    """With zeros behind what is given, along every axis."""
+    made = np.zeros(shape, np.int32)
+    made[tuple(map(slice, x.shape))] = x
     return made
 
 

@@ -1,5 +1,7 @@
 """Reading a packed dialogue in chunks, with the ended turns forgotten between them, is reading it in one pass."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,31 +47,35 @@ def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
     for seed in range(20):
         packed = dialogue(seed, turns=1 + seed % 5)
         read, slots, queries, choices = 0, list[int](), list[Query](), list[Choice]()
+        whole = np.array([packed.tokens, packed.positions, packed.branch])
         for chunk in chunks_of(packed, width):
             slots = [slots[slot] for slot in chunk.keep]
-            assert chunk.held == [packed.branch[place] for place in slots]
-            own = range(read, read + len(chunk.tokens))
+            assert chunk.held.tolist() == [packed.branch[place] for place in slots]
+            own = range(read, read + chunk.rows.shape[1])
             assert 0 < len(own) <= width
-            for row, all_of in ((chunk.tokens, packed.tokens), (chunk.branch, packed.branch)):
-                assert row == all_of[own.start : own.stop]
-            assert chunk.positions == packed.positions[own.start : own.stop]
+            np.testing.assert_array_equal(chunk.rows, whole[:, own.start : own.stop])
             needed = set().union(*(seen(packed, i) for i in own))
             assert needed <= set(slots) | set(own)
             current = packed.branch[own.start] // BRANCH_RADIX * BRANCH_RADIX
             assert {packed.branch[place] for place in slots} <= {0, current}, "no turn that has ended"
             assert slots == sorted(slots), "in the order of reading: visibility is causal by slot"
-            queries += [query._replace(place=query.place + read) for query in chunk.queries]
-            for choice in chunk.choices:
+            for query in itertools.starmap(Query, chunk.queries.tolist()):
+                assert 0 <= query.place < len(own)
+                queries.append(query._replace(place=query.place + read))
+            for choice in itertools.starmap(Choice, chunk.choices.tolist()):
                 assert 0 < choice.first < choice.end <= len(own), "with the token before it"
-                choices.append(choice.moved(read))
+                choices.append(choice._replace(first=choice.first + read, end=choice.end + read))
             slots, read = slots + list(own), own.stop
         assert (read, queries, choices) == (len(packed.tokens), packed.queries, packed.choices)
 
 
 def test_chunks_within_the_prefix_are_those_of_every_dialogue_with_it():
     one, other = (list(chunks_of(dialogue(seed, 3), 13)) for seed in (1, 2))
-    assert one[: PREFIX // 13] == other[: PREFIX // 13]
-    assert one[PREFIX // 13] != other[PREFIX // 13]
+    same = [
+        all(itertools.starmap(np.array_equal, zip(mine, its, strict=True)))
+        for mine, its in zip(one, other, strict=False)
+    ]
+    assert same[: PREFIX // 13 + 1] == [True] * (PREFIX // 13) + [False]
 
 
 def test_a_choice_longer_than_a_chunk_is_refused():
@@ -85,7 +91,7 @@ def test_the_width_is_that_of_the_least_padding():
     sizes = Sizes.of(dialogues)
 
     def places(width: int) -> int:
-        first = sum(len(chunk.tokens) == width for chunk in list(chunks_of(dialogues[0], width))[: 700 // width])
+        first = sum(chunk.rows.shape[1] == width for chunk in list(chunks_of(dialogues[0], width))[: 700 // width])
         assert first == 700 // width
         return width * (first + sum(len(list(chunks_of(one, width))) - first for one in dialogues))
 
@@ -112,9 +118,9 @@ def test_hidden_states_are_those_of_one_forward_pass(width, toy):
     cache, found = init_cache(toy, 1, capacity), []
     for chunk in chunks_of(packed, width):
         keep, length = pad_rows([chunk.keep], capacity)
-        own = (pad_rows([row], width)[0] for row in (chunk.tokens, chunk.positions, chunk.branch))
+        own = (pad_rows([row], width)[0] for row in chunk.rows)
         cache, hidden = read(toy, cache, keep[0], pad_rows([chunk.held], capacity)[0], length, *own)
-        found.append(np.asarray(hidden[0, : len(chunk.tokens)]))
+        found.append(np.asarray(hidden[0, : chunk.rows.shape[1]]))
     np.testing.assert_allclose(np.concatenate(found), expected[0], atol=2e-5)
     assert read._cache_size() == 1
 
