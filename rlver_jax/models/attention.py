@@ -1,11 +1,11 @@
 """Grouped-query attention over causal, branched rows: a dense and a query-chunked implementation, equal in result.
 
-Visibility (packed dialogues): query at slot i sees key at slot j iff j <= i and the key's branch is 0 (canonical
-history), the query's own branch, or the parent of it. A branch id is parent + twig: parents are multiples of
-`BRANCH_RADIX`, twigs 0..BRANCH_RADIX-1, so a thought is branch t * BRANCH_RADIX and each option of a choice made within
-it t * BRANCH_RADIX + 1, + 2, …; ids below BRANCH_RADIX hang from the canonical history itself. Without branches this
-is plain causal attention. Padding needs no mask: it lies after every valid token of its row. Where dialogues share a
-row, a query sees keys of its own segment only.
+Visibility (packed dialogues): query at slot i sees key at slot j iff j <= i and the query's branch is the key's or
+grows from it. Everything grows from branch 0, the canonical history; thoughts are the multiples of `BRANCH_RADIX`. From
+a thought, or from the history itself, grow twigs, multiples of `TWIG_RADIX` beyond it (what the options of a choice
+begin with), and from a twig, 1, 2, … beyond it, its leaves (how they go on). So what grows from a branch are the ids
+from its own up to its next sister's. Without branches this is plain causal attention. Padding needs no mask: it lies
+after every valid token of its row. Where dialogues share a row, a query sees keys of its own segment only.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from rlver_jax.models.precision import exact, wide
 
-BRANCH_RADIX = 64  # twigs of one branch, the branch itself included
+TWIG_RADIX = 64  # leaves of one twig, the twig itself included
+BRANCH_RADIX = 64 * TWIG_RADIX  # what may grow from one branch, the branch itself included
 BLOCK, MOST_BLOCKS = 128, 8  # slots of a cache that are read at a time, at least; how often, at most
 PARTS = 8  # of a row without a cache, at most: each is compiled, so their number decides how long that takes
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
@@ -40,11 +41,17 @@ def visible(see: Visibility, num_keys: int, first: Int[Array, ""] | int = 0) -> 
     slots = jnp.arange(num_keys)[None] if see.q_slot is None else see.q_slot
     mask = (first + jnp.arange(num_keys))[None, None, :] <= slots[:, :, None]
     if see.k_branch is not None and see.q_branch is not None:
-        key, query = see.k_branch[:, None, :], see.q_branch[:, :, None]
-        mask &= (key == 0) | (key == query) | (key == query - query % BRANCH_RADIX)
+        query = see.q_branch[:, :, None]
+        mask &= (query >= see.k_branch[:, None, :]) & (query < _next_sister(see.k_branch)[:, None, :])
     if see.k_segment is not None and see.q_segment is not None:
         mask &= see.k_segment[:, None, :] == see.q_segment[:, :, None]
     return mask
+
+
+def _next_sister(branch: Int[Array, "B C"]) -> Int[Array, "B C"]:
+    """The first id beyond those that grow from a branch."""
+    reach = jnp.where(branch % TWIG_RADIX > 0, 1, jnp.where(branch % BRANCH_RADIX > 0, TWIG_RADIX, BRANCH_RADIX))
+    return jnp.where(branch == 0, jnp.iinfo(branch.dtype).max, branch + reach)
 
 
 def dense_attention(

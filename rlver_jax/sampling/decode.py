@@ -1,6 +1,7 @@
 """Generating tokens and choosing among options, for all rows of a batch at once, on the device."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlver_jax.models.attention import TWIG_RADIX
 from rlver_jax.models.logprobs import log_normalizer
 from rlver_jax.models.precision import exact
 from rlver_jax.parallel import rules
@@ -216,14 +218,14 @@ def _record(loop: _Loop, grammar: Grammar, token, logprob, raw, state, limits: L
 
 @flax.struct.dataclass
 class Options:
-    """Options of a choice, flattened so that one forward pass scores them all, on branches of their own.
+    """Options of a choice, flattened so that one forward pass scores them all: a tree of twigs and leaves.
 
     N tokens are read to predict those of O options; the C distinct contexts in which a token is predicted are evaluated
     once each.
     """
 
     tokens: Int[Array, "N"]
-    branch: Int[Array, "N"]  # 1..N at most
+    branch: Int[Array, "N"]  # as if they grew from the canonical history (see `models.attention`)
     offset: Int[Array, "N"]  # place in its option
     contexts: Int[Array, "C"]  # 0: the cache's last token; j + 1: after token j
     pair_context: Int[Array, "P"]  # index into contexts
@@ -234,7 +236,12 @@ class Options:
 
 
 def build_options(options: Sequence[Sequence[int]]) -> Options:
-    """Options from their token ids. None may be empty or the beginning of another: it could never be told apart."""
+    """Options from their token ids.
+
+    Raises:
+        ValueError: one is empty or the beginning of another, so that it could never be told apart; or there are over
+            63 first tokens, or over 63 ways to go on after one.
+    """
     tuples = [tuple(o) for o in options]
     for i, a in enumerate(tuples):
         for j, b in enumerate(tuples):
@@ -265,16 +272,31 @@ def _twigs(options: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, int, int
     """What must be read to predict every token: (token, branch, offset) each.
 
     And behind which of them (from 1; 0: none) each beginning of an option ends. The last token of an option is only
-    predicted, and a beginning that a longer one contains is read as part of that one.
+    predicted. Options with the same first token share a twig with all that they have in common; each goes on on a leaf
+    of its own, or on that of a longer one that begins with it.
     """
-    heads = dict.fromkeys(option[:-1] for option in options)
-    longest = [head for head in heads if not any(len(h) > len(head) and h[: len(head)] == head for h in heads)]
+    heads = dict.fromkeys(option[:-1] for option in options if len(option) > 1)
+    inner = {head[:end] for head in heads for end in range(len(head))}
     flat: list[tuple[int, int, int]] = []
     place: dict[tuple[int, ...], int] = {(): 0}
-    for branch, twig in enumerate(longest, 1):
-        for offset, token in enumerate(twig):
-            flat.append((token, branch, offset))
-            place.setdefault(twig[: offset + 1], len(flat))
+
+    def grow(path: tuple[int, ...], start: int, branch: int) -> None:
+        for offset in range(start, len(path)):
+            flat.append((path[offset], branch, offset))
+            place.setdefault(path[: offset + 1], len(flat))
+
+    for twig, first in enumerate(dict.fromkeys(head[0] for head in heads), 1):
+        alike = [head for head in heads if head[0] == first]
+        columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*alike, strict=False))
+        common = tuple(column[0] for column in columns)
+        leaves = [head for head in alike if head != common and head not in inner]
+        if max(twig, len(leaves)) >= TWIG_RADIX:
+            raise ValueError(
+                f"more than {TWIG_RADIX - 1} beginnings of options, or of what follows one: give fewer"
+            )
+        grow(common, 0, twig * TWIG_RADIX)
+        for leaf, head in enumerate(leaves, 1):
+            grow(head, len(common), twig * TWIG_RADIX + leaf)
     return flat, place
 
 

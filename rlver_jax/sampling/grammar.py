@@ -69,8 +69,9 @@ def _grammar(
     # The end of text is a stop that some base models say; where a message can end, <|im_end|> says it.
     forbidden = np.concatenate([forbidden, (forbidden[0] | begin)[None], np.zeros((1, rows), bool)]) | never
     first_found = states if automaton is None else automaton.first_found
-    table, forbidden, end = jax.device_put((table, forbidden, np.array(tokenizer.encode(closing), np.int32)))
-    return Grammar(table, forbidden, first_found, states, states + 1, end)
+    end = np.array(tokenizer.encode(closing), np.int32)
+    arrays: tuple[Array, Array, Array] = jax.device_put((table, forbidden, end))
+    return Grammar(*arrays[:2], first_found, states, states + 1, arrays[2])
 
 
 def free_text(tokenizer: Tokenizer, rows: int) -> Grammar:

@@ -194,8 +194,8 @@ def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[s
     template = np.full((len(rows), max(map(len, rows))), _PAD, np.int32)
     for row, tokens in zip(template, rows, strict=True):
         row[: len(tokens)] = tokens
-    values, counts = _slot_tables(tokenizer, slots)
-    return Script(*jax.device_put((template, values, counts)), tuple(names))
+    arrays: tuple[Array, Array, Array] = jax.device_put((template, *_slot_tables(tokenizer, slots)))
+    return Script(*arrays, tuple(names))
 
 
 def _slot_tables(tokenizer: Tokenizer, slots: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:

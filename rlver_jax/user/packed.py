@@ -1,7 +1,7 @@
 """A finished dialogue as its simulated user read it, in one packed row (see `models.attention`).
 
 Plain messages are branch 0; what the user reasoned in turn t is branch t * BRANCH_RADIX, and each option of its change
-a twig of that branch.
+a leaf of its twigs.
 """
 
 import dataclasses

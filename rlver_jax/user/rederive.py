@@ -11,7 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,8 @@ class _Inputs(NamedTuple):
         asked = _filled(queries, round_up(sizes.width, QUERY_STEP), queries.shape[1])
         groups = asked.reshape(-1, QUERY_STEP, queries.shape[1])
         chosen, length = _filled(choices, sizes.choices, choices.shape[1]), np.array([len(chunk.keep)], np.int32)
-        return cls(keep, held[None], length, *rows[:, None], groups, chosen)
+        arrays: Any = (keep, held[None], length, *rows[:, None], groups, chosen)  # a program takes NumPy's as its own
+        return cls(*arrays)
 
 
 def _filled(x: np.ndarray, *shape: int) -> Int[np.ndarray, "..."]:

@@ -5,9 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.attention import BRANCH_RADIX, Visibility, chunked_attention, dense_attention
+from rlver_jax.models.attention import BRANCH_RADIX, TWIG_RADIX, Visibility, chunked_attention, dense_attention
 
 SLOTS = 300  # blocks of 128 slots, the last one begins earlier
+
+
+def grown_from(branch):
+    """(thought, twig, leaf), as far as there are any."""
+    path = [branch // BRANCH_RADIX, branch % BRANCH_RADIX // TWIG_RADIX, branch % TWIG_RADIX]
+    while path and path[-1] == 0:
+        path.pop()
+    return path
 
 
 def by_hand(q, k, v, slots, q_branch, k_branch):
@@ -19,7 +27,7 @@ def by_hand(q, k, v, slots, q_branch, k_branch):
             seen = [
                 j
                 for j in range(min(slots[b, i] + 1, k.shape[2]))
-                if k_branch[b, j] in (0, own, own - own % BRANCH_RADIX)
+                if (path := grown_from(k_branch[b, j])) == grown_from(own)[: len(path)]
             ]
             for head in range(q.shape[2]):
                 shared = head // (q.shape[2] // k.shape[1])
@@ -40,8 +48,9 @@ def test_the_blocks_that_are_read_hold_all_that_may_be_seen(longest, queries, br
     filled = slots.max() + 1
     q_branch, k_branch = np.zeros((2, queries), np.int32), np.zeros((2, SLOTS), np.int32)
     if branched:
-        q_branch[:] = draw.choice([0, 64, 66, 128], (2, queries))
-        k_branch[:] = draw.choice([0, 0, 64, 66, 128], (2, SLOTS))
+        twigs = [0, 64, 66, 67, 128]
+        some = [*twigs, *(3 * BRANCH_RADIX + x for x in twigs), 4 * BRANCH_RADIX]
+        q_branch[:], k_branch[:] = draw.choice(some, (2, queries)), draw.choice([0] * 9 + some, (2, SLOTS))
         k_branch[:, 0] = 0  # every query sees something
     wanted = by_hand(q, k, v, slots, q_branch, k_branch)
     branches = (jnp.asarray(q_branch), jnp.asarray(k_branch)) if branched else (None, None)

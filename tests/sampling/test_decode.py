@@ -283,12 +283,16 @@ def test_truncation_always_leaves_the_likeliest():
 
 
 OPTIONS = [[1, 9], [1, 2, 9], [5], [6, 2, 3, 9], [6, 2, 4]]
+SIGNED = [[sign, digit, 9] for sign in (1, 2) for digit in (3, 4, 5)] + [[1, 3, 7, 9], [8, 9], [2, 3, 7, 9]]
+DEEP = [[1, 2, 3, 4, 9], [1, 2, 3, 5, 9], [1, 6, 9], [1, 2, 9], [2, 2, 3, 4, 5]]
 score = jax.jit(choose)
 
 
-@pytest.mark.parametrize(("options", "read"), [(OPTIONS, 5), ([[1], [5], [7]], 0)])
+@pytest.mark.parametrize(("options", "read"), [(OPTIONS, 5), ([[1], [5], [7]], 0), (SIGNED, 11), (DEEP, 12)])
 def test_choose_equals_scoring_each_option_separately(toy, options, read):
-    """Of OPTIONS only 1 2 and 6 2 3 are read: all else is predicted behind a part of them."""
+    """Of OPTIONS only 1 2 and 6 2 3 are read: all else is predicted behind a part of them. Of SIGNED each sign is read
+    once, 3 7, 4 and 5 behind it, and 8; of DEEP 1, behind it 2 3 4, 2 3 5 and 6, and 2 2 3 4.
+    """
     before, built = appended(toy, ROWS), build_options(options)
     cache, found = score(toy, before, built)
     assert built.tokens.shape == (read,)
@@ -317,3 +321,10 @@ def test_options_that_cannot_be_told_apart_are_refused(options):
     for given in (options, [same, same, [8]]):
         with pytest.raises(ValueError, match="end each option with a terminator"):
             build_options(given)
+
+
+@pytest.mark.parametrize("options", [[[i, 1] for i in range(64)], [[1, i, 0] for i in range(64)]])
+def test_more_twigs_or_leaves_than_ids_are_refused(options):
+    build_options(options[1:])
+    with pytest.raises(ValueError, match="more than 63"):
+        build_options(options)
