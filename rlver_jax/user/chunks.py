@@ -13,7 +13,7 @@ from jaxtyping import Int
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.user.packed import Choice, Packed, Query
 
-WIDTHS = range(256, 513, 32)  # of a chunk, in tokens: enough for the weights' products
+WIDTHS = range(192, 513, 32)  # of a chunk, in tokens: enough for the weights' products
 _PLACE, _END = Query._fields.index("place"), Choice._fields.index("end")  # columns by which entries are in order
 _PLACES, _BOUNDS = np.isin(Query._fields, "place"), np.isin(Choice._fields, ("first", "end"))  # that hold indices
 
