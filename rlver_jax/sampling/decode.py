@@ -291,9 +291,7 @@ def _twigs(options: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, int, int
         common = tuple(column[0] for column in columns)
         leaves = [head for head in alike if head != common and head not in inner]
         if max(twig, len(leaves)) >= TWIG_RADIX:
-            raise ValueError(
-                f"more than {TWIG_RADIX - 1} beginnings of options, or of what follows one: give fewer"
-            )
+            raise ValueError(f"more than {TWIG_RADIX - 1} beginnings of options, or of what follows one: give fewer")
         grow(common, 0, twig * TWIG_RADIX)
         for leaf, head in enumerate(leaves, 1):
             grow(head, len(common), twig * TWIG_RADIX + leaf)
