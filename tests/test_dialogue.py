@@ -241,10 +241,10 @@ def test_a_dialogue_is_the_same_in_another_group_and_batch(table, think):
 def test_prefilled_tokens_are_those_that_are_new(table, many, bpe):
     """Counted again from the log, message by message: every token is read once, and once a turn what the options need.
 
-    That is what comes before the last token of each, where it isn't the beginning of a longer one.
+    That is every beginning of an option, once: the last token of each is predicted and never read.
     """
-    heads = {tuple(bpe.encode(f"{n:+d}\n" if n else "0\n")[:-1]) for n in range(-10, 11)}
-    options = sum(len(a) for a in heads if not any(a == b[: len(a)] and a != b for b in heads))
+    written = [tuple(bpe.encode(f"{n:+d}\n" if n else "0\n")) for n in range(-10, 11)]
+    options = len({option[:end] for option in written for end in range(1, len(option))})
     for spec, d in many:
         fresh = table(spec).fresh
         chat, think = fresh.chat, spec.mode == "think"
