@@ -11,13 +11,13 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def longest(rows: Sequence[Sequence[int]]) -> int:
+def longest(rows: Sequence[Sequence[int] | np.ndarray]) -> int:
     """Tokens of the longest row; 0 if there is none."""
     return max(map(len, rows), default=0)
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], width: int, height: int | None = None
+    rows: Sequence[Sequence[int] | np.ndarray], width: int, height: int | None = None
 ) -> tuple[Int[np.ndarray, "B W"], Int[np.ndarray, "B"]]:
     """Rows of tokens as one int32 array with zeros behind them, and how long each is.
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from rlver_jax.models.qwen2 import logits
 from rlver_jax.sampling.cache import LM, Cache, init_cache, keep_slots
 from rlver_jax.sampling.decode import gumbel, score_options
-from rlver_jax.text.padding import round_up
+from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.user.chunks import Chunk, Sizes, chunks_of
 from rlver_jax.user.emotion import change_readout, sample_noise
 from rlver_jax.user.packed import Packed
@@ -65,21 +65,14 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, chunk: Chunk, sizes: Sizes) -> "_Inputs":
-        keep, held = (_filled(x, sizes.capacity) for x in (chunk.keep, chunk.held))
-        rows = _filled(chunk.rows, 3, sizes.width)
+        (keep, held), lengths = pad_rows([chunk.keep, chunk.held], sizes.capacity)
+        rows, _ = pad_rows(list(chunk.rows), sizes.width)
         queries, choices = (np.insert(x, 0, 1, axis=1) for x in (chunk.queries, chunk.choices))
-        asked = _filled(queries, round_up(sizes.width, QUERY_STEP), queries.shape[1])
+        asked, _ = pad_rows(list(queries), queries.shape[1], round_up(sizes.width, QUERY_STEP))
+        chosen, _ = pad_rows(list(choices), choices.shape[1], sizes.choices)
         groups = asked.reshape(-1, QUERY_STEP, queries.shape[1])
-        chosen, length = _filled(choices, sizes.choices, choices.shape[1]), np.array([len(chunk.keep)], np.int32)
-        arrays: Any = (keep, held[None], length, *rows[:, None], groups, chosen)  # a program takes NumPy's as its own
+        arrays: Any = (keep, held[None], lengths[:1], *rows[:, None], groups, chosen)  # programs take NumPy's as theirs
         return cls(*arrays)
-
-
-def _filled(x: np.ndarray, *shape: int) -> Int[np.ndarray, "..."]:
-    """With zeros behind what is given, along every axis."""
-    made = np.zeros(shape, np.int32)
-    made[tuple(map(slice, x.shape))] = x
-    return made
 
 
 def rederive(
