@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from rlver_jax.config import CHOICES, RANGES, ConfigError, flatten, validate
+from rlver_jax.config import ConfigError, flatten, validate
+from rlver_jax.config_fields import CHOICES, RANGES
 
 CONFIGS = sorted(Path(__file__).resolve().parents[1].joinpath("configs").glob("[!_]*.py"))
 

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import PATHS, flatten
+from rlver_jax.config import flatten
+from rlver_jax.config_fields import PATHS
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
 
