@@ -4,8 +4,9 @@ Every fault is reported at once; each message names the field, its value, what i
 """
 
 import difflib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +15,8 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config_fields import CHOICES, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
+
+INT32, FLOAT32 = 2**31 - 1, 3.4028235e38  # the largest of each
 
 
 class ConfigError(ValueError):
@@ -62,51 +65,76 @@ def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = Non
     values, fields = flatten(config), flatten(base)
     faults = list(_names_and_types(values, fields))
     if not faults:  # the other checks may rely on names and types
-        faults += list(_choices_and_ranges(values))
-        faults += list(_emotion(values))
-        faults += list(_lengths(values))
-        faults += list(_learning(values))
-        faults += list(_mesh(values, num_devices))
-        faults += list(_paths(values))
-        faults += list(_remote(values))
+        alone = dict(_choices_and_ranges(values))
+        # Fields beyond their ranges are left out of the checks across fields, which may divide by them.
+        sound = values | {name: fields[name] for name in alone}
+        across = [*_emotion(sound), *_lengths(sound), *_learning(sound), *_mesh(sound, num_devices)]
+        across += [*_paths(sound), *_remote(sound)]
+        faults = [*alone.values(), *(fault for fault in across if not any(name in fault for name in alone))]
     if faults:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def unknown_field(name: str, fields: Iterable[str]) -> str:
+    """What to say of a field, or a part of a config, that doesn't exist."""
+    close = difflib.get_close_matches(name, fields, 1, 0.5)
+    return f"unknown field; {f'did you mean {close[0]}?' if close else 'see configs/base.py for all fields'}"
 
 
 def _names_and_types(values: dict[str, Any], fields: dict[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1, 0.5)
-            hint = f"did you mean {close[0]}?" if close else "see configs/base.py for all fields"
-            yield f"{name}={value!r}: unknown field; {hint}"
+            yield f"{name}={shown(value)}: {unknown_field(name, fields)}"
             continue
         wanted = type(fields[name])
-        whole = wanted is float and isinstance(value, int) and not isinstance(value, bool)
-        if type(value) is not wanted and not whole:
-            yield f"{name}={value!r}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            yield f"{name}={shown(value)}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
     for name in fields:
         if name not in values:
             yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
 
 
-def _choices_and_ranges(values: dict[str, Any]) -> Iterator[str]:
-    for name, allowed in CHOICES.items():
-        if values[name] not in allowed:
-            close = difflib.get_close_matches(values[name], allowed, 1)
+def shown(value: Any) -> str:
+    """A value as a message holds it: cut short where it is long."""
+    return shortened(repr(value))
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """A text without its middle, where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def _choices_and_ranges(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, fault) of each field that is wrong by itself."""
+    for name, value in values.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            close = difflib.get_close_matches(value, CHOICES[name], 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            yield f"{name}={values[name]!r}: expected one of {', '.join(allowed)}{hint}"
-    for name, (low, high, unit) in RANGES.items():
-        if not low <= values[name] <= (float("inf") if high is None else high):
-            allowed_range = f"at least {low}" if high is None else f"{low} to {high}"
-            yield f"{name}={values[name]!r}: expected {allowed_range} {unit}".rstrip()
+            yield name, f"{name}={shown(value)}: expected one of {', '.join(CHOICES[name])}{hint}"
+        if isinstance(value, int | float) and (expected := _beyond(name, value)):
+            yield name, f"{name}={shown(value)}: expected {expected}"
+
+
+def _beyond(name: str, value: float) -> str:
+    """What a number should be instead; empty where it is that. It is computed with as an int32 or a float32."""
+    low, high, unit = RANGES.get(name, (None, None, ""))
+    most = INT32 if isinstance(value, int) else FLOAT32
+    if (-most if low is None else low) <= value <= (most if high is None else high):
+        return ""
+    if low is not None and high is not None:
+        wanted = f"{low} to {high}"
+    else:
+        wanted = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {most}"] * (not value <= most))
+    return f"{wanted} {unit}".rstrip()
 
 
 def _emotion(values: dict[str, Any]) -> Iterator[str]:
     thresholds = tuple(values["emotion.thresholds"])
-    if len(thresholds) != 4 or list(thresholds) != sorted(set(thresholds), reverse=True):
+    whole = len(thresholds) == 4 and all(type(border) is int for border in thresholds)
+    if not whole or any(high <= low for high, low in itertools.pairwise((101, *thresholds, 0))):
         yield (
-            f"emotion.thresholds={thresholds}: expected four falling numbers, the lower bounds of bands S, A, B, C; "
-            f"SAGE's are (100, 70, 40, 10)"
+            f"emotion.thresholds={shown(thresholds)}: expected four falling whole numbers of 1 to 100, the lower "
+            f"bounds of bands S, A, B, C; SAGE's are (100, 70, 40, 10)"
         )
     floor, ceiling = values["emotion.floor"], values["emotion.ceiling"]
     for name in ("emotion.initial", "eval.initial_emotion"):
@@ -147,7 +175,10 @@ def _learning(values: dict[str, Any]) -> Iterator[str]:
             f"{-(-batch // parts) * parts}, or fewer parts"
         )
     if values["loss.importance_cap"] and not values["loss.recompute"]:
-        yield "loss.importance_cap weighs the trainer's log-probs against the sampler's: set loss.recompute as well"
+        yield (
+            f"loss.importance_cap={values['loss.importance_cap']}: weighs the trainer's log-probs against the "
+            f"sampler's; set loss.recompute as well"
+        )
     if 0 < values["loss.dual_clip"] <= 1:
         yield f"loss.dual_clip={values['loss.dual_clip']}: expected above 1, e.g. 3, or 0 for none"
     if 0 < values["alarms.ratio_max"] <= 1:
@@ -194,12 +225,21 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
 
 def _paths(values: dict[str, Any]) -> Iterator[str]:
     for name in ("policy.path", "user.path", "critic.path", "reference.path", "user.prompts"):
-        if values[name] and not Path(values[name]).is_dir():
-            yield f"{name}={values[name]!r}: no such folder"
+        if values[name] and not _is(Path.is_dir, values[name]):
+            yield f"{name}={shown(values[name])}: no such folder"
     for name in ("data.train", "data.eval"):
         for file in profile_files(values[name]):
-            if not Path(file).is_file():
-                yield f"{name}={values[name]!r}: {file} is not a file; expected JSONL profiles, comma-separated"
+            if not _is(Path.is_file, file):
+                wanted = "is not a file; expected JSONL profiles, comma-separated"
+                yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
+
+
+def _is(kind: Callable[[Path], bool], path: str) -> bool:
+    """Whether there is a folder or a file; none has a name that the system refuses, too long or with a null."""
+    try:
+        return kind(Path(path))
+    except (OSError, ValueError):
+        return False
 
 
 def _remote(values: dict[str, Any]) -> Iterator[str]:

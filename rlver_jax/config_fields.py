@@ -1,5 +1,7 @@
 """What each field of a config may hold: choices, ranges, and which fields name places. `config` checks them."""
 
+from rlver_jax.parallel.mesh import AXES
+
 SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy.size": SIZES,
@@ -74,6 +76,8 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "loss.vocab_chunk": (1, None, "tokens"),
     "train.steps": (1, None, "steps"),
     "train.seed": (0, 2**32 - 1, ""),
+    "data.seed": (0, 2**32 - 1, ""),
+    "eval.seed": (0, 2**32 - 1, ""),
     "train.learning_rate": (0, None, ""),
     "train.warmup_steps": (0, None, "updates"),
     "train.grad_clip": (0, None, ""),
@@ -112,6 +116,8 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "remote.timeout": (0.001, None, "seconds"),
     "remote.deadline": (0.001, None, "seconds"),
     "remote.asks": (1, None, "requests"),
+    **{f"mesh.{axis}": (-1, None, "devices") for axis in AXES},
+    **{f"mesh_sampling.{axis}": (-1, None, "devices") for axis in AXES},
 }
 
 # Fields that say where things lie; the hosts of a run may keep the same things in different places.
