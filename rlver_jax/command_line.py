@@ -106,6 +106,13 @@ def config_from_flags(
     return values.config, values, rest
 
 
+def given_path(options: flags.FlagValues) -> str:
+    """The config's `policy.path` where the command line sets it; empty where it is the config file's."""
+    overrides = config_flags.get_override_values(options["config"])
+    given = "policy.path" in overrides or "path" in overrides.get("policy", {})
+    return options.config.policy.path if given else ""
+
+
 def _installed(arg: str) -> str:
     """`--config=configs/NAME.py` with the file's place in the package, where there is none in the working folder."""
     found = re.fullmatch(r"(--?config=|)(configs/\w+\.py)(:.*|)", arg)

@@ -6,7 +6,7 @@ Every fault is reported at once; each message names the field, its value, what i
 import difflib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config_fields import CHOICES, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
+MODELS = ("policy", "user", "critic", "reference")  # that a `path` names
 INT32, FLOAT32 = 2**31 - 1, 3.4028235e38  # the largest of each
 
 
@@ -51,13 +52,16 @@ def unflatten(flat: dict[str, Any], base: ConfigDict) -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = None) -> None:
+def validate(
+    config: ConfigDict, base: ConfigDict, num_devices: int | None = None, needs: Sequence[str] = MODELS
+) -> None:
     """Checks a config against `base` (the documented fields) and its fields against each other.
 
     Args:
         config: what will run.
         base: `configs/base.py:get_config()`; its leaves are the fields that exist, their types the allowed ones.
         num_devices: of the mesh; None skips what depends on it.
+        needs: models that will be loaded; the folders of others may be gone.
 
     Raises:
         ConfigError: with one line for every fault.
@@ -69,7 +73,7 @@ def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = Non
         # Fields beyond their ranges are left out of the checks across fields, which may divide by them.
         sound = values | {name: fields[name] for name in alone}
         across = [*_emotion(sound), *_lengths(sound), *_learning(sound), *_mesh(sound, num_devices)]
-        across += [*_paths(sound), *_remote(sound)]
+        across += [*_paths(sound, needs), *_remote(sound)]
         faults = [*alone.values(), *(fault for fault in across if not any(name in fault for name in alone))]
     if faults:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
@@ -223,9 +227,9 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
             )
 
 
-def _paths(values: dict[str, Any]) -> Iterator[str]:
-    for name in ("policy.path", "user.path", "critic.path", "reference.path", "user.prompts"):
-        if values[name] and not _is(Path.is_dir, values[name]):
+def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
+    for name in [*(f"{model}.path" for model in needs), "user.prompts"]:
+        if values[name] and not is_folder(values[name]):
             yield f"{name}={shown(values[name])}: no such folder"
     for name in ("data.train", "data.eval"):
         for file in profile_files(values[name]):
@@ -234,8 +238,12 @@ def _paths(values: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
 
 
+def is_folder(path: str) -> bool:
+    """Whether there is a folder; also of a name that the system refuses, too long or with a null."""
+    return bool(path) and _is(Path.is_dir, path)
+
+
 def _is(kind: Callable[[Path], bool], path: str) -> bool:
-    """Whether there is a folder or a file; none has a name that the system refuses, too long or with a null."""
     try:
         return kind(Path(path))
     except (OSError, ValueError):
