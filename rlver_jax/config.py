@@ -17,6 +17,7 @@ from rlver_jax.config_fields import CHOICES, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names
+SHOWN = 5  # faults of a config that was not given by hand
 INT32, FLOAT32 = 2**31 - 1, 3.4028235e38  # the largest of each
 
 
@@ -38,17 +39,20 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def unflatten(flat: dict[str, Any], base: ConfigDict) -> ConfigDict:
     """The config that `flatten` flattened, also when it has been through JSON; `base` has the same fields.
 
+    Fields that `flat` lacks are as in `base`. Paths are not looked at.
+
     Raises:
-        ConfigError: a field that `base` doesn't have, or a value of another type.
+        ConfigError: a field that `base` doesn't have, or a value that it can't have.
     """
-    unknown = sorted(set(flat) - set(flatten(base)))
-    if unknown:
-        raise ConfigError(f"the config is of another version of rlver_jax: {', '.join(unknown)}: unknown field")
+    fields = flatten(base)
+    values = fields | {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
+    faults = list(_names_and_types(values, fields))
+    if not faults:
+        faults = [*dict(_choices_and_ranges(values)).values(), *_emotion(values)]
+    if faults:
+        raise ConfigError(f"the config is of another version of rlver_jax, or no config: {'; '.join(faults[:SHOWN])}")
     config = base.copy_and_resolve_references()
-    try:
-        config.update_from_flattened_dict(flat)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the config is of another version of rlver_jax: {error}") from error
+    config.update_from_flattened_dict(values)
     return config
 
 

@@ -6,6 +6,7 @@ config.json · model/ · metrics.jsonl · tensorboard/ · checkpoints/ · dialog
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,21 @@ class RunFolder:
     def typed_config(self, base: ConfigDict) -> ConfigDict:
         """`config`, with the fields of `configs/base.py:get_config()`.
 
+        Warns (UserWarning) of fields that it lacks: they are as in base.
+
         Raises:
             ValueError: as `config`; or it is of another version of rlver_jax, or holds what no field can.
         """
+        values, fields = self.config(), flatten(base)
+        absent = [f"{name} ({fields[name]!r} is taken)" for name in fields if name not in values]
+        if absent:
+            more = f" and {len(absent) - _SHOWN} more fields" if len(absent) > _SHOWN else ""
+            warnings.warn(
+                f"{self.path / CONFIG}: of an older version of rlver_jax, has no {', '.join(absent[:_SHOWN])}{more}",
+                stacklevel=2,
+            )
         try:
-            return unflatten(self.config(), base)
+            return unflatten(values, base)
         except ConfigError as error:
             raise ConfigError(f"{self.path / CONFIG}: {error}") from error
 
@@ -163,7 +174,8 @@ def _check_same(path: Path, found: dict[str, Any], new: dict[str, Any], free_fie
         if not f"{name}.".startswith(free) and (name not in found or name not in new or found[name] != new[name])
     ]
     if names:
-        shown = "; ".join(f"{name} was {found.get(name)!r}, is {new.get(name)!r}" for name in names[:_SHOWN])
+        was, now = ({n: repr(values[n]) if n in values else "no field" for n in names} for values in (found, new))
+        shown = "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in names[:_SHOWN])
         more = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise ValueError(
             f"{path}: holds a run with another config ({shown}{more}); name another --workdir, or give the same config "
