@@ -7,6 +7,7 @@ model's folder has moved. They are small files; the weights are those of the che
 import shutil
 from pathlib import Path
 
+from rlver_jax.config import is_folder
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import TOKENIZER_FILES
 from rlver_jax.players import check_tokenizers
@@ -18,6 +19,11 @@ _FIXED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("rope_theta", "rms_norm_eps", "tie_embeddings"),
 )
+
+
+def base_folder(path: str) -> Path | None:
+    """The local folder of a model that a config names; None where it is gone."""
+    return Path(path) if is_folder(path) else None
 
 
 def kept_model(workdir: Path) -> Path | None:
@@ -38,7 +44,11 @@ def keep_model(workdir: Path, source: str | Path) -> None:
         return
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    names = [CONFIG, *TOKENIZER_FILES, *(file.name for file in source.glob("*.model"))]
+    names = [
+        CONFIG,
+        *TOKENIZER_FILES,
+        *(file.name for kind in ("*.model", "chat_template*") for file in source.glob(kind)),
+    ]
     for name in dict.fromkeys(names):
         if (source / name).is_file():
             shutil.copyfile(source / name, new / name)

@@ -7,11 +7,10 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from rlver_jax.config import is_folder
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
-from rlver_jax.runs.kept_model import check_same_model, kept_model
+from rlver_jax.runs.kept_model import base_folder, check_same_model, kept_model
 from rlver_jax.runs.workdir import RunFolder
 
 
@@ -100,13 +99,13 @@ def take_checkpoint(
 def _model_folder(run: RunFolder, trained_from: str, given: str) -> str:
     """Where config and tokenizer of a run's policy lie: in the given folder, in the run's, or in the base model's."""
     kept = kept_model(run.path)
-    known = str(kept) if kept else trained_from if is_folder(trained_from) else ""
+    known = str(kept) if kept else trained_from if base_folder(trained_from) else ""
     if not (given or known):
         raise ValueError(
             f"{run.path}: keeps no config and tokenizer, since an older version began it, and its policy.path="
             f"{trained_from!r} is gone; give the base model's folder with --config.policy.path=FOLDER"
         )
-    if given and not is_folder(given):
+    if given and not base_folder(given):
         raise ValueError(f"policy.path={given!r}: no such folder; leave it out to take the run's own ({known})")
     if given and known and Path(given).resolve() != Path(known).resolve():
         check_same_model(given, known)

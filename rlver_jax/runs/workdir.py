@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import ConfigError, flatten, is_folder, unflatten
+from rlver_jax.config import ConfigError, flatten, unflatten
 from rlver_jax.config_fields import PATHS
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.files import write_json
-from rlver_jax.runs.kept_model import check_same_model, keep_model, kept_model
+from rlver_jax.runs.kept_model import base_folder, check_same_model, keep_model, kept_model
 
 CONFIG, FINISHED = "config.json", "finished.json"
 _SHOWN = 5  # differences that a message names
@@ -64,19 +64,19 @@ class RunFolder:
         return folder
 
     def _take(self, new: dict[str, Any], steps: int, free_fields: Sequence[str]) -> None:
-        kept, path = kept_model(self.path), new["policy.path"]
+        kept, source = kept_model(self.path), base_folder(new["policy.path"])
         if (self.path / CONFIG).exists():
             free = (*free_fields, "policy.path") if self.goes_on_without_base(new) else free_fields
             _check_same(self.path, self.config(), new, free)
             self._check_unfinished(steps)
-            if kept and is_folder(path):
-                check_same_model(path, kept)
+            if kept and source:
+                check_same_model(source, kept)
         elif self.path.exists() and any(self.path.iterdir()):
             names = ", ".join(sorted(item.name for item in self.path.iterdir())[:_SHOWN])
             raise ValueError(f"{self.path}: is not empty ({names}) and holds no {CONFIG}; name another --workdir")
         self.dialogues(0).parent.mkdir(parents=True, exist_ok=True)
-        if not kept and is_folder(path):
-            keep_model(self.path, path)
+        if not kept and source:
+            keep_model(self.path, source)
         write_json(self.path / CONFIG, new)
 
     def goes_on_without_base(self, values: Mapping[str, Any]) -> bool:
@@ -93,7 +93,7 @@ class RunFolder:
 
         The parameters that are made in the weights' place are those of no model; `Checkpoints.restore` replaces them.
         """
-        gone = lambda: not is_folder(config.policy.path) and self.goes_on_without_base(flatten(config))  # noqa: E731
+        gone = lambda: not base_folder(config.policy.path) and self.goes_on_without_base(flatten(config))  # noqa: E731
         if not distributed.from_main(gone):
             return config
         config = config.copy_and_resolve_references()
