@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import base
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.command_line import config_from_flags, given_path
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.parallel.mesh import make_sampling_mesh
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config())
-        validate(config, base.get_config(), jax.device_count())
+        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
+        needs = ["policy", "user"] if options.side == "user" else ["user"]
+        validate(config, base.get_config(), jax.device_count(), needs)
         profile = _profile(chosen_profiles(config), options.profile)
         out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
         if out.exists():

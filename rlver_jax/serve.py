@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import base
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.command_line import config_from_flags, given_path
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import load_model, sampling_copy
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         _check_installed()
         checkpoint = options.checkpoint or config.policy.path
-        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config())
-        validate(config, base.get_config(), jax.device_count())
+        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
+        validate(config, base.get_config(), jax.device_count(), ["policy"])
         system = _system(config) if options.policy_prompt else ""
         with _listen(options.host, options.port) as listening:
             with console.status("loading the model"):

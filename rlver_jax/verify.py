@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, _, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__)
         if not rest:
             raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
-        validate(config, base.get_config())
+        validate(config, base.get_config(), needs=["user"])
         report = verify_logs(rest, config, console)
     except (ValueError, OSError) as error:
         errors.print(f"verify: {error}", markup=False, highlight=False)

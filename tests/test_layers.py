@@ -24,7 +24,7 @@ LAYERS = [
     {"profiles"},
     {"text"},
     {"command_line", "endpoint"},
-    {"config"},
+    {"config", "config_fields"},
     {"parallel"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

@@ -139,7 +139,7 @@ def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]
         file, _, how = arg.partition(":")
         name = re.sub(r"\W+", "_", f"{Path(file).stem}_{how}").strip("_")
     try:
-        validate(found, base.get_config(), jax.device_count())
+        validate(found, base.get_config(), jax.device_count(), ["user"])
         _check_there(found)
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
@@ -196,7 +196,7 @@ def _arguments(argv: Sequence[str], usage: str) -> tuple[ConfigDict | None, flag
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
-        validate(config, base.get_config(), jax.device_count())
+        validate(config, base.get_config(), jax.device_count(), ["user"])
     else:
         options, rest = parse_flags(argv, usage, define)
     if rest:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int, Key
 from ml_collections import ConfigDict
 
 from rlver_jax.evaluation import eval_spec
-from rlver_jax.judging.finished import Finished, Turn, turns_of
+from rlver_jax.judging.finished import Finished, Turn, turns_of, within
 from rlver_jax.judging.judge import Appraised, Progress, Work
 from rlver_jax.judging.settings import judge_settings
 from rlver_jax.players import Players, load_model
@@ -81,7 +81,7 @@ class DeviceJudge:
         heard = [i for i, one in enumerate(turns) if one]
         silent = [i for i, one in enumerate(turns) if not one]
         if silent:
-            yield [(i, Appraised([dialogues[i].record["emotions"][0]], [], [], [])) for i in silent]
+            yield [(i, Appraised([within(dialogues[i].record["emotions"][0])], [], [], [])) for i in silent]
         prefixes = {i: self.players.prefix(dialogues[i].profile) for i in heard}  # type: ignore[arg-type]
         shape = self._shape([prefixes[i] for i in heard], [said[i] for i in heard]) if heard else None
         for start in range(0, len(heard), self.batch):
@@ -131,7 +131,7 @@ class _Batch:
         user, rules = self.judge.players.user, self.judge.players.spec.rules
         cache = open_cache(user, *pad_rows(prefixes, shape.prefix, shape.batch), capacity=shape.capacity)
         row_keys = self._keys(shape.batch)
-        results = [Appraised([record["emotions"][0]], [], [], []) for record in self.records]
+        results = [Appraised([within(record["emotions"][0])], [], [], []) for record in self.records]
         for turn in range(max(map(len, self.turns))):
             active = [turn < len(ours) and not self._over(r) for ours, r in zip(self.turns, results, strict=True)]
             texts = [one[turn] if on else [] for one, on in zip(said, active, strict=True)]
