@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
+from rlver_jax import paths
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
@@ -186,7 +187,7 @@ def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = Non
         faults += list(_lengths(values))
         faults += list(_learning(values))
         faults += list(_mesh(values, num_devices))
-        faults += list(_paths(values))
+        faults += list(_local(values)) or list(_paths(values))
         faults += list(_remote(values))
     if faults:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
@@ -309,6 +310,13 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
                 f"{field}={values[field]}: must be a multiple of {name}.replica x {name}.fsdp = {rows}, which split "
                 f"the batch; choose {-(-values[field] // rows) * rows}, or a larger {name}.tensor"
             )
+
+
+def _local(values: dict[str, Any]) -> Iterator[str]:
+    for name in PATHS:
+        for path in values[name].split(","):
+            if fault := paths.fault(path):
+                yield f"{name}={values[name]!r}: {fault}"
 
 
 def _paths(values: dict[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import PATHS, flatten
 from rlver_jax.parallel import distributed
+from rlver_jax.paths import check_folder_to_write
 from rlver_jax.runs.files import write_json
 
 CONFIG, FINISHED = "config.json", "finished.json"
@@ -60,6 +61,7 @@ class RunFolder:
         return folder
 
     def _take(self, new: dict[str, Any], steps: int, free_fields: Sequence[str]) -> None:
+        check_folder_to_write(self.path)
         if (self.path / CONFIG).exists():
             _check_same(self.path, self.config(), new, free_fields)
             self._check_unfinished(steps)
@@ -73,7 +75,7 @@ class RunFolder:
         if not (self.path / CONFIG).exists():
             raise ValueError(
                 f"{self.path}: process {jax.process_index()} doesn't see what process 0 wrote there; name a --workdir "
-                f"that all hosts share (a network folder or gs://…)"
+                f"that all hosts share (a network folder, or a bucket that is mounted on each)"
             )
 
     def config(self) -> dict[str, Any]:
