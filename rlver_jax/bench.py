@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from rlver_jax.benches.timing import machine
-from rlver_jax.command_line import parse_flags
+from rlver_jax.command_line import define_path, parse_flags
 from rlver_jax.config import ConfigError
+from rlver_jax.output import consoles
 from rlver_jax.runs.files import write_json
 
 # Each is a module with `measure(repeats, tell)`, which returns figures, and `lines(figures)`, which says them.
@@ -33,7 +33,7 @@ SUITES = ("dialogue", "rollout", "update", "logprob", "load", "compile")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         suite, options = _arguments(sys.argv[1:] if argv is None else argv)
         found = {"suite": suite, "repeats": options.repeats, "machine": machine()}
@@ -58,14 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str]) -> tuple[str, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
+        define_path("json", "", "file for all figures", values, new="file")
         flags.DEFINE_integer("repeats", 3, "runs of each way", 1, flag_values=values)
 
     options, suites = parse_flags(argv, __doc__, define)
     if len(suites) != 1 or suites[0] not in SUITES:
         raise ConfigError(f"found {' '.join(suites) or 'no suite'}, expected one of {', '.join(SUITES)}")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ConfigError(f"{options.json}: its folder does not exist; make it, or name another file")
     return suites[0], options
 
 

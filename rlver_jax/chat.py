@@ -21,13 +21,14 @@ from typing import Any
 import jax
 from absl import flags
 from ml_collections import ConfigDict
-from rich.console import Console
 
-from configs import base
-from rlver_jax.command_line import config_from_flags, given_path
+from rlver_jax.command_line import config_from_flags, define_path, given_path
 from rlver_jax.config import ConfigError, validate
+from rlver_jax.config_files import base
 from rlver_jax.evaluation import chosen_profiles, eval_spec
+from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
+from rlver_jax.paths import check_file_to_write
 from rlver_jax.players import Players, limits_of, load_model
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.trained import take_checkpoint
@@ -40,7 +41,7 @@ SIDES = ("user", "policy")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
         if out.exists():
             raise ConfigError(f"--out={out} exists; name a new file")
+        check_file_to_write(out)
         with console.status("loading the models"):
             talk = _conversation(config, options, profile, trained.weights if trained else None)
     except (ValueError, OSError) as error:
@@ -66,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         given: dict[str, Any] = {"flag_values": values}
-        flags.DEFINE_string("checkpoint", None, "training run or Hugging Face folder to take the policy from", **given)
+        define_path("checkpoint", None, "training run or Hugging Face folder to take the policy from", values)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
         flags.DEFINE_enum("side", "user", SIDES, "which side you take", **given)
         flags.DEFINE_string("profile", "", "id of the user's profile in data.eval; default: the first", **given)
-        flags.DEFINE_string("out", "", "file for the transcript; default: chat_DATE_TIME.jsonl", **given)
+        define_path("out", "", "file for the transcript; default: chat_DATE_TIME.jsonl", values, new="file")
         flags.DEFINE_integer("seed", None, "of what the models draw; default: another one each time", 0, **given)
 
     config, options, rest = config_from_flags(argv, __doc__, define)

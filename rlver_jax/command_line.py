@@ -1,12 +1,13 @@
 """Flags of the entry points, with help and with errors that say what to do."""
 
+import functools
 import importlib
 import io
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +15,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import base
-from rlver_jax.config import ConfigError, shortened
+from rlver_jax import config_files
+from rlver_jax.config import ConfigError, flatten, shortened
+from rlver_jax.config_fields import PATHS
+from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, local
 
 Define = Callable[[flags.FlagValues], None]
 
@@ -49,6 +52,57 @@ def parse_flags(argv: Sequence[str], usage: str, define: Define) -> tuple[flags.
         raise ConfigError(_explained(error, argv)) from error
 
 
+def define_path(name: str, default: str | None, help: str, values: flags.FlagValues, *, new: str = "") -> None:
+    """A flag that takes a local path: no URL, and `~` is the home folder.
+
+    Args:
+        new: what will be written there, and must be possible: "file" | "folder"; empty: nothing, or it is seen later.
+    """
+    flags.DEFINE(PathParser(new), name, default, help, values)
+
+
+def define_paths(name: str, default: str, help: str, values: flags.FlagValues) -> None:
+    """A flag that takes local paths, joined by commas; its value is their text."""
+    flags.DEFINE(PathParser(several=True), name, default, help, values)
+
+
+class PathParser(flags.ArgumentParser):
+    """Of flags for local paths."""
+
+    syntactic_help = "a local path"
+
+    def __init__(self, new: str = "", several: bool = False):
+        self._new, self._several = new, several
+
+    def parse(self, argument: str) -> str:
+        """The path or the paths, with the home folder for `~`.
+
+        Raises:
+            PathError: one of them cannot be used.
+        """
+        if self._several:
+            return ",".join(local(path.strip()) for path in argument.split(","))
+        path = local(argument)
+        if path and self._new:
+            (check_file_to_write if self._new == "file" else check_folder_to_write)(path)
+        return path
+
+
+def local_paths(words: Sequence[str]) -> list[str]:
+    """What is no flag, as local paths.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    found = []
+    for word in words:
+        try:
+            found.append(local(word))
+        except PathError as error:
+            raise ConfigError(f"{word}: {error}") from error
+    return found
+
+
 def keep_compiled() -> None:
     """Has compiled programs outlive the process, so that the next start of the same run takes seconds.
 
@@ -57,8 +111,16 @@ def keep_compiled() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return  # JAX has read it
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "rlver_jax" / "compiled" / platform.node()))
+    if folder := cache_folder("compiled", platform.node()):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    else:
+        _say_that_nothing_is_kept()
+
+
+@functools.cache
+def _say_that_nothing_is_kept() -> None:
+    told = "no cache folder can be written, so what is compiled is not kept; JAX_COMPILATION_CACHE_DIR names one"
+    print(told, file=sys.stderr)
 
 
 def import_remote(name: str) -> ModuleType:
@@ -85,8 +147,7 @@ def config_from_flags(
     Returns:
         the config, not yet validated; the flags; what is no flag.
     """
-
-    argv = [_installed(arg) for arg in argv]
+    argv, file = _with_config_located(argv)
 
     def define_all(values: flags.FlagValues) -> None:
         config_flags.DEFINE_config_file(
@@ -99,10 +160,12 @@ def config_from_flags(
         if define is not None:
             define(values)
 
-    values, rest = parse_flags(argv, usage, define_all)
+    with config_files.imports_of(file):
+        values, rest = parse_flags(argv, usage, define_all)
     keep_compiled()
     if values.config is None:
         raise ConfigError("no --config was given; name one, e.g. --config=configs/base.py (--help lists all flags)")
+    _expand_home(values.config)
     return values.config, values, rest
 
 
@@ -113,13 +176,31 @@ def given_path(options: flags.FlagValues) -> str:
     return options.config.policy.path if given else ""
 
 
-def _installed(arg: str) -> str:
-    """`--config=configs/NAME.py` with the file's place in the package, where there is none in the working folder."""
-    found = re.fullmatch(r"(--?config=|)(configs/\w+\.py)(:.*|)", arg)
-    if not found or Path(found[2]).exists():
-        return arg
-    file = Path(base.__file__).parent.parent / found[2]
-    return f"{found[1]}{file}{found[3]}" if file.exists() else arg
+def _with_config_located(argv: Sequence[str]) -> tuple[list[str], str]:
+    """(the arguments with the config file's real place, that place)."""
+    words, file = list(argv), ""
+    for i, word in enumerate(words):
+        flag, equals, given = word.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        at = i if equals else i + 1
+        given = given if equals else "".join(words[at : at + 1])
+        try:
+            name, *arg = local(given).split(":", 1)
+        except PathError as error:
+            raise ConfigError(f"--config={given}: {error}") from error
+        file = config_files.located(name)
+        words[at : at + 1] = [flag * bool(equals) + equals + ":".join([file, *arg])]
+    return words, file
+
+
+def _expand_home(config: Any) -> None:
+    """The home folder for `~` in fields that hold paths; `config.validate` finds what cannot be one."""
+    fields = flatten(config) if isinstance(config, ConfigDict) else {}
+    for name in PATHS:
+        paths = fields[name].split(",") if isinstance(fields.get(name), str) else []
+        if any(path.startswith("~") for path in paths):
+            config.update_from_flattened_dict({name: ",".join(map(os.path.expanduser, paths))})
 
 
 def _help(usage: str, values: flags.FlagValues) -> str:
@@ -131,6 +212,8 @@ def _help(usage: str, values: flags.FlagValues) -> str:
 
 
 def _explained(error: Exception, argv: Sequence[str]) -> str:
+    if isinstance(error.__context__, PathError):
+        return str(error)
     text = str(error.args[0] if error.args else error)
     overrides = [arg.lstrip("-").removeprefix("config.") for arg in argv if re.match(r"--?config\.", arg)]
     unknown = [field for field in overrides if _place(field) is None]

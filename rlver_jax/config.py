@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
-from rlver_jax.config_fields import CHOICES, RANGES
+from rlver_jax import paths
+from rlver_jax.config_fields import CHOICES, PATHS, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names
@@ -77,7 +78,8 @@ def validate(
         # Fields beyond their ranges are left out of the checks across fields, which may divide by them.
         sound = values | {name: fields[name] for name in alone}
         across = [*_emotion(sound), *_lengths(sound), *_learning(sound), *_mesh(sound, num_devices)]
-        across += [*_paths(sound, needs), *_remote(sound)]
+        across += [*_local(sound)] or [*_paths(sound, needs)]
+        across += _remote(sound)
         faults = [*alone.values(), *(fault for fault in across if not any(name in fault for name in alone))]
     if faults:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
@@ -229,6 +231,13 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
                 f"{field}={values[field]}: must be a multiple of {name}.replica x {name}.fsdp = {rows}, which split "
                 f"the batch; choose {-(-values[field] // rows) * rows}, or a larger {name}.tensor"
             )
+
+
+def _local(values: dict[str, Any]) -> Iterator[str]:
+    for name in PATHS:
+        for path in values[name].split(","):
+            if fault := paths.fault(path):
+                yield f"{name}={shown(values[name])}: {fault}"
 
 
 def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:

@@ -35,9 +35,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from configs import base
-from rlver_jax.command_line import config_from_flags, given_path, import_remote
+from rlver_jax.command_line import config_from_flags, define_path, given_path, import_remote
 from rlver_jax.config import ConfigError, endpoint_sides, validate
+from rlver_jax.config_files import base
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.endpoint.usage import usage_text
 from rlver_jax.evaluation import Played, chosen_profiles, load
@@ -45,6 +45,7 @@ from rlver_jax.judging import command as judging
 from rlver_jax.judging.finished import finished
 from rlver_jax.judging.show import show_judges
 from rlver_jax.miniature.gold import gold_judge
+from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs import evaluation_folder
@@ -62,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    errors = Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         config, options = _arguments(argv)
-        console = Console(quiet=not distributed.is_main())
+        console.quiet = not distributed.is_main()
         trained = _trained(config, options)
         validate(config, base.get_config(), jax.device_count(), ["policy", "user"])
         judges = judging.Judges.of_flags(options, config)
@@ -111,11 +112,9 @@ def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> i
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("out", None, "folder for summary.json and dialogues.jsonl", flag_values=values)
-        flags.DEFINE_string(
-            "checkpoint", None, "training run or Hugging Face folder to take the policy from", flag_values=values
-        )
-        flags.DEFINE_string("before", "", "--out of an earlier evaluation, to be compared with", flag_values=values)
+        define_path("out", None, "folder for summary.json and dialogues.jsonl", values)
+        define_path("checkpoint", None, "training run or Hugging Face folder to take the policy from", values)
+        define_path("before", "", "--out of an earlier evaluation, to be compared with", values)
         flags.DEFINE_integer("repeats", 1, "dialogues of each profile, for spread", lower_bound=1, flag_values=values)
         judging.define_flags(values)
         distributed.define_flags(values)

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from rich.console import Console
 
-from configs import base
-from rlver_jax.command_line import parse_flags
+from rlver_jax.command_line import define_path, parse_flags
 from rlver_jax.config import ConfigError
+from rlver_jax.config_files import base
 from rlver_jax.models.hf_weights import save_params
+from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import make_model
 from rlver_jax.runs.trained import TrainedPolicy
@@ -29,7 +29,7 @@ DTYPES = ("bfloat16", "float32")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         options = _arguments(sys.argv[1:] if argv is None else argv)
         policy = TrainedPolicy.open(options.workdir, base.get_config(), options.step, options[POLICY_PATH].value or "")
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str]) -> flags.FlagValues:
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("workdir", None, "folder of a training run", flag_values=values)
-        flags.DEFINE_string("out", None, "folder to be written; new or empty", flag_values=values)
+        define_path("workdir", None, "folder of a training run", values)
+        define_path("out", None, "folder to be written; new or empty", values, new="folder")
         flags.DEFINE_string("step", "", "best | last | a number", flag_values=values)
         flags.DEFINE_string(
             POLICY_PATH, "", "folder to take config and tokenizer from, instead of the run's own", flag_values=values

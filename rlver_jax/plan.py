@@ -22,13 +22,13 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from rich.console import Console
 
-from configs import base
 from rlver_jax.assembly import rollout_spec
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.command_line import config_from_flags, define_path
 from rlver_jax.config import ConfigError, profile_files, validate
+from rlver_jax.config_files import base
 from rlver_jax.miniature.assets import POLICY, shipped
+from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.plans.chips import chip_of, topology_devices
 from rlver_jax.plans.measure import compile_all
@@ -46,7 +46,7 @@ PREFIX, FIRST_TALK = 2688, 128  # tokens: RLVER's 500 published training profile
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         devices = topology_devices(options.topology)
@@ -71,7 +71,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         flags.DEFINE_string("topology", None, "TPU chips, as FAMILY:SIZES, e.g. v5e:2x4", flag_values=values)
         what = "also compile the update under each remat policy, and name the lightest that fits"
         flags.DEFINE_boolean("remat", False, what, flag_values=values)
-        flags.DEFINE_string("json", None, "file that the whole plan is written to as well", flag_values=values)
+        define_path("json", None, "file that the whole plan is written to as well", values, new="file")
 
     config, options, rest = config_from_flags(argv, __doc__, define)
     if rest:

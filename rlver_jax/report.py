@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.command_line import parse_flags
+from rlver_jax.command_line import define_path, local_paths, parse_flags
 from rlver_jax.config import ConfigError
+from rlver_jax.output import consoles
 from rlver_jax.reports import page
 from rlver_jax.reports.sources import read_runs
 from rlver_jax.runs.files import write_text
@@ -26,7 +26,7 @@ from rlver_jax.runs.files import write_text
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
 
     def watch(files: Sequence[Path], name: str) -> Iterable[Path]:
         return track(files, f"reading {name}", console=console, transient=True, disable=not console.is_terminal)
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("out", "", "HTML file to be written", flag_values=values)
-        flags.DEFINE_string("curve", "", "SVG file of the emotion curve to be written", flag_values=values)
+        define_path("out", "", "HTML file to be written", values, new="file")
+        define_path("curve", "", "SVG file of the emotion curve to be written", values, new="file")
         flags.DEFINE_float("max_mb", 5.0, "largest page, in MB of 10^6 bytes", 0.1, flag_values=values)
 
     options, folders = parse_flags(argv, __doc__, define)
@@ -62,10 +62,7 @@ def _arguments(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         raise ConfigError("no folder was given; name --workdir of training runs or --out of evaluations")
     if not options.out and not options.curve:
         raise ConfigError("neither --out nor --curve was given; name the file to be written, such as --out=report.html")
-    for path in filter(None, (options.out, options.curve)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"{path}: its folder does not exist; make it, or name another file")
-    return options, folders
+    return options, local_paths(folders)
 
 
 if __name__ == "__main__":

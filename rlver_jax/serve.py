@@ -24,9 +24,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from configs import base
-from rlver_jax.command_line import config_from_flags, given_path
+from rlver_jax.command_line import config_from_flags, define_path, given_path
 from rlver_jax.config import ConfigError, validate
+from rlver_jax.config_files import base
+from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import load_model, sampling_copy
 from rlver_jax.runs.trained import take_checkpoint
@@ -40,7 +41,7 @@ LOOK_S = 2.0  # between two lines of figures in a terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         _check_installed()
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         given: dict[str, Any] = {"flag_values": values}
-        flags.DEFINE_string("checkpoint", None, "training run or Hugging Face folder to take the policy from", **given)
+        define_path("checkpoint", None, "training run or Hugging Face folder to take the policy from", values)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
         flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **given)
         flags.DEFINE_boolean(

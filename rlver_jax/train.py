@@ -18,12 +18,12 @@ from pathlib import Path
 import jax
 from absl import flags
 from ml_collections import ConfigDict
-from rich.console import Console
 
-from configs import base
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.command_line import config_from_flags, define_path
 from rlver_jax.config import MODELS, ConfigError, check_training, flatten, validate
+from rlver_jax.config_files import base
 from rlver_jax.miniature.gold import gold_judge
+from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    errors = Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     say = lambda text: errors.print(f"train: {text}", markup=False, highlight=False)  # noqa: E731
     try:
         config, workdir = _arguments(argv)
-        console = Console(quiet=not distributed.is_main())
+        console.quiet = not distributed.is_main()
         done = train(config, workdir, make_mesh(**config.mesh), console, gold_judge(config))
     except (ValueError, OSError) as error:
         say(error)
@@ -65,7 +65,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("workdir", None, "folder of the run; an interrupted run goes on", flag_values=values)
+        define_path("workdir", None, "folder of the run; an interrupted run goes on", values)
         distributed.define_flags(values)
 
     config, options, rest = config_from_flags(argv, __doc__, define)

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from configs import base
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.command_line import config_from_flags, local_paths
 from rlver_jax.config import ConfigError, profile_files, reward_settings, validate
+from rlver_jax.config_files import base
+from rlver_jax.output import consoles
 from rlver_jax.players import Players, load_model, spec_of
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import read_dialogues
@@ -297,13 +298,14 @@ def show(report: Report, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles(soft_wrap=True)
     try:
         config, _, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__)
         if not rest:
             raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
+        files = local_paths(rest)
         validate(config, base.get_config(), needs=["user"])
-        report = verify_logs(rest, config, console)
+        report = verify_logs(files, config, console)
     except (ValueError, OSError) as error:
         errors.print(f"verify: {error}", markup=False, highlight=False)
         return 2

@@ -26,6 +26,7 @@ LAYERS = [
     {"command_line", "endpoint"},
     {"config", "config_fields"},
     {"parallel"},
+    {"config_files", "output", "paths"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 

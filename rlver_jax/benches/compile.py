@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs import miniature
 from rlver_jax.benches.timing import Tell
+from rlver_jax.config_files import FOLDER
 from rlver_jax.runs.metrics import read_metrics
 
-CONFIG, FLAGS = miniature.__file__, ("--config.eval.every=0",)
+CONFIG, FLAGS = FOLDER / "miniature.py", ("--config.eval.every=0",)
 POLL_S = 0.05
 
 
@@ -49,7 +49,7 @@ def _start(folder: Path, name: str) -> dict[str, float]:
     command = [sys.executable, "-m", "rlver_jax.train", f"--config={CONFIG}", "--config.train.steps=2", *FLAGS]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     began = time.perf_counter()
-    with log.open("w") as out:
+    with log.open("wb") as out:
         run = subprocess.Popen([*command, f"--workdir={workdir}"], stdout=out, stderr=out, env=environment)
     try:
         first, second = (_until(run, workdir / "metrics.jsonl", step, log) - began for step in (1, 2))
@@ -71,7 +71,7 @@ def _start(folder: Path, name: str) -> dict[str, float]:
 
 def _until(run: subprocess.Popen, metrics: Path, steps: int, log: Path) -> float:
     """When the run has written down so many steps."""
-    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
         if run.poll():
             raise ValueError(_failure(run, log))
         time.sleep(POLL_S)
@@ -79,7 +79,8 @@ def _until(run: subprocess.Popen, metrics: Path, steps: int, log: Path) -> float
 
 
 def _failure(run: subprocess.Popen, log: Path) -> str:
-    return f"the training run ended with exit status {run.returncode}: {log.read_text()[-2000:]}"
+    said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    return f"the training run ended with exit status {run.returncode}: {said}"
 
 
 def _medians(some: list[dict[str, float]]) -> dict[str, float]:

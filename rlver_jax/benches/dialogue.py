@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import miniature
+from rlver_jax import config_files
 from rlver_jax.benches.timing import Tell, alternate, ratios
 from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation, chosen_profiles, load
@@ -72,7 +72,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _evaluation(dialogues: int, rows: int) -> Evaluation:
-    config = miniature.get_config()
+    config = config_files.load("miniature").get_config()
     config.eval.num_profiles = config.eval.batch = dialogues
     config.eval.rows, config.eval.max_turns = rows, TURNS
     config.emotion.floor, config.emotion.ceiling = FLOOR, CEILING

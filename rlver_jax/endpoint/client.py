@@ -3,12 +3,13 @@
 Whatever may pass is tried again until a deadline: no connection, a dropped one, a timeout, statuses 408, 409, 425, 429
 and 5xx, and bodies that are no completion. Waits double, with jitter; `Retry-After` and the `x-ratelimit-…` headers
 hold back all requests to the endpoint. A request keeps its place among the concurrent ones while it waits, so an
-endpoint in trouble gets fewer of them.
+endpoint in trouble gets fewer of them. A proxy between here and there (`proxy_of`) says things of its own.
 """
 
 import asyncio
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import tenacity
 from rlver_jax.endpoint.answers import AnswerCache, request_key
 from rlver_jax.endpoint.errors import ContextFull, EndpointError, Unavailable
 from rlver_jax.endpoint.limits import pause_of
+from rlver_jax.endpoint.proxy import Proxy, proxy_of
 
 Message = Mapping[str, str]  # role and content
 _PASSING = frozenset({408, 409, 425, 429})  # beside 5xx
@@ -85,16 +87,18 @@ class Client:
     """Asks one endpoint. `close` it in the event loop that used it."""
 
     def __init__(self, endpoint: Endpoint, answers: AnswerCache):
+        """Asks nothing yet.
+
+        Raises:
+            ValueError: the environment names a proxy that cannot be used.
+        """
         self.endpoint, self.traffic = endpoint, Traffic()
         self._answers = answers
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._free_at = 0.0  # monotonic time before which the endpoint wants no request
         self._url = endpoint.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._http = httpx.AsyncClient(
-            timeout=endpoint.timeout,
-            headers={"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {},
-            limits=httpx.Limits(max_connections=endpoint.concurrency),
-        )
+        self._proxy = proxy_of(self._url)
+        self._http = _http_client(endpoint, self._proxy)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -179,7 +183,7 @@ class Client:
             raise EndpointError(f"{self._url}: expected an address that begins with http:// or https://") from None
         except httpx.RequestError as error:  # transport, decoding of the body, too many redirects
             self.traffic.failed += 1
-            raise _Passing(self._hide(f"{type(error).__name__} {error}".strip())) from None
+            raise self._not_answered(error) from None
 
     def _checked(self, response: httpx.Response) -> dict[str, Any]:
         """The JSON object of a completion.
@@ -196,16 +200,61 @@ class Client:
                 return found
             raise _Passing(f"a body that is no chat completion: {_short(text)}", pause)
         told = f"status {response.status_code}: {_short(text)}"
-        quota = "insufficient_quota" in text
-        if not quota and (response.status_code in _PASSING or response.status_code >= 500):
+        passing = response.status_code in _PASSING or response.status_code >= 500
+        if self._proxy and _is_of_proxy(self._proxy, response.status_code, text):
+            raise self._refused_by_proxy(f"answered with {told}", response.status_code, pause)
+        if passing and "insufficient_quota" not in text:
             raise _Passing(told, pause)
         if response.status_code in (400, 413, 422) and any(word in text.lower() for word in _FULL):
             raise ContextFull(f"{self._url}: {told}")
-        raise EndpointError(f"{self._url}: {told}; {_remedy(response.status_code)}")
+        through = f" (asked through {self._proxy}: if that refuses, {self._proxy.remedy})" if self._proxy else ""
+        raise EndpointError(f"{self._url}: {told}{through}; {_remedy(response.status_code)}")
+
+    def _not_answered(self, error: httpx.RequestError) -> Exception:
+        """What to raise of an attempt that brought no response."""
+        told = self._hide(f"{type(error).__name__} {error}".strip())
+        if not self._proxy:
+            return _Passing(told)
+        if isinstance(error, httpx.ProxyError):  # no tunnel
+            found = re.match(r"[45]\d\d", str(error))
+            return self._refused_by_proxy(f"opens no connection ({told})", int(found[0]) if found else 502)
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and not re.search("SSL|CERT", told):
+            return _Passing(f"{self._proxy} cannot be reached ({told}); start it, or unset {self._proxy.variable}")
+        return _Passing(f"{told} (asked through {self._proxy})")
+
+    def _refused_by_proxy(self, what: str, status: int, pause: float = 0.0) -> Exception:
+        remedy = self._proxy.remedy if self._proxy else ""
+        if status == 407:
+            remedy = f"it wants a user and a password: http://USER:PASSWORD@HOST:PORT in its variable; or {remedy}"
+        told = f"{self._proxy} {what}; {remedy}"
+        passing = status in _PASSING or status >= 500
+        return _Passing(told, pause) if passing else EndpointError(f"{self._url}: {told}")
 
     def _hide(self, text: str) -> str:
         """The text without the API key, which some servers repeat."""
         return text.replace(self.endpoint.key, "***") if len(self.endpoint.key) >= _SHORTEST_KEY else text
+
+
+def _http_client(endpoint: Endpoint, proxy: Proxy | None) -> httpx.AsyncClient:
+    given: dict[str, Any] = {"limits": httpx.Limits(max_connections=endpoint.concurrency)}
+    try:
+        # A transport of its own has no proxy; SSL_CERT_FILE and the like count either way.
+        how = {"proxy": proxy.url, **given} if proxy else {"transport": httpx.AsyncHTTPTransport(**given)}
+        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        return httpx.AsyncClient(timeout=endpoint.timeout, headers=headers, **how)
+    except (ImportError, httpx.InvalidURL, ValueError) as error:
+        if proxy is None:
+            raise
+        told = "pip install socksio, which SOCKS needs" if isinstance(error, ImportError) else str(error)
+        raise ValueError(
+            f"{proxy} cannot be used for {endpoint.url} ({told}); expected an address such as http://HOST:PORT, or "
+            f"{proxy.host} in NO_PROXY"
+        ) from None
+
+
+def _is_of_proxy(proxy: Proxy, status: int, text: str) -> bool:
+    """Whether a proxy made the answer that it should have brought: endpoints explain what they refuse in JSON."""
+    return status == 407 or (not proxy.tunnel and status >= 400 and not isinstance(_parsed(text), dict))
 
 
 def _remedy(status: int) -> str:

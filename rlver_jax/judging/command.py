@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from configs import base
-from rlver_jax.command_line import config_from_flags, import_remote, parse_flags
+from rlver_jax.command_line import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config import ConfigError, endpoint_sides, profile_files, validate
+from rlver_jax.config_files import base
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.evaluation import scores
 from rlver_jax.judging.device import DeviceJudge
@@ -30,6 +30,7 @@ from rlver_jax.judging.settings import judge_settings
 from rlver_jax.judging.show import show_agreement, show_judges, show_scores
 from rlver_jax.judging.statistics import mean_with_interval
 from rlver_jax.judging.work_folder import dialogues_fingerprint
+from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import Record, write_dialogues
@@ -46,15 +47,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "judge": f"further users to score the same dialogues: {kinds}, comma-separated",
         "measures": "judge model for capabilities, relationship and qualities: a config file or a model folder",
     }
-    flags.DEFINE_list("from", [], "score these finished dialogues (ours or SAGE's results)", flag_values=values)
-    flags.DEFINE_list(
-        "agreement", [], "compare the user's changes with the recorded ones in these files", flag_values=values
-    )
+    define_paths("from", "", "score these finished dialogues (ours or SAGE's results)", values)
+    define_paths("agreement", "", "compare the user's changes with the recorded ones in these files", values)
     flags.DEFINE_integer(
         "contexts", 0, "with --agreement: as many contexts at least, in whole dialogues; 0: all", 0, flag_values=values
     )
     for name, text in helps.items():
-        flags.DEFINE_string(name, "", text, flag_values=values)
+        define_paths(name, "", text, values)
 
 
 def of_finished(argv: Sequence[str]) -> bool:
@@ -175,7 +174,7 @@ def _mesh(config: ConfigDict) -> Mesh | None:
 
 def main(argv: Sequence[str], usage: str) -> int:
     """`evaluate --from=…` and `evaluate --agreement=…`; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         config, options = _arguments(argv, usage)
         run = _agreement if options.agreement else _scores
@@ -191,7 +190,7 @@ def main(argv: Sequence[str], usage: str) -> int:
 def _arguments(argv: Sequence[str], usage: str) -> tuple[ConfigDict | None, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         define_flags(values)
-        flags.DEFINE_string("out", "", "folder for the results", flag_values=values)
+        define_path("out", "", "folder for the results", values, new="folder")
 
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
@@ -217,7 +216,7 @@ def _folder(options: flags.FlagValues) -> Path | None:
 
 def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
     """Scores finished dialogues, has them judged, and checks their arithmetic."""
-    paths: list[str] = options["from"].value or []
+    paths = profile_files(options["from"].value or "")
     judges, files = Judges.of_flags(options, config), read_all(paths)
     dialogues = [one for ones in files.values() for one in ones]
     if judges.users:
@@ -263,7 +262,7 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
     _check_there(config)
     if "user" in judges.users:
         raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
-    dialogues = [one for ones in read_all(options.agreement).values() for one in ones]
+    dialogues = [one for ones in read_all(profile_files(options.agreement)).values() for one in ones]
     dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), _profiles(config))
     found, folder = faults(dialogues), _folder(options)
     results = {

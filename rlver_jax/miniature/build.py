@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from rich.console import Console
 
-from configs import base
 from rlver_jax import evaluation
-from rlver_jax.command_line import parse_flags
+from rlver_jax.command_line import define_path, parse_flags
 from rlver_jax.config import ConfigError
+from rlver_jax.config_files import base
 from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
 from rlver_jax.miniature.rows import Packer
@@ -35,7 +35,9 @@ from rlver_jax.miniature.settings import STEPS, miniature_config
 from rlver_jax.miniature.world import people
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.paths import check_folder_to_write
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.dialogue_log import Record, read_dialogues
 from rlver_jax.runs.files import write_json
@@ -164,7 +166,7 @@ def show(found: dict[str, Any], strangers: Sequence[str], console: Console) -> i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         options = _arguments(sys.argv[1:] if argv is None else argv)
         folder, strangers = Path(options.out) if options.out else assets.shipped(), []
@@ -173,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             if (folder / assets.MANIFEST).exists():
                 raise ConfigError(f"{folder}: holds a finished miniature; name another folder")
+            check_folder_to_write(folder)
             steps = Steps(*(int(options[f"{field}_steps"].value or 0) for field in Steps._fields))
             build(folder, steps, console)
         with console.status("measuring"):
@@ -193,9 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str]) -> flags.FlagValues:
     def define(values: flags.FlagValues) -> None:
         what = "folder to be written, or to be measured (default: the shipped one)"
-        flags.DEFINE_string("out", "", what, flag_values=values)
+        define_path("out", "", what, values)
         flags.DEFINE_boolean("check", False, "measure the folder instead of building it", flag_values=values)
-        flags.DEFINE_string("json", "", "file for all figures", flag_values=values)
+        define_path("json", "", "file for all figures", values, new="file")
         for field, count, what in (
             ("user", 2000, "of the simulated user"),
             ("policy", 1200, "of the policy on dialogues in which hints are met"),

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from rlver_jax.command_line import parse_flags
+from rlver_jax.command_line import local_paths, parse_flags
 from rlver_jax.config import ConfigError
+from rlver_jax.output import consoles
 from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.runs.workdir import RunFolder
 
@@ -92,12 +92,12 @@ def table(outcomes: Iterable[Outcome]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = consoles()
     try:
         _, workdirs = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, lambda values: None)
         if not workdirs:
             raise ConfigError("expected folders of training runs; --help shows an example")
-        found = [outcome(Path(workdir)) for workdir in workdirs]
+        found = [outcome(Path(workdir)) for workdir in local_paths(workdirs)]
     except (ValueError, OSError) as error:
         errors.print(f"compare: {error}", markup=False, highlight=False)
         return 2

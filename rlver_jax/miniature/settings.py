@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rlver_jax.config_files import base
 from rlver_jax.miniature import assets
 
 STEPS = 10  # of a training: minutes on two cores

@@ -8,6 +8,7 @@ result stays.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import operator
@@ -22,6 +23,7 @@ from typing import Any, overload
 import tensorflow_datasets as tfds
 from absl import logging
 
+from rlver_jax.paths import cache_folder
 from rlver_jax.profiles.schema import (
     PathLike,
     Paths,
@@ -31,6 +33,10 @@ from rlver_jax.profiles.schema import (
     read_file,
     read_profiles,
 )
+
+
+class DatasetError(RuntimeError, ValueError):
+    """The folder of prepared profiles cannot be written, or has lost files."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -120,7 +126,7 @@ def prepare(files: Mapping[str, Paths], data_dir: PathLike | None = None) -> dic
     it and may be deleted at will.
 
     Raises ProfileError with every fault of every file (nothing is left behind then), ValueError for a bad
-    split name, and RuntimeError if the folder can't be written or a prepared dataset in it has lost files.
+    split name, and DatasetError if the folder can't be written or a prepared dataset in it has lost files.
     """
     config = ProfilesConfig.of(files)
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
@@ -137,9 +143,13 @@ def prepare(files: Mapping[str, Paths], data_dir: PathLike | None = None) -> dic
 
 
 def default_data_dir() -> Path:
-    """The cache folder: `rlver_jax` in XDG_CACHE_HOME, or in ~/.cache where that isn't an absolute path."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "rlver_jax"
+    """`paths.cache_folder`, or where there is none a folder that goes with the process."""
+    return cache_folder() or Path(_temporary().name)
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="rlver_jax_")
 
 
 def fingerprint(files: Mapping[str, Sequence[Path]]) -> str:
@@ -188,7 +198,7 @@ def _build(config: ProfilesConfig, root: Path, target: Path) -> None:
         own = Path(tempfile.mkdtemp(prefix=".preparing-", dir=root))
     except OSError as error:
         remedy = "name a folder that can be written, as data_dir or in XDG_CACHE_HOME"
-        raise RuntimeError(f"can't write the dataset of profiles in {root} ({error.strerror}); {remedy}") from error
+        raise DatasetError(f"can't write the dataset of profiles in {root} ({error.strerror}); {remedy}") from error
     try:
         builder = _builder(config, own)
         builder.download_and_prepare()
@@ -204,11 +214,11 @@ def _build(config: ProfilesConfig, root: Path, target: Path) -> None:
 
 
 def _check_whole(builder: Profiles) -> None:
-    """Raises RuntimeError if a prepared dataset lacks a split or one of its files."""
+    """Raises DatasetError if a prepared dataset lacks a split or one of its files."""
     for split in builder.builder_config.files:
         info = builder.info.splits.get(split)
         if info is None or not all(Path(path).exists() for path in info.filepaths):
-            raise RuntimeError(
+            raise DatasetError(
                 f"the prepared profiles in {builder.data_path} lack files of split {split!r}; delete that "
                 "folder, and the next run prepares it again"
             )

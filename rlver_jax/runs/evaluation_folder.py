@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config import endpoint_sides, flatten
 from rlver_jax.config_fields import PATHS as CONFIG_PATHS
 from rlver_jax.parallel import distributed
+from rlver_jax.paths import check_folder_to_write
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json
@@ -97,6 +98,7 @@ class EvaluationFolder:
 
 def _taken_up(path: Path, settings: dict[str, Any], repeats: int) -> dict[str, Any]:
     """The dialogues that the folder holds, and how they were played; see `EvaluationFolder.open`."""
+    check_folder_to_write(path)
     path.mkdir(parents=True, exist_ok=True)
     progress = path / PROGRESS
     if not progress.exists():

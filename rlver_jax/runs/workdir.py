@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config import ConfigError, flatten, unflatten
 from rlver_jax.config_fields import PATHS
 from rlver_jax.parallel import distributed
+from rlver_jax.paths import check_folder_to_write
 from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.kept_model import base_folder, check_same_model, keep_model, kept_model
@@ -64,6 +65,7 @@ class RunFolder:
         return folder
 
     def _take(self, new: dict[str, Any], steps: int, free_fields: Sequence[str]) -> None:
+        check_folder_to_write(self.path)
         kept, source = kept_model(self.path), base_folder(new["policy.path"])
         if (self.path / CONFIG).exists():
             free = (*free_fields, "policy.path") if self.goes_on_without_base(new) else free_fields
@@ -106,7 +108,7 @@ class RunFolder:
         if not (self.path / CONFIG).exists():
             raise ValueError(
                 f"{self.path}: process {jax.process_index()} doesn't see what process 0 wrote there; name a --workdir "
-                f"that all hosts share (a network folder or gs://…)"
+                f"that all hosts share (a network folder, or a bucket that is mounted on each)"
             )
 
     def config(self) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""Config files: `configs/` of this installation, and what `import configs` means in a config file.
+
+`configs` is a usual name for a folder, and Python looks into the working folder first. The library therefore imports
+no `configs`: it reads the folder beside its own package.
+"""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+_NAME = "configs"
+
+
+def load(name: str) -> ModuleType:
+    """The package's own configs/NAME.py as a module."""
+    file = FOLDER / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"rlver_jax_configs_{name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with imports_of(str(file)):
+        spec.loader.exec_module(module)
+    return module
+
+
+def located(file: str) -> str:
+    """The place of a config file: configs/NAME.py that the working folder doesn't have is that of the package."""
+    if re.fullmatch(rf"(\./)?{_NAME}/\w+\.py", file) and not Path(file).exists() and (FOLDER.parent / file).exists():
+        return str(FOLDER.parent / file)
+    return file
+
+
+@contextlib.contextmanager
+def imports_of(file: str) -> Iterator[None]:
+    """Within it, `import configs` finds what a config file means by it, and nothing is changed afterwards.
+
+    That is the folder that the file lies in, where it is called so; then the package's; then what Python would find.
+    """
+    folder = Path(file).absolute().parent
+    places = [folder] if folder.name == _NAME else []
+    places += [FOLDER, *(Path(entry or ".").absolute() / _NAME for entry in sys.path)]
+    before = _set_aside()
+    try:
+        _make_package([str(place) for place in dict.fromkeys(places) if place.is_dir()])
+        yield
+    finally:
+        _set_aside()
+        sys.modules.update(before)
+
+
+def _set_aside() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name.split(".")[0] == _NAME]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _make_package(places: Sequence[str]) -> None:
+    """`configs` with modules from several folders, and the __init__.py of the first one."""
+    init = Path(places[0]) / "__init__.py"
+    if not init.exists():
+        spec = importlib.machinery.ModuleSpec(_NAME, None, is_package=True)
+        spec.submodule_search_locations = list(places)
+        sys.modules[_NAME] = importlib.util.module_from_spec(spec)
+        return
+    found = importlib.util.spec_from_file_location(_NAME, init, submodule_search_locations=list(places))
+    assert found is not None
+    assert found.loader is not None
+    sys.modules[_NAME] = module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+
+
+base = load("base")  # the fields that exist

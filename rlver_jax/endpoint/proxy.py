@@ -1,0 +1,91 @@
+"""Which proxy stands before an endpoint: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in capitals or not.
+
+What runs on this machine is asked directly: a proxy elsewhere could not reach it.
+"""
+
+import dataclasses
+import ipaddress
+import os
+import re
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+
+@dataclasses.dataclass(frozen=True)
+class Proxy:
+    """A proxy for an endpoint.
+
+    Attributes:
+        url: with user and password, if it has them; not to be shown.
+        variable: that names it.
+        host: of the endpoint.
+        tunnel: it hands on bytes that it cannot read (https), so what is answered is the endpoint's.
+    """
+
+    url: str = dataclasses.field(repr=False)
+    variable: str
+    host: str
+    tunnel: bool
+
+    def __str__(self) -> str:
+        return f"the proxy {self.url.rpartition('@')[2].split('://')[-1].strip('/')} ({self.variable})"
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a proxy that doesn't let a request through."""
+        return f"have it let requests to {self.host} through, or put {self.host} into NO_PROXY to ask it directly"
+
+
+def proxy_of(url: str) -> Proxy | None:
+    """The proxy that requests to `url` go through; None where they go directly."""
+    parts, known = urlsplit(url), getproxies()
+    host = parts.hostname or ""
+    found = known.get(parts.scheme) or known.get("all")
+    if not found or is_loopback(host) or _is_exempt(host, parts.port, known.get("no", "")):
+        return None
+    kind = parts.scheme if known.get(parts.scheme) else "all"
+    names = [name for name in (f"{kind}_proxy", f"{kind}_proxy".upper()) if os.environ.get(name)]
+    address = found if "://" in found else f"http://{found}"
+    return Proxy(address, [*names, "the system's settings"][0], host, parts.scheme == "https")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its name: localhost, 127.0.0.0/8, ::1, or every address (0.0.0.0, ::)."""
+    address = _address(host)
+    if address is None:
+        return host.rstrip(".").lower() == "localhost" or host.rstrip(".").lower().endswith(".localhost")
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return mapped.is_loopback or mapped.is_unspecified
+
+
+def _is_exempt(host: str, port: int | None, no_proxy: str) -> bool:
+    """Whether NO_PROXY names a host: itself, a domain that it is in, its network, or all; with a port or without."""
+    address = _address(host)
+    for entry in re.split(r"[,\s]+", no_proxy.lower()):
+        if entry == "*":
+            return True
+        network = _network(entry.strip("[]"))
+        if network is not None:
+            if address is not None and address in network:
+                return True
+            continue
+        name, _, wanted = entry.split("://")[-1].partition(":")
+        domain = name.removeprefix("*").strip(".")
+        fits = domain and (host == domain or host.endswith(f".{domain}"))
+        if fits and (not wanted or wanted == str(port)):
+            return True
+    return False
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None

@@ -1,0 +1,122 @@
+"""Paths that users give: what a local path is, and what is said where something else was given.
+
+Files are read and written by many libraries, most of which know nothing of URLs: TensorBoard and Orbax fail at the
+first checkpoint, and `Path("gs://…")` is a folder called `gs:`. So only local paths are taken, buckets mounted.
+"""
+
+import os
+import re
+from pathlib import Path
+
+# One slash is left of two where a URL went through `Path`. Any scheme is one with two; with one only those that exist.
+_URL = re.compile(
+    r"\s*(?:(?P<any>[a-z][a-z0-9+.-]+)://|"
+    r"(?P<known>gs|gcs|s3a?|hf|file|https?|ftps?|sftp|hdfs|abfss?|az|wasbs?|adl|oss|cos|r2|dbfs|ssh|scp|data):/)"
+    r"/*(?P<rest>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_LONGEST_NAME, _LONGEST = 255, 4095  # bytes: NAME_MAX and PATH_MAX of Linux
+_BESIDE = ".tmp"  # what `runs.files` appends to a file's name while it writes
+
+
+class PathError(ValueError):
+    """What was given is no path that can be used; the message says what to do."""
+
+
+def fault(path: str) -> str | None:
+    """Why `path` is no local path, and what to do; None where it is one, whether or not anything lies there."""
+    if found := _URL.match(path):
+        return _no_url((found["any"] or found["known"]).lower(), found["rest"])
+    if path and not path.strip():
+        return "is blank; name a file or a folder"
+    if "\0" in path or not _is_utf8(path):
+        return (
+            "holds a zero byte, or characters that this locale cannot write as UTF-8 in a file's name; rename it, or "
+            "start with PYTHONUTF8=1"
+        )
+    if os.path.expanduser(path).startswith("~"):
+        return f"there is no home folder {path.split('/')[0]}; write the whole path, or ./{path} for such a name"
+    name = max((len(part) for part in os.fsencode(path).split(b"/")), default=0)
+    if name > _LONGEST_NAME or len(os.fsencode(path)) > _LONGEST:
+        return f"is too long ({name} bytes in one name, of {_LONGEST_NAME} that are possible); name a shorter one"
+    return None
+
+
+def local(path: str) -> str:
+    """The path, with the home folder for `~`, which shells leave as it is in --flag=~/folder.
+
+    Raises:
+        PathError: it is a URL, or cannot be a path.
+    """
+    if found := fault(path):
+        raise PathError(found)
+    return os.path.expanduser(path)
+
+
+def check_folder_to_write(path: str | os.PathLike[str]) -> None:
+    """That a folder is there to be written to, or can be made.
+
+    Raises:
+        PathError: it is a file or lies in one, or may not be written.
+    """
+    folder = Path(path).absolute()
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        what = "is no folder" if there == folder else f"cannot be made, since {there} is no folder"
+        raise PathError(f"{path}: {what}; name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PathError(f"{path}: {there} may not be written to; name another folder, or change its permissions")
+
+
+def check_file_to_write(path: str | os.PathLike[str]) -> None:
+    """That a file can be written, in a folder that is there.
+
+    Raises:
+        PathError: its folder is missing or may not be written, or it is a folder itself.
+    """
+    file = Path(path).absolute()
+    if file.is_dir():
+        raise PathError(f"{path}: is a folder; name a file")
+    if not file.parent.is_dir():
+        raise PathError(f"{path}: its folder does not exist; make it, or name another file")
+    if not os.access(file.parent, os.W_OK | os.X_OK) or (file.exists() and not os.access(file, os.W_OK)):
+        raise PathError(f"{path}: may not be written; name another file, or change permissions")
+    if len(os.fsencode(file.name + _BESIDE)) > _LONGEST_NAME:
+        raise PathError(f"{path}: the file's name is too long; name a shorter one")
+
+
+def cache_folder(*parts: str) -> Path | None:
+    """A folder in the user's cache, made where it is missing: in XDG_CACHE_HOME if that is absolute, else in ~/.cache.
+
+    None where no home folder is known, as in a container whose user has no name, or where it cannot be written.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        folder = (cache if cache.is_absolute() else Path.home() / ".cache").joinpath("rlver_jax", *parts)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _is_utf8(path: str) -> bool:
+    """Whether Python and libraries written in other languages, which take UTF-8, mean one file by it."""
+    try:
+        return os.fsencode(path) == path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+
+
+def _no_url(scheme: str, rest: str) -> str:
+    told = "is a URL, but files are read and written by local paths only"
+    if scheme == "file":
+        return f"{told}; write the path itself, /{rest.removeprefix('localhost/')}"
+    if scheme in ("gs", "gcs"):
+        return (
+            f"{told}. Mount the bucket (gcsfuse --implicit-dirs {rest.split('/')[0] or 'BUCKET'} FOLDER) and name its "
+            f"place in FOLDER, or start the command with launch/tpu_pod.sh, which mounts it; what is only read can be "
+            f"copied: gcloud storage cp -r gs://{rest} FOLDER"
+        )
+    if scheme == "hf":
+        return f"{told}. Download it (hf download {rest} --local-dir FOLDER) and name FOLDER"
+    return f"{told}. Mount what holds it, or download it, and name its local path"
