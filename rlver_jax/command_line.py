@@ -242,7 +242,7 @@ _WANTED = {
 
 def _place(override: str) -> Any:
     """What `configs/base.py` has where `FIELD=VALUE` sets a field; None where it has nothing there."""
-    found: Any = base.get_config()
+    found: Any = config_files.base.get_config()
     for part in override.split("=")[0].split("."):
         found = found.get(part) if isinstance(found, ConfigDict) else None
     return found

@@ -82,7 +82,7 @@ def test_choices_and_ranges_name_fields_that_exist():
         ({"train__learning_rate": float("inf")}, ["train.learning_rate=inf", "at most 3.40"]),
         ({"train__steps": 2**31}, ["train.steps=2147483648", "at most 2147483647"]),
         ({"mesh__fsdp": -2}, ["mesh.fsdp=-2", "at least -1 devices"]),
-        ({"policy__path": "x" * 300}, ["policy.path='xxx", "no such folder"]),
+        ({"policy__path": "x" * 300}, ["policy.path='xxx", "too long"]),
         ({"train__minibatches": 0}, ["train.minibatches=0", "at least 1 updates"]),
         ({"emotion__initial": 5}, ["emotion.initial=5", "emotion.floor=9"]),
         (
