@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import time
+import urllib.request
 from types import SimpleNamespace
 
 import jax
@@ -25,6 +26,8 @@ from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.trainer import train
+
+from .test_serve import served
 
 STEPS = 4
 SEED = 3  # one with which the random user's emotions move in each of the first two steps: mostly they don't
@@ -202,6 +205,17 @@ def test_a_run_without_its_base_model_is_exported_and_evaluated(moved, tmp_path,
     assert evaluate.main([*flags, f"--out={tmp_path / 'played'}"]) == 0
     assert evaluate.main([*flags, f"--out={tmp_path / 'other'}", "--config.policy.path=/no/such"]) == 2
     assert "policy.path='/no/such': no such folder; leave it out" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_run_without_its_base_model_is_served(moved):
+    """Nor does a server need the user's model."""
+    with served(f"--checkpoint={moved[0]}", "--config.user.path=/no/such", "--rows=2") as (_, url):
+        body = json.dumps({"model": "run", "messages": [{"role": "user", "content": "hello"}]}).encode()
+        asked = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            reply = json.loads(answer.read())
+    assert reply["usage"]["completion_tokens"] > 0
+    assert reply["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_evaluate_scores_a_checkpoint_as_the_run_did(unbroken, tmp_path):
