@@ -4,6 +4,7 @@ A character that the terminal's encoding lacks is written as its escape; a strea
 or whose disk is full is given up, and the work goes on.
 """
 
+import codecs
 import contextlib
 import io
 import os
@@ -81,8 +82,14 @@ def _open_missing() -> None:
 
 
 def _bear_any_character(stream: io.TextIOWrapper) -> None:
-    if stream.errors in ("strict", "surrogateescape"):
-        stream.reconfigure(errors="replace" if stream.readable() else "backslashreplace")
+    if stream.errors not in ("strict", "surrogateescape"):
+        return
+    if not stream.readable():
+        stream.reconfigure(errors="backslashreplace")
+    elif codecs.lookup(stream.encoding).name == "ascii":  # a terminal that sends more sends UTF-8
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    else:
+        stream.reconfigure(errors="replace")
 
 
 def _size() -> tuple[int | None, int | None]:
