@@ -18,6 +18,7 @@ from rlver_jax.models.rope import ROPE_TYPES, RopeScaling
 _T = TypeVar("_T")
 ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
 MOST = 2**31 - 1  # of a size: tokens and positions are int32
+MOST_LAYERS = 10_000  # transformers makes a list of them
 MOST_THETA = 1e38  # float32
 ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
@@ -106,8 +107,6 @@ def _rope(file: Path, found: Any) -> tuple[float, RopeScaling | None]:
     fields: dict[str, Any] = {name: float(rope[name]) for name in names}
     if kind in ("yarn", "llama3"):
         original = rope["original_max_position_embeddings"]
-        if type(original) is not int or not 1 <= original <= MOST:
-            _wrong(file, "original_max_position_embeddings", original, "a whole number of tokens, at least 1")
         fields["original_max_position_embeddings"] = original
         fields.setdefault("factor", found.max_position_embeddings / original)  # where it is null
         if fields["factor"] < 1:
@@ -161,9 +160,9 @@ def _quantization(field: str, given: Any) -> str:
 def _check_values(file: Path, raw: dict[str, Any]) -> None:
     """Types and ranges of the fields that are given."""
     for name in SIZES:
-        value = raw.get(name, 1)
-        if not (value is None and name in MAY_BE_NULL) and (type(value) is not int or not 1 <= value <= MOST):
-            _wrong(file, name, value, f"a whole number from 1 to {MOST}")
+        value, most = raw.get(name, 1), MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if not (value is None and name in MAY_BE_NULL) and (type(value) is not int or not 1 <= value <= most):
+            _wrong(file, name, value, f"a whole number from 1 to {most}")
     for name in FLAGS:
         if type(raw.get(name, False)) is not bool:
             _wrong(file, name, raw[name], "true or false")
@@ -195,6 +194,10 @@ def _check_rope(file: Path, raw: dict[str, Any]) -> None:
             continue
         if not _is_number(value) or not (least <= value < math.inf) or value == 0:
             _wrong(file, f"{field}.{name}", value, f"a number of at least {least}" if least else "a number above 0")
+    for place in (raw, rope) if kind in ("yarn", "llama3") else ():
+        value = place.get("original_max_position_embeddings", 1)
+        if type(value) is not int or not 1 <= value <= MOST:
+            _wrong(file, "original_max_position_embeddings", value, f"a whole number from 1 to {MOST}, of tokens")
     low, high = ("beta_slow", "beta_fast") if kind == "yarn" else ("low_freq_factor", "high_freq_factor")
     if kind in ("yarn", "llama3") and (rope.get(low) or 1) >= (rope.get(high) or 32):
         _refuse(file, f"{field}: {low}={rope.get(low)!r} must lie below {high}={rope.get(high)!r}")
@@ -236,7 +239,9 @@ def _read(file: Path, call: Callable[[], _T]) -> _T:
     try:
         return call()
     except Exception as error:
-        raise ValueError(f"{file}: transformers can't read it: {' '.join(str(error).split())}") from error
+        text = " ".join(str(error).split())
+        shown = text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
+        raise ValueError(f"{file}: transformers can't read it: {shown}") from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ frequency is 1e-3 of a radian.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -64,7 +63,6 @@ class RopeScaling:
         return int(self.factor * max_positions) if self.rope_type == "linear" else max_positions
 
 
-@functools.cache
 def frequencies(theta: float, dim: int, scaling: RopeScaling | None = None) -> Frequencies:
     """Frequencies of a head of `dim` components, as `transformers.modeling_rope_utils` has them."""
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -77,7 +75,6 @@ def frequencies(theta: float, dim: int, scaling: RopeScaling | None = None) -> F
             inverse = _llama3(inverse, scaling)
         else:
             inverse, scale = _yarn(power, theta, dim, scaling), yarn_attention_factor(scaling)
-    inverse.setflags(write=False)
     return Frequencies(inverse, scale)
 
 
