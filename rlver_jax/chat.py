@@ -34,6 +34,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
+from rlver_jax.spec import check_context
 from rlver_jax.user.prompts import load_prompts
 
 SIDES = ("user", "policy")
@@ -101,6 +102,7 @@ def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profil
         profile = dataclasses.replace(profile, first_talk=profile.first_talk or "-")
         players = Players.load(config, spec, mesh, weights)
     else:
+        check_context(config, "user")
         spec = dataclasses.replace(spec, mode="direct", say_tokens=typed_tokens(spec.context))
         user, tokenizer = load_model(config.user, "user", mesh)
         prompts = load_prompts(config.data.language, config.user.prompts or None)

@@ -29,7 +29,7 @@ from rlver_jax.config import ConfigError, validate
 from rlver_jax.config_files import base
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
-from rlver_jax.players import load_model, sampling_copy
+from rlver_jax.players import load_model, make_model, sampling_copy
 from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.sampling.cache import LM
 from rlver_jax.serving.engine import Engine
@@ -104,10 +104,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine:
+    context = options.context or config.rollout.context
+    reads = make_model(config.policy, "policy").config
+    field = "--context" if options.context else "--config.rollout.context"
+    reads.check_context(context, "policy", f"{field}={context}", f"set {field}={reads.context} or lower")
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     lm, tokenizer = load_model(config.policy, "policy", mesh, weights)
     lm = LM(sampling_copy(lm.model, mesh)(lm.params), lm.model)
-    context = options.context or config.rollout.context
     return Engine(lm, tokenizer, rows=options.rows, context=context, block=options.block, queue=options.queue)
 
 

@@ -107,7 +107,9 @@ class DeviceJudge:
         tables, tokens = self.players.tables[1], self.players.spec.user_tokens
         fields, literal = tables.appraisal.template.shape
         literals = fields * (literal + 2 * tables.appraisal.values.shape[2])
-        room = message + literals + fields * tokens + tables.scratch
+        written = literals + fields * tokens + tables.scratch
+        check_length(self.players.user, read + written)
+        room = message + written
         return Shape(min(self.batch, len(prefixes)), prefix, message, up(max(read, prefix) + room))
 
 
@@ -182,6 +184,16 @@ class _Batch:
             count = int(fields.count[place, row]) - bool(fields.stopped[place, row])
             texts[name] = players.tokenizer.decode(fields.tokens[place, row, :count].tolist())
         return texts
+
+
+def check_length(user: LM, tokens: int) -> None:
+    """Refuses dialogues of so many tokens, what is written about them included, if the model reads fewer.
+
+    Raises:
+        ValueError: it does; before anything is compiled, but not before the dialogues are in the judge's tokens.
+    """
+    what = f"the longest dialogue and what is written about it may take {tokens} tokens"
+    user.model.config.check_context(tokens, "user", what, "judge shorter dialogues, or take a model that reads more")
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
