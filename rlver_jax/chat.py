@@ -27,6 +27,7 @@ from configs import base
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.evaluation import chosen_profiles, eval_spec
+from rlver_jax.hub import fetch
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import Players, limits_of, load_model
 from rlver_jax.profiles.schema import Profile
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
         if out.exists():
             raise ConfigError(f"--out={out} exists; name a new file")
+        sides = ("user", "policy") if options.side == "user" and not trained else ("user",)
+        fetch({side: config[side].path for side in sides if config[side].init == "path"})
         with console.status("loading the models"):
             talk = _conversation(config, options, profile, trained.weights if trained else None)
     except (ValueError, OSError) as error:

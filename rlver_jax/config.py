@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
+from rlver_jax import hub
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
@@ -129,10 +130,8 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
 }
 
 # Fields that say where things lie; the hosts of a run may keep the same things in different places.
-PATHS = (
-    *("policy.path", "user.path", "critic.path", "reference.path", "user.prompts", "data.train", "data.eval"),
-    "remote.cache",
-)
+MODELS = ("policy.path", "user.path", "critic.path", "reference.path")  # folders, or names on the Hugging Face hub
+PATHS = (*MODELS, "user.prompts", "data.train", "data.eval", "remote.cache")
 
 
 class ConfigError(ValueError):
@@ -312,9 +311,11 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
 
 
 def _paths(values: dict[str, Any]) -> Iterator[str]:
-    for name in ("policy.path", "user.path", "critic.path", "reference.path", "user.prompts"):
-        if values[name] and not Path(values[name]).is_dir():
-            yield f"{name}={values[name]!r}: no such folder"
+    for name in MODELS:
+        if values[name] and (fault := hub.fault(values[name])):
+            yield f"{name}={values[name]!r}: {fault}"
+    if values["user.prompts"] and not Path(values["user.prompts"]).is_dir():
+        yield f"user.prompts={values['user.prompts']!r}: no such folder"
     for name in ("data.train", "data.eval"):
         for file in profile_files(values[name]):
             if not Path(file).is_file():

@@ -20,8 +20,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import base
+from rlver_jax.assembly import models_of
 from rlver_jax.command_line import config_from_flags
 from rlver_jax.config import ConfigError, check_training, validate
+from rlver_jax.hub import fetch
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
@@ -75,6 +77,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     distributed.join(options, finish_steps=True)
     validate(config, base.get_config(), jax.device_count())
     check_training(config)
+    fetch(models_of(config))
     return config, options.workdir
 
 

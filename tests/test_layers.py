@@ -25,6 +25,8 @@ LAYERS = [
     {"text"},
     {"command_line", "endpoint"},
     {"config"},
+    {"hub"},
+    {"foreign_weights"},
     {"parallel"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlver_jax.hub import local_folder
+
 ARCHITECTURE = "Qwen2ForCausalLM"
 
 
@@ -40,14 +42,14 @@ class Qwen2Config:
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "Qwen2Config":
-        """Reads `config.json` of a Hugging Face folder (the layouts of transformers 4 and 5).
+        """Reads `config.json` of a Hugging Face folder, or of a name on the hub (the layouts of transformers 4 and 5).
 
         Raises:
             FileNotFoundError: there is no config.json.
             ValueError: another architecture, a missing field, or a feature that changes the computation and is not
                 implemented (sliding windows, RoPE scaling, another activation).
         """
-        file = Path(folder) / "config.json"
+        file = local_folder(folder) / "config.json"
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face folder of a Qwen2.5 model")
         raw = json.loads(file.read_text(encoding="utf-8"))
