@@ -8,7 +8,7 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 _CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained({given}).save_pretrained('NEW')\" (needs torch), copy the tokenizer's files to NEW, and name that"
+    "M.from_pretrained({given}).save_pretrained('NEW')\" (needs torch), copy the tokenizer files to NEW, and name that"
 )
 _ORIGINAL = "name the model's folder in Hugging Face format instead (config.json and *.safetensors)"
 # (files, what they are, what to do)

@@ -175,7 +175,7 @@ def _cached(repository: str, revision: str, cache: str, weights: bool) -> Path |
 
 
 def _complete(folder: Path, weights: bool) -> bool:
-    """Whether a snapshot, whose links may lead nowhere, holds a model; what is in the files is their readers' matter."""
+    """Whether a snapshot, whose links may lead nowhere, holds a model; what files hold is their readers' matter."""
     if not (folder / "config.json").is_file():
         return False
     if not ((folder / "tokenizer.json").is_file() or any(file.is_file() for file in folder.glob("*.model"))):

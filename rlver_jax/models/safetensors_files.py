@@ -109,12 +109,8 @@ def same_values(one: Tensor, other: Tensor) -> bool:
         first.seek(one.begin)
         second.seek(other.begin)
         for at in range(0, count, _PIECE):
-            pieces = [f.read(min(_PIECE, count - at) * b // 8) for f, b in zip((first, second), bits, strict=True)]
-            if one.dtype == other.dtype:
-                same = pieces[0] == pieces[1]
-            else:
-                same = np.array_equal(*(_numbers(p, t.dtype) for p, t in zip(pieces, (one, other), strict=True)))
-            if not same:
+            a, b = (file.read(min(_PIECE, count - at) * n // 8) for file, n in zip((first, second), bits, strict=True))
+            if a != b if one.dtype == other.dtype else (_numbers(a, one.dtype) != _numbers(b, other.dtype)).any():
                 return False
     return True
 
@@ -144,9 +140,12 @@ def read_header(file: Path) -> dict[str, Tensor]:
     """
     size = _size(file)
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
         if size == 0:
             raise WeightsError(f"{file}: is empty (0 bytes); fetch it again")
+        if first == b"version ":
+            raise WeightsError(f"{file}: is a pointer of Git LFS, not the weights; fetch them: git lfs pull")
         if size >= 8 and length > _LONGEST:
             raise WeightsError(
                 f"{file}: its header claims {length} bytes, of {_LONGEST} that are allowed; it is no safetensors "
@@ -259,8 +258,8 @@ def _check_same(single: dict[str, Tensor], folder: Path, weight_map: dict[str, s
             if not same_values(tensor, single[name]):
                 raise WeightsError(f"{folder / shard}: its {name} differs from that in {SINGLE_FILE}, {remedy}")
     whole = set(weight_map.values()) == set(shards)
-    if name := next((name for name in single if whole and name not in weight_map), None):
-        raise WeightsError(f"{folder / SINGLE_FILE}: holds {name}, which the shards of {INDEX_FILE} do not, {remedy}")
+    if alone := next((name for name in single if whole and name not in weight_map), None):
+        raise WeightsError(f"{folder / SINGLE_FILE}: holds {alone}, which the shards of {INDEX_FILE} do not, {remedy}")
 
 
 def _named(file: Path) -> bool:
