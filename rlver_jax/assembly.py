@@ -126,6 +126,12 @@ def models_of(config: ConfigDict) -> list[str]:
     return ["policy", "user", *["critic"] * critic, *["reference"] * bool(config.loss.kl)]
 
 
+def weights_of(config: ConfigDict) -> dict[str, str]:
+    """{model: path} of those whose weights training reads."""
+    like = lambda name: config["policy" if name == "reference" else name]  # noqa: E731
+    return {name: config[name].path for name in models_of(config) if like(name).init == "path"}
+
+
 def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:
     """Lengths of packed rows that may be compiled, rising, so many an octave; the last holds the longest dialogues."""
     longest = dialogues_a_row(config, mesh) * max_length(players.tables[0], players.spec, first_width)

@@ -26,6 +26,7 @@ from rlver_jax.command_line import config_from_flags, define_path, given_path
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.config_files import base
 from rlver_jax.evaluation import chosen_profiles, eval_spec
+from rlver_jax.hub import fetch
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.paths import check_file_to_write
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out.exists():
             raise ConfigError(f"--out={out} exists; name a new file")
         check_file_to_write(out)
+        sides = ("user", "policy") if options.side == "user" and not trained else ("user",)
+        fetch({side: config[side].path for side in sides if config[side].init == "path"})
         with console.status("loading the models"):
             talk = _conversation(config, options, profile, trained.weights if trained else None)
     except (ValueError, OSError) as error:

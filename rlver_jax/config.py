@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
-from rlver_jax import paths
+from rlver_jax import hub, paths
 from rlver_jax.config_fields import CHOICES, PATHS, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
-MODELS = ("policy", "user", "critic", "reference")  # that a `path` names
+MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
 SHOWN = 5  # faults of a config that was not given by hand
 INT32, FLOAT32 = 2**31 - 1, 3.4028235e38  # the largest of each
 
@@ -241,9 +241,11 @@ def _local(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
-    for name in [*(f"{model}.path" for model in needs), "user.prompts"]:
-        if values[name] and not is_folder(values[name]):
-            yield f"{name}={shown(values[name])}: no such folder"
+    for name in (f"{model}.path" for model in needs):
+        if values[name] and (fault := hub.fault(values[name])):
+            yield f"{name}={shown(values[name])}: {fault}"
+    if values["user.prompts"] and not is_folder(values["user.prompts"]):
+        yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
     for name in ("data.train", "data.eval"):
         for file in profile_files(values[name]):
             if not _is(Path.is_file, file):

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from rich.console import Console
 from rlver_jax.command_line import config_from_flags, define_path, given_path
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.config_files import base
+from rlver_jax.hub import fetch, short_name
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import load_model, make_model, sampling_copy
@@ -48,13 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = options.checkpoint or config.policy.path
         trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
         validate(config, base.get_config(), jax.device_count(), ["policy"])
+        if trained is None and config.policy.init == "path":
+            fetch({"policy": config.policy.path})
         system = _system(config) if options.policy_prompt else ""
         with _listen(options.host, options.port) as listening:
             with console.status("loading the model"):
                 engine = _load(config, options, trained.weights if trained else None)
             with console.status("compiling"):
                 engine.warm_up()
-            _serve(engine, options.name or Path(checkpoint).resolve().name, system, listening, console)
+            _serve(engine, options.name or short_name(checkpoint), system, listening, console)
     except (ValueError, OSError) as error:
         errors.print(f"serve: {error}", markup=False, highlight=False)
         return 2

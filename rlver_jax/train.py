@@ -19,9 +19,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from rlver_jax.assembly import weights_of
 from rlver_jax.command_line import config_from_flags, define_path
 from rlver_jax.config import MODELS, ConfigError, check_training, flatten, validate
 from rlver_jax.config_files import base
+from rlver_jax.hub import fetch
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
@@ -78,6 +80,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
     validate(config, base.get_config(), jax.device_count(), needs)
     check_training(config)
+    fetch({name: path for name, path in weights_of(config).items() if name in needs})
     return config, options.workdir
 
 

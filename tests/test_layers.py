@@ -25,6 +25,8 @@ LAYERS = [
     {"text"},
     {"command_line", "endpoint"},
     {"config", "config_fields"},
+    {"hub"},
+    {"foreign_weights"},
     {"parallel"},
     {"config_files", "output", "paths"},
 ]

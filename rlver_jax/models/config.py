@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from rlver_jax.hub import local_folder
 from rlver_jax.models.hf_config import ARCHITECTURE, read_config
 from rlver_jax.models.rope import Frequencies, RopeScaling, frequencies
 
@@ -78,13 +79,13 @@ class Qwen2Config:
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "Qwen2Config":
-        """Reads `config.json` of a Hugging Face folder (the layouts of transformers 4 and 5).
+        """Reads `config.json` of a Hugging Face folder, or of a name on the hub (the layouts of transformers 4 and 5).
 
         Raises:
             FileNotFoundError: there is no config.json.
             ValueError: it can't be read, or is of a model that is not supported (see `hf_config`).
         """
-        folder = Path(folder)
+        folder = local_folder(folder)
         fields = read_config(folder)
         try:
             return cls(**fields)

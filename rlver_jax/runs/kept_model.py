@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from rlver_jax.config import is_folder
+from rlver_jax.hub import HubError, is_name, local_folder
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import TOKENIZER_FILES
 from rlver_jax.players import check_tokenizers
@@ -22,8 +23,11 @@ _FIXED = (
 
 
 def base_folder(path: str) -> Path | None:
-    """The local folder of a model that a config names; None where it is gone."""
-    return Path(path) if is_folder(path) else None
+    """The local folder of a model that a config names, with its config and tokenizer; None where it is gone."""
+    try:
+        return local_folder(path) if is_name(path) or is_folder(path) else None
+    except HubError:
+        return None
 
 
 def kept_model(workdir: Path) -> Path | None:

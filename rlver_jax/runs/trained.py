@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from rlver_jax.hub import fault
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
@@ -105,8 +106,8 @@ def _model_folder(run: RunFolder, trained_from: str, given: str) -> str:
             f"{run.path}: keeps no config and tokenizer, since an older version began it, and its policy.path="
             f"{trained_from!r} is gone; give the base model's folder with --config.policy.path=FOLDER"
         )
-    if given and not base_folder(given):
-        raise ValueError(f"policy.path={given!r}: no such folder; leave it out to take the run's own ({known})")
+    if given and (what := fault(given)):
+        raise ValueError(f"policy.path={given!r}: {what}; leave it out to take the run's own ({known})")
     if given and known and Path(given).resolve() != Path(known).resolve():
         check_same_model(given, known)
     return given or known
