@@ -69,7 +69,11 @@ def test_models_that_are_not_loaded_are_not_asked():
     [
         (train, ["--config.policy.path={short}", "--workdir={out}"], "rollout.context=768"),
         (train, ["--config.user.path={short}", "--workdir={out}"], "rollout.context=768"),
-        (evaluate, ["--config.policy.path={short}", "--out={out}"], "rollout.context=768"),
+        (
+            evaluate,
+            ["--config.policy.path={short}", "--config.user.path={short}", "--out={out}"],
+            "rollout.context=768",
+        ),
         (chat, ["--config.policy.path={short}", "--out={out}"], "rollout.context=768"),
         (chat, ["--config.user.path={short}", "--side=policy", "--out={out}"], "rollout.context=768"),
         (serve, ["--config.policy.path={short}", "--port=0"], "--config.rollout.context=768"),
