@@ -210,7 +210,10 @@ def _explained(error: Exception, argv: Sequence[str]) -> str:
         return f"{error}; --help lists the flags, configs/base.py the fields"
     text = str(error.args[0] if error.args else error)
     name = re.search(r"\w+", text)
-    if isinstance(error, KeyError | AttributeError) and name:  # how ml_collections reports --config.no.such=field
+    of_module = text.startswith("module ")
+    if (
+        isinstance(error, KeyError | AttributeError) and name and not of_module
+    ):  # how ml_collections reports --config.no.such=field
         fields = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
         fields = [field for field in fields if name[0] in field.split("=")[0].split(".")] or [name[0]]
         close = re.search(r'Did you mean "(\w+)"', text)
