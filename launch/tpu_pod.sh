@@ -13,7 +13,7 @@
 #   --stop        SIGTERM to all; training finishes its step and saves. Waits until it has ended
 #   --resume      starts the last command again on all workers, as after --stop; training goes on from its checkpoint
 #   --dry-run     prints what would be run, and runs nothing
-#   PYTHON=EXE    the interpreter on the workers, 3.11 or newer (default: python3.11, else python3)
+#   PYTHON=EXE    the interpreter on the workers, 3.11 or newer (default: python3, or python3.13, 3.12, 3.11 where it is older)
 #
 # Every worker must see the same --workdir: a network folder, or gs://BUCKET/…, which is mounted with gcsfuse; so are
 # all other gs://… in the command. When a worker is preempted it gets SIGTERM, and all of them finish the step and save;

@@ -32,7 +32,7 @@ from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_o
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.sampling.grammar import Grammar
-from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.spec import PlayLimits, Spec, check_context
 from rlver_jax.text.padding import round_up
 
 LENGTH_STEP = 64  # packed rows are multiples of it
@@ -80,6 +80,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         ValueError, OSError: a model or the profiles cannot be loaded, or don't fit together.
     """
     _check_attention(config, mesh)
+    check_context(config, *models_of(config))
     profiles = read_profiles(profile_files(config.data.train))
     reader = ProfileReader(
         profiles,
@@ -117,6 +118,18 @@ def _check_attention(config: ConfigDict, mesh: Mesh) -> None:
                 f"{name}.attention='splash' is made of kernels for TPU, but the devices are {platform}; set "
                 f"--config.{name}.attention=chunked"
             )
+
+
+def models_of(config: ConfigDict) -> list[str]:
+    """The models that training loads."""
+    critic = config.algorithm.estimator == "gae" and config.critic.kind == "separate"
+    return ["policy", "user", *["critic"] * critic, *["reference"] * bool(config.loss.kl)]
+
+
+def weights_of(config: ConfigDict) -> dict[str, str]:
+    """{model: path} of those whose weights training reads."""
+    like = lambda name: config["policy" if name == "reference" else name]  # noqa: E731
+    return {name: config[name].path for name in models_of(config) if like(name).init == "path"}
 
 
 def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:

@@ -22,10 +22,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.command_line import config_from_flags, define_path
+from rlver_jax.command_line import config_from_flags, define_path, given_path
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.config_files import base
 from rlver_jax.evaluation import chosen_profiles, eval_spec
+from rlver_jax.hub import fetch
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.paths import check_file_to_write
@@ -34,6 +35,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
+from rlver_jax.spec import check_context
 from rlver_jax.user.prompts import load_prompts
 
 SIDES = ("user", "policy")
@@ -44,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config())
-        validate(config, base.get_config(), jax.device_count())
+        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
+        needs = ["policy", "user"] if options.side == "user" else ["user"]
+        validate(config, base.get_config(), jax.device_count(), needs)
         profile = _profile(chosen_profiles(config), options.profile)
         out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
         if out.exists():
             raise ConfigError(f"--out={out} exists; name a new file")
         check_file_to_write(out)
+        sides = ("user", "policy") if options.side == "user" and not trained else ("user",)
+        fetch({side: config[side].path for side in sides if config[side].init == "path"})
         with console.status("loading the models"):
             talk = _conversation(config, options, profile, trained.weights if trained else None)
     except (ValueError, OSError) as error:
@@ -100,6 +105,7 @@ def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profil
         profile = dataclasses.replace(profile, first_talk=profile.first_talk or "-")
         players = Players.load(config, spec, mesh, weights)
     else:
+        check_context(config, "user")
         spec = dataclasses.replace(spec, mode="direct", say_tokens=typed_tokens(spec.context))
         user, tokenizer = load_model(config.user, "user", mesh)
         prompts = load_prompts(config.data.language, config.user.prompts or None)

@@ -16,7 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rlver_jax import config_files
-from rlver_jax.config import PATHS, ConfigError, flatten
+from rlver_jax.config import ConfigError, flatten, shortened
+from rlver_jax.config_fields import PATHS
 from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, local
 
 Define = Callable[[flags.FlagValues], None]
@@ -168,6 +169,13 @@ def config_from_flags(
     return values.config, values, rest
 
 
+def given_path(options: flags.FlagValues) -> str:
+    """The config's `policy.path` where the command line sets it; empty where it is the config file's."""
+    overrides = config_flags.get_override_values(options["config"])
+    given = "policy.path" in overrides or "path" in overrides.get("policy", {})
+    return options.config.policy.path if given else ""
+
+
 def _with_config_located(argv: Sequence[str]) -> tuple[list[str], str]:
     """(the arguments with the config file's real place, that place)."""
     words, file = list(argv), ""
@@ -206,17 +214,35 @@ def _help(usage: str, values: flags.FlagValues) -> str:
 def _explained(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error.__context__, PathError):
         return str(error)
-    if isinstance(error, flags.Error | OSError):
-        return f"{error}; --help lists the flags, configs/base.py the fields"
     text = str(error.args[0] if error.args else error)
-    name = re.search(r"\w+", text)
-    of_module = text.startswith("module ")
-    if (
-        isinstance(error, KeyError | AttributeError) and name and not of_module
-    ):  # how ml_collections reports --config.no.such=field
-        fields = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-        fields = [field for field in fields if name[0] in field.split("=")[0].split(".")] or [name[0]]
-        close = re.search(r'Did you mean "(\w+)"', text)
+    overrides = [arg.lstrip("-").removeprefix("config.") for arg in argv if re.match(r"--?config\.", arg)]
+    unknown = [field for field in overrides if _place(field) is None]
+    if unknown and not isinstance(error, OSError):
+        close = re.search(r'Did you mean "(\w+)"', text)  # how ml_collections reports --config.no.such=field
         hint = f"did you mean {close[1]}? " if close else ""
-        return f"{', '.join(fields)}: unknown field; {hint}configs/base.py has all fields"
-    return f"the config file cannot be loaded: {type(error).__name__}: {text}"
+        return f"{', '.join(unknown)}: unknown field; {hint}configs/base.py has all fields"
+    if isinstance(error, flags.Error | OSError):
+        found = re.match(r"flag --config\.([\w.]+)=", text)
+        wanted = f"; expected {_WANTED[type(_place(found[1]))]}" if found else ""
+        return f"{shortened(str(error))}{wanted}; --help lists the flags, configs/base.py the fields"
+    # Whatever else a value can do to the parser.
+    fields = f" with {', '.join(map(shortened, overrides))}" if overrides else ""
+    return f"the config file cannot be loaded{fields}: {type(error).__name__}: {shortened(text)}"
+
+
+_WANTED = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "a tuple, such as --config.emotion.thresholds='(100, 70, 40, 10)'",
+    ConfigDict: "its fields one by one, as --config.SECTION.FIELD=VALUE",
+}
+
+
+def _place(override: str) -> Any:
+    """What `configs/base.py` has where `FIELD=VALUE` sets a field; None where it has nothing there."""
+    found: Any = config_files.base.get_config()
+    for part in override.split("=")[0].split("."):
+        found = found.get(part) if isinstance(found, ConfigDict) else None
+    return found

@@ -4,136 +4,22 @@ Every fault is reported at once; each message names the field, its value, what i
 """
 
 import difflib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
-from rlver_jax import paths
+from rlver_jax import hub, paths
+from rlver_jax.config_fields import CHOICES, PATHS, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
-SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "policy.size": SIZES,
-    "user.size": SIZES,
-    "critic.size": SIZES,
-    "policy.dtype": ("bfloat16", "float32"),
-    "policy.param_dtype": ("bfloat16", "float32"),
-    "policy.attention": ("dense", "chunked", "splash"),
-    "policy.remat": ("none", "dots", "full"),
-    "policy.mode": ("think", "direct"),
-    "user.dtype": ("bfloat16", "float32"),
-    "user.param_dtype": ("bfloat16", "float32", "int8"),
-    "user.attention": ("dense", "chunked"),
-    "user.style": ("vanilla", "challenging"),
-    "user.scenario": ("heart_to_heart", "chit_chat"),
-    "user.readout": ("argmax", "sample", "mean"),
-    "data.language": ("zh", "en"),
-    "reward.kind": ("final", "per_turn", "mixed"),
-    "policy.init": ("path", "random"),
-    "user.init": ("path", "random"),
-    "critic.init": ("path", "random"),
-    "critic.dtype": ("bfloat16", "float32"),
-    "critic.param_dtype": ("bfloat16", "float32"),
-    "critic.attention": ("dense", "chunked", "splash"),
-    "critic.remat": ("none", "dots", "full"),
-    "critic.kind": ("separate", "shared"),
-    "algorithm.estimator": ("gae", "grpo", "rloo", "reinforce_pp"),
-    "algorithm.credit": ("dialogue", "turn"),
-    "loss.ratio": ("token", "sequence"),
-    "loss.normalization": ("token_mean", "dialogue_mean", "dr_grpo"),
-    "loss.kl_estimator": ("k1", "k2", "k3"),
-    "train.moment_dtype": ("bfloat16", "float32"),
-    "eval.gold": ("", "miniature"),
-}
-# field: (lowest, highest or None, unit)
-RANGES: dict[str, tuple[float, float | None, str]] = {
-    "policy.attention_chunk": (1, None, "queries"),
-    "user.attention_chunk": (1, None, "queries"),
-    "user.reply_temperature": (0, None, ""),
-    "user.field_tokens": (1, None, "tokens"),
-    "user.reply_tokens": (1, None, "tokens"),
-    "rollout.batch": (1, None, "dialogues"),
-    "rollout.rows": (0, None, "dialogues"),
-    "rollout.group": (1, None, "dialogues"),
-    "rollout.max_turns": (1, None, "turns"),
-    "rollout.context": (1, None, "tokens"),
-    "rollout.think_tokens": (16, None, "tokens"),
-    "rollout.say_tokens": (1, None, "tokens"),
-    "rollout.temperature": (0, None, ""),
-    "rollout.top_k": (0, None, "tokens"),
-    "rollout.top_p": (0, 1, ""),
-    "emotion.initial": (0, 100, "points"),
-    "emotion.floor": (-1, 100, "points"),
-    "emotion.ceiling": (0, 100, "points"),
-    "emotion.max_change": (1, 10, "points"),
-    "reward.discount": (0, 1, ""),
-    "reward.final_weight": (0, 1, ""),
-    "critic.attention_chunk": (1, None, "queries"),
-    "critic.learning_rate": (0, None, ""),
-    "critic.warmup_steps": (0, None, "steps"),
-    "algorithm.gamma": (0, 1, ""),
-    "algorithm.lam": (0, 1, ""),
-    "algorithm.turn_discount": (0, 1, ""),
-    "loss.clip_low": (0, 1, ""),
-    "loss.clip_high": (0, None, ""),
-    "loss.dual_clip": (0, None, ""),
-    "loss.entropy": (0, None, ""),
-    "loss.kl": (0, None, ""),
-    "loss.value_clip": (0, None, "units of reward"),
-    "loss.value_weight": (0, None, ""),
-    "loss.importance_cap": (0, None, ""),
-    "loss.vocab_chunk": (1, None, "tokens"),
-    "train.steps": (1, None, "steps"),
-    "train.seed": (0, 2**32 - 1, ""),
-    "train.learning_rate": (0, None, ""),
-    "train.warmup_steps": (0, None, "updates"),
-    "train.grad_clip": (0, None, ""),
-    "train.beta1": (0, 1, ""),
-    "train.beta2": (0, 1, ""),
-    "train.adam_eps": (0, None, ""),
-    "train.weight_decay": (0, None, ""),
-    "train.epochs": (1, None, "passes"),
-    "train.minibatches": (1, None, "updates"),
-    "train.microbatches": (1, None, "parts"),
-    "train.padding": (0, 1, ""),
-    "train.length_buckets": (1, None, "lengths"),
-    "checkpoint.every": (1, None, "steps"),
-    "checkpoint.keep_last": (1, None, "checkpoints"),
-    "checkpoint.keep_best": (0, None, "checkpoints"),
-    "log.dialogues_every": (0, None, "steps"),
-    "alarms.readable_min": (0, 1, ""),
-    "alarms.reply_tokens_min": (0, None, "tokens"),
-    "alarms.reply_tokens_max": (0, None, "tokens"),
-    "alarms.entropy_min": (0, None, "nats"),
-    "alarms.entropy_max": (0, None, "nats"),
-    "alarms.ratio_max": (0, None, ""),
-    "alarms.kl_max": (0, None, "nats"),
-    "eval.every": (0, None, "steps"),
-    "eval.num_profiles": (1, None, "profiles"),
-    "eval.initial_emotion": (0, 100, "points"),
-    "eval.max_turns": (1, None, "turns"),
-    "eval.batch": (1, None, "dialogues"),
-    "eval.rows": (0, None, "dialogues"),
-    "eval.temperature": (0, None, ""),
-    "remote.policy.price_in": (0, None, "a million tokens"),
-    "remote.policy.price_out": (0, None, "a million tokens"),
-    "remote.user.price_in": (0, None, "a million tokens"),
-    "remote.user.price_out": (0, None, "a million tokens"),
-    "remote.concurrency": (1, None, "requests"),
-    "remote.timeout": (0.001, None, "seconds"),
-    "remote.deadline": (0.001, None, "seconds"),
-    "remote.asks": (1, None, "requests"),
-}
-
-# Fields that say where things lie; the hosts of a run may keep the same things in different places.
-PATHS = (
-    *("policy.path", "user.path", "critic.path", "reference.path", "user.prompts", "data.train", "data.eval"),
-    "remote.cache",
-)
+MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
+SHOWN = 5  # faults of a config that was not given by hand
+INT32, FLOAT32 = 2**31 - 1, 3.4028235e38  # the largest of each
 
 
 class ConfigError(ValueError):
@@ -154,27 +40,33 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def unflatten(flat: dict[str, Any], base: ConfigDict) -> ConfigDict:
     """The config that `flatten` flattened, also when it has been through JSON; `base` has the same fields.
 
+    Fields that `flat` lacks are as in `base`. Paths are not looked at.
+
     Raises:
-        ConfigError: a field that `base` doesn't have, or a value of another type.
+        ConfigError: a field that `base` doesn't have, or a value that it can't have.
     """
-    unknown = sorted(set(flat) - set(flatten(base)))
-    if unknown:
-        raise ConfigError(f"the config is of another version of rlver_jax: {', '.join(unknown)}: unknown field")
+    fields = flatten(base)
+    values = fields | {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
+    faults = list(_names_and_types(values, fields))
+    if not faults:
+        faults = [*dict(_choices_and_ranges(values)).values(), *_emotion(values)]
+    if faults:
+        raise ConfigError(f"the config is of another version of rlver_jax, or no config: {'; '.join(faults[:SHOWN])}")
     config = base.copy_and_resolve_references()
-    try:
-        config.update_from_flattened_dict(flat)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the config is of another version of rlver_jax: {error}") from error
+    config.update_from_flattened_dict(values)
     return config
 
 
-def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = None) -> None:
+def validate(
+    config: ConfigDict, base: ConfigDict, num_devices: int | None = None, needs: Sequence[str] = MODELS
+) -> None:
     """Checks a config against `base` (the documented fields) and its fields against each other.
 
     Args:
         config: what will run.
         base: `configs/base.py:get_config()`; its leaves are the fields that exist, their types the allowed ones.
         num_devices: of the mesh; None skips what depends on it.
+        needs: models that will be loaded; the folders of others may be gone.
 
     Raises:
         ConfigError: with one line for every fault.
@@ -182,51 +74,77 @@ def validate(config: ConfigDict, base: ConfigDict, num_devices: int | None = Non
     values, fields = flatten(config), flatten(base)
     faults = list(_names_and_types(values, fields))
     if not faults:  # the other checks may rely on names and types
-        faults += list(_choices_and_ranges(values))
-        faults += list(_emotion(values))
-        faults += list(_lengths(values))
-        faults += list(_learning(values))
-        faults += list(_mesh(values, num_devices))
-        faults += list(_local(values)) or list(_paths(values))
-        faults += list(_remote(values))
+        alone = dict(_choices_and_ranges(values))
+        # Fields beyond their ranges are left out of the checks across fields, which may divide by them.
+        sound = values | {name: fields[name] for name in alone}
+        across = [*_emotion(sound), *_lengths(sound), *_learning(sound), *_mesh(sound, num_devices)]
+        across += [*_local(sound)] or [*_paths(sound, needs)]
+        across += _remote(sound)
+        faults = [*alone.values(), *(fault for fault in across if not any(name in fault for name in alone))]
     if faults:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def unknown_field(name: str, fields: Iterable[str]) -> str:
+    """What to say of a field, or a part of a config, that doesn't exist."""
+    close = difflib.get_close_matches(name, fields, 1, 0.5)
+    return f"unknown field; {f'did you mean {close[0]}?' if close else 'see configs/base.py for all fields'}"
 
 
 def _names_and_types(values: dict[str, Any], fields: dict[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1, 0.5)
-            hint = f"did you mean {close[0]}?" if close else "see configs/base.py for all fields"
-            yield f"{name}={value!r}: unknown field; {hint}"
+            yield f"{name}={shown(value)}: {unknown_field(name, fields)}"
             continue
         wanted = type(fields[name])
-        whole = wanted is float and isinstance(value, int) and not isinstance(value, bool)
-        if type(value) is not wanted and not whole:
-            yield f"{name}={value!r}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            yield f"{name}={shown(value)}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
     for name in fields:
         if name not in values:
             yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
 
 
-def _choices_and_ranges(values: dict[str, Any]) -> Iterator[str]:
-    for name, allowed in CHOICES.items():
-        if values[name] not in allowed:
-            close = difflib.get_close_matches(values[name], allowed, 1)
+def shown(value: Any) -> str:
+    """A value as a message holds it: cut short where it is long."""
+    return shortened(repr(value))
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """A text without its middle, where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def _choices_and_ranges(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, fault) of each field that is wrong by itself."""
+    for name, value in values.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            close = difflib.get_close_matches(value, CHOICES[name], 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            yield f"{name}={values[name]!r}: expected one of {', '.join(allowed)}{hint}"
-    for name, (low, high, unit) in RANGES.items():
-        if not low <= values[name] <= (float("inf") if high is None else high):
-            allowed_range = f"at least {low}" if high is None else f"{low} to {high}"
-            yield f"{name}={values[name]!r}: expected {allowed_range} {unit}".rstrip()
+            yield name, f"{name}={shown(value)}: expected one of {', '.join(CHOICES[name])}{hint}"
+        if isinstance(value, int | float) and (expected := _beyond(name, value)):
+            yield name, f"{name}={shown(value)}: expected {expected}"
+
+
+def _beyond(name: str, value: float) -> str:
+    """What a number should be instead; empty where it is that. It is computed with as an int32 or a float32."""
+    low, high, unit = RANGES.get(name, (None, None, ""))
+    most = INT32 if isinstance(value, int) else FLOAT32
+    if (-most if low is None else low) <= value <= (most if high is None else high):
+        return ""
+    if low is not None and high is not None:
+        wanted = f"{low} to {high}"
+    else:
+        wanted = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {most}"] * (not value <= most))
+    return f"{wanted} {unit}".rstrip()
 
 
 def _emotion(values: dict[str, Any]) -> Iterator[str]:
     thresholds = tuple(values["emotion.thresholds"])
-    if len(thresholds) != 4 or list(thresholds) != sorted(set(thresholds), reverse=True):
+    whole = len(thresholds) == 4 and all(type(border) is int for border in thresholds)
+    if not whole or any(high <= low for high, low in itertools.pairwise((101, *thresholds, 0))):
         yield (
-            f"emotion.thresholds={thresholds}: expected four falling numbers, the lower bounds of bands S, A, B, C; "
-            f"SAGE's are (100, 70, 40, 10)"
+            f"emotion.thresholds={shown(thresholds)}: expected four falling whole numbers of 1 to 100, the lower "
+            f"bounds of bands S, A, B, C; SAGE's are (100, 70, 40, 10)"
         )
     floor, ceiling = values["emotion.floor"], values["emotion.ceiling"]
     for name in ("emotion.initial", "eval.initial_emotion"):
@@ -267,7 +185,10 @@ def _learning(values: dict[str, Any]) -> Iterator[str]:
             f"{-(-batch // parts) * parts}, or fewer parts"
         )
     if values["loss.importance_cap"] and not values["loss.recompute"]:
-        yield "loss.importance_cap weighs the trainer's log-probs against the sampler's: set loss.recompute as well"
+        yield (
+            f"loss.importance_cap={values['loss.importance_cap']}: weighs the trainer's log-probs against the "
+            f"sampler's; set loss.recompute as well"
+        )
     if 0 < values["loss.dual_clip"] <= 1:
         yield f"loss.dual_clip={values['loss.dual_clip']}: expected above 1, e.g. 3, or 0 for none"
     if 0 < values["alarms.ratio_max"] <= 1:
@@ -316,17 +237,32 @@ def _local(values: dict[str, Any]) -> Iterator[str]:
     for name in PATHS:
         for path in values[name].split(","):
             if fault := paths.fault(path):
-                yield f"{name}={values[name]!r}: {fault}"
+                yield f"{name}={shown(values[name])}: {fault}"
 
 
-def _paths(values: dict[str, Any]) -> Iterator[str]:
-    for name in ("policy.path", "user.path", "critic.path", "reference.path", "user.prompts"):
-        if values[name] and not Path(values[name]).is_dir():
-            yield f"{name}={values[name]!r}: no such folder"
+def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
+    for name in (f"{model}.path" for model in needs):
+        if values[name] and (fault := hub.fault(values[name])):
+            yield f"{name}={shown(values[name])}: {fault}"
+    if values["user.prompts"] and not is_folder(values["user.prompts"]):
+        yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
     for name in ("data.train", "data.eval"):
         for file in profile_files(values[name]):
-            if not Path(file).is_file():
-                yield f"{name}={values[name]!r}: {file} is not a file; expected JSONL profiles, comma-separated"
+            if not _is(Path.is_file, file):
+                wanted = "is not a file; expected JSONL profiles, comma-separated"
+                yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder; also of a name that the system refuses, too long or with a null."""
+    return bool(path) and _is(Path.is_dir, path)
+
+
+def _is(kind: Callable[[Path], bool], path: str) -> bool:
+    try:
+        return kind(Path(path))
+    except (OSError, ValueError):
+        return False
 
 
 def _remote(values: dict[str, Any]) -> Iterator[str]:

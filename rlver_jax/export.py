@@ -1,9 +1,11 @@
 """Writes a trained policy as a Hugging Face folder, for `transformers`, vLLM, or `evaluate --checkpoint`.
 
     python -m rlver_jax.export --workdir=DIR --out=NEW_DIR [--step=best|last|N] [--dtype=bfloat16|float32]
+                               [--config.policy.path=FOLDER]
 
 Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
-Tokenizer files are copied from the run's policy.path. Exit status: 0 done, 2 bad usage.
+Config and tokenizer are those that the run keeps of its base model, or of the folder given. Exit status: 0 done, 2 bad
+usage.
 """
 
 import sys
@@ -21,6 +23,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import make_model
 from rlver_jax.runs.trained import TrainedPolicy
 
+POLICY_PATH = "config.policy.path"  # spelled as the commands do that read a config
 DTYPES = ("bfloat16", "float32")
 
 
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         options = _arguments(sys.argv[1:] if argv is None else argv)
-        policy = TrainedPolicy.open(options.workdir, base.get_config(), options.step)
+        policy = TrainedPolicy.open(options.workdir, base.get_config(), options.step, options[POLICY_PATH].value or "")
         model = make_model(policy.config.policy, "policy")
         mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
         with console.status(f"reading step {policy.step}"):
@@ -51,6 +54,9 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
         define_path("workdir", None, "folder of a training run", values)
         define_path("out", None, "folder to be written; new or empty", values, new="folder")
         flags.DEFINE_string("step", "", "best | last | a number", flag_values=values)
+        flags.DEFINE_string(
+            POLICY_PATH, "", "folder to take config and tokenizer from, instead of the run's own", flag_values=values
+        )
         flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "of the weights written", flag_values=values)
 
     options, rest = parse_flags(argv, __doc__, define)

@@ -24,7 +24,7 @@ from rlver_jax.policy import PolicyTables, build_policy_tables
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
-from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.spec import PlayLimits, Spec, check_context
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -284,8 +284,10 @@ class Players:
             rest: that they are loaded onto instead, for training; `sampling_copy` brings them over.
 
         Raises:
-            ValueError: the two models have different tokenizers, or one of them cannot be loaded.
+            ValueError: the two models have different tokenizers, one of them cannot be loaded, or reads fewer tokens
+                than rollout.context.
         """
+        check_context(config, "policy", "user")
         policy, tokenizer = load_model(config.policy, "policy", rest or mesh, policy_weights)
         shared = [name for name in config.user if name in config.policy]
         same = (

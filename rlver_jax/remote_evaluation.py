@@ -28,6 +28,7 @@ from rlver_jax.runs.dialogue_log import Record, generated_tokens
 from rlver_jax.sides.device import DevicePolicy, DeviceUser
 from rlver_jax.sides.play import Policy, Row, User, play, record_of
 from rlver_jax.sides.remote import RemotePolicy, RemoteUserSide
+from rlver_jax.spec import check_context
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import load_prompts
@@ -205,6 +206,7 @@ def _device_side(
     config: ConfigDict, profiles: Sequence[Profile], side: str, policy_weights: Weights | None
 ) -> tuple[int, dict[str, Any]]:
     """(rows of a batch, {side: what makes it for a batch}). The model stands in for the other side, which is unused."""
+    check_context(config, side)
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     rows = batch_parts(mesh)
     batch = round_up(min(config.eval.batch, len(profiles)), rows)

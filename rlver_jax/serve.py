@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,12 +23,13 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlver_jax.command_line import config_from_flags, define_path
+from rlver_jax.command_line import config_from_flags, define_path, given_path
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.config_files import base
+from rlver_jax.hub import fetch, short_name
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
-from rlver_jax.players import load_model, sampling_copy
+from rlver_jax.players import load_model, make_model, sampling_copy
 from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.sampling.cache import LM
 from rlver_jax.serving.engine import Engine
@@ -46,15 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         _check_installed()
         checkpoint = options.checkpoint or config.policy.path
-        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config())
-        validate(config, base.get_config(), jax.device_count())
+        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
+        validate(config, base.get_config(), jax.device_count(), ["policy"])
+        if trained is None and config.policy.init == "path":
+            fetch({"policy": config.policy.path})
         system = _system(config) if options.policy_prompt else ""
         with _listen(options.host, options.port) as listening:
             with console.status("loading the model"):
                 engine = _load(config, options, trained.weights if trained else None)
             with console.status("compiling"):
                 engine.warm_up()
-            _serve(engine, options.name or Path(checkpoint).resolve().name, system, listening, console)
+            _serve(engine, options.name or short_name(checkpoint), system, listening, console)
     except (ValueError, OSError) as error:
         errors.print(f"serve: {error}", markup=False, highlight=False)
         return 2
@@ -104,10 +106,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine:
+    context = options.context or config.rollout.context
+    reads = make_model(config.policy, "policy").config
+    field = "--context" if options.context else "--config.rollout.context"
+    reads.check_context(context, "policy", f"{field}={context}", f"set {field}={reads.context} or lower")
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     lm, tokenizer = load_model(config.policy, "policy", mesh, weights)
     lm = LM(sampling_copy(lm.model, mesh)(lm.params), lm.model)
-    context = options.context or config.rollout.context
     return Engine(lm, tokenizer, rows=options.rows, context=context, block=options.block, queue=options.queue)
 
 

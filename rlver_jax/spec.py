@@ -4,7 +4,9 @@ import dataclasses
 
 import flax.struct
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
+from rlver_jax.models.config import Qwen2Config
 from rlver_jax.sampling.decode import KEEP_ALL, Truncation
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 from rlver_jax.user.simulated import UserLimits
@@ -35,6 +37,27 @@ class Spec:
     def rows_of(self, batch: int) -> int:
         """Rows that a batch of so many dialogues is played on."""
         return min(self.rows or batch, batch)
+
+
+def check_context(config: ConfigDict, *names: str) -> None:
+    """Refuses a `rollout.context` beyond what a model reads, by its config.json alone, before weights are loaded.
+
+    Args:
+        names: "policy", "user", "critic" or "reference"; where one has no path it is the policy's.
+
+    Raises:
+        ValueError: it is beyond it, or a config.json is not a Qwen2.5 model's.
+        OSError: there is none.
+    """
+    for name in names:
+        path = config[name].path or config.policy.path
+        if path:  # without one it is refused where it is loaded
+            check_rows(Qwen2Config.from_hf(path), name, config.rollout.context)
+
+
+def check_rows(model: Qwen2Config, name: str, context: int, field: str = "rollout.context") -> None:
+    """Refuses rows of `context` tokens, which `field` asks for, where the model `name` reads fewer; a ValueError."""
+    model.check_context(context, name, f"{field}={context}", f"set --config.{field}={model.context} or lower")
 
 
 @flax.struct.dataclass

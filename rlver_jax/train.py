@@ -3,7 +3,8 @@
     python -m rlver_jax.train --config=FILE[:ARG] [--config.a.b=v …] --workdir=DIR
                               [--coordinator=HOST:PORT --processes=N --process=I]
 
-DIR holds config.json, metrics.jsonl (a row a step), tensorboard/, checkpoints/ and dialogues/. The same command goes on
+DIR holds config.json, metrics.jsonl (a row a step), tensorboard/, checkpoints/, dialogues/ and model/ (of the
+base model: config and tokenizer). The same command goes on
 after an interruption, with equal results; SIGTERM finishes the step and saves. Exit status: 0 done or stopped by
 SIGTERM, 1 an alarm (config.alarms) or another process is lost, 2 bad usage, 130 interrupted.
 
@@ -18,9 +19,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from rlver_jax.assembly import weights_of
 from rlver_jax.command_line import config_from_flags, define_path
-from rlver_jax.config import ConfigError, check_training, validate
+from rlver_jax.config import MODELS, ConfigError, check_training, flatten, validate
 from rlver_jax.config_files import base
+from rlver_jax.hub import fetch
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
@@ -73,8 +76,11 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     if not options.workdir:
         raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
     distributed.join(options, finish_steps=True)
-    validate(config, base.get_config(), jax.device_count())
+    run = RunFolder(Path(options.workdir))
+    needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
+    validate(config, base.get_config(), jax.device_count(), needs)
     check_training(config)
+    fetch({name: path for name, path in weights_of(config).items() if name in needs})
     return config, options.workdir
 
 

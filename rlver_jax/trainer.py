@@ -277,7 +277,7 @@ def train(
     """
     folder = RunFolder.open(workdir, config, free_fields=FREE_FIELDS)
     with console.status("loading models and profiles"):
-        run, state = assemble(config, mesh)
+        run, state = assemble(folder.to_load(config), mesh)
         held_out = None
         if config.eval.every:
             profiles = evaluation.chosen_profiles(config)

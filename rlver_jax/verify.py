@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not rest:
             raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
         files = local_paths(rest)
-        validate(config, base.get_config())
+        validate(config, base.get_config(), needs=["user"])
         report = verify_logs(files, config, console)
     except (ValueError, OSError) as error:
         errors.print(f"verify: {error}", markup=False, highlight=False)

@@ -36,7 +36,7 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer, train_sentencepiece
 from rlver_jax.user.prompts import load_prompts
 
-from .quick import QUICK
+from .quick import QUICK, free_programs
 from .text.conftest import sentences, write_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Default tests spend their time compiling small programs, slow ones running them."""
     if "not slow" in config.option.markexpr:
         os.environ["XLA_FLAGS"] += f" {QUICK}"  # read when the first array is made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """Between modules, so that one worker can run all tests; a module makes fewer than 5,000 maps."""
+    yield
+    free_programs(most_maps=8_000)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from rlver_jax.config import CHOICES, RANGES, ConfigError, flatten, validate
+from rlver_jax.config import ConfigError, flatten, validate
+from rlver_jax.config_fields import CHOICES, RANGES
 
 CONFIGS = sorted(Path(__file__).resolve().parents[1].joinpath("configs").glob("[!_]*.py"))
 
@@ -66,6 +67,23 @@ def test_choices_and_ranges_name_fields_that_exist():
         ({"rollout__batch": "many"}, ["rollout.batch='many'", "is str, expected int"]),
         ({"rollout__group": 5}, ["rollout.batch=32", "multiple of rollout.group=5", "choose 30"]),
         ({"emotion__thresholds": (100, 40, 70, 10)}, ["emotion.thresholds=(100, 40, 70, 10)", "falling"]),
+        *(
+            ({"emotion__thresholds": wrong}, [f"emotion.thresholds={wrong!r}", "four falling whole numbers"])
+            for wrong in [
+                (90.5, 70, 40, 10),
+                (90, 70, 40),
+                (101, 70, 40, 10),
+                (100, 70, 40, 0),
+                ("a", "b", "c", "d"),
+                (),
+            ]
+        ),
+        ({"loss__kl": float("nan")}, ["loss.kl=nan", "at least 0 and at most 3.40"]),
+        ({"train__learning_rate": float("inf")}, ["train.learning_rate=inf", "at most 3.40"]),
+        ({"train__steps": 2**31}, ["train.steps=2147483648", "at most 2147483647"]),
+        ({"mesh__fsdp": -2}, ["mesh.fsdp=-2", "at least -1 devices"]),
+        ({"policy__path": "x" * 300}, ["policy.path='xxx", "too long"]),
+        ({"train__minibatches": 0}, ["train.minibatches=0", "at least 1 updates"]),
         ({"emotion__initial": 5}, ["emotion.initial=5", "emotion.floor=9"]),
         (
             {"rollout__context": 4096},

@@ -24,7 +24,9 @@ LAYERS = [
     {"profiles"},
     {"text"},
     {"command_line", "endpoint"},
-    {"config"},
+    {"config", "config_fields"},
+    {"hub"},
+    {"foreign_weights"},
     {"parallel"},
     {"config_files", "output", "paths"},
 ]

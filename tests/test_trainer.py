@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import time
+import urllib.request
 from types import SimpleNamespace
 
 import jax
@@ -25,6 +26,8 @@ from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.trainer import train
+
+from .test_serve import served
 
 STEPS = 4
 SEED = 3  # one with which the random user's emotions move in each of the first two steps: mostly they don't
@@ -164,6 +167,55 @@ def test_export_writes_the_checkpoint_that_is_asked_for(unbroken, tmp_path, caps
     assert "there are steps 2, 4" in refused(f"--workdir={folder}", f"--out={tmp_path / 'x'}", "--step=3")
     assert "expected the --workdir of a training run" in refused(f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}")
     assert "no --out was given" in refused(f"--workdir={folder}")
+
+
+@pytest.fixture(scope="module")
+def moved(unbroken, tmp_path_factory):
+    """(a run that went on after its base model's folder had moved, the same one with its base at hand, that base)."""
+    folder = tmp_path_factory.mktemp("moved")
+    base = folder / "base"
+    assert export.main([f"--workdir={unbroken[0]}", f"--out={base}", "--step=2", "--dtype=float32"]) == 0
+    fields = {"policy.path": str(base), "policy.init": "path", "eval.every": 0}
+    run(folder / "run", **fields | {"train.steps": 2})
+    shutil.copytree(folder / "run", folder / "at_hand")
+    run(folder / "at_hand", **fields | {"train.steps": 3})
+    base.rename(folder / "elsewhere")
+    assert "going on after step 2 of 3" in run(folder / "run", **fields | {"train.steps": 3})
+    return folder / "run", folder / "at_hand", folder / "elsewhere"
+
+
+def test_a_run_goes_on_without_its_base_model(moved):
+    without, at_hand, _ = moved
+    assert rows_of(without) == rows_of(at_hand)
+    assert same(policy_of(without), policy_of(at_hand))
+    assert not same(policy_of(without), policy_of(without, 2))
+
+
+def test_a_run_without_its_base_model_is_exported_and_evaluated(moved, tmp_path, capsys):
+    folder, _, base = moved
+    assert export.main([f"--workdir={folder}", f"--out={tmp_path / 'own'}", "--dtype=float32"]) == 0
+    given = f"--config.policy.path={base}"
+    assert export.main([f"--workdir={folder}", f"--out={tmp_path / 'given'}", "--dtype=float32", given]) == 0
+    for file in (tmp_path / "own").iterdir():
+        assert file.read_bytes() == (tmp_path / "given" / file.name).read_bytes()
+    model = Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False)
+    assert same(load_params(tmp_path / "own", model), policy_of(folder))
+    assert (tmp_path / "own" / "tokenizer.model").read_bytes() == (debug.WORLD / "tokenizer.model").read_bytes()
+    flags = [f"--config={debug.__file__}", "--config.mesh.fsdp=1", "--config.mesh.tensor=8", f"--checkpoint={folder}"]
+    assert evaluate.main([*flags, f"--out={tmp_path / 'played'}"]) == 0
+    assert evaluate.main([*flags, f"--out={tmp_path / 'other'}", "--config.policy.path=/no/such"]) == 2
+    assert "policy.path='/no/such': no such folder; leave it out" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_run_without_its_base_model_is_served(moved):
+    """Nor does a server need the user's model."""
+    with served(f"--checkpoint={moved[0]}", "--config.user.path=/no/such", "--rows=2") as (_, url):
+        body = json.dumps({"model": "run", "messages": [{"role": "user", "content": "hello"}]}).encode()
+        asked = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            reply = json.loads(answer.read())
+    assert reply["usage"]["completion_tokens"] > 0
+    assert reply["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_evaluate_scores_a_checkpoint_as_the_run_did(unbroken, tmp_path):

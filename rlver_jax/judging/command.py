@@ -19,6 +19,7 @@ from rlver_jax.config import ConfigError, endpoint_sides, profile_files, validat
 from rlver_jax.config_files import base
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.evaluation import scores
+from rlver_jax.hub import is_name, short_name
 from rlver_jax.judging.device import DeviceJudge
 from rlver_jax.judging.finished import Finished, faults, read_all, turns_of, with_profiles
 from rlver_jax.judging.forms import load_forms
@@ -126,19 +127,19 @@ def _split(text: str) -> list[str]:
 
 def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]:
     """(name, config) of a judge: its config file, or the given config with the folder as its user."""
-    if Path(arg).is_dir():
+    if Path(arg).is_dir() or is_name(arg):
         if config is None:
             raise ConfigError(
                 f"judge {arg}: a model's folder needs settings: give --config=FILE too, or a config file for the judge"
             )
-        found, name = config.copy_and_resolve_references(), Path(arg).resolve().name
+        found, name = config.copy_and_resolve_references(), short_name(arg)
         found.user.path, found.user.init, found.remote.user.url = arg, "path", ""
     else:
         found, _, _ = config_from_flags([f"--config={arg}"], "")
         file, _, how = arg.partition(":")
         name = re.sub(r"\W+", "_", f"{Path(file).stem}_{how}").strip("_")
     try:
-        validate(found, base.get_config(), jax.device_count())
+        validate(found, base.get_config(), jax.device_count(), ["user"])
         _check_there(found)
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
@@ -195,7 +196,7 @@ def _arguments(argv: Sequence[str], usage: str) -> tuple[ConfigDict | None, flag
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
-        validate(config, base.get_config(), jax.device_count())
+        validate(config, base.get_config(), jax.device_count(), ["user"])
     else:
         options, rest = parse_flags(argv, usage, define)
     if rest:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int, Key
 from ml_collections import ConfigDict
 
 from rlver_jax.evaluation import eval_spec
-from rlver_jax.judging.finished import Finished, Turn, turns_of
+from rlver_jax.judging.finished import Finished, Turn, turns_of, within
 from rlver_jax.judging.judge import Appraised, Progress, Work
 from rlver_jax.judging.settings import judge_settings
 from rlver_jax.players import Players, load_model
@@ -81,7 +81,7 @@ class DeviceJudge:
         heard = [i for i, one in enumerate(turns) if one]
         silent = [i for i, one in enumerate(turns) if not one]
         if silent:
-            yield [(i, Appraised([dialogues[i].record["emotions"][0]], [], [], [])) for i in silent]
+            yield [(i, Appraised([within(dialogues[i].record["emotions"][0])], [], [], [])) for i in silent]
         prefixes = {i: self.players.prefix(dialogues[i].profile) for i in heard}  # type: ignore[arg-type]
         shape = self._shape([prefixes[i] for i in heard], [said[i] for i in heard]) if heard else None
         for start in range(0, len(heard), self.batch):
@@ -107,7 +107,9 @@ class DeviceJudge:
         tables, tokens = self.players.tables[1], self.players.spec.user_tokens
         fields, literal = tables.appraisal.template.shape
         literals = fields * (literal + 2 * tables.appraisal.values.shape[2])
-        room = message + literals + fields * tokens + tables.scratch
+        written = literals + fields * tokens + tables.scratch
+        check_length(self.players.user, read + written)
+        room = message + written
         return Shape(min(self.batch, len(prefixes)), prefix, message, up(max(read, prefix) + room))
 
 
@@ -131,7 +133,7 @@ class _Batch:
         user, rules = self.judge.players.user, self.judge.players.spec.rules
         cache = open_cache(user, *pad_rows(prefixes, shape.prefix, shape.batch), capacity=shape.capacity)
         row_keys = self._keys(shape.batch)
-        results = [Appraised([record["emotions"][0]], [], [], []) for record in self.records]
+        results = [Appraised([within(record["emotions"][0])], [], [], []) for record in self.records]
         for turn in range(max(map(len, self.turns))):
             active = [turn < len(ours) and not self._over(r) for ours, r in zip(self.turns, results, strict=True)]
             texts = [one[turn] if on else [] for one, on in zip(said, active, strict=True)]
@@ -182,6 +184,16 @@ class _Batch:
             count = int(fields.count[place, row]) - bool(fields.stopped[place, row])
             texts[name] = players.tokenizer.decode(fields.tokens[place, row, :count].tolist())
         return texts
+
+
+def check_length(user: LM, tokens: int) -> None:
+    """Refuses dialogues of so many tokens, what is written about them included, if the model reads fewer.
+
+    Raises:
+        ValueError: it does; before anything is compiled, but not before the dialogues are in the judge's tokens.
+    """
+    what = f"the longest dialogue and what is written about it may take {tokens} tokens"
+    user.model.config.check_context(tokens, "user", what, "judge shorter dialogues, or take a model that reads more")
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

@@ -1,17 +1,16 @@
-"""Finished dialogues from files: our own logs or SAGE's results, told apart line by line."""
+"""Finished dialogues from files: our own logs, SAGE's results or RLVER's logs, told apart by their first line."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlver_jax.profiles.schema import Profile, ProfileError
+from rlver_jax.profiles.schema import Profile, ProfileError, parse_line
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, record_faults
 from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.sage import from_sage
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
-from rlver_jax.user.emotion import SAGE, EmotionRules
+from rlver_jax.user.emotion import HIGHEST, LOWEST, SAGE, EmotionRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Turn(NamedTuple):
     turn: int
     heard: Mapping[str, Any]  # the user's message before the reply
     spoken: Mapping[str, Any]  # the policy's reply
-    emotion: int  # before
+    emotion: int  # before, as a judge reads it: see `within`
     change: int
 
 
@@ -37,45 +36,53 @@ def turns_of(record: Record) -> list[Turn]:
     """The turns that the dialogue's own user appraised."""
     emotions, found, heard = emotions_of(record), [], record["messages"][0]
     for turn, spoken, user in reactions(record):
-        found.append(Turn(turn, heard, spoken, emotions[turn], user["change"]))
+        found.append(Turn(turn, heard, spoken, within(emotions[turn]), user["change"]))
         heard = user
     return found
 
 
+def within(emotion: int) -> int:
+    """An emotion of a record as a judge reads it: 0 to 100, below which RLVER's logs may go."""
+    return min(max(emotion, LOWEST), HIGHEST)
+
+
 def read_finished(path: str | Path) -> list[Finished]:
-    """The dialogues of a log of ours (`dialogues.jsonl`) or of a result file of SAGE.
+    """The dialogues of a log of ours (`dialogues.jsonl`), a result file of SAGE or a log of RLVER's simulator.
 
     Raises:
-        DialogueLogError: no such file, no dialogue in it, or a line that is neither; with file and line.
+        DialogueLogError: no such file, no dialogue in it, or a line that is none; with file and line.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DialogueLogError(f"{path}: {error}; expected a file of dialogues, ours or in SAGE's schema") from None
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, ours or SAGE's") from None
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise DialogueLogError(f"{path}: is empty; expected one dialogue a line, ours or in SAGE's schema")
-    if '"history"' not in first:
+    if b'"history"' not in first:
         records = read_dialogues(path)
         return [Finished(record, None, f"{path}: dialogue {record['dialogue']}") for record in records]
     return list(_sage_lines(path, lines))
 
 
-def _sage_lines(path: Path, lines: Sequence[str]) -> Iterator[Finished]:
+def _sage_lines(path: Path, lines: Sequence[bytes]) -> Iterator[Finished]:
     count = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
+        remedy = "restore the line, or remove it to go on without this dialogue"
         try:
-            obj = json.loads(line)
+            obj = parse_line(line)
             record, profile = from_sage(obj, count), Profile.from_json(obj)
-        except (ValueError, ProfileError) as error:
-            raise DialogueLogError(f"{place}: {error}") from None
+        except ProfileError as error:
+            raise DialogueLogError(f"{place}: {'; '.join(error.faults)}; {remedy}") from None
+        except ValueError as error:
+            raise DialogueLogError(f"{place}: {error}; {remedy}") from None
         fault = next(record_faults(record), None)
         if fault is not None:
-            raise DialogueLogError(f"{place}: {fault}; restore the line, or remove it to go on without this dialogue")
+            raise DialogueLogError(f"{place}: {fault}; {remedy}")
         yield Finished(record, profile, place)
         count += 1
 

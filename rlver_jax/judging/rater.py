@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from rlver_jax.judging.device import open_cache
+from rlver_jax.judging.device import check_length, open_cache
 from rlver_jax.judging.forms import Answers, Asked, Step
 from rlver_jax.judging.judge import Progress, Work
 from rlver_jax.judging.settings import judge_settings
@@ -85,6 +85,7 @@ class DeviceRater:
         contexts = [self._context(one) for one in asked]
         width = round_up(longest(contexts), LEAST_WIDTH)
         most = max((self._length(form.steps) for one in asked for form in one.forms), default=0)
+        check_length(self.lm, longest(contexts) + most)
         capacity, size = width + most, min(self.batch, len(asked))
         for start in range(0, len(asked), self.batch):
             rows = range(start, min(start + self.batch, len(asked)))

@@ -18,7 +18,7 @@ from rlver_jax.endpoint.client import Client, Endpoint, Message
 from rlver_jax.endpoint.errors import ContextFull
 from rlver_jax.endpoint.usage import Usage, priced
 from rlver_jax.endpoint.work import as_finished
-from rlver_jax.judging.finished import Finished, turns_of
+from rlver_jax.judging.finished import Finished, turns_of, within
 from rlver_jax.judging.forms import Answers, Asked, Form, Forms, load_forms
 from rlver_jax.judging.judge import Appraised, Progress, Work
 from rlver_jax.judging.rater import Rated
@@ -92,7 +92,7 @@ class RemoteJudge(_Remote):
         assert dialogue.profile is not None
         record, usage, unanswered = dialogue.record, Usage(), []
         said: list[str] = []
-        found = Appraised([record["emotions"][0]], [], [], [])
+        found = Appraised([within(record["emotions"][0])], [], [], [])
         for place, turn in enumerate(turns_of(record)):
             said += [turn.heard["content"] or "", turn.spoken["content"] or ""]
             moved = found.emotions[-1] if own else turn.emotion

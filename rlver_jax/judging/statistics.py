@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from rlver_jax.user.emotion import BANDS, SAGE
+from rlver_jax.user.emotion import BANDS, HIGHEST, LOWEST, SAGE
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -101,7 +101,8 @@ def band_agreement(rows: Rows) -> float:
 
 
 def _bands(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    own, recorded = (SAGE.band(SAGE.update(rows[:, 0], rows[:, column])) for column in (1, 2))
+    # Not by SAGE.update: RLVER's logs hold changes beyond ten.
+    own, recorded = (SAGE.band(np.clip(rows[:, 0] + rows[:, column], LOWEST, HIGHEST)) for column in (1, 2))
     return own, recorded
 
 

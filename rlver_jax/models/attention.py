@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlver_jax.models.precision import exact, wide
+from rlver_jax.models.rope import Frequencies
 
 TWIG_RADIX = 64  # leaves of one twig, the twig itself included
 BRANCH_RADIX = 64 * TWIG_RADIX  # what may grow from one branch, the branch itself included
@@ -178,13 +178,11 @@ def _split(x: Array, chunk: int, pad: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N hd"]:
+def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], rope: Frequencies) -> Float[Array, "B S N hd"]:
     """Rotary position embedding in float32 (arXiv 2104.09864, the half-split layout of Hugging Face)."""
-    dim = x.shape[-1]
-    # Rounded where the checkpoints' own code rounds: at position 1,500 one ulp of a frequency is 1e-4 of a radian.
-    power = (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)).astype(np.float32)
-    inverse = np.float32(1) / power
-    angle = positions.astype(wide(x.dtype))[:, :, None, None] * inverse
+    angle = positions.astype(wide(x.dtype))[:, :, None, None] * rope.inverse
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if rope.scale != 1:
+        cos, sin = cos * rope.scale, sin * rope.scale
     x1, x2 = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -1,11 +1,14 @@
 """Architecture of a Qwen2.5 model: read from a Hugging Face folder, or one of the published sizes."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURE = "Qwen2ForCausalLM"
+from rlver_jax.hub import local_folder
+from rlver_jax.models.hf_config import ARCHITECTURE, read_config
+from rlver_jax.models.rope import Frequencies, RopeScaling, frequencies
+
+MOST_PARAMS = 10**12  # Qwen2.5 has at most 7.3e10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +22,23 @@ class Qwen2Config:
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key and value heads; H is a multiple of K
     head_dim: int
-    max_positions: int = 32_768  # context length in tokens
+    max_positions: int = 32_768  # context length in tokens, before it is scaled
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        if self.num_params > MOST_PARAMS:
+            raise ValueError(
+                f"vocab_size={self.vocab_size}, hidden_size={self.hidden_size}, "
+                f"intermediate_size={self.intermediate_size} and {self.num_layers} layers make {self.num_params:.2g} "
+                f"parameters; expected at most {MOST_PARAMS:.2g}"
+            )
 
     @property
     def num_params(self) -> int:
@@ -38,45 +48,52 @@ class Qwen2Config:
         layer = d * q + q + 2 * (d * kv + kv) + q * d + 3 * d * f + 2 * d
         return self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.num_layers * layer + d
 
+    @property
+    def rope(self) -> Frequencies:
+        """Of the rotary embedding."""
+        return frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model may read: max_positions, or more where its rotary embedding is scaled."""
+        return self.max_positions if self.rope_scaling is None else self.rope_scaling.context(self.max_positions)
+
+    def check_context(self, tokens: int, name: str, what: str, remedy: str) -> None:
+        """Refuses rows that are longer than what the model was made for: it would answer, but with ever less sense.
+
+        Args:
+            tokens: of a row.
+            name: the model's in messages, e.g. "policy".
+            what: asks for so many tokens, e.g. "rollout.context=40000".
+            remedy: what helps beside a scaled RoPE.
+
+        Raises:
+            ValueError: they are more than `context`.
+        """
+        if tokens > self.context:
+            raise ValueError(
+                f"{what}, but the model of {name} reads at most {self.context} tokens (max_position_embeddings="
+                f"{self.max_positions} in its config.json); {remedy}, or scale its context with YaRN as Qwen2.5's "
+                f"model card says (rope_scaling in config.json)"
+            )
+
     @classmethod
     def from_hf(cls, folder: str | Path) -> "Qwen2Config":
-        """Reads `config.json` of a Hugging Face folder (the layouts of transformers 4 and 5).
+        """Reads `config.json` of a Hugging Face folder, or of a name on the hub (the layouts of transformers 4 and 5).
 
         Raises:
             FileNotFoundError: there is no config.json.
-            ValueError: another architecture, a missing field, or a feature that changes the computation and is not
-                implemented (sliding windows, RoPE scaling, another activation).
+            ValueError: it can't be read, or is of a model that is not supported (see `hf_config`).
         """
-        file = Path(folder) / "config.json"
-        if not file.exists():
-            raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face folder of a Qwen2.5 model")
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        names = raw.get("architectures") or [raw.get("model_type")]
-        if ARCHITECTURE not in names:
-            raise ValueError(
-                f"{file}: architecture {names[0]!r}, but only {ARCHITECTURE} (Qwen2, Qwen2.5) is supported"
-            )
-        _refuse_unsupported(file, raw)
+        folder = local_folder(folder)
+        fields = read_config(folder)
         try:
-            heads = raw["num_attention_heads"]
-            return cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_layers=raw["num_hidden_layers"],
-                num_heads=heads,
-                num_kv_heads=raw.get("num_key_value_heads", heads),
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                max_positions=raw.get("max_position_embeddings", 32_768),
-                rope_theta=float(_rope(raw).get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                tie_embeddings=raw.get("tie_word_embeddings", False),
-            )
-        except KeyError as missing:
-            raise ValueError(f"{file}: field {missing} is missing; expected the config of a {ARCHITECTURE}") from None
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
-        """The `config.json` that transformers reads."""
+        """The `config.json` that transformers 4 and 5 read."""
         return {
             "architectures": [ARCHITECTURE],
             "model_type": "qwen2",
@@ -90,25 +107,12 @@ class Qwen2Config:
             "head_dim": self.head_dim,
             "max_position_embeddings": self.max_positions,
             "rope_theta": self.rope_theta,
+            **({} if self.rope_scaling is None else {"rope_scaling": self.rope_scaling.to_hf()}),
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "use_sliding_window": False,
             "torch_dtype": dtype,
         }
-
-
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-
-
-def _refuse_unsupported(file: Path, raw: dict[str, Any]) -> None:
-    kind = _rope(raw).get("rope_type") or _rope(raw).get("type") or "default"
-    if kind != "default":
-        raise ValueError(f"{file}: RoPE scaling {kind!r} is not supported; use the model without it")
-    if raw.get("use_sliding_window"):
-        raise ValueError(f"{file}: use_sliding_window=true is not supported; Qwen2.5 checkpoints have it off")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
 
 
 def _preset(

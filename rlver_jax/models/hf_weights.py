@@ -3,6 +3,7 @@
 Every device's slice of every parameter is read straight from its file, so no process ever holds the whole model.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,11 +19,23 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE
+from rlver_jax.hub import local_folder
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
-from rlver_jax.parallel import rules
+from rlver_jax.models.safetensors_files import (
+    Tensor,
+    WeightsError,
+    check_floats,
+    find_tensors,
+    not_finite,
+    same_values,
+)
+from rlver_jax.parallel import distributed, rules
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "WeightsError", "load_params", "save_params"]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,10 +48,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 _OUTER = {
-    "embed/kernel": "model.embed_tokens.weight",
+    "embed/kernel": EMBEDDING,
     "norm/scale": "model.norm.weight",
-    "lm_head": "lm_head.weight",
+    "lm_head": HEAD,
 }
 _LAYER = {
     "attn_norm/scale": "input_layernorm.weight",
@@ -54,10 +69,6 @@ _LAYER = {
     "up/kernel": "mlp.up_proj.weight",
     "down/kernel": "mlp.down_proj.weight",
 }
-
-
-class WeightsError(ValueError):
-    """A checkpoint folder does not hold the model that its config describes."""
 
 
 class _Source(NamedTuple):
@@ -87,85 +98,53 @@ def _leaf_path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _check_complete(file: Path) -> None:
-    """Names the first tensor that a truncated file no longer holds."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or size < 8 + length:
-            raise WeightsError(f"{file}: {size} bytes end inside the header; the file is truncated: fetch it again")
-        header = json.loads(stream.read(length))
-    for name, entry in header.items():
-        end = 0 if name == "__metadata__" else 8 + length + entry["data_offsets"][1]
-        if end > size:
-            raise WeightsError(
-                f"{file}: tensor {name} of shape {tuple(entry['shape'])} ends at byte {end}, but the file has only "
-                f"{size}; it is truncated: fetch it again"
-            )
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or the single file; checks that every file is there and whole."""
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index.exists():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / file for name, file in weight_map.items()}
-    elif single.exists():
-        _check_complete(single)
-        with _open(single) as opened:
-            return dict.fromkeys(opened.keys(), single)
-    else:
-        raise WeightsError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; expected safetensors weights")
-    for file in sorted(set(files.values())):
-        wanted = [name for name, f in files.items() if f == file]
-        if not file.exists():
-            raise WeightsError(
-                f"{file}: no such file, but {INDEX_FILE} places {len(wanted)} tensors in it, e.g. {wanted[0]}"
-            )
-        _check_complete(file)
-        with _open(file) as opened:
-            held = set(opened.keys())
-        for name in wanted:
-            if name not in held:
-                raise WeightsError(f"{file}: tensor {name} is missing, though {INDEX_FILE} places it here")
-        for name in sorted(held - set(files)):
-            raise WeightsError(f"{file}: extra tensor {name}, which {INDEX_FILE} does not list")
-    return files
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise WeightsError(f"{file}: not a readable safetensors file ({error}); fetch it again") from None
-
-
-def _check(files: dict[str, Path], sources: dict[str, _Source], shapes: dict[str, Any]) -> None:
+def _check(tensors: dict[str, Tensor], folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     """Every tensor of the model is there with its shape, and nothing else is."""
-    expected = {name: s.hf_shape(shapes[path].shape) for path, s in sources.items() for name in s.tensors}
-    some_file = next(iter(files.values()))
+    files = ", ".join(sorted({tensor.file.name for tensor in tensors.values()}))
     for name, shape in expected.items():
-        if name not in files:
-            raise WeightsError(
-                f"{some_file.parent}: tensor {name} of shape {shape} is missing from "
-                f"{', '.join(sorted({f.name for f in files.values()}))}"
+        if name not in tensors:
+            head = (
+                "; config.json says tie_word_embeddings=false, so the model needs a head of its own. Set it to true if "
+                "the embedding is the head, else fetch the weights again"
             )
-    for name in sorted(set(files) - set(expected)):
-        raise WeightsError(f"{files[name]}: extra tensor {name}, which a model with this config.json does not have")
-    for file in sorted(set(files.values())):
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                found = tuple(opened.get_slice(name).get_shape())
-                if found != expected[name]:
-                    raise WeightsError(f"{file}: tensor {name} has shape {found}, expected {expected[name]}")
+            raise WeightsError(
+                f"{folder}: tensor {name} of shape {shape} is missing from {files}{head if name == HEAD else ''}"
+            )
+        if (found := tensors[name].shape) != shape:
+            raise WeightsError(f"{tensors[name].file}: tensor {name} has shape {found}, expected {shape}")
+    for name in sorted(set(tensors) - set(expected)):
+        raise WeightsError(
+            f"{tensors[name].file}: extra tensor {name}, which a model with this config.json does not have"
+        )
 
 
-def _read(file: Path, name: str, index: tuple[slice, ...], transposed: bool, dtype: np.dtype) -> np.ndarray:
+def _tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model whose head is its embedding, which may be stored under both names or either one."""
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if head is None:
+        return tensors
+    if embedding is not None and not same_values(head, embedding):
+        raise WeightsError(
+            f"{head.file}: {HEAD} ({head.dtype}, {head.shape}) differs from {EMBEDDING} ({embedding.dtype}, "
+            f"{embedding.shape}) in {embedding.file.name}, but config.json says tie_word_embeddings=true; set it "
+            f"to false if the head is the model's own, else remove {HEAD}"
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD} | {EMBEDDING: embedding or head}
+
+
+def _read(tensor: Tensor, index: tuple[slice, ...], transposed: bool, dtype: np.dtype) -> np.ndarray:
     # Opened anew each time: closing unmaps the file's pages, which would otherwise count as resident memory.
-    with _open(file) as opened:
-        part = opened.get_slice(name)[index[::-1] if transposed else index]
-    part = part.astype(dtype, copy=False)
-    return part.T if transposed else part
+    try:
+        with safe_open(tensor.file, framework="numpy") as opened:
+            part = opened.get_slice(tensor.name)[index[::-1] if transposed else index]
+    except SafetensorError as error:
+        raise WeightsError(f"{tensor.file}: not a readable safetensors file ({error}); fetch it again") from None
+    with np.errstate(over="ignore"):  # said below
+        out = part.astype(dtype, copy=False)
+    if not_finite(out):
+        what = "holds NaN or infinity" if not_finite(part) else f"holds numbers too large for {dtype.name}"
+        raise WeightsError(f"{tensor.file}: tensor {tensor.name} {what}; the weights are damaged: use other ones")
+    return out.T if transposed else out
 
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:
@@ -180,21 +159,32 @@ def load_params(
     """Parameters of `model` from a Hugging Face folder, created where the mesh wants them.
 
     Args:
-        folder: holds model.safetensors, or model.safetensors.index.json with its shards.
+        folder: holds model.safetensors, or model.safetensors.index.json with its shards; or a name on the Hugging
+            Face hub. Tensors may be stored in different floating-point dtypes.
         model: decides the tree (scanned or unrolled) and the shapes.
         dtype: of the result; default `model.param_dtype`.
         mesh: places every leaf by `parallel.rules`; None: on the default device.
 
     Raises:
-        WeightsError: a tensor is missing, extra, of another shape or cut off; the message names tensor and file.
+        WeightsError: a tensor is missing, extra, of another shape, cut off, no floats or not finite, or a file is
+            malformed; the message names tensor and file.
         rules.ShardingError: a parameter cannot be divided over the mesh.
     """
-    files = _tensor_files(Path(folder))
+    load = functools.partial(_load, folder, model, dtype, mesh)
+    return load() if mesh is None else distributed.together(load)  # each process sees its own slices
+
+
+def _load(folder: str | Path, model: Qwen2, dtype: DTypeLike | None, mesh: Mesh | None) -> Params:
+    folder = local_folder(folder, weights=True)
+    tensors = find_tensors(folder)
+    check_floats(tensors)
+    if model.config.tie_embeddings:
+        tensors = _tied(tensors)
     shapes, axes = abstract_params(model)
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     by_path = {_leaf_path(path): leaf for path, leaf in flat}
     sources = {path: _source(path, model.config.num_layers) for path in by_path}
-    _check(files, sources, by_path)
+    _check(tensors, folder, {n: s.hf_shape(by_path[p].shape) for p, s in sources.items() for n in s.tensors})
     default = SingleDeviceSharding(jax.local_devices()[0])
     placements = [default] * len(flat) if mesh is None else jax.tree.leaves(rules.tree_shardings(axes, shapes, mesh))
     dtype = jnp.dtype(dtype or model.param_dtype)
@@ -207,7 +197,7 @@ def load_params(
             out = np.empty(size, dtype)
             names, inner = (source.tensors[index[0]], index[1:]) if source.stacked else (source.tensors, index)
             for row, name in zip(out if source.stacked else [out], names, strict=True):
-                _copy(row, _read(files[name], name, inner, source.transposed, dtype))
+                _copy(row, _read(tensors[name], inner, source.transposed, dtype))
             return out
 
         return jax.make_array_from_callback(shape, placement, device_slice)
@@ -237,7 +227,8 @@ def save_params(
     Args:
         folder: new or empty.
         dtype: of the file, default each array's own.
-        tokenizer_from: folder whose tokenizer files are copied along.
+        tokenizer_from: model whose tokenizer and generation files are copied along, and whose config.json says which
+            ids begin, end and pad a text.
 
     Raises:
         FileExistsError: the folder already holds files.
@@ -257,10 +248,21 @@ def save_params(
         saved_dtype = str(next(iter(shard.values())).dtype)
     if jax.process_index() == 0:
         _finish(folder, shards, total)
-        (folder / "config.json").write_text(json.dumps(config.to_hf(saved_dtype), indent=2) + "\n")
-        for file in TOKENIZER_FILES if tokenizer_from else ():
-            if (Path(str(tokenizer_from)) / file).exists():
-                shutil.copyfile(Path(str(tokenizer_from)) / file, folder / file)
+        written = config.to_hf(saved_dtype)
+        if tokenizer_from:
+            source = local_folder(tokenizer_from)
+            written |= _text_ids(source)
+            for file in TOKENIZER_FILES:
+                if (source / file).exists():
+                    shutil.copyfile(source / file, folder / file)
+        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _text_ids(source: Path) -> dict[str, Any]:
+    """What a folder's config.json says of the ids that begin, end and pad a text."""
+    file = source / "config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {name: found[name] for name in TEXT_IDS if name in found}
 
 
 def _host_tensors(params: Params, config: Qwen2Config, dtype: DTypeLike | None) -> Iterator[tuple[str, np.ndarray]]:

@@ -4,11 +4,13 @@ Each column of a layer's weight matrices is rounded to 255 steps of its own size
 x @ kernel * scale. Activations, embedding, output head, norms and biases stay as they are: nothing needs calibration.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int8
 
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
@@ -22,22 +24,41 @@ def unrounded(model: Qwen2) -> Qwen2:
 
 
 def quantize(params: Params, model: Qwen2, mesh: Mesh | None = None) -> Params:
-    """Parameters of `unrounded(model)`, which are given up, as those of `model`, whose param_dtype is int8."""
+    """Parameters of `unrounded(model)` as those of `model`, whose param_dtype is int8.
+
+    Wide matrices are freed one after another, each as soon as it is rounded (those of all layers are one where they are
+    scanned), so that beside the model there is room needed for one rounded matrix only. Everything else is passed on.
+    """
     shapes, axes = abstract_params(model)
     places = None if mesh is None else rules.tree_shardings(axes, shapes, mesh)
-    return jax.jit(_of_layers, out_shardings=places, donate_argnums=0)(params)
+    return {
+        name: _quantized(tree, places and places[name]) if name.startswith("layer") else tree
+        for name, tree in params.items()
+    }
 
 
-def _of_layers(params: Params) -> Params:
-    return {name: _quantized(tree) if name.startswith("layer") else tree for name, tree in params.items()}
-
-
-def _quantized(tree: Any) -> Any:
+def _quantized(tree: Any, places: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     if "kernel" not in tree:
-        return {name: _quantized(inner) for name, inner in tree.items()}
-    kernel = tree["kernel"].astype(jnp.float32)
-    largest = jnp.abs(kernel).max(axis=-2, keepdims=True)
+        return {name: _quantized(inner, places and places[name]) for name, inner in tree.items()}
+    wide = tree["kernel"]
+    where = None if places is None else (places["kernel"], places["scale"])
+    # A donation would do nothing: no result has the size of what is given. Deleted before it has been read, it would
+    # live on until then, and the next matrices' results be allocated meanwhile.
+    kernel, scale = jax.block_until_ready(_program(where)(wide))
+    wide.delete()
+    return tree | {"kernel": kernel, "scale": scale}
+
+
+@functools.cache
+def _program(where: Any) -> Any:
+    return jax.jit(_rounded, out_shardings=where)
+
+
+def _rounded(kernel: Float[Array, "*L I O"]) -> tuple[Int8[Array, "*L I O"], Float[Array, "*L O"]]:
+    """A matrix, or one for each layer, in steps of its columns, and their size."""
+    wide = kernel.astype(jnp.float32)
+    largest = jnp.abs(wide).max(axis=-2, keepdims=True)
     scale = jnp.where(largest > 0, largest / STEPS, 1)
-    return tree | {"kernel": jnp.round(kernel / scale).astype(jnp.int8), "scale": scale.squeeze(-2)}
+    return jnp.round(wide / scale).astype(jnp.int8), scale.squeeze(-2)

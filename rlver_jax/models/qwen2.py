@@ -111,8 +111,8 @@ class Attention(nn.Module):
             return rules.constrain(linear(x).reshape(b, s, heads, c.head_dim), "batch", "length", axis, "head_dim")
 
         # Qwen2.5's key biases reach hundreds: product, bias and rotation stay in float32 and are rounded once.
-        q = rotate(project("q", c.num_heads, "heads"), positions, c.rope_theta).astype(self.dtype)
-        k = rotate(project("k", c.num_kv_heads, "kv_heads"), positions, c.rope_theta).astype(self.dtype)
+        q = rotate(project("q", c.num_heads, "heads"), positions, c.rope).astype(self.dtype)
+        k = rotate(project("k", c.num_kv_heads, "kv_heads"), positions, c.rope).astype(self.dtype)
         v = project("v", c.num_kv_heads, "kv_heads").astype(self.dtype)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, hd]: each head's slots lie together
         if keys is not None:

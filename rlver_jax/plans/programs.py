@@ -28,7 +28,7 @@ from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.cache import LM
-from rlver_jax.spec import Spec
+from rlver_jax.spec import Spec, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.trainer import pack_program, row_sharding
 from rlver_jax.user.prompts import load_prompts
@@ -95,13 +95,14 @@ def architecture(config: ConfigDict, name: str, otherwise: ConfigDict | None = N
     """Of `config.NAME`: of the folder that it names, else of its size, else that of the model `otherwise`.
 
     Raises:
-        ValueError, OSError: nothing is named, or what is named is not a Qwen2.5 model.
+        ValueError, OSError: nothing is named, or what is named is not a Qwen2.5 model, or reads fewer tokens than
+            rollout.context.
     """
     for c in (config[name], otherwise):
-        if c is not None and c.get("path"):
-            return Qwen2Config.from_hf(c.path)
-        if c is not None and c.get("size"):
-            return preset(c.size)
+        if c is not None and (c.get("path") or c.get("size")):
+            found = Qwen2Config.from_hf(c.path) if c.get("path") else preset(c.size)
+            check_rows(found, name, config.rollout.context)
+            return found
     raise ValueError(
         f"{name}.path and {name}.size are empty; set --config.{name}.size to a published size of Qwen2.5, e.g. 7b, or "
         f"--config.{name}.path to a model's folder, of which a plan reads config.json and the tokenizer"

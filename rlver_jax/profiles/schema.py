@@ -3,7 +3,8 @@
 RLVER (arXiv 2507.03112) publishes one JSON object a line: `id`, `player` (the persona), `scene`, `main_cha`,
 `cha_group` (character traits), `task` (the hidden intention) and, in its test set, `first_talk`. SAGE (arXiv
 2505.02847) writes results that carry the profile too: `character` stands for `main_cha`, `topic` is new, and
-the first talk opens `history`. Both are read into `Profile`; other keys of a line (SAGE's `emo_point`, …) are
+the first talk opens `history`. RLVER's simulator logs dialogues like SAGE's results, without `task`: there the hidden
+intention is what the scene ends with. All are read into `Profile`; other keys of a line (SAGE's `emo_point`, …) are
 not ours and are left alone.
 """
 
@@ -133,6 +134,8 @@ class Profile:
     def from_json(cls, obj: object) -> "Profile":
         """The profile in one parsed JSON value of RLVER's or SAGE's schema (told apart by their keys).
 
+        Without `task` the hidden intention is the sentence that the scene ends with.
+
         Raises `ProfileError` with every fault of the object; keys that no profile has are not looked at.
         """
         if not isinstance(obj, dict):
@@ -143,10 +146,10 @@ class Profile:
             id=taker.text("id"),
             persona=taker.text("player"),
             scene=taker.text("scene"),
-            hidden_intention=taker.text("task"),
+            hidden_intention=taker.intention("task", "scene"),
             main_character=taker.text("character" if sage else "main_cha"),
             traits=() if sage else taker.texts("cha_group"),
-            topic=taker.optional_text("topic"),
+            topic=taker.optional_text("topic") if not sage or obj.get("topic") else None,
             first_talk=taker.opening("history") if sage else taker.optional_text("first_talk"),
         )
         said = _SCENE_ENDING.search(profile.scene)
@@ -196,6 +199,12 @@ def known_intention(sentence: str) -> HiddenIntention | None:
     return _INTENTION_OF_TEXT.get(sentence.strip().rstrip("。."))
 
 
+def intention_at_end(scene: object) -> str | None:
+    """The hidden intention that a published scene ends with; None where there is none."""
+    said = _SCENE_ENDING.search(scene) if isinstance(scene, str) else None
+    return said["said"].strip() or None if said else None
+
+
 def read_profiles(paths: Paths) -> list[Profile]:
     """Reads one JSONL file, or several in the order given, in RLVER's or SAGE's schema (or mixed).
 
@@ -220,7 +229,7 @@ def read_profiles(paths: Paths) -> list[Profile]:
                 continue
             place = f"{path}:{number}"
             try:
-                profile = _parse_line(line)
+                profile = Profile.from_json(parse_line(line))
             except ProfileError as error:
                 faults += [f"{place}: {fault}" for fault in error.faults]
                 continue
@@ -258,10 +267,10 @@ def read_file(path: Path) -> bytes:
     return data
 
 
-def _parse_line(line: bytes) -> Profile:
-    """The profile of one line; raises ProfileError with faults that don't yet name the place."""
+def parse_line(line: bytes) -> Any:
+    """The JSON value of one line; raises ProfileError with faults that don't yet name the place."""
     try:
-        obj = json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_repeats)
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_repeats)
     except ProfileError:
         raise
     except UnicodeDecodeError as error:
@@ -272,7 +281,6 @@ def _parse_line(line: bytes) -> Profile:
         raise ProfileError([f"found {bad}, expected one whole JSON object on the line"]) from None
     except (ValueError, RecursionError) as error:  # a number or a nesting that Python refuses
         raise ProfileError([f"found JSON that can't be read ({error}), expected one plain JSON object"]) from None
-    return Profile.from_json(obj)
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -299,6 +307,12 @@ class _Taker:
             self.faults.append(f"found no field {name!r}, expected it to hold a text; the object has {_cut(has)}")
             return ""
         return self._checked(f"field {name!r}", self.obj[name])
+
+    def intention(self, name: str, scene: str) -> str:
+        """A required text, or where the field is absent or null, the hidden intention that the scene ends with."""
+        if self.obj.get(name) is None and (said := intention_at_end(self.obj.get(scene))):
+            return said
+        return self.text(name)
 
     def optional_text(self, name: str) -> str | None:
         """A text, or None where the field is absent or null."""

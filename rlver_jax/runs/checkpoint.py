@@ -298,6 +298,12 @@ class Checkpoints:
         return f"; it is now {new.name}"
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of which a folder holds a checkpoint, rising; nothing is opened."""
+    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(rf"\d{{{_DIGITS}}}", name))
+
+
 def _name(step: int) -> str:
     return f"{step:0{_DIGITS}d}"
 

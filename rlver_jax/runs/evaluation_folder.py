@@ -15,8 +15,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import PATHS as CONFIG_PATHS
 from rlver_jax.config import endpoint_sides, flatten
+from rlver_jax.config_fields import PATHS as CONFIG_PATHS
+from rlver_jax.hub import local_folder
 from rlver_jax.parallel import distributed
 from rlver_jax.paths import check_folder_to_write
 from rlver_jax.profiles.schema import Profile
@@ -186,7 +187,8 @@ def model_fingerprint(config: ConfigDict, name: str) -> str:
     folder = config.path
     if not folder:
         raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
-    files = sorted(file for kind in ("*.safetensors", "*.model", "*.json") for file in Path(folder).glob(kind))
+    held = local_folder(folder, weights=config.init != "random")
+    files = sorted(file for kind in ("*.safetensors", "*.model", "*.json") for file in held.glob(kind))
     if config.init == "random":
         files = [file for file in files if file.suffix != ".safetensors"]
     elif not any(file.suffix == ".safetensors" for file in files):

@@ -44,7 +44,7 @@ def plain(text: str) -> str:
 
 def emotion_bar(emotion: int) -> Text:
     """`██████░░░░  43 B`: a bar, the number and its band (SAGE's borders)."""
-    filled = round(emotion / 100 * BAR)
+    filled = round(min(max(emotion, 0), 100) / 100 * BAR)  # RLVER's logs may go below 0
     band = SAGE.band_name(emotion)
     return Text.assemble(
         ("█" * filled, _BAND_STYLES[band]), ("░" * (BAR - filled), "dim"), f" {emotion:3d} ", (band, _BAND_STYLES[band])

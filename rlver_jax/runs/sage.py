@@ -4,20 +4,31 @@ SAGE writes one object a profile: the profile, `emo_point` and `emo_state` at th
 user's messages carry `emotion-point`, `thinking` (its considerations) and `planning` (its appraisal). It has no tokens
 and no seed: they are null on the way back. It doesn't tell a format violation, nor a reward: that becomes RLVER's own,
 final emotion / 100. A last reaction without a reply, which it doesn't have either, becomes one with empty content.
+
+RLVER's simulator (arXiv 2507.03112) logs its dialogues alike. They have no `task`: the scene ends with the intention.
+Its appraisal has `reason` for SAGE's `TargetCompletion`, and `change` as text; changes may be beyond ten and emotions
+below 0. Both are taken as they are logged, and the reward is max(final emotion, 0) / 100. Such a record has the field
+`source`.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from rlver_jax.profiles.schema import Profile
+from rlver_jax.config import shown
+from rlver_jax.profiles.schema import Profile, intention_at_end
 from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, Record
+from rlver_jax.runs.trajectory import RLVER
 from rlver_jax.user.emotion import SAGE
 
 # SAGE's name of each of our scripts' fields; others keep their own names.
 PLANNING = {"activity": "activity", "target": "TargetCompletion", "content": "content", "feeling": "analyse"}
 _OURS = {theirs: ours for ours, theirs in PLANNING.items()}
+_OURS_OF_RLVER = _OURS | {"reason": "target"}
+_FAREWELLS = ("再见", "拜拜")  # by which RLVER's loop knows that the user has left
 _LINE = re.compile(r"([a-z][a-z0-9_]*): (.*)", re.DOTALL)
+MOST = 10**6  # points that a log may hold; an emotion has 100
 _UNKNOWN = ("tokens", "logprobs", "raw_logprobs")
 
 
@@ -65,69 +76,98 @@ def _thinking(considerations: dict[str, str]) -> str:
     return "\n".join(f"{name}: {text}" for name, text in considerations.items() if text)
 
 
-def from_sage(obj: dict[str, Any], dialogue: int = 0) -> Record:
-    """A dialogue of SAGE's results as a record; what SAGE doesn't say is null.
+def from_sage(obj: Any, dialogue: int = 0) -> Record:
+    """A dialogue of SAGE's results, or of RLVER's logs, as a record; what they don't say is null.
 
     Its profile is `Profile.from_json(obj)`. `dialogue` becomes the record's number.
 
     Raises:
-        ValueError: the object is not one of SAGE's results.
+        ValueError: the object is neither.
     """
     try:
-        return _from_sage(obj, dialogue)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"not a result of SAGE ({type(error).__name__}: {error}); expected an object with id, task, emo_point "
-            f"and a history that opens with the user's message and its emotion-point"
-        ) from error
+        return _record(obj, dialogue)
+    except ValueError as error:
+        raise ValueError(f"not a result of SAGE or a log of RLVER's simulator: {error}") from error
 
 
-def _from_sage(obj: dict[str, Any], dialogue: int) -> Record:
-    history = obj["history"]
-    messages = [_opening(history[0]), *(_from_history(message) for message in history[1:])]
+def _record(obj: Any, dialogue: int) -> Record:
+    history = obj.get("history") if isinstance(obj, dict) else None
+    if not isinstance(history, list) or not history:
+        raise ValueError("expected an object with id, emo_point and a history that opens with the user's message")
+    rlver = obj.get("task") is None
+    intention = intention_at_end(obj.get("scene")) if rlver else obj["task"]
+    if intention is None:
+        raise ValueError("no field task, nor a scene that ends with the hidden intention")
+    messages = [_message(message, index, rlver) for index, message in enumerate(history)]
     emotions = list(_emotions(messages))
     if len(emotions) > 1:
-        emotions[-1] = obj["emo_point"]
-    think = any("think" in message for message in history)
-    return {
+        emotions[-1] = _whole(obj, "emo_point")
+    think = any(message.get("thought") is not None for message in messages)
+    record = {
         "dialogue": dialogue,
-        "profile": obj["id"],
+        "profile": obj.get("id"),
         "seed": None,
         "mode": "think" if think else "direct",
         **dict.fromkeys(("language", "style", "scenario", "readout")),
         "initial_emotion": emotions[0],
-        "hidden_intention": obj["task"],
-        "end_reason": _end_reason(emotions[-1], history[-1]),
+        "hidden_intention": intention,
+        "end_reason": _end_reason(emotions[-1], messages[-1], rlver),
         "turns": len(emotions) - 1,
         "violation": False,
-        "reward": emotions[-1] / 100,
+        "reward": max(emotions[-1], 0) / 100,
         "emotion": emotions[-1],
         "emotions": emotions,
         "messages": messages,
     }
+    return record | ({"source": RLVER} if rlver else {})
 
 
-def _opening(message: dict[str, Any]) -> Record:
-    known = {"role": "user", "content": message["content"], "emotion": message["emotion-point"]}
-    return known | {"tokens": None, "generated": None}
+def _whole(obj: dict[str, Any], name: str, where: str = "") -> int:
+    """A whole number, also one that is written as text, such as "+5"."""
+    value = obj.get(name)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MOST:
+        raise ValueError(f"{where}{name} is {shown(value)}, expected a whole number")
+    return value
 
 
-def _from_history(message: dict[str, Any]) -> Record:
-    unknown = dict.fromkeys((*_UNKNOWN, "stopped"))
-    if message["role"] == "assistant":
+def _text(obj: dict[str, Any], name: str, where: str) -> str:
+    """A text, the empty one where the field is absent or null."""
+    value = obj.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}{name} is {shown(value)}, expected a text")
+    return value or ""
+
+
+def _message(message: Any, index: int, rlver: bool) -> Record:
+    where, role = f"history[{index}]", ("user", "assistant")[index % 2]
+    if not isinstance(message, dict) or message.get("role") != role:
+        raise ValueError(f"{where} is not a message of {role}; user and assistant take turns, and the user opens")
+    if not isinstance(message.get("content"), str):
+        raise ValueError(f"{where}.content is {shown(message.get('content'))}, expected a text")
+    if role == "assistant":
         said = {"role": "assistant", "thought": message.get("think"), "content": message["content"]}
-        return said | unknown | {"say_tokens": None, "violation": False}
-    planning = dict(message["planning"])
-    change = planning.pop("change")
+        return said | dict.fromkeys((*_UNKNOWN, "stopped")) | {"say_tokens": None, "violation": False}
+    emotion = _whole(message, "emotion-point", f"{where}.")
+    if index == 0:
+        known = {"role": "user", "content": message["content"], "emotion": emotion}
+        return known | {"tokens": None, "generated": None}
+    planning = message.get("planning")
+    if not isinstance(planning, dict):
+        raise ValueError(f"{where}.planning is {shown(planning)}, expected an object with an appraisal and its change")
+    ours = _OURS_OF_RLVER if rlver else _OURS
+    felt = {ours.get(name, name): _text(planning, name, f"{where}.planning.") for name in planning if name != "change"}
     return {
         "role": "user",
         "content": message["content"] or None,
-        **unknown,
+        **dict.fromkeys((*_UNKNOWN, "stopped")),
         **dict.fromkeys((*SCRIPT_FIELDS, "all_tokens", "change_logprobs")),
-        "appraisal": {_OURS.get(name, name): text for name, text in planning.items() if text},
-        "change": change,
-        "considerations": _considerations(message.get("thinking") or ""),
-        "emotion": message["emotion-point"],
+        "appraisal": {name: text for name, text in felt.items() if text},
+        "change": _whole(planning, "change", f"{where}.planning."),
+        "considerations": _considerations(_text(message, "thinking", f"{where}.")),
+        "emotion": emotion,
     }
 
 
@@ -149,7 +189,10 @@ def _emotions(messages: list[Record]) -> Iterator[int]:
             yield emotion
 
 
-def _end_reason(emotion: int, last: dict[str, Any]) -> str:
+def _end_reason(emotion: int, last: Record, rlver: bool) -> str:
     if SAGE.outcome(emotion):
         return "success" if SAGE.outcome(emotion) > 0 else "failure"
-    return "turn_limit" if last["role"] == "assistant" or not last["content"] else "goodbye"
+    if last["role"] == "assistant" or not last["content"]:
+        return "turn_limit"
+    # RLVER's user answers the last reply too.
+    return "turn_limit" if rlver and not any(word in last["content"] for word in _FAREWELLS) else "goodbye"

@@ -7,10 +7,11 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from rlver_jax.config import unflatten
+from rlver_jax.hub import fault
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
-from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints
+from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
+from rlver_jax.runs.kept_model import base_folder, check_same_model, kept_model
 from rlver_jax.runs.workdir import RunFolder
 
 
@@ -19,23 +20,25 @@ class TrainedPolicy:
     """What `open` found."""
 
     folder: RunFolder
-    config: ConfigDict  # of the run
+    config: ConfigDict  # of the run; its policy.path is where config and tokenizer lie now
     step: int
     fingerprint: str  # of the checkpoint
 
     @classmethod
-    def open(cls, workdir: str | Path, base: ConfigDict, step: str = "") -> "TrainedPolicy":
+    def open(cls, workdir: str | Path, base: ConfigDict, step: str = "", path: str = "") -> "TrainedPolicy":
         """Chooses a checkpoint.
 
         Args:
             base: `configs/base.py:get_config()`.
             step: "best" (by eval/score), "last", or a number; empty: the best, or the last where none has a score.
+            path: Hugging Face folder to take config and tokenizer from; empty: the run's own.
 
         Raises:
-            ValueError: no run's folder, or no such checkpoint in it.
+            ValueError: no run's folder, no such checkpoint in it, or no model's folder, or one of another model.
         """
         folder = RunFolder(Path(workdir))
-        config = unflatten(folder.config(), base)
+        config = folder.typed_config(base)
+        config.policy.path = _model_folder(folder, config.policy.path, path)
         checkpoints = Checkpoints.reader(folder.checkpoints)
         try:
             number = _number(checkpoints, step)
@@ -56,6 +59,8 @@ class TrainedPolicy:
         checkpoints = Checkpoints.reader(self.folder.checkpoints)
         try:
             return checkpoints.restore_part(self.step, like, "params/policy")
+        except MismatchError as error:
+            raise MismatchError(f"{error} (the model is that of {self.config.policy.path})") from error
         finally:
             checkpoints.close()
 
@@ -65,28 +70,47 @@ def is_run(path: str | Path) -> bool:
     return RunFolder(Path(path)).checkpoints.is_dir()
 
 
-def take_checkpoint(config: ConfigDict, checkpoint: str, step: str, base: ConfigDict) -> TrainedPolicy | None:
+def take_checkpoint(
+    config: ConfigDict, checkpoint: str, step: str, base: ConfigDict, path: str = ""
+) -> TrainedPolicy | None:
     """Puts `--checkpoint` in the place of the config's policy; empty: leaves it.
 
     Args:
         config: its `policy.path` and `policy.init` are changed.
-        checkpoint: a training run or a Hugging Face folder.
+        checkpoint: a training run or a Hugging Face folder, of which everything is taken.
         step, base: as in `TrainedPolicy.open`.
+        path: of a training run, where to take config and tokenizer from (`command_line.given_path`); empty: its own.
 
     Returns:
         what to read the policy from, where it is a training run.
 
     Raises:
-        ValueError: no such checkpoint in the run.
+        ValueError: as `TrainedPolicy.open`.
     """
     if not checkpoint:
         return None
     if not is_run(checkpoint):
         config.policy.path, config.policy.init = checkpoint, "path"
         return None
-    trained = TrainedPolicy.open(checkpoint, base, step)
+    trained = TrainedPolicy.open(checkpoint, base, step, path)
     config.policy.path, config.policy.init = trained.config.policy.path, trained.config.policy.init
     return trained
+
+
+def _model_folder(run: RunFolder, trained_from: str, given: str) -> str:
+    """Where config and tokenizer of a run's policy lie: in the given folder, in the run's, or in the base model's."""
+    kept = kept_model(run.path)
+    known = str(kept) if kept else trained_from if base_folder(trained_from) else ""
+    if not (given or known):
+        raise ValueError(
+            f"{run.path}: keeps no config and tokenizer, since an older version began it, and its policy.path="
+            f"{trained_from!r} is gone; give the base model's folder with --config.policy.path=FOLDER"
+        )
+    if given and (what := fault(given)):
+        raise ValueError(f"policy.path={given!r}: {what}; leave it out to take the run's own ({known})")
+    if given and known and Path(given).resolve() != Path(known).resolve():
+        check_same_model(given, known)
+    return given or known
 
 
 def _number(checkpoints: Checkpoints, step: str) -> int:

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlver_jax.user.emotion import CHANGES, EmotionRules
+from rlver_jax.user.emotion import CHANGES, HIGHEST, EmotionRules
 
+RLVER = "RLVER"  # `source` of a record that comes from a log of RLVER's simulator
 Message = Mapping[str, Any]
 
 
@@ -29,13 +30,17 @@ def emotions_of(record: Mapping[str, Any]) -> list[int]:
 
 
 def emotion_faults(record: Mapping[str, Any], rules: EmotionRules) -> Iterator[str]:
-    """Where an emotion is not the one before plus the change, or the totals are not those of the messages."""
+    """Where an emotion is not the one before plus the change, or the totals are not those of the messages.
+
+    RLVER's simulator bounds neither a change nor an emotion's fall: it takes min(emotion + change, 100).
+    """
+    unbounded = record.get("source") == RLVER
     emotion = record["messages"][0]["emotion"]
     for turn, _, user in reactions(record):
         change = user["change"]
-        if not CHANGES[0] <= change <= CHANGES[-1]:
+        if not unbounded and not CHANGES[0] <= change <= CHANGES[-1]:
             yield f"turn {turn + 1}: change {change:+d}, expected {CHANGES[0]} to +{CHANGES[-1]}"
-        expected = int(rules.update(emotion, change))
+        expected = min(emotion + change, HIGHEST) if unbounded else int(rules.update(emotion, change))
         if user["emotion"] != expected:
             yield f"turn {turn + 1}: emotion {user['emotion']}, but {emotion} {change:+d} makes {expected}"
         emotion = user["emotion"]

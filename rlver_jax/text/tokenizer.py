@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rlver_jax.hub import local_folder
 from rlver_jax.text.tokenizer_base import CHATML, END_OF_TEXT, IM_END, IM_START, Tokenizer
 from rlver_jax.text.tokenizer_bpe import HFTokenizer
 from rlver_jax.text.tokenizer_spm import SentencePieceTokenizer, train_sentencepiece
@@ -20,11 +21,11 @@ __all__ = [
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a tokenizer: a folder with tokenizer.json or one *.model, or either file itself.
+    """Opens a tokenizer: a folder with tokenizer.json or one *.model, either file itself, or a model on the hub.
 
     Raises FileNotFoundError when nothing of the kind is there, ValueError when what is there can't be used.
     """
-    path = Path(path)
+    path = local_folder(path)
     if path.name == "tokenizer.json" and path.is_file():
         return HFTokenizer(path.parent)
     if path.suffix == ".model" and path.is_file():

@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from rlver_jax.evaluate import main
+from tests.runs.rlver_log import logged
 
 from .test_finished import write
 
@@ -42,6 +43,26 @@ def test_agreement_as_a_user_runs_it(file, results, tmp_path, capsys):
     assert json.loads((tmp_path / "agreement.json").read_text())["user"] == found
     assert main([*args, "--config.user.style=challenging"]) == 2
     assert "user.style was 'vanilla', is 'challenging'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_agreement_with_a_log_of_rlver(tmp_path, capsys):
+    """Its emotions go below 0, its changes beyond ten; the user of a config is compared with it all the same."""
+    file = write(
+        tmp_path / "r.jsonl", [logged(("+5", 35, "嗯"), ("-40", -5, "嗯"), ("-3", -8, "嗯")), logged(("+7", 37, "嗯"))]
+    )
+    assert main([f"--agreement={file}", "--config=configs/debug.py", f"--out={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "agreement.json").read_text())["user"]
+    line = json.loads((tmp_path / "out" / "agreement" / "user.jsonl").read_text().splitlines()[0])
+    own = [max(range(21), key=one.__getitem__) - 10 for one in line["change_logprobs"]]
+    assert found["n"] == 4
+    assert len(own) == 3
+    assert found["argmax"]["mean_change"]["recorded"] == pytest.approx((5 - 40 - 3 + 7) / 4)
+    bands = {band: sum(row.values()) for band, row in found["argmax"]["band_confusion"].items()}
+    assert bands == {"S": 0, "A": 0, "B": 0, "C": 2, "F": 2}, "35, -5, -8 and 37"
+    assert main([f"--from={file}", "--judge=configs/debug.py", f"--out={tmp_path / 'judged'}"]) == 0
+    judged = json.loads((tmp_path / "judged" / "summary.json").read_text())["judges"]
+    assert 0 <= next(iter(judged.values()))["score"] <= 100
 
 
 def test_profiles_of_our_own_logs_are_asked_for(file, tmp_path, capsys):

@@ -7,7 +7,9 @@ import pytest
 
 from rlver_jax.evaluate import main
 from rlver_jax.judging.finished import faults, read_all, read_finished, turns_of
+from rlver_jax.report import main as report
 from rlver_jax.runs.dialogue_log import write_dialogues
+from tests.runs.rlver_log import logged
 
 # SAGE's published table: score, successes, failures.
 PUBLISHED = {"gpt-4.1": (68.2, 35, 13), "llama3.3-70b": (33.3, 7, 47), "qwen2.5-72b": (19.1, 4, 70)}
@@ -144,3 +146,61 @@ def test_an_evaluation_is_not_overwritten(results, tmp_path, capsys):
     (tmp_path / "progress.json").write_text("{}")
     assert main([f"--from={write(tmp_path / 'r.jsonl', results)}", f"--out={tmp_path}"]) == 2
     assert "holds an evaluation that played dialogues" in capsys.readouterr().err
+
+
+def test_rlver_logs_are_scored(tmp_path, capsys):
+    """Two dialogues of one profile, as in training; the scores are means of what is logged, -5 included."""
+    dialogues = [logged(("+5", 35, "嗯"), ("-40", -5, "嗯")), logged(("+70", 100, "再见"))]
+    file = write(tmp_path / "0626_dsv3_ppo.jsonl", dialogues)
+    assert main([f"--from={file}", f"--out={tmp_path / 'out'}"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["score"] == (-5 + 100) / 2
+    assert summary["reward_mean"] == (0 + 1) / 2
+    assert [summary[name] for name in ("success", "failure", "n", "faults", "turns_mean")] == [1, 1, 2, 0, 1.5]
+    assert "3 changes checked, 0 faults" in capsys.readouterr().out
+    again = read_finished(tmp_path / "out" / "dialogues.jsonl")
+    assert faults(again) == [], "the record says whose arithmetic it is"
+    assert [d.record["emotions"] for d in again] == [[30, 35, -5], [30, 100]]
+    assert report([str(tmp_path / "out"), f"--out={tmp_path / 'report.html'}"]) == 0
+    assert "47.5 ± 52.5" in (tmp_path / "report.html").read_text(encoding="utf-8"), "mean and deviation of -5 and 100"
+
+
+def test_a_judge_reads_emotions_of_0_to_100(tmp_path):
+    file = write(tmp_path / "r.jsonl", [logged(("-40", -10, "嗯"), ("+3", -7, "嗯"))])
+    (one,) = read_finished(file)
+    assert [(t.emotion, t.change) for t in turns_of(one.record)] == [(30, -40), (0, 3)]
+    assert one.profile.hidden_intention == "你希望对方用心倾听你的情绪宣泄"
+
+
+def test_faults_of_rlver_logs_are_named(tmp_path, capsys):
+    file = write(tmp_path / "r.jsonl", [logged(("+5", 35, "嗯")), logged(("+5", 40, "嗯"))])
+    assert main([f"--from={file}"]) == 1
+    assert f"fault: {file}:2: turn 1: emotion 40, but 30 +5 makes 35" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"history": [', "text that is not JSON"),
+        (json.dumps(logged())[:-20].encode(), "text that is not JSON"),
+        (b'{"history": "\xff"}', "byte 0xff at column 14, expected UTF-8"),
+        (b"[" * 100_000, "can't be read"),
+        (b'{"history": [], "history": []}', "field 'history' more than once"),
+        (b"3", "not a result of SAGE or a log of RLVER's simulator"),
+        (json.dumps(logged(ending="")).encode(), "nor a scene that ends with the hidden intention"),
+        (json.dumps(logged() | {"player": 3}).encode(), "found the number 3 in field 'player'"),
+        (json.dumps(logged() | {"id": None}).encode(), "found null in field 'id'"),
+    ],
+)
+def test_malformed_lines_are_named(line, says, tmp_path, capsys):
+    """By file and line; blank lines count."""
+    file = tmp_path / "r.jsonl"
+    good = json.dumps(logged(("+5", 35, "a\u2028b")), ensure_ascii=False).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n\n" + line + b"\n")
+    assert main([f"--from={file}"]) == 2
+    message = capsys.readouterr().err
+    assert f"evaluate: {file}:3: " in message
+    assert says in message
+    assert "restore the line, or remove it" in message
+    file.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n\n")
+    assert main([f"--from={file}"]) == 0

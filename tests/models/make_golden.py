@@ -1,4 +1,4 @@
-"""Writes tests/models/golden/: three small random Qwen2 models and the logits that transformers computes for them.
+"""Writes tests/models/golden/: small random Qwen2 models and the logits that transformers computes for them.
 
 Run once, in an environment with torch (`pip install -e '.[parity]'`):
     python tests/models/make_golden.py
@@ -15,7 +15,16 @@ CONFIGS = {
     "tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "untied": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
     "gqa": {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "yarn": {  # 40 tokens: 2.5 times the original context
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+            **{"beta_fast": 2.0, "beta_slow": 0.25},  # of 6 frequencies 1 stays, 1 lies between, 4 are divided
+        },
+    },
 }
+DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
 def main() -> None:
@@ -26,9 +35,7 @@ def main() -> None:
             hidden_size=48,
             intermediate_size=80,
             num_hidden_layers=3,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-            **fields,
+            **{"max_position_embeddings": 512, "rope_parameters": DEFAULT, **fields},
         )
         model = Qwen2ForCausalLM(config).eval()
         with torch.no_grad():

@@ -150,3 +150,163 @@ def test_garbage_and_missing_files(folder):
 def test_export_refuses_a_used_folder(folder):
     with pytest.raises(FileExistsError, match="new folder"):
         save_params(folder, load_params(folder, model()), model().config)
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def copy_of(name, tmp_path):
+    return Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+
+def split(folder, names, keep_single=False):
+    """Moves tensors to a second file and writes the index of both."""
+    tensors = load_file(folder / "model.safetensors")
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    parts = [{n: t for n, t in tensors.items() if (n in names) == second} for second in (False, True)]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, folder / file)
+    weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if not keep_single:
+        (folder / "model.safetensors").unlink()
+    return [folder / file for file in files]
+
+
+def load(folder, name="tied", **options):
+    return load_params(folder, model(name, **options))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tied_head_that_is_stored_as_well(tmp_path, sharded):
+    folder, want = copy_of("tied", tmp_path), load(GOLDEN / "tied")
+    rewrite(folder / "model.safetensors", lambda t: t.update({HEAD: t[EMBEDDING].copy()}))
+    files = split(folder, {HEAD}) if sharded else [folder / "model.safetensors"]
+    jax.tree.map(np.testing.assert_array_equal, load(folder), want)
+
+    def one_bit(tensors):
+        tensors[HEAD].view(np.uint32)[-1, -1] ^= 1
+
+    rewrite(files[-1], one_bit)
+    with pytest.raises(WeightsError, match=rf"{HEAD} .*differs from {EMBEDDING} .*tie_word_embeddings") as error:
+        load(folder)
+    assert files[-1].name in str(error.value)
+    rewrite(files[-1], lambda t: t.update({HEAD: t[HEAD][:-1].copy()}))
+    with pytest.raises(WeightsError, match=rf"{HEAD} \(F32, \(130, 48\)\) differs from"):
+        load(folder)
+
+
+def test_a_tied_head_stored_instead_of_the_embedding(tmp_path):
+    folder, want = copy_of("tied", tmp_path), load(GOLDEN / "tied")
+    rewrite(folder / "model.safetensors", lambda t: t.update({HEAD: t.pop(EMBEDDING)}))
+    jax.tree.map(np.testing.assert_array_equal, load(folder), want)
+
+
+def test_an_untied_head_that_is_missing(tmp_path):
+    folder = copy_of("untied", tmp_path)
+    rewrite(folder / "model.safetensors", lambda t: t.pop(HEAD))
+    with pytest.raises(WeightsError, match=rf"{HEAD} of shape \(131, 48\) is missing.*tie_word_embeddings=false"):
+        load(folder, "untied")
+
+
+def test_an_index_left_beside_the_single_file(tmp_path):
+    """Its shards are missing: the file. They are there: they must be equal, each tensor of them."""
+    folder, want = copy_of("untied", tmp_path), load(GOLDEN / "untied", "untied")
+    files = split(folder, {UP, HEAD}, keep_single=True)
+    same = lambda: jax.tree.map(np.testing.assert_array_equal, load(folder, "untied"), want)  # noqa: E731
+    same()
+    kept = files[1].read_bytes()
+    rewrite(files[1], lambda t: t[UP].__setitem__((3, 4), 7))
+    fails(folder, files[1].name, f"its {re.escape(UP)} differs from that in model.safetensors", "remove either")
+    files[1].write_bytes(kept[:-8])  # an interrupted download of the shards
+    fails(folder, files[1].name, "truncated", "There is a model.safetensors too", "remove either")
+    files[1].unlink()
+    same()
+    rewrite(files[0], lambda t: t.update(more=np.zeros(2, np.float32)))
+    fails(folder, files[0].name, "holds more, which model.safetensors does not")
+    files[0].unlink()
+    same()
+    (folder / INDEX_FILE).write_text('{"weight_map": {"old": "model.safetensors"}}')
+    same()
+
+
+def test_shards_with_a_tensor_less_than_the_single_file(tmp_path):
+    folder = copy_of("untied", tmp_path)
+    split(folder, {UP}, keep_single=True)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    del index["weight_map"][UP]
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    fails(folder, f"holds {re.escape(UP)}, which the shards of", "remove either")
+
+
+def test_buffers_that_are_recomputed(tmp_path):
+    folder, want = copy_of("untied", tmp_path), load(GOLDEN / "untied", "untied")
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(3)}
+    rewrite(folder / "model.safetensors", lambda t: t.update(extra))
+    jax.tree.map(np.testing.assert_array_equal, load(folder, "untied"), want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_mixed_precisions(tmp_path, dtype):
+    """Each tensor is rounded once, from what it is stored in: float32, bfloat16, float16, float64."""
+    folder = copy_of("untied", tmp_path)
+    kinds = (np.float32, jnp.bfloat16, np.float16, np.float64)
+
+    def change(tensors):
+        for i, name in enumerate(sorted(tensors)):
+            tensors[name] = tensors[name].astype(kinds[i % 4])
+
+    rewrite(folder / "model.safetensors", change)
+    raw = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in raw.values()} == {np.dtype(k) for k in kinds}
+    found = load(folder, "untied", param_dtype=dtype)
+    for i in range(3):
+        for mine, name in ((("up",), "mlp.up_proj"), (("down",), "mlp.down_proj"), (("attn", "q"), "self_attn.q_proj")):
+            kernel = found["layers"]
+            for part in mine:
+                kernel = kernel[part]
+            want = raw[f"model.layers.{i}.{name}.weight"].astype(np.float32).astype(dtype).T
+            np.testing.assert_array_equal(np.asarray(kernel["kernel"][i]), want)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mesh", [False, True])
+def test_weights_that_are_not_finite(folder, bad, mesh):
+    file = holder(folder, UP)
+    rewrite(file, lambda t: t[UP].__setitem__((79, 47), bad))
+    with pytest.raises(WeightsError, match=f"{file.name}: tensor {re.escape(UP)} holds NaN or infinity"):
+        load_params(folder, model(), mesh=make_mesh(fsdp=8, tensor=1) if mesh else None)
+
+
+def test_weights_that_overflow_when_they_are_rounded(folder):
+    file = holder(folder, UP)
+    rewrite(file, lambda t: t.update({UP: t[UP].astype(np.float64) * 1e300}))
+    fails(folder, file.name, UP, "too large for float32")
+
+
+def test_integers_and_float8_are_refused(folder):
+    file = holder(folder, UP)
+    rewrite(file, lambda t: t.update({UP: t[UP].astype(np.int64)}))
+    fails(folder, file.name, f"{re.escape(UP)} is I64", "expected F16")
+    rewrite(file, lambda t: t.update({UP: t[UP].astype(np.float32).astype(jnp.float8_e4m3fn)}))
+    fails(folder, file.name, f"{re.escape(UP)} is F8_E4M3", "quantized")
+
+
+def test_export_keeps_the_ids_that_end_a_text(tmp_path):
+    folder = copy_of("untied", tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    ids = {"bos_token_id": 5, "eos_token_id": [7, 9], "pad_token_id": None}
+    (folder / "config.json").write_text(json.dumps(raw | ids))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.7}))
+    net = model("untied")
+    save_params(tmp_path / "out", load(folder, "untied"), net.config, tokenizer_from=folder)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: written[name] for name in ids} == ids
+    from transformers import AutoConfig, GenerationConfig
+
+    for name in ids:
+        assert getattr(AutoConfig.from_pretrained(tmp_path / "out"), name) == ids[name]
+    theirs, ours = (GenerationConfig.from_pretrained(f).to_dict() for f in (folder, tmp_path / "out"))
+    assert theirs == ours
+    assert theirs["eos_token_id"] == [7, 9]

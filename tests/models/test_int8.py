@@ -1,5 +1,6 @@
 """Weights in int8 against the same weights multiplied out, and what a rounded user says against the one that played."""
 
+import gc
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlver_jax import evaluate
+from rlver_jax.models import int8
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.int8 import quantize, unrounded
 from rlver_jax.models.kv_cache import init_kv_cache
@@ -28,6 +30,12 @@ def rounded(scan=True, mesh=None, dtype=jnp.float32):
     )
     kept = jax.tree.map(np.asarray, plain)
     return model, quantize(plain, model, mesh), kept
+
+
+def alive():
+    """Bytes of all arrays that are held."""
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
 
 
 def layers_of(params):
@@ -126,3 +134,37 @@ def test_a_rounded_user_feels_the_same(tmp_path):
     print(f"the same change in {same:.1%} of {len(pairs)} turns")
     assert len(pairs) > 300
     assert same >= 0.97
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("spread", [False, True])
+def test_wide_matrices_are_freed_and_the_rest_is_passed_on(scan, spread):
+    """Matrices of the given parameters are gone; norms, biases, embedding and head are the very same arrays."""
+    mesh = make_mesh(1, 4, 2) if spread else None
+    model = Qwen2(CONFIG, dtype=jnp.float32, param_dtype=jnp.int8, scan_layers=scan)
+    wide = init_params(unrounded(model), jax.random.key(0), mesh)
+    found = quantize(wide, model, mesh)
+    for layer, rounded_layer in zip(layers_of(wide), layers_of(found), strict=True):
+        for path in MATRICES:
+            assert at(layer, path)["kernel"].is_deleted()
+        assert rounded_layer["attn_norm"]["scale"] is layer["attn_norm"]["scale"]
+        assert rounded_layer["attn"]["q"]["bias"] is layer["attn"]["q"]["bias"]
+    for name in ("embed", "norm", "lm_head"):
+        assert found[name] is wide[name]
+    assert not any(x.is_deleted() for x in jax.tree.leaves(found))
+
+
+def test_one_rounded_matrix_at_a_time_beside_the_wide_model(monkeypatch):
+    """Bytes alive while each matrix is rounded: never a second model, less and less as it goes on."""
+    model = Qwen2(CONFIG, dtype=jnp.float32, param_dtype=jnp.int8)
+    wide = init_params(unrounded(model), jax.random.key(0))
+    before = alive()
+    program, seen = int8._program, []
+    monkeypatch.setattr(int8, "_program", lambda where: lambda x: (seen.append(alive()), program(where)(x))[1])
+    found = quantize(wide, model)
+    assert len(seen) == len(MATRICES)
+    assert max(seen) == before
+    assert seen == sorted(seen, reverse=True)
+    kernels = [at(found["layers"], path) for path in MATRICES]
+    freed = sum(4 * x["kernel"].size for x in kernels) - sum(x["kernel"].nbytes + x["scale"].nbytes for x in kernels)
+    assert before - alive() == freed

@@ -3,6 +3,7 @@
 Skipped where there is no Chromium; see chromium.py.
 """
 
+import contextlib
 import re
 import time
 
@@ -17,9 +18,23 @@ from .conftest import HOSTILE, WISHES
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (extra `test`)")
 
 
+@contextlib.contextmanager
+def started():
+    """Playwright's driver; its Node.js needs libraries that small installations of Linux lack."""
+    manager = playwright.sync_playwright()
+    try:
+        driver = manager.__enter__()
+    except Exception as error:  # playwright raises a bare Exception
+        pytest.skip(f"playwright's own program doesn't start here ({error}); on Debian: apt-get install libatomic1")
+    try:
+        yield driver
+    finally:
+        manager.__exit__(None, None, None)
+
+
 @pytest.fixture(scope="module")
 def chromium():
-    with playwright.sync_playwright() as driver:
+    with started() as driver:
         try:
             browser = launch(driver)
         except FileNotFoundError as error:

@@ -26,9 +26,12 @@ async function unpack(text) {
   return JSON.parse(await new Response(stream).text());
 }
 
+// An emotion as far as a drawing shows it; in logs of RLVER it may be below 0.
+const bounded = (emotion) => Math.min(Math.max(emotion, 0), 100);
+
 function sparkline(emotions, classes, tip) {
   const x = (i) => (i / Math.max(emotions.length - 1, 1)) * 70 + 1;
-  const y = (emotion) => 29 - emotion * 0.28;
+  const y = (emotion) => 29 - bounded(emotion) * 0.28;
   const path = "M" + emotions.map((emotion, i) => `${x(i)} ${y(emotion)}`).join("L");
   const keep = { "vector-effect": "non-scaling-stroke" };
   return make("svg", { class: `spark ${classes}`, viewBox: "0 0 72 30", preserveAspectRatio: "none", role: "img",
@@ -204,7 +207,7 @@ class Browser {
     const notes = (list) => list?.length ? make("div", { class: "notes", dir: "auto" },
       ...list.flatMap(([name, text], i) => [make("b", {}, `${i ? "\n" : ""}${name}  `), text])) : null;
     const level = make("i", { class: m.emotion >= 100 ? "success" : m.emotion < 10 ? "failure" : "c0" });
-    level.style.width = `${m.emotion}%`;
+    level.style.width = `${bounded(m.emotion)}%`;
     return make("div", { class: "user" }, notes(m.appraisal),
       make("div", { class: "meter" }, make("span", { class: "gauge" }, level), `emotion ${m.emotion}`,
         "change" in m ? this.signed(m.change) : null),

@@ -1,0 +1,257 @@
+"""Reads the `config.json` of a Qwen2.5 model as transformers does: what it means there it means here, or it is refused.
+
+transformers itself fills in defaults and brings the layouts of its versions together; remote code (`auto_map`) is never
+run. A refusal names the file, the field, its value and what was expected.
+"""
+
+import contextlib
+import json
+import math
+import os
+import reprlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from rlver_jax.models.rope import ROPE_TYPES, RopeScaling
+
+_T = TypeVar("_T")
+ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
+MOST = 2**31 - 1  # of a size: tokens and positions are int32
+MOST_LAYERS = 10_000  # transformers makes a list of them
+MOST_THETA = 1e38  # float32
+ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+MAY_BE_NULL = ("num_key_value_heads", "head_dim")  # null is as if they were absent
+FLAGS = ("tie_word_embeddings", "use_sliding_window")
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The arguments of `config.Qwen2Config` from a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it can't be read, its values make no sense, or the model is not supported: another architecture, a
+            quantized checkpoint, or a feature that changes the computation (windows of attention, a scaling of RoPE
+            that is not in `ROPE_TYPES`, another activation).
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face folder of a Qwen2.5 model")
+    _check_json(file)
+    with _without_advice():
+        from transformers import PreTrainedConfig, Qwen2Config
+    raw, _ = _read(file, lambda: PreTrainedConfig.get_config_dict(str(folder), local_files_only=True))
+    _check_model(file, raw)
+    _check_values(file, raw)
+    _check_rope(file, raw)
+    found = _read(file, lambda: Qwen2Config.from_dict(raw))
+    _read(file, found.standardize_rope_params)  # again, as its model does: fields beside the dictionary move in
+    _check_computation(file, found)
+    return _arguments(file, found)
+
+
+def _arguments(file: Path, found: Any) -> dict[str, Any]:
+    """Of a `transformers.Qwen2Config` that has passed the checks."""
+    hidden, heads, kv_heads = found.hidden_size, found.num_attention_heads, found.num_key_value_heads
+    head_dim = getattr(found, "head_dim", None)
+    if head_dim is None and hidden % heads:
+        _refuse(
+            file, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}, and there is no head_dim"
+        )
+    if heads % kv_heads:
+        _refuse(
+            file,
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads} (absent, it is 32; null, "
+            f"it is num_attention_heads)",
+        )
+    head_dim = head_dim or hidden // heads
+    if head_dim % 2:
+        _refuse(file, f"head_dim={head_dim}: expected an even number, as rotary embedding turns pairs")
+    theta, scaling = _rope(file, found)
+    return {
+        "vocab_size": found.vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": found.intermediate_size,
+        "num_layers": found.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_positions": found.max_position_embeddings,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": found.rms_norm_eps,
+        "tie_embeddings": found.tie_word_embeddings,
+    }
+
+
+def _rope(file: Path, found: Any) -> tuple[float, RopeScaling | None]:
+    rope = found.rope_parameters
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    least = 1 if kind == "yarn" else 0  # YaRN divides by its logarithm
+    if not _is_number(theta) or not least < theta <= MOST_THETA:
+        _wrong(file, "rope_theta", theta, f"a number above {least}, at most {MOST_THETA:g}; Qwen2.5 has 1000000.0")
+    if kind == "default":
+        return float(theta), None
+    names = [name for name in ROPE_NUMBERS[kind] if rope.get(name) is not None]
+    fields: dict[str, Any] = {name: float(rope[name]) for name in names}
+    if kind in ("yarn", "llama3"):
+        original = rope["original_max_position_embeddings"]
+        fields["original_max_position_embeddings"] = original
+        fields.setdefault("factor", found.max_position_embeddings / original)  # where it is null
+        if fields["factor"] < 1:
+            _wrong(file, "factor", None, f"a number: max_position_embeddings / {original} is below 1")
+    if kind == "yarn":
+        fields["truncate"] = bool(rope.get("truncate", True))
+    return float(theta), RopeScaling(kind, **fields)
+
+
+def _check_json(file: Path) -> None:
+    if file.is_dir():
+        raise ValueError(f"{file}: is a folder; expected a file, the config of a Qwen2.5 model")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and numbers of thousands of digits
+        raise ValueError(f"{file}: is not JSON in UTF-8 ({error}); download it again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: holds {reprlib.repr(raw)}; expected a JSON object, the config of a Qwen2.5 model")
+
+
+def _check_model(file: Path, raw: dict[str, Any]) -> None:
+    """Whether it is a Qwen2 with a head for next tokens, with weights as they were trained."""
+    kind, named = raw.get("model_type"), raw.get("architectures") or []
+    named = named if isinstance(named, list) else [named]
+    if kind not in (None, MODEL_TYPE) or (named and ARCHITECTURE not in named) or not (kind or named):
+        _refuse(
+            file,
+            f"architecture {named[0] if named else None!r} of model_type {kind!r}, but only {ARCHITECTURE} of "
+            f"model_type {MODEL_TYPE!r} (Qwen2, Qwen2.5, and what is fine-tuned from them) is supported",
+        )
+    for field in ("quantization_config", "compression_config", "quantization"):  # the last one is MLX's
+        if raw.get(field):
+            _refuse(
+                file,
+                f"{field} says that the checkpoint is quantized ({_quantization(field, raw[field])}), which is not "
+                f"supported; use the unquantized model that it was made from, whose weights are bfloat16 or float32",
+            )
+
+
+def _quantization(field: str, given: Any) -> str:
+    """Its method, such as "awq, 4 bits"."""
+    if not isinstance(given, dict):
+        return reprlib.repr(given)
+    method = given.get("quant_method") or ("mlx" if field == "quantization" else "method not named")
+    bits = next((given[name] for name in ("bits", "w_bit", "nbits") if name in given), None)
+    if given.get("load_in_4bit") or given.get("load_in_8bit"):
+        method, bits = "bitsandbytes", 4 if given.get("load_in_4bit") else 8
+    return f"{method}, {bits} bits" if bits else str(method)
+
+
+def _check_values(file: Path, raw: dict[str, Any]) -> None:
+    """Types and ranges of the fields that are given."""
+    for name in SIZES:
+        value, most = raw.get(name, 1), MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if not (value is None and name in MAY_BE_NULL) and (type(value) is not int or not 1 <= value <= most):
+            _wrong(file, name, value, f"a whole number from 1 to {most}")
+    for name in FLAGS:
+        if type(raw.get(name, False)) is not bool:
+            _wrong(file, name, raw[name], "true or false")
+    eps = raw.get("rms_norm_eps", 0.0)
+    if type(eps) is not float or not 0 <= eps < math.inf:
+        _wrong(file, "rms_norm_eps", eps, "a number with a decimal point, at least 0.0; Qwen2.5 has 1e-06")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        _wrong(file, "hidden_act", raw["hidden_act"], "'silu'; other activations are not supported")
+
+
+def _check_rope(file: Path, raw: dict[str, Any]) -> None:
+    """Rotary embedding, as far as it is given in a dictionary of its own, by transformers 4 or 5."""
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(field) or {}
+    if not isinstance(rope, dict):
+        _wrong(file, field, rope, "an object, or null")
+    if any(isinstance(value, dict) for value in rope.values()):
+        _refuse(file, f"{field} differs by type of layer ({', '.join(map(str, rope))}), which is not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        _refuse(file, f"{field}: type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
+    if kind == "default" and rope.get("factor", 1) not in (None, 1):
+        _refuse(file, f"{field} has a factor but no type; expected one of {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
+        _refuse(file, "partial_rotary_factor is not supported; Qwen2.5 rotates all of a head")
+    for name in ROPE_NUMBERS[kind]:
+        value, least = rope.get(name, 1), 1 if name == "factor" else 0
+        if value is None and kind == "yarn":
+            continue
+        if not _is_number(value) or not (least <= value < math.inf) or value == 0:
+            _wrong(file, f"{field}.{name}", value, f"a number of at least {least}" if least else "a number above 0")
+    for place in (raw, rope) if kind in ("yarn", "llama3") else ():
+        value = place.get("original_max_position_embeddings", 1)
+        if type(value) is not int or not 1 <= value <= MOST:
+            _wrong(file, "original_max_position_embeddings", value, f"a whole number from 1 to {MOST}, of tokens")
+    low, high = ("beta_slow", "beta_fast") if kind == "yarn" else ("low_freq_factor", "high_freq_factor")
+    if kind in ("yarn", "llama3") and (rope.get(low) or 1) >= (rope.get(high) or 32):
+        _refuse(file, f"{field}: {low}={rope.get(low)!r} must lie below {high}={rope.get(high)!r}")
+    if type(rope.get("truncate", True)) is not bool and rope["truncate"] is not None:
+        _wrong(file, f"{field}.truncate", rope["truncate"], "true or false")
+
+
+def _check_computation(file: Path, found: Any) -> None:
+    """Features that transformers has, by its own reading of the fields that turn them on."""
+    other = [i for i, kind in enumerate(found.layer_types) if kind != "full_attention"]
+    if other:
+        _refuse(
+            file,
+            f"layer {other[0]} of {found.num_hidden_layers} has {found.layer_types[other[0]]} (layer_types, or "
+            f"use_sliding_window with max_window_layers={found.max_window_layers} and "
+            f"sliding_window={found.sliding_window}), which is not supported; Qwen2.5 has full attention in all",
+        )
+    if not getattr(found, "is_causal", True):
+        _refuse(file, "is_causal=false is not supported: the model reads text in both directions and can't write any")
+    if found.is_heterogeneous:
+        _refuse(file, "per_layer_config is not supported; expected layers of one shape")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _wrong(file: Path, name: str, value: Any, expected: str) -> NoReturn:
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+    _refuse(file, f"{name}={shown}: expected {expected}")
+
+
+def _refuse(file: Path, message: str) -> NoReturn:
+    raise ValueError(f"{file}: {message}")
+
+
+def _read(file: Path, call: Callable[[], _T]) -> _T:
+    """What transformers makes of a file that anybody may have written: it raises as many types as there are faults."""
+    try:
+        return call()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        shown = text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
+        raise ValueError(f"{file}: transformers can't read it: {shown}") from error
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without its advice to install PyTorch, which nothing here needs."""
+    before = os.environ.get(ADVICE)
+    os.environ[ADVICE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(ADVICE)
+        if before is not None:
+            os.environ[ADVICE] = before
