@@ -102,12 +102,12 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     return run, _placed_state(trained, setup.optimizers, mesh)
 
 
-def models_of(config: ConfigDict) -> dict[str, str]:
-    """{side: path} of all models whose weights `assemble` reads."""
-    names = ["policy", "user"]
-    names += ["critic"] if config.algorithm.estimator == "gae" and config.critic.kind == "separate" else []
-    found = {name: config[name].path for name in names if config[name].init == "path"}
-    return found | ({"reference": config.reference.path} if config.loss.kl and config.policy.init == "path" else {})
+def models_of(config: ConfigDict) -> dict[str, tuple[str, bool]]:
+    """{side: (path, whether its weights are read)} of all models that `assemble` loads."""
+    sides = ["policy", "user"]
+    sides += ["critic"] if config.algorithm.estimator == "gae" and config.critic.kind == "separate" else []
+    found = {side: (config[side].path, config[side].init == "path") for side in sides}
+    return found | ({"reference": (config.reference.path, config.policy.init == "path")} if config.loss.kl else {})
 
 
 def rollout_spec(config: ConfigDict) -> Spec:

@@ -80,20 +80,20 @@ def local_folder(path: str | Path, *, weights: bool = False) -> Path:
     return folder
 
 
-def fetch(models: Mapping[str, str]) -> None:
-    """Fetches models of the hub with their weights, before anything else is slow.
+def fetch(models: Mapping[str, tuple[str, bool]]) -> None:
+    """Fetches models of the hub, before anything else is slow.
 
     Every process calls it, since each has a cache or shares one; a branch must mean the same commit to all.
 
     Args:
-        models: paths or names by what they are for, e.g. "policy".
+        models: for what, e.g. "policy": path or name, and whether weights are needed.
 
     Raises:
         ValueError: one cannot be had; `HubError` on the process where that is so.
     """
-    named = {what: path for what, path in models.items() if is_name(path)}
+    named = {what: model for what, model in models.items() if is_name(model[0])}
     commits = distributed.together(
-        lambda: {what: local_folder(path, weights=True).name for what, path in named.items()}
+        lambda: {what: local_folder(path, weights=weights).name for what, (path, weights) in named.items()}
     )
     distributed.check_same("the commits of models on the Hugging Face hub", commits)
 
