@@ -126,10 +126,10 @@ def models_of(config: ConfigDict) -> list[str]:
     return ["policy", "user", *["critic"] * critic, *["reference"] * bool(config.loss.kl)]
 
 
-def weights_of(config: ConfigDict) -> dict[str, str]:
-    """{model: path} of those whose weights training reads."""
+def folders_of(config: ConfigDict) -> dict[str, tuple[str, bool]]:
+    """{model: (path, whether its weights are read)} of the models that training loads."""
     like = lambda name: config["policy" if name == "reference" else name]  # noqa: E731
-    return {name: config[name].path for name in models_of(config) if like(name).init == "path"}
+    return {name: (config[name].path, like(name).init == "path") for name in models_of(config)}
 
 
 def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:

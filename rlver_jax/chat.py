@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out.exists():
             raise ConfigError(f"--out={out} exists; name a new file")
         check_file_to_write(out)
-        sides = ("user", "policy") if options.side == "user" and not trained else ("user",)
-        fetch({side: config[side].path for side in sides if config[side].init == "path"})
+        sides = {"user": True} | ({"policy": trained is None} if options.side == "user" else {})
+        fetch({side: (config[side].path, new and config[side].init == "path") for side, new in sides.items()})
         with console.status("loading the models"):
             talk = _conversation(config, options, profile, trained.weights if trained else None)
     except (ValueError, OSError) as error:

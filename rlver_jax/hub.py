@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +80,20 @@ def local_folder(path: str | Path, *, weights: bool = False) -> Path:
     return folder
 
 
-def fetch(models: Mapping[str, str]) -> None:
-    """Fetches models of the hub with their weights, before anything else is slow.
+def fetch(models: Mapping[str, tuple[str, bool]]) -> None:
+    """Fetches models of the hub, before anything else is slow.
 
     Every process calls it, since each has a cache or shares one; a branch must mean the same commit to all.
 
     Args:
-        models: paths or names by what they are for, e.g. "policy".
+        models: for what, e.g. "policy": path or name, and whether weights are needed.
 
     Raises:
         ValueError: one cannot be had; `HubError` on the process where that is so.
     """
-    named = {what: path for what, path in models.items() if is_name(path)}
+    named = {what: model for what, model in models.items() if is_name(model[0])}
     commits = distributed.together(
-        lambda: {what: local_folder(path, weights=True).name for what, path in named.items()}
+        lambda: {what: local_folder(path, weights=weights).name for what, (path, weights) in named.items()}
     )
     distributed.check_same("the commits of models on the Hugging Face hub", commits)
 
@@ -176,13 +176,14 @@ def _cached(repository: str, revision: str, cache: str, weights: bool) -> Path |
 
 def _complete(folder: Path, weights: bool) -> bool:
     """Whether a snapshot, whose links may lead nowhere, holds a model; what files hold is their readers' matter."""
-    if not (folder / "config.json").is_file():
-        return False
-    if not ((folder / "tokenizer.json").is_file() or any(file.is_file() for file in folder.glob("*.model"))):
-        return False
-    return (
-        not weights or (folder / SINGLE_FILE).is_file() or all((folder / file).is_file() for file in _weights(folder))
-    )
+    files = [file.name for file in folder.iterdir() if file.is_file()]
+    return _holds(files, weights) and (not weights or SINGLE_FILE in files or set(_weights(folder)) <= set(files))
+
+
+def _holds(files: Collection[str], weights: bool) -> bool:
+    """Whether among files are a config, a tokenizer, and weights where they are asked for."""
+    has_tokenizer = "tokenizer.json" in files or any(file.endswith(".model") for file in files)
+    return "config.json" in files and has_tokenizer and (not weights or SINGLE_FILE in files or INDEX_FILE in files)
 
 
 def _weights(folder: Path) -> list[str]:
@@ -205,6 +206,11 @@ def _download(repository: str, revision: str, cache: str, endpoint: str, weights
     names = [file.rfilename for file in info.siblings or []]
     if kind := foreign_kind(names, repository):
         raise HubError(f"{repository!r}: {kind}")
+    if not _holds(names, weights):
+        raise HubError(
+            f"{repository!r}: the repository doesn't hold {_parts(weights)}, but {', '.join(names[:10])}; name that of "
+            f"a Qwen2.5 model"
+        )
     where: dict[str, Any] = {"cache_dir": cache or None, "endpoint": endpoint or None}
     small = [*_NEEDED, *_ASIDE]
     folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=small, **where))
@@ -212,11 +218,6 @@ def _download(repository: str, revision: str, cache: str, endpoint: str, weights
         where |= {"revision": folder.name, "allow_patterns": [*small, *_weights(folder)]}
         _check_room(repository, snapshot_download(repository, dry_run=True, **where), folder)
         snapshot_download(repository, **where)
-    if not _complete(folder, weights):
-        raise HubError(
-            f"{repository!r}: the repository doesn't hold {_parts(weights)}, but {', '.join(names[:10])}; name "
-            f"that of a Qwen2.5 model"
-        )
     return folder
 
 

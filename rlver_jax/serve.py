@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = options.checkpoint or config.policy.path
         trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
         validate(config, base.get_config(), jax.device_count(), ["policy"])
-        if trained is None and config.policy.init == "path":
-            fetch({"policy": config.policy.path})
+        fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
         system = _system(config) if options.policy_prompt else ""
         with _listen(options.host, options.port) as listening:
             with console.status("loading the model"):

@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.assembly import weights_of
+from rlver_jax.assembly import folders_of
 from rlver_jax.command_line import config_from_flags, define_path
 from rlver_jax.config import MODELS, ConfigError, check_training, flatten, validate
 from rlver_jax.config_files import base
@@ -80,7 +80,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
     validate(config, base.get_config(), jax.device_count(), needs)
     check_training(config)
-    fetch({name: path for name, path in weights_of(config).items() if name in needs})
+    fetch({name: found for name, found in folders_of(config).items() if name in needs})
     return config, options.workdir
 
 

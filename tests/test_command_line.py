@@ -83,7 +83,7 @@ def test_wrong_values_are_refused_by_their_fields_name(name):
     if name in CHOICES:
         wrong = ["xyz", "nan", "-1", "1" * 5000]
     elif name in PATHS:
-        wrong = ["no/such", "nan", "x" * 5000, "\0", "no\0such"]
+        wrong = ["./no/such", "nan", "x" * 5000, "\0", "no\0such"]  # no/such may be a model of the hub
     for value in wrong:
         with pytest.raises(ConfigError) as caught:
             validate(
@@ -91,7 +91,7 @@ def test_wrong_values_are_refused_by_their_fields_name(name):
             )
         message = str(caught.value)
         assert name in message, message
-        assert any(words in message for words in ("expected", "no such", "too long")), message
+        assert any(words in message for words in ("expected", "no such", "too long", "zero byte")), message
         assert len(message) < 2000, message
     if name in RANGES and RANGES[name][0] is not None:
         low = RANGES[name][0]

@@ -164,7 +164,7 @@ def test_the_runs_own_is_taken_unless_the_command_line_names_another(run, tmp_pa
     assert taken(workdir, "--config.policy.path", str(base)) == str(base)
     moved = base.rename(tmp_path / "moved")
     assert taken(workdir) == str(workdir / "model")
-    with pytest.raises(ValueError, match=r"no such folder; leave it out to take the run's own"):
+    with pytest.raises(ValueError, match=r"no such folder.*; leave it out to take the run's own"):
         taken(workdir, f"--config.policy.path={base}")
     with pytest.raises(ValueError, match="is another model than the run's"):
         taken(workdir, f"--config.policy.path={change_config(moved, hidden_size=1024)}")
