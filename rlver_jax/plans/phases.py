@@ -125,10 +125,12 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
         given += _forward(trunk, rows, length, logits=False, parts=parts)
     for _ in range(config.loss.recompute + (shapes.reference is not None)):
         given += _forward(model, rows, length, logits=True, parts=parts)
-    update = _update(model, config.policy, rows, length, logits=True, parts=parts).times(config.train.epochs)
+    moment = jnp.dtype(config.train.moment_dtype).itemsize
+    how = {"parts": parts, "moment": moment}
+    update = _update(model, config.policy, rows, length, logits=True, **how).times(config.train.epochs)
     found = {"values and log-probs": (given, "learn"), "policy update": (update, "learn")}
     if trunk is not None:
-        critic = _update(trunk, config.critic, rows, length, logits=False, parts=parts).times(config.train.epochs)
+        critic = _update(trunk, config.critic, rows, length, logits=False, **how).times(config.train.epochs)
         found["critic update"] = (critic, "learn")
     return found
 
@@ -138,10 +140,18 @@ def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) 
     return flops.packed_forward(model.config, rows, length, logits=logits, itemsize=size, parts=parts)
 
 
-def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int) -> Work:
+def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int, moment: int) -> Work:
     # Splash, too, computes scores again in its backward pass.
     chunked = c.attention == "splash" or (c.attention == "chunked" and length > c.attention_chunk)
     size = model.param_dtype.itemsize
     return flops.packed_update(
-        model.config, rows, length, logits=logits, itemsize=size, parts=parts, remat=c.remat, chunked=chunked
+        model.config,
+        rows,
+        length,
+        logits=logits,
+        itemsize=size,
+        parts=parts,
+        remat=c.remat,
+        chunked=chunked,
+        moment=moment,
     )
