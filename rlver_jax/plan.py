@@ -1,6 +1,7 @@
 """What training a config on a TPU topology takes, found without a TPU: the real programs compiled ahead of time.
 
-    python -m rlver_jax.plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--config.a.b=v …] [--remat] [--json=FILE]
+    python -m rlver_jax.plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--slices=N] [--config.a.b=v …] [--remat]
+    [--json=FILE]
 
 Needs the TPU compiler: pip install '.[tpu]' (on any machine). Prints memory of a chip while each program of a training
 step runs, with all that is alive beside it; operations, bytes and collectives of each phase; and a prediction. A model
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        devices = topology_devices(options.topology)
+        devices = topology_devices(options.topology, options.slices)
         validate(config, base.get_config(), len(devices))
         mesh = make_mesh(**config.mesh, devices=devices)
         # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("topology", None, "TPU chips, as FAMILY:SIZES, e.g. v5e:2x4", flag_values=values)
+        what = "so many slices of it, joined by mesh.replica over the data center's network"
+        flags.DEFINE_integer("slices", 1, what, flag_values=values)
         what = "also compile the update under each remat policy, and name the lightest that fits"
         flags.DEFINE_boolean("remat", False, what, flag_values=values)
         define_path("json", None, "file that the whole plan is written to as well", values, new="file")
@@ -107,6 +110,7 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
         topology, chip, dict(mesh.shape), dict(playing.shape), config.rollout.batch, shapes.lengths[-1], measured,
         phases_of(shapes, measured, chip), remedy, tried, assumed,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.monotonic() - began,
+        len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}),
     )  # fmt: skip
 
 

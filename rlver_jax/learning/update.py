@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from rlver_jax.learning import advantages, losses
+from rlver_jax.learning.float32 import in_float32, widened
 from rlver_jax.learning.masked import masked_mean, masked_var, whiten
 from rlver_jax.learning.objective import (
     Learner,
@@ -107,12 +108,14 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW behind a gradient clip; the learning rate rises linearly over `warmup_steps` updates and stays.
 
-    The first update already moves: its rate is learning_rate / (warmup_steps + 1).
+    The first update already moves: its rate is learning_rate / (warmup_steps + 1). Everything is computed in float32,
+    whatever the parameters are kept in, and so is the second moment kept; the first one is rounded to `moment_dtype`
+    once an update.
     """
     rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     rate = rise if warmup_steps else learning_rate
     adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mu_dtype=jnp.dtype(moment_dtype))
-    return optax.chain(optax.clip_by_global_norm(grad_clip), adam)
+    return in_float32(optax.chain(optax.clip_by_global_norm(grad_clip), adam))
 
 
 def init_state(params: Trained, optimizers: Optimizers) -> TrainState:
@@ -205,8 +208,8 @@ def _given_metrics(sample: Sample) -> dict[str, Array]:
     metrics = {
         "advantage/mean": masked_mean(sample.advantage, mask),
         "advantage/std": jnp.sqrt(masked_var(sample.advantage, mask)),
-        "tokens/actions": mask.sum(dtype=jnp.float32),
-        "tokens/packed": sample.batch.count.sum(dtype=jnp.float32),
+        "tokens/actions": mask.sum().astype(jnp.float32),  # counted in whole numbers: float32 ends at 2^24
+        "tokens/packed": sample.batch.count.sum().astype(jnp.float32),
     }
     if sample.value is not None and sample.returns is not None:
         unexplained = masked_var(sample.returns - sample.value, mask)
@@ -290,7 +293,7 @@ def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar
         gradients, found = _gradients(setup, trained, pieces, grammar)
         metrics |= found
         for name, gradient in gradients.items():
-            norm = optax.global_norm(gradient)
+            norm = optax.tree.norm(widened(gradient))
             wanted = jnp.isfinite(norm) & ~frozen[name]
             params[name], opt_state[name] = _apply(
                 setup.optimizers.of(name), gradient, state.opt_state[name], trained[name], wanted

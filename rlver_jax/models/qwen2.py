@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate, visible
+from rlver_jax.models.backward import late, lookup
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import KVCache, write
 from rlver_jax.models.precision import exact, wide
@@ -187,7 +188,8 @@ def _block(remat: str, scanned: bool) -> type[nn.Module]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer(block: type[nn.Module], fields: tuple, params: Params, *arguments: Any) -> Any:
     """One of the unrolled layers: traced once for all of them, as their shapes are the same; compiled with the rest."""
-    return block(*fields, parent=None).apply({"params": params}, *arguments)
+    apply = lambda params, *arguments: block(*fields, parent=None).apply({"params": params}, *arguments)  # noqa: E731
+    return apply(params, *arguments) if block is Block else late(apply)(params, *arguments)
 
 
 class Embedding(nn.Module):
@@ -204,7 +206,8 @@ class Embedding(nn.Module):
         init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
         table = self.param("kernel", init, (self.rows, self.features), kept(self.param_dtype, self.dtype))
         # Each device looks up its part of the model dimension for all rows that share it: tokens travel, not the table.
-        rows = table[rules.constrain(tokens, "group", "length")]
+        tokens = rules.constrain(tokens, "group", "length")
+        rows = lookup(table, tokens)
         return rules.constrain(rows, "group", "length", "embed").astype(self.dtype)
 
 

@@ -20,6 +20,7 @@ class Chip:
         flops: peak of bfloat16 products, FLOP/s.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s out of a chip over all its links: half of what the documents call bidirectional.
+        dcn_bandwidth: bytes/s into a chip from other slices: its share of its host's network interfaces.
         cores: name of libtpu's configuration in which all cores of a chip are one device.
         source: where the numbers are from.
     """
@@ -29,16 +30,18 @@ class Chip:
     flops: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float
     cores: str
     source: str
 
 
 CHIPS = {
-    # Links: 6 of 50 GB/s each way, table 4 of arXiv 2304.01433.
-    "v4": Chip(32, 30.75, 275e12, 1200e9, 300e9, "megacore", f"{DOCS}v4, arXiv 2304.01433"),
-    "v5e": Chip(16, 15.75, 197e12, 819e9, 200e9, "default", f"{DOCS}v5e"),
-    "v5p": Chip(95, 95.74, 459e12, 2765e9, 600e9, "default", f"{DOCS}v5p"),
-    "v6e": Chip(32, 31.25, 918e12, 1638e9, 400e9, "default", f"{DOCS}v6e"),
+    # Links: 6 of 50 GB/s each way, table 4 of arXiv 2304.01433. Its hosts' network is not published: 50 Gbit/s a chip,
+    # as v5p, whose hosts have as many chips.
+    "v4": Chip(32, 30.75, 275e12, 1200e9, 300e9, 6.25e9, "megacore", f"{DOCS}v4, arXiv 2304.01433; DCN as v5p"),
+    "v5e": Chip(16, 15.75, 197e12, 819e9, 200e9, 3.125e9, "default", f"{DOCS}v5e"),  # 2 x 100 Gbit/s for 8 chips
+    "v5p": Chip(95, 95.74, 459e12, 2765e9, 600e9, 6.25e9, "default", f"{DOCS}v5p"),  # 50 Gbit/s a chip
+    "v6e": Chip(32, 31.25, 918e12, 1638e9, 400e9, 12.5e9, "default", f"{DOCS}v6e"),  # 4 x 200 Gbit/s for 8 chips
 }
 
 _HOST = {
@@ -77,6 +80,8 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
         PlanError: libtpu, which holds the TPU compiler, is not installed, or knows no such topology.
     """
     chip = chip_of(topology)
+    if slices < 1:
+        raise PlanError(f"--slices={slices}: expected 1 or more slices of {topology}")
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(
             "the TPU compiler is not installed: pip install '.[tpu]' (it runs on any machine, without a TPU)"

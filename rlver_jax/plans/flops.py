@@ -79,12 +79,26 @@ def packed_forward(c: Qwen2Config, rows: int, length: int, *, logits: bool, item
 
 
 def packed_update(
-    c: Qwen2Config, rows: int, length: int, *, logits: bool, itemsize: int, parts: int, remat: str, chunked: bool
+    c: Qwen2Config,
+    rows: int,
+    length: int,
+    *,
+    logits: bool,
+    itemsize: int,
+    parts: int,
+    remat: str,
+    chunked: bool,
+    moment: int = 4,
 ) -> Work:
     """Forward and backward pass over packed rows, and the optimizer.
 
+    Args:
+        itemsize: bytes of a weight as it is stored; moment: of Adam's first moment. Gradients and the second moment
+            are float32.
+
     Backward costs twice the forward products. remat=full computes every layer but its last product once more, chunked
-    attention its scores once more, and log-probs their logits. The optimizer reads and writes weights and moments.
+    attention its scores once more, and log-probs their logits. The optimizer reads gradients, and reads and writes
+    weights and moments.
     """
     forward = packed_forward(c, rows, length, logits=logits, itemsize=itemsize, parts=parts)
     pairs = rows * length * (length + 1) / 2
@@ -97,7 +111,7 @@ def packed_update(
     if chunked:
         again += attention_flops(c, pairs)
     weights = (3 if remat == "none" else 4) * forward.weight_bytes
-    optimizer = 7 * 4 * c.num_params  # gradients read; weights and both moments read and written; float32
+    optimizer = (4 + 2 * (itemsize + moment + 4)) * c.num_params
     return Work(3 * forward.useful, 3 * forward.useful + again, weights, optimizer)
 
 

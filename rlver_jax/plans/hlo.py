@@ -1,4 +1,8 @@
-"""Reads optimized HLO: which collectives run, how often, with how many bytes; and which arrays exist."""
+"""Reads optimized HLO: which collectives run, how often, with how many bytes; and which arrays exist.
+
+What crosses TPU slices is no collective there: the compiler hands it to the hosts, as a `send` and a `recv` that name
+the transfer which the runtime (Megascale) makes of them over the data center's network, DCN.
+"""
 
 import dataclasses
 import functools
@@ -8,17 +12,32 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
-BYTES |= {"bool": 1, "bfloat16": 2, "float16": 2, "int16": 2}  # the rest: 4
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+DCN, HOST = "DCN ", "host "  # first words of the kinds that take the network between slices, and the host's link
+UNKNOWN = " (unknown)"  # last word of a kind whose volume is a guess: the bytes of its result
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _RESULT = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
-_SHAPE = re.compile(r"\b(pred|[subf]\w*\d)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,<=]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]<=|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
+_DEVICES = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
+_INDEX = re.compile(r"\bindex=(\d+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CROSSES_CHIPS = re.compile(r"\b(replica_groups|source_target_pairs)=")  # attributes that only collectives have
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_TARGET = re.compile(r'_xla_megascale_target="?([{}\d,:x>\- ]+)')
+_PER_SLICE = 100_000  # the runtime's number of a chip is that of its slice times this, plus its number in the slice
+_ON_HOST = "S(5)"  # memory space, in a layout
+
+
+Shape = tuple[str, tuple[int, ...]]  # dtype, sizes
 
 
 class Instruction(NamedTuple):
@@ -26,9 +45,10 @@ class Instruction(NamedTuple):
 
     name: str
     kind: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    shapes: tuple[Shape, ...]
     rest: str  # operands and attributes
     is_root: bool
+    result: str = ""  # its type as written, layouts included
 
     @property
     def op_name(self) -> str:
@@ -41,12 +61,18 @@ class Instruction(NamedTuple):
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
+    @property
+    def elements(self) -> list[tuple[Shape, ...]]:
+        """Shapes of each element of the tuple that it returns, tuples inside it flattened; of an array: its own."""
+        text = self.result.strip()
+        return [shapes_in(part) for part in _split(text[1:-1])] if text.startswith("(") else [shapes_in(text)]
+
 
 class Use(NamedTuple):
     """Collectives of one kind in one phase, on one chip."""
 
     times: float
-    bytes: float  # that arrive from other chips, with the ring algorithms' volumes
+    bytes: float  # that arrive from other chips (DCN: from other slices), with the ring algorithms' volumes
 
 
 Uses = dict[tuple[str, str], Use]  # by (phase, kind)
@@ -58,6 +84,7 @@ class Module:
 
     computations: dict[str, list[Instruction]]
     entry: str
+    devices: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Module":
@@ -72,9 +99,15 @@ class Module:
                 continue
             found = _RESULT.match(line)
             if found:
-                shapes = tuple((t, tuple(map(int, filter(None, d.split(","))))) for t, d in _SHAPE.findall(found[3]))
-                current.append(Instruction(found[2], found[4], shapes, found[5], bool(found[1])))
-        return cls(computations, entry)
+                shapes = shapes_in(found[3])
+                current.append(Instruction(found[2], found[4], shapes, found[5], bool(found[1]), found[3]))
+        devices = math.prod(int(count) for _, count in _DEVICES.findall(text[: text.find("\n")]))
+        return cls(computations, entry, devices)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """All instructions: names are unique in a program."""
+        return {op.name: op for body in self.computations.values() for op in body}
 
     def collectives(self, phase: str, phase_of: Callable[[str], str | None], trips_of: Callable[[str], float]) -> Uses:
         """Collectives of one run of the program.
@@ -109,19 +142,19 @@ class _Walk:
     trips_of: Callable[[str], float]
 
     def uses(self, name: str, phase: str, seen: set[str]) -> Uses:
-        """Of one run of a computation. `seen`: channels counted already in this run of the loop around it.
+        """Of one run of a computation. `seen`: transfers counted already in this run of the loop around it.
 
-        A collective that the compiler has spread over several fusions stands in each of them under one channel.
+        A collective that the compiler has spread over several fusions stands in each of them under one channel, and
+        one between slices twice, as what is sent and what is received.
         """
         total: Uses = {}
         for op in self.module.computations.get(name, ()):
             here = self.phase_of(op.op_name) or phase
-            kind = op.kind.removesuffix("-start")
-            if kind in COLLECTIVES:
-                channel = re.search(r"channel_id=(\d+)", op.rest)
-                if channel is None or channel[1] not in seen:
-                    _add(total, {(here, kind): Use(1, _bytes_received(op, kind))})
-                seen |= {channel[1]} if channel else set()
+            found = transfer(op, self.module.devices)
+            if found:
+                if found.name not in seen:
+                    _add(total, {(here, found.kind): Use(1, found.bytes)})
+                seen.add(found.name)
             elif op.kind == "while":
                 known = trip_count(self.module, op)
                 turns = self.trips_of(op.op_name) if known is None else known
@@ -144,7 +177,13 @@ def _add(total: Uses, more: Uses, times: float = 1) -> None:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """Turns of a loop that counts from 0 to a constant; None: its condition looks at data."""
+    """Turns of a loop that counts from a constant to another; None: its condition looks at data.
+
+    It counts from 0, unless the compiler has taken its first turns out of it.
+    """
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
     ops = list(module.computations.get(loop.attribute("condition"), ()))
     ops += [
         op for outer in list(ops) for name in _CALLS.findall(outer.rest) for op in module.computations.get(name, ())
@@ -154,33 +193,134 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
     if counts["compare"] != 1 or counts["all-reduce"] or counts["reduce"] or len(constants) != 1:
         return None
     compare = next(op for op in ops if op.kind == "compare")
-    return constants[0] + ("direction=LE" in compare.rest)
+    return constants[0] + ("direction=LE" in compare.rest) - _start(module, loop, ops)
+
+
+def _start(module: Module, loop: Instruction, condition: list[Instruction]) -> int:
+    """What a loop counts from, where that is a constant; else 0."""
+    places = {found[1] for op in condition if op.kind == "get-tuple-element" and (found := _INDEX.search(op.rest))}
+    op = module.by_name.get(_operand(loop, 0))
+    if len(places) != 1 or op is None or op.kind != "tuple":
+        return 0
+    op = module.by_name.get(_operand(op, int(places.pop())))
+    while op is not None and op.kind in ("copy", "bitcast", "copy-start", "copy-done"):
+        op = module.by_name.get(_operand(op, 0))
+    found = re.match(r"(\d+)\)", op.rest) if op is not None and op.kind == "constant" else None
+    return int(found[1]) if found else 0
+
+
+def _operand(op: Instruction, number: int) -> str:
+    names = _split(op.rest.split(")")[0])
+    return re.sub(r"/\*.*?\*/|[% ]", "", names[number]) if number < len(names) else ""
+
+
+def shapes_in(text: str) -> tuple[Shape, ...]:
+    """All arrays of a type as HLO writes it; tokens are none."""
+    sizes = lambda dims: tuple(int(n.strip("<=")) for n in dims.split(",") if n)  # noqa: E731
+    return tuple((dtype, sizes(dims)) for dtype, dims in _SHAPE.findall(text))
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that no bracket encloses."""
+    parts, depth = [""], 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return parts
 
 
 def array_bytes(dtype: str, sizes: tuple[int, ...]) -> int:
-    """Bytes of an array without the padding of its layout."""
-    return math.prod(sizes) * BYTES.get(dtype, 4)
+    """Bytes of an array without the padding of its layout, by its dtype's name in HLO or NumPy; int4 is packed."""
+    bits = re.search(r"\d+", dtype)  # bf16, f8e4m3fn, s4, float8_e4m3fn, complex64: the first number is that of bits
+    return -(-math.prod(sizes) * (int(bits[0]) if bits else 8) // 8)
 
 
-def _bytes_received(op: Instruction, kind: str) -> float:
-    sizes = [array_bytes(*shape) for shape in op.shapes if len(shape[1]) or len(op.shapes) == 1]
-    if op.kind.endswith("-start") and kind in ("all-gather", "reduce-scatter", "all-to-all"):
-        sizes = sizes[len(sizes) // 2 :]  # operands first, then results
-    size = sizes[0] if kind == "collective-permute" else sum(sizes)
-    n = group_size(op.rest)
+class Transfer(NamedTuple):
+    """What one instruction moves between chips, or between a chip and its host."""
+
+    name: str  # the same for all instructions that are one transfer
+    kind: str
+    bytes: float
+
+
+def transfer(op: Instruction, devices: int = 1) -> Transfer | None:
+    """Of an instruction that begins one; None: it begins none.
+
+    Args:
+        devices: of the program, for collectives that name no groups.
+    """
+    kind, channel = op.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", op.rest)
+    name = f"{kind} {channel[1]}" if channel else op.name
+    if kind in COLLECTIVES:
+        return Transfer(name, kind, _bytes_received(op, kind, devices))
+    if kind in ("send", "recv"):
+        return _sent(op, name)
+    if op.kind == "copy-start" and len({_ON_HOST in part for part in _split(op.result.strip()[1:-1])[:2]}) == 2:
+        return Transfer(op.name, f"{HOST}copy", float(_size(op.elements[0])))
+    if _CROSSES_CHIPS.search(op.rest) and not op.kind.endswith(("-done", "-update")):
+        return Transfer(name, kind + UNKNOWN, float(_size(_result(op))))
+    return None
+
+
+def _sent(op: Instruction, name: str) -> Transfer:
+    """A send or a receive: to chips of other slices, to the host itself, or to a chip of the slice."""
+    size, how, where = float(_size(op.elements[0])), _TRANSFER.search(op.rest), _RENDEZVOUS.search(op.rest)
+    if not how:
+        if "is_host_transfer=true" in op.rest:
+            return Transfer(name, HOST + op.kind, size)
+        return Transfer(name.replace(op.kind, "send"), "send", size)  # one channel for both ends
+    n, sent = _slices(op.rest), op.kind == "send"
+    volumes = {
+        "ALL_REDUCE": ("all-reduce", 2 * (n - 1) / n * size),
+        "ALL_GATHER": ("all-gather", (n - 1) * size if sent else (n - 1) / n * size),
+        "REDUCE_SCATTER": ("reduce-scatter", (n - 1) / n * size if sent else (n - 1) * size),
+        "ALL_TO_ALL": ("all-to-all", (n - 1) / n * size),
+        "ONE_TO_ONE": ("collective-permute", size),
+    }
+    kind, volume = volumes.get(how[1], (how[1].lower().replace("_", "-") + UNKNOWN, size))
+    return Transfer(f"{DCN}{where[1]}" if where else name, DCN + kind, volume)
+
+
+def _slices(attributes: str) -> int:
+    """Slices that a transfer goes over: "{1,2}x{0:7}" (of slices, of chips), or groups of chips by number."""
+    target = _TARGET.search(attributes)
+    if not target:
+        return 2
+    if "x" in target[1]:
+        first = re.findall(r"(\d+)(?::(\d+))?", target[1].split("x")[0])
+        return sum(int(last or begin) - int(begin) + 1 for begin, last in first)
+    return max(len({int(chip) // _PER_SLICE for chip in re.findall(r"\d+", g)}) for g in target[1].split("}"))
+
+
+def _result(op: Instruction) -> tuple[Shape, ...]:
+    """Shapes of what an instruction makes; one that only starts returns its operands before it, and contexts after."""
+    if op.kind.endswith("-start") and op.kind != "all-reduce-start" and len(op.elements) > 1:
+        return op.elements[1]
+    return op.shapes
+
+
+def _size(shapes: tuple[Shape, ...]) -> int:
+    return sum(array_bytes(*shape) for shape in shapes)
+
+
+def _bytes_received(op: Instruction, kind: str, devices: int) -> float:
+    n = group_size(op.rest) or max(devices, 1)
     factor = {
         "all-gather": (n - 1) / n, "all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "all-to-all": (n - 1) / n,
-        "collective-permute": 1,
-    }  # fmt: skip
-    return size * factor[kind]
+        "ragged-all-to-all": (n - 1) / n,  # of all that there is room for
+    }.get(kind, 1)  # fmt: skip
+    return _size(_result(op)) * factor
 
 
 @functools.lru_cache(maxsize=1024)
 def group_size(attributes: str) -> int:
-    """Chips that a collective goes over."""
+    """Chips that a collective goes over; 0: it names none, which means all."""
     found = _GROUPS.search(attributes)
     if not found:
-        return 2
+        return 0
     if found[1] is not None:
         return max(len(found[1].split(",")), 1)
     if found[3] is not None:

@@ -13,7 +13,7 @@ import jax
 from rlver_jax.assembly import reads_at_most
 from rlver_jax.models.attention import MOST_BLOCKS
 from rlver_jax.parallel.mesh import batch_parts
-from rlver_jax.plans.hlo import Instruction, Module, Uses, array_bytes
+from rlver_jax.plans.hlo import HOST, UNKNOWN, Instruction, Module, Uses, array_bytes
 from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
 
 GIB = 2**30
@@ -134,7 +134,8 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     module = Module.parse(compiled.as_text())
     uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes))
     faults = _logits(module, shapes) if program.name == "learn" else []
-    return Measured(program.name, memory, idle, uses, faults, warnings + _gathered(module), seconds)
+    warnings += _gathered(module) + uncounted(uses)
+    return Measured(program.name, memory, idle, uses, faults, warnings, seconds)
 
 
 def _memory(compiled: Any, idle: int) -> Memory:
@@ -164,6 +165,18 @@ def _gathered(module: Module) -> list[str]:
         for ((dtype, sizes), name), size in sized.items()
         if size >= LARGE
     ]
+
+
+def uncounted(uses: Uses) -> list[str]:
+    """Transfers whose volume or time this version doesn't know."""
+    found = []
+    for (phase, kind), use in sorted(uses.items()):
+        size = f"{kind.removesuffix(UNKNOWN)} in {phase}: {use.times:,.0f} of {use.bytes / 1e9:.2f} GB"
+        if kind.endswith(UNKNOWN):
+            found.append(f"{size} in all; this version doesn't know what it sends and counts the bytes of its result")
+        elif kind.startswith(HOST):
+            found.append(f"{size} in all, over the link of chip and host, whose time is not counted")
+    return found
 
 
 def _logits(module: Module, shapes: Shapes) -> list[str]:

@@ -11,7 +11,7 @@ from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.plans import flops
 from rlver_jax.plans.chips import Chip
 from rlver_jax.plans.flops import Work
-from rlver_jax.plans.hlo import Use
+from rlver_jax.plans.hlo import DCN, HOST, Use
 from rlver_jax.plans.measure import Measured
 from rlver_jax.plans.programs import Shapes
 
@@ -23,8 +23,9 @@ class Phase:
     Attributes:
         work: over all chips.
         hbm_bytes: that one chip reads and writes.
-        collectives: by kind, of one chip.
-        compute_s, memory_s, network_s: at the chip's peak rates; a phase takes the longest of the three at least.
+        collectives: by kind, of one chip; kinds of `hlo.DCN` go between slices, of `hlo.HOST` to the chip's host.
+        compute_s, memory_s, network_s, dcn_s: at the chip's peak rates, network_s inside a slice, dcn_s between slices;
+            a phase takes the longest of the four at least. What goes to the host has no time.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Phase:
     compute_s: float
     memory_s: float
     network_s: float
+    dcn_s: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Roofline time: everything overlaps, nothing waits."""
-        return max(self.compute_s, self.memory_s, self.network_s)
+        return max(self.compute_s, self.memory_s, self.network_s, self.dcn_s)
 
     @property
     def mfu(self) -> float:
@@ -67,11 +69,17 @@ def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[
 def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Shapes, chip: Chip) -> Phase:
     mesh = shapes.mesh if program == "learn" else shapes.players.mesh or shapes.mesh
     hbm = work.weight_bytes / mesh.shape["tensor"] + work.spread_bytes / mesh.size
-    sent = sum(use.bytes for use in uses.values())
+    ici, dcn, _ = (sum(use.bytes for use in over.values()) for over in by_link(uses))
     return Phase(
         name, program, work, hbm, uses, work.flops / mesh.size / chip.flops, hbm / chip.hbm_bandwidth,
-        sent / chip.ici_bandwidth,
+        ici / chip.ici_bandwidth, dcn / chip.dcn_bandwidth,
     )  # fmt: skip
+
+
+def by_link(uses: dict[str, Use]) -> tuple[dict[str, Use], dict[str, Use], dict[str, Use]]:
+    """What stays inside a slice, what goes between slices, and what goes to the chip's host."""
+    dcn, host = ({kind: use for kind, use in uses.items() if kind.startswith(link)} for link in (DCN, HOST))
+    return {kind: use for kind, use in uses.items() if kind not in dcn | host}, dcn, host
 
 
 def play_of(shapes: Shapes) -> flops.Play:
@@ -125,10 +133,12 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
         given += _forward(trunk, rows, length, logits=False, parts=parts)
     for _ in range(config.loss.recompute + (shapes.reference is not None)):
         given += _forward(model, rows, length, logits=True, parts=parts)
-    update = _update(model, config.policy, rows, length, logits=True, parts=parts).times(config.train.epochs)
+    moment = jnp.dtype(config.train.moment_dtype).itemsize
+    how = {"parts": parts, "moment": moment}
+    update = _update(model, config.policy, rows, length, logits=True, **how).times(config.train.epochs)
     found = {"values and log-probs": (given, "learn"), "policy update": (update, "learn")}
     if trunk is not None:
-        critic = _update(trunk, config.critic, rows, length, logits=False, parts=parts).times(config.train.epochs)
+        critic = _update(trunk, config.critic, rows, length, logits=False, **how).times(config.train.epochs)
         found["critic update"] = (critic, "learn")
     return found
 
@@ -138,10 +148,18 @@ def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) 
     return flops.packed_forward(model.config, rows, length, logits=logits, itemsize=size, parts=parts)
 
 
-def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int) -> Work:
+def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int, moment: int) -> Work:
     # Splash, too, computes scores again in its backward pass.
     chunked = c.attention == "splash" or (c.attention == "chunked" and length > c.attention_chunk)
     size = model.param_dtype.itemsize
     return flops.packed_update(
-        model.config, rows, length, logits=logits, itemsize=size, parts=parts, remat=c.remat, chunked=chunked
+        model.config,
+        rows,
+        length,
+        logits=logits,
+        itemsize=size,
+        parts=parts,
+        remat=c.remat,
+        chunked=chunked,
+        moment=moment,
     )

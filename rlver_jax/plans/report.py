@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlver_jax.plans.chips import Chip
+from rlver_jax.plans.hlo import DCN, HOST
 from rlver_jax.plans.measure import GIB, Measured
-from rlver_jax.plans.phases import Phase
+from rlver_jax.plans.phases import Phase, by_link
 from rlver_jax.plans.remat import Remat, lightest
 from rlver_jax.plans.remedies import Remedy, over
 
@@ -40,6 +41,7 @@ class Plan:
     assumed: list[str]
     host_gib: float
     seconds: float
+    slices: int = 1
 
     @property
     def chips(self) -> int:
@@ -98,6 +100,7 @@ class Plan:
         """The whole plan; `fits`, `hbm_gib_per_chip`, `hbm_capacity_gib` and `phases` are relied on elsewhere."""
         return {
             "topology": self.topology,
+            "slices": self.slices,
             "chips": self.chips,
             "mesh": self.mesh,
             "mesh_sampling": self.sampling,
@@ -131,15 +134,20 @@ def _program_json(one: Measured) -> dict[str, Any]:
 
 
 def _phase_json(phase: Phase) -> dict[str, Any]:
+    plain = lambda uses, link="": {kind.removeprefix(link): use._asdict() for kind, use in uses.items()}  # noqa: E731
+    ici, dcn, host = by_link(phase.collectives)
     return {
         "name": phase.name,
         "program": phase.program,
         "flops": phase.work.flops,
         "useful_flops": phase.work.useful,
         "hbm_bytes_per_chip": phase.hbm_bytes,
-        "collectives_per_chip": {kind: use._asdict() for kind, use in phase.collectives.items()},
+        "collectives_per_chip": plain(ici),
+        "dcn_per_chip": plain(dcn, DCN),
+        "host_per_chip": plain(host, HOST),
         "seconds": {
-            "compute": phase.compute_s, "memory": phase.memory_s, "network": phase.network_s, "roofline": phase.seconds,
+            "compute": phase.compute_s, "memory": phase.memory_s, "network": phase.network_s, "dcn": phase.dcn_s,
+            "roofline": phase.seconds,
         },
         "mfu": phase.mfu,
         "hbm_bandwidth": phase.bandwidth,
@@ -166,7 +174,8 @@ def show(plan: Plan, console: Console) -> None:
 
 def _memory_table(plan: Plan) -> Table:
     sampling = "" if plan.sampling == plan.mesh else f", sampling on {_sizes(plan.sampling)}"
-    title = f"GiB a chip, {plan.topology}: {_sizes(plan.mesh)}{sampling}; {plan.rows} rows x {plan.length} tokens"
+    topology = plan.topology if plan.slices == 1 else f"{plan.slices} slices of {plan.topology}"
+    title = f"GiB a chip, {topology}: {_sizes(plan.mesh)}{sampling}; {plan.rows} rows x {plan.length} tokens"
     names = ("program", "arguments", "outputs", "temporaries", "code", "alive beside it", "sum")
     table = Table(*names, title=title, title_justify="left")
     for one in plan.measured:
@@ -192,14 +201,25 @@ def _sizes(mesh: dict[str, int]) -> str:
 
 
 def _phase_table(plan: Plan) -> Table:
-    columns = ("phase", "PFLOP", "GB a chip", "collectives a chip: count, GB", "compute s", "memory s", "network s")
+    columns = (
+        "phase",
+        "PFLOP",
+        "GB a chip",
+        "collectives a chip: count, GB",
+        "compute s",
+        "memory s",
+        "network s",
+        "DCN s",
+    )
     title = "phases of a step, every dialogue at its limits; shares of the chips' peak at the roofline"
-    table = Table(*columns, "MFU", "HBM", title=title, title_justify="left")
+    table = Table(
+        *columns, "compute s", "memory s", "network s", "DCN s", "MFU", "HBM", title=title, title_justify="left"
+    )
     for phase in plan.phases:
         sent = ", ".join(
             f"{kind} {use.times:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
         )
-        times = [f"{s:.2f}" for s in (phase.compute_s, phase.memory_s, phase.network_s)]
+        times = [f"{s:.2f}" for s in (phase.compute_s, phase.memory_s, phase.network_s, phase.dcn_s)]
         done, moved = f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}"
         table.add_row(phase.name, done, moved, sent, *times, f"{phase.mfu:.0%}", f"{phase.bandwidth:.0%}")
     return table

@@ -268,18 +268,20 @@ class Checkpoints:
         record = _together(lambda: self._record(step))
         saved = {name: leaf for name, leaf in record["leaves"].items() if not key or f"{name}/".startswith(f"{key}/")}
         _check_same(self.folder / _name(step), saved, like)
-        arrays = _together(lambda: self._arrays(step, like))
+        narrow = {name: saved[name]["dtype"] for name, leaf in like.items() if _was_narrow(name, saved[name], leaf)}
+        arrays = _together(lambda: self._arrays(step, like, narrow))
         found = _describe(arrays)
         wrong = [name for name in like if found[name] != saved[name]]
         if wrong:
             raise CheckpointError(f"{len(wrong)} of {len(like)} leaves are not what was saved, such as {wrong[0]}")
-        return arrays, record
+        return {name: x.astype(like[name].dtype) if name in narrow else x for name, x in arrays.items()}, record
 
-    def _arrays(self, step: int, like: dict[str, Any]) -> dict[str, Array]:
-        here = SingleDeviceSharding(jax.local_devices()[0])
+    def _arrays(self, step: int, like: dict[str, Any], dtypes: dict[str, str]) -> dict[str, Array]:
+        """`dtypes` of leaves that were saved in others than `like` has."""
+        here, shape = SingleDeviceSharding(jax.local_devices()[0]), jax.ShapeDtypeStruct
         wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
-            for name, leaf in like.items()
+            name: shape(x.shape, dtypes.get(name, x.dtype), sharding=getattr(x, "sharding", None) or here)
+            for name, x in like.items()
         }
         where = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=where, partial_restore=True)
@@ -358,10 +360,18 @@ def _check_same(place: Path, saved: dict[str, Any], like: dict[str, Any]) -> Non
         holds, expected = ("no", "one") if name in like else ("a", "none")
         raise MismatchError(f"{place}: holds {holds} leaf {name}, expected {expected}; {remedy}")
     for name, leaf in like.items():
+        if _was_narrow(name, saved[name], leaf):
+            continue
         found = f"{saved[name]['dtype']}{saved[name]['shape']}"
         expected = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
         if found != expected:
             raise MismatchError(f"{place}: {name} is {found}, expected {expected}; {remedy}")
+
+
+def _was_narrow(name: str, saved: dict[str, Any], leaf: Any) -> bool:
+    """Adam's second moment used to be kept in the parameters' dtype: every bfloat16 is a float32, too."""
+    kinds = (saved["dtype"], np.dtype(leaf.dtype).name)
+    return "/nu/" in name and kinds == ("bfloat16", "float32") and saved["shape"] == list(leaf.shape)
 
 
 def _crc32(record: Any) -> int:
