@@ -99,7 +99,9 @@ def test_more_turns_than_compiled_are_refused(players):
 def test_two_tokenizers_are_refused(bpe, tmp_path):
     other = HFTokenizer(write_bpe(tmp_path, [*ADDED, *THINK]))
     number = bpe.vocab_size
-    with pytest.raises(ValueError, match=f"token id {number} is no token .* '<think>' .* choose two models of one family"):
+    with pytest.raises(
+        ValueError, match=f"token id {number} is no token .* '<think>' .* choose two models of one family"
+    ):
         check_tokenizers(bpe, other)
     check_tokenizers(bpe, bpe)
 
@@ -174,7 +176,7 @@ def test_sides_of_different_dtypes_play(players, bpe):
 
 @pytest.mark.parametrize("text", [None, "Be brief."])
 def test_without_a_prompt_of_ours_the_folders_template_speaks(policy_lm, user_lm, bpe, tmp_path, text):
-    """An empty prompt file: no system message of ours, so the one that the folder's own template begins with, if any."""
+    """An empty prompt file: no system message of ours, so the one that the folder's template begins with, if any."""
     for name, prompt in (SHORT_PROMPTS | {"policy_direct.j2": ""}).items():
         (tmp_path / name).write_text(prompt, encoding="utf-8")
     each = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

@@ -19,7 +19,9 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
             return f"token id {token} is {_shown(one, token)} in the one and {_shown(other, token)} in the other"
     ours, theirs = one.rules, other.rules
     wrong = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    return f"they have the same tokens, but other {' and '.join(wrong)}, so they split text in two ways" if wrong else None
+    return (
+        f"they have the same tokens, but other {' and '.join(wrong)}, so they split text in two ways" if wrong else None
+    )
 
 
 def _meanings(tokenizer: Tokenizer) -> list[bytes | str | None]:

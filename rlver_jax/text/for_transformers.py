@@ -1,9 +1,9 @@
 """A SentencePiece tokenizer as files that `transformers.AutoTokenizer` reads, with the same ids.
 
-`transformers` has no reader for a bare SentencePiece model in a Qwen2 folder: it takes the class of the model's type and
-finds other ids without a word. So the model is written as a `tokenizer.json` of its own: the same pieces with the same
-ids, the space as itself (SentencePiece's stand-in for it is then a character like others, as it is here), pieces that
-are always one token as added tokens, and the order in which pieces were learned as merges.
+`transformers` has no reader for a bare SentencePiece model in a Qwen2 folder: it takes Qwen2's class, which finds other
+ids without a word. So the model is written as a `tokenizer.json`: the same pieces with the same ids, the space as
+itself (SentencePiece's stand-in for it is then a character like others, as it is here), pieces that are always one
+token as added tokens, and the order in which pieces were learned as merges.
 """
 
 import json
@@ -18,7 +18,9 @@ from rlver_jax.text.tokenizer_spm import SPACE, SentencePieceTokenizer
 
 # Plain ChatML, with what `ChatTemplate` takes for a system message where none is given.
 TEMPLATE = (
-    "{%- if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}"
+    "{%- if messages and messages[0].role != 'system' %}{{ '<|im_start|>system\\n"
+    + DEFAULT_SYSTEM
+    + "<|im_end|>\\n' }}"
     "{%- endif %}{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + "
     "'<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}\n"
 )
@@ -66,7 +68,9 @@ def as_tokenizers(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
             "tokenizer.json does. Train one with train_sentencepiece(..., model_type='bpe')"
         )
     texts = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
-    learned = [(piece.score, text) for piece, text in zip(proto.pieces, texts, strict=True) if piece.type == kinds.NORMAL]
+    learned = [
+        (piece.score, text) for piece, text in zip(proto.pieces, texts, strict=True) if piece.type == kinds.NORMAL
+    ]
     model = tokenizers.models.BPE(
         vocab={text: number for number, text in enumerate(texts)},
         merges=_merges(learned),
@@ -94,4 +98,3 @@ def _merges(learned: list[tuple[float, str]]) -> list[tuple[str, str]]:
         )
     cuts = ((text[:i], text[i:]) for _, text in joined for i in range(1, len(text)))
     return [(left, right) for left, right in cuts if left in known and right in known]
-

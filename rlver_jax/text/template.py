@@ -128,7 +128,9 @@ class FolderTemplate:
         if failed:
             raise ValueError(f"{self.origin}: the chat template can't be rendered: {_said(failed[0])}")
         if not found:
-            raise ValueError(f"{self.origin}: the chat template has not ended after {PATIENCE:g} s; correct or remove it")
+            raise ValueError(
+                f"{self.origin}: the chat template has not ended after {PATIENCE:g} s; correct or remove it"
+            )
         return found[0]
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _byte_level_pieces(
-    vocab: Mapping[str, int], words: Mapping[str, int], special: Mapping[str, int], path: Path
+    vocab: dict[str, int], words: dict[str, int], special: dict[str, int], path: Path
 ) -> list[bytes]:
     """Bytes of each id, from GPT-2's printable stand-ins. Ids that no text has stay `b""`."""
     table = {stand_in: byte for byte, stand_in in enumerate(_stand_ins())}

@@ -89,7 +89,7 @@ class SentencePieceTokenizer(Tokenizer):
         """The model as SentencePiece's message ModelProto: its pieces with scores and kinds, and how it was trained."""
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which few commands do
 
-        found = sentencepiece_model_pb2.ModelProto()
+        found = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         found.ParseFromString(self._content)
         return found
 

@@ -1,4 +1,4 @@
-"""Added tokens that are not special are text, as `transformers` has them: encoded, decoded, sampled; they close thoughts."""
+"""Added tokens that are not special are text, as in `transformers`: read, decoded, sampled; they close thoughts."""
 
 import json
 import unicodedata
@@ -228,7 +228,23 @@ def test_ids_of_synthetic_texts_as_published(thinker_folder):
     """Half-width, wide, combining, emoji, digits, white space: in NFC, with a Qwen2 folder's own class."""
     reference, tokenizer = transformers.AutoTokenizer.from_pretrained(thinker_folder), load_tokenizer(thinker_folder)
     draw = np.random.default_rng(0)
-    pieces = [*sentences()[:40], "é", "각", "ﬁ", "①", "😀👋🏽", "\u3000", "\u00a0", "\r\n", "  ", "\t", "12,345", "I'LL", "ا", "क्ष"]
+    pieces = [
+        *sentences()[:40],
+        "é",
+        "각",
+        "ﬁ",
+        "①",
+        "😀👋🏽",
+        "\u3000",
+        "\u00a0",
+        "\r\n",
+        "  ",
+        "\t",
+        "12,345",
+        "I'LL",
+        "ا",
+        "क्ष",
+    ]
     for _ in range(300):
         text = unicodedata.normalize("NFC", "".join(draw.choice(pieces, draw.integers(1, 8))))
         assert tokenizer.encode(text) == reference.encode(text)

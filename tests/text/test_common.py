@@ -50,7 +50,9 @@ def test_the_first_token_that_differs_is_named(tmp_path, bpe_folder, bpe, thinke
     assert difference(bpe, thinker) == f"token id {bpe.vocab_size} is no token in the one and '<think>' in the other"
     special = HFTokenizer(write_bpe(tmp_path / "special", [*ADDED[:3], "<|x|>", *ADDED[3:]]))
     number = special.special_ids["<|x|>"]
-    assert difference(bpe, special).startswith(f"token id {number} is '<tool_call>' in the one and the special token <|x|>")
+    assert difference(bpe, special).startswith(
+        f"token id {number} is '<tool_call>' in the one and the special token <|x|>"
+    )
 
 
 def test_chatml_must_have_one_meaning(tmp_path, bpe):

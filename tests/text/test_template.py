@@ -15,8 +15,8 @@ from .conftest import ADDED, TEMPLATE, THINK, as_published, sentences, write_bpe
 # Templates of our own that do what those of published models do.
 EACH = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
 PROMPT = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
-SYSTEM = "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nPlease reason step by step.<|im_end|>\n' }}{% endif %}"
-MATH = SYSTEM + EACH + PROMPT
+STEPS = "{{ '<|im_start|>system\nPlease reason step by step.<|im_end|>\n' }}"
+MATH = "{%- if messages[0].role != 'system' %}" + STEPS + "{% endif %}" + EACH + PROMPT
 REQUIRING = "{%- if messages[0].role != 'system' %}{{ raise_exception('say who you are') }}{%- endif %}" + EACH + PROMPT
 # Earlier thoughts are left out, and the next one is begun: QwQ.
 QWQ = """{%- for m in messages %}
@@ -95,7 +95,8 @@ def test_segments_join_to_what_is_rendered(published):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("qwen", DEFAULT_SYSTEM), ("math", "Please reason step by step."), ("qwq", None), ("plain", None)]
+    ("name", "text"),
+    [("qwen", DEFAULT_SYSTEM), ("math", "Please reason step by step."), ("qwq", None), ("plain", None)],
 )
 def test_the_default_system_message_is_the_folders(tmp_path, name, text):
     tokenizer = load_tokenizer(folder_of(tmp_path, TEMPLATES[name]))
@@ -177,7 +178,10 @@ def test_several_without_a_default_are_refused(tmp_path):
 
 
 # As other families write a conversation, in short.
-LLAMA = "{%- for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content + '<|eot_id|>' }}{%- endfor %}"
+LLAMA = (
+    "{%- for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content + '<|eot_id|>' }}{%- endfor %}"
+)
 MISTRAL = (
     "{%- for m in messages %}{%- if m.role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}"
     "{{ '[INST] ' + m.content + '[/INST]' }}{%- endfor %}"
