@@ -4,8 +4,8 @@
                                [--config.policy.path=FOLDER]
 
 Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
-Config and tokenizer are those that the run keeps of its base model, or of the folder given. A SentencePiece model is also
-written as a tokenizer.json, which AutoTokenizer reads with the same ids. Exit status: 0 done, 2 bad usage.
+Config and tokenizer are those that the run keeps of its base model, or of the folder given. A SentencePiece model is
+also written as a tokenizer.json, which AutoTokenizer reads with the same ids. Exit status: 0 done, 2 bad usage.
 """
 
 import sys
@@ -61,9 +61,7 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
         define_path("workdir", None, "folder of a training run", values)
         define_path("out", None, "folder to be written; new or empty", values, new="folder")
         flags.DEFINE_string("step", "", "best | last | a number", flag_values=values)
-        flags.DEFINE_string(
-            POLICY_PATH, "", "folder to take config and tokenizer from, instead of the run's own", flag_values=values
-        )
+        define_path(POLICY_PATH, "", "folder to take config and tokenizer from, instead of the run's own", values)
         flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "of the weights written", flag_values=values)
 
     options, rest = parse_flags(argv, __doc__, define)
