@@ -54,9 +54,7 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
         define_path("workdir", None, "folder of a training run", values)
         define_path("out", None, "folder to be written; new or empty", values, new="folder")
         flags.DEFINE_string("step", "", "best | last | a number", flag_values=values)
-        flags.DEFINE_string(
-            POLICY_PATH, "", "folder to take config and tokenizer from, instead of the run's own", flag_values=values
-        )
+        define_path(POLICY_PATH, "", "folder to take config and tokenizer from, instead of the run's own", values)
         flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "of the weights written", flag_values=values)
 
     options, rest = parse_flags(argv, __doc__, define)

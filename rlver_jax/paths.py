@@ -31,8 +31,8 @@ def fault(path: str) -> str | None:
         return "is blank; name a file or a folder"
     if "\0" in path or not _is_utf8(path):
         return (
-            "holds a zero byte, or characters that this locale cannot write as UTF-8 in a file's name; rename it, or "
-            "start with PYTHONUTF8=1"
+            "holds a zero byte, or characters that this locale doesn't write as UTF-8; expected a file's name without "
+            "them; rename it, or start with PYTHONUTF8=1"
         )
     if os.path.expanduser(path).startswith("~"):
         return f"there is no home folder {path.split('/')[0]}; write the whole path, or ./{path} for such a name"
