@@ -42,6 +42,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "transformers>=5.20",  # tokenizer and config files only; nothing here imports torch
+        "huggingface_hub>=1.31",  # transformers needs it too
         "tokenizers>=0.22",
         "sentencepiece>=0.2.1",
         "safetensors>=0.7",

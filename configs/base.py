@@ -23,7 +23,7 @@ def words(arg: str, *known: str) -> list[str]:
 def get_model() -> ConfigDict:
     """Fields that the policy and the simulated user have in common."""
     c = ConfigDict()
-    c.path = ""  # Hugging Face folder of a Qwen2.5 model with its tokenizer files
+    c.path = ""  # Hugging Face folder of a Qwen2.5 model with its tokenizer files, or ORG/NAME[@REVISION] on the hub
     c.size = ""  # published size that `plan` takes where path is empty: 0.5b | 1.5b | 3b | 7b | 14b | 32b | 72b
     c.init = "path"  # weights: path (of the folder) | random (only the folder's config.json and tokenizer are read)
     c.dtype = "bfloat16"  # of activations and caches: bfloat16 | float32
@@ -130,7 +130,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.critic.warmup_steps = 0  # training steps in which only the critic learns
 
     c.reference = ConfigDict()
-    c.reference.path = ""  # Hugging Face folder for the KL penalty; empty: policy.path
+    c.reference.path = ""  # Hugging Face folder, or name on the hub, for the KL penalty; empty: policy.path
 
     c.train = ConfigDict()
     c.train.steps = 500  # batches played and learned from

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int, Key
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.rows import put_rows, take_rows
 from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
-from rlver_jax.sampling.cache import LM, Cache, append, init_cache, repeat_rows, restart_rows, rollback
+from rlver_jax.sampling.cache import LM, Cache, append, init_cache, read_one, repeat_rows, restart_rows, rollback
 from rlver_jax.sampling.decode import Limits, generate
 from rlver_jax.sampling.queue import Queue, Seats, open_queue, take_next
 from rlver_jax.spec import PlayLimits, Spec
@@ -81,8 +81,7 @@ class Opening(NamedTuple):
 def read_openings(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits) -> Opening:
     """Prefills all profiles and makes up the first utterances that they lack."""
     policy_tables, user_tables = tables
-    one = init_cache(policy, 1, policy_tables.system.shape[0])
-    one = append(policy, one, policy_tables.system[None], jnp.array([policy_tables.system.shape[0]]))
+    one = read_one(policy, policy_tables.system)
     count, width = profiles.prefix.shape
     wanted = profiles.active[:: spec.group]
     heads = init_cache(user, count, width + spec.user_tokens + 1)

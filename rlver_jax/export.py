@@ -4,8 +4,8 @@
                                [--config.policy.path=FOLDER]
 
 Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
-Config and tokenizer are those that the run keeps of its base model, or of the folder given. Exit status: 0 done, 2 bad
-usage.
+Config and tokenizer are those that the run keeps of its base model, or of the folder given. A SentencePiece model is
+also written as a tokenizer.json, which AutoTokenizer reads with the same ids. Exit status: 0 done, 2 bad usage.
 """
 
 import sys
@@ -22,6 +22,8 @@ from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import make_model
 from rlver_jax.runs.trained import TrainedPolicy
+from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
+from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 POLICY_PATH = "config.policy.path"  # spelled as the commands do that read a config
 DTYPES = ("bfloat16", "float32")
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _arguments(sys.argv[1:] if argv is None else argv)
         policy = TrainedPolicy.open(options.workdir, base.get_config(), options.step, options[POLICY_PATH].value or "")
         model = make_model(policy.config.policy, "policy")
+        tokenizer = load_tokenizer(policy.config.policy.path)
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            as_tokenizers(tokenizer)  # what can't be written is said before anything slow
         mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
         with console.status(f"reading step {policy.step}"):
             params = policy.weights(model, mesh)
@@ -41,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_params(
                 options.out, params, model.config, dtype=options.dtype, tokenizer_from=policy.config.policy.path
             )
+            if isinstance(tokenizer, SentencePieceTokenizer) and jax.process_index() == 0:
+                write_for_transformers(tokenizer, options.out)
     except (ValueError, OSError) as error:
         errors.print(f"export: {error}", markup=False, highlight=False)
         return 2

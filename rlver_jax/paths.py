@@ -15,6 +15,7 @@ _URL = re.compile(
     r"/*(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_HUB = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface|hf)\.co/)([\w.-]+/[\w.-]+)", re.IGNORECASE)
 _LONGEST_NAME, _LONGEST = 255, 4095  # bytes: NAME_MAX and PATH_MAX of Linux
 _BESIDE = ".tmp"  # what `runs.files` appends to a file's name while it writes
 
@@ -117,6 +118,6 @@ def _no_url(scheme: str, rest: str) -> str:
             f"place in FOLDER, or start the command with launch/tpu_pod.sh, which mounts it; what is only read can be "
             f"copied: gcloud storage cp -r gs://{rest} FOLDER"
         )
-    if scheme == "hf":
-        return f"{told}. Download it (hf download {rest} --local-dir FOLDER) and name FOLDER"
+    if found := _HUB.match(f"{scheme}://{rest}"):
+        return f"{told}. A model goes by its name alone, {found[1]}; other files: hf download, and name their folder"
     return f"{told}. Mount what holds it, or download it, and name its local path"

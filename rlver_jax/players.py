@@ -26,6 +26,7 @@ from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
 from rlver_jax.spec import PlayLimits, Spec, check_context
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.common import difference
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
@@ -41,13 +42,12 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
     """Refuses two tokenizers that are not one: dialogues pass between the models as token ids.
 
     Raises:
-        ValueError: their fingerprints differ.
+        ValueError: an id of text means something else in the other, or they split text in two ways; see `difference`.
     """
-    if policy.fingerprint != user.fingerprint:
+    if (found := difference(policy, user)) is not None:
         raise ValueError(
-            f"policy and user have different tokenizers ({policy.vocab_size} and {user.vocab_size} tokens, "
-            f"fingerprints {policy.fingerprint[:12]} and {user.fingerprint[:12]}), but they exchange token ids; "
-            f"choose two models of one family, e.g. two Qwen2.5 sizes"
+            f"policy and user have different tokenizers ({policy.vocab_size} and {user.vocab_size} tokens), but they "
+            f"exchange token ids: {found}; choose two models of one family, e.g. two Qwen2.5 sizes"
         )
 
 
@@ -258,12 +258,17 @@ class Players:
         prompts: Prompts,
         spec: Spec,
         mesh: Mesh | None = None,
+        user_tokenizer: Tokenizer | None = None,
         **how: str,
     ) -> "Players":
-        """Players from loaded models; `how` holds the user's `style` and `scenario`."""
+        """Players from loaded models; `how` holds the user's `style` and `scenario`.
+
+        Args:
+            user_tokenizer: the user's own; it may lack special tokens of the policy's, or have more of them.
+        """
         tables = (
             build_policy_tables(tokenizer, prompts, policy.model.config.vocab_size, spec),
-            build_user_tables(tokenizer, prompts, user.model.config.vocab_size),
+            build_user_tables(user_tokenizer or tokenizer, prompts, user.model.config.vocab_size),
         )
         found = cls(policy, user, tokenizer, prompts, tables, spec=spec, mesh=mesh, **how)
         return dataclasses.replace(found, tables=found.place(tables))
@@ -299,7 +304,7 @@ class Players:
         check_tokenizers(tokenizer, other)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
         how = {"style": config.user.style, "scenario": config.user.scenario}
-        return cls.build(policy, user, tokenizer, prompts, spec, mesh, **how)
+        return cls.build(policy, user, tokenizer, prompts, spec, mesh, other, **how)
 
     def prefix(self, profile: Profile) -> list[int]:
         """What the user reads before the first turn: its system prompt, the cue, the opening of its message."""

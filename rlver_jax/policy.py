@@ -47,8 +47,9 @@ def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec:
     chat, think = ChatTemplate(tokenizer), spec.mode == "think"
     grammar = thought_then_say(tokenizer, rows, enforce=spec.enforce_format) if think else free_text(tokenizer, rows)
     think_open = tokenizer.encode(THINK_OPEN) if think else []
+    system = prompts.policy_system(spec.mode)
     tokens = (
-        chat.message("system", prompts.policy_system(spec.mode)),
+        chat.message("system", system) if system else chat.default_system(),
         chat.open("user"),
         chat.open("assistant"),
         think_open,

@@ -1,5 +1,6 @@
 """Putting two sides together: what belongs together, what fits, and what is padding."""
 
+import copy
 import dataclasses
 
 import jax
@@ -9,13 +10,17 @@ import pytest
 
 from configs.base import get_config
 from rlver_jax.dialogue import Spec
+from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
+from rlver_jax.models.qwen2 import Qwen2, init_params
 from rlver_jax.players import Players, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.sampling.cache import LM
+from rlver_jax.text.template import FolderTemplate
 from rlver_jax.text.tokenizer import HFTokenizer
+from rlver_jax.user.prompts import load_prompts
 
-from .conftest import Fresh, check_claims, some_profiles
-from .text.conftest import ADDED, write_bpe
+from .conftest import SHORT_PROMPTS, Fresh, Row, check_claims, some_profiles
+from .text.conftest import ADDED, THINK, write_bpe
 
 SPEC = Spec("direct", False, 2, 3, 704, 24, 16, 16)
 HOW = {"style": "vanilla", "scenario": "heart_to_heart"}
@@ -92,19 +97,41 @@ def test_more_turns_than_compiled_are_refused(players):
 
 
 def test_two_tokenizers_are_refused(bpe, tmp_path):
-    other = HFTokenizer(write_bpe(tmp_path, [*ADDED, "<|extra|>"]))
-    with pytest.raises(ValueError, match="different tokenizers .* choose two models of one family"):
+    other = HFTokenizer(write_bpe(tmp_path, [*ADDED, *THINK]))
+    number = bpe.vocab_size
+    with pytest.raises(
+        ValueError, match=f"token id {number} is no token .* '<think>' .* choose two models of one family"
+    ):
         check_tokenizers(bpe, other)
     check_tokenizers(bpe, bpe)
 
 
 def test_two_folders_with_different_tokenizers_are_refused(folder, policy_lm, tmp_path):
     save_params(tmp_path, policy_lm.params, policy_lm.model.config)
-    write_bpe(tmp_path, [*ADDED, "<|extra|>"])
+    write_bpe(tmp_path, [*ADDED, *THINK])
     config = config_of(folder, tmp_path)
     spec = spec_of(config, group=1, max_turns=2, initial_emotion=30)
     with pytest.raises(ValueError, match="different tokenizers"):
         Players.load(config, spec)
+
+
+@pytest.mark.parametrize("side", ["policy", "user"])
+def test_one_more_special_token_is_no_other_tokenizer(bpe, tmp_path, side):
+    """`[PAD]` beside a model whose embedding has a row for it, the other's none: neither ever says it."""
+    net = Qwen2Config(bpe.vocab_size, 32, 64, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16)
+    for name, rows in (("fewer", bpe.vocab_size), ("more", bpe.vocab_size + 1)):
+        model = Qwen2(dataclasses.replace(net, vocab_size=rows), scan_layers=False)
+        save_params(tmp_path / name, init_params(model, jax.random.key(0)), model.config)
+        write_bpe(tmp_path / name, [*ADDED, "[PAD]"] if name == "more" else ADDED)
+    paths = {"policy": "fewer", "user": "fewer"} | {side: "more"}
+    config = config_of(*(tmp_path / paths[name] for name in ("policy", "user")))
+    players = Players.load(config, spec_of(config, group=1, max_turns=2, initial_emotion=30))
+    policy, user = players.tables
+    for name, grammar in (("policy", policy.grammar), ("user", user.grammar)):
+        forbidden = np.asarray(grammar.forbidden)
+        assert forbidden.shape[1] == bpe.vocab_size + (name == side)
+        assert forbidden[:, bpe.vocab_size :].all()
+    assert players.tokenizer.encode("felt awful") == bpe.encode("felt awful")
 
 
 def test_one_folder_for_both_sides_is_loaded_once(folder, policy_lm):
@@ -145,3 +172,34 @@ def test_sides_of_different_dtypes_play(players, bpe):
     for b in range(4):
         check_claims(players.policy, fresh.policy_rows(d, b))
         check_claims(user, fresh.user_rows(d, b, profiles[b // 2], 3), atol=0.15)
+
+
+@pytest.mark.parametrize("text", [None, "Be brief."])
+def test_without_a_prompt_of_ours_the_folders_template_speaks(policy_lm, user_lm, bpe, tmp_path, text):
+    """An empty prompt file: no system message of ours, so the one that the folder's template begins with, if any."""
+    for name, prompt in (SHORT_PROMPTS | {"policy_direct.j2": ""}).items():
+        (tmp_path / name).write_text(prompt, encoding="utf-8")
+    each = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    start = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    system = f"<|im_start|>system\n{text}<|im_end|>\n"
+    given = f"{{% if messages[0].role != 'system' %}}{{{{ {system!r} }}}}{{% endif %}}" if text else ""
+    tokenizer = copy.copy(bpe)
+    tokenizer.template = FolderTemplate(given + each + start, "here")
+    tokenizer.template.check()
+    players = Players.build(policy_lm, user_lm, tokenizer, load_prompts("en", tmp_path), SPEC, **HOW)
+    system = np.asarray(players.tables[0].system).tolist()
+    assert bpe.decode(system) == (f"system\n{text}\n" if text else "")
+    config = config_of("", "")
+    config.rollout.say_tokens = config.user.field_tokens = config.user.reply_tokens = 16
+    profiles = some_profiles(2)
+    played = players.play(players.encode(profiles, range(4)), jax.random.key(2), limits_of(config, SPEC, 1.0))
+    d, fresh = jax.device_get(played), Fresh(bpe, False, 9, 100)
+    assert (d.end_reason > 0).all()
+    ours = len(fresh.chat.message("system", SHORT_PROMPTS["policy_direct.j2"]))
+    shift = len(system) - ours
+    for b in range(4):  # contexts put together anew, with this beginning in place of ours
+        rows = [
+            Row(system + row.ids[ours:], [(place + shift, token, value) for place, token, value in row.claims])
+            for row in fresh.policy_rows(d, b)
+        ]
+        assert check_claims(policy_lm, rows) > 0

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from configs import debug
 from rlver_jax import evaluate, export, trainer, verify
@@ -25,6 +26,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.trainer import train
 
 from .test_serve import served
@@ -157,6 +159,11 @@ def test_export_writes_the_checkpoint_that_is_asked_for(unbroken, tmp_path, caps
         assert export.main([f"--workdir={folder}", f"--out={out}", f"--step={step}", "--dtype=float32"]) == 0
         assert same(load_params(out, model), policy_of(folder, step))
         assert (out / "tokenizer.model").read_bytes() == (debug.WORLD / "tokenizer.model").read_bytes()
+    ours, theirs = load_tokenizer(debug.WORLD), AutoTokenizer.from_pretrained(tmp_path / "4")
+    texts = [
+        message["content"] for record in records_of(folder, 1) for message in record["messages"] if message["content"]
+    ]
+    assert [theirs.encode(text) for text in texts] == [ours.encode(text) for text in texts]
     assert not same(policy_of(folder, 2), policy_of(folder, 4)), "the policy moves"
 
     def refused(*flags):

@@ -98,6 +98,13 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
 
 
+def read_one(lm: LM, tokens: Int[Array, "S"]) -> Cache:
+    """A cache of one row that has read these tokens and has room for no more; there may be none of them."""
+    count = tokens.shape[0]
+    shown = tokens[None] if count else jnp.zeros((1, 1), jnp.int32)  # no model reads an array of width 0
+    return append(lm, init_cache(lm, 1, shown.shape[1]), shown, jnp.array([count]))
+
+
 def keep_slots(cache: Cache, slots: Int[Array, "C"], length: Int[Array, "B"]) -> Cache:
     """Slot j becomes what slot slots[j] was, in all rows: what is not among a row's first length[b] is forgotten.
 

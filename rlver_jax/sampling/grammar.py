@@ -63,8 +63,7 @@ def _grammar(
     stops = [tokenizer.im_end_id, tokenizer.pad_id]
     table = np.concatenate([table, table[:1], np.full((1, rows), states + 1, np.int16)])
     table[:, stops] = states + 1
-    never = np.arange(rows) >= tokenizer.vocab_size
-    never[list(tokenizer.special_ids.values())] = True
+    never = np.array([not piece for piece in _pieces(tokenizer, rows)])  # special, or no token at all
     never[stops] = False
     # The end of text is a stop that some base models say; where a message can end, <|im_end|> says it.
     forbidden = np.concatenate([forbidden, (forbidden[0] | begin)[None], np.zeros((1, rows), bool)]) | never

@@ -24,8 +24,6 @@ from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, ProtocolE
 from rlver_jax.text.chat import ChatTemplate
 
 MAX_BODY = 4 << 20  # bytes of a request
-# What Qwen2.5's own chat template says where a conversation has no system message.
-DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 PATIENCE = 0.5  # seconds between two looks whether the client is still there
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -39,7 +37,7 @@ class Service:
     model: str  # its name in requests
     created: int
     token: str = ""  # bearer token; empty: none is asked for
-    system: str = ""  # of conversations that have no system message; empty: DEFAULT_SYSTEM
+    system: str = ""  # of conversations that have no system message; empty: what the folder's chat template says
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -130,13 +128,12 @@ class Service:
         chat = ChatTemplate(self.engine.tokenizer)
         roles = {"developer": "system"}
         messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in ask.messages]
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system or DEFAULT_SYSTEM})
+        if self.system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
         with _text_errors("messages"):
-            if not ask.continue_final_message:
-                return chat.conversation(messages, generation_prompt=True)
-            begun = self.engine.tokenizer.encode(messages[-1]["content"])
-            return chat.conversation(messages[:-1], generation_prompt=True) + begun
+            if ask.continue_final_message:
+                return chat.continued(messages)
+            return chat.as_rendered(messages, generation_prompt=True)
 
     def _completion_prompt(self, prompt: str | list[int]) -> list[int]:
         """Tokens; an empty prompt begins a text."""

@@ -23,7 +23,7 @@ from rlver_jax.dialogue import (
 from rlver_jax.players import WIDTH_STEP, Players, ProfileTokens
 from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.runs.dialogue_log import policy_message, user_message
-from rlver_jax.sampling.cache import LM, Cache, append, init_cache, repeat_rows
+from rlver_jax.sampling.cache import LM, Cache, read_one, repeat_rows
 from rlver_jax.sides.play import Row
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.padding import longest, pad_rows, round_up
@@ -168,8 +168,7 @@ def _on_host(turn: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("batch", "context"))
 def _open_policy(lm: LM, system: Int[Array, "_"], *, batch: int, context: int) -> Cache:
-    one = init_cache(lm, 1, system.shape[0])
-    return repeat_rows(append(lm, one, system[None], jnp.array([system.shape[0]])), batch, context)
+    return repeat_rows(read_one(lm, system), batch, context)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -31,7 +31,7 @@ class RemotePolicy:
     """A policy behind an endpoint: any chat model, asked with our system prompt and the plain dialogue.
 
     Attributes:
-        system: prompt of the mode.
+        system: prompt of the mode; empty: none is sent.
         think: whether a reply is `<think>thought</think>` and what is said.
         asks: times that an empty answer is asked for again.
     """
@@ -52,7 +52,8 @@ class RemotePolicy:
     async def _speak(self, row: Row) -> None:
         roles = ("user", "assistant")
         spoken = [{"role": roles[i % 2], "content": text} for i, text in enumerate(row.said)]
-        messages: list[Message] = [{"role": "system", "content": self.system}, *spoken]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages: list[Message] = [*system, *spoken]
         place, usage = Place(self.seed, row.number, row.turns), row.usage.setdefault("policy", Usage())
         for attempt in range(self.asks):
             try:

@@ -4,14 +4,20 @@
 
 The pieces around the content are the same for every message. Each message ends in special tokens, which no
 merge crosses, so `conversation` of a list equals the joined `message`s of its members.
+
+What else a folder's own template does (a system message where none is given, thoughts left out of earlier replies, a
+thought opened for the next one) is rendered: `as_rendered`, for conversations that come from outside.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlver_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+# What Qwen2.5's own template says where a conversation has no system message; here, where a folder has no template.
+DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 @dataclass(frozen=True)
@@ -40,32 +46,107 @@ class ChatTemplate:
         return [self.tokenizer.im_start_id, *self.tokenizer.encode(f"{role}\n{content}"), *self.close]
 
     def conversation(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = False) -> list[int]:
-        """Ids of a list of `{"role": ..., "content": ...}`, as `apply_chat_template` gives them.
+        """Ids of a list of `{"role": ..., "content": ...}` in plain ChatML.
 
         Args:
-            messages: the first must be a system message. Qwen's template inserts one of its own where none is
-                given, which no caller here wants, so that is refused rather than imitated.
+            messages: the first must be a system message. What a template inserts where none is given is a matter of
+                each folder: `as_rendered`.
             generation_prompt: whether to add the start of an assistant message.
 
         Raises:
             ValueError: no messages, no system message first, another role, or other or missing fields.
         """
-        for index, message in enumerate(messages):
-            if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-                fields = {key: type(value).__name__ for key, value in message.items()}
-                raise ValueError(
-                    f"message {index} has the fields {fields}; expected `role` and `content`, both strings. "
-                    "Tool calls and images are not supported."
-                )
+        _check_messages(messages)
         first = messages[0]["role"] if messages else "no message at all"
         if first != "system":
             raise ValueError(
-                f"a conversation must start with a system message, got {first!r}. Qwen's template would "
-                "insert 'You are Qwen, created by Alibaba Cloud. ...' in its place: write the one you mean, "
-                "even if it is empty."
+                f"a conversation must start with a system message, got {first!r}. A chat template may insert one of "
+                "its own in its place: write the one you mean, even if it is empty, or take `as_rendered`."
             )
         tokens = [token for m in messages for token in self.message(m["role"], m["content"])]
         return tokens + (self.open("assistant") if generation_prompt else [])
+
+    def default_system(self) -> list[int]:
+        """Ids that the folder's chat template begins with where no system message is given; may be none.
+
+        Raises:
+            ValueError: it refuses conversations without one.
+        """
+        template = self.tokenizer.template
+        if template is None:
+            return self.message("system", DEFAULT_SYSTEM)
+        return self._encode_rendered(template.default_system())
+
+    def as_rendered(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = False) -> list[int]:
+        """Ids of a conversation as the folder's own chat template writes it, as `apply_chat_template` gives them.
+
+        Where the folder has none: `conversation`, with `DEFAULT_SYSTEM` in front where no system message is given.
+        Content is plain text here too: where it spells a special token, `apply_chat_template` would take it for one.
+
+        Raises:
+            ValueError: another role, other or missing fields, or the template refuses these messages.
+        """
+        _check_messages(messages)
+        for message in messages:
+            _check_role(message["role"])
+        template = self.tokenizer.template
+        if template is None:
+            given = bool(messages) and messages[0]["role"] == "system"
+            first = [] if given else [{"role": "system", "content": DEFAULT_SYSTEM}]
+            return self.conversation([*first, *messages], generation_prompt)
+        mark = _unused_character([template.source, *(message["content"] for message in messages)])
+        hidden = [{"role": m["role"], "content": self._specials_hidden(m["content"], mark)} for m in messages]
+        return self._encode_rendered(template.render(hidden, generation_prompt), mark)
+
+    def continued(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation whose last message, the assistant's, is left open to go on.
+
+        Its beginning is split as if it had been sampled: apart from the message's start.
+
+        Raises:
+            ValueError: as `as_rendered`, and where the last message is not the assistant's.
+        """
+        if not messages or messages[-1].get("role") != "assistant":
+            raise ValueError("only an assistant's message can be continued, and it must be the last one")
+        _check_messages(messages)
+        before = self.as_rendered(messages[:-1]) if messages[:-1] else self.default_system()
+        return before + self.open("assistant") + self.tokenizer.encode(messages[-1]["content"])
+
+    def _specials_hidden(self, content: str, mark: str) -> str:
+        """Content in which no special token is spelt: `mark` stands within each name."""
+        return re.sub(f"(?s)(?={self._names})(.)", lambda found: found[1] + mark, content)
+
+    def _encode_rendered(self, text: str, mark: str = "") -> list[int]:
+        """Ids of rendered text, in which special tokens are spelt; what `mark` is in is plain."""
+        tokens: list[int] = []
+        for part in re.split(f"({self._names})", text):
+            special = self.tokenizer.special_ids.get(part) if len(part) > 1 else None
+            tokens += self.tokenizer.encode(part.replace(mark, "")) if special is None else [special]
+        return tokens
+
+    @property
+    def _names(self) -> str:
+        """A regular expression of all special tokens' names, the longest first; single characters can't be hidden."""
+        names = sorted((name for name in self.tokenizer.special_ids if len(name) > 1), key=len, reverse=True)
+        return "|".join(map(re.escape, names))
+
+
+def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    for index, message in enumerate(messages):
+        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
+            fields = {key: type(value).__name__ for key, value in message.items()}
+            raise ValueError(
+                f"message {index} has the fields {fields}; expected `role` and `content`, both strings. "
+                "Tool calls and images are not supported."
+            )
+
+
+def _unused_character(texts: Sequence[str]) -> str:
+    """A character that is in none of the texts, from those that mean nothing."""
+    free = (c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
+    if (mark := next(free, None)) is None:
+        raise ValueError("the messages hold every character of Unicode's private use area; leave one out")
+    return mark
 
 
 def _check_role(role: str) -> None:

@@ -23,15 +23,22 @@ __all__ = [
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Opens a tokenizer: a folder with tokenizer.json or one *.model, either file itself, or a model on the hub.
 
-    Raises FileNotFoundError when nothing of the kind is there, ValueError when what is there can't be used.
+    Raises FileNotFoundError when nothing of the kind is there, ValueError when what is there can't be used or its chat
+    template is not ChatML.
     """
-    path = local_folder(path)
+    tokenizer = _open(local_folder(path))
+    if tokenizer.template is not None:
+        tokenizer.template.check()
+    return tokenizer
+
+
+def _open(path: Path) -> Tokenizer:
     if path.name == "tokenizer.json" and path.is_file():
         return HFTokenizer(path.parent)
     if path.suffix == ".model" and path.is_file():
         return SentencePieceTokenizer(path)
-    if (path / "tokenizer.json").is_file():
-        return HFTokenizer(path)
+    if (path / "tokenizer.json").is_file() and not (path / "tokenizer.model").is_file():
+        return HFTokenizer(path)  # beside a model it is the same one, written for others to read (`export`)
     models = sorted(path.glob("*.model")) if path.is_dir() else []
     named = [model for model in models if model.name == "tokenizer.model"]
     if len(named or models) == 1:

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rlver_jax.text.template import FolderTemplate
+
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -21,10 +23,12 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of real token ids, `0 .. vocab_size-1`. A model's embedding may have more rows.
         special_ids: name to id of every token that is not text; at least the three of ChatML.
+        template: the chat template of the tokenizer's folder; None where it has none.
     """
 
     vocab_size: int
     special_ids: dict[str, int]
+    template: FolderTemplate | None = None
 
     def __init__(self, pieces: Sequence[bytes], special_ids: Mapping[str, int], source: str):
         """Keeps the bytes of each id (`b""` for specials); `source` names the files in error messages."""
@@ -50,6 +54,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of all that decides ids: equal ones encode and decode alike."""
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """What decides beside the tokens themselves how text is split: the name of each rule, and its SHA-256."""
+        return {"rules": self.fingerprint}
 
     @property
     def im_start_id(self) -> int:

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from rlver_jax.text.tokenizer_base import Tokenizer, check_text
+from rlver_jax.text.template import CONFIG, FolderTemplate, named_specials, read_config
+from rlver_jax.text.tokenizer_base import CHATML, Tokenizer, check_text
 
 # Everything `transformers` may want beside tokenizer.json; `save` passes these through unchanged.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -18,9 +19,13 @@ SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 class HFTokenizer(Tokenizer):
     """A byte-level BPE `tokenizer.json`, as of Qwen2.5.
 
-    Two parts of the file are not used. Added tokens (`<|im_end|>`, also `<tool_call>`) are never found in
-    text. And NFC normalization is left out, so that decoding returns the very text that was encoded. So ids
-    differ from those of `transformers` for text that holds such tokens or is not NFC, and for no other.
+    Added tokens that are not special (`<think>` of QwQ and Qwen3, `<tool_call>`) are text: `encode` finds them, and
+    they stand for their own bytes. Special ones (`<|im_end|>`) are never found in text. So `encode` gives the ids of
+    `transformers.AutoTokenizer` for all text in NFC that holds the name of no special token, provided that the file's
+    pre-tokenizer is Qwen2's: AutoTokenizer 5.24 puts the one of its class in place of a Qwen2 folder's own, and its
+    normalizer too. Here the file's own splits the text, and no normalizer changes it, so that decoding returns the very
+    text that was encoded: what is not NFC keeps its own ids. For the same reason the white space beside an added token
+    stays text, even where the file says `lstrip` or `rstrip`.
     """
 
     def __init__(self, folder: str | Path):
@@ -32,12 +37,18 @@ class HFTokenizer(Tokenizer):
         for name in SIDE_FILES:
             if (side := path.with_name(name)).is_file():
                 self._files[name] = side.read_bytes()
-        spec = _plain_bpe(_read_json(path, self._files[path.name]), path)
-        added = {token["content"]: int(token["id"]) for token in spec["added_tokens"]}
-        super().__init__(_byte_level_pieces(spec["model"]["vocab"], added, path), added, str(path))
-        self._spec = spec
-        self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
-        probe = "  It's 3\r\n\n½ of «再见»\t👋🏽 e\u0301 <|im_end|>\x00 "
+        raw = _read_json(path, self._files[path.name])
+        self.template = FolderTemplate.read(path.parent)
+        added = _added_tokens(raw, path)
+        spec = _plain_bpe(raw, added, path)
+        words = {token["content"]: token["id"] for token in added if not token["special"]}
+        special = {token["content"]: token["id"] for token in added if token["special"]}
+        super().__init__(_byte_level_pieces(spec["model"]["vocab"], words, special, path), special, str(path))
+        self._spec, self._words = spec, words
+        found = [token | {"lstrip": False, "rstrip": False} for token in added if not token["special"]]
+        model = spec["model"] | {"vocab": spec["model"]["vocab"] | words}  # so each keeps its id
+        self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": found, "model": model}))
+        probe = f"  It's 3\r\n\n½ of «再见»\t👋🏽 e\u0301 <|im_end|>\x00 {' '.join(words)}{''.join(words)} "
         if (back := self.decode(self.encode(probe))) != probe:
             raise ValueError(f"{path}: not a lossless byte-level BPE: {probe!r} comes back as {back!r}. Use Qwen2.5's.")
 
@@ -54,16 +65,30 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of vocabulary, merges, pre-tokenizer and specials, however the JSON was laid out."""
+        """SHA-256 of vocabulary, merges, pre-tokenizer and added tokens, however the JSON was laid out."""
         model = self._spec["model"]
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         return _digest(
             sorted(model["vocab"].items(), key=lambda item: item[1]),
-            merges,
+            self._merges,
             bool(model.get("ignore_merges")),
             _without(self._spec["pre_tokenizer"], "trim_offsets"),  # offsets only; writers differ in it
-            sorted(self.special_ids.items()),
+            sorted((self.special_ids | self._words).items()),
+            *([sorted(self._words)] if self._words else []),
         )
+
+    @cached_property
+    def rules(self) -> dict[str, str]:
+        """See `Tokenizer`."""
+        single = [t["content"] for t in self._spec["added_tokens"] if t.get("single_word")]
+        return {
+            "merges": _digest(self._merges, bool(self._spec["model"].get("ignore_merges"))),
+            "pre-tokenizers": _digest(_without(self._spec["pre_tokenizer"], "trim_offsets")),
+            "added tokens that are whole words": _digest(sorted(set(single) & set(self._words))),
+        }
+
+    @property
+    def _merges(self) -> list[tuple[str, ...]]:
+        return [_pair(merge) for merge in self._spec["model"]["merges"]]
 
 
 def _digest(*parts: Any) -> str:
@@ -79,6 +104,7 @@ def _without(node: Any, key: str) -> Any:
 
 
 def _read_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The file's object. Raises ValueError if it is none, or has no `model`."""
     try:
         spec = json.loads(content)
     except ValueError as error:
@@ -88,6 +114,11 @@ def _read_json(path: Path, content: bytes) -> dict[str, Any]:
     return spec
 
 
+def _pair(merge: str | Iterable[str]) -> tuple[str, ...]:
+    """A merge of either layout."""
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
+
+
 def _steps(section: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     """A pipeline section as a flat list: itself, or the members of a Sequence."""
     if section is None:
@@ -95,9 +126,9 @@ def _steps(section: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     return section[inner] if section["type"] == "Sequence" else [section]
 
 
-def _plain_bpe(spec: dict[str, Any], path: Path) -> dict[str, Any]:
+def _plain_bpe(spec: dict[str, Any], added: list[dict[str, Any]], path: Path) -> dict[str, Any]:
     """The spec without all that changes plain text. Raises ValueError if that is not enough."""
-    model, added = spec["model"], {token["content"] for token in spec.get("added_tokens", [])}
+    model = spec["model"]
     pre = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     wrong = []
     if model.get("type") != "BPE" or not any(step["type"] == "ByteLevel" for step in pre):
@@ -109,25 +140,60 @@ def _plain_bpe(spec: dict[str, Any], path: Path) -> dict[str, Any]:
     wrong += [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if wrong:
         raise ValueError(f"{path} is not a byte-level BPE of Qwen2.5's kind: it has {'; '.join(wrong)}")
-    # Some files list their added tokens in the vocabulary as well, where text could reach them.
-    vocab = {piece: int(i) for piece, i in model["vocab"].items() if piece not in added}
-    merges = [m for m in model["merges"] if (m.replace(" ", "") if isinstance(m, str) else "".join(m)) in vocab]
+    # Some files list their added tokens in the vocabulary as well, where text could reach special ones, and other text
+    # those that GPT-2's stand-ins spell otherwise.
+    hidden = {t["content"] for t in added if t["special"] or not all("!" <= c <= "~" for c in t["content"])}
+    vocab = {piece: int(i) for piece, i in model["vocab"].items() if piece not in hidden}
+    merges = [m for m in model["merges"] if {"".join(_pair(m)), *_pair(m)} <= vocab.keys()]
     plain = {"normalizer": None, "post_processor": None, "truncation": None, "padding": None}
-    return {"added_tokens": []} | spec | plain | {"model": model | {"vocab": vocab, "merges": merges}}
+    return spec | plain | {"added_tokens": added, "model": model | {"vocab": vocab, "merges": merges}}
 
 
-def _byte_level_pieces(vocab: Mapping[str, int], added: Mapping[str, int], path: Path) -> list[bytes]:
-    """Bytes of each id, from GPT-2's printable stand-ins. Ids that no piece has stay `b""`."""
+def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The added tokens as `transformers` has them: tokenizer_config.json says more of what is special.
+
+    Raises:
+        ValueError: the two files disagree about an id.
+    """
+    config = read_config(path.parent)
+    told = config.get("added_tokens_decoder") or {}
+    listed = [{"id": int(number), **token} for number, token in told.items() if isinstance(token, dict)]
+    tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
+    for token in listed:
+        known = tokens.get(token["content"], token)
+        if int(known["id"]) != token["id"]:
+            raise ValueError(
+                f"{path} has {token['content']!r} as id {known['id']}, but {path.parent / CONFIG} as id {token['id']}; "
+                "download or copy both again"
+            )
+        tokens[token["content"]] = known | token
+    special = {*CHATML, *named_specials(path.parent)}
+    return [
+        {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        | token
+        | {"id": int(token["id"]), "special": bool(token.get("special")) or token["content"] in special}
+        for token in tokens.values()
+    ]
+
+
+def _byte_level_pieces(
+    vocab: dict[str, int], words: dict[str, int], special: dict[str, int], path: Path
+) -> list[bytes]:
+    """Bytes of each id, from GPT-2's printable stand-ins. Ids that no text has stay `b""`."""
     table = {stand_in: byte for byte, stand_in in enumerate(_stand_ins())}
     absent = [byte for stand_in, byte in table.items() if chr(stand_in) not in vocab]
     if absent:
         raise ValueError(f"{path} is not byte-level: it has no piece for {len(absent)} of 256 bytes, first {absent[0]}")
-    pieces = [b""] * (1 + max(max(vocab.values()), max(added.values(), default=0)))
+    pieces = [b""] * (1 + max([*vocab.values(), *words.values(), *special.values()]))
     for piece, token in vocab.items():
         try:
             pieces[token] = piece.translate(table).encode("latin-1")
         except UnicodeEncodeError:
             raise ValueError(f"{path} is not byte-level: piece {piece!r} (id {token}) is not made of bytes") from None
+    for word, token in (words | special).items():
+        if pieces[token] and vocab.get(word) != token:
+            raise ValueError(f"{path}: id {token} is the added token {word!r} and {pieces[token]!r} of the vocabulary")
+        pieces[token] = word.encode() if word in words else b""
     return pieces
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from rlver_jax.text.template import FILE, FolderTemplate
 from rlver_jax.text.tokenizer_base import CHATML, Tokenizer, check_text
 
 SPACE = "\u2581"  # SentencePiece's stand-in for a space
@@ -60,6 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
         for byte, token in enumerate(self._byte_ids):
             pieces[token] = bytes([byte])
         super().__init__(pieces, special, str(path))
+        self.template = FolderTemplate.read(path.parent)
         has_space = not model.is_unknown(model.piece_to_id(SPACE))
         self._escaped = re.compile(f"({SPACE}+)" if has_space else f"([{SPACE} ]+)")
 
@@ -72,14 +74,32 @@ class SentencePieceTokenizer(Tokenizer):
         return tokens
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder/tokenizer.model`."""
+        """Writes `folder/tokenizer.model`, and the chat template where there is one."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "tokenizer.model").write_bytes(self._content)
+        if self.template is not None:
+            (Path(folder) / FILE).write_text(self.template.source, encoding="utf-8")
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the model file, which holds everything."""
         return hashlib.sha256(self._content).hexdigest()
+
+    def proto(self) -> Any:
+        """The model as SentencePiece's message ModelProto: its pieces with scores and kinds, and how it was trained."""
+        from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which few commands do
+
+        found = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        found.ParseFromString(self._content)
+        return found
+
+    @cached_property
+    def rules(self) -> dict[str, str]:
+        """See `Tokenizer`."""
+        proto, special = self.proto(), set(self.special_ids.values())
+        pieces = [(p.piece, p.score, p.type) for i, p in enumerate(proto.pieces) if i not in special]
+        told = repr((proto.trainer_spec.model_type, pieces))
+        return {"scores of their pieces": hashlib.sha256(told.encode("utf-8")).hexdigest()}
 
 
 def train_sentencepiece(

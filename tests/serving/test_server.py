@@ -1,23 +1,28 @@
 """The server through OpenAI's own client and through bare HTTP."""
 
 import concurrent.futures
+import dataclasses
 import http.client
 import json
 import socket
 import time
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
 import openai
 import pytest
+import transformers
 
 from rlver_jax.serving import programs
 from rlver_jax.serving.app import MAX_BODY, Service
 from rlver_jax.serving.engine import Engine
-from rlver_jax.serving.protocol import ChatRequest
+from rlver_jax.serving.protocol import ChatRequest, ProtocolError
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.tokenizer import load_tokenizer
 
 from ..conftest import SHORT_PROMPTS, plain
+from ..text.conftest import as_published, write_bpe
 from .conftest import CONTEXT, QUEUE, ROWS, serving
 
 SAY = [{"role": "system", "content": "Say."}, {"role": "user", "content": "my boss did not listen."}]
@@ -145,6 +150,34 @@ def test_without_a_system_message_it_is_qwens_own(client, bpe):
     assert chat(client, SAY[1:]).usage.prompt_tokens == len(prompt_ids(bpe, [system, SAY[1]]))
     parts = [{"role": "user", "content": [{"type": "text", "text": "my boss "}, {"type": "text", "text": "did."}]}]
     assert chat(client, parts).usage == chat(client, [{"role": "user", "content": "my boss did."}]).usage
+
+
+def test_without_a_system_message_the_folders_template_speaks(engine, bpe, tmp_path):
+    """Another default, and a reply that begins as the template says: AutoTokenizer's ids. A refusal is the client's."""
+    each = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+    first = "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nStep by step.<|im_end|>\n' }}{%- endif %}"
+    refusal = "{%- if messages[-1].role != 'user' %}{{ raise_exception('ask something') }}{%- endif %}"
+    start = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+    folder = as_published(write_bpe(tmp_path), chat_template=refusal + first + each + start)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = SimpleNamespace(tokenizer=load_tokenizer(folder), context=engine.context)
+    service = Service(theirs, "tiny", 0)
+    ask = lambda messages, **how: service._chat_prompt(ChatRequest(model="tiny", messages=messages, **how))  # noqa: E731
+    for messages in (SAY[1:], SAY):
+        want = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ask(messages) == want
+    assert bpe.decode(want[-4:]).endswith("<think>\n")
+    own = dataclasses.replace(service, system="Our own.")
+    given = [{"role": "system", "content": "Our own."}, SAY[1]]
+    assert own._chat_prompt(ChatRequest(model="tiny", messages=SAY[1:])) == ask(given)
+    with pytest.raises(ProtocolError, match="ask something") as refused:
+        ask([*SAY, {"role": "assistant", "content": "No."}])
+    assert refused.value.status == 400
+    begun = {"role": "assistant", "content": "<think>\nhm"}
+    how = {"continue_final_message": True, "add_generation_prompt": False}
+    rest = [*bpe.encode("assistant\n"), *bpe.encode("<think>\nhm")]
+    plain = reference.apply_chat_template(SAY[1:], return_dict=False)
+    assert ask([SAY[1], begun], **how) == [*plain, bpe.im_start_id, *rest]
 
 
 def test_a_system_prompt_of_ones_own_stands_where_there_is_none(engine, bpe):

@@ -2,13 +2,18 @@
 
 import json
 import random
+from pathlib import Path
 
+import pytest
 import tokenizers
+
+from rlver_jax.text.tokenizer import HFTokenizer
 
 QWEN_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+THINK = ["<think>", "</think>"]  # text, as in QwQ and Qwen3
 ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
 # The part of Qwen2.5's chat template that dialogues without tools use.
 TEMPLATE = (
@@ -42,11 +47,31 @@ def write_bpe(folder, special=ADDED):
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(sentences(), trainer)
-    for token in special:  # as in Qwen2.5, the tool tokens are added but not special
-        flagged = "tool" not in token
+    for token in special:  # as in Qwen2.5 and Qwen3, the tokens of tools and of thoughts are added but not special
+        flagged = "tool" not in token and token not in THINK
         bpe.add_tokens([tokenizers.AddedToken(token, normalized=False, special=flagged)])
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def as_published(folder: Path, **config) -> Path:
+    """Makes a folder of `write_bpe` one that AutoTokenizer opens as Qwen2's: with its class, and fields of your own."""
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "Qwen2Tokenizer"} | config
+    path.write_text(json.dumps(found), encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def thinker_folder(tmp_path_factory) -> Path:
+    """A tokenizer in whose vocabulary a thought's tags are tokens."""
+    return as_published(write_bpe(tmp_path_factory.mktemp("thinker"), [*ADDED, *THINK]))
+
+
+@pytest.fixture(scope="session")
+def thinker(thinker_folder) -> HFTokenizer:
+    return HFTokenizer(thinker_folder)

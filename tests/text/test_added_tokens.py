@@ -1,0 +1,250 @@
+"""Added tokens that are not special are text, as in `transformers`: read, decoded, sampled; they close thoughts."""
+
+import json
+import unicodedata
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlver_jax.profiles.schema import read_profiles
+from rlver_jax.sampling.grammar import free_text, one_line, thought_then_say
+from rlver_jax.text.automaton import THINK_CLOSE, build_automaton
+from rlver_jax.text.tokenizer import HFTokenizer, load_tokenizer
+
+from .conftest import ADDED, THINK, as_published, sentences, write_bpe
+from .test_tokenizer import quick
+
+WORDS = [*THINK, "<tool_call>"]
+
+
+def changed(folder, **flags):
+    """A folder as the thinker's, whose `<think>` has other flags."""
+    as_published(write_bpe(folder, [*ADDED, *THINK]))
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        if token["content"] == "<think>":
+            token.update(flags)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder
+
+
+def ids_of(folder, text):
+    return transformers.AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
+
+
+@pytest.fixture(scope="session")
+def reference(thinker_folder):
+    return transformers.AutoTokenizer.from_pretrained(thinker_folder)
+
+
+@quick
+@given(
+    text=st.lists(
+        st.one_of(st.sampled_from([*WORDS, " ", "\n", "</th", "ink>", "<", "再见"]), st.text(max_size=6)), max_size=9
+    ).map(lambda parts: unicodedata.normalize("NFC", "".join(parts)))
+)
+def test_ids_are_those_of_transformers(reference, thinker, text):
+    ids = thinker.encode(text)
+    assert ids == reference.encode(text)
+    assert b"".join(map(thinker.token_bytes, ids)) == text.encode()
+    assert not set(ids) & set(thinker.special_ids.values())
+
+
+def test_they_are_one_token_with_their_own_bytes(reference, thinker):
+    for word in WORDS:
+        number = reference.convert_tokens_to_ids(word)
+        assert thinker.encode(f"a{word}\n")[1] == number
+        assert thinker.token_bytes(number) == word.encode()
+        assert word not in thinker.special_ids
+    assert thinker.decode(reference.encode("<think>\nhm</think>\n\nok")) == "<think>\nhm</think>\n\nok"
+
+
+def test_they_close_a_thought(thinker):
+    """`</think>` as one token, from every state, whatever of the tag was begun before it."""
+    (close,) = thinker.encode("</think>")
+    automaton = build_automaton([THINK_CLOSE], thinker)
+    assert (automaton.table[:, close] == automaton.first_found).all()
+    assert [automaton.remainder(state, close) for state in range(automaton.first_found)] == [0] * 8
+
+
+@pytest.mark.parametrize("enforce", [False, True])
+def test_a_grammar_lets_them_be_said(thinker, enforce):
+    rows = thinker.vocab_size + 3
+    words = [thinker.encode(word)[0] for word in WORDS]
+    for grammar in (free_text(thinker, rows), one_line(thinker, rows)):
+        assert not np.asarray(grammar.forbidden)[grammar.begin, words].any()
+    grammar = thought_then_say(thinker, rows, enforce=enforce)
+    forbidden, table, state = np.asarray(grammar.forbidden), np.asarray(grammar.table), grammar.begin
+    for token in thinker.encode("hm\n</think>\n\nok"):
+        assert not forbidden[state, token]
+        state = int(table[state, token])
+    assert grammar.first_found <= state < grammar.begin
+    assert not forbidden[state, thinker.im_end_id]
+    if enforce:
+        assert np.asarray(grammar.closing).tolist() == thinker.encode("\n</think>\n\n")
+        assert len(grammar.closing) == 3, "a line end, the tag, and two line ends"
+
+
+def test_ids_that_no_token_has_are_never_said(tmp_path):
+    """A gap before a last token: no text, no special token."""
+    folder = write_bpe(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"][-1]["id"] += 2
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = HFTokenizer(folder)
+    last = tokenizer.encode("</tool_call>")[0]
+    assert last == tokenizer.vocab_size - 1
+    forbidden = np.asarray(free_text(tokenizer, tokenizer.vocab_size).forbidden)
+    assert forbidden[:, [last - 2, last - 1]].all()
+    assert not forbidden[0, last]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pad_token": "<think>"},
+        {"additional_special_tokens": ["<think>"]},
+        {"extra_special_tokens": {"thought_token": "<think>"}},
+        {"eos_token": {"content": "<think>", "__type": "AddedToken"}},
+    ],
+)
+def test_what_the_config_names_is_special(tmp_path, config):
+    folder = as_published(write_bpe(tmp_path, [*ADDED, *THINK]), **config)
+    added = transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder
+    assert {token.content for token in added.values() if token.special} >= {"<think>"}
+    tokenizer = HFTokenizer(folder)
+    special = {token.content: number for number, token in added.items() if token.special}
+    assert tokenizer.special_ids == special
+    assert tokenizer.decode(tokenizer.encode("<think>")) == "<think>"
+    assert special["<think>"] not in tokenizer.encode("<think>")
+
+
+def test_the_older_file_of_special_tokens_counts_too(tmp_path):
+    folder = as_published(write_bpe(tmp_path, [*ADDED, *THINK]))
+    (folder / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<think>"]}')
+    added = transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder
+    special = {token.content: number for number, token in added.items() if token.special}
+    assert "<think>" in special
+    assert HFTokenizer(folder).special_ids == special
+
+
+def test_a_chatml_token_is_special_whatever_the_file_says(tmp_path):
+    folder = write_bpe(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = HFTokenizer(folder)
+    assert set(tokenizer.special_ids) == set(ADDED[:3])
+    assert tokenizer.im_end_id not in tokenizer.encode("a<|im_end|>")
+
+
+def test_the_configs_flags_go_before_the_files(tmp_path):
+    """`added_tokens_decoder`, where there is one, as AutoTokenizer has it."""
+    folder = as_published(write_bpe(tmp_path, [*ADDED, *THINK]))
+    spec = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    told = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec}
+    told[str(spec[-1]["id"])]["special"] = True
+    as_published(folder, added_tokens_decoder=told)
+    added = transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder
+    special = {token.content: number for number, token in added.items() if token.special}
+    assert "</think>" in special
+    assert HFTokenizer(folder).special_ids == special
+    as_published(folder, added_tokens_decoder={"1": told[str(spec[-1]["id"])]})
+    with pytest.raises(ValueError, match=rf"'</think>' as id {spec[-1]['id']}, but .* as id 1; download or copy both"):
+        HFTokenizer(folder)
+
+
+@pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_white_space_beside_them_is_kept(tmp_path, flags):
+    """Where `transformers` swallows it."""
+    folder = changed(tmp_path, **flags)
+    text = "a  <think> \nb"
+    assert transformers.AutoTokenizer.from_pretrained(folder).decode(ids_of(folder, text)) != text
+    tokenizer = HFTokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a<think>b") == ids_of(folder, "a<think>b")
+
+
+@pytest.mark.parametrize("flags", [{"single_word": True}, {"normalized": True}])
+def test_other_flags_mean_what_they_mean_to_transformers(tmp_path, flags):
+    folder = changed(tmp_path, **flags)
+    tokenizer = HFTokenizer(folder)
+    for text in ("a <think> b", "a<think>b", "<think>", "x</think><think>\n"):
+        assert tokenizer.encode(text) == ids_of(folder, text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_word_of_the_vocabulary_may_be_added_too(tmp_path):
+    """What `add_tokens` does with a word that is a piece already: it keeps its id, and is found inside of words."""
+    folder = as_published(write_bpe(tmp_path))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    piece = max((p for p in spec["model"]["vocab"] if p.isascii() and p.isalpha()), key=len)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    spec["added_tokens"].insert(0, {"id": spec["model"]["vocab"][piece], "content": piece} | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = HFTokenizer(folder)
+    for text in (piece, f"x{piece}y {piece}", *sentences()[:20]):
+        assert tokenizer.encode(text) == ids_of(folder, text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_two_texts_of_one_id_are_refused(tmp_path):
+    folder = write_bpe(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"][-1]["id"] = 70
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="id 70 is the added token '</tool_call>' and b"):
+        HFTokenizer(folder)
+
+
+def test_what_is_text_decides_the_fingerprint(tmp_path, thinker):
+    folder = changed(tmp_path / "a", special=True)
+    assert HFTokenizer(folder).fingerprint != thinker.fingerprint
+    assert HFTokenizer(write_bpe(tmp_path / "b", [*ADDED, *THINK])).fingerprint == thinker.fingerprint
+
+
+def test_a_tokenizer_without_such_tokens_keeps_its_fingerprint(tmp_path):
+    """That of 13487f7, in which they were all special."""
+    folder = write_bpe(tmp_path, ADDED[:3])
+    assert HFTokenizer(folder).fingerprint == "14f4b1e0d0c562c5680f96e962a9054dbd1ba766e067805ed0c871b20dc2d88e"
+
+
+@pytest.mark.real
+def test_ids_of_published_profiles(checkpoint, published, qwen):
+    """Every text of the published profiles that is in NFC: AutoTokenizer's ids."""
+    reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    profiles = read_profiles(sorted(published.glob("*.jsonl")))
+    texts = {text for p in profiles for text in vars(p).values() if isinstance(text, str)}
+    texts = [text for text in texts if unicodedata.is_normalized("NFC", text)]
+    assert len(texts) > 1000
+    assert [qwen.encode(text) for text in texts] == reference(texts)["input_ids"]
+
+
+def test_ids_of_synthetic_texts_as_published(thinker_folder):
+    """Half-width, wide, combining, emoji, digits, white space: in NFC, with a Qwen2 folder's own class."""
+    reference, tokenizer = transformers.AutoTokenizer.from_pretrained(thinker_folder), load_tokenizer(thinker_folder)
+    draw = np.random.default_rng(0)
+    pieces = [
+        *sentences()[:40],
+        "é",
+        "각",
+        "ﬁ",
+        "①",
+        "😀👋🏽",
+        "\u3000",
+        "\u00a0",
+        "\r\n",
+        "  ",
+        "\t",
+        "12,345",
+        "I'LL",
+        "ا",
+        "क्ष",
+    ]
+    for _ in range(300):
+        text = unicodedata.normalize("NFC", "".join(draw.choice(pieces, draw.integers(1, 8))))
+        assert tokenizer.encode(text) == reference.encode(text)
