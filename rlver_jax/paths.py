@@ -15,6 +15,7 @@ _URL = re.compile(
     r"/*(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_HUB = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface|hf)\.co/)([\w.-]+/[\w.-]+)", re.IGNORECASE)
 _LONGEST_NAME, _LONGEST = 255, 4095  # bytes: NAME_MAX and PATH_MAX of Linux
 _BESIDE = ".tmp"  # what `runs.files` appends to a file's name while it writes
 
@@ -31,8 +32,8 @@ def fault(path: str) -> str | None:
         return "is blank; name a file or a folder"
     if "\0" in path or not _is_utf8(path):
         return (
-            "holds a zero byte, or characters that this locale cannot write as UTF-8 in a file's name; rename it, or "
-            "start with PYTHONUTF8=1"
+            "holds a zero byte, or characters that this locale doesn't write as UTF-8; expected a file's name without "
+            "them; rename it, or start with PYTHONUTF8=1"
         )
     if os.path.expanduser(path).startswith("~"):
         return f"there is no home folder {path.split('/')[0]}; write the whole path, or ./{path} for such a name"
@@ -117,6 +118,6 @@ def _no_url(scheme: str, rest: str) -> str:
             f"place in FOLDER, or start the command with launch/tpu_pod.sh, which mounts it; what is only read can be "
             f"copied: gcloud storage cp -r gs://{rest} FOLDER"
         )
-    if scheme == "hf":
-        return f"{told}. Download it (hf download {rest} --local-dir FOLDER) and name FOLDER"
+    if found := _HUB.match(f"{scheme}://{rest}"):
+        return f"{told}. A model goes by its name alone, {found[1]}; other files: hf download, and name their folder"
     return f"{told}. Mount what holds it, or download it, and name its local path"

@@ -103,7 +103,9 @@ def test_urls_are_refused_with_a_remedy(url):
         ("gs://bucket/a/b", "launch/tpu_pod.sh"),
         ("file:///data/x", "write the path itself, /data/x"),
         ("file://localhost/data/x", "write the path itself, /data/x"),
-        ("hf://Qwen/Qwen2.5-7B", "hf download Qwen/Qwen2.5-7B"),
+        ("hf://Qwen/Qwen2.5-7B", "by its name alone, Qwen/Qwen2.5-7B;"),
+        ("https://huggingface.co/Qwen/Qwen2.5-7B/tree/main", "by its name alone, Qwen/Qwen2.5-7B;"),
+        ("https://example.com/a/b", "Mount what holds it, or download it"),
         ("s3://b/x", "Mount what holds it, or download it"),
     ],
 )

@@ -297,4 +297,4 @@ def _finish(folder: Path, shards: list[list[str]], total: int) -> None:
     if count > 1:
         weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
