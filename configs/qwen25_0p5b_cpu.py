@@ -20,11 +20,11 @@ def get_config(arg: str = "") -> ConfigDict:
     for model in (c.policy, c.user):
         model.dtype = "float32"  # a log's log-probabilities are then derived again to 1e-3
         model.param_dtype = "float32"
-        model.scan_layers = False
+        model.scan_layers = False  # scanned ones copy their weights at every decode step
         model.attention = "chunked"
         model.attention_chunk = 256
     c.user.attention_chunk = 32  # scores that stay in the cores' caches: a prefix is read in half the time
-    c.policy.remat = "full"
+    c.policy.remat = "full"  # a third of the work again, for a fraction of the memory (docs/performance.md)
     c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
     c.user.field_tokens = 24
     c.user.reply_tokens = 48

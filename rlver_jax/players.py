@@ -84,6 +84,7 @@ def load_model(
         ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
     """
     model = make_model(config, name)
+    tokenizer = load_tokenizer(config.path)  # first: what can't be used is said before the weights are read
     rounded = model.param_dtype == jnp.int8
     stored = unrounded(model) if rounded else model
     if weights is not None:
@@ -92,7 +93,7 @@ def load_model(
         params = init_params(stored, jax.random.key(zlib.crc32(name.encode())), mesh)
     else:
         params = load_params(config.path, stored, mesh=mesh)
-    return LM(quantize(params, model, mesh) if rounded else params, model), load_tokenizer(config.path)
+    return LM(quantize(params, model, mesh) if rounded else params, model), tokenizer
 
 
 def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:

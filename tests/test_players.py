@@ -151,6 +151,16 @@ def test_one_folder_for_both_sides_is_loaded_once(folder, policy_lm):
     assert other.policy.model.dtype == jnp.float32
 
 
+def test_another_familys_template_is_refused_before_the_weights_are_read(folder, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    text = "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(text)
+    config = config_of(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: the chat template is not ChatML, but Mistral's"):
+        load_model(config.policy, "policy")
+
+
 def test_an_empty_path_is_refused():
     with pytest.raises(ValueError, match="user.path is empty; set --config.user.path"):
         load_model(get_config().user, "user")

@@ -219,7 +219,8 @@ def _phase_table(plan: Plan) -> Table:
         sent = ", ".join(
             f"{kind} {use.times:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
         )
-        times = [f"{s:.2f}" for s in (phase.compute_s, phase.memory_s, phase.network_s, phase.dcn_s)]
+        seconds = (phase.compute_s, phase.memory_s, phase.network_s) + (phase.dcn_s,) * len(across)
+        times = [f"{s:.2f}" for s in seconds]
         done, moved = f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}"
         table.add_row(phase.name, done, moved, sent, *times, f"{phase.mfu:.0%}", f"{phase.bandwidth:.0%}")
     return table

@@ -47,7 +47,10 @@ class HFTokenizer(Tokenizer):
         self._spec, self._words = spec, words
         found = [token | {"lstrip": False, "rstrip": False} for token in added if not token["special"]]
         model = spec["model"] | {"vocab": spec["model"]["vocab"] | words}  # so each keeps its id
-        self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": found, "model": model}))
+        try:
+            self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": found, "model": model}))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path}: the tokenizers library can't read it ({error}); copy it again") from None
         probe = f"  It's 3\r\n\n½ of «再见»\t👋🏽 e\u0301 <|im_end|>\x00 {' '.join(words)}{''.join(words)} "
         if (back := self.decode(self.encode(probe))) != probe:
             raise ValueError(f"{path}: not a lossless byte-level BPE: {probe!r} comes back as {back!r}. Use Qwen2.5's.")
@@ -144,7 +147,9 @@ def _plain_bpe(spec: dict[str, Any], added: list[dict[str, Any]], path: Path) ->
     # those that GPT-2's stand-ins spell otherwise.
     hidden = {t["content"] for t in added if t["special"] or not all("!" <= c <= "~" for c in t["content"])}
     vocab = {piece: int(i) for piece, i in model["vocab"].items() if piece not in hidden}
-    merges = [m for m in model["merges"] if {"".join(_pair(m)), *_pair(m)} <= vocab.keys()]
+    merges = model["merges"]
+    if len(vocab) < len(model["vocab"]):
+        merges = [m for m in merges if {"".join(_pair(m)), *_pair(m)} <= vocab.keys()]
     plain = {"normalizer": None, "post_processor": None, "truncation": None, "padding": None}
     return spec | plain | {"added_tokens": added, "model": model | {"vocab": vocab, "merges": merges}}
 
@@ -157,8 +162,14 @@ def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """
     config = read_config(path.parent)
     told = config.get("added_tokens_decoder") or {}
-    listed = [{"id": int(number), **token} for number, token in told.items() if isinstance(token, dict)]
-    tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
+    try:
+        listed = [{"id": int(number), **token} for number, token in told.items()]
+        tokens = {token["content"]: token for token in spec.get("added_tokens") or [] if token["id"] >= 0}
+        assert all(isinstance(token["content"], str) for token in [*listed, *tokens.values()])
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path} or {CONFIG} lists an added token that has no text or no id; download or copy both again"
+        ) from None
     for token in listed:
         known = tokens.get(token["content"], token)
         if int(known["id"]) != token["id"]:

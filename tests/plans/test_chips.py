@@ -19,7 +19,14 @@ def test_unknown_chips(topology):
 def test_every_chip_names_its_source():
     for chip in CHIPS.values():
         assert chip.source.startswith("https://docs.cloud.google.com/tpu/docs/")
+        assert chip.dcn_bandwidth < chip.ici_bandwidth / 10
         assert 0.95 < chip.usable_gib / chip.hbm_gib < 1.01
+
+
+def test_the_network_between_slices():
+    """Interfaces of a host by its chips, as documented: v5e 2 x 100 Gbit/s for 8, v6e 4 x 200 for 8; v5p 50 a chip."""
+    wanted = {"v5e": 2 * 100 / 8, "v6e": 4 * 200 / 8, "v5p": 50}
+    assert {name: CHIPS[name].dcn_bandwidth * 8 / 1e9 for name in wanted} == wanted
 
 
 def test_without_the_compiler(monkeypatch, capsys):

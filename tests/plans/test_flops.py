@@ -63,3 +63,11 @@ def test_a_token_of_seven_billion():
     work = flops.reading(config, 1, 1, 999, logits=1, passes=1)
     assert work.flops == 2 * weights + 4 * 28 * 3584 * 1000
     assert work.weight_bytes == 2 * 7_615_616_512  # the published number of parameters
+
+
+def test_the_optimizers_bytes():
+    """Gradient, weight, first and second moment of each parameter: 4 + 2 x (4 + 4 + 4), or 4 + 2 x (2 + 2 + 4)."""
+    c = Qwen2Config(100, 16, 32, 2, num_heads=2, num_kv_heads=1, head_dim=8)
+    how = {"logits": False, "parts": 1, "remat": "none", "chunked": False}
+    assert flops.packed_update(c, 1, 8, itemsize=4, **how).spread_bytes == 28 * c.num_params
+    assert flops.packed_update(c, 1, 8, itemsize=2, moment=2, **how).spread_bytes == 20 * c.num_params

@@ -29,6 +29,46 @@ def test_a_mesh_must_fit(capsys):
     assert "mesh.tensor=3: 8 devices cannot be divided by 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("slices", "message"),
+    [
+        ("0", "--slices=0: expected 1 or more slices of v5e:2x4"),
+        (
+            "2",
+            "mesh.replica=1: the devices are of 2 slices, and only replica may go across them; choose mesh.replica=2",
+        ),
+    ],
+)
+def test_slices_must_fit(slices, message, capsys):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    argv = ["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4", f"--slices={slices}"]
+    assert plan.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_two_slices(tmp_path, capsys):
+    """Tiny models on two slices: gradients cross the data center's network, each chip's part of them once an update."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    file = tmp_path / "plan.json"
+    argv = ["--config=configs/debug.py", "--topology=v5e:2x2", "--slices=2", "--config.mesh.replica=2"]
+    argv += ["--config.mesh.fsdp=4", "--config.loss.vocab_chunk=48", f"--json={file}"]
+    assert plan.main(argv) == 0
+    assert "2 slices of v5e:2x2" in capsys.readouterr().out
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert (found["slices"], found["chips"], found["mesh"]["replica"]) == (2, 8, 2)
+    assert not found["warnings"], "every transfer is known"
+    phases = {phase["name"]: phase for phase in found["phases"]}
+    for phase in phases.values():
+        received = sum(use["bytes"] for use in phase["dcn_per_chip"].values())
+        assert phase["seconds"]["dcn"] == pytest.approx(received / 3.125e9)
+        assert phase["seconds"]["roofline"] >= phase["seconds"]["dcn"]
+    (program,) = (one for one in found["programs"] if one["name"] == "learn")
+    parameters = program["hbm_gib"]["arguments"] * GIB / 3  # two moments are as large
+    assert phases["policy update"]["dcn_per_chip"]["all-reduce"]["bytes"] > 0.5 * parameters
+    assert phases["pack"]["dcn_per_chip"] == {}
+
+
 def test_cheap_remedies_come_first():
     from configs import ppo_think_7b
 

@@ -1,5 +1,6 @@
 """What a plan says, from sizes and rates chosen by hand."""
 
+import dataclasses
 import io
 
 import pytest
@@ -76,6 +77,25 @@ def test_tables_and_json_say_the_same():
     shares = ("17%", "75%", "100%")
     for part in ("15.50", *shares, "user 5.50", "all-reduce 56, 2.00", "assumed: nothing", found["verdict"]):
         assert part in text
+
+
+def test_several_slices():
+    """What goes between slices stands apart, and may take the longest."""
+    plan = plan_of(measured("learn", 9, 0))
+    uses = {"all-reduce": Use(56, 2e9), "DCN all-reduce": Use(3, 25e9), "host copy": Use(1, 1e9)}
+    phase = Phase("learn", "learn", Work(24e12, 32e12, 0), 1e9, uses, 4.0, 3.0, 2.0, 8.0)
+    plan = dataclasses.replace(plan, slices=2, phases=[phase])
+    console = Console(file=io.StringIO(), width=200)
+    show(plan, console)
+    text, found = console.file.getvalue(), plan.to_json()  # type: ignore[attr-defined]
+    for part in ("2 slices of v5e:2x4", "DCN s", "8.00", "DCN all-reduce 3, 25.00", "all-reduce 56, 2.00"):
+        assert part in text
+    (phase_json,) = found["phases"]
+    assert found["slices"] == 2
+    assert phase_json["collectives_per_chip"] == {"all-reduce": {"times": 56, "bytes": 2e9}}
+    assert phase_json["dcn_per_chip"] == {"all-reduce": {"times": 3, "bytes": 25e9}}
+    assert phase_json["host_per_chip"] == {"copy": {"times": 1, "bytes": 1e9}}
+    assert (phase_json["seconds"]["dcn"], phase_json["seconds"]["roofline"], plan.step_s) == (8.0, 8.0, 8.0)
 
 
 def test_remat_policies():

@@ -201,6 +201,30 @@ def test_two_texts_of_one_id_are_refused(tmp_path):
         HFTokenizer(folder)
 
 
+@pytest.mark.parametrize("token", [{"content": "<x>"}, {"id": 900}, {"id": "x", "content": "<x>"}, 3, None])
+@pytest.mark.parametrize("where", ["file", "config"])
+def test_a_malformed_list_is_named(tmp_path, token, where):
+    folder = write_bpe(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    if where == "file":
+        spec["added_tokens"].append(token)
+    else:
+        told = {"x": token} if token == {"content": "<x>"} else {"900": 3 if isinstance(token, dict) else token}
+        as_published(folder, added_tokens_decoder=told)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="lists an added token that has no text or no id"):
+        HFTokenizer(folder)
+
+
+def test_merges_of_what_is_no_piece_are_named(tmp_path):
+    folder = write_bpe(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["merges"].append(["q", "☃"])
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="the tokenizers library can't read it"):
+        HFTokenizer(folder)
+
+
 def test_what_is_text_decides_the_fingerprint(tmp_path, thinker):
     folder = changed(tmp_path / "a", special=True)
     assert HFTokenizer(folder).fingerprint != thinker.fingerprint
