@@ -31,6 +31,12 @@ def temporaries(scan: bool, remat: str, attention: str = "chunked", layers: int 
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+def test_unrolled_layers_computed_again_are_not_kept():
+    """XLA's CPU backend drops the barriers that should delay what is computed again."""
+    assert temporaries(False, "full") < 0.35 * temporaries(False, "none")
+
+
+@pytest.mark.slow
 def test_layers_computed_again_are_not_kept(capsys):
     """Of unrolled layers as of scanned ones; `full` keeps no more of a further layer than what comes into it."""
     found = {(scan, remat): temporaries(scan, remat) for scan in (False, True) for remat in ("none", "dots", "full")}
