@@ -99,9 +99,11 @@ def _names_and_types(values: dict[str, Any], fields: dict[str, Any]) -> Iterator
         wanted = type(fields[name])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             yield f"{name}={shown(value)}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
-    for name in fields:
-        if name not in values:
-            yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
+    missing = [name for name in fields if name not in values]
+    for name in missing[:SHOWN]:
+        yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
+    if missing[SHOWN:]:
+        yield f"{missing[SHOWN]} and {len(missing) - SHOWN - 1} more: missing as well"
 
 
 def shown(value: Any) -> str:
