@@ -201,25 +201,15 @@ def _sizes(mesh: dict[str, int]) -> str:
 
 
 def _phase_table(plan: Plan) -> Table:
-    columns = (
-        "phase",
-        "PFLOP",
-        "GB a chip",
-        "collectives a chip: count, GB",
-        "compute s",
-        "memory s",
-        "network s",
-        "DCN s",
-    )
+    columns = ["phase", "PFLOP", "GB a chip", "collectives a chip: count, GB", "compute s", "memory s", "network s"]
+    columns += ["DCN s"] * (plan.slices > 1)
     title = "phases of a step, every dialogue at its limits; shares of the chips' peak at the roofline"
-    table = Table(
-        *columns, "compute s", "memory s", "network s", "DCN s", "MFU", "HBM", title=title, title_justify="left"
-    )
+    table = Table(*columns, "MFU", "HBM", title=title, title_justify="left")
     for phase in plan.phases:
         sent = ", ".join(
             f"{kind} {use.times:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
         )
-        seconds = (phase.compute_s, phase.memory_s, phase.network_s) + (phase.dcn_s,) * len(across)
+        seconds = [phase.compute_s, phase.memory_s, phase.network_s] + [phase.dcn_s] * (plan.slices > 1)
         times = [f"{s:.2f}" for s in seconds]
         done, moved = f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}"
         table.add_row(phase.name, done, moved, sent, *times, f"{phase.mfu:.0%}", f"{phase.bandwidth:.0%}")

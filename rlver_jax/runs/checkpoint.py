@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from rlver_jax.parallel import distributed
+from rlver_jax.runs.leaves import check_leaf, describe, flatten
 
 _T = TypeVar("_T")
 _DIGITS = 6  # of a step in the name of its folder
@@ -145,11 +145,11 @@ class Checkpoints:
             raise ValueError(
                 f"{self.folder}: step {step} has been saved before; restore a state before going on from it"
             )
-        flat = _flatten(state)
+        flat = flatten(state)
         for name, leaf in flat.items():
-            _check_leaf(name, leaf)
+            check_leaf(name, leaf)
         score = None if score is None or math.isnan(score) else float(score)
-        record = {"extra": dict(extra), "score": score, "leaves": _describe(flat)}
+        record = {"extra": dict(extra), "score": score, "leaves": describe(flat)}
         record = json.loads(json.dumps(record))  # as it will be read
         if score is not None:
             self._keep.scores[step] = score
@@ -174,7 +174,7 @@ class Checkpoints:
         self.wait()
         broken: dict[int, str] = {}
         for step in reversed(self.steps()):
-            found = self._try(step, _flatten(like))
+            found = self._try(step, flatten(like))
             if isinstance(found, str):
                 broken[step] = found
                 continue
@@ -206,7 +206,7 @@ class Checkpoints:
         """
         self.wait()
         number = self._number(step)
-        like = {f"{key}/{name}" if name else key: leaf for name, leaf in _flatten(like_part).items()}
+        like = {f"{key}/{name}" if name else key: leaf for name, leaf in flatten(like_part).items()}
         found = self._try(number, like, key)
         if isinstance(found, str):
             raise CheckpointError(
@@ -270,7 +270,7 @@ class Checkpoints:
         _check_same(self.folder / _name(step), saved, like)
         narrow = {name: saved[name]["dtype"] for name, leaf in like.items() if _was_narrow(name, saved[name], leaf)}
         arrays = _together(lambda: self._arrays(step, like, narrow))
-        found = _describe(arrays)
+        found = describe(arrays)
         wrong = [name for name in like if found[name] != saved[name]]
         if wrong:
             raise CheckpointError(f"{len(wrong)} of {len(like)} leaves are not what was saved, such as {wrong[0]}")
@@ -308,49 +308,6 @@ def saved_steps(folder: Path) -> list[int]:
 
 def _name(step: int) -> str:
     return f"{step:0{_DIGITS}d}"
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """{"a/b/0": leaf}; None and empty containers have no leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(flat) != len(leaves):
-        raise ValueError("two leaves of the state have one name; expected keys without slashes")
-    return flat
-
-
-def _check_leaf(name: str, leaf: Any) -> None:
-    if not isinstance(leaf, jax.Array):
-        raise ValueError(f"{name} is {type(leaf).__name__}, expected an array; put what is none into `extra`")
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        raise ValueError(f"{name} is a typed key ({leaf.dtype}); save jax.random.key_data of it")
-
-
-def _describe(flat: dict[str, Array]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and checksum of each leaf. All processes take part: a leaf may lie on all of them."""
-    # One by one: many small programs at once, each with a sum over devices, can block each other on CPU.
-    return {
-        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": int(checksum(leaf))}
-        for name, leaf in flat.items()
-    }
-
-
-@jax.jit
-def checksum(x: Array) -> UInt32[Array, ""]:
-    """A sum over all bits, each element with an odd weight of its own, modulo 2**32.
-
-    Any one changed element changes it; other changes go unnoticed with a chance of 2**-32. It doesn't depend on how
-    the array is split over devices.
-    """
-    if x.dtype != jnp.bool_:
-        x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")  # 8 bytes become two of 4
-    place, stride = jnp.uint32(0), 1
-    for axis in reversed(range(x.ndim)):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    place = place * jnp.uint32(0x9E3779B1)
-    place = (place ^ (place >> 15)) * jnp.uint32(0x85EBCA6B)
-    return jnp.sum(x.astype(jnp.uint32) * ((place ^ (place >> 13)) | 1), dtype=jnp.uint32)
 
 
 def _check_same(place: Path, saved: dict[str, Any], like: dict[str, Any]) -> None:

@@ -40,7 +40,10 @@ def saved(folder, step=2):
 
 
 def test_everything_but_weights_is_kept(base, tmp_path):
-    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     (base / "generation_config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "model.tmp").mkdir()
