@@ -24,14 +24,14 @@ from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_
 Define = Callable[[flags.FlagValues], None]
 
 
-def parse_flags(argv: Sequence[str], usage: str, define: Define) -> tuple[flags.FlagValues, list[str]]:
+def parse_flags(argv: Sequence[str], usage: str | None, define: Define) -> tuple[flags.FlagValues, list[str]]:
     """Reads an entry point's own flags.
 
     Each call has flags of its own, so that several entry points can run in one process.
 
     Args:
         argv: arguments, without the program's name.
-        usage: printed by --help above the flags; the entry point's docstring.
+        usage: printed by --help above the flags; the entry point's docstring, None under `python -OO`.
         define: adds flags to the given `FlagValues`.
 
     Returns:
@@ -149,7 +149,7 @@ def import_remote(name: str) -> ModuleType:
 
 
 def config_from_flags(
-    argv: Sequence[str], usage: str, define: Define | None = None
+    argv: Sequence[str], usage: str | None, define: Define | None = None
 ) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
     """Reads `--config=FILE[:ARG] [--config.a.b=v …]` and an entry point's own flags; see `parse_flags`.
 
@@ -232,12 +232,12 @@ def _expand_home(config: Any) -> None:
             config.update_from_flattened_dict({name: ",".join(map(os.path.expanduser, paths))})
 
 
-def _help(usage: str, values: flags.FlagValues) -> str:
+def _help(usage: str | None, values: flags.FlagValues) -> str:
     text = io.StringIO()
     for name in sorted(values):
         if name not in ("help", "flagfile", "undefok") and values[name].help:
             print(f"  --{name}: {values[name].help}", file=text)
-    return f"{usage.strip()}\n\nflags:\n{text.getvalue()}  --help: show this text"
+    return f"{(usage or '').strip()}\n\nflags:\n{text.getvalue()}  --help: show this text"
 
 
 def _explained(error: BaseException, argv: Sequence[str]) -> str:

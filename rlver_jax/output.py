@@ -87,7 +87,7 @@ def _bear_any_character(stream: io.TextIOWrapper) -> None:
     if not stream.readable():
         stream.reconfigure(errors="backslashreplace")
         return
-    changes = {"errors": "replace"}
+    changes: dict[str, Any] = {"errors": "replace"}
     if codecs.lookup(stream.encoding).name == "ascii":  # a terminal that sends more sends UTF-8
         changes["encoding"] = "utf-8"
     with contextlib.suppress(io.UnsupportedOperation):  # a program that calls `main` has read of it: so it stays

@@ -205,3 +205,9 @@ def test_a_training_whose_output_is_closed(tmp_path):
     code += "print(len(read_metrics(Path('w/metrics.jsonl'))), len(read_dialogues('w/dialogues/step_000001.jsonl')))"
     status, out, err = run([sys.executable, "-c", code], tmp_path)
     assert (status, out.split()) == (0, [b"1", b"8"]), err
+
+
+def test_help_of_a_python_without_docstrings(tmp_path):
+    status, out, err = run([sys.executable, "-OO", "-m", "rlver_jax.report", "--help"], tmp_path)
+    assert status == 0, err
+    assert b"--out: HTML file to be written" in out
