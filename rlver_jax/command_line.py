@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,19 +19,19 @@ from ml_collections import ConfigDict, config_flags
 from rlver_jax import config_files
 from rlver_jax.config import ConfigError, flatten, shortened
 from rlver_jax.config_fields import PATHS
-from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, local
+from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
 
 Define = Callable[[flags.FlagValues], None]
 
 
-def parse_flags(argv: Sequence[str], usage: str, define: Define) -> tuple[flags.FlagValues, list[str]]:
+def parse_flags(argv: Sequence[str], usage: str | None, define: Define) -> tuple[flags.FlagValues, list[str]]:
     """Reads an entry point's own flags.
 
     Each call has flags of its own, so that several entry points can run in one process.
 
     Args:
         argv: arguments, without the program's name.
-        usage: printed by --help above the flags; the entry point's docstring.
+        usage: printed by --help above the flags; the entry point's docstring, None under `python -OO`.
         define: adds flags to the given `FlagValues`.
 
     Returns:
@@ -42,12 +43,15 @@ def parse_flags(argv: Sequence[str], usage: str, define: Define) -> tuple[flags.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this text", flag_values=values)
-    define(values)
     if "--help" in argv:  # before the rest, which may be wrong: that is when one asks for help
+        define(values)
         print(_help(usage, values))
         raise SystemExit(0)
     try:
+        define(values)
         return values, values(["", *argv])[1:]
+    except SystemExit as error:
+        raise ConfigError(f"the config file ends the process (SystemExit: {error}); {_EXPECTED}") from error
     except Exception as error:  # a config file is code and may raise anything
         raise ConfigError(_explained(error, argv)) from error
 
@@ -108,8 +112,17 @@ def keep_compiled() -> None:
 
     They lie in ~/.cache/rlver_jax/compiled, in a folder for each machine: a home may be shared by machines that cannot
     run each other's. JAX_COMPILATION_CACHE_DIR names another folder; where it is empty, nothing is kept.
+
+    Raises:
+        ConfigError: JAX_COMPILATION_CACHE_DIR can be no folder; gs:// and s3:// are left to JAX.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named is not None and not named.startswith(("gs://", "s3://")):
+        if what := fault(named):
+            raise ConfigError(f"JAX_COMPILATION_CACHE_DIR={named}: {what}")
+        if named.startswith("~"):  # JAX would make a folder of that name
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(named))
+    if named is not None:
         return  # JAX has read it
     if folder := cache_folder("compiled", platform.node()):
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -136,7 +149,7 @@ def import_remote(name: str) -> ModuleType:
 
 
 def config_from_flags(
-    argv: Sequence[str], usage: str, define: Define | None = None
+    argv: Sequence[str], usage: str | None, define: Define | None = None
 ) -> tuple[ConfigDict, flags.FlagValues, list[str]]:
     """Reads `--config=FILE[:ARG] [--config.a.b=v …]` and an entry point's own flags; see `parse_flags`.
 
@@ -147,7 +160,7 @@ def config_from_flags(
     Returns:
         the config, not yet validated; the flags; what is no flag.
     """
-    argv, file = _with_config_located(argv)
+    argv, file = _with_config_located(_with_files_read(argv))
 
     def define_all(values: flags.FlagValues) -> None:
         config_flags.DEFINE_config_file(
@@ -162,9 +175,15 @@ def config_from_flags(
 
     with config_files.imports_of(file):
         values, rest = parse_flags(argv, usage, define_all)
-    keep_compiled()
-    if values.config is None:
+    if not file:
         raise ConfigError("no --config was given; name one, e.g. --config=configs/base.py (--help lists all flags)")
+    if not isinstance(values.config, ConfigDict):
+        raise ConfigError(f"{file}: its get_config returns {shortened(repr(values.config))}; {_EXPECTED}")
+    try:
+        flatten(values.config)
+    except TypeError as error:  # names of fields are sorted
+        raise ConfigError(f"{file}: a field of its config has no text for its name ({error}); {_EXPECTED}") from error
+    keep_compiled()
     _expand_home(values.config)
     return values.config, values, rest
 
@@ -174,6 +193,14 @@ def given_path(options: flags.FlagValues) -> str:
     overrides = config_flags.get_override_values(options["config"])
     given = "policy.path" in overrides or "path" in overrides.get("policy", {})
     return options.config.policy.path if given else ""
+
+
+def _with_files_read(argv: Sequence[str]) -> list[str]:
+    """The arguments with those that --flagfile=FILE holds in its place."""
+    try:
+        return flags.FlagValues().read_flags_from_files(list(argv), force_gnu=False)
+    except flags.Error as error:
+        raise ConfigError(f"{error}; --flagfile names a local file with a flag a line") from error
 
 
 def _with_config_located(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -190,6 +217,8 @@ def _with_config_located(argv: Sequence[str]) -> tuple[list[str], str]:
         except PathError as error:
             raise ConfigError(f"--config={given}: {error}") from error
         file = config_files.located(name)
+        if not Path(file).is_file():
+            raise ConfigError(f"--config={given}: {config_files.missing(name)}")
         words[at : at + 1] = [flag * bool(equals) + equals + ":".join([file, *arg])]
     return words, file
 
@@ -203,18 +232,22 @@ def _expand_home(config: Any) -> None:
             config.update_from_flattened_dict({name: ",".join(map(os.path.expanduser, paths))})
 
 
-def _help(usage: str, values: flags.FlagValues) -> str:
+def _help(usage: str | None, values: flags.FlagValues) -> str:
     text = io.StringIO()
     for name in sorted(values):
         if name not in ("help", "flagfile", "undefok") and values[name].help:
             print(f"  --{name}: {values[name].help}", file=text)
-    return f"{usage.strip()}\n\nflags:\n{text.getvalue()}  --help: show this text"
+    return f"{(usage or '').strip()}\n\nflags:\n{text.getvalue()}  --help: show this text"
 
 
-def _explained(error: Exception, argv: Sequence[str]) -> str:
+def _explained(error: BaseException, argv: Sequence[str]) -> str:
     if isinstance(error.__context__, PathError):
         return str(error)
     text = str(error.args[0] if error.args else error)
+    if _TRACED in text:  # how ml_collections reports what a config file raised
+        while _TRACED in str(error) and error.__context__ is not None:
+            error = error.__context__
+        return _not_loaded(error)
     overrides = [arg.lstrip("-").removeprefix("config.") for arg in argv if re.match(r"--?config\.", arg)]
     unknown = [field for field in overrides if _place(field) is None]
     if unknown and not isinstance(error, OSError):
@@ -227,8 +260,17 @@ def _explained(error: Exception, argv: Sequence[str]) -> str:
         return f"{shortened(str(error))}{wanted}; --help lists the flags, configs/base.py the fields"
     # Whatever else a value can do to the parser.
     fields = f" with {', '.join(map(shortened, overrides))}" if overrides else ""
-    return f"the config file cannot be loaded{fields}: {type(error).__name__}: {shortened(text)}"
+    return _not_loaded(error, fields)
 
+
+def _not_loaded(error: BaseException, fields: str = "") -> str:
+    text = f"{type(error).__name__}: {shortened(str(error.args[0] if error.args else error))}"
+    wanted = "" if "expected" in text else f"; {_EXPECTED}"
+    return f"the config file cannot be loaded{fields}: {text}{wanted}"
+
+
+_TRACED = "Error whilst parsing config file"
+_EXPECTED = "expected a Python file whose get_config(arg) returns a ConfigDict with the fields of configs/base.py"
 
 _WANTED = {
     str: "a text",

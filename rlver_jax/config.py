@@ -6,6 +6,7 @@ Every fault is reported at once; each message names the field, its value, what i
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,11 @@ def _names_and_types(values: dict[str, Any], fields: dict[str, Any]) -> Iterator
         wanted = type(fields[name])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             yield f"{name}={shown(value)}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
-    for name in fields:
-        if name not in values:
-            yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
+    missing = [name for name in fields if name not in values]
+    for name in missing[:SHOWN]:
+        yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
+    if missing[SHOWN:]:
+        yield f"{missing[SHOWN]} and {len(missing) - SHOWN - 1} more: missing as well"
 
 
 def shown(value: Any) -> str:
@@ -271,18 +274,29 @@ def _remote(values: dict[str, Any]) -> Iterator[str]:
         if not url:
             continue
         name = f"remote.{side}.url"
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            yield f"{name}={url!r}: expected the base address of a server, such as http://127.0.0.1:8000/v1"
-        elif parts.username or parts.password or parts.query:
+        if "@" in url or "?" in url:
             # Not repeated here, since it may hold a secret.
             yield f"{name}: holds a user, a password or a query; name an API key's variable in remote.{side}.key_env"
+        elif not _is_address(url):
+            yield f"{name}={shown(url)}: expected the base address of a server, such as http://127.0.0.1:8000/v1"
         if not model:
-            yield f"remote.{side}.model is empty; set it to the model's name at {parts.hostname}"
+            yield f"remote.{side}.model is empty; set it to the model's name at the endpoint"
         if extra and not _is_object(extra):
             yield f"remote.{side}.extra={extra!r}: expected a JSON object of fields for each request, or nothing"
         if side == "policy" and values["rollout.top_k"]:
             yield "rollout.top_k: the protocol of remote.policy.url has none; set it to 0, or use remote.policy.extra"
+
+
+def _is_address(url: str) -> bool:
+    """Whether it is http:// or https:// with a host that can be looked up, and a port if any is given."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").rstrip(".").encode("idna").decode()
+        return (
+            parts.scheme in ("http", "https") and parts.port != 0 and bool(re.fullmatch(r"[\w.:%-]+", host, re.ASCII))
+        )
+    except (ValueError, UnicodeError):  # a bracket alone, a port that is none, a name with an empty part
+        return False
 
 
 def _is_object(text: str) -> bool:

@@ -5,6 +5,7 @@ no `configs`: it reads the folder beside its own package.
 """
 
 import contextlib
+import difflib
 import importlib.machinery
 import importlib.util
 import re
@@ -15,6 +16,7 @@ from types import ModuleType
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 _NAME = "configs"
+_FILE = "config_config"  # ml_collections' module of a config file: the next one would find what this one defined
 
 
 def load(name: str) -> ModuleType:
@@ -36,6 +38,18 @@ def located(file: str) -> str:
     return file
 
 
+def missing(file: str) -> str:
+    """What to say of a config file that isn't there."""
+    known = {name: f"{_NAME}/{name}.py" for name in sorted(found.stem for found in FOLDER.glob("[a-z]*.py"))}
+    if not file:
+        return "is empty; name a Python file, such as configs/base.py"
+    if Path(file).is_dir():
+        return "is a folder; name a Python file, such as configs/base.py"
+    close = difflib.get_close_matches(Path(file).stem, known, 1)
+    hint = f"did you mean {known[close[0]]}?" if close else f"the package has {', '.join(known.values())}"
+    return f"there is no such file; {hint}"
+
+
 @contextlib.contextmanager
 def imports_of(file: str) -> Iterator[None]:
     """Within it, `import configs` finds what a config file means by it, and nothing is changed afterwards.
@@ -55,7 +69,7 @@ def imports_of(file: str) -> Iterator[None]:
 
 
 def _set_aside() -> dict[str, ModuleType]:
-    names = [name for name in sys.modules if name.split(".")[0] == _NAME]
+    names = [name for name in sys.modules if name.split(".")[0] in (_NAME, _FILE)]
     return {name: sys.modules.pop(name) for name in names}
 
 

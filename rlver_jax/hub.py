@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlver_jax import paths
 from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE, foreign_kind
 from rlver_jax.parallel import distributed
 
@@ -133,6 +134,8 @@ def _environment() -> tuple[str, str, bool]:
     get = os.environ.get
     home = get("HF_HOME")
     cache = get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or (os.path.join(home, "hub") if home else "")
+    if what := paths.fault(cache):
+        raise HubError(f"HF_HOME or HF_HUB_CACHE names the cache {cache}, but that {what}")
     true = ("1", "on", "yes", "true")
     offline = any(get(name, "").lower() in true for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     return os.path.expanduser(os.path.expandvars(cache)), get("HF_ENDPOINT", ""), offline

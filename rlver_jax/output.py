@@ -29,8 +29,8 @@ def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
             if name != "stdin":
                 setattr(sys, name, _Lasting(stream))
     width, height = _size()
-    console = Console(soft_wrap=soft_wrap, width=width, height=height)
-    return console, Console(stderr=True, soft_wrap=True, width=width, height=height)
+    how: dict[str, Any] = {"width": width, "height": height, "emoji": False}  # file:x:1 is no picture of an x
+    return Console(soft_wrap=soft_wrap, **how), Console(stderr=True, soft_wrap=True, **how)
 
 
 class _Lasting:
@@ -86,10 +86,12 @@ def _bear_any_character(stream: io.TextIOWrapper) -> None:
         return
     if not stream.readable():
         stream.reconfigure(errors="backslashreplace")
-    elif codecs.lookup(stream.encoding).name == "ascii":  # a terminal that sends more sends UTF-8
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    else:
-        stream.reconfigure(errors="replace")
+        return
+    changes: dict[str, Any] = {"errors": "replace"}
+    if codecs.lookup(stream.encoding).name == "ascii":  # a terminal that sends more sends UTF-8
+        changes["encoding"] = "utf-8"
+    with contextlib.suppress(io.UnsupportedOperation):  # a program that calls `main` has read of it: so it stays
+        stream.reconfigure(**changes)
 
 
 def _size() -> tuple[int | None, int | None]:

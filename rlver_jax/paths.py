@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 # One slash is left of two where a URL went through `Path`. Any scheme is one with two; with one only those that exist.
+# Before it may stand a quote that no shell took away, or the folder that a program joined it to.
 _URL = re.compile(
-    r"\s*(?:(?P<any>[a-z][a-z0-9+.-]+)://|"
+    r"(?:[\s'\"]*|.*/)(?:(?P<any>[a-z][a-z0-9+.-]+)://|"
     r"(?P<known>gs|gcs|s3a?|hf|file|https?|ftps?|sftp|hdfs|abfss?|az|wasbs?|adl|oss|cos|r2|dbfs|ssh|scp|data):/)"
     r"/*(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
@@ -94,6 +95,8 @@ def cache_folder(*parts: str) -> Path | None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         folder = (cache if cache.is_absolute() else Path.home() / ".cache").joinpath("rlver_jax", *parts)
+        if not folder.is_absolute():
+            return None  # HOME is no path
         folder.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, OSError):
         return None

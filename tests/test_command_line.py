@@ -34,6 +34,78 @@ def test_the_environment_has_the_last_word(folder, named, monkeypatch):
     assert folder() == before
 
 
+@pytest.mark.parametrize("url", ["https://host/x", "file:///x", "gs:/b/x", "hf://a/b"])
+def test_a_url_that_jax_would_fail_at_or_make_a_folder_of(url, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", url)
+    with pytest.raises(ConfigError, match=f"JAX_COMPILATION_CACHE_DIR={url}: is a URL"):
+        config_from_flags(["--config=configs/debug.py"], "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/x")  # JAX has a way to it
+    config_from_flags(["--config=configs/debug.py"], "")
+
+
+def test_the_home_folder_in_the_environment(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/x")
+    keep_compiled()
+    assert folder() == f"{tmp_path}/x"
+
+
+def test_flags_in_a_file(tmp_path):
+    (tmp_path / "flags").write_text("--config=configs/miniature.py:ppo\n--config.train.steps=3\n")
+    config, _, _ = config_from_flags([f"--flagfile={tmp_path}/flags"], "")
+    assert (config.algorithm.estimator, config.train.steps) == ("gae", 3)
+    (tmp_path / "flags").write_text("--config=gs://bucket/x.py\n")
+    with pytest.raises(ConfigError, match="is a URL"):
+        config_from_flags([f"--flagfile={tmp_path}/flags"], "")
+    with pytest.raises(ConfigError, match=r"Unable to open flagfile.*a flag a line"):
+        config_from_flags(["--config=configs/debug.py", f"--flagfile={tmp_path}/none"], "")
+
+
+NO_CONFIGS = {  # what a file may hold: what is said of it
+    "x = 1": "has no attribute 'get_config'; expected a Python file whose get_config",
+    "def get_config(arg=''): return None": "its get_config returns None; expected",
+    "def get_config(arg=''): return {'a': 1}": "returns {'a': 1}; expected",
+    "def get_config(arg=''): raise KeyError('gone')": "KeyError: gone; expected",
+    "def get_config(arg=''): raise SystemExit(3)": r"ends the process \(SystemExit: 3\)",
+    "def get_config(arg=''): raise ValueError('no\\nsuch: thing')": "cannot be loaded: ValueError: no",
+    "def get_config(arg=''": "SyntaxError",
+    "from configs import debug\ndef get_config(arg=''):\n c = debug.get_config()\n c.train.steps = 2.5\n return c": (
+        "TypeError: Could not override field 'steps'.*2.5"
+    ),
+    "from ml_collections import ConfigDict as C\ndef get_config(arg=''):\n c = C({'a': 1})\n c[5] = 1\n return c": (
+        "no text for its name"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", NO_CONFIGS)
+def test_files_that_hold_no_config(text, tmp_path):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(ConfigError, match=NO_CONFIGS[text]) as caught:
+        config_from_flags([f"--config={tmp_path}/own.py"], "")
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("configs/debgu.py", "there is no such file; did you mean configs/debug.py?"),
+        ("debug", "did you mean configs/debug.py?"),
+        ("zzz.py", "the package has configs/base.py, "),
+        ("configs", "is a folder; name a Python file"),
+        ("", "is empty; name a Python file"),
+        ("configs/debug.py:nonsense", "config argument 'nonsense'; expected any of ppo, direct, challenging"),
+    ],
+)
+def test_config_files_that_are_not_there(given, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        config_from_flags([f"--config={given}"], "")
+    assert says in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
 @pytest.mark.parametrize("given", [["--config=configs/miniature.py:ppo"], ["--config", "configs/miniature.py:ppo"]])
 def test_the_packages_configs_are_found_from_any_folder(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

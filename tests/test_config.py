@@ -128,3 +128,35 @@ def test_a_missing_field_is_named():
     config = ConfigDict(get_config().to_dict())
     del config.emotion["floor"]
     assert "emotion.floor: missing" in faults(config)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://127.0.0.1:99999/v1", "http://h:port", "http://h:-5", "http://[::1/v1", "http://a b/v1", "http://"),
+        *("127.0.0.1:8000/v1", "ftp://h", "http://ex..ample/v1", "http:///v1", "localhost", "http://h:0"),
+    ],
+)
+def test_what_is_no_address_of_an_endpoint(url):
+    """Each would be asked until the deadline, or end in an OverflowError of asyncio's."""
+    config = get_config()
+    config.remote.user.url, config.remote.user.model = url, "m"
+    assert f"remote.user.url={url!r}: expected the base address" in faults(config)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:80/v1", "http://[fe80::1%eth0]/v1", "http://münchen.example", "http://a_b"]
+)
+def test_addresses_of_endpoints(url):
+    config = get_config()
+    config.remote.user.url, config.remote.user.model = url, "m"
+    validate(config, get_config())
+
+
+@pytest.mark.parametrize("url", ["http://me:pa/ss@h/v1", "http://me:secret@h:port", "http://h/v1?key=secret"])
+def test_an_address_with_a_secret_is_not_repeated(url):
+    config = get_config()
+    config.remote.user.url, config.remote.user.model = url, "m"
+    assert "remote.user.url: holds a user" in (told := faults(config))
+    assert "secret" not in told
+    assert "pa/ss" not in told

@@ -330,3 +330,13 @@ def test_a_fingerprint_is_that_of_the_files(home, plain):
     named = model_fingerprint(config, "user")
     config.path = str(plain)
     assert model_fingerprint(config, "user") == named
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_a_cache_that_is_no_local_folder(variable, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv(variable, "gs://bucket/cache")
+    with pytest.raises(HubError, match=r"HF_HOME or HF_HUB_CACHE names the cache gs://bucket/cache.* is a URL"):
+        local_folder("Org/Model")
+    assert list(tmp_path.iterdir()) == []

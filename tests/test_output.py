@@ -123,6 +123,15 @@ def test_input_of_any_encoding(tmp_path):
         assert out.decode().strip() == said, err
 
 
+def test_a_program_that_has_read_its_input_calls_a_command(tmp_path):
+    code = (
+        "input(); from rlver_jax.output import consoles; consoles()[0].print('file:x:1', markup=False); print(input())"
+    )
+    with start([sys.executable, "-c", code], tmp_path, {}, stdin=subprocess.PIPE) as process:
+        out, err = process.communicate(b"a\nb\n", timeout=60)
+    assert out.split() == [b"file:x:1", b"b"], err  # rich's `:x:` is a picture
+
+
 @pytest.mark.parametrize("changes", ENCODINGS[:2], ids=str)
 def test_every_command_speaks_in_every_encoding(changes, tmp_path):
     """Its help, which has dashes and dots that ASCII lacks, and a message about a file with a Chinese name."""
@@ -196,3 +205,9 @@ def test_a_training_whose_output_is_closed(tmp_path):
     code += "print(len(read_metrics(Path('w/metrics.jsonl'))), len(read_dialogues('w/dialogues/step_000001.jsonl')))"
     status, out, err = run([sys.executable, "-c", code], tmp_path)
     assert (status, out.split()) == (0, [b"1", b"8"]), err
+
+
+def test_help_of_a_python_without_docstrings(tmp_path):
+    status, out, err = run([sys.executable, "-OO", "-m", "rlver_jax.report", "--help"], tmp_path)
+    assert status == 0, err
+    assert b"--out: HTML file to be written" in out

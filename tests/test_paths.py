@@ -30,6 +30,10 @@ URLS = [
     "file:///x",
     "x-y+z.1://h",
     " gs://b",
+    "'gs://b/x'",  # quotes that no shell took away
+    '"s3://b/x"',
+    "/home/me/gs://b/x",  # what joining a folder and a URL gives
+    "./gs:/b/x",
 ]
 
 
@@ -238,3 +242,11 @@ def test_no_home_and_no_place_for_a_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert cache_folder() is None
+
+
+@pytest.mark.parametrize("home", ["gs://bucket/home", "relative"])
+def test_a_home_that_is_no_path_gets_no_folder(home, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    assert cache_folder("a") is None
+    assert os.listdir() == []

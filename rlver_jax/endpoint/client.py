@@ -238,6 +238,8 @@ class Client:
 def _http_client(endpoint: Endpoint, proxy: Proxy | None) -> httpx.AsyncClient:
     given: dict[str, Any] = {"limits": httpx.Limits(max_connections=endpoint.concurrency)}
     try:
+        if proxy and proxy.fault:
+            raise ValueError(proxy.fault)
         # A transport of its own has no proxy; SSL_CERT_FILE and the like count either way.
         how = {"proxy": proxy.url, **given} if proxy else {"transport": httpx.AsyncHTTPTransport(**given)}
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}

@@ -7,8 +7,12 @@ import dataclasses
 import ipaddress
 import os
 import re
+import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+# As distributions write them into /etc/hosts.
+_LOCAL = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost", "ip6-loopback")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,20 @@ class Proxy:
         return f"the proxy {self.url.rpartition('@')[2].split('://')[-1].strip('/')} ({self.variable})"
 
     @property
+    def fault(self) -> str:
+        """What is wrong with its address; nothing of it is repeated, since it may hold a password. Empty: nothing."""
+        try:
+            parts = urlsplit(self.url)
+            if parts.hostname and parts.port != 0:
+                return ""
+        except ValueError:  # a port that is none, brackets without their other half
+            pass
+        return (
+            "no host and port can be read from it; in a user's name or a password write / as %2F, # as %23, "
+            "? as %3F and @ as %40"
+        )
+
+    @property
     def remedy(self) -> str:
         """What to do about a proxy that doesn't let a request through."""
         return f"have it let requests to {self.host} through, or put {self.host} into NO_PROXY to ask it directly"
@@ -40,6 +58,7 @@ def proxy_of(url: str) -> Proxy | None:
     """The proxy that requests to `url` go through; None where they go directly."""
     parts, known = urlsplit(url), getproxies()
     host = parts.hostname or ""
+    known = {kind: address.strip() for kind, address in known.items()}
     found = known.get(parts.scheme) or known.get("all")
     if not found or is_loopback(host) or _is_exempt(host, parts.port, known.get("no", "")):
         return None
@@ -50,10 +69,11 @@ def proxy_of(url: str) -> Proxy | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its name: localhost, 127.0.0.0/8, ::1, or every address (0.0.0.0, ::)."""
+    """Whether a host is this machine: localhost, its own name, 127.0.0.0/8, ::1, or every address (0.0.0.0, ::)."""
     address = _address(host)
     if address is None:
-        return host.rstrip(".").lower() == "localhost" or host.rstrip(".").lower().endswith(".localhost")
+        name = host.rstrip(".").lower()
+        return name in (*_LOCAL, socket.gethostname().lower()) or name.endswith(".localhost")
     mapped = getattr(address, "ipv4_mapped", None) or address
     return mapped.is_loopback or mapped.is_unspecified
 
@@ -81,6 +101,10 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host)) if re.fullmatch(r"[\da-fx.]+", host) else None  # 127.1
+    except OSError:
         return None
 
 

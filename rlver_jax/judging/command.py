@@ -173,7 +173,7 @@ def _mesh(config: ConfigDict) -> Mesh | None:
     return make_sampling_mesh(config.mesh, config.mesh_sampling)
 
 
-def main(argv: Sequence[str], usage: str) -> int:
+def main(argv: Sequence[str], usage: str | None) -> int:
     """`evaluate --from=…` and `evaluate --agreement=…`; returns the exit status."""
     console, errors = consoles()
     try:
@@ -188,7 +188,7 @@ def main(argv: Sequence[str], usage: str) -> int:
         return 130
 
 
-def _arguments(argv: Sequence[str], usage: str) -> tuple[ConfigDict | None, flags.FlagValues]:
+def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | None, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         define_flags(values)
         define_path("out", "", "folder for the results", values, new="folder")

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -177,12 +178,19 @@ def test_a_tunnel_that_is_refused(server, cache, environment, status, error):
     assert proxy.seen[0] == "CONNECT model.example:443"
 
 
-@pytest.mark.parametrize("address", ["socks5://127.0.0.1:9", "nonsense://x", "http://h:port"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("socks5://127.0.0.1:9", "nonsense://x", "http://h:port", "http://127.0.0.1:99999", "http://", "::1:80"),
+        *("http://me:pass/word@h:1", "http://me:pass#word@h:1", "socks4://me:pass@h:1"),
+    ],
+)
 def test_a_proxy_that_cannot_be_used_is_named(cache, environment, address, monkeypatch):
     monkeypatch.setitem(sys.modules, "socksio", None)  # not installed
     environment("ALL_PROXY", address)
-    with pytest.raises(ValueError, match=r"ALL_PROXY\) cannot be used for http://model.example"):
+    with pytest.raises(ValueError, match=r"ALL_PROXY\) cannot be used for http://model.example") as caught:
         Client(Endpoint(FAR, "m"), cache)
+    assert "pass" not in str(caught.value).replace("a password", "")
     Client(Endpoint("http://[::1]:9/v1", "m"), cache)  # it doesn't concern this machine
 
 
@@ -191,7 +199,10 @@ def test_a_proxy_that_cannot_be_used_is_named(cache, environment, address, monke
     [
         *[(host, True) for host in ("127.0.0.1", "127.9.8.7", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::")],
         *[(host, True) for host in ("localhost", "LOCALHOST", "localhost.", "api.localhost")],
+        *[(host, True) for host in ("127.1", "0x7f000001", "2130706433", "ip6-localhost", "localhost.localdomain")],
+        (socket.gethostname(), True),
         *[(host, False) for host in ("10.0.0.1", "128.0.0.1", "localhost.example", "mylocalhost", "2001:db8::1", "")],
+        *[(host, False) for host in ("10.1", "face", "127.example")],
     ],
 )
 def test_loopback(host, here):
@@ -226,3 +237,5 @@ def test_each_scheme_has_its_proxy(environment):
     assert str(proxy_of("https://a.example")) == "the proxy p:1 (HTTPS_PROXY)"
     environment("ALL_PROXY", "http://q:2/")
     assert str(proxy_of("http://a.example")) == "the proxy q:2 (ALL_PROXY)"
+    environment("ALL_PROXY", "  ")
+    assert proxy_of("http://a.example") is None
