@@ -2,6 +2,7 @@
 
 from rlver_jax.parallel.mesh import AXES
 
+MOST_BETA = 0.999999  # Adam divides by 1 - beta
 SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy.size": SIZES,
@@ -81,9 +82,9 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
     "train.learning_rate": (0, None, ""),
     "train.warmup_steps": (0, None, "updates"),
     "train.grad_clip": (0, None, ""),
-    "train.beta1": (0, 1, ""),
-    "train.beta2": (0, 1, ""),
-    "train.adam_eps": (0, None, ""),
+    "train.beta1": (0, MOST_BETA, ""),
+    "train.beta2": (0, MOST_BETA, ""),
+    "train.adam_eps": (1e-30, None, ""),  # 0/0 where a gradient is 0, as that of a token which no text holds
     "train.weight_decay": (0, None, ""),
     "train.epochs": (1, None, "passes"),
     "train.minibatches": (1, None, "updates"),

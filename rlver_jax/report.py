@@ -9,6 +9,7 @@ the social-cognition coordinate where a judge has placed the dialogues, every se
 dialogues. --curve writes the emotion curve alone. Exit status: 0 done, 2 bad usage.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def _arguments(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         raise ConfigError("no folder was given; name --workdir of training runs or --out of evaluations")
     if not options.out and not options.curve:
         raise ConfigError("neither --out nor --curve was given; name the file to be written, such as --out=report.html")
+    if not math.isfinite(options.max_mb):
+        raise ConfigError(f"--max_mb={options.max_mb}: expected a number, such as 5")
     return options, local_paths(folders)
 
 

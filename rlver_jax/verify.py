@@ -233,6 +233,8 @@ def verify_logs(paths: Sequence[str], config: ConfigDict, console: Console) -> R
         check_settings(records, config)
         name = f"{path}, " if len(paths) > 1 else ""
         logged += [Logged(f"{name}dialogue {record['dialogue']}", record) for record in records]
+    if not logged:
+        raise ConfigError(f"{', '.join(paths)}: no dialogue in it; expected a file of dialogues, as evaluate writes")
     players = load_user(config)
     files = profile_files(config.data.eval, config.data.train)
     profiles = KnownProfiles(profile for file in dict.fromkeys(files) for profile in read_profiles(file))

@@ -160,3 +160,10 @@ def test_an_address_with_a_secret_is_not_repeated(url):
     assert "remote.user.url: holds a user" in (told := faults(config))
     assert "secret" not in told
     assert "pa/ss" not in told
+
+
+@pytest.mark.parametrize(("field", "value"), [("beta1", 1.0), ("beta2", 1.0), ("adam_eps", 0.0)])
+def test_values_that_adam_would_divide_by_zero_with(field, value):
+    config = get_config()
+    config.train[field] = value
+    assert f"train.{field}={value}: expected" in faults(config)

@@ -220,6 +220,8 @@ def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Conso
     paths = profile_files(options["from"].value or "")
     judges, files = Judges.of_flags(options, config), read_all(paths)
     dialogues = [one for ones in files.values() for one in ones]
+    if not dialogues:
+        raise ConfigError(f"--from={options['from'].value}: no dialogue in it; expected files of dialogues")
     if judges.users:
         dialogues = with_profiles(dialogues, [*_profiles(config), *judges.profiles])
     folder = _folder(options)

@@ -106,7 +106,7 @@ def make_optimizer(
     moment_dtype: str,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW behind a gradient clip; the learning rate rises linearly over `warmup_steps` updates and stays.
+    """AdamW behind a gradient clip (0: none); the learning rate rises linearly over `warmup_steps` updates and stays.
 
     The first update already moves: its rate is learning_rate / (warmup_steps + 1). Everything is computed in float32,
     whatever the parameters are kept in, and so is the second moment kept; the first one is rounded to `moment_dtype`
@@ -115,7 +115,9 @@ def make_optimizer(
     rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     rate = rise if warmup_steps else learning_rate
     adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mu_dtype=jnp.dtype(moment_dtype))
-    return in_float32(optax.chain(optax.clip_by_global_norm(grad_clip), adam))
+    # optax clips to a norm of 0 by 0/0.
+    clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+    return in_float32(optax.chain(clip, adam))
 
 
 def init_state(params: Trained, optimizers: Optimizers) -> TrainState:

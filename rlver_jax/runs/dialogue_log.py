@@ -10,6 +10,7 @@ distribution really sampled (0 for greedy), `raw_logprobs` to the model itself.
 Floats have the fewest digits that read back as the same float32.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -296,7 +297,7 @@ def read_dialogues(path: str | os.PathLike[str], *, unfinished: bool = False) ->
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, as evaluate writes") from None
     last = lines.pop()

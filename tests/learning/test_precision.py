@@ -215,3 +215,25 @@ def test_rewards_of_groups_in_bfloat16():
     g = np.stack([g.sum(1), g[:, 1]], 1)
     found = advantages.turn_advantages(turns, played, 300, discount=1.0, scale=False)
     np.testing.assert_allclose(found, g - g.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("clip", "scale"), [(0.0, 1.0), (5.0, 0.05)])
+def test_clips_against_float64(dtype, clip, scale):
+    """A clip of 0 is none; else a gradient of norm 100 is cut to 5. One parameter's gradient is always 0."""
+    given = {"learning_rate": 0.1, "warmup_steps": 0, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.0, "eps": 8.0}
+    optimizer = make_optimizer(grad_clip=clip, moment_dtype="float32", **given)
+    params = {"w": jnp.zeros(4, dtype), "unused": jnp.zeros(3, dtype)}
+    state = optimizer.init(params)
+    m, v = np.zeros(4), np.zeros(4)
+    for step, size in enumerate((50.0, -50.0, 50.0), start=1):
+        grads = {"w": jnp.full(4, size, dtype), "unused": jnp.zeros(3, dtype)}
+        updates, state = optimizer.update(grads, state, params)
+        g = np.full(4, size * scale)  # the norm is 2 * 50
+        m, v = 0.5 * m + 0.5 * g, 0.75 * v + 0.25 * g * g
+        wanted = -0.1 * (m / (1 - 0.5**step)) / (np.sqrt(v / (1 - 0.75**step)) + 8.0)
+        np.testing.assert_allclose(updates["w"], wanted, rtol=1e-5)
+        np.testing.assert_array_equal(updates["unused"], 0)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)), "no gradient at all"

@@ -210,3 +210,9 @@ def test_a_missing_file(tmp_path):
 def test_another_number_of_ids_is_refused(played):
     with pytest.raises(ValueError, match="5 dialogue ids for 2 profiles in groups of 3"):
         dialogue_records(played.dialogues, played.players, played.profiles, played.ids[:5], seed=0, rewards=np.zeros(9))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_log(played_records, tmp_path):
+    line = json.dumps(played_records[0]).encode()
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
+    assert read_dialogues(tmp_path / "d.jsonl") == [json.loads(line)]

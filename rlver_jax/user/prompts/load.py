@@ -176,7 +176,7 @@ def _read(language: str, folder: Path | None) -> tuple[dict[str, str], dict[str,
         if path.name not in FILES:
             raise ValueError(f"{path}: is no prompt file; rename or remove it. Allowed names: {', '.join(FILES)}")
         try:
-            texts[path.name], origins[path.name] = path.read_text(encoding="utf-8"), str(path)
+            texts[path.name], origins[path.name] = path.read_text(encoding="utf-8-sig"), str(path)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
