@@ -27,6 +27,7 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 MAY_BE_NULL = ("num_key_value_heads", "head_dim")  # null is as if they were absent
+STORED = ("dtype", "torch_dtype")  # of the weights; their own files say it
 FLAGS = ("tie_word_embeddings", "use_sliding_window")
 ROPE_NUMBERS = {
     "default": (),
@@ -52,6 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     with _without_advice():
         from transformers import PreTrainedConfig, Qwen2Config
     raw, _ = _read(file, lambda: PreTrainedConfig.get_config_dict(str(folder), local_files_only=True))
+    raw = {name: value for name, value in raw.items() if name not in STORED}  # transformers looks them up in torch
     _check_model(file, raw)
     _check_values(file, raw)
     _check_rope(file, raw)

@@ -85,6 +85,8 @@ VARIANTS = {
     ),
     "activation absent": ({"hidden_act": ABSENT}, {}),
     "swish": ({"hidden_act": "swish"}, {}),
+    "dtype auto": ({"torch_dtype": "auto"}, {}),  # torch has none of that name
+    "dtype of torch": ({"torch_dtype": "torch.bfloat16", "dtype": None}, {}),
     "dtype of 5": ({"torch_dtype": ABSENT, "dtype": "bfloat16"}, {}),
     "layer_types": ({"layer_types": ["full_attention"] * 28}, {}),
     "layer_types of old": ({"layer_types": ["attention"] * 28}, {}),
