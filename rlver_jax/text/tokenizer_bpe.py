@@ -201,7 +201,7 @@ def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _check_ids(ids: dict[str, int], path: Path) -> None:
-    """Refuses ids with gaps: there the tokenizers library, and so transformers, gives tokens other ids than the file."""
+    """Refuses ids with gaps: there the tokenizers library, and so transformers, gives other ids than the file."""
     for text, token in ids.items():
         if type(token) is not int or token < 0:
             raise ValueError(f"{path}: {text!r} has the id {token!r}, expected a whole number; copy it again")
