@@ -133,6 +133,12 @@ def _check_model(file: Path, raw: dict[str, Any]) -> None:
     """Whether it is a Qwen2 with a head for next tokens, with weights as they were trained."""
     kind, named = raw.get("model_type"), raw.get("architectures") or []
     named = named if isinstance(named, list) else [named]
+    if not (kind or named) and (file.parent / "checkpoints").is_dir():
+        _refuse(
+            file,
+            f"is the config of a training run, not of a model; take its policy with --checkpoint={file.parent} "
+            f"(evaluate, serve), or write it as a model first: python -m rlver_jax.export --workdir={file.parent} --out=NEW",
+        )
     if kind not in (None, MODEL_TYPE) or (named and ARCHITECTURE not in named) or not (kind or named):
         _refuse(
             file,
