@@ -21,7 +21,7 @@ from rlver_jax.parallel import distributed
 _NEEDED = (
     *("config.json", "generation_config.json", INDEX_FILE, "tokenizer.json"),
     *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 _ASIDE = ("vocab.json", "merges.txt")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.+-][\w./+-]*)?", re.ASCII)

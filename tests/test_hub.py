@@ -211,6 +211,12 @@ def test_downloads_once_and_only_what_is_needed(published, online, plain, monkey
     assert len(published.asked) == asked
 
 
+def test_downloads_chat_templates_in_a_folder_of_their_own(published):
+    text = b"{{ messages }}"
+    published.repositories[NAME]["main"]["additional_chat_templates/default.jinja"] = text
+    assert (local_folder(NAME) / "additional_chat_templates" / "default.jinja").read_bytes() == text
+
+
 def test_downloads_a_revision(published, plain):
     sha = published.commit(NAME, "v1")
     assert local_folder(f"{NAME}@v1").name == sha

@@ -137,7 +137,7 @@ def _check_model(file: Path, raw: dict[str, Any]) -> None:
         _refuse(
             file,
             f"is the config of a training run, not of a model; take its policy with --checkpoint={file.parent} "
-            f"(evaluate, serve), or write it as a model first: python -m rlver_jax.export --workdir={file.parent} --out=NEW",
+            f"(evaluate, serve), or write it as a model: python -m rlver_jax.export --workdir={file.parent} --out=NEW",
         )
     if kind not in (None, MODEL_TYPE) or (named and ARCHITECTURE not in named) or not (kind or named):
         _refuse(
@@ -200,7 +200,7 @@ def _check_rope(file: Path, raw: dict[str, Any]) -> None:
         value, least = rope.get(name, 1), 1 if name == "factor" else 0
         if value is None and kind == "yarn":
             continue
-        if not _is_number(value) or not (least <= value < math.inf) or value == 0:
+        if not _is_number(value) or not (least <= value <= MOST_THETA) or value == 0:
             _wrong(file, f"{field}.{name}", value, f"a number of at least {least}" if least else "a number above 0")
     for place in (raw, rope) if kind in ("yarn", "llama3") else ():
         value = place.get("original_max_position_embeddings", 1)

@@ -46,7 +46,7 @@ class HFTokenizer(Tokenizer):
         try:
             spec = _plain_bpe(raw, added, path)
             pieces = _byte_level_pieces(spec["model"]["vocab"], words, special, path)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(
                 f"{path} is not laid out as the tokenizers library writes it ({type(error).__name__}: {error}); "
                 f"download or copy it again"
@@ -118,7 +118,7 @@ def _read_json(path: Path, content: bytes) -> dict[str, Any]:
     """The file's object. Raises ValueError if it is none, or has no `model`."""
     try:
         spec = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download or copy it again") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise ValueError(f"{path} is not a file of the tokenizers library: it has no `model` section")
@@ -170,22 +170,22 @@ def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the two files disagree about an id.
     """
-    config, side = read_config(path.parent), CONFIG
-    told = config.get("added_tokens_decoder") or {}
-    if "added_tokens_decoder" not in config:
-        side, older = ADDED, read_config(path.parent, ADDED)
-        told = {number: {"content": content} for content, number in older.items()}
+    config = read_config(path.parent)
+    older = {} if "added_tokens_decoder" in config else read_config(path.parent, ADDED)
+    told, side = config.get("added_tokens_decoder") or {}, ADDED if older else CONFIG
     try:
         listed = [{"id": int(number), **token} for number, token in told.items()]
-        tokens = {token["content"]: token for token in spec.get("added_tokens") or [] if token["id"] >= 0}
+        listed += [{"id": int(number), "content": content} for content, number in older.items()]
+        found = [token | {"id": int(token["id"])} for token in spec.get("added_tokens") or [] if token["id"] >= 0]
+        tokens = {token["content"]: token for token in found}
         assert all(isinstance(token["content"], str) for token in [*listed, *tokens.values()])
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+    except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise ValueError(
             f"{path} or {side} lists an added token that has no text or no id; download or copy both again"
         ) from None
     for token in listed:
         known = tokens.get(token["content"], token)
-        if int(known["id"]) != token["id"]:
+        if known["id"] != token["id"]:
             raise ValueError(
                 f"{path} has {token['content']!r} as id {known['id']}, but {path.parent / side} as id {token['id']}; "
                 "download or copy both again"
@@ -195,7 +195,7 @@ def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return [
         {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         | token
-        | {"id": int(token["id"]), "special": bool(token.get("special")) or token["content"] in special}
+        | {"special": bool(token.get("special")) or token["content"] in special}
         for token in tokens.values()
     ]
 

@@ -133,6 +133,8 @@ def test_an_older_file_of_added_tokens_counts_too(tmp_path):
         {"pre_tokenizer": "ByteLevel"},
         {"pre_tokenizer": {"type": "Sequence"}},
         {"normalizer": {}},
+        {"added_tokens": [{"id": float("inf"), "content": "<x>"}]},
+        {"added_tokens": [{"id": 0, "content": None}]},
     ],
     ids=str,
 )
@@ -142,7 +144,7 @@ def test_malformed_sections_are_refused_by_the_file(tmp_path, change):
     for name, value in change.items():
         spec[name] = spec[name] | value if name == "model" else value
     file.write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match=r"tokenizer\.json.*copy it again"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*copy (it|both) again"):
         HFTokenizer(file.parent)
 
 
@@ -363,3 +365,29 @@ def test_only_the_files_of_a_slow_tokenizer(tmp_path):
     exec(str(error.value).split('python -c "')[1].removesuffix('"'))
     text = "<think>\nI felt awful, 2024.</think>"
     assert load_tokenizer(folder).encode(text) == want.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tokenizer_config.json", "[" * 100_000, "is not JSON"),
+        ("tokenizer.json", "[" * 100_000, "is not JSON"),
+        ("added_tokens.json", "", "is not JSON"),
+        ("added_tokens.json", '{"<x>": Infinity}', "added_tokens.json lists an added token that has no text or no id"),
+        ("added_tokens.json", '{"<x>": []}', "added_tokens.json lists an added token that has no text or no id"),
+        ("added_tokens.json", '{"<think>": 7}', "has '<think>' as id 389, but .*added_tokens.json as id 7"),
+        (
+            "special_tokens_map.json",
+            '{"additional_special_tokens": 5}',
+            "additional_special_tokens=5.*a list of tokens",
+        ),
+        ("tokenizer_config.json", '{"extra_special_tokens": true}', "extra_special_tokens=True.*a list of tokens"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": [], "template": "x"}]}', "chat_template is no text"),
+        ("generation_config.json", "", "generation_config.json is not JSON"),
+    ],
+)
+def test_malformed_files_beside_it_are_named(tmp_path, file, content, says):
+    folder = as_published(write_bpe(tmp_path, [*ADDED, *THINK]))
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        load_tokenizer(folder)
