@@ -22,13 +22,13 @@ from rlver_jax.parallel import distributed
 _NEEDED = (
     *("config.json", "generation_config.json", INDEX_FILE, "tokenizer.json"),
     *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 _ASIDE = ("vocab.json", "merges.txt")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.+-][\w./+-]*)?", re.ASCII)
 _NO_NAME = re.compile(r"--|\.\.|\.git(@|$)|\.(py|json|jsonl|safetensors|model|gguf)$|//|/$")
 _CACHED = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
-_ADDRESS = re.compile(r"(https?://(www\.)?(huggingface\.co|hf\.co)/|hf://(models/)?)(?P<name>[\w.-]+/[\w.-]+)(/.*)?")
+_ADDRESS = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/|hf://(models/)?)(?P<name>[\w.-]+/[\w.-]+)(/.*)?")
 _WAIT = 10  # seconds for the hub's first answer
 
 

@@ -148,6 +148,7 @@ def test_what_is_local_is_never_taken_for_a_name(home, plain, tmp_path):
         ("org/name@", "no such folder"),
         ("org/name.git", "no such folder"),
         ("gs://bucket/model", "no such folder"),
+        ("hf.co/Qwen/Qwen2.5-7B", "name on the Hugging Face hub, Qwen/Qwen2.5-7B"),
         ("https://huggingface.co/Qwen/Qwen2.5-7B/tree/main", "name on the Hugging Face hub, Qwen/Qwen2.5-7B"),
         ("hf://Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
     ],
@@ -208,6 +209,12 @@ def test_downloads_once_and_only_what_is_needed(published, online, plain, monkey
     hub._fetched.cache_clear()
     equal(NAME, plain)
     assert len(published.asked) == asked
+
+
+def test_downloads_chat_templates_in_a_folder_of_their_own(published):
+    text = b"{{ messages }}"
+    published.repositories[NAME]["main"]["additional_chat_templates/default.jinja"] = text
+    assert (local_folder(NAME) / "additional_chat_templates" / "default.jinja").read_bytes() == text
 
 
 def test_downloads_a_revision(published, plain):

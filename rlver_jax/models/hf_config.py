@@ -27,6 +27,7 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 MAY_BE_NULL = ("num_key_value_heads", "head_dim")  # null is as if they were absent
+STORED = ("dtype", "torch_dtype")  # of the weights; their own files say it
 FLAGS = ("tie_word_embeddings", "use_sliding_window")
 ROPE_NUMBERS = {
     "default": (),
@@ -52,6 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     with _without_advice():
         from transformers import PreTrainedConfig, Qwen2Config
     raw, _ = _read(file, lambda: PreTrainedConfig.get_config_dict(str(folder), local_files_only=True))
+    raw = {name: value for name, value in raw.items() if name not in STORED}  # transformers looks them up in torch
     _check_model(file, raw)
     _check_values(file, raw)
     _check_rope(file, raw)
@@ -131,6 +133,12 @@ def _check_model(file: Path, raw: dict[str, Any]) -> None:
     """Whether it is a Qwen2 with a head for next tokens, with weights as they were trained."""
     kind, named = raw.get("model_type"), raw.get("architectures") or []
     named = named if isinstance(named, list) else [named]
+    if not (kind or named) and (file.parent / "checkpoints").is_dir():
+        _refuse(
+            file,
+            f"is the config of a training run, not of a model; take its policy with --checkpoint={file.parent} "
+            f"(evaluate, serve), or write it as a model: python -m rlver_jax.export --workdir={file.parent} --out=NEW",
+        )
     if kind not in (None, MODEL_TYPE) or (named and ARCHITECTURE not in named) or not (kind or named):
         _refuse(
             file,
@@ -192,7 +200,7 @@ def _check_rope(file: Path, raw: dict[str, Any]) -> None:
         value, least = rope.get(name, 1), 1 if name == "factor" else 0
         if value is None and kind == "yarn":
             continue
-        if not _is_number(value) or not (least <= value < math.inf) or value == 0:
+        if not _is_number(value) or not (least <= value <= MOST_THETA) or value == 0:
             _wrong(file, f"{field}.{name}", value, f"a number of at least {least}" if least else "a number above 0")
     for place in (raw, rope) if kind in ("yarn", "llama3") else ():
         value = place.get("original_max_position_embeddings", 1)

@@ -47,7 +47,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
+FURTHER_FILES = ("*.model", "chat_template*", "additional_chat_templates/*.jinja")  # some models have some of them
 TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _OUTER = {
@@ -252,10 +252,17 @@ def save_params(
         if tokenizer_from:
             source = local_folder(tokenizer_from)
             written |= _text_ids(source)
-            for file in TOKENIZER_FILES:
-                if (source / file).exists():
-                    shutil.copyfile(source / file, folder / file)
+            copy_tokenizer(source, folder)
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a model's tokenizer, chat templates and generation config, without their links and permissions."""
+    names = [*TOKENIZER_FILES, *(str(file.relative_to(source)) for kind in FURTHER_FILES for file in source.glob(kind))]
+    for name in dict.fromkeys(names):
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
 
 
 def _text_ids(source: Path) -> dict[str, Any]:

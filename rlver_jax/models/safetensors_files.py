@@ -28,6 +28,10 @@ _BITS = FLOATS | {
 _NUMPY = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
 # Computed from the config by whoever loads a model; old checkpoints hold them, and transformers ignores them too.
 _RECOMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+# What an index may leave out or list in vain: those, and a head that is tied.
+_OPTIONAL = re.compile(rf"{_RECOMPUTED.pattern}|^lm_head\.weight$")
+_PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
+_HEADLESS = re.compile(r"(embed_tokens|layers|norm)\.")  # the parts of a model without its head
 _LONGEST = 100_000_000  # bytes of a header or an index: the limit of the safetensors library
 _DIMENSIONS = 64  # of a NumPy array
 _PIECE = 1 << 22  # elements compared at a time
@@ -69,8 +73,34 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
         found = _indexed(folder, read_index(index))
     else:
         found = read_header(single)
-        _check_same(found, folder, read_index(index))
-    return {name: tensor for name, tensor in found.items() if not _RECOMPUTED.search(name)}
+        try:
+            listed = read_index(index)
+        except WeightsError as error:
+            raise WeightsError(f"{error}, or remove it if {SINGLE_FILE} beside it is the whole model") from None
+        _check_same(found, folder, listed)
+    return _as_named({name: tensor for name, tensor in found.items() if not _RECOMPUTED.search(name)})
+
+
+def _as_named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as a Qwen2ForCausalLM has them, where the model was saved without its head, or within another one.
+
+    transformers knows these two as well; under other names it finds nothing, and leaves the weights random.
+
+    Raises:
+        WeightsError: they begin in another way.
+    """
+    place = next((name for name in tensors if name.endswith(_EMBEDDING)), _PREFIX + _EMBEDDING)
+    prefix = place.removesuffix(_EMBEDDING)
+    if prefix == _PREFIX:
+        return tensors
+    if prefix == _PREFIX * 2:
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    if prefix == "":
+        return {_PREFIX + name if _HEADLESS.match(name) else name: tensor for name, tensor in tensors.items()}
+    raise WeightsError(
+        f"{tensors[place].file}: tensor {place} is named as in another model, expected {_PREFIX}{_EMBEDDING}; save the "
+        f"Qwen2ForCausalLM within it (its save_pretrained), or rename the tensors"
+    )
 
 
 def check_floats(tensors: dict[str, Tensor]) -> None:
@@ -154,7 +184,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         if size < 8 + length:
             raise WeightsError(f"{file}: {size} bytes end inside the header; the file is truncated: fetch it again")
         header = _json(file, stream.read(length), "its header")
-    notes = header.pop("__metadata__", {})
+    notes = header.pop("__metadata__", None) or {}
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise _malformed(file, f"__metadata__ is {_short(notes)}, expected an object of strings")
     tensors = sorted(
@@ -233,10 +263,10 @@ def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
             )
         held = read_header(folder / shard)
         for name in wanted:
-            if name not in held:
+            if name not in held and not _OPTIONAL.search(name):
                 raise WeightsError(f"{folder / shard}: tensor {name} is missing, though {INDEX_FILE} places it here")
         for name in held:
-            if weight_map.get(name) != shard:
+            if weight_map.get(name) != shard and not _OPTIONAL.search(name):
                 where = f"places in {weight_map[name]}" if name in weight_map else "does not list"
                 raise WeightsError(f"{folder / shard}: extra tensor {name}, which {INDEX_FILE} {where}")
         found |= held

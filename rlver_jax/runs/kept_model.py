@@ -10,7 +10,7 @@ from pathlib import Path
 from rlver_jax.config import is_folder
 from rlver_jax.hub import HubError, is_name, local_folder
 from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.hf_weights import TOKENIZER_FILES
+from rlver_jax.models.hf_weights import copy_tokenizer
 from rlver_jax.players import check_tokenizers
 from rlver_jax.text.tokenizer import load_tokenizer
 
@@ -48,14 +48,8 @@ def keep_model(workdir: Path, source: str | Path) -> None:
         return
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    names = [
-        CONFIG,
-        *TOKENIZER_FILES,
-        *(file.name for kind in ("*.model", "chat_template*") for file in source.glob(kind)),
-    ]
-    for name in dict.fromkeys(names):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, new / name)
+    shutil.copyfile(source / CONFIG, new / CONFIG)
+    copy_tokenizer(source, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 

@@ -37,6 +37,11 @@ class TrainedPolicy:
             ValueError: no run's folder, no such checkpoint in it, or no model's folder, or one of another model.
         """
         folder = RunFolder(Path(workdir))
+        if folder.path.is_dir() and not is_run(folder.path):
+            raise CheckpointError(
+                f"{folder.checkpoints}: no such folder; expected the checkpoints of a training run, "
+                f"but {workdir} holds {_held(folder.path)}"
+            )
         config = folder.typed_config(base)
         config.policy.path = _model_folder(folder, config.policy.path, path)
         checkpoints = Checkpoints.reader(folder.checkpoints)
@@ -111,6 +116,14 @@ def _model_folder(run: RunFolder, trained_from: str, given: str) -> str:
     if given and known and Path(given).resolve() != Path(known).resolve():
         check_same_model(given, known)
     return given or known
+
+
+def _held(folder: Path) -> str:
+    """What a folder without checkpoints is, in a few words."""
+    names = sorted(file.name for file in folder.iterdir())
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        return "a model, which needs no export: name it as policy.path, or as --checkpoint"
+    return ", ".join(names[:10]) or "nothing"
 
 
 def _number(checkpoints: Checkpoints, step: str) -> int:

@@ -60,7 +60,7 @@ def _grammar(
     """Adds `begin` and `stop`. `forbidden` [n, rows] and `begin` [rows]: what the pattern itself rules out."""
     table = np.zeros((1, rows), np.int16) if automaton is None else automaton.table
     states = len(table)
-    stops = [tokenizer.im_end_id, tokenizer.pad_id]
+    stops = list(tokenizer.stop_ids)
     table = np.concatenate([table, table[:1], np.full((1, rows), states + 1, np.int16)])
     table[:, stops] = states + 1
     never = np.array([not piece for piece in _pieces(tokenizer, rows)])  # special, or no token at all
@@ -96,7 +96,7 @@ def thought_then_say(tokenizer: Tokenizer, rows: int, *, enforce: bool = False) 
         state, token = divmod(int(key), rows)
         forbidden[state, token] = left > 0 and bool(pieces[token][-int(left) :].strip())
     if enforce:
-        stops, found = [tokenizer.im_end_id, tokenizer.pad_id], automaton.first_found
+        stops, found = list(tokenizer.stop_ids), automaton.first_found
         # One more found state, `found + 1`, for "something visible has been said"; until then no stop.
         said = np.full((1, rows), found + 1, automaton.table.dtype)
         silent = np.where(whitespace_tokens(tokenizer, rows), found, found + 1).astype(automaton.table.dtype)

@@ -38,7 +38,7 @@ def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download or copy it again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object; download or copy it again")
@@ -53,7 +53,9 @@ def named_specials(folder: Path) -> set[str]:
     named = [config.get(name) for name in NAMED]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(name) or ()
-        named += more.values() if isinstance(more, dict) else more
+        if not isinstance(more, list | tuple | dict | str):
+            raise ValueError(f"{folder}: {name}={more!r} in its tokenizer files, expected a list of tokens; correct it")
+        named += more.values() if isinstance(more, dict) else [more] if isinstance(more, str) else more
     return {content for content in map(_content, named) if content}
 
 
@@ -179,10 +181,12 @@ def _listed(value: Any, origin: Path) -> Iterator[tuple[str, tuple[str, Path]]]:
     if isinstance(value, str):
         value = {"default": value}
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
-        value = {one.get("name"): one.get("template") for one in value}
-    if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
+        pairs = [(one.get("name"), one.get("template")) for one in value]
+    else:
+        pairs = list(value.items()) if isinstance(value, dict) else [(None, None)]
+    if not all(isinstance(x, str) for pair in pairs for x in pair):
         raise ValueError(f"{origin}: chat_template is no text, nor a list of `name` and `template`; correct it")
-    yield from ((name, (text, origin)) for name, text in value.items())
+    yield from ((name, (text, origin)) for name, text in pairs)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, tuple[str, Path]]]:

@@ -23,11 +23,13 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of real token ids, `0 .. vocab_size-1`. A model's embedding may have more rows.
         special_ids: name to id of every token that is not text; at least the three of ChatML.
+        stop_ids: ids that end a reply: `<|im_end|>`, `<|endoftext|>`, and what else the folder of a model names.
         template: the chat template of the tokenizer's folder; None where it has none.
     """
 
     vocab_size: int
     special_ids: dict[str, int]
+    stop_ids: tuple[int, ...]
     template: FolderTemplate | None = None
 
     def __init__(self, pieces: Sequence[bytes], special_ids: Mapping[str, int], source: str):
@@ -41,6 +43,7 @@ class Tokenizer(ABC):
         self._pieces = tuple(pieces)
         self.vocab_size = len(self._pieces)
         self.special_ids = dict(special_ids)
+        self.stop_ids = (self.im_end_id, self.pad_id)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

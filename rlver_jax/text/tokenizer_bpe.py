@@ -13,7 +13,8 @@ from rlver_jax.text.template import CONFIG, FolderTemplate, named_specials, read
 from rlver_jax.text.tokenizer_base import CHATML, Tokenizer, check_text
 
 # Everything `transformers` may want beside tokenizer.json; `save` passes these through unchanged.
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+ADDED = "added_tokens.json"
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", ADDED, "chat_template.jinja")
 
 
 class HFTokenizer(Tokenizer):
@@ -40,10 +41,17 @@ class HFTokenizer(Tokenizer):
         raw = _read_json(path, self._files[path.name])
         self.template = FolderTemplate.read(path.parent)
         added = _added_tokens(raw, path)
-        spec = _plain_bpe(raw, added, path)
         words = {token["content"]: token["id"] for token in added if not token["special"]}
         special = {token["content"]: token["id"] for token in added if token["special"]}
-        super().__init__(_byte_level_pieces(spec["model"]["vocab"], words, special, path), special, str(path))
+        try:
+            spec = _plain_bpe(raw, added, path)
+            pieces = _byte_level_pieces(spec["model"]["vocab"], words, special, path)
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not laid out as the tokenizers library writes it ({type(error).__name__}: {error}); "
+                f"download or copy it again"
+            ) from error
+        super().__init__(pieces, special, str(path))
         self._spec, self._words = spec, words
         found = [token | {"lstrip": False, "rstrip": False} for token in added if not token["special"]]
         model = spec["model"] | {"vocab": spec["model"]["vocab"] | words}  # so each keeps its id
@@ -110,7 +118,7 @@ def _read_json(path: Path, content: bytes) -> dict[str, Any]:
     """The file's object. Raises ValueError if it is none, or has no `model`."""
     try:
         spec = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download or copy it again") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise ValueError(f"{path} is not a file of the tokenizers library: it has no `model` section")
@@ -146,7 +154,7 @@ def _plain_bpe(spec: dict[str, Any], added: list[dict[str, Any]], path: Path) ->
     # Some files list their added tokens in the vocabulary as well, where text could reach special ones, and other text
     # those that GPT-2's stand-ins spell otherwise.
     hidden = {t["content"] for t in added if t["special"] or not all("!" <= c <= "~" for c in t["content"])}
-    vocab = {piece: int(i) for piece, i in model["vocab"].items() if piece not in hidden}
+    vocab = {piece: i for piece, i in model["vocab"].items() if piece not in hidden}
     merges = model["merges"]
     if len(vocab) < len(model["vocab"]):
         merges = [m for m in merges if {"".join(_pair(m)), *_pair(m)} <= vocab.keys()]
@@ -157,24 +165,29 @@ def _plain_bpe(spec: dict[str, Any], added: list[dict[str, Any]], path: Path) ->
 def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """The added tokens as `transformers` has them: tokenizer_config.json says more of what is special.
 
+    Without its list an older layout's added_tokens.json counts.
+
     Raises:
         ValueError: the two files disagree about an id.
     """
     config = read_config(path.parent)
-    told = config.get("added_tokens_decoder") or {}
+    older = {} if "added_tokens_decoder" in config else read_config(path.parent, ADDED)
+    told, side = config.get("added_tokens_decoder") or {}, ADDED if older else CONFIG
     try:
         listed = [{"id": int(number), **token} for number, token in told.items()]
-        tokens = {token["content"]: token for token in spec.get("added_tokens") or [] if token["id"] >= 0}
+        listed += [{"id": int(number), "content": content} for content, number in older.items()]
+        found = [token | {"id": int(token["id"])} for token in spec.get("added_tokens") or [] if token["id"] >= 0]
+        tokens = {token["content"]: token for token in found}
         assert all(isinstance(token["content"], str) for token in [*listed, *tokens.values()])
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+    except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise ValueError(
-            f"{path} or {CONFIG} lists an added token that has no text or no id; download or copy both again"
+            f"{path} or {side} lists an added token that has no text or no id; download or copy both again"
         ) from None
     for token in listed:
         known = tokens.get(token["content"], token)
-        if int(known["id"]) != token["id"]:
+        if known["id"] != token["id"]:
             raise ValueError(
-                f"{path} has {token['content']!r} as id {known['id']}, but {path.parent / CONFIG} as id {token['id']}; "
+                f"{path} has {token['content']!r} as id {known['id']}, but {path.parent / side} as id {token['id']}; "
                 "download or copy both again"
             )
         tokens[token["content"]] = known | token
@@ -182,9 +195,24 @@ def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return [
         {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         | token
-        | {"id": int(token["id"]), "special": bool(token.get("special")) or token["content"] in special}
+        | {"special": bool(token.get("special")) or token["content"] in special}
         for token in tokens.values()
     ]
+
+
+def _check_ids(ids: dict[str, int], path: Path) -> None:
+    """Refuses ids with gaps: there the tokenizers library, and so transformers, gives other ids than the file."""
+    for text, token in ids.items():
+        if type(token) is not int or token < 0:
+            raise ValueError(f"{path}: {text!r} has the id {token!r}, expected a whole number; copy it again")
+    held = sorted(set(ids.values()))
+    lacking = next((i for i, token in enumerate(held) if i != token), None)
+    if lacking is not None:
+        after = next(text for text, token in ids.items() if token == held[lacking])
+        raise ValueError(
+            f"{path}: no token has the id {lacking}, but {after!r} has {held[lacking]}; transformers would give it "
+            f"another one. Add tokens for the ids between them (as added_tokens), or copy the file again"
+        )
 
 
 def _byte_level_pieces(
@@ -195,12 +223,17 @@ def _byte_level_pieces(
     absent = [byte for stand_in, byte in table.items() if chr(stand_in) not in vocab]
     if absent:
         raise ValueError(f"{path} is not byte-level: it has no piece for {len(absent)} of 256 bytes, first {absent[0]}")
-    pieces = [b""] * (1 + max([*vocab.values(), *words.values(), *special.values()]))
+    found: dict[str, bytes] = {}
     for piece, token in vocab.items():
         try:
-            pieces[token] = piece.translate(table).encode("latin-1")
+            found[piece] = piece.translate(table).encode("latin-1")
         except UnicodeEncodeError:
             raise ValueError(f"{path} is not byte-level: piece {piece!r} (id {token}) is not made of bytes") from None
+    ids = vocab | words | special
+    _check_ids(ids, path)
+    pieces = [b""] * (1 + max(ids.values()))
+    for piece, content in found.items():
+        pieces[vocab[piece]] = content
     for word, token in (words | special).items():
         if pieces[token] and vocab.get(word) != token:
             raise ValueError(f"{path}: id {token} is the added token {word!r} and {pieces[token]!r} of the vocabulary")

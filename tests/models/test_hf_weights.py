@@ -240,6 +240,52 @@ def test_shards_with_a_tensor_less_than_the_single_file(tmp_path):
     fails(folder, f"holds {re.escape(UP)}, which the shards of", "remove either")
 
 
+@pytest.mark.parametrize("prefix", ["", "model.model."])
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_names_of_a_model_saved_without_its_head_or_within_another(tmp_path, name, prefix):
+    folder, want = copy_of(name, tmp_path), load(GOLDEN / name, name)
+
+    def rename(tensors):
+        for old in list(tensors):
+            head = old == HEAD
+            new = old if head and not prefix else f"model.{old}" if head else prefix + old.removeprefix("model.")
+            tensors[new] = tensors.pop(old)
+
+    rewrite(folder / "model.safetensors", rename)
+    jax.tree.map(np.testing.assert_array_equal, load(folder, name), want)
+
+
+def test_names_of_another_model_are_refused(tmp_path):
+    """transformers leaves all of its weights random."""
+    folder = copy_of("tied", tmp_path)
+    rewrite(folder / "model.safetensors", lambda t: [t.update({f"module.{n}": t.pop(n)}) for n in list(t)])
+    with pytest.raises(WeightsError, match=rf"module\.{EMBEDDING} is named as in another model, expected {EMBEDDING}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_index_may_differ_in_buffers_and_a_tied_head(tmp_path, listed):
+    """Held by a shard and not listed, or listed and not held."""
+    folder, want = copy_of("tied", tmp_path), load(GOLDEN / "tied")
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    _, second = split(folder, {UP})
+    if listed:
+        index = json.loads((folder / INDEX_FILE).read_text())
+        index["weight_map"] |= {HEAD: second.name, buffer: second.name}
+        (folder / INDEX_FILE).write_text(json.dumps(index))
+    else:
+        head = load_file(GOLDEN / "tied" / "model.safetensors")[EMBEDDING]
+        rewrite(second, lambda t: t.update({HEAD: head, buffer: np.ones(6, np.float32)}))
+    jax.tree.map(np.testing.assert_array_equal, load(folder), want)
+
+
+def test_a_broken_index_beside_the_single_file(tmp_path):
+    folder = copy_of("tied", tmp_path)
+    (folder / INDEX_FILE).write_text("")
+    with pytest.raises(WeightsError, match=r"index\.json: it is not JSON .*or remove it if model.safetensors"):
+        load(folder)
+
+
 def test_buffers_that_are_recomputed(tmp_path):
     folder, want = copy_of("untied", tmp_path), load(GOLDEN / "untied", "untied")
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(3)}

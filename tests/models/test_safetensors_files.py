@@ -7,7 +7,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from rlver_jax.models.safetensors_files import (
     INDEX_FILE,
@@ -45,6 +45,15 @@ def test_reads_what_the_library_wrote(tmp_path):
         one = found[name]
         assert (one.shape, one.dtype) == (array.shape, {"b": "F32", "a": "BF16"}[name])
         assert data[one.begin : one.end] == array.tobytes()
+
+
+def test_notes_may_be_null(tmp_path):
+    """As for the safetensors library."""
+    header = json.dumps({"__metadata__": None, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + np.array([3, 4], np.float32).tobytes()
+    (tmp_path / SINGLE_FILE).write_bytes(data)
+    np.testing.assert_array_equal(load_file(tmp_path / SINGLE_FILE)["a"], [3, 4])
+    assert find_tensors(tmp_path)["a"].begin == len(data) - 8
 
 
 HEADERS = {

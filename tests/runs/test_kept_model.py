@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 
 from configs import debug
@@ -10,11 +11,13 @@ from configs.base import get_config
 from rlver_jax.command_line import config_from_flags, given_path
 from rlver_jax.config import ConfigError, flatten
 from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.hf_weights import save_params
+from rlver_jax.models.qwen2 import Qwen2, init_params
 from rlver_jax.runs.kept_model import check_same_model, keep_model, kept_model
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.text.tokenizer import load_tokenizer
-from tests.text.conftest import write_bpe
+from tests.text.conftest import TEMPLATE, write_bpe
 
 
 @pytest.fixture
@@ -40,10 +43,7 @@ def saved(folder, step=2):
 
 
 def test_everything_but_weights_is_kept(base, tmp_path):
-    (base / "chat_template.jinja").write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    (base / "chat_template.jinja").write_text(TEMPLATE)
     (base / "generation_config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "model.tmp").mkdir()
@@ -57,6 +57,33 @@ def test_everything_but_weights_is_kept(base, tmp_path):
     assert Qwen2Config.from_hf(kept) == Qwen2Config.from_hf(base)
     assert load_tokenizer(kept).fingerprint == load_tokenizer(base).fingerprint
     assert not (tmp_path / "model.tmp").exists()
+
+
+def test_templates_in_a_folder_of_their_own_are_kept_and_exported(base, tmp_path):
+    """Where `default` is among them it is what AutoTokenizer takes."""
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (base / "additional_chat_templates").mkdir()
+    text = plain + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (base / "additional_chat_templates" / "default.jinja").write_text(text)
+    (base / "additional_chat_templates").chmod(0o555)
+    keep_model(tmp_path, base)
+    config = Qwen2Config.from_hf(base)
+    save_params(tmp_path / "out", init_params(Qwen2(config), jax.random.key(0)), config, tokenizer_from=base)
+    for folder in (kept_model(tmp_path), tmp_path / "out"):
+        assert load_tokenizer(folder).template.source == text
+
+
+def test_a_run_is_no_model_and_a_model_no_run(base, tmp_path):
+    """Each message says what to do with what was given."""
+    saved(opened(tmp_path / "run", base))
+    with pytest.raises(ValueError, match=r"config of a training run.*--checkpoint=.*run.*export --workdir=.*run"):
+        Qwen2Config.from_hf(tmp_path / "run")
+    (base / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"base/checkpoints: no such folder.*holds a model, which needs no export"):
+        TrainedPolicy.open(base, get_config())
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"other/checkpoints: no such folder.*holds nothing"):
+        TrainedPolicy.open(tmp_path / "other", get_config())
 
 
 def test_a_sentencepiece_file_of_any_name_is_kept(base, tmp_path):

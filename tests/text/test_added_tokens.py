@@ -88,18 +88,92 @@ def test_a_grammar_lets_them_be_said(thinker, enforce):
         assert len(grammar.closing) == 3, "a line end, the tag, and two line ends"
 
 
-def test_ids_that_no_token_has_are_never_said(tmp_path):
-    """A gap before a last token: no text, no special token."""
+@pytest.mark.parametrize("far", [2, 10**9])
+def test_ids_with_a_gap_are_refused(tmp_path, far):
+    """The tokenizers library gives such a token the next free id, and so does transformers."""
     folder = write_bpe(tmp_path)
     spec = json.loads((folder / "tokenizer.json").read_text())
-    spec["added_tokens"][-1]["id"] += 2
+    last = spec["added_tokens"][-1]
+    free = last["id"]
+    last["id"] += far
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = HFTokenizer(folder)
-    last = tokenizer.encode("</tool_call>")[0]
-    assert last == tokenizer.vocab_size - 1
-    forbidden = np.asarray(free_text(tokenizer, tokenizer.vocab_size).forbidden)
-    assert forbidden[:, [last - 2, last - 1]].all()
-    assert not forbidden[0, last]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert theirs.convert_tokens_to_ids(last["content"]) == free, "not the file's"
+    with pytest.raises(ValueError, match=rf"no token has the id {free}, but '{last['content']}' has {free + far}"):
+        HFTokenizer(folder)
+
+
+def test_ids_beyond_the_tokenizer_are_never_said(thinker):
+    """Rows of the embedding that no token has."""
+    rows = thinker.vocab_size + 3
+    forbidden = np.asarray(free_text(thinker, rows).forbidden)
+    assert forbidden[:, thinker.vocab_size :].all()
+    assert not forbidden[0, thinker.vocab_size - 1]
+
+
+def test_an_older_file_of_added_tokens_counts_too(tmp_path):
+    """Where tokenizer_config.json has no list of its own."""
+    folder = as_published(write_bpe(tmp_path, [*ADDED, *THINK]))
+    number = len(transformers.AutoTokenizer.from_pretrained(folder))
+    (folder / "added_tokens.json").write_text(json.dumps({"<note>": number, "[PAD]": number + 1}))
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), HFTokenizer(folder)
+    text = "a<note> b <note></think>"
+    assert number in ours.encode(text)
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.special_ids["[PAD]"] == theirs.convert_tokens_to_ids("[PAD]") == number + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"vocab": None}},
+        {"model": {"vocab": [["a", 0.1]]}},
+        {"model": {"merges": None}},
+        {"pre_tokenizer": "ByteLevel"},
+        {"pre_tokenizer": {"type": "Sequence"}},
+        {"normalizer": {}},
+        {"added_tokens": [{"id": float("inf"), "content": "<x>"}]},
+        {"added_tokens": [{"id": 0, "content": None}]},
+    ],
+    ids=str,
+)
+def test_malformed_sections_are_refused_by_the_file(tmp_path, change):
+    file = write_bpe(tmp_path) / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    for name, value in change.items():
+        spec[name] = spec[name] | value if name == "model" else value
+    file.write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*copy (it|both) again"):
+        HFTokenizer(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "further"),
+    [
+        ({"eos_token_id": [0, 1, 2, 3]}, {}, [0, 3]),
+        ({"eos_token_id": 3}, {"eos_token_id": 0}, [3]),
+        ({}, {"eos_token_id": 0}, [0]),
+        ({"eos_token_id": None}, {"eos_token_id": [1]}, []),
+        ({}, {}, []),
+    ],
+)
+def test_ids_that_the_folder_ends_a_text_with(tmp_path, generation, config, further):
+    """As transformers' `generate`: generation_config.json, else config.json. Text ends nothing."""
+    names = ["<|eot|>", "<|im_end|>", "<|endoftext|>", "<|eom|>"]  # by their places in the lists above
+    folder = as_published(write_bpe(tmp_path, [*names, "<|im_start|>"]))
+    number = load_tokenizer(folder).special_ids
+    ids = lambda found: [number[names[i]] for i in (found if isinstance(found, list) else [found])]  # noqa: E731
+    listed = lambda fields: {k: v if v is None else ids(v) for k, v in fields.items()}  # noqa: E731
+    (folder / "generation_config.json").write_text(json.dumps(listed(generation)))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"} | listed(config)))
+    tokenizer = load_tokenizer(folder)
+    want = {number["<|im_end|>"], number["<|endoftext|>"], *ids(further)}
+    assert set(tokenizer.stop_ids) == want
+    for grammar in (free_text(tokenizer, tokenizer.vocab_size), thought_then_say(tokenizer, tokenizer.vocab_size)):
+        ends = np.asarray(grammar.table)[grammar.begin] == grammar.stop
+        assert set(np.flatnonzero(ends)) == want
+        assert not np.asarray(grammar.forbidden)[grammar.begin, sorted(want)].any()
 
 
 @pytest.mark.parametrize(
@@ -272,3 +346,48 @@ def test_ids_of_synthetic_texts_as_published(thinker_folder):
     for _ in range(300):
         text = unicodedata.normalize("NFC", "".join(draw.choice(pieces, draw.integers(1, 8))))
         assert tokenizer.encode(text) == reference.encode(text)
+
+
+def test_only_the_files_of_a_slow_tokenizer(tmp_path):
+    """The message says how to write the file that is read, and what it says works."""
+    folder = as_published(write_bpe(tmp_path / "a b", [*ADDED, *THINK]))
+    want = HFTokenizer(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    flags = [{k: v for k, v in token.items() if k != "id"} for token in spec["added_tokens"]]
+    numbers = [str(token["id"]) for token in spec["added_tokens"]]
+    as_published(folder, added_tokens_decoder=dict(zip(numbers, flags, strict=True)))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="but vocab.json and merges.txt, which are not read") as error:
+        load_tokenizer(folder)
+    exec(str(error.value).split('python -c "')[1].removesuffix('"'))
+    text = "<think>\nI felt awful, 2024.</think>"
+    assert load_tokenizer(folder).encode(text) == want.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tokenizer_config.json", "[" * 100_000, "is not JSON"),
+        ("tokenizer.json", "[" * 100_000, "is not JSON"),
+        ("added_tokens.json", "", "is not JSON"),
+        ("added_tokens.json", '{"<x>": Infinity}', "added_tokens.json lists an added token that has no text or no id"),
+        ("added_tokens.json", '{"<x>": []}', "added_tokens.json lists an added token that has no text or no id"),
+        ("added_tokens.json", '{"<think>": 7}', "has '<think>' as id 389, but .*added_tokens.json as id 7"),
+        (
+            "special_tokens_map.json",
+            '{"additional_special_tokens": 5}',
+            "additional_special_tokens=5.*a list of tokens",
+        ),
+        ("tokenizer_config.json", '{"extra_special_tokens": true}', "extra_special_tokens=True.*a list of tokens"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": [], "template": "x"}]}', "chat_template is no text"),
+        ("generation_config.json", "", "generation_config.json is not JSON"),
+    ],
+)
+def test_malformed_files_beside_it_are_named(tmp_path, file, content, says):
+    folder = as_published(write_bpe(tmp_path, [*ADDED, *THINK]))
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        load_tokenizer(folder)
