@@ -74,6 +74,11 @@ def without_safetensors(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir())
     if kind := foreign_kind(names, folder):
         return f"{expected}, but {kind}"
+    if (folder.parent / "checkpoints").is_dir():
+        return (
+            f"{expected}: it is what a training run keeps of its base model; give the run, --checkpoint={folder.parent} "
+            f"(evaluate, serve), or its policy as a model: python -m rlver_jax.export --workdir={folder.parent} --out=NEW"
+        )
     return f"{expected}; expected safetensors weights, found {', '.join(names[:10]) or 'nothing'}"
 
 

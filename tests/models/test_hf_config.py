@@ -273,7 +273,8 @@ REFUSED = [
     ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     *(({"rope_scaling": CARD | {name: value}}, f"{name}={shown}") for name, value, shown in [
         ("factor", 0.5, "0.5: expected a number of at least 1"), ("factor", "4", "'4'"), ("factor", True, "true"),
-        ("factor", float("inf"), "inf"), ("factor", 10**400, "1.*0"), ("factor", float("nan"), "nan"), ("attention_factor", -1.0, "-1.0"),
+        ("factor", float("inf"), "inf"), ("factor", 10**400, "1.*0"),
+        ("factor", float("nan"), "nan"), ("attention_factor", -1.0, "-1.0"),
         ("attention_factor", 0, "0: expected a number above 0"), ("beta_fast", "x", "'x'"), ("beta_slow", -1, "-1"),
         ("beta_slow", 64, "64 must lie below beta_fast"), ("mscale", [1], ""), ("truncate", "no", "'no'"),
         ("original_max_position_embeddings", 0, "0"), ("original_max_position_embeddings", "x", "'x'"),
