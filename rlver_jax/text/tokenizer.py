@@ -1,6 +1,7 @@
 """Opens tokenizers; the one module that other packages import them from."""
 
 from pathlib import Path
+from typing import Any
 
 from rlver_jax.hub import local_folder
 from rlver_jax.text.template import read_config
@@ -41,7 +42,7 @@ def _ends(folder: Path) -> set[int]:
     """Ids at which transformers' `generate` ends a text of the folder's model."""
     files = ("generation_config.json", "config.json")  # the first one that says it
     found = (read_config(folder, file).get("eos_token_id") for file in files)
-    ids = next((ids for ids in found if ids is not None), [])
+    ids: Any = next((ids for ids in found if ids is not None), [])
     return {token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int}
 
 
