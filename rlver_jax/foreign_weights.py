@@ -74,6 +74,12 @@ def without_safetensors(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir())
     if kind := foreign_kind(names, folder):
         return f"{expected}, but {kind}"
+    if (folder.parent / "checkpoints").is_dir():
+        return (
+            f"{expected}: it is what a training run keeps of its base model; give the run, "
+            f"--checkpoint={folder.parent} (evaluate, serve), or its policy as a model: python -m rlver_jax.export "
+            f"--workdir={folder.parent} --out=NEW"
+        )
     return f"{expected}; expected safetensors weights, found {', '.join(names[:10]) or 'nothing'}"
 
 

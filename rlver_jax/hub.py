@@ -50,6 +50,8 @@ def fault(path: str) -> str:
         return f"is an address; write the model's name on the Hugging Face hub, {found['name']}"
     if os.path.isdir(path):
         return _of_cache(Path(path))
+    if is_name(bare := path.rstrip("/")):
+        return f"no such folder; for the model of that name on the Hugging Face hub write {bare}"
     what = "is a file, expected a folder" if os.path.exists(path) else "no such folder"
     close = difflib.get_close_matches(Path(path).name, _beside(path), 1)
     hint = f"; did you mean {Path(path).parent / close[0]}?" if close else ""

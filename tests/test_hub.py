@@ -148,6 +148,10 @@ def test_what_is_local_is_never_taken_for_a_name(home, plain, tmp_path):
         ("org/name@", "no such folder"),
         ("org/name.git", "no such folder"),
         ("gs://bucket/model", "no such folder"),
+        (
+            "Qwen/Qwen2.5-7B/",
+            "no such folder; for the model of that name on the Hugging Face hub write Qwen/Qwen2.5-7B",
+        ),
         ("hf.co/Qwen/Qwen2.5-7B", "name on the Hugging Face hub, Qwen/Qwen2.5-7B"),
         ("https://huggingface.co/Qwen/Qwen2.5-7B/tree/main", "name on the Hugging Face hub, Qwen/Qwen2.5-7B"),
         ("hf://Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),

@@ -11,7 +11,7 @@ from configs.base import get_config
 from rlver_jax.command_line import config_from_flags, given_path
 from rlver_jax.config import ConfigError, flatten
 from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.hf_weights import save_params
+from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2, init_params
 from rlver_jax.runs.kept_model import check_same_model, keep_model, kept_model
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
@@ -78,6 +78,9 @@ def test_a_run_is_no_model_and_a_model_no_run(base, tmp_path):
     saved(opened(tmp_path / "run", base))
     with pytest.raises(ValueError, match=r"config of a training run.*--checkpoint=.*run.*export --workdir=.*run"):
         Qwen2Config.from_hf(tmp_path / "run")
+    kept = tmp_path / "run" / "model"
+    with pytest.raises(ValueError, match=r"what a training run keeps.*--checkpoint=.*run .*export --workdir=.*run"):
+        load_params(kept, Qwen2(Qwen2Config.from_hf(kept)))
     (base / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"base/checkpoints: no such folder.*holds a model, which needs no export"):
         TrainedPolicy.open(base, get_config())
