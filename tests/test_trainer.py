@@ -173,7 +173,7 @@ def test_export_writes_the_checkpoint_that_is_asked_for(unbroken, tmp_path, caps
 
     assert "not empty; export into a new folder" in refused(f"--workdir={folder}", f"--out={tmp_path / '2'}")
     assert "there are steps 2, 4" in refused(f"--workdir={folder}", f"--out={tmp_path / 'x'}", "--step=3")
-    assert "expected the --workdir of a training run" in refused(f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}")
+    assert "expected the checkpoints of a training run" in refused(f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}")
     assert "no --out was given" in refused(f"--workdir={folder}")
 
 
