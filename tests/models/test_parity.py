@@ -224,8 +224,9 @@ from rlver_jax.models.qwen2 import Qwen2
 def peak_kb():  # of this program alone; getrusage counts what its parent had before exec
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jnp.zeros(1) + 1)
-before, start = peak_kb(), time.perf_counter()
+# The config's reader imports transformers, which imports torch where there is one, as here.
 model = Qwen2(Qwen2Config.from_hf(sys.argv[1]), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+before, start = peak_kb(), time.perf_counter()
 params = jax.block_until_ready(load_params(sys.argv[1], model))
 print(time.perf_counter() - start, (peak_kb() - before) / 1e6)
 """
