@@ -74,13 +74,22 @@ def without_safetensors(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir())
     if kind := foreign_kind(names, folder):
         return f"{expected}, but {kind}"
-    if (folder.parent / "checkpoints").is_dir():
-        return (
-            f"{expected}: it is what a training run keeps of its base model; give the run, "
-            f"--checkpoint={folder.parent} (evaluate, serve), or its policy as a model: python -m rlver_jax.export "
-            f"--workdir={folder.parent} --out=NEW"
-        )
+    if is_run(folder.parent):
+        return f"{expected}: it is what a training run keeps of its base model; {policy_of(folder.parent)}"
     return f"{expected}; expected safetensors weights, found {', '.join(names[:10]) or 'nothing'}"
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether it is the folder of a training run, not of a model: both hold a config.json."""
+    return Path(folder, "checkpoints").is_dir()
+
+
+def policy_of(run: Path) -> str:
+    """How to name what a run has trained, where a model is expected."""
+    return (
+        f"take its policy with --checkpoint={run} (evaluate, serve), or write it as a model: python -m "
+        f"rlver_jax.export --workdir={run} --out=NEW"
+    )
 
 
 def foreign_kind(names: Iterable[str], model: str | Path) -> str:

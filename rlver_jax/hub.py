@@ -18,13 +18,13 @@ from rlver_jax import paths
 from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE, foreign_kind
 from rlver_jax.parallel import distributed
 
-# Needed of every model that has them; of these `vocab.json` and `merges.txt` only by other readers of an export.
-_NEEDED = (
-    *("config.json", "generation_config.json", INDEX_FILE, "tokenizer.json"),
-    *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+# What belongs to a model beside its config and weights, as far as it has them: tokenizer, templates, generation config.
+# `vocab.json` and `merges.txt` are for other readers of an export.
+TEXT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
 )
-_ASIDE = ("vocab.json", "merges.txt")
+_SMALL = ["config.json", INDEX_FILE, *TEXT_FILES]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.+-][\w./+-]*)?", re.ASCII)
 _NO_NAME = re.compile(r"--|\.\.|\.git(@|$)|\.(py|json|jsonl|safetensors|model|gguf)$|//|/$")
 _CACHED = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
@@ -53,8 +53,8 @@ def fault(path: str) -> str:
     if is_name(bare := path.rstrip("/")):
         return f"no such folder; for the model of that name on the Hugging Face hub write {bare}"
     what = "is a file, expected a folder" if os.path.exists(path) else "no such folder"
-    close = difflib.get_close_matches(Path(path).name, _beside(path), 1)
-    hint = f"; did you mean {Path(path).parent / close[0]}?" if close else ""
+    close = _nearest(path)
+    hint = f"; did you mean {close}?" if close else ""
     return f"{what}{hint or ', and no name on the Hugging Face hub, such as Qwen/Qwen2.5-7B-Instruct'}"
 
 
@@ -124,11 +124,15 @@ def _of_cache(folder: Path) -> str:
     return f"is a cached repository of the Hugging Face hub; name {found['org']}/{found['name']}, or its folder {one}"
 
 
-def _beside(path: str) -> list[str]:
+def _nearest(path: str) -> Path | None:
+    """The folder beside a path that is nearly called so."""
+    parent = Path(path).parent
     try:
-        return [entry.name for entry in Path(path).parent.iterdir() if entry.is_dir()]
+        beside = [entry.name for entry in parent.iterdir() if entry.is_dir()]
     except OSError:
-        return []
+        return None
+    close = difflib.get_close_matches(Path(path).name, beside, 1)
+    return parent / close[0] if close else None
 
 
 def _environment() -> tuple[str, str, bool]:
@@ -173,7 +177,7 @@ def _cached(repository: str, revision: str, cache: str, weights: bool) -> Path |
 
     given: dict[str, Any] = {"revision": revision or None, "cache_dir": cache or None, "local_files_only": True}
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(_NEEDED), **given))
+        folder = Path(snapshot_download(repository, allow_patterns=_SMALL, **given))
     except LocalEntryNotFoundError:
         return None
     return folder if _complete(folder, weights) else None
@@ -217,10 +221,9 @@ def _download(repository: str, revision: str, cache: str, endpoint: str, weights
             f"a Qwen2.5 model"
         )
     where: dict[str, Any] = {"cache_dir": cache or None, "endpoint": endpoint or None}
-    small = [*_NEEDED, *_ASIDE]
-    folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=small, **where))
+    folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_SMALL, **where))
     if weights:
-        where |= {"revision": folder.name, "allow_patterns": [*small, *_weights(folder)]}
+        where |= {"revision": folder.name, "allow_patterns": [*_SMALL, *_weights(folder)]}
         _check_room(repository, snapshot_download(repository, dry_run=True, **where), folder)
         snapshot_download(repository, **where)
     return folder
@@ -252,8 +255,8 @@ def _explained(error: Exception, given: str, endpoint: str, cache: str) -> str:
 
     hub, (repository, _, revision) = endpoint or constants.ENDPOINT, given.partition("@")
     taken = "no such folder, so it was taken for a model on the Hugging Face hub"
-    close = difflib.get_close_matches(Path(given).name, _beside(given), 1)
-    hint = f". Did you mean {Path(given).parent / close[0]}?" if close else ""
+    close = _nearest(given)
+    hint = f". Did you mean {close}?" if close else ""
     kinds = {one.__name__ for one in type(error).__mro__}
     if "GatedRepoError" in kinds:
         return (

@@ -3,11 +3,12 @@
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
+
+from .in_background import InBackground
 
 
 @dataclass
@@ -89,12 +90,6 @@ def serve(hub: Hub) -> Iterator[Hub]:
                     self.close_connection = True
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with InBackground(server):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -1,5 +1,6 @@
 """Finished dialogues from files: our own logs, SAGE's results or RLVER's logs, told apart by their first line."""
 
+import codecs
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_finished(path: str | Path) -> list[Finished]:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, ours or SAGE's") from None
     first = next((line for line in lines if line.strip()), None)

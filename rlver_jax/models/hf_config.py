@@ -4,15 +4,16 @@ transformers itself fills in defaults and brings the layouts of its versions tog
 run. A refusal names the file, the field, its value and what was expected.
 """
 
-import contextlib
 import json
 import math
-import os
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from rlver_jax.advice import without_advice
+from rlver_jax.config import shortened
+from rlver_jax.foreign_weights import is_run, policy_of
 from rlver_jax.models.rope import ROPE_TYPES, RopeScaling
 
 _T = TypeVar("_T")
@@ -20,7 +21,6 @@ ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
 MOST = 2**31 - 1  # of a size: tokens and positions are int32
 MOST_LAYERS = 10_000  # transformers makes a list of them
 MOST_THETA = 1e38  # float32
-ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -50,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face folder of a Qwen2.5 model")
     _check_json(file)
-    with _without_advice():
+    with without_advice():
         from transformers import PreTrainedConfig, Qwen2Config
     raw, _ = _read(file, lambda: PreTrainedConfig.get_config_dict(str(folder), local_files_only=True))
     raw = {name: value for name, value in raw.items() if name not in STORED}  # transformers looks them up in torch
@@ -133,12 +133,8 @@ def _check_model(file: Path, raw: dict[str, Any]) -> None:
     """Whether it is a Qwen2 with a head for next tokens, with weights as they were trained."""
     kind, named = raw.get("model_type"), raw.get("architectures") or []
     named = named if isinstance(named, list) else [named]
-    if not (kind or named) and (file.parent / "checkpoints").is_dir():
-        _refuse(
-            file,
-            f"is the config of a training run, not of a model; take its policy with --checkpoint={file.parent} "
-            f"(evaluate, serve), or write it as a model: python -m rlver_jax.export --workdir={file.parent} --out=NEW",
-        )
+    if not (kind or named) and is_run(file.parent):
+        _refuse(file, f"is the config of a training run, not of a model; {policy_of(file.parent)}")
     if kind not in (None, MODEL_TYPE) or (named and ARCHITECTURE not in named) or not (kind or named):
         _refuse(
             file,
@@ -247,19 +243,5 @@ def _read(file: Path, call: Callable[[], _T]) -> _T:
     try:
         return call()
     except Exception as error:
-        text = " ".join(str(error).split())
-        shown = text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
+        shown = shortened(" ".join(str(error).split()), 400)
         raise ValueError(f"{file}: transformers can't read it: {shown}") from error
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Without its advice to install PyTorch, which nothing here needs."""
-    before = os.environ.get(ADVICE)
-    os.environ[ADVICE] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(ADVICE)
-        if before is not None:
-            os.environ[ADVICE] = before

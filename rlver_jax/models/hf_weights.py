@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE
-from rlver_jax.hub import local_folder
+from rlver_jax.hub import TEXT_FILES, local_folder
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.models.safetensors_files import (
@@ -32,22 +32,11 @@ from rlver_jax.models.safetensors_files import (
     same_values,
 )
 from rlver_jax.parallel import distributed, rules
+from rlver_jax.text.template import read_config
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "WeightsError", "load_params", "save_params"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-FURTHER_FILES = ("*.model", "chat_template*", "additional_chat_templates/*.jinja")  # some models have some of them
 TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _OUTER = {
@@ -258,17 +247,15 @@ def save_params(
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a model's tokenizer, chat templates and generation config, without their links and permissions."""
-    names = [*TOKENIZER_FILES, *(str(file.relative_to(source)) for kind in FURTHER_FILES for file in source.glob(kind))]
-    for name in dict.fromkeys(names):
-        if (source / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+    for file in (file for kind in TEXT_FILES for file in source.glob(kind) if file.is_file()):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _text_ids(source: Path) -> dict[str, Any]:
     """What a folder's config.json says of the ids that begin, end and pad a text."""
-    file = source / "config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = read_config(source, "config.json")
     return {name: found[name] for name in TEXT_IDS if name in found}
 
 

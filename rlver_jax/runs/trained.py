@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from rlver_jax.foreign_weights import is_run
 from rlver_jax.hub import fault
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
@@ -68,11 +69,6 @@ class TrainedPolicy:
             raise MismatchError(f"{error} (the model is that of {self.config.policy.path})") from error
         finally:
             checkpoints.close()
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether a folder is a training run's, not a model's: both hold a config.json."""
-    return RunFolder(Path(path)).checkpoints.is_dir()
 
 
 def take_checkpoint(

@@ -5,12 +5,13 @@ model, from anyone), with the special tokens that tokenizer_config.json names as
 """
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rlver_jax.advice import without_advice
 
 CONFIG, FILE, FURTHER = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -201,8 +202,8 @@ def _files(folder: Path) -> Iterator[tuple[str, tuple[str, Path]]]:
 
 def _renderer() -> Any:
     """The function of `transformers`; imported where it is needed, for that takes most of a second."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would regret that there is no PyTorch
-    from transformers.utils.chat_template_utils import render_jinja_template
+    with without_advice():
+        from transformers.utils.chat_template_utils import render_jinja_template
 
     return render_jinja_template
 

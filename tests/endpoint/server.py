@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from ..in_background import InBackground
+
 FAULTS = ("500", "429", "drop", "garbage")
 
 
@@ -30,7 +32,7 @@ def rule(body: dict) -> str:
     return f"<think>\nWhat now? {number % 77}\n</think>\n\n{said}" if think else said
 
 
-class ChatServer:
+class ChatServer(InBackground):
     """Use as a context manager.
 
     Attributes:
@@ -64,16 +66,8 @@ class ChatServer:
             def handle_error(self, request, client_address):
                 pass  # a client that was killed
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        super().__init__(Server(("127.0.0.1", 0), Handler))
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
 
     def _serve(self, handler):
         raw = handler.rfile.read(int(handler.headers["Content-Length"]))

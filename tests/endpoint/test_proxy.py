@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import socket
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -15,6 +14,7 @@ from rlver_jax.endpoint.client import Client, Endpoint
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.endpoint.proxy import is_loopback, proxy_of
 
+from ..in_background import InBackground
 from .server import rule
 from .test_client import KEY, ask
 
@@ -22,7 +22,7 @@ FAR = "http://model.example/v1"  # nobody has this name (RFC 2606): only a proxy
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
-class Proxy:
+class Proxy(InBackground):
     """Takes requests with whole addresses and CONNECT; brings them to `target` (host, port), or answers `refusal`."""
 
     def __init__(self, target: tuple[str, int], refusal: tuple[int, bytes] | None = None):
@@ -52,7 +52,7 @@ class Proxy:
             def log_message(self, *args):
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        super().__init__(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         self._server.daemon_threads = True
         self.address = f"127.0.0.1:{self._server.server_port}"
 
@@ -61,14 +61,6 @@ class Proxy:
         asked.request("POST", urlsplit(handler.path).path, body, dict(handler.headers))
         answer = asked.getresponse()
         return answer.status, answer.read()
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
