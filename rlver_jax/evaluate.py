@@ -20,9 +20,10 @@ On several hosts the same command runs on each (--coordinator, --processes, --pr
 playing alone; see docs/pods.md.
 
 Exit status: 0 done, 1 an emotion that is not the one before plus the change, an endpoint that stays away, or another
-process is lost, 2 bad usage, 130 interrupted.
+process is lost or has taken DIR over, 2 bad usage (also a DIR that another process uses), 130 interrupted.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs import evaluation_folder
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.runs.evaluation_folder import EvaluationFolder, read_evaluation
+from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.runs.render import print_comparison, print_dialogue
 from rlver_jax.runs.spread import spread, spread_text
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
@@ -64,29 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     console, errors = consoles()
-    try:
-        config, options = _arguments(argv)
-        console.quiet = not distributed.is_main()
-        trained = _trained(config, options)
-        validate(config, base.get_config(), jax.device_count(), ["policy", "user"])
-        judges = judging.Judges.of_flags(options, config)
-        profiles = chosen_profiles(config)
-        before = read_evaluation(options.before) if options.before else None
-        settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
-        folder = EvaluationFolder.open(options.out, settings, options.repeats)
-        with console.status("loading the models"):
-            evaluation = _load(config, profiles, folder, trained)
-    except (ValueError, OSError) as error:
-        errors.print(f"evaluate: {error}", markup=False, highlight=False)
-        return 2
-    try:
-        records = play_missing(evaluation, folder, console, options.repeats)
-        summary = summarize(evaluation, records, folder)
-        judged, records = judges.judge(finished(records, profiles), folder.path, console)
-    except (ValueError, OSError, EndpointError, KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
-        return _ended(error, folder, errors)
-    summary |= judged
-    folder.finish(records, summary)
+    with contextlib.ExitStack() as held:
+        try:
+            config, options = _arguments(argv)
+            console.quiet = not distributed.is_main()
+            trained = _trained(config, options)
+            validate(config, base.get_config(), jax.device_count(), ["policy", "user"])
+            judges = judging.Judges.of_flags(options, config)
+            profiles = chosen_profiles(config)
+            before = read_evaluation(options.before) if options.before else None
+            settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
+            say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+            check = held.enter_context(hold(options.out, "--out", say)).check
+            folder = EvaluationFolder.open(options.out, settings, options.repeats, check=check, report=say)
+            with console.status("loading the models"):
+                evaluation = _load(config, profiles, folder, trained)
+        except (ValueError, OSError) as error:
+            errors.print(f"evaluate: {error}", markup=False, highlight=False)
+            return 2
+        try:
+            records = play_missing(evaluation, folder, console, options.repeats)
+            summary = summarize(evaluation, records, folder)
+            judged, records = judges.judge(finished(records, profiles), folder.path, console)
+            summary |= judged
+            folder.finish(records, summary)
+        except _EXPECTED as error:
+            return _ended(error, folder, errors)
     if before:
         print_comparison(before, (summary, records), console)
     else:
@@ -94,6 +99,9 @@ def _run(argv: Sequence[str]) -> int:
     show_judges(summary, console)
     console.print(headline(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+_EXPECTED = (ValueError, OSError, EndpointError, LostLockError, KeyboardInterrupt, jax.errors.JaxRuntimeError)
 
 
 def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> int:
@@ -107,7 +115,7 @@ def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> i
     errors.print(f"evaluate: {'interrupted' if interrupted else error}", markup=False, highlight=False)
     if interrupted or isinstance(error, EndpointError):
         errors.print(f"the same command goes on with what is in {folder.path}", markup=False, highlight=False)
-    return 130 if interrupted else 1 if isinstance(error, Unavailable) else 2
+    return 130 if interrupted else 1 if isinstance(error, Unavailable | LostLockError) else 2
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:

@@ -6,7 +6,8 @@
 DIR holds config.json, metrics.jsonl (a row a step), tensorboard/, checkpoints/, dialogues/ and model/ (of the
 base model: config and tokenizer). The same command goes on
 after an interruption, with equal results; SIGTERM finishes the step and saves. Exit status: 0 done or stopped by
-SIGTERM, 1 an alarm (config.alarms) or another process is lost, 2 bad usage, 130 interrupted.
+SIGTERM, 1 an alarm (config.alarms), another process is lost or has taken DIR over, 2 bad usage (also a DIR that another
+process uses, or whose run began with other profiles, prompts or models), 130 interrupted.
 
 On several hosts the same command runs on each; on TPU VMs the processes find each other by themselves (docs/pods.md).
 """
@@ -29,7 +30,8 @@ from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
-from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.runs.lock import LostLockError
+from rlver_jax.runs.metrics import missing_steps, read_metrics
 from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.trainer import train
 
@@ -52,6 +54,9 @@ def _run(argv: Sequence[str]) -> int:
     except CollapseError as alarm:
         say(f"stopped by an alarm at {alarm}. Its checkpoints stay in {workdir}")
         return 1
+    except LostLockError as error:
+        say(error)
+        return 1
     except jax.errors.JaxRuntimeError as error:
         if not (text := distributed.lost(error)):
             raise
@@ -61,7 +66,7 @@ def _run(argv: Sequence[str]) -> int:
         say(f"interrupted; the same command goes on in {workdir}")
         return 130
     if distributed.is_main():
-        console.print(_summary(workdir, done, config.train.steps), markup=False, highlight=False, soft_wrap=True)
+        console.print(_summary(workdir, done, config), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -84,8 +89,9 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     return config, options.workdir
 
 
-def _summary(workdir: str, done: int, steps: int) -> str:
+def _summary(workdir: str, done: int, config: ConfigDict) -> str:
     """The last figures, and where everything lies."""
+    steps = config.train.steps
     rows = read_metrics(RunFolder(Path(workdir)).metrics)
     trained = [row for row in rows if "emotion/final_mean" in row]
     scores = [row["eval/score"] for row in rows if "eval/score" in row]
@@ -97,6 +103,8 @@ def _summary(workdir: str, done: int, steps: int) -> str:
     gold = [row["eval/rule_score"] for row in rows if "eval/rule_score" in row]
     if gold:
         text += f" (by the gold judge {_course(gold)})"
+    if missing := missing_steps(rows, done, config.eval.every):
+        text += f" · the rows of {missing} were lost"
     if done < steps:
         text += " · stopped by a signal: the same command goes on"
     return f"{text}\n{workdir}"

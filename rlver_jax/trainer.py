@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlver_jax import evaluation
-from rlver_jax.assembly import Run, assemble
-from rlver_jax.config import flatten, reward_settings
+from rlver_jax.assembly import Run, assemble, folders_of
+from rlver_jax.config import flatten, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation
+from rlver_jax.hub import local_folder
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import TrainState, compile_step, orders
 from rlver_jax.parallel import distributed
@@ -27,14 +28,17 @@ from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.players import Players, sampling_copy
 from rlver_jax.policy import PolicyTables
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
+from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.rewards import Rewards, reward
 from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError, breach
 from rlver_jax.runs.dialogue_log import dialogue_records, write_dialogues
 from rlver_jax.runs.figures import dialogue_metrics, reply_metrics
+from rlver_jax.runs.fingerprints import described, run_fingerprints
+from rlver_jax.runs.lock import hold
 from rlver_jax.runs.metrics import MetricsWriter
 from rlver_jax.runs.progress import TrainingProgress
-from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.runs.workdir import Contents, RunFolder
 from rlver_jax.sampling.cache import LM
 from rlver_jax.spec import Spec
 
@@ -183,6 +187,7 @@ class Trainer:
     def write(self, step: int, row: dict[str, float]) -> None:
         """Appends a step's figures to the metrics."""
         if self.writer is not None:
+            self.folder.check()
             self.writer.write(step, row)
 
     def log_dialogues(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> None:
@@ -190,6 +195,7 @@ class Trainer:
         profiles = [profile for _, profile in step.batch]
         seed = self.config.train.seed
         records = dialogue_records(dialogues, self.run.players, profiles, step.ids, seed=seed, rewards=rewards)
+        self.folder.check()
         write_dialogues(self.folder.dialogues(step.number), records)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -212,13 +218,15 @@ class Trainer:
         """Saves the state with everything that going on needs; its figures are written first."""
         scored = self.pending.evaluated.get("eval/score") if self.pending else None
         self.finish()
+        distributed.together(self.folder.check)
         self.checkpoints.save(done, state, {"reader": self.run.reader.state()}, scored)
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or the given one; and its number of steps."""
         if self.checkpoints.steps():
             state = give_up(state)  # two states at once may not fit the devices
-        found = self.checkpoints.restore(state, report=lambda text: self.console.print(text, highlight=False))
+        distributed.together(self.folder.check)
+        found = self.checkpoints.restore(state, report=self.say)
         if found is None:
             if distributed.is_main():
                 self.folder.drop_after(0)
@@ -226,8 +234,12 @@ class Trainer:
         self.run.reader.restore(found.extra["reader"])
         if distributed.is_main():
             self.folder.drop_after(found.step)
-        self.console.print(f"going on after step {found.step} of {self.config.train.steps}", highlight=False)
+        self.say(f"going on after step {found.step} of {self.config.train.steps}")
         return found.state, found.step
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        self.console.print(text, markup=False, highlight=False)
 
     @contextlib.contextmanager
     def writers(self, done: int) -> Iterator[None]:
@@ -239,6 +251,7 @@ class Trainer:
             "wandb": log.wandb,
             "config": flatten(self.config),
             "resume_step": done,
+            "report": self.say,
         }
         self.writer = distributed.together(
             lambda: MetricsWriter(self.folder.path, **given) if distributed.is_main() else None
@@ -275,12 +288,34 @@ def train(
         ValueError, OSError: bad input, before anything is compiled.
         CollapseError: a figure went beyond the limits of config.alarms.
     """
-    folder = RunFolder.open(workdir, config, free_fields=FREE_FIELDS)
-    with console.status("loading models and profiles"):
-        run, state = assemble(folder.to_load(config), mesh)
-        held_out = None
-        if config.eval.every:
-            profiles = evaluation.chosen_profiles(config)
-            warn_shared_personas(run.profiles, profiles)
-            held_out = evaluation.of_players(config, run.players, profiles, gold)
-    return trainer(config, folder, run, held_out, console).train(state)
+    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    with hold(workdir, "--workdir", say) as lock:
+        contents = Contents(lambda gone: fingerprints_of(config, gone), lambda name: described(name, config))
+        folder = RunFolder.open(
+            workdir, config, free_fields=FREE_FIELDS, contents=contents, check=lock.check, report=say
+        )
+        with console.status("loading models and profiles"):
+            run, state = assemble(folder.to_load(config), mesh)
+            held_out = None
+            if config.eval.every:
+                profiles = evaluation.chosen_profiles(config)
+                warn_shared_personas(run.profiles, profiles)
+                held_out = evaluation.of_players(config, run.players, profiles, gold)
+        return trainer(config, folder, run, held_out, console).train(state)
+
+
+def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str, str]:
+    """Of all that a run reads: profiles, prompts and models; see `runs.fingerprints.run_fingerprints`.
+
+    Args:
+        gone: models whose folders are not at hand, nor needed.
+    """
+    profiles = {"data.train": read_profiles(profile_files(config.data.train))}
+    if config.eval.every:
+        profiles["data.eval"] = evaluation.chosen_profiles(config)
+    models = {
+        name: (local_folder(path or config.policy.path, weights=weights), weights)
+        for name, (path, weights) in folders_of(config).items()
+        if name not in gone
+    }
+    return run_fingerprints(config, profiles, models)

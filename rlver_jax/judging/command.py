@@ -1,8 +1,9 @@
 """The parts of `evaluate` that judge: flags, the judges they name, and what is done with finished dialogues."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import Record, write_dialogues
 from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.files import write_json
+from rlver_jax.runs.lock import LostLockError, hold
 
 SHOWN = 20  # faults that are printed
 
@@ -180,9 +182,9 @@ def main(argv: Sequence[str], usage: str | None) -> int:
         config, options = _arguments(argv, usage)
         run = _agreement if options.agreement else _scores
         return run(config, options, console)
-    except (ValueError, OSError, EndpointError) as error:
+    except (ValueError, OSError, EndpointError, LostLockError) as error:
         errors.print(f"evaluate: {error}", markup=False, highlight=False)
-        return 1 if isinstance(error, Unavailable) else 2
+        return 1 if isinstance(error, Unavailable | LostLockError) else 2
     except KeyboardInterrupt:
         errors.print("evaluate: interrupted; with --out the same command goes on where it was", highlight=False)
         return 130
@@ -206,13 +208,18 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
     return config, options
 
 
-def _folder(options: flags.FlagValues) -> Path | None:
+@contextlib.contextmanager
+def _folder(options: flags.FlagValues, console: Console) -> Iterator[tuple[Path | None, Callable[[], None]]]:
+    """(the folder that --out names, locked; what to call before results are written there)."""
     folder = Path(options.out) if options.out else None
-    if folder and (folder / PROGRESS).exists():
+    if folder is None:
+        yield None, lambda: None
+        return
+    if (folder / PROGRESS).exists():
         raise ConfigError(f"--out={folder}: holds an evaluation that played dialogues; name another folder")
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    with hold(folder, "--out", say) as lock:
+        yield folder, lock.check
 
 
 def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
@@ -224,18 +231,19 @@ def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Conso
         raise ConfigError(f"--from={options['from'].value}: no dialogue in it; expected files of dialogues")
     if judges.users:
         dialogues = with_profiles(dialogues, [*_profiles(config), *judges.profiles])
-    folder = _folder(options)
-    found = [fault for ones in files.values() for fault in faults(ones)]
-    each = {path: _scored(ones) for path, ones in files.items()}
-    summary: dict[str, Any] = _scored(dialogues) | {
-        "faults": len(found),
-        "settings": {"from": paths, "fingerprint.dialogues": dialogues_fingerprint(dialogues)},
-    }
-    judged_too, records = judges.judge(dialogues, folder, console)
-    summary |= ({"files": each} if len(each) > 1 else {}) | judged_too
-    if folder:
-        write_dialogues(folder / DIALOGUES, records)
-        write_json(folder / SUMMARY, summary)
+    with _folder(options, console) as (folder, check):
+        found = [fault for ones in files.values() for fault in faults(ones)]
+        each = {path: _scored(ones) for path, ones in files.items()}
+        summary: dict[str, Any] = _scored(dialogues) | {
+            "faults": len(found),
+            "settings": {"from": paths, "fingerprint.dialogues": dialogues_fingerprint(dialogues)},
+        }
+        judged_too, records = judges.judge(dialogues, folder, console)
+        summary |= ({"files": each} if len(each) > 1 else {}) | judged_too
+        if folder:
+            check()
+            write_dialogues(folder / DIALOGUES, records)
+            write_json(folder / SUMMARY, summary)
     show_scores({"all": summary} | each if len(each) > 1 else each, console)
     show_judges(summary, console)
     _show_faults(found, console)
@@ -267,13 +275,15 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
         raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
     dialogues = [one for ones in read_all(profile_files(options.agreement)).values() for one in ones]
     dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), _profiles(config))
-    found, folder = faults(dialogues), _folder(options)
-    results = {
-        name: agreed(_load_judge(name, one, folder), dialogues, folder, console)
-        for name, one in ({"user": config} | judges.users).items()
-    }
-    if folder:
-        write_json(folder / "agreement.json", results)
+    found = faults(dialogues)
+    with _folder(options, console) as (folder, check):
+        results = {
+            name: agreed(_load_judge(name, one, folder), dialogues, folder, console)
+            for name, one in ({"user": config} | judges.users).items()
+        }
+        if folder:
+            check()
+            write_json(folder / "agreement.json", results)
     for name, result in results.items():
         show_agreement(name, result, console)
     _show_faults(found, console)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from rlver_jax.judging.finished import Finished
 from rlver_jax.runs.evaluation_folder import PATHS
 from rlver_jax.runs.files import write_json
+from rlver_jax.runs.settings import compare
 
+_log = logging.getLogger(__name__)
 Line = dict[str, Any]
 
 
@@ -39,10 +42,17 @@ class WorkFile:
             write_json(noted, settings)
 
     def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        names = [name for name in {**found, **settings} if name not in PATHS and found.get(name) != settings.get(name)]
-        if names:
-            shown = "; ".join(f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in names[:5])
-            raise ValueError(f"{self.path}: was made with other settings ({shown}); name another --out, or remove it")
+        compared = compare(found, settings, PATHS.__contains__)
+        if compared.differences:
+            raise ValueError(
+                f"{self.path}: was made with other settings ({compared.differences}); name another --out, or remove it"
+            )
+        if compared.defaults:
+            _log.warning(
+                "%s: made by an older version of rlver_jax, whose settings lack %s: as here",
+                self.path,
+                compared.defaults,
+            )
 
     def _read(self, count: int) -> dict[int, Line]:
         assert self.path is not None

@@ -17,6 +17,7 @@ from rlver_jax.reports.browser import Packed, pack
 from rlver_jax.reports.charts import Figure
 from rlver_jax.reports.measures import measure_charts
 from rlver_jax.reports.sources import Run
+from rlver_jax.runs.metrics import missing_steps
 from rlver_jax.runs.render import plain
 
 
@@ -72,7 +73,7 @@ def _sections(runs: Sequence[Run], found: Sequence[figures.Group]) -> list[dict[
     coordinate = charts.coordinate_chart(found)
     keys = charts.group_keys(found)
     sections: list[tuple[str, str, list[Figure], list[Any]]] = [
-        ("Learning", "", charts.curves(runs), []),
+        ("Learning", _lost_rows(runs), charts.curves(runs), []),
         ("Outcomes by step", "", charts.shares_by_step(runs), []),
         (
             "Emotion over the turns, by hidden intention",
@@ -89,6 +90,16 @@ def _sections(runs: Sequence[Run], found: Sequence[figures.Group]) -> list[dict[
         for title, text, some, legend in sections
         if some
     ]
+
+
+def _lost_rows(runs: Sequence[Run]) -> str:
+    """Which steps of which run have no figures, though later ones do."""
+    found = {
+        run.name: missing_steps(run.rows, run.rows[-1]["step"], run.settings.get("eval.every"))
+        for run in runs
+        if run.rows
+    }
+    return " ".join(f"Of {name} the rows of {steps} were lost." for name, steps in found.items() if steps)
 
 
 def _shown(figure: Figure) -> dict[str, Any]:

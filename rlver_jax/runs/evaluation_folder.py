@@ -5,10 +5,10 @@
 """
 
 import dataclasses
-import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import endpoint_sides, flatten
 from rlver_jax.config_fields import PATHS as CONFIG_PATHS
-from rlver_jax.hub import local_folder
 from rlver_jax.parallel import distributed
 from rlver_jax.paths import check_folder_to_write
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json
-from rlver_jax.user.prompts import load_prompts
+from rlver_jax.runs.fingerprints import model_fingerprint, texts_fingerprint
+from rlver_jax.runs.settings import compare
 
 PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json"
 # Sections whose fields decide a score, and the fields in them that don't.
@@ -40,7 +40,7 @@ _OF_DEVICE = (
     *("readout", "enforce_format"),
 )
 _OF_ENDPOINT = ("url", "model", "extra")
-_SAMPLES, _SAMPLE_BYTES = 64, 65_536
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -51,15 +51,26 @@ class EvaluationFolder:
     settings: dict[str, Any]
     records: list[Record]
     played: list[dict[str, Any]]  # a batch each: dialogues, and what they cost (`evaluation.Batch`)
+    check: Callable[[], None] = lambda: None  # called before anything is written; `Lock.check` of who evaluates here
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], settings: dict[str, Any], repeats: int = 1) -> "EvaluationFolder":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        settings: dict[str, Any],
+        repeats: int = 1,
+        *,
+        check: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] = _log.warning,
+    ) -> "EvaluationFolder":
         """Makes the folder, or takes up what an evaluation with the same settings left there.
 
         Of several processes, which all call it, the first one alone reads and writes the files.
 
         Args:
             repeats: of every profile; may be more than the folder was made with.
+            check: the folder's own.
+            report: is told what an older version did not write down, and what is taken for it.
 
         Raises:
             ValueError: the folder holds an evaluation with other settings or more repeats, or dialogues of another
@@ -67,11 +78,12 @@ class EvaluationFolder:
         """
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         distributed.check_same("the settings", {n: value for n, value in settings.items() if n not in PATHS})
-        found = distributed.from_main(lambda: _taken_up(Path(path), settings, repeats))
-        return cls(Path(path), settings, **found)
+        found = distributed.from_main(lambda: _taken_up(Path(path), settings, repeats, report))
+        return cls(Path(path), settings, **found, check=check)
 
     def add(self, records: Sequence[Record], costs: dict[str, float]) -> None:
         """Appends a batch's dialogues, and notes what they cost."""
+        self.check()
         if not self.played:
             self._save()  # no dialogue may stand here without what it was made with
         if distributed.is_main():
@@ -87,6 +99,7 @@ class EvaluationFolder:
         """Puts the dialogues in order, with what judges have added to them, and writes the summary."""
         if not distributed.is_main():
             return
+        self.check()
         log = self.path / DIALOGUES
         if read_dialogues(log) != list(records):
             write_dialogues(log, records)
@@ -97,7 +110,7 @@ class EvaluationFolder:
             write_json(self.path / PROGRESS, {"settings": self.settings, "played": self.played})
 
 
-def _taken_up(path: Path, settings: dict[str, Any], repeats: int) -> dict[str, Any]:
+def _taken_up(path: Path, settings: dict[str, Any], repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
     """The dialogues that the folder holds, and how they were played; see `EvaluationFolder.open`."""
     check_folder_to_write(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +124,7 @@ def _taken_up(path: Path, settings: dict[str, Any], repeats: int) -> dict[str, A
             )
         return {"records": [], "played": []}
     found = _read_progress(progress)
-    _check_same(path, found["settings"], settings)
+    _check_same(path, found["settings"], settings, report)
     log = path / DIALOGUES
     records = read_dialogues(log, unfinished=True) if log.exists() else []
     _check_records(log, records, settings["eval.num_profiles"] * repeats)
@@ -163,67 +176,15 @@ def at_endpoint(flat: dict[str, Any], config: ConfigDict, side: str) -> dict[str
     return kept | named | {"remote.asks": config.remote.asks}
 
 
-def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
-    """Of all prompts as the models read them, and of the profiles in their order."""
-    prompts = load_prompts(config.data.language, config.user.prompts or None)
-    how = {"style": config.user.style, "scenario": config.user.scenario}
-    texts = [prompts.policy_system(config.policy.mode), prompts.opening, repr(prompts.appraisal), repr(prompts.reply)]
-    if config.remote.user.url:
-        texts += [prompts.form("", say=""), *(prompts.form("", missing=missing) for missing in ("change", "reply"))]
-    for p in profiles:
-        texts += [p.id, p.first_talk or "", prompts.user_system(p.persona, p.background, p.hidden_intention, **how)]
-    return _digest(json.dumps(texts).encode())
-
-
-def model_fingerprint(config: ConfigDict, name: str) -> str:
-    """Of a model's config, tokenizer and weights: of these 64 evenly spread pieces of each file, which is quick.
-
-    Args:
-        config: `config.policy` or `config.user`; with init="random" there may be no weights.
-
-    Raises:
-        ValueError: no folder is named, or it holds no model.
-    """
-    folder = config.path
-    if not folder:
-        raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
-    held = local_folder(folder, weights=config.init != "random")
-    files = sorted(file for kind in ("*.safetensors", "*.model", "*.json") for file in held.glob(kind))
-    if config.init == "random":
-        files = [file for file in files if file.suffix != ".safetensors"]
-    elif not any(file.suffix == ".safetensors" for file in files):
-        raise ValueError(f"{name}.path={folder!r} holds no *.safetensors; expected a Hugging Face folder of a model")
-    return _digest(*(piece for file in files for piece in (file.name.encode(), *_pieces(file))))
-
-
-def _pieces(file: Path) -> Iterable[bytes]:
-    size = file.stat().st_size
-    yield str(size).encode()
-    with file.open("rb") as stream:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
-            yield stream.read()
-            return
-        for i in range(_SAMPLES):
-            stream.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-            yield stream.read(_SAMPLE_BYTES)
-
-
-def _digest(*pieces: bytes) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(len(piece).to_bytes(8, "big") + piece)
-    return digest.hexdigest()[:16]
-
-
-def _check_same(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    names = [name for name in {**found, **settings} if name not in PATHS and found.get(name) != settings.get(name)]
-    if names:
-        shown = "; ".join(f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in names[:5])
-        more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+def _check_same(path: Path, found: dict[str, Any], settings: dict[str, Any], report: Callable[[str], None]) -> None:
+    compared = compare(found, settings, PATHS.__contains__)
+    if compared.differences:
         raise ValueError(
-            f"{path}: holds an evaluation with other settings ({shown}{more}); name another --out, or give the same "
-            f"settings to go on with it"
+            f"{path}: holds an evaluation with other settings ({compared.differences}); name another --out, or give the "
+            f"same settings to go on with it"
         )
+    if compared.defaults:
+        report(f"{path}: begun by an older version of rlver_jax, whose settings lack {compared.defaults}: as here")
 
 
 def _check_records(log: Path, records: Sequence[Record], count: int) -> None:

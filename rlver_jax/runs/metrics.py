@@ -1,41 +1,70 @@
 """The metrics of a run: a JSON object a step in metrics.jsonl, and the same to TensorBoard and Weights & Biases."""
 
 import json
+import logging
 import math
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb_id"
+_log = logging.getLogger(__name__)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, steps rising; a last line that was not finished is left out.
 
     Raises:
-        ValueError: another line is no row; with its number.
+        ValueError: another line is no row, or of a step that doesn't come after the one before; with its number.
     """
     rows: list[dict[str, Any]] = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was not finished
         try:
             rows.append(dict(json.loads(line)))
-            rows[-1]["step"] = int(rows[-1]["step"])
-        except (ValueError, TypeError, KeyError) as error:
+            step = rows[-1]["step"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{path}: line {number} is no row of metrics ({error}); restore or remove the file"
             ) from error
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{path}: line {number} has step {step!r}, expected a whole number; restore the file")
+        if rows[:-1] and step <= rows[-2]["step"]:
+            raise ValueError(
+                f"{path}: line {number} is of step {step}, after one of step {rows[-2]['step']}, but steps rise and "
+                f"none stands there twice; restore the file, or remove the line that is not the run's"
+            )
     return rows
+
+
+def missing_steps(rows: Sequence[Mapping[str, Any]], last: int, zero: object) -> str:
+    """Steps up to `last` that have no row, such as "steps 3–5, 9"; empty where none is missing.
+
+    Args:
+        zero: whether there is a row of step 0, of the untrained policy.
+    """
+    missing = set(range(0 if zero else 1, last + 1)) - {row["step"] for row in rows}
+    starts = sorted(step for step in missing if step - 1 not in missing)
+    ends = sorted(step for step in missing if step + 1 not in missing)
+    spans = [str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True)]
+    return f"step{'s' * (len(missing) > 1)} {', '.join(spans)}" if missing else ""
 
 
 class MetricsWriter:
     """Appends rows; each is on disk before `write` returns."""
 
     def __init__(
-        self, folder: Path, *, tensorboard: bool, wandb: str, config: Mapping[str, Any], resume_step: int
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        wandb: str,
+        config: Mapping[str, Any],
+        resume_step: int,
+        report: Callable[[str], None] = _log.warning,
     ) -> None:
         """Opens the run's metrics, and drops what will be computed again.
 
@@ -44,6 +73,7 @@ class MetricsWriter:
             wandb: project of Weights & Biases; empty: none.
             config: {"a.b": value}, for Weights & Biases.
             resume_step: last step of which the state was saved; 0: none, and every row goes.
+            report: is told of rows that should be there and are not.
 
         Raises:
             ValueError: metrics.jsonl is broken, or Weights & Biases is asked for and not installed.
@@ -51,6 +81,11 @@ class MetricsWriter:
         path = folder / METRICS
         rows = read_metrics(path) if path.exists() and resume_step else []
         rows = [row for row in rows if row["step"] <= resume_step]
+        if missing := missing_steps(rows, resume_step, resume_step and config.get("eval.every")):
+            report(
+                f"{path}: has no row of {missing}, though the run has done step {resume_step}: lines or the file were "
+                f"lost. The run goes on without these figures; restore the file to have them"
+            )
         new = path.with_name(METRICS + ".tmp")
         new.write_text("".join(map(_line, rows)), encoding="utf-8")
         new.replace(path)

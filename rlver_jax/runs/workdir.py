@@ -1,15 +1,17 @@
 """The folder of a training run (`--workdir`): which run it belongs to, and where everything in it lies.
 
-config.json · model/ · metrics.jsonl · tensorboard/ · checkpoints/ · dialogues/step_000010.jsonl · finished.json
+config.json · fingerprints.json · model/ · metrics.jsonl · tensorboard/ · checkpoints/ · dialogues/step_000010.jsonl ·
+finished.json, and while a process trains there lock/
 """
 
 import dataclasses
 import json
+import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -21,9 +23,19 @@ from rlver_jax.paths import check_folder_to_write
 from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.kept_model import base_folder, check_same_model, keep_model, kept_model
+from rlver_jax.runs.lock import LOCK
+from rlver_jax.runs.settings import SHOWN, compare, listed
 
-CONFIG, FINISHED = "config.json", "finished.json"
-_SHOWN = 5  # differences that a message names
+CONFIG, FINGERPRINTS, FINISHED = "config.json", "fingerprints.json", "finished.json"
+_VERSION = 1  # of fingerprints.json
+_log = logging.getLogger(__name__)
+
+
+class Contents(NamedTuple):
+    """How a run's folder learns what the run reads."""
+
+    read: Callable[[Collection[str]], dict[str, str]]  # fingerprints, without those of models that are named as gone
+    described: Callable[[str], str]  # what a fingerprint is of, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +43,7 @@ class RunFolder:
     """A run's folder; nothing is read or made before a method is called."""
 
     path: Path
+    check: Callable[[], None] = lambda: None  # called before anything is written; `Lock.check` of who trains here
 
     @property
     def metrics(self) -> Path:
@@ -47,39 +60,122 @@ class RunFolder:
         return self.path / "dialogues" / f"step_{step:06d}.jsonl"
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: ConfigDict, *, free_fields: Sequence[str]) -> "RunFolder":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        config: ConfigDict,
+        *,
+        free_fields: Sequence[str],
+        contents: Contents | None = None,
+        check: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] = _log.warning,
+    ) -> "RunFolder":
         """Makes the folder, or takes up the interrupted run that it holds. Processes that share a run all call it.
 
         Args:
             free_fields: fields of the config, or sections, that may differ from those that the run began with.
+            contents: what tells whether files are the same, which may then lie elsewhere; None: their paths do.
+            check: the folder's own.
+            report: is told what an older version did not write down, and what is taken for it.
 
         Raises:
             ValueError: the folder holds another run, a finished one, or files of something else; or processes were
                 given different configs or don't see one folder.
         """
-        folder = cls(Path(path))
+        folder = cls(Path(path), check)
         new = json.loads(json.dumps(flatten(config)))  # tuples become lists, as in the file
         distributed.check_same("the config", {name: value for name, value in new.items() if name not in PATHS})
-        distributed.from_main(lambda: folder._take(new, config.train.steps, free_fields))
+        distributed.from_main(lambda: folder._take(new, config.train.steps, free_fields, contents, report))
         distributed.together(folder._check_shared)
         return folder
 
-    def _take(self, new: dict[str, Any], steps: int, free_fields: Sequence[str]) -> None:
+    def _take(
+        self,
+        new: dict[str, Any],
+        steps: int,
+        free_fields: Sequence[str],
+        contents: Contents | None,
+        report: Callable[[str], None],
+    ) -> None:
         check_folder_to_write(self.path)
         kept, source = kept_model(self.path), base_folder(new["policy.path"])
+        known = self.fingerprints()
         if (self.path / CONFIG).exists():
-            free = (*free_fields, "policy.path") if self.goes_on_without_base(new) else free_fields
-            _check_same(self.path, self.config(), new, free)
+            free = (*free_fields, "policy.path") if self.goes_on_without_base(new) else tuple(free_fields)
+            self._check_same_config(new, (*free, *PATHS) if contents and known else free, free_fields, report)
             self._check_unfinished(steps)
             if kept and source:
                 check_same_model(source, kept)
-        elif self.path.exists() and any(self.path.iterdir()):
-            names = ", ".join(sorted(item.name for item in self.path.iterdir())[:_SHOWN])
-            raise ValueError(f"{self.path}: is not empty ({names}) and holds no {CONFIG}; name another --workdir")
+        elif self.path.exists() and (names := sorted(item.name for item in self.path.iterdir() if item.name != LOCK)):
+            raise ValueError(
+                f"{self.path}: is not empty ({', '.join(names[:SHOWN])}) and holds no {CONFIG}; name another --workdir"
+            )
+        now = self._same_contents(new, known, contents, report) if contents else known
         self.dialogues(0).parent.mkdir(parents=True, exist_ok=True)
         if not kept and source:
             keep_model(self.path, source)
+        if now:
+            write_json(self.path / FINGERPRINTS, {"version": _VERSION, "contents": now})
         write_json(self.path / CONFIG, new)
+
+    def _check_same_config(
+        self, new: dict[str, Any], free: Sequence[str], named: Sequence[str], report: Callable[[str], None]
+    ) -> None:
+        sections = tuple(f"{name}." for name in free)
+        found = compare(self.config(), new, lambda name: f"{name}.".startswith(sections))
+        if found.differences:
+            raise ValueError(
+                f"{self.path}: holds a run with another config ({found.differences}); name another --workdir, or give "
+                f"the same config to go on with it (only {', '.join(named)} may change"
+                f"{'' if self.fingerprints() else ', not even paths: no fingerprints tell what lay there'})"
+            )
+        if found.defaults:
+            report(f"{self.path}: begun by an older version of rlver_jax, whose config lacks {found.defaults}: as here")
+
+    def _same_contents(
+        self, new: dict[str, Any], known: dict[str, str], contents: Contents, report: Callable[[str], None]
+    ) -> dict[str, str]:
+        """Fingerprints of what the run reads; those of files that it needs no more, and that are gone, stay."""
+        gone = ["policy", *(name for name in ("critic", "reference") if not new.get(f"{name}.path"))]
+        lost = self.goes_on_without_base(new) and _without_weights(new["policy.path"], new["policy.init"])
+        now = contents.read(gone if lost else ())
+        if not self._begun():
+            return now
+        changed = [contents.described(name) for name in now if known.get(name, now[name]) != now[name]]
+        if changed:
+            raise ValueError(
+                f"{self.path}: holds a run that began with others than these: {listed(changed, '; ')}; give what it "
+                f"began with, at whatever path, to go on with it, or name another --workdir"
+            )
+        unknown = [contents.described(name) for name in now if name not in known]
+        if unknown:
+            report(
+                f"{self.path}: begun by an older version of rlver_jax, which kept no fingerprint of "
+                f"{listed(unknown, ', ')}: taken as they are now"
+            )
+        return known | now
+
+    def _begun(self) -> bool:
+        """Whether anything has been computed that other contents would not go with."""
+        return bool(saved_steps(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that the run reads (`fingerprints.run_fingerprints`); empty for a run of an older version.
+
+        Raises:
+            ValueError: the file is of a newer version, or broken.
+        """
+        path = self.path / FINGERPRINTS
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["version"] == _VERSION:
+                return {str(name): str(value) for name, value in found["contents"].items()}
+            why = f"has version {found['version']!r}, expected {_VERSION}"
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = f"cannot be read ({error})"
+        raise ValueError(f"{path}: {why}; restore it, or remove it to take the files as they are now")
 
     def goes_on_without_base(self, values: Mapping[str, Any]) -> bool:
         """Whether the run needs no weights from policy.path any more, so that this may have moved or be gone.
@@ -95,7 +191,9 @@ class RunFolder:
 
         The parameters that are made in the weights' place are those of no model; `Checkpoints.restore` replaces them.
         """
-        gone = lambda: not base_folder(config.policy.path) and self.goes_on_without_base(flatten(config))  # noqa: E731
+        gone = lambda: (  # noqa: E731
+            self.goes_on_without_base(flatten(config)) and _without_weights(config.policy.path, config.policy.init)
+        )
         if not distributed.from_main(gone):
             return config
         config = config.copy_and_resolve_references()
@@ -136,9 +234,8 @@ class RunFolder:
         values, fields = self.config(), flatten(base)
         absent = [f"{name} ({fields[name]!r} is taken)" for name in fields if name not in values]
         if absent:
-            more = f" and {len(absent) - _SHOWN} more fields" if len(absent) > _SHOWN else ""
             warnings.warn(
-                f"{self.path / CONFIG}: of an older version of rlver_jax, has no {', '.join(absent[:_SHOWN])}{more}",
+                f"{self.path / CONFIG}: of an older version of rlver_jax, has no {listed(absent, ', ')}",
                 stacklevel=2,
             )
         try:
@@ -148,19 +245,24 @@ class RunFolder:
 
     def drop_after(self, step: int) -> None:
         """Removes the dialogues of later steps, which will be played again."""
+        self.check()
         for file in self.dialogues(0).parent.glob("step_*.jsonl"):
             if file > self.dialogues(step):
                 file.unlink()
 
     def mark_finished(self, step: int) -> None:
         """The run has done all its steps."""
+        self.check()
         write_json(self.path / FINISHED, {"step": step})
 
     def _check_unfinished(self, steps: int) -> None:
         path = self.path / FINISHED
         if not path.exists():
             return
-        done = json.loads(path.read_text(encoding="utf-8"))["step"]
+        try:
+            done = int(json.loads(path.read_text(encoding="utf-8"))["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: says no step ({error}); remove it to go on with the run") from error
         if done >= steps:
             raise ValueError(
                 f"{self.path}: holds a finished run of {done} steps; name another --workdir, or raise train.steps "
@@ -168,18 +270,7 @@ class RunFolder:
             )
 
 
-def _check_same(path: Path, found: dict[str, Any], new: dict[str, Any], free_fields: Sequence[str]) -> None:
-    free = tuple(f"{name}." for name in free_fields)
-    names = [
-        name
-        for name in {**found, **new}
-        if not f"{name}.".startswith(free) and (name not in found or name not in new or found[name] != new[name])
-    ]
-    if names:
-        was, now = ({n: repr(values[n]) if n in values else "no field" for n in names} for values in (found, new))
-        shown = "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in names[:_SHOWN])
-        more = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise ValueError(
-            f"{path}: holds a run with another config ({shown}{more}); name another --workdir, or give the same config "
-            f"to go on with it (only {', '.join(free_fields)} may change)"
-        )
+def _without_weights(path: str, init: str) -> bool:
+    """Whether what policy.path and policy.init ask for is not at hand: gone, only config and tokenizer, not fetched."""
+    folder = base_folder(path)
+    return folder is None or (init == "path" and not any(folder.glob("*.safetensors")))

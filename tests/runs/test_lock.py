@@ -240,10 +240,11 @@ def test_an_owner_that_was_suspended_notices_that_it_lost_the_lock(tmp_path):
 
 
 def test_a_lock_that_somebody_removed_is_lost(tmp_path):
-    with pytest.raises(lock.LostLockError, match="somebody removed .*lock"), lock.hold(tmp_path, "-", print) as held:
+    with lock.hold(tmp_path, "-", print) as held:
         for path in (tmp_path / "lock").iterdir():
             path.unlink()
-        held.check()
+        with pytest.raises(lock.LostLockError, match="somebody removed .*lock"):
+            held.check()
 
 
 def test_of_many_newcomers_one_takes_a_stale_lock(tmp_path):
@@ -286,6 +287,9 @@ def test_a_claim_that_was_left_behind_does_not_block(tmp_path, fast):
 
 def test_folders_that_cannot_be_written_are_refused_as_before(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PathError, match="file: is no folder; name another one"), lock.hold(tmp_path / "file", "", print):
+    with (
+        pytest.raises(PathError, match="file: is no folder; name another one"),
+        lock.hold(tmp_path / "file", "", print),
+    ):
         pass
     assert left(tmp_path) == ["file"]
