@@ -180,8 +180,8 @@ def _check_same(path: Path, found: dict[str, Any], settings: dict[str, Any], rep
     compared = compare(found, settings, PATHS.__contains__)
     if compared.differences:
         raise ValueError(
-            f"{path}: holds an evaluation with other settings ({compared.differences}); name another --out, or give the "
-            f"same settings to go on with it"
+            f"{path}: holds an evaluation with other settings ({compared.differences}); name another --out, or give "
+            f"the same settings to go on with it"
         )
     if compared.defaults:
         report(f"{path}: begun by an older version of rlver_jax, whose settings lack {compared.defaults}: as here")
