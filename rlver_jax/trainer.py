@@ -239,7 +239,7 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """A line on the console."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def writers(self, done: int) -> Iterator[None]:
@@ -313,9 +313,9 @@ def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str,
     profiles = {"data.train": read_profiles(profile_files(config.data.train))}
     if config.eval.every:
         profiles["data.eval"] = evaluation.chosen_profiles(config)
-    models = {
-        name: (local_folder(path or config.policy.path, weights=weights), weights)
-        for name, (path, weights) in folders_of(config).items()
-        if name not in gone
-    }
+    models = {}
+    for name, (path, weights) in folders_of(config).items():
+        path = path or (config.policy.path if name in ("critic", "reference") else "")
+        if path and name not in gone:  # where none is named the loader says so
+            models[name] = (local_folder(path, weights=weights), weights)
     return run_fingerprints(config, profiles, models)

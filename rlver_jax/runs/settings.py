@@ -16,7 +16,7 @@ class Compared(NamedTuple):
     """What `compare` found, in words."""
 
     differences: str  # empty: they are the same
-    defaults: str  # fields that an older version did not have, with the values taken; empty: none
+    defaults: str  # what an older version did not write down, with the values taken; empty: nothing
 
 
 def compare(found: Mapping[str, Any], new: Mapping[str, Any], free: Callable[[str], bool]) -> Compared:
@@ -39,6 +39,8 @@ def compare(found: Mapping[str, Any], new: Mapping[str, Any], free: Callable[[st
         elif not _equal(name, found.get(name), new.get(name)):
             was, now = (repr(some[name]) if name in some else "no field" for some in (found, new))
             differ.append(f"{name} was {was}, is {now}")
+        elif found.get(name) != new.get(name):
+            taken.append(f"{name} in its present form")
     return Compared(listed(differ, "; "), listed(taken, ", "))
 
 

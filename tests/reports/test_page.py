@@ -147,6 +147,14 @@ def test_a_run_without_dialogues_has_its_curves_and_no_browser(tmp_path):
     assert 'id="browser"' not in text
 
 
+def test_rows_that_were_lost_are_named_above_the_curves(tmp_path):
+    whole = write_run(tmp_path / "whole", [row(step, 30.0) for step in range(1, 8)], {})
+    torn = write_run(tmp_path / "torn", [row(step, 30.0) for step in (2, 3, 7)], {})
+    text, _ = page.render(read_runs([whole, torn]), 5_000_000)
+    assert "Of torn the rows of steps 1, 4–6 were lost." in text
+    assert "Of whole" not in text
+
+
 def test_a_run_whose_metrics_are_yet_to_come_shows_its_dialogues(tmp_path):
     """Dialogues of a step are written before its row."""
     runs = read_runs([write_run(tmp_path / "run", [], {1: some_records(0, 3)})])

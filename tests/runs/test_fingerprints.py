@@ -126,7 +126,9 @@ def test_evaluations_of_older_versions_are_known(large, tmp_path):
     (tmp_path / "progress.json").write_text(
         json.dumps({"settings": settings | {"fingerprint.user": first_form(large)}, "played": []})
     )
-    assert EvaluationFolder.open(tmp_path, settings).settings["fingerprint.user"] == new
+    said = []
+    assert EvaluationFolder.open(tmp_path, settings, report=said.append).settings["fingerprint.user"] == new
+    assert "lack fingerprint.user in its present form" in said[0]
     with pytest.raises(ValueError, match=r"fingerprint.user was"):
         EvaluationFolder.open(tmp_path, settings | {"fingerprint.user": "0000.1111"})
 

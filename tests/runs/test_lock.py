@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,7 +86,7 @@ def left(folder) -> list[str]:
 
 def write_owner(folder, **fields) -> None:
     """A lock as another process may have left it."""
-    given = vars(lock.Owner.here()) | {"token": "f00d"} | fields
+    given = vars(lock.Owner.here(folder)) | {"token": "f00d"} | fields
     (folder / "lock").mkdir()
     (folder / "lock" / "owner.json").write_text(json.dumps(given))
 
@@ -237,6 +238,30 @@ def test_an_owner_that_was_suspended_notices_that_it_lost_the_lock(tmp_path):
         assert two.line() == "still", "the loser leaves the winner's lock alone"
         two.end()
     assert left(tmp_path) == []
+
+
+def test_a_copy_of_a_folder_is_not_held(tmp_path, fast):
+    """Made while a process trains, with its lock in it."""
+    with lock.hold(tmp_path / "run", "--workdir", print) as held:
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with lock.hold(tmp_path / "copy", "--workdir", print) as other:
+            held.check()
+            other.check()
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        assert "is in use by" in refusal(tmp_path / "link")
+
+
+def test_no_device_is_asked_for(tmp_path):
+    """Scores of finished dialogues need none, and another process may hold it."""
+    code = """if True:
+        import sys
+        from jax._src import xla_bridge
+        from rlver_jax.runs import lock
+        with lock.hold(sys.argv[1], "--out", print) as held:
+            held.check()
+        assert not xla_bridge.backends_are_initialized()
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
 
 
 def test_a_lock_that_somebody_removed_is_lost(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -51,6 +52,53 @@ def test_an_unfinished_last_line_is_left_out_and_a_broken_one_named(tmp_path):
     path.write_text('{"step": 1}\n[1]\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"line 2 is no row of metrics"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (
+            '{"step": 1}\n{"step": 1}\n',
+            "line 2 is of step 1, after one of step 1, but steps rise and none",
+        ),
+        ('{"step": 2}\n{"step": 3}\n{"step": 1}\n', "line 3 is of step 1, after one of step 3"),
+        ('{"step": 1.5}\n', "line 1 has step 1.5, expected a whole number"),
+        ('{"step": true}\n', "line 1 has step True"),
+        ('{"step": 1}\n{"x": 1}\n', "line 2 is no row of metrics"),
+        ('{"step": 1}\n\0\0\0\n', "line 2 is no row of metrics"),
+        ('{"step": 1}\n\udcff\n', "line 2 is no row of metrics"),
+    ],
+)
+def test_rows_that_cannot_be_are_named(tmp_path, lines, says):
+    (tmp_path / "metrics.jsonl").write_bytes(lines.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        read_metrics(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl"):
+        write(tmp_path, [], resume_step=1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "every", "says"),
+    [
+        ([1, 2, 3, 4, 5, 6], 0, None),
+        ([0, 1, 2, 3, 4, 5, 6], 3, None),
+        ([1, 2, 3, 4, 5, 6], 3, "no row of step 0,"),
+        ([1, 6], 0, "no row of steps 2–5,"),
+        ([0, 2, 3, 5], 3, "no row of steps 1, 4, 6,"),
+        ([], 0, "no row of steps 1–6,"),
+        (None, 3, "no row of steps 0–6,"),
+    ],
+)
+def test_rows_that_were_lost_are_said(tmp_path, kept, every, says):
+    """Lines that were removed, an end that was cut off, a file that is gone: those of later steps come again anyway."""
+    if kept is not None:
+        write(tmp_path, [(step, {"a": 1.0}) for step in [*kept, 7, 8]])
+    said = []
+    config = {"eval.every": every}
+    MetricsWriter(tmp_path, tensorboard=False, wandb="", config=config, resume_step=6, report=said.append).close()
+    assert len(said) == (says is not None)
+    assert says is None or says in said[0]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == (kept or [])
 
 
 def scalars(folder):
