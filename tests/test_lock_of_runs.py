@@ -137,16 +137,18 @@ def test_evaluations_hold_their_folder_and_only_that(tmp_path):
         assert one.ended() == 0, one.printed
     played = ["--config.eval.num_profiles=8", "--config.eval.batch=1", f"--checkpoint={tmp_path / 'run'}"]
     command = ["evaluate", f"--config={debug.__file__}", *played, f"--out={tmp_path / 'out'}", "--repeats=20"]
-    rare = {"checkpoint.every": 1000}  # the one that is read must stay
-    with started(*training(tmp_path / "run", 500, **rare)) as training_on, started(*command) as first:
-        wait_until(lambda: (tmp_path / "out" / "dialogues.jsonl").exists(), first)
-        assert training_on.process.poll() is None
-        with started(*command) as second:
-            assert second.ended() == 2
-            assert f"out: is in use by process {first.process.pid} on host" in second.printed
-            assert "name another --out" in second.printed
-        first.signal(signal.SIGTERM)
-        assert first.ended(60) == 143
+    with started(*training(tmp_path / "run", 500)) as training_on:
+        wait_until(lambda: owner(tmp_path / "run") == training_on.process.pid, training_on)
+        training_on.signal(signal.SIGSTOP)  # so that the checkpoint stays, and the processors are free
+        with started(*command) as first:
+            wait_until(lambda: (tmp_path / "out" / "dialogues.jsonl").exists(), first)
+            assert owner(tmp_path / "run") == training_on.process.pid
+            with started(*command) as second:
+                assert second.ended() == 2, second.printed
+                assert f"out: is in use by process {first.process.pid} on host" in second.printed
+                assert "name another --out" in second.printed
+            first.signal(signal.SIGTERM)
+            assert first.ended(60) == 143
     assert not (tmp_path / "out" / "lock").exists()
 
 
