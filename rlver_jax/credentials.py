@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 MASK = "***"
 # Shorter ones, such as "none" or "EMPTY" for servers that want any key, are words and no secrets.
@@ -84,9 +85,9 @@ class Secrets:
         return self._plain.sub(MASK, text) if self._plain else text
 
     def hide_in(self, value: Any) -> Any:
-        """A value of JSON with all its strings, those of names too, hidden."""
+        """A value of JSON with all its strings, those of names too, hidden; a `Secret` is one however short it is."""
         if isinstance(value, str):
-            return self.hide(value)
+            return MASK if isinstance(value, Secret) else self.hide(value)
         if isinstance(value, dict):
             return {self.hide(name): self.hide_in(one) for name, one in value.items()}
         return [self.hide_in(one) for one in value] if isinstance(value, list) else value
@@ -151,6 +152,12 @@ def secret_values(value: Any, secret: bool = False) -> Iterator[str]:
             yield from secret_values(one, secret)
 
 
+def basic(url: str) -> str:
+    """User and password of an address as they are sent, in base64; empty without."""
+    found = _USER.search(url)
+    return base64.b64encode(unquote(found[0][:-1]).encode("utf-8", "replace")).decode() if found else ""
+
+
 def guarded(value: Any, secret: bool = False) -> Any:
     """A value of JSON in which secret strings are `Secret`."""
     if isinstance(value, dict):
@@ -183,7 +190,9 @@ def _masked(value: Any, secret: bool = False) -> Any:
 # `user:password@`; a password may hold what should have been escaped in it.
 _USER = re.compile(r"(?<=://)[^\s'\"<>]*@")
 # `name=value` or `"name": "value"`, as queries, options and settings have them; the value perhaps in quotes.
-_NAMED = re.compile(r"([A-Za-z][\w.-]*)(\\?[\"']?\s*[=:]\s*(?!//))(\\?[\"'][^\"'\\]*|(?:(?:bearer|basic)\s+)?[^\s&\"',;}\])]+)", re.I)
+_NAMED = re.compile(
+    r"(?<![\w.-])([\w.-]+)(\\?[\"']?\s*[=:]\s*(?!//))(\\?[\"'][^\"'\\]*|(?:(?:bearer|basic)\s+)?[^\s&\"',;}\])]+)", re.I
+)
 
 
 def without_credentials(text: str) -> str:
@@ -201,7 +210,8 @@ def without_credentials(text: str) -> str:
 def _of_addresses(text: str) -> Iterator[str]:
     """Passwords and secret queries of the addresses in a text."""
     for match in _USER.finditer(text):
-        yield match[0].rstrip("@").partition(":")[2]
+        user, _, password = match[0].rstrip("@").partition(":")
+        yield from {password or user, unquote(password or user)}
     if "://" in text:
         for name, value in re.findall(r"[?&#;]([\w.-]+)=([^&#\s]+)", text):
             if is_secret_name(name):

@@ -46,7 +46,7 @@ class AnswerCache:
             ) from error
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The response's JSON object, if the request has been answered. One that cannot be read is said and passed over.
+        """The response's JSON object, if the request has been answered; what cannot be read is said and passed over.
 
         Raises:
             ValueError: the file is damaged.
@@ -63,7 +63,9 @@ class AnswerCache:
     def reject(self, key: str, why: str) -> None:
         """Has the next answer take the place of one that cannot be used."""
         if not self._rejected:
-            told = f"{self.path}: a kept answer cannot be used ({why}); it is asked for again, as are any others like it"
+            told = (
+                f"{self.path}: a kept answer cannot be used ({why}); it is asked for again, as are any others like it"
+            )
             print(told, file=sys.stderr)
         self._rejected.add(key)
 

@@ -21,7 +21,7 @@ from typing import Any
 import httpx2 as httpx
 import tenacity
 
-from rlver_jax.credentials import Secret, Secrets, guarded, key_fault, secret_values, without_credentials
+from rlver_jax.credentials import Secret, Secrets, basic, guarded, key_fault, secret_values, without_credentials
 from rlver_jax.endpoint.answers import AnswerCache, request_key
 from rlver_jax.endpoint.body import CODINGS, LONGEST, BodyFault, read_body
 from rlver_jax.endpoint.completion import Answer, NoCompletion, answer_of, clean, completion_of, parsed
@@ -77,6 +77,7 @@ class Endpoint:
         if self.key and (fault := key_fault(self.key)):
             raise ValueError(f"the API key for {without_credentials(self.url)} {fault}")
         object.__setattr__(self, "key", Secret(self.key))
+        object.__setattr__(self, "url", guarded(self.url))
         object.__setattr__(self, "extra", guarded(dict(self.extra)))
         try:
             json.dumps(self.extra, ensure_ascii=False, allow_nan=False).encode()
@@ -216,9 +217,7 @@ class Client:
             return self._not_answered(error)
 
     async def _exchange(self, body: Mapping[str, Any]) -> dict[str, Any] | Exception:
-        content = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-        headers = {"Content-Type": "application/json"}
-        async with self._http.stream("POST", self._url, content=Secret(content), headers=headers) as response:
+        async with self._http.stream("POST", self._url, content=_written(body)) as response:
             pause = pause_of(response.headers, time.time())
             self._free_at = max(self._free_at, time.monotonic() + pause)
             received, whole = await read_body(response)
@@ -273,8 +272,8 @@ class Client:
 
 def _secrets_of(endpoint: Endpoint, proxy: Proxy | None) -> Secrets:
     """What a server or a proxy was sent, may repeat, and nobody should read."""
-    values = [endpoint.key, *secret_values(endpoint.extra), *secret_values(endpoint.url)]
-    return Secrets([*values, *(proxy.secrets if proxy else ())])
+    urls = [endpoint.url, *([proxy.url] if proxy else [])]
+    return Secrets([endpoint.key, *secret_values([endpoint.extra, *urls])], whole=map(basic, urls))
 
 
 def _http_client(endpoint: Endpoint, proxy: Proxy | None, secrets: Secrets) -> httpx.AsyncClient:
@@ -284,7 +283,7 @@ def _http_client(endpoint: Endpoint, proxy: Proxy | None, secrets: Secrets) -> h
         if not told:
             # A transport of its own has no proxy; SSL_CERT_FILE and the like count either way.
             how = {"proxy": proxy.url, **given} if proxy else {"transport": httpx.AsyncHTTPTransport(**given)}
-            return httpx.AsyncClient(timeout=endpoint.timeout, headers=_headers(endpoint), **how)
+            return httpx.AsyncClient(timeout=None, headers=_headers(endpoint), **how)
     except (ImportError, httpx.InvalidURL, ValueError) as error:
         if proxy is None:
             raise
@@ -297,7 +296,12 @@ def _http_client(endpoint: Endpoint, proxy: Proxy | None, secrets: Secrets) -> h
 
 
 def _headers(endpoint: Endpoint) -> dict[str, str]:
-    return {"Accept-Encoding": CODINGS} | ({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})
+    headers = {"Content-Type": "application/json", "Accept-Encoding": CODINGS}
+    return headers | ({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})
+
+
+def _written(body: Mapping[str, Any]) -> Secret:
+    return Secret(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
 
 
 def _is_of_proxy(proxy: Proxy, status: int, text: str) -> bool:

@@ -43,17 +43,17 @@ def clean(text: str) -> str:
 
 
 def parsed(text: str) -> Any:
-    """A JSON value; None where it is none, or nested too deep. NaN and numbers beyond reason in it are None."""
+    """A JSON value; None where it is none, or nested too deep."""
     if text.count(",") + text.count("[") + text.count("{") > _MOST_PARTS:
         return None
     try:
-        return json.loads(text.removeprefix("\ufeff"), parse_constant=lambda _: None, parse_int=_whole, strict=False)
+        return json.loads(text.removeprefix("\ufeff"), parse_int=_whole, strict=False)
     except (ValueError, RecursionError):
         return None
 
 
-def _whole(digits: str) -> int | None:
-    return int(digits) if len(digits) <= _DIGITS else None
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _DIGITS else float(digits)
 
 
 def completion_of(found: Any, secrets: Secrets) -> dict[str, Any]:
@@ -101,9 +101,12 @@ _TOKENS = ("prompt_tokens", "completion_tokens")
 def answer_of(kept: Mapping[str, Any]) -> Answer:
     """What `completion_of` has kept."""
     (choice,), message = kept["choices"], kept["choices"][0]["message"]
-    tokens = (kept["usage"][name] for name in _TOKENS)
     return Answer(
-        message["content"], message["reasoning_content"], *tokens, kept["model"], choice["finish_reason"] == "length"
+        text=message["content"],
+        reasoning=message["reasoning_content"],
+        **kept["usage"],
+        model=kept["model"],
+        cut=choice["finish_reason"] == "length",
     )
 
 
@@ -117,7 +120,8 @@ def _joined(parts: list[Any]) -> tuple[str, str]:
     Raises:
         NoCompletion: one of them is neither.
     """
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in parts:
         if isinstance(part, str):
             texts.append(part)

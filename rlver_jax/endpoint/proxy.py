@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 import socket
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from rlver_jax.credentials import Secret
@@ -37,15 +37,6 @@ class Proxy:
         # Of an address that cannot be read any part may be a password.
         place = "" if self.fault else f"{urlsplit(self.url).netloc.rpartition('@')[2]} "
         return f"the proxy {place}({self.variable})"
-
-    @property
-    def secrets(self) -> list[str]:
-        """Its password, and user and password as they are sent: both in base64."""
-        parts = urlsplit(self.url)
-        if self.fault or not (parts.username or parts.password):
-            return []
-        user, password = unquote(parts.username or ""), unquote(parts.password or "")
-        return [password, parts.password or "", f"{user}:{password}"]
 
     @property
     def fault(self) -> str:

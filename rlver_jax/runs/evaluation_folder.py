@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import endpoint_sides, flatten
 from rlver_jax.config_fields import PATHS as CONFIG_PATHS
+from rlver_jax.credentials import Secrets, redacted
 from rlver_jax.hub import local_folder
 from rlver_jax.parallel import distributed
 from rlver_jax.paths import check_folder_to_write
@@ -40,6 +41,7 @@ _OF_DEVICE = (
     *("readout", "enforce_format"),
 )
 _OF_ENDPOINT = ("url", "model", "extra")
+_MAY_HOLD_KEYS = ("remote.policy.extra", "remote.user.extra")
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 
@@ -111,7 +113,7 @@ def _taken_up(path: Path, settings: dict[str, Any], repeats: int) -> dict[str, A
             )
         return {"records": [], "played": []}
     found = _read_progress(progress)
-    _check_same(path, found["settings"], settings)
+    _check_same(path, without_secrets(found["settings"]), settings)
     log = path / DIALOGUES
     records = read_dialogues(log, unfinished=True) if log.exists() else []
     _check_records(log, records, settings["eval.num_profiles"] * repeats)
@@ -160,7 +162,19 @@ def at_endpoint(flat: dict[str, Any], config: ConfigDict, side: str) -> dict[str
     """Settings of a side whose model is behind an endpoint, in place of those that matter on the device only."""
     kept = {name: value for name, value in flat.items() if name not in {f"{side}.{field}" for field in _OF_DEVICE}}
     named = {f"remote.{side}.{name}": config.remote[side][name] for name in _OF_ENDPOINT}
+    named = without_secrets(named, [os.environ.get(config.remote[side].key_env, "")])
     return kept | named | {"remote.asks": config.remote.asks}
+
+
+def without_secrets(settings: dict[str, Any], keys: Iterable[str] = ()) -> dict[str, Any]:
+    """Settings without what `extra` may hold beside settings: API keys, passwords and the like, by their names.
+
+    Args:
+        keys: that are hidden wherever they stand.
+    """
+    secrets = Secrets(keys)
+    found = {name: settings[name] for name in _MAY_HOLD_KEYS if isinstance(settings.get(name), str)}
+    return settings | {name: redacted(value, secrets) for name, value in found.items()}
 
 
 def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
