@@ -73,12 +73,15 @@ class Endpoint:
     first_wait: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raises ValueError: the key cannot be sent in a header, or `extra` not in a JSON body."""
-        if self.key and (fault := key_fault(self.key)):
-            raise ValueError(f"the API key for {without_credentials(self.url)} {fault}")
+        """Has no secret shown by `repr`."""
         object.__setattr__(self, "key", Secret(self.key))
         object.__setattr__(self, "url", guarded(self.url))
         object.__setattr__(self, "extra", guarded(dict(self.extra)))
+
+    def check(self) -> None:
+        """Raises ValueError: the key cannot be sent in a header, or `extra` not in a JSON body."""
+        if self.key and (fault := key_fault(self.key)):
+            raise ValueError(f"the API key for {without_credentials(self.url)} {fault}")
         try:
             json.dumps(self.extra, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:
@@ -102,8 +105,9 @@ class Client:
         """Asks nothing yet.
 
         Raises:
-            ValueError: the environment names a proxy that cannot be used.
+            ValueError: the key or `extra` cannot be sent, or the environment names a proxy that cannot be used.
         """
+        endpoint.check()
         self.endpoint, self.traffic = endpoint, Traffic()
         self._answers = answers
         self._slots = asyncio.Semaphore(endpoint.concurrency)
@@ -181,12 +185,11 @@ class Client:
             async with asyncio.timeout(self.endpoint.deadline):
                 return await retrying(self._attempt, body)
         except (_Passing, TimeoutError) as error:
-            cause = error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]
-            told = str(cause).rstrip(".")
-            raise Unavailable(
-                f"{self._shown}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {told}. "
-                f"See whether the endpoint is up, or raise --config.remote.deadline"
-            ) from None
+            told = str(error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]).rstrip(".")
+        raise Unavailable(  # here, since a request may have been on its way
+            f"{self._shown}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {told}. "
+            f"See whether the endpoint is up, or raise --config.remote.deadline"
+        )
 
     async def _attempt(self, body: Mapping[str, Any]) -> dict[str, Any]:
         while (pause := self._free_at - time.monotonic()) > 0:
