@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from rlver_jax import config_files
 from rlver_jax.config import ConfigError, flatten, shortened
 from rlver_jax.config_fields import PATHS
+from rlver_jax.credentials import without_credentials
 from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
 
 Define = Callable[[flags.FlagValues], None]
@@ -253,7 +254,7 @@ def _explained(error: BaseException, argv: Sequence[str]) -> str:
     if unknown and not isinstance(error, OSError):
         close = re.search(r'Did you mean "(\w+)"', text)  # how ml_collections reports --config.no.such=field
         hint = f"did you mean {close[1]}? " if close else ""
-        return f"{', '.join(unknown)}: unknown field; {hint}configs/base.py has all fields"
+        return f"{', '.join(map(without_credentials, unknown))}: unknown field; {hint}configs/base.py has all fields"
     if isinstance(error, flags.Error | OSError):
         found = re.match(r"flag --config\.([\w.]+)=", text)
         wanted = f"; expected {_WANTED[type(_place(found[1]))]}" if found else ""

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax import hub, paths
 from rlver_jax.config_fields import CHOICES, PATHS, RANGES
+from rlver_jax.credentials import without_credentials
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
@@ -108,8 +109,8 @@ def _names_and_types(values: dict[str, Any], fields: dict[str, Any]) -> Iterator
 
 
 def shown(value: Any) -> str:
-    """A value as a message holds it: cut short where it is long."""
-    return shortened(repr(value))
+    """A value as a message holds it: cut short where it is long, without passwords of addresses."""
+    return shortened(without_credentials(repr(value)))
 
 
 def shortened(text: str, most: int = 300) -> str:
@@ -274,15 +275,16 @@ def _remote(values: dict[str, Any]) -> Iterator[str]:
         if not url:
             continue
         name = f"remote.{side}.url"
-        if "@" in url or "?" in url:
+        if set("@?#") & set(url):
             # Not repeated here, since it may hold a secret.
             yield f"{name}: holds a user, a password or a query; name an API key's variable in remote.{side}.key_env"
         elif not _is_address(url):
             yield f"{name}={shown(url)}: expected the base address of a server, such as http://127.0.0.1:8000/v1"
         if not model:
             yield f"remote.{side}.model is empty; set it to the model's name at the endpoint"
-        if extra and not _is_object(extra):
-            yield f"remote.{side}.extra={extra!r}: expected a JSON object of fields for each request, or nothing"
+        if extra and (fault := _object_fault(extra)):
+            # Nor this.
+            yield f"remote.{side}.extra: {fault}; expected a JSON object of fields for each request, or nothing"
         if side == "policy" and values["rollout.top_k"]:
             yield "rollout.top_k: the protocol of remote.policy.url has none; set it to 0, or use remote.policy.extra"
 
@@ -299,11 +301,20 @@ def _is_address(url: str) -> bool:
         return False
 
 
-def _is_object(text: str) -> bool:
+def _object_fault(text: str) -> str:
+    """Why a text is no JSON object that can be sent; empty: it is."""
     try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
+        found = json.loads(text)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    except json.JSONDecodeError as error:
+        return f"is no JSON ({error})"
+    except UnicodeError:
+        return "holds half a character"
+    except ValueError:  # NaN, infinity, or thousands of digits
+        return "holds a number that JSON doesn't have"
+    except RecursionError:
+        return "is nested too deep"
+    return "" if isinstance(found, dict) else f"is of type {type(found).__name__}"
 
 
 def endpoint_sides(config: ConfigDict) -> list[str]:
@@ -322,8 +333,8 @@ def check_training(config: ConfigDict) -> None:
     if not values["data.train"]:
         faults.append("data.train is empty; set --config.data.train to a JSONL file of profiles")
     faults += [
-        f"remote.{side}.url={values[f'remote.{side}.url']!r}: training needs both models on the device; endpoints are "
-        f"for evaluate"
+        f"remote.{side}.url={shown(values[f'remote.{side}.url'])}: training needs both models on the device; endpoints "
+        f"are for evaluate"
         for side in endpoint_sides(config)
     ]
     if not values["rollout.temperature"]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlver_jax.config import ConfigError, endpoint_sides, reward_settings
+from rlver_jax.credentials import Secret, key_fault
 from rlver_jax.dialogue import room_needed
 from rlver_jax.endpoint.answers import AnswerCache
 from rlver_jax.endpoint.client import Client, Endpoint
@@ -35,6 +37,7 @@ from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.remote import RemoteUser
 
 ANSWERS = "answers.sqlite"
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{,63}|[a-z_]{1,64}")  # as variables are called, and hardly any key
 _TRAFFIC = ("sent", "failed", "from_cache")
 PolicyOf = Callable[[Sequence[Row]], Policy]
 UserOf = Callable[[Sequence[Row]], User]
@@ -163,14 +166,18 @@ def endpoint_of(config: ConfigDict, side: str) -> Endpoint:
     """The endpoint of `config.remote[side]`, with its API key out of the environment.
 
     Raises:
-        ConfigError: the variable that should hold the key is not set.
+        ConfigError: the variable that should hold the key is not set, or holds what can be none.
     """
     c, common = config.remote[side], config.remote
-    key = os.environ.get(c.key_env, "") if c.key_env else ""
-    if c.key_env and not key:
+    key = Secret(os.environ.get(c.key_env, "") if c.key_env else "")
+    if c.key_env and c.key_env not in os.environ:
+        # Whoever takes the field for the key itself should not find it in a log.
+        named = f"={c.key_env!r}" if _VARIABLE.fullmatch(c.key_env) else " (not shown, since it may be a key itself)"
         raise ConfigError(
-            f"remote.{side}.key_env={c.key_env!r}: no such variable in the environment; export the API key in it"
+            f"remote.{side}.key_env{named}: no such variable in the environment; export the API key in it"
         )
+    if c.key_env and (fault := key_fault(key)):
+        raise ConfigError(f"remote.{side}.key_env={c.key_env!r}: the API key in this variable {fault}")
     extra = json.loads(c.extra) if c.extra else {}
     return Endpoint(c.url, c.model, key, extra, common.concurrency, common.timeout, common.deadline)
 

@@ -38,6 +38,7 @@ from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.runs.metrics import MetricsWriter
 from rlver_jax.runs.progress import TrainingProgress
+from rlver_jax.runs.settings import without_secrets
 from rlver_jax.runs.workdir import Contents, RunFolder
 from rlver_jax.sampling.cache import LM
 from rlver_jax.spec import Spec
@@ -249,7 +250,7 @@ class Trainer:
         given = {
             "tensorboard": log.tensorboard,
             "wandb": log.wandb,
-            "config": flatten(self.config),
+            "config": without_secrets(flatten(self.config)),
             "resume_step": done,
             "report": self.say,
         }

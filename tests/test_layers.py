@@ -28,7 +28,7 @@ LAYERS = [
     {"hub"},
     {"foreign_weights"},
     {"parallel"},
-    {"advice", "config_files", "output", "paths"},
+    {"advice", "config_files", "credentials", "output", "paths"},
 ]
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 

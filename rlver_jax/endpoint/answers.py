@@ -7,8 +7,11 @@ of model, prompt or setting asks anew. Headers are not kept, hence no API key.
 import hashlib
 import json
 import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
+
+from rlver_jax.endpoint.completion import parsed
 
 
 def request_key(url: str, body: dict[str, Any], seed: int) -> str:
@@ -26,10 +29,13 @@ class AnswerCache:
         Raises:
             ValueError: it is there but is no such cache, or cannot be written.
         """
+        self.path = path
+        self._rejected: set[str] = set()  # keys of answers that are kept but cannot be used
         try:
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+            self._file.text_factory = bytes  # a damaged row may hold anything
             self._file.execute("PRAGMA journal_mode=WAL")  # an answer is on disk as soon as `put` returns
             self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer TEXT)")
             self._file.execute("SELECT key, request, answer FROM answers LIMIT 1")
@@ -40,14 +46,48 @@ class AnswerCache:
             ) from error
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The response's JSON object, if the request has been answered."""
-        row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        """The response's JSON object, if the request has been answered; what cannot be read is said and passed over.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        row = self._execute("SELECT answer FROM answers WHERE key = ?", key).fetchone()
+        if row is None or key in self._rejected:
+            return None
+        found = parsed(row[0].decode("utf-8", "replace")) if isinstance(row[0], bytes) else None
+        if not isinstance(found, dict):
+            self.reject(key, "it is no JSON object")
+            return None
+        return found
+
+    def reject(self, key: str, why: str) -> None:
+        """Has the next answer take the place of one that cannot be used."""
+        if not self._rejected:
+            told = (
+                f"{self.path}: a kept answer cannot be used ({why}); it is asked for again, as are any others like it"
+            )
+            print(told, file=sys.stderr)
+        self._rejected.add(key)
 
     def put(self, key: str, body: dict[str, Any], answer: dict[str, Any]) -> None:
-        """Keeps an answer; of two to the same request the first stays."""
+        """Keeps an answer; of two to the same request the first stays, unless it cannot be used.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
         request, text = (json.dumps(x, ensure_ascii=True) for x in (body, answer))
-        self._file.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (key, request, text))
+        how = "REPLACE" if key in self._rejected else "IGNORE"
+        self._execute(f"INSERT OR {how} INTO answers VALUES (?, ?, ?)", key, request, text)
+        self._rejected.discard(key)
+
+    def _execute(self, statement: str, *values: str) -> sqlite3.Cursor:
+        try:
+            return self._file.execute(statement, values)
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"{self.path}: the cache of answers cannot be read or written ({error}); where it is damaged, move it "
+                f"away, or name another file with --config.remote.cache=FILE"
+            ) from error
 
     def __len__(self) -> int:
         return self._file.execute("SELECT count(*) FROM answers").fetchone()[0]

@@ -1,14 +1,18 @@
 """Asks a model behind an OpenAI-compatible endpoint for chat completions.
 
 Whatever may pass is tried again until a deadline: no connection, a dropped one, a timeout, statuses 408, 409, 425, 429
-and 5xx, and bodies that are no completion. Waits double, with jitter; `Retry-After` and the `x-ratelimit-…` headers
-hold back all requests to the endpoint. A request keeps its place among the concurrent ones while it waits, so an
-endpoint in trouble gets fewer of them. A proxy between here and there (`proxy_of`) says things of its own.
+and 5xx, and bodies that are no completion or too long for one. Waits double, with jitter; `Retry-After` and the
+`x-ratelimit-…` headers hold back all requests to the endpoint. A request keeps its place among the concurrent ones
+while it waits, so an endpoint in trouble gets fewer of them. A proxy between here and there (`proxy_of`) says things of
+its own.
+
+Nothing that is raised here refers to httpx's errors and requests: those hold the API key.
 """
 
 import asyncio
 import dataclasses
 import json
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +21,10 @@ from typing import Any
 import httpx2 as httpx
 import tenacity
 
+from rlver_jax.credentials import Secret, Secrets, basic, guarded, key_fault, secret_values, without_credentials
 from rlver_jax.endpoint.answers import AnswerCache, request_key
+from rlver_jax.endpoint.body import CODINGS, LONGEST, BodyFault, read_body
+from rlver_jax.endpoint.completion import Answer, NoCompletion, answer_of, clean, completion_of, parsed
 from rlver_jax.endpoint.errors import ContextFull, EndpointError, Unavailable
 from rlver_jax.endpoint.limits import pause_of
 from rlver_jax.endpoint.proxy import Proxy, proxy_of
@@ -26,7 +33,10 @@ Message = Mapping[str, str]  # role and content
 _PASSING = frozenset({408, 409, 425, 429})  # beside 5xx
 _FULL = ("context_length_exceeded", "context length", "maximum context", "context window", "too many tokens")
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the endpoint asks for more
-_SHORTEST_KEY = 8  # characters; "none" or "EMPTY", for servers that want any key, are words and no secrets
+_TOLD = 300  # characters of a body, in a message
+
+for _name in ("httpx2", "httpcore2"):  # their debug lines hold headers as they come, in which a server may repeat a key
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class _Passing(Exception):
@@ -45,9 +55,10 @@ class Endpoint:
         url: base, such as http://127.0.0.1:8000/v1.
         model: its name there.
         key: API key, sent as bearer token; empty: none. Never part of a message, a log or the cache.
-        extra: fields that are added to every request's body; null removes one of ours.
+        extra: fields that are added to every request's body; null removes one of ours. What its fields with names such
+            as api_key hold is as secret as the key.
         concurrency: requests at once.
-        timeout: seconds that one attempt may take.
+        timeout: seconds that one attempt may take, from its connection to the last byte of its answer.
         deadline: seconds for a request with all its attempts.
         first_wait: seconds, before the second attempt.
     """
@@ -61,17 +72,21 @@ class Endpoint:
     deadline: float = 600.0
     first_wait: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Has no secret shown by `repr`."""
+        object.__setattr__(self, "key", Secret(self.key))
+        object.__setattr__(self, "url", guarded(self.url))
+        object.__setattr__(self, "extra", guarded(dict(self.extra)))
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a model said; `reasoning` where the endpoint gives it apart. Tokens are the endpoint's own count."""
-
-    text: str
-    reasoning: str
-    prompt_tokens: int
-    completion_tokens: int
-    model: str  # as the endpoint calls what really answered
-    cut: bool  # by max_tokens
+    def check(self) -> None:
+        """Raises ValueError: the key cannot be sent in a header, or `extra` not in a JSON body."""
+        if self.key and (fault := key_fault(self.key)):
+            raise ValueError(f"the API key for {without_credentials(self.url)} {fault}")
+        try:
+            json.dumps(self.extra, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError) as error:
+            told = type(error).__name__ if isinstance(error, UnicodeError) else str(error)
+            raise ValueError(f"the fields added to each request cannot be written as JSON: {told}") from None
 
 
 @dataclasses.dataclass
@@ -90,15 +105,18 @@ class Client:
         """Asks nothing yet.
 
         Raises:
-            ValueError: the environment names a proxy that cannot be used.
+            ValueError: the key or `extra` cannot be sent, or the environment names a proxy that cannot be used.
         """
+        endpoint.check()
         self.endpoint, self.traffic = endpoint, Traffic()
         self._answers = answers
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._free_at = 0.0  # monotonic time before which the endpoint wants no request
         self._url = endpoint.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self._shown = without_credentials(self._url)  # in messages
         self._proxy = proxy_of(self._url)
-        self._http = _http_client(endpoint, self._proxy)
+        self._secrets = _secrets_of(endpoint, self._proxy)
+        self._http = _http_client(endpoint, self._proxy, self._secrets)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -128,14 +146,23 @@ class Client:
         body |= {"top_p": top_p} if top_p < 1 else {}
         body = {name: value for name, value in (body | dict(self.endpoint.extra)).items() if value is not None}
         key = request_key(self._url, body, seed)
-        known = self._answers.get(key)
+        known = self._known(key)
         if known is not None:
             self.traffic.from_cache += 1
-            return _answer(known)
+            return answer_of(known)
         async with self._slots:
             found = await self._insist(body)
-        self._answers.put(key, body, found)
-        return _answer(found)
+        self._answers.put(key, self._secrets.hide_in(body), found)
+        return answer_of(found)
+
+    def _known(self, key: str) -> dict[str, Any] | None:
+        """What is kept of an earlier answer. What an older version has kept may be no good; it is asked for again."""
+        known = self._answers.get(key)
+        try:
+            return None if known is None else completion_of(known, self._secrets)
+        except NoCompletion as error:
+            self._answers.reject(key, str(error))
+            return None
 
     async def _insist(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The response's JSON, by as many attempts as the deadline allows."""
@@ -158,61 +185,71 @@ class Client:
             async with asyncio.timeout(self.endpoint.deadline):
                 return await retrying(self._attempt, body)
         except (_Passing, TimeoutError) as error:
-            cause = error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]
-            told = str(cause).rstrip(".")
-            raise Unavailable(
-                f"{self._url}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {told}. "
-                f"See whether the endpoint is up, or raise --config.remote.deadline"
-            ) from None
+            told = str(error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]).rstrip(".")
+        raise Unavailable(  # here, since a request may have been on its way
+            f"{self._shown}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {told}. "
+            f"See whether the endpoint is up, or raise --config.remote.deadline"
+        )
 
     async def _attempt(self, body: Mapping[str, Any]) -> dict[str, Any]:
         while (pause := self._free_at - time.monotonic()) > 0:
             await asyncio.sleep(pause)
         self.traffic.sent += 1
+        found = await self._outcome(body)
+        self.traffic.failed += isinstance(found, _Passing)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def _outcome(self, body: Mapping[str, Any]) -> dict[str, Any] | Exception:
+        """The completion, or what to raise; returned, so that it refers to no error of httpx's."""
         try:
-            response = await self._http.post(self._url, json=body)
-            return self._checked(response)
-        except _Passing:
-            self.traffic.failed += 1
-            raise
+            async with asyncio.timeout(self.endpoint.timeout):
+                return await self._exchange(body)
+        except TimeoutError:
+            through = f" (asked through {self._proxy})" if self._proxy else ""
+            return _Passing(f"Timeout: no whole answer within {self.endpoint.timeout:g} s{through}")
+        except BodyFault as error:
+            return _Passing(self._short(str(error)))
         except httpx.InvalidURL as error:
-            raise EndpointError(
-                f"{self._url}: is no address ({error}); expected e.g. http://127.0.0.1:8000/v1"
-            ) from None
+            told = self._short(str(error))
+            return EndpointError(f"{self._shown}: is no address ({told}); expected e.g. http://127.0.0.1:8000/v1")
         except httpx.UnsupportedProtocol:
-            raise EndpointError(f"{self._url}: expected an address that begins with http:// or https://") from None
-        except httpx.RequestError as error:  # transport, decoding of the body, too many redirects
-            self.traffic.failed += 1
-            raise self._not_answered(error) from None
+            return EndpointError(f"{self._shown}: expected an address that begins with http:// or https://")
+        except (httpx.RequestError, ValueError) as error:  # transport; headers that cannot be read
+            return self._not_answered(error)
 
-    def _checked(self, response: httpx.Response) -> dict[str, Any]:
-        """The JSON object of a completion.
+    async def _exchange(self, body: Mapping[str, Any]) -> dict[str, Any] | Exception:
+        async with self._http.stream("POST", self._url, content=_written(body)) as response:
+            pause = pause_of(response.headers, time.time())
+            self._free_at = max(self._free_at, time.monotonic() + pause)
+            received, whole = await read_body(response)
+            return self._checked(response.status_code, received, whole, pause)
 
-        Raises:
-            _Passing, EndpointError: it is none.
-        """
-        pause = pause_of(response.headers, time.time())
-        self._free_at = max(self._free_at, time.monotonic() + pause)
-        text = self._hide(response.content.decode("utf-8", "replace"))
-        if response.status_code == 200:
-            found = _parsed(text)
-            if _is_completion(found):
-                return found
-            raise _Passing(f"a body that is no chat completion: {_short(text)}", pause)
-        told = f"status {response.status_code}: {_short(text)}"
-        passing = response.status_code in _PASSING or response.status_code >= 500
-        if self._proxy and _is_of_proxy(self._proxy, response.status_code, text):
-            raise self._refused_by_proxy(f"answered with {told}", response.status_code, pause)
+    def _checked(self, status: int, body: bytes, whole: bool, pause: float) -> dict[str, Any] | Exception:
+        """What is kept of a completion, or what to raise because it is none."""
+        if status == 200 and not whole:
+            return _Passing(f"a body of more than {LONGEST / 2**20:g} MiB, which is no answer", pause)
+        text = clean(body.decode("utf-8-sig", "replace"))
+        if status == 200:
+            try:
+                return completion_of(parsed(text), self._secrets)
+            except NoCompletion as error:
+                return _Passing(f"{error}: {self._short(text)}", pause)
+        told = f"status {status}: {self._short(text)}"
+        passing = status in _PASSING or status >= 500
+        if self._proxy and _is_of_proxy(self._proxy, status, text):
+            return self._refused_by_proxy(f"answered with {told}", status, pause)
         if passing and "insufficient_quota" not in text:
-            raise _Passing(told, pause)
-        if response.status_code in (400, 413, 422) and any(word in text.lower() for word in _FULL):
-            raise ContextFull(f"{self._url}: {told}")
+            return _Passing(told, pause)
+        if status in (400, 413, 422) and any(word in text.lower() for word in _FULL):
+            return ContextFull(f"{self._shown}: {told}")
         through = f" (asked through {self._proxy}: if that refuses, {self._proxy.remedy})" if self._proxy else ""
-        raise EndpointError(f"{self._url}: {told}{through}; {_remedy(response.status_code)}")
+        return EndpointError(f"{self._shown}: {told}{through}; {_remedy(status)}")
 
-    def _not_answered(self, error: httpx.RequestError) -> Exception:
+    def _not_answered(self, error: Exception) -> Exception:
         """What to raise of an attempt that brought no response."""
-        told = self._hide(f"{type(error).__name__} {error}".strip())
+        told = self._short(f"{type(error).__name__} {error}".strip())
         if not self._proxy:
             return _Passing(told)
         if isinstance(error, httpx.ProxyError):  # no tunnel
@@ -228,35 +265,51 @@ class Client:
             remedy = f"it wants a user and a password: http://USER:PASSWORD@HOST:PORT in its variable; or {remedy}"
         told = f"{self._proxy} {what}; {remedy}"
         passing = status in _PASSING or status >= 500
-        return _Passing(told, pause) if passing else EndpointError(f"{self._url}: {told}")
+        return _Passing(told, pause) if passing else EndpointError(f"{self._shown}: {told}")
 
-    def _hide(self, text: str) -> str:
-        """The text without the API key, which some servers repeat."""
-        return text.replace(self.endpoint.key, "***") if len(self.endpoint.key) >= _SHORTEST_KEY else text
+    def _short(self, text: str) -> str:
+        """The beginning of what a server said, in a line, without what nobody should read."""
+        text = " ".join(self._secrets.hide(clean(text[: 100 * _TOLD])).split())
+        return text if len(text) <= _TOLD else text[:_TOLD] + "…"
 
 
-def _http_client(endpoint: Endpoint, proxy: Proxy | None) -> httpx.AsyncClient:
+def _secrets_of(endpoint: Endpoint, proxy: Proxy | None) -> Secrets:
+    """What a server or a proxy was sent, may repeat, and nobody should read."""
+    urls = [endpoint.url, *([proxy.url] if proxy else [])]
+    return Secrets([endpoint.key, *secret_values([endpoint.extra, *urls])], whole=map(basic, urls))
+
+
+def _http_client(endpoint: Endpoint, proxy: Proxy | None, secrets: Secrets) -> httpx.AsyncClient:
     given: dict[str, Any] = {"limits": httpx.Limits(max_connections=endpoint.concurrency)}
+    told = proxy.fault if proxy else ""
     try:
-        if proxy and proxy.fault:
-            raise ValueError(proxy.fault)
-        # A transport of its own has no proxy; SSL_CERT_FILE and the like count either way.
-        how = {"proxy": proxy.url, **given} if proxy else {"transport": httpx.AsyncHTTPTransport(**given)}
-        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-        return httpx.AsyncClient(timeout=endpoint.timeout, headers=headers, **how)
+        if not told:
+            # A transport of its own has no proxy; SSL_CERT_FILE and the like count either way.
+            how = {"proxy": proxy.url, **given} if proxy else {"transport": httpx.AsyncHTTPTransport(**given)}
+            return httpx.AsyncClient(timeout=None, headers=_headers(endpoint), **how)
     except (ImportError, httpx.InvalidURL, ValueError) as error:
         if proxy is None:
             raise
-        told = "pip install socksio, which SOCKS needs" if isinstance(error, ImportError) else str(error)
-        raise ValueError(
-            f"{proxy} cannot be used for {endpoint.url} ({told}); expected an address such as http://HOST:PORT, or "
-            f"{proxy.host} in NO_PROXY"
-        ) from None
+        of_socks = isinstance(error, ImportError)
+        told = "pip install socksio, which SOCKS needs" if of_socks else secrets.hide(without_credentials(str(error)))
+    raise ValueError(  # here, so that it refers to no error that holds the proxy's password
+        f"{proxy} cannot be used for {without_credentials(endpoint.url)} ({told}); expected an address such as "
+        f"http://HOST:PORT, or {proxy.host if proxy else 'its host'} in NO_PROXY"
+    )
+
+
+def _headers(endpoint: Endpoint) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": CODINGS}
+    return headers | ({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})
+
+
+def _written(body: Mapping[str, Any]) -> Secret:
+    return Secret(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
 
 
 def _is_of_proxy(proxy: Proxy, status: int, text: str) -> bool:
     """Whether a proxy made the answer that it should have brought: endpoints explain what they refuse in JSON."""
-    return status == 407 or (not proxy.tunnel and status >= 400 and not isinstance(_parsed(text), dict))
+    return status == 407 or (not proxy.tunnel and status >= 400 and not isinstance(parsed(text), dict))
 
 
 def _remedy(status: int) -> str:
@@ -265,42 +318,3 @@ def _remedy(status: int) -> str:
     if status in (301, 302, 307, 308, 404, 405):
         return "expected the base address of an OpenAI-compatible server, often ending in /v1, and a model that it has"
     return "fields that the endpoint doesn't take can be removed with --config.remote.policy.extra (or .user.)"
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_completion(found: Any) -> bool:
-    try:
-        message = found["choices"][0]["message"]
-        return isinstance(message, dict) and isinstance(message.get("content"), str | None)
-    except (KeyError, IndexError, TypeError):
-        return False
-
-
-def _answer(found: Mapping[str, Any]) -> Answer:
-    choice = found["choices"][0]
-    message, usage = choice["message"], found.get("usage")
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    return Answer(
-        text=message.get("content") or "",
-        reasoning=reasoning if isinstance(reasoning, str) else "",
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
-        model=str(found.get("model") or ""),
-        cut=choice.get("finish_reason") == "length",
-    )
-
-
-def _count(usage: Any, name: str) -> int:
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) else 0
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:300] + "…"

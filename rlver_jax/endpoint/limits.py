@@ -38,7 +38,7 @@ def _retry_after(text: str, now: float) -> float:
         return _number(text)
     try:
         return parsedate_to_datetime(text).timestamp() - now
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):  # the last of a year that clocks don't have
         return 0.0
 
 

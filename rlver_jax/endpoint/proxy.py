@@ -11,6 +11,8 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from rlver_jax.credentials import Secret
+
 # As distributions write them into /etc/hosts.
 _LOCAL = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost", "ip6-loopback")
 
@@ -32,7 +34,9 @@ class Proxy:
     tunnel: bool
 
     def __str__(self) -> str:
-        return f"the proxy {self.url.rpartition('@')[2].split('://')[-1].strip('/')} ({self.variable})"
+        # Of an address that cannot be read any part may be a password.
+        place = "" if self.fault else f"{urlsplit(self.url).netloc.rpartition('@')[2]} "
+        return f"the proxy {place}({self.variable})"
 
     @property
     def fault(self) -> str:
@@ -65,7 +69,7 @@ def proxy_of(url: str) -> Proxy | None:
     kind = parts.scheme if known.get(parts.scheme) else "all"
     names = [name for name in (f"{kind}_proxy", f"{kind}_proxy".upper()) if os.environ.get(name)]
     address = found if "://" in found else f"http://{found}"
-    return Proxy(address, [*names, "the system's settings"][0], host, parts.scheme == "https")
+    return Proxy(Secret(address), [*names, "the system's settings"][0], host, parts.scheme == "https")
 
 
 def is_loopback(host: str) -> bool:

@@ -10,6 +10,13 @@ if TYPE_CHECKING:  # the client needs the extra `remote`; counts don't
     from rlver_jax.endpoint.client import Answer
 
 COUNTS = ("requests", "asked_again", "prompt_tokens", "completion_tokens")
+_MOST = 10**9  # no model reads or says as much at once; sums of it fit everywhere
+
+
+def count_of(value: Any) -> int:
+    """A count as a server gave it; 0 where it is none, or beyond reason."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST
+    return int(value) if whole and value == int(value) else 0
 
 
 @dataclass
@@ -41,7 +48,13 @@ def priced(used: Mapping[str, Any], prices: tuple[float, float]) -> dict[str, An
     Args:
         prices: of a million tokens read, and generated.
     """
-    return {**used, "cost": (used["prompt_tokens"] * prices[0] + used["completion_tokens"] * prices[1]) / 1e6}
+    used = {**used, **{name: _sane(used[name]) for name in COUNTS}}
+    return used | {"cost": (used["prompt_tokens"] * prices[0] + used["completion_tokens"] * prices[1]) / 1e6}
+
+
+def _sane(count: Any) -> int:
+    """A count of a log; 0 where an older version has taken over what a server made up."""
+    return int(count) if isinstance(count, int) and 0 <= count < 2**53 else 0
 
 
 def summed(used: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from rlver_jax.judging.finished import Finished
 from rlver_jax.runs.evaluation_folder import PATHS
 from rlver_jax.runs.files import write_json
-from rlver_jax.runs.settings import compare
+from rlver_jax.runs.settings import compare, without_secrets
 
 _log = logging.getLogger(__name__)
 Line = dict[str, Any]
@@ -36,7 +36,7 @@ class WorkFile:
         settings = json.loads(json.dumps(settings | {"fingerprint.dialogues": dialogues_fingerprint(dialogues)}))
         noted = self.path.with_suffix(".settings.json")
         if noted.exists():
-            self._check(json.loads(noted.read_text(encoding="utf-8")), settings)
+            self._check(without_secrets(json.loads(noted.read_text(encoding="utf-8"))), settings)
             self.done = self._read(len(dialogues))
         else:
             write_json(noted, settings)

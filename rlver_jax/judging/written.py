@@ -14,6 +14,7 @@ from rlver_jax.judging.forms import Answers, Step
 from rlver_jax.user.forms import BETWEEN, Field, Form, behind_marks, one_line, plain
 
 _SIGNS = "+＋\\-−–－"
+_LONGEST = 100  # characters of a choice, with spaces; Python reads no number of more than 4,300 digits
 _MINUS = "-−–－"
 
 
@@ -49,10 +50,10 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
         known = {option.lower(): option for option in options}
     else:
         signs = _SIGNS if options[0][0] in "+-" else ""
-        one = (rf"[{signs}]?\s*" if signs else "") + r"\d+(?![\d.]*\d)"
+        one = (rf"[{signs}]?\s*+" if signs else "") + r"\d++(?![\d.]*\d)"
         known = {str(int(option)): option for option in options}
-    match = re.match(rf"[^\w{signs}]*({one})", text)
-    if match is None:
+    match = re.match(rf"[^\w{signs}]*+({one})", text)
+    if match is None or len(match[1]) > _LONGEST:
         return None
     rest = text[match.end() :]
     of_all = not signs and re.match(rf"\s*/\s*{options[-1]}(?!\w)", rest)  # "4/5"

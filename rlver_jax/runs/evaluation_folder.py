@@ -23,7 +23,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.fingerprints import model_fingerprint, texts_fingerprint
-from rlver_jax.runs.settings import compare
+from rlver_jax.runs.settings import compare, without_secrets
 
 PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json"
 # Sections whose fields decide a score, and the fields in them that don't.
@@ -124,7 +124,7 @@ def _taken_up(path: Path, settings: dict[str, Any], repeats: int, report: Callab
             )
         return {"records": [], "played": []}
     found = _read_progress(progress)
-    _check_same(path, found["settings"], settings, report)
+    _check_same(path, without_secrets(found["settings"]), settings, report)
     log = path / DIALOGUES
     records = read_dialogues(log, unfinished=True) if log.exists() else []
     _check_records(log, records, settings["eval.num_profiles"] * repeats)
@@ -173,6 +173,7 @@ def at_endpoint(flat: dict[str, Any], config: ConfigDict, side: str) -> dict[str
     """Settings of a side whose model is behind an endpoint, in place of those that matter on the device only."""
     kept = {name: value for name, value in flat.items() if name not in {f"{side}.{field}" for field in _OF_DEVICE}}
     named = {f"remote.{side}.{name}": config.remote[side][name] for name in _OF_ENDPOINT}
+    named = without_secrets(named, [os.environ.get(config.remote[side].key_env, "")])
     return kept | named | {"remote.asks": config.remote.asks}
 
 

@@ -2,13 +2,15 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlver_jax.config import flatten
 from rlver_jax.config_files import base
+from rlver_jax.credentials import Secrets, redacted
 from rlver_jax.runs.fingerprints import same
 
+_MAY_HOLD_KEYS = ("remote.policy.extra", "remote.user.extra")
 SHOWN = 5  # differences that a message names
 
 
@@ -46,6 +48,17 @@ def compare(found: Mapping[str, Any], new: Mapping[str, Any], free: Callable[[st
 
 def _equal(name: str, found: object, new: object) -> bool:
     return same(found, new) if name.startswith("fingerprint.") else found == new
+
+
+def without_secrets(settings: dict[str, Any], keys: Iterable[str] = ()) -> dict[str, Any]:
+    """Settings without what `extra` may hold beside settings: API keys, passwords and the like, by their names.
+
+    Args:
+        keys: that are hidden wherever they stand.
+    """
+    secrets = Secrets(keys)
+    found = {name: settings[name] for name in _MAY_HOLD_KEYS if isinstance(settings.get(name), str)}
+    return settings | {name: redacted(value, secrets) for name, value in found.items()}
 
 
 def listed(texts: Sequence[str], separator: str) -> str:

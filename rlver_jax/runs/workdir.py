@@ -24,7 +24,7 @@ from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.kept_model import base_folder, check_same_model, keep_model, kept_model
 from rlver_jax.runs.lock import LOCK
-from rlver_jax.runs.settings import SHOWN, compare, listed
+from rlver_jax.runs.settings import SHOWN, compare, listed, without_secrets
 
 CONFIG, FINGERPRINTS, FINISHED = "config.json", "fingerprints.json", "finished.json"
 _VERSION = 1  # of fingerprints.json
@@ -83,7 +83,7 @@ class RunFolder:
                 given different configs or don't see one folder.
         """
         folder = cls(Path(path), check)
-        new = json.loads(json.dumps(flatten(config)))  # tuples become lists, as in the file
+        new = json.loads(json.dumps(without_secrets(flatten(config))))  # tuples become lists, as in the file
         distributed.check_same("the config", {name: value for name, value in new.items() if name not in PATHS})
         distributed.from_main(lambda: folder._take(new, config.train.steps, free_fields, contents, report))
         distributed.together(folder._check_shared)
@@ -122,7 +122,7 @@ class RunFolder:
         self, new: dict[str, Any], free: Sequence[str], named: Sequence[str], report: Callable[[str], None]
     ) -> None:
         sections = tuple(f"{name}." for name in free)
-        found = compare(self.config(), new, lambda name: f"{name}.".startswith(sections))
+        found = compare(without_secrets(self.config()), new, lambda name: f"{name}.".startswith(sections))
         if found.differences:
             raise ValueError(
                 f"{self.path}: holds a run with another config ({found.differences}); name another --workdir, or give "

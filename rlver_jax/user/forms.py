@@ -8,7 +8,8 @@ a form, each field marked by its name in brackets, and answers with the form fil
     [change] -3
 
 Reading is lenient in how the answer looks (bold marks, full-width brackets, a heading without its mark) and strict in
-what counts: a change must be a whole number from -10 to 10, a reply must say something.
+what counts: a change must be a whole number from -10 to 10, a reply must say something. No answer, however long and
+whatever it is made of, takes longer than in proportion to its length: a server may send what no model says.
 """
 
 import re
@@ -21,10 +22,11 @@ from rlver_jax.user.emotion import CHANGES
 # What leads from one number to another: a range, such as "-10 … +10", is no answer.
 BETWEEN = r"\s*(?:…+|\.{2,}|[-−–—~～、,，&到至或和]|or\b|to\b|and\b)\s*"
 # Behind the mark: perhaps a colon or bold, then the number, which nothing but a unit or an explanation may follow.
-_NUMBER = re.compile(rf"[^\w+\-−–－]*([+\-−–－]?)\s*(\d{{1,3}})(?![\d.]*\d)(?!{BETWEEN}[+\-−–－]?\d)")
-_ALONE = re.compile(r"(?<![\w.])([+\-−–－]?)\s*(\d+)(?![\d.]*\d)")
+_NUMBER = re.compile(rf"[^\w+\-−–－]*+([+\-−–－]?)\s*+(\d{{1,3}})(?![\d.]*\d)(?!{BETWEEN}[+\-−–－]?\d)")
+_ALONE = re.compile(r"(?<![\w.])(?:([+\-−–－])\s*+)?(\d++)(?![\d.]*\d)")
+_DIGITS = 20  # more make no number that counts, and Python reads no more than 4,300
 _THOUGHT = re.compile(r"\A.*</think>", re.DOTALL)
-_FENCE = re.compile(r"^\s*```.*$", re.MULTILINE)
+_FENCE = re.compile(r"^[^\S\n]*```.*$", re.MULTILINE)
 
 
 class Field(NamedTuple):
@@ -157,7 +159,11 @@ def _between(answer: str, places: dict[str, tuple[int, int]], name: str) -> str:
 
 
 def _change(match: re.Match[str] | None, field: Field, texts: dict[str, str]) -> int:
-    number = None if match is None else int(match[2]) * (-1 if match[1] in ("-", "−", "–", "－") else 1)
+    number = (
+        None
+        if match is None or len(match[2]) > _DIGITS
+        else int(match[2]) * (-1 if match[1] in ("-", "−", "–", "－") else 1)
+    )
     if number not in CHANGES:
         raise Unreadable(f"[{field.name}], a whole number from {CHANGES[0]} to +{CHANGES[-1]}", texts)
     assert number is not None

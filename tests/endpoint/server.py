@@ -40,6 +40,8 @@ class ChatServer(InBackground):
         fault: name of a fault, or "", for the n-th request; see `_serve`.
         bodies: of all requests that were answered well, in order; `count`: of all requests; `most`: at once.
         headers: sent with each good answer; `key`: the API key that is wanted, or "".
+        whole: makes another object, or bytes, of a whole completion.
+        raw: where set, it answers: gets the handler, and writes to its `wfile` what it likes.
     """
 
     def __init__(self, answer: Callable[[dict], str | dict] = rule, fault: Callable[[int], str] = lambda n: ""):
@@ -47,6 +49,8 @@ class ChatServer(InBackground):
         self.bodies, self.count, self.most, self.seen_keys = [], 0, 0, set()
         self.headers: dict[str, str] = {}
         self.before = lambda: None  # called before each answer
+        self.whole: Callable[[dict], dict | bytes] = lambda whole: whole
+        self.raw: Callable[[BaseHTTPRequestHandler], None] | None = None
         self._now, self._lock = 0, threading.Lock()
         outer = self
 
@@ -85,6 +89,9 @@ class ChatServer(InBackground):
 
     def _respond(self, handler, body, fault):
         sent = handler.headers.get("Authorization", "")
+        if self.raw:
+            handler.close_connection = True
+            return self.raw(handler)
         if fault == "drop":  # half a response, then nothing
             handler.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"choices": [')
             handler.close_connection = True
@@ -109,7 +116,9 @@ class ChatServer(InBackground):
             whole["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"}]
             with self._lock:
                 self.bodies.append(body)
-            self._send(handler, 200, json.dumps(whole).encode(), self.headers)
+            whole = self.whole(whole)
+            self._send(handler, 200, whole if isinstance(whole, bytes) else json.dumps(whole).encode(), self.headers)
+        return None
 
     def _send(self, handler, status, body, headers=None):
         handler.send_response(status)

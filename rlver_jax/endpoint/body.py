@@ -1,0 +1,75 @@
+"""The body of a response, as long as it is no longer than an answer can be: whatever is sent, memory stays flat.
+
+httpx decodes as well, but keeps without a bound what stands behind the end of a compressed stream, and stacks codings.
+"""
+
+import contextlib
+import zlib
+
+import httpx2 as httpx
+
+# Bytes, as they come and decoded. A long answer has 0.1 MB; whoever asks for logprobs of every token may get some MB.
+LONGEST = 8 * 2**20
+CODINGS = "gzip, deflate"  # what we ask for, and decode
+
+
+class BodyFault(Exception):
+    """A body that cannot be read, or is too long to be."""
+
+
+async def read_body(response: httpx.Response) -> tuple[bytes, bool]:
+    """(the decoded body, whether that is all of it).
+
+    Args:
+        response: of a stream; should be closed afterwards, since it may not have been read to its end.
+
+    Raises:
+        BodyFault: it is encoded in another way than asked for, or not as it says.
+        httpx.RequestError: the connection failed.
+    """
+    length = response.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > 15 or int(length) > LONGEST):
+        return b"", False
+    decoder, found, read = _Decoder(response.headers.get("content-encoding", "")), bytearray(), 0
+    async with contextlib.aclosing(response.aiter_raw()) as pieces:
+        async for piece in pieces:
+            read += len(piece)
+            found += decoder.decoded(piece, LONGEST + 1 - len(found))
+            if max(read, len(found)) > LONGEST:
+                return bytes(found[:LONGEST]), False
+    if not decoder.complete:
+        raise BodyFault(f"a body that ends in the middle of its {decoder.coding} coding")
+    return bytes(found), True
+
+
+class _Decoder:
+    """Undoes a content coding piece by piece; what stands behind its end is dropped."""
+
+    def __init__(self, coding: str):
+        self.coding = coding.strip().lower() or "identity"
+        if self.coding not in ("identity", "gzip", "x-gzip", "deflate"):
+            raise BodyFault(f"a body encoded as {self.coding[:40]!r}; expected {CODINGS} or none")
+        self._stream = None if self.coding == "identity" else zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
+        self._begun = False
+
+    def decoded(self, piece: bytes, most: int) -> bytes:
+        """What a piece decodes to: its first `most` bytes."""
+        if self._stream is None:
+            return piece[:most]
+        if self._stream.eof:
+            return b""
+        try:
+            found = self._stream.decompress(piece, most)
+        except zlib.error as error:
+            if self._begun or self.coding != "deflate":
+                raise BodyFault(f"a body that is not {self.coding}, as it says ({error})") from None
+            self._stream = zlib.decompressobj(wbits=-zlib.MAX_WBITS)  # some servers leave out zlib's header
+            self._begun = True
+            return self.decoded(piece, most)
+        self._begun = True
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether the coding has come to its end."""
+        return self._stream is None or self._stream.eof or not self._begun
