@@ -5,30 +5,38 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from rlver_jax.runs.lines import each_line
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb_id"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; see `iter_metrics`."""
+    return list(iter_metrics(path))
+
+
+def iter_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Rows of a metrics.jsonl, steps rising; a last line that was not finished is left out.
 
     Raises:
         ValueError: another line is no row; with its number.
     """
-    rows: list[dict[str, Any]] = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was not finished
-        try:
-            rows.append(dict(json.loads(line)))
-            rows[-1]["step"] = int(rows[-1]["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}: line {number} is no row of metrics ({error}); restore or remove the file"
-            ) from error
-    return rows
+    with Path(path).open("rb") as file:
+        for number, (_, line) in enumerate(each_line(file, unfinished=True), 1):
+            try:
+                row = dict(json.loads(line.decode("utf-8")))
+                row["step"] = int(row["step"])
+                if abs(row["step"]) >= 2**63:
+                    raise ValueError("its step has more than 63 bits")
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}: line {number} is no row of metrics ({error}); restore or remove the file"
+                ) from error
+            yield row
 
 
 class MetricsWriter:
