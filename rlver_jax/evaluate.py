@@ -82,11 +82,11 @@ def _run(argv: Sequence[str]) -> int:
     try:
         records = play_missing(evaluation, folder, console, options.repeats)
         summary = summarize(evaluation, records, folder)
-        judged, records = judges.judge(finished(records, profiles), folder.path, console)
+        judged, marked = judges.judge(finished(records, profiles), folder.path, console)
     except (ValueError, OSError, EndpointError, KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
         return _ended(error, folder, errors)
     summary |= judged
-    folder.finish(records, summary)
+    folder.finish(marked, summary)
     if before:
         print_comparison(before, (summary, records), console)
     else:

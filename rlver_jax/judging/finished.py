@@ -17,7 +17,8 @@ from rlver_jax.runs.sage import from_sage
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.user.emotion import HIGHEST, LOWEST, SAGE, EmotionRules
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Lazily(Sequence[T]):
     def __len__(self) -> int:
         return len(self._of)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -160,7 +161,7 @@ class FinishedFiles(Sequence[Finished]):
     def __len__(self) -> int:
         return len(self._places) // 2
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):

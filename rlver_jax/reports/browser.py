@@ -93,7 +93,7 @@ def _thinned(sizes: np.ndarray, whose: np.ndarray, room: float) -> np.ndarray:
     for profile in np.flatnonzero(totals > most):
         mine = np.flatnonzero(whose == profile)
         count = len(mine)
-        while count > 1 and sizes[kept := np.array(evenly(mine, max(count, 2)))].sum() > most:
+        while count > 1 and sizes[kept := np.array(evenly(mine.tolist(), max(count, 2)))].sum() > most:
             count = int(count * min(most / sizes[kept].sum(), 0.99))
         taken[mine] = False
         taken[kept if count > 1 else mine[-1:]] = True

@@ -10,6 +10,7 @@ import numpy as np
 from rlver_jax.config import shortened
 from rlver_jax.dialogue import END_REASONS
 from rlver_jax.reports.sources import Outline, Run
+from rlver_jax.runs.numbers import is_number
 from rlver_jax.user.emotion import SAGE
 
 OUTCOMES = ("success", "neither", "failure")  # by SAGE's borders: 100, and below 10
@@ -169,11 +170,12 @@ def _held_out(run: Run) -> dict[str, str]:
 def _summarized(run: Run) -> dict[str, str]:
     found = {}
     for key, what in (("score", "score"), ("rule_score", "score by the gold judge")):
-        if isinstance(run.summary.get(key), int | float):
+        if is_number(run.summary.get(key)):
             found[what] = f"{run.summary[key]:.1f}"
-    for name, judge in (run.summary.get("judges") or {}).items():
-        if isinstance(judge, dict) and isinstance(judge.get("score"), int | float):
-            found[f"score by {name}"] = f"{judge['score']:.1f}"
+    judges = run.summary.get("judges")
+    for name, judge in judges.items() if isinstance(judges, dict) else ():
+        if isinstance(judge, dict) and is_number(judge.get("score")):
+            found[f"score by {shortened(name)}"] = f"{judge['score']:.1f}"
     return found
 
 

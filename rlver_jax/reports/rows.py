@@ -50,7 +50,7 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._columns["step"])
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):

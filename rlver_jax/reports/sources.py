@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.config import shortened
+from rlver_jax.config import shortened, shown
 from rlver_jax.output import plain_line
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, known_intention
 from rlver_jax.reports.rows import Rows
@@ -83,10 +83,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, watch: Watch, texts: Texts) -> Run:
     run = RunFolder(folder)
     if run.metrics.exists():
-        files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"))
-        played = [
-            Dialogues(int(file.stem.removeprefix("step_")), _outlines(file, texts)) for file in watch(files, name)
-        ]
+        files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"), key=_step)
+        played = [Dialogues(_step(file), _outlines(file, texts)) for file in watch(files, name)]
         rows = Rows(iter_metrics(run.metrics))
         if not rows and not played:
             raise ValueError(f"{folder}: its {run.metrics.name} holds no step yet; wait for the first one")
@@ -102,7 +100,16 @@ def _read(folder: Path, name: str, watch: Watch, texts: Texts) -> Run:
         raise ValueError(f"{log}: holds no dialogue; expected at least one")
     summary = _object(folder / SUMMARY)
     settings = (summary or _object(folder / PROGRESS)).get("settings", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder}: its settings are {shown(settings)}, expected a JSON object; evaluate again")
     return Run(name, folder, False, dict(settings), [], summary, [Dialogues(None, records)], texts)
+
+
+def _step(file: Path) -> int:
+    number = file.stem.removeprefix("step_")
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(f"{file}: is not named after a step, such as step_000010.jsonl; move it away")
+    return int(number)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def _object(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON object ({error}); restore it, or evaluate again") from error
 
 

@@ -75,7 +75,7 @@ class Lines:
         if self._copy is None:
             return self.path.open("rb")
         self._copy.seek(0)
-        return self._copy  # type: ignore[return-value]
+        return self._copy
 
     def _leave(self, file: BinaryIO) -> None:
         if file is not self._copy:
