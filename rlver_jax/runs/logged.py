@@ -13,7 +13,8 @@ class Logged(Sequence[Record]):
     def __init__(self, path: Path):
         """Reads the log; raises OSError, or DialogueLogError with file and line."""
         self._lines, self._count = Lines(path), 0
-        for self._count, line in enumerate(self._lines, start=1):
+        for line in self._lines:
+            self._count += 1
             parse_dialogue(line, f"{path}:{self._count}")
 
     def __len__(self) -> int:
