@@ -87,9 +87,9 @@ def _run(argv: Sequence[str]) -> int:
         try:
             records = play_missing(evaluation, folder, console, options.repeats)
             summary = summarize(evaluation, records, folder)
-            judged, records = judges.judge(finished(records, profiles), folder.path, console)
+            judged, marked = judges.judge(finished(records, profiles), folder.path, console)
             summary |= judged
-            folder.finish(records, summary)
+            folder.finish(marked, summary)
         except _EXPECTED as error:
             return _ended(error, folder, errors)
     if before:

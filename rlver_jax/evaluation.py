@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -147,22 +147,47 @@ def eval_spec(config: ConfigDict) -> Spec:
     return spec_of(config, group=1, max_turns=c.max_turns, initial_emotion=c.initial_emotion, rows=c.rows)
 
 
-def scores(records: Sequence[Record]) -> dict[str, Any]:
-    """What an evaluation says of its dialogues.
+def scores(records: Iterable[Record]) -> dict[str, Any]:
+    """What an evaluation says of its dialogues; see `Tally.scores`."""
+    tally = Tally()
+    for record in records:
+        tally.add(record)
+    return tally.scores()
 
-    `score` is the mean final emotion, 0-100; `success` and `failure` count by SAGE's borders, whatever the config's;
-    `acceptance` is the share of appraised replies after which the emotion was meant to rise.
-    """
-    outcomes = [SAGE.outcome(record["emotion"]) for record in records]
-    reasons = collections.Counter(record["end_reason"] for record in records)
-    changes = [message["change"] for record in records for message in record["messages"] if "change" in message]
-    return {
-        "score": float(np.mean([record["emotion"] for record in records])),
-        "success": outcomes.count(1),
-        "failure": outcomes.count(-1),
-        "n": len(records),
-        "turns_mean": float(np.mean([record["turns"] for record in records])),
-        "acceptance": float(np.mean([change > 0 for change in changes])) if changes else 0.0,
-        "end_reasons": {reason: reasons[reason] for reason in ALL_END_REASONS[1:]},
-        "reward_mean": float(np.mean([record["reward"] for record in records])),
-    }
+
+class Tally:
+    """The figures of dialogues, taken from one after another; the dialogues need not be kept."""
+
+    def __init__(self) -> None:
+        """Of none."""
+        self.emotions: list[int] = []  # at the end
+        self._turns: list[int] = []
+        self._rewards: list[float] = []
+        self._rises: list[bool] = []
+        self._reasons: collections.Counter[str] = collections.Counter()
+
+    def add(self, record: Record) -> None:
+        """Takes a dialogue in."""
+        self.emotions.append(record["emotion"])
+        self._turns.append(record["turns"])
+        self._rewards.append(record["reward"])
+        self._rises += [message["change"] > 0 for message in record["messages"] if "change" in message]
+        self._reasons[record["end_reason"]] += 1
+
+    def scores(self) -> dict[str, Any]:
+        """What an evaluation says of its dialogues.
+
+        `score` is the mean final emotion, 0-100; `success` and `failure` count by SAGE's borders, whatever the
+        config's; `acceptance` is the share of appraised replies after which the emotion was meant to rise.
+        """
+        outcomes = [SAGE.outcome(emotion) for emotion in self.emotions]
+        return {
+            "score": float(np.mean(self.emotions)),
+            "success": outcomes.count(1),
+            "failure": outcomes.count(-1),
+            "n": len(self.emotions),
+            "turns_mean": float(np.mean(self._turns)),
+            "acceptance": float(np.mean(self._rises)) if self._rises else 0.0,
+            "end_reasons": {reason: self._reasons[reason] for reason in ALL_END_REASONS[1:]},
+            "reward_mean": float(np.mean(self._rewards)),
+        }

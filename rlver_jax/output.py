@@ -1,20 +1,57 @@
 """Standard output and error of the entry points. A run that took hours must not end because its output is not wanted.
 
 A character that the terminal's encoding lacks is written as its escape; a stream that is closed, whose reader has gone,
-or whose disk is full is given up, and the work goes on.
+or whose disk is full is given up, and the work goes on. What files and models say is only read: nothing that is printed
+moves the cursor, recolours the terminal or turns the direction of a line (`plain`).
 """
 
 import codecs
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 _NARROWEST = 20  # columns
+# What no reader sees but terminals, browsers and searches obey, and what no file in UTF-8 or XML may hold.
+_UNSEEN = re.compile(
+    "["
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, escape among them; tab and line end stay
+    "\ud800-\udfff"  # half characters
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # direction
+    "\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # no width; joiners stay, emoji have them
+    "\ufdd0-\ufdef\ufffe\uffff"  # no characters
+    "]"
+)
+
+
+def plain(text: str) -> str:
+    """The text without what is not read but obeyed: controls of terminals and of direction, half characters, …
+
+    Line ends stay, tabs become spaces.
+    """
+    if text.isprintable():
+        return text
+    lines = text.replace("\r\n", "\n").replace("\u2028", "\n").replace("\u2029", "\n").replace("\t", "    ")
+    return _UNSEEN.sub("", lines)
+
+
+def plain_line(text: str) -> str:
+    """`plain` on one line, for names: one of several lines could look like another of ours."""
+    return " ".join(plain(text).splitlines())
+
+
+class _PlainConsole(Console):
+    """A console that prints nothing but readable text, in rich's own colours and with its own movements."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else plain(text), style, control)
 
 
 def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
@@ -30,7 +67,7 @@ def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
                 setattr(sys, name, _Lasting(stream))
     width, height = _size()
     how: dict[str, Any] = {"width": width, "height": height, "emoji": False}  # file:x:1 is no picture of an x
-    return Console(soft_wrap=soft_wrap, **how), Console(stderr=True, soft_wrap=True, **how)
+    return _PlainConsole(soft_wrap=soft_wrap, **how), _PlainConsole(stderr=True, soft_wrap=True, **how)
 
 
 class _Lasting:

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from absl import flags
+from rich.markup import escape
 from rich.progress import track
 
 from rlver_jax.command_line import define_path, local_paths, parse_flags
 from rlver_jax.config import ConfigError
-from rlver_jax.output import consoles
+from rlver_jax.output import consoles, plain_line
 from rlver_jax.reports import page
 from rlver_jax.reports.sources import read_runs
 from rlver_jax.runs.files import write_text
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
 
     def watch(files: Sequence[Path], name: str) -> Iterable[Path]:
-        return track(files, f"reading {name}", console=console, transient=True, disable=not console.is_terminal)
+        what = f"reading {escape(plain_line(name))}"
+        return track(files, what, console=console, transient=True, disable=not console.is_terminal)
 
     def wrote(path: str, text: str, what: str) -> None:
         write_text(Path(path), text)
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out:
             with console.status("drawing"):
                 text, packed = page.render(runs, int(options.max_mb * 1e6))
-            wrote(options.out, text, f"{packed.kept} of {packed.all} dialogues")
+            cut = f", {packed.shortened} of them shortened" * bool(packed.shortened)
+            wrote(options.out, text, f"{packed.kept} of {packed.all} dialogues{cut}")
     except (ValueError, OSError) as error:
         errors.print(f"report: {error}", markup=False, highlight=False)
         return 2

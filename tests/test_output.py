@@ -1,11 +1,17 @@
 """Whatever stdout and stderr can or cannot take, commands do their work: real processes with such streams."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.table import Table
+from rich.text import Text
+
+from rlver_jax.output import consoles
 
 from .test_paths import COMMANDS
 
@@ -211,3 +217,42 @@ def test_help_of_a_python_without_docstrings(tmp_path):
     status, out, err = run([sys.executable, "-OO", "-m", "rlver_jax.report", "--help"], tmp_path)
     assert status == 0, err
     assert b"--out: HTML file to be written" in out
+
+
+def test_what_is_printed_moves_no_cursor_and_turns_no_line(tmp_path):
+    """Names and texts of files, in tables and messages."""
+    nasty = "\x1b]0;title\x07\x1b[2Jgood\u202e\x9b31m"
+    log = tmp_path / f"{nasty}.jsonl"
+    turn = {"change": 5}
+    history = [{"role": "user", "content": "a", "emotion-point": 40}, {"role": "assistant", "content": "b"}]
+    history += [{"role": "user", "content": "c", "thinking": "", "emotion-point": 99, "planning": turn}]
+    profile = dict.fromkeys(("player", "scene", "task", "character", "topic"), nasty)
+    log.write_text(json.dumps(profile | {"id": nasty, "emo_point": 99, "history": history}) + "\n")
+    command = [sys.executable, "-m", "rlver_jax.evaluate", f"--from={log}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "fault: " in done.stdout
+    missing = subprocess.run([*command[:-1], f"--from={log}x"], env=env, capture_output=True, text=True, check=False)
+    assert missing.returncode == 2
+    for shown in (done.stdout, missing.stderr):
+        assert "good" in shown
+        assert not UNSEEN.findall(shown)
+
+
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def test_a_console_has_its_own_colours_and_movements_only(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console, _ = consoles()
+    table = Table("\x1b[2Ja\u202e")
+    table.add_row(Text("\x9b31m\ud800b\x00\u200b", "red"), "[green]c[/]\x1b[0m\r")
+    console.print(table)
+    console.print("\x1b]0;title\x07d", markup=False, highlight=False)
+    shown = capsys.readouterr().out
+    assert re.search(r"\x1b\[[0-9;]*m", shown), "coloured"
+    left = re.sub(r"\x1b\[(31|32|1|0|1;3\d)m", "", shown)
+    assert not UNSEEN.findall(left)
+    for text in ("[2Ja", "31mb", "c[0m", "]0;titled"):
+        assert text in left

@@ -14,15 +14,16 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.progress import track
 
 from rlver_jax.command_line import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config import ConfigError, endpoint_sides, profile_files, validate
 from rlver_jax.config_files import base
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
-from rlver_jax.evaluation import scores
+from rlver_jax.evaluation import Tally
 from rlver_jax.hub import is_name, short_name
 from rlver_jax.judging.device import DeviceJudge
-from rlver_jax.judging.finished import Finished, faults, read_all, turns_of, with_profiles
+from rlver_jax.judging.finished import Finished, FinishedFiles, Lazily, faults, turns_of, with_profile, with_profiles
 from rlver_jax.judging.forms import load_forms
 from rlver_jax.judging.judge import Judge
 from rlver_jax.judging.measures import measured, summed_up
@@ -31,13 +32,14 @@ from rlver_jax.judging.score import agreed, judged
 from rlver_jax.judging.settings import judge_settings
 from rlver_jax.judging.show import show_agreement, show_judges, show_scores
 from rlver_jax.judging.statistics import mean_with_interval
-from rlver_jax.judging.work_folder import dialogues_fingerprint
-from rlver_jax.output import consoles
+from rlver_jax.judging.work_folder import Fingerprint
+from rlver_jax.output import consoles, plain_line
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import Record, write_dialogues
 from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.files import write_json
+from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.lock import LostLockError, hold
 
 SHOWN = 20  # faults that are printed
@@ -91,10 +93,10 @@ class Judges:
 
     def judge(
         self, dialogues: Sequence[Finished], folder: Path | None, console: Console
-    ) -> tuple[dict[str, Any], list[Record]]:
+    ) -> tuple[dict[str, Any], Sequence[Record]]:
         """(what they add to the summary, the records with measures where there are any)."""
         summary: dict[str, Any] = {}
-        records = [dialogue.record for dialogue in dialogues]
+        records: Sequence[Record] = Lazily(dialogues, lambda _, dialogue: dialogue.record)
         if self.users:
             summary["judges"] = {
                 name: judged(_load_judge(name, config, folder), dialogues, folder, console)
@@ -225,18 +227,19 @@ def _folder(options: flags.FlagValues, console: Console) -> Iterator[tuple[Path 
 def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
     """Scores finished dialogues, has them judged, and checks their arithmetic."""
     paths = profile_files(options["from"].value or "")
-    judges, files = Judges.of_flags(options, config), read_all(paths)
-    dialogues = [one for ones in files.values() for one in ones]
-    if not dialogues:
+    judges, files = Judges.of_flags(options, config), FinishedFiles(paths)
+    known = KnownProfiles([*_profiles(config), *judges.profiles]) if judges.users else None
+    seen = _Seen(paths)
+    for path, one in track(files.scan(), "reading", console=console, transient=True, disable=not console.is_terminal):
+        seen.add(path, with_profile(one, known) if known else one)
+    if not files:
         raise ConfigError(f"--from={options['from'].value}: no dialogue in it; expected files of dialogues")
-    if judges.users:
-        dialogues = with_profiles(dialogues, [*_profiles(config), *judges.profiles])
+    dialogues = Lazily(files, lambda _, one: with_profile(one, known)) if known else files
     with _folder(options, console) as (folder, check):
-        found = [fault for ones in files.values() for fault in faults(ones)]
-        each = {path: _scored(ones) for path, ones in files.items()}
-        summary: dict[str, Any] = _scored(dialogues) | {
-            "faults": len(found),
-            "settings": {"from": paths, "fingerprint.dialogues": dialogues_fingerprint(dialogues)},
+        each = {path: _scored(tally) for path, tally in seen.each.items()}
+        summary: dict[str, Any] = _scored(seen.all) | {
+            "faults": seen.faults,
+            "settings": {"from": paths, "fingerprint.dialogues": seen.fingerprint.text},
         }
         judged_too, records = judges.judge(dialogues, folder, console)
         summary |= ({"files": each} if len(each) > 1 else {}) | judged_too
@@ -246,21 +249,38 @@ def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Conso
             write_json(folder / SUMMARY, summary)
     show_scores({"all": summary} | each if len(each) > 1 else each, console)
     show_judges(summary, console)
-    _show_faults(found, console)
-    checked = sum(len(turns_of(one.record)) for one in dialogues)
+    _show_faults(seen.first_faults, seen.faults, console)
     console.print(
         f"score {summary['score']:.2f} of 100 · success {summary['success']} · failure {summary['failure']} · "
-        f"n {summary['n']} · {checked} changes checked, {len(found)} faults",
+        f"n {summary['n']} · {seen.changes} changes checked, {seen.faults} faults",
         highlight=False,
         soft_wrap=True,
     )
-    return 1 if found else 0
+    return 1 if seen.faults else 0
 
 
-def _scored(dialogues: Sequence[Finished]) -> dict[str, Any]:
-    records = [one.record for one in dialogues]
-    spread = mean_with_interval([record["emotion"] for record in records])
-    return scores(records) | {"score_std": spread["std"], "score_interval": spread["interval"]}
+class _Seen:
+    """What is noted of dialogues while they are read for the first time, each alone."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.each = {path: Tally() for path in paths}
+        self.all, self.fingerprint = Tally(), Fingerprint()
+        self.changes = self.faults = 0
+        self.first_faults: list[str] = []  # as many as are printed
+
+    def add(self, path: str, one: Finished) -> None:
+        self.each[path].add(one.record)
+        self.all.add(one.record)
+        self.fingerprint.add(one)
+        self.changes += len(turns_of(one.record))
+        found = faults([one])
+        self.faults += len(found)
+        self.first_faults += found[: SHOWN - len(self.first_faults)]
+
+
+def _scored(tally: Tally) -> dict[str, Any]:
+    spread = mean_with_interval(tally.emotions)
+    return tally.scores() | {"score_std": spread["std"], "score_interval": spread["interval"]}
 
 
 def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
@@ -273,8 +293,10 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
     _check_there(config)
     if "user" in judges.users:
         raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
-    dialogues = [one for ones in read_all(profile_files(options.agreement)).values() for one in ones]
-    dialogues = with_profiles(chosen(dialogues, options.contexts, config.eval.seed), _profiles(config))
+    files = FinishedFiles(profile_files(options.agreement))
+    counts = [len(turns_of(one.record)) for _, one in files.scan()]
+    wanted = chosen(counts, options.contexts, config.eval.seed)
+    dialogues = with_profiles(Lazily(wanted, lambda _, i: files[i]), _profiles(config))
     found = faults(dialogues)
     with _folder(options, console) as (folder, check):
         results = {
@@ -286,28 +308,30 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
             write_json(folder / "agreement.json", results)
     for name, result in results.items():
         show_agreement(name, result, console)
-    _show_faults(found, console)
+    _show_faults(found[:SHOWN], len(found), console)
     return 1 if found else 0
 
 
-def chosen(dialogues: Sequence[Finished], contexts: int, seed: int) -> list[Finished]:
-    """Whole dialogues in a drawn order until they hold `contexts` appraised replies; 0: all, in their order.
+def chosen(counts: Sequence[int], contexts: int, seed: int) -> list[int]:
+    """Indices of whole dialogues in a drawn order until they hold `contexts` appraised replies; 0: all, in their order.
+
+    Args:
+        counts: appraised replies of each.
 
     Raises:
         ValueError: there are fewer.
     """
-    counts = [len(turns_of(one.record)) for one in dialogues]
     if sum(counts) < max(contexts, 1):
         raise ConfigError(f"--contexts={contexts}: the files hold {sum(counts)} appraised replies; ask for fewer")
     if not contexts:
-        return list(dialogues)
-    order = np.random.default_rng(seed).permutation(len(dialogues))
+        return list(range(len(counts)))
+    order = np.random.default_rng(seed).permutation(len(counts))
     enough = int(np.searchsorted(np.cumsum(np.asarray(counts)[order]), contexts)) + 1
-    return [dialogues[i] for i in order[:enough]]
+    return [int(i) for i in order[:enough]]
 
 
-def _show_faults(found: Sequence[str], console: Console) -> None:
-    for line in found[:SHOWN]:
-        console.print(f"fault: {line}", markup=False, highlight=False, soft_wrap=True)
-    if len(found) > SHOWN:
-        console.print(f"… and {len(found) - SHOWN} more faults")
+def _show_faults(first: Sequence[str], count: int, console: Console) -> None:
+    for line in first:
+        console.print(f"fault: {plain_line(line)}", markup=False, highlight=False, soft_wrap=True)
+    if count > len(first):
+        console.print(f"… and {count - len(first)} more faults")

@@ -20,13 +20,21 @@ from rlver_jax.players import Players, load_model
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.sampling.cache import LM, Cache, append, init_cache, rollback
 from rlver_jax.sampling.decode import Generated
-from rlver_jax.text.padding import longest, pad_rows, round_up
+from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.simulated import KEY_READOUT, UserLimits, UserTables, appraise, dialogue_key, part_keys
 
 WIDTH_STEP = 32  # tokens; widths are multiples of it
+
+
+class Size(NamedTuple):
+    """How many tokens a dialogue has."""
+
+    prefix: int
+    message: int  # the longest that is read before an appraisal
+    all: int
 
 
 class Shape(NamedTuple):
@@ -76,19 +84,26 @@ class DeviceJudge:
         self, dialogues: Sequence[Finished], *, own: bool, progress: Progress
     ) -> Iterator[list[tuple[int, Appraised]]]:
         """See `judge.Judge`."""
-        turns = [turns_of(d.record) for d in dialogues]
-        said = [[self._read_before(turn) for turn in one] for one in turns]
-        heard = [i for i, one in enumerate(turns) if one]
-        silent = [i for i, one in enumerate(turns) if not one]
+        sizes = [self._size(one) for one in dialogues]
+        heard = [i for i, size in enumerate(sizes) if size.message]
+        silent = [i for i, size in enumerate(sizes) if not size.message]
         if silent:
             yield [(i, Appraised([within(dialogues[i].record["emotions"][0])], [], [], [])) for i in silent]
-        prefixes = {i: self.players.prefix(dialogues[i].profile) for i in heard}  # type: ignore[arg-type]
-        shape = self._shape([prefixes[i] for i in heard], [said[i] for i in heard]) if heard else None
+        shape = self._shape([sizes[i] for i in heard]) if heard else None
         for start in range(0, len(heard), self.batch):
             some = heard[start : start + self.batch]
-            batch = _Batch(self, [dialogues[i].record for i in some], [turns[i] for i in some], own)
-            results = batch.run([prefixes[i] for i in some], [said[i] for i in some], shape, progress)  # type: ignore[arg-type]
+            played = [dialogues[i] for i in some]  # which may be read now: all of them need not be in memory
+            turns = [turns_of(one.record) for one in played]
+            said = [[self._read_before(turn) for turn in one] for one in turns]
+            prefixes = [self.players.prefix(one.profile) for one in played]  # type: ignore[arg-type]
+            batch = _Batch(self, [one.record for one in played], turns, own)
+            results = batch.run(prefixes, said, shape, progress)  # type: ignore[arg-type]
             yield list(zip(some, results, strict=True))
+
+    def _size(self, one: Finished) -> Size:
+        said = [len(self._read_before(turn)) for turn in turns_of(one.record)]
+        prefix = len(self.players.prefix(one.profile)) if said else 0  # type: ignore[arg-type]
+        return Size(prefix, max(said, default=0), prefix + sum(said))
 
     def _read_before(self, turn: Turn) -> list[int]:
         """What the user reads before it appraises: its own last words, and the reply."""
@@ -99,18 +114,18 @@ class DeviceJudge:
         own, reply = message_tokens(tokenizer, turn.heard), message_tokens(tokenizer, turn.spoken)
         return [*own, *close, *open_user, *reply, *close, *open_assistant]
 
-    def _shape(self, prefixes: Sequence[list[int]], said: Sequence[list[list[int]]]) -> Shape:
+    def _shape(self, sizes: Sequence[Size]) -> Shape:
         up = lambda n: round_up(n, WIDTH_STEP)  # noqa: E731
-        prefix, message = up(longest(prefixes)), up(max(map(longest, said)))
+        prefix, message, read = (max(column) for column in zip(*sizes, strict=True))
+        prefix, message = up(prefix), up(message)
         # Padding of what is read is written too, into slots beyond the row.
-        read = max(len(p) + sum(map(len, one)) for p, one in zip(prefixes, said, strict=True))
         tables, tokens = self.players.tables[1], self.players.spec.user_tokens
         fields, literal = tables.appraisal.template.shape
         literals = fields * (literal + 2 * tables.appraisal.values.shape[2])
         written = literals + fields * tokens + tables.scratch
         check_length(self.players.user, read + written)
         room = message + written
-        return Shape(min(self.batch, len(prefixes)), prefix, message, up(max(read, prefix) + room))
+        return Shape(min(self.batch, len(sizes)), prefix, message, up(max(read, prefix) + room))
 
 
 @dataclasses.dataclass

@@ -1,17 +1,24 @@
 """Finished dialogues from files: our own logs, SAGE's results or RLVER's logs, told apart by their first line."""
 
-import codecs
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from rlver_jax.config import shown
 from rlver_jax.profiles.schema import Profile, ProfileError, parse_line
-from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, record_faults
+from rlver_jax.runs.dialogue_log import REMEDY, DialogueLogError, Record, parse_dialogue, record_faults
 from rlver_jax.runs.known_profiles import KnownProfiles
+from rlver_jax.runs.lines import Lines
+from rlver_jax.runs.numbers import number_faults
 from rlver_jax.runs.sage import from_sage
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.user.emotion import HIGHEST, LOWEST, SAGE, EmotionRules
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,62 +55,125 @@ def within(emotion: int) -> int:
 
 
 def read_finished(path: str | Path) -> list[Finished]:
-    """The dialogues of a log of ours (`dialogues.jsonl`), a result file of SAGE or a log of RLVER's simulator.
-
-    Raises:
-        DialogueLogError: no such file, no dialogue in it, or a line that is none; with file and line.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, ours or SAGE's") from None
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
-        raise DialogueLogError(f"{path}: is empty; expected one dialogue a line, ours or in SAGE's schema")
-    if b'"history"' not in first:
-        records = read_dialogues(path)
-        return [Finished(record, None, f"{path}: dialogue {record['dialogue']}") for record in records]
-    return list(_sage_lines(path, lines))
+    """The dialogues of one file, checked; see `FinishedFiles`."""
+    return [one for _, one in FinishedFiles([path]).scan()]
 
 
-def _sage_lines(path: Path, lines: Sequence[bytes]) -> Iterator[Finished]:
-    count = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        remedy = "restore the line, or remove it to go on without this dialogue"
+@dataclasses.dataclass
+class _File:
+    """One file, in either schema."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
         try:
-            obj = parse_line(line)
-            record, profile = from_sage(obj, count), Profile.from_json(obj)
-        except ProfileError as error:
-            raise DialogueLogError(f"{place}: {'; '.join(error.faults)}; {remedy}") from None
-        except ValueError as error:
-            raise DialogueLogError(f"{place}: {error}; {remedy}") from None
-        fault = next(record_faults(record), None)
-        if fault is not None:
-            raise DialogueLogError(f"{place}: {fault}; {remedy}")
-        yield Finished(record, profile, place)
-        count += 1
+            self._lines = Lines(self.path)
+            first = next((line for line in self._lines if line.strip()), None)
+        except OSError as error:
+            wanted = "expected a file of dialogues, ours or SAGE's"
+            raise DialogueLogError(f"{self.path}: {error.strerror}; {wanted}") from None
+        if first is None:
+            raise DialogueLogError(f"{self.path}: is empty; expected one dialogue a line, ours or in SAGE's schema")
+        self._sage = b'"history"' in first
+
+    def __iter__(self) -> Iterator[tuple[int, Finished]]:
+        """(index of its line, dialogue); blank lines are passed over in SAGE's schema alone."""
+        for index, line in enumerate(self._lines):
+            if not self._sage or line.strip():
+                yield index, self._dialogue(line, index)
+
+    def again(self, index: int) -> Finished:
+        """A dialogue that has been read, by its line."""
+        return self._dialogue(self._lines.again(index), index)
+
+    def _dialogue(self, line: bytes, index: int) -> Finished:
+        place = f"{self.path}:{index + 1}"
+        if self._sage:
+            return _of_sage(line, place)
+        record = parse_dialogue(line, place, number_faults)
+        return Finished(record, None, f"{self.path}: dialogue {record['dialogue']}")
 
 
-def read_all(paths: Sequence[str]) -> dict[str, list[Finished]]:
-    """Several files; with more than one, the dialogues are numbered anew from 0 over all of them.
+def _of_sage(line: bytes, place: str) -> Finished:
+    try:
+        obj = parse_line(line)
+        record, profile = from_sage(obj), Profile.from_json(obj)
+    except ProfileError as error:
+        raise DialogueLogError(f"{place}: {'; '.join(error.faults)}; {REMEDY}") from None
+    except ValueError as error:
+        raise DialogueLogError(f"{place}: {error}; {REMEDY}") from None
+    fault = next(record_faults(record), None)
+    if fault is not None:
+        raise DialogueLogError(f"{place}: {fault}; {REMEDY}")
+    return Finished(record, profile, place)
 
-    Raises:
-        DialogueLogError: as `read_finished`, or a file named twice.
+
+class Lazily(Sequence[T]):
+    """What is made of each element of a sequence, anew whenever it is asked for: only one needs to be in memory."""
+
+    def __init__(self, of: Sequence[S], make: Callable[[int, S], T]):
+        """`make` gets index and element."""
+        self._of, self._make = of, make
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._make(index % len(self), self._of[index])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class FinishedFiles(Sequence[Finished]):
+    """The dialogues of files: logs of ours, results of SAGE or logs of RLVER's simulator.
+
+    `scan` reads and checks them all, and must have come to its end before they are asked for one by one; those are read
+    again. With more than one file, they are numbered anew from 0 over all of them.
     """
-    if len(set(paths)) < len(paths):
-        raise DialogueLogError(f"found a file twice in {', '.join(paths)}; name each once")
-    files, count = {path: read_finished(path) for path in paths}, 0
-    if len(files) == 1:
-        return files
-    for path, dialogues in files.items():
-        numbered = [d.record | {"dialogue": count + i} for i, d in enumerate(dialogues)]
-        files[path] = [dataclasses.replace(d, record=r) for d, r in zip(dialogues, numbered, strict=True)]
-        count += len(dialogues)
-    return files
+
+    def __init__(self, paths: Sequence[str | Path]):
+        """Raises DialogueLogError where a file is named twice."""
+        self.paths = [str(path) for path in paths]
+        if len(set(self.paths)) < len(self.paths):
+            raise DialogueLogError(f"found a file twice in {', '.join(self.paths)}; name each once")
+        self._files: list[_File] = []
+        self._places = array("q")  # file and line of each
+
+    def scan(self) -> Iterator[tuple[str, Finished]]:
+        """(file, dialogue) of all.
+
+        Raises:
+            DialogueLogError: no such file, no dialogue in it, or a line that is none; with file and line.
+        """
+        for index, path in enumerate(self.paths):
+            self._files.append(_File(Path(path)))
+            for line, one in self._files[index]:
+                self._places.extend((index, line))
+                yield path, self._numbered(one, len(self) - 1)
+
+    def __len__(self) -> int:
+        return len(self._places) // 2
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        file, line = self._places[2 * index : 2 * index + 2]
+        return self._numbered(self._files[file].again(line), index)
+
+    def _numbered(self, one: Finished, number: int) -> Finished:
+        if len(self.paths) == 1 and one.profile is None:
+            return one  # a log of ours has numbers
+        return dataclasses.replace(one, record=one.record | {"dialogue": number})
 
 
 def finished(records: Sequence[Record], profiles: Sequence[Profile]) -> list[Finished]:
@@ -112,23 +182,30 @@ def finished(records: Sequence[Record], profiles: Sequence[Profile]) -> list[Fin
     return [Finished(record, known[record["profile"]], f"dialogue {record['dialogue']}") for record in records]
 
 
-def with_profiles(dialogues: Sequence[Finished], profiles: Sequence[Profile]) -> list[Finished]:
-    """The dialogues with their profiles, which a log of ours doesn't hold.
+def with_profile(one: Finished, known: KnownProfiles) -> Finished:
+    """The dialogue with its profile, which a log of ours doesn't hold.
 
     Raises:
-        ValueError: a dialogue whose profile is not among them.
+        ValueError: it is not among the known ones.
     """
+    profile = one.profile or known.of(one.record)
+    if profile is None:
+        raise ValueError(
+            f"{one.place}: its profile {shown(one.record['profile'])} is not among the {len(known)} known ones; name "
+            f"the file of profiles with --config=… --config.data.eval=FILE"
+        )
+    return one if one.profile else dataclasses.replace(one, profile=profile)
+
+
+def with_profiles(dialogues: Sequence[Finished], profiles: Sequence[Profile]) -> Sequence[Finished]:
+    """All dialogues with their profiles; raises as `with_profile`."""
     known = KnownProfiles(profiles)
-    found = [d if d.profile else dataclasses.replace(d, profile=known.of(d.record)) for d in dialogues]
-    for one in found:
-        if one.profile is None:
-            raise ValueError(
-                f"{one.place}: its profile {one.record['profile']!r} is not among the {len(known)} known ones; name "
-                f"the file of profiles with --config=… --config.data.eval=FILE"
-            )
+    found = Lazily(dialogues, lambda _, one: with_profile(one, known))
+    for _ in found:
+        pass
     return found
 
 
-def faults(dialogues: Sequence[Finished], rules: EmotionRules = SAGE) -> list[str]:
+def faults(dialogues: Iterable[Finished], rules: EmotionRules = SAGE) -> list[str]:
     """Every place where an emotion is not the previous one plus the change."""
     return [f"{d.place}: {fault}" for d in dialogues for fault in emotion_faults(d.record, rules)]

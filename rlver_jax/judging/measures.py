@@ -1,14 +1,14 @@
 """Measures beyond the emotion, by a judge model: asked, kept as they come, and summed up."""
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from rlver_jax.endpoint.usage import summed
-from rlver_jax.judging.finished import Finished
+from rlver_jax.judging.finished import Finished, Lazily
 from rlver_jax.judging.forms import QUALITIES, STRATEGIES, Forms, measures_of
 from rlver_jax.judging.rater import Rater
 from rlver_jax.judging.score import Meter
@@ -22,14 +22,14 @@ Measures = dict[str, Any]
 
 def measured(
     rater: Rater, forms: Forms, dialogues: Sequence[Finished], folder: Path | None, console: Console
-) -> tuple[list[Record], dict[str, Any]]:
+) -> tuple[Sequence[Record], dict[str, Any]]:
     """(the records of dialogues with `measures`, see `forms.measures_of`; `remote`: what an endpoint was asked)."""
-    asked = [forms.ask(dialogue) for dialogue in dialogues]
+    asked = Lazily(dialogues, lambda _, dialogue: forms.ask(dialogue))
     settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
     work = WorkFile(folder, "measures", settings, dialogues)
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     with Meter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
-        for some in rater.fill([asked[i] for i in missing], meter.work):
+        for some in rater.fill(Lazily(missing, lambda _, i: asked[i]), meter.work):
             work.add(
                 [
                     {"index": missing[i], "measures": measures_of(found.answers, rater.name), "remote": found.remote}
@@ -40,7 +40,7 @@ def measured(
             known = [one for one in depth if one is not None]
             meter.kept(f"empathic depth {sum(known) / len(known):.2f} of 5" if known else "nothing readable yet")
     used = [work.done[i]["remote"] for i in range(len(dialogues)) if work.done[i]["remote"]]
-    records = [dialogue.record | {"measures": work.done[i]["measures"]} for i, dialogue in enumerate(dialogues)]
+    records = Lazily(dialogues, lambda i, dialogue: dialogue.record | {"measures": work.done[i]["measures"]})
     return records, ({"remote": summed(used)} if used else {})
 
 
@@ -57,17 +57,19 @@ def summed_up(records: Sequence[Record]) -> dict[str, Any]:
     return first | {"strategies": strategies(records)} | means
 
 
-def strategies(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+def strategies(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     """Of each strategy: how often it leads in a reply, and how the dialogue's user took it.
 
     `n` replies; `acceptance`: share of those that the user appraised after which its emotion was meant to rise;
     `change`: their mean change. Both are null where there are none.
     """
-    counts = collections.Counter(reply["strategy"] for one in records for reply in one["measures"]["replies"])
+    counts: collections.Counter[str] = collections.Counter()
     changes: dict[str, list[int]] = collections.defaultdict(list)
     for one in records:
+        led = [reply["strategy"] for reply in one["measures"]["replies"]]
+        counts.update(led)
         for turn, _, user in reactions(one):
-            changes[one["measures"]["replies"][turn]["strategy"]].append(user["change"])
+            changes[led[turn]].append(user["change"])
     return {
         name: {
             "n": counts[name],

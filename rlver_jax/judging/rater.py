@@ -82,17 +82,19 @@ class DeviceRater:
 
     def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
         """See `Rater`."""
-        contexts = [self._context(one) for one in asked]
-        width = round_up(longest(contexts), LEAST_WIDTH)
-        most = max((self._length(form.steps) for one in asked for form in one.forms), default=0)
-        check_length(self.lm, longest(contexts) + most)
+        sizes = [(len(self._context(one)), max((self._length(f.steps) for f in one.forms), default=0)) for one in asked]
+        read, most = (max(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+        width = round_up(read, LEAST_WIDTH)
+        check_length(self.lm, read + most)
         capacity, size = width + most, min(self.batch, len(asked))
         for start in range(0, len(asked), self.batch):
             rows = range(start, min(start + self.batch, len(asked)))
-            cache = open_cache(self.lm, *pad_rows([contexts[i] for i in rows], width, size), capacity=capacity)
+            some = [asked[i] for i in rows]
+            contexts = [self._context(one) for one in some]
+            cache = open_cache(self.lm, *pad_rows(contexts, width, size), capacity=capacity)
             found: list[list[Answers]] = [[] for _ in rows]
-            for place in range(max(len(asked[i].forms) for i in rows)):
-                having = [asked[i].forms[place].steps if place < len(asked[i].forms) else None for i in rows]
+            for place in range(max(len(one.forms) for one in some)):
+                having = [one.forms[place].steps if place < len(one.forms) else None for one in some]
                 cache, answers, tokens = self._fill_form(cache, having, size)
                 for ours, answer, steps in zip(found, answers, having, strict=True):
                     if steps is not None:

@@ -83,12 +83,13 @@ class RemoteJudge(_Remote):
         """
         with self._client() as client:
             user = remote_user(self.config, client)
-            work = [functools.partial(self._one, user, i, one, own, progress) for i, one in enumerate(dialogues)]
+            work = [functools.partial(self._one, user, i, dialogues, own, progress) for i in range(len(dialogues))]
             yield from as_finished(work, self.endpoint.concurrency, client.close)
 
     async def _one(
-        self, user: RemoteUser, index: int, dialogue: Finished, own: bool, progress: Progress
+        self, user: RemoteUser, index: int, dialogues: Sequence[Finished], own: bool, progress: Progress
     ) -> tuple[int, Appraised]:
+        dialogue = dialogues[index]  # which may be read now: all of them need not be in memory
         assert dialogue.profile is not None
         record, usage, unanswered = dialogue.record, Usage(), []
         said: list[str] = []
@@ -121,16 +122,16 @@ class RemoteRater(_Remote):
         """See `rater.Rater`; raises EndpointError as `RemoteJudge.appraise` does."""
         forms = load_forms(self.config.data.language)
         with self._client() as client:
-            work = [functools.partial(self._one, client, forms, i, one, progress) for i, one in enumerate(asked)]
+            work = [functools.partial(self._one, client, forms, i, asked, progress) for i in range(len(asked))]
             yield from as_finished(work, self.endpoint.concurrency, client.close)
 
     async def _one(
-        self, client: Client, forms: Forms, index: int, asked: Asked, progress: Progress
+        self, client: Client, forms: Forms, index: int, asked: Sequence[Asked], progress: Progress
     ) -> tuple[int, Rated]:
-        usage, answers = Usage(), []
-        for form in asked.forms:
+        usage, answers, one = Usage(), [], asked[index]
+        for form in one.forms:
             before = usage.completion_tokens
-            answers.append(await self._form(client, forms, asked, form, usage))
+            answers.append(await self._form(client, forms, one, form, usage))
             progress(Work(1, usage.completion_tokens - before))
         return index, Rated(answers, self._bill(usage))
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.endpoint.usage import summed
-from rlver_jax.judging.finished import Finished, Turn, turns_of
+from rlver_jax.judging.finished import Finished, Lazily, turns_of
 from rlver_jax.judging.judge import Judge, Work
 from rlver_jax.judging.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.judging.work_folder import Line, WorkFile
@@ -80,7 +80,8 @@ def appraised_lines(
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     total = sum(len(turns_of(dialogues[i].record)) for i in missing)
     with Meter(console, judge.name, total) as meter:
-        for some in judge.appraise([dialogues[i] for i in missing], own=own, progress=meter.work):
+        wanted = Lazily(missing, lambda _, i: dialogues[i])
+        for some in judge.appraise(wanted, own=own, progress=meter.work):
             work.add([_line(missing[i], dialogues[missing[i]], found._asdict()) for i, found in some])
             meter.kept(figure(work.done))
     return work.done
@@ -137,7 +138,7 @@ def agreed(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, con
     Raises:
         ValueError: it answered nowhere.
     """
-    turns = [turns_of(dialogue.record) for dialogue in dialogues]
+    turns = [[(t.emotion, t.change) for t in turns_of(dialogue.record)] for dialogue in dialogues]
 
     def rows(lines: dict[int, Line], how: str) -> list[np.ndarray]:
         """(emotion before, own change, recorded change) of each dialogue's turns, those without an answer left out."""
@@ -159,8 +160,12 @@ def agreed(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, con
     return {"n": sum(counts), "dialogues": len(counts)} | compared | asked | {"settings": judge.settings}
 
 
-def _compared(line: Line, turns: Sequence[Turn], how: str) -> np.ndarray:
-    """Int [n, 3]: emotion before, own change, recorded change, of the turns that were answered."""
+def _compared(line: Line, turns: Sequence[tuple[int, int]], how: str) -> np.ndarray:
+    """Int [n, 3]: emotion before, own change, recorded change, of the turns that were answered.
+
+    Args:
+        turns: (emotion before, recorded change) of all.
+    """
     places = [i for i in range(len(turns)) if i not in line["unanswered"]]
     if not places:
         return np.zeros((0, 3), int)
@@ -168,4 +173,4 @@ def _compared(line: Line, turns: Sequence[Turn], how: str) -> np.ndarray:
         own = [line["changes"][i] for i in places]
     else:
         own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in places]), how)).tolist()
-    return np.array([(turns[i].emotion, change, turns[i].change) for i, change in zip(places, own, strict=True)])
+    return np.array([(turns[i][0], change, turns[i][1]) for i, change in zip(places, own, strict=True)])

@@ -12,6 +12,7 @@ from rlver_jax.user.emotion import BANDS, HIGHEST, LOWEST, SAGE
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+DRAWN_AT_ONCE = 1_000_000  # indices, 8 bytes each
 Interval = list[float] | None
 
 
@@ -31,14 +32,17 @@ def interval(
     if len(groups) < 2:
         return None
 
+    rows = np.concatenate(groups)
+    alone = len(rows) == len(groups)  # groups of one row each, as those of a mean are
+
     def of_drawn(drawn: np.ndarray) -> float:
-        return figure(np.concatenate([groups[int(i)] for i in drawn]))
+        return figure(rows[drawn] if alone else np.concatenate([groups[int(i)] for i in drawn]))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # resamples in which a judge never varies have no correlation
         result = stats.bootstrap(
             (np.arange(len(groups)),), of_drawn, n_resamples=resamples, vectorized=False, method="percentile",
-            rng=np.random.default_rng(0),
+            rng=np.random.default_rng(0), batch=max(DRAWN_AT_ONCE // len(groups), 1),
         )  # fmt: skip
     values = result.bootstrap_distribution
     values = values[np.isfinite(values)]

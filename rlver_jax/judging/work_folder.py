@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,28 @@ class WorkFile:
                 file.writelines(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
 
 
-def dialogues_fingerprint(dialogues: Sequence[Finished]) -> str:
+def dialogues_fingerprint(dialogues: Iterable[Finished]) -> str:
     """Of dialogues and profiles, without the measures that a judge may have added."""
-    digest = hashlib.sha256()
+    fingerprint = Fingerprint()
     for one in dialogues:
+        fingerprint.add(one)
+    return fingerprint.text
+
+
+class Fingerprint:
+    """`dialogues_fingerprint`, from one dialogue after another."""
+
+    def __init__(self) -> None:
+        """Of none."""
+        self._digest = hashlib.sha256()
+
+    def add(self, one: Finished) -> None:
+        """Takes the next dialogue in."""
         record = {name: value for name, value in one.record.items() if name != "measures"}
         profile = one.profile.to_json() if one.profile else None
-        digest.update(json.dumps([record, profile], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
+        self._digest.update(json.dumps([record, profile], sort_keys=True).encode())
+
+    @property
+    def text(self) -> str:
+        """16 hexadecimal digits."""
+        return self._digest.hexdigest()[:16]

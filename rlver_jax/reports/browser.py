@@ -5,15 +5,23 @@ shows it as text only.
 """
 
 import base64
-import gzip
 import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
+
+from rlver_jax.output import plain_line
 from rlver_jax.reports.figures import OUTCOMES, outcome
-from rlver_jax.reports.sources import Run, intention_label, intention_labels
-from rlver_jax.runs.dialogue_log import Record
-from rlver_jax.runs.render import plain
+from rlver_jax.reports.shorten import MOST_CHARACTERS, evenly, level, shortened
+from rlver_jax.reports.sources import Outline, Run, intention_label, intention_labels
+from rlver_jax.reports.texts import Texts, as_json, page_size
+
+# Shares of the page below which nothing is taken from: a dialogue is whole, a profile has all its dialogues.
+_DIALOGUE, _PROFILE = 1 / 16, 1 / 4
+_TRIES = 6
+_GZIP = 31  # zlib's `wbits`
 
 
 class Packed(NamedTuple):
@@ -22,87 +30,131 @@ class Packed(NamedTuple):
     text: str  # base 64 of gzip of JSON
     kept: int
     all: int
+    shortened: int  # of those kept
+
+
+class One(NamedTuple):
+    """A dialogue that may be in the page."""
+
+    run: int
+    step: int | None
+    outline: Outline
+
+
+class Choice(NamedTuple):
+    """Which of them are, and how large one may be."""
+
+    some: Sequence[One]
+    most_bytes: float
 
 
 def pack(runs: Sequence[Run], most_bytes: int) -> Packed:
     """Packs the dialogues of all runs in at most `most_bytes` characters.
 
-    Where they don't fit, profiles are left out, evenly over their first appearances: a profile's dialogues stay
-    together, so that before and after can be compared.
+    Where they don't fit, the largest dialogues are cut down, as far as they take more than a sixteenth of the page. If
+    that is not enough, profiles are left out, evenly over their first appearances: a profile's dialogues stay together,
+    so that before and after can be compared, unless they alone would take more than a quarter of the page.
     """
-    everything = [(i, played.step, r) for i, run in enumerate(runs) for played in run.played for r in played.records]
-    profiles = list(dict.fromkeys(_who(record) for _, _, record in everything))
-    keep = len(profiles)
+    everything = [One(i, played.step, r) for i, run in enumerate(runs) for played in run.played for r in played.records]
+    best, room, seen = Packed("", 0, len(everything), 0), float(most_bytes), set()
+    for _ in range(_TRIES if everything else 0):
+        choice = _choose(everything, room)
+        packed = _packed(runs, choice, len(everything))
+        if len(packed.text) <= most_bytes and packed.kept >= best.kept:
+            best = packed
+        whole = packed.kept == packed.all and not packed.shortened
+        fits = len(packed.text) <= most_bytes
+        if (fits and (whole or len(packed.text) > 0.97 * most_bytes)) or packed.kept in seen:
+            break
+        seen.add(packed.kept)
+        # Sizes are of dialogues compressed alone; together they take less.
+        room *= most_bytes / max(len(packed.text), 1) * 0.985
+    return best
+
+
+def _choose(everything: Sequence[One], room: float) -> Choice:
+    """What fits into about `room` bytes."""
+    sizes = np.array([one.outline["text"].size for one in everything], np.float64)
+    most = max(level(sizes, room), room * _DIALOGUE)
+    sizes = np.minimum(sizes, most)
+    numbers: dict[bytes, int] = {}
+    whose = np.array([numbers.setdefault(one.outline["who"], len(numbers)) for one in everything])
+    taken = _thinned(sizes, whose, room)
+    totals = np.bincount(whose[taken], sizes[taken], minlength=len(numbers))
+    chosen = _fitting(totals, room)
+    return Choice([everything[i] for i in taken if chosen[whose[i]]], most)
+
+
+def _thinned(sizes: np.ndarray, whose: np.ndarray, room: float) -> np.ndarray:
+    """Indices of the dialogues that profiles may show, rising: all, but for those whose dialogues take too much."""
+    totals = np.bincount(whose, sizes)
+    most = max(level(totals, room), room * _PROFILE)
+    taken = np.ones(len(sizes), bool)
+    for profile in np.flatnonzero(totals > most):
+        mine = np.flatnonzero(whose == profile)
+        count = len(mine)
+        while count > 1 and sizes[kept := np.array(evenly(mine.tolist(), max(count, 2)))].sum() > most:
+            count = int(count * min(most / sizes[kept].sum(), 0.99))
+        taken[mine] = False
+        taken[kept if count > 1 else mine[-1:]] = True
+    return np.flatnonzero(taken)
+
+
+def _fitting(totals: np.ndarray, room: float) -> np.ndarray:
+    """Bool [profiles]: as many as fit, evenly."""
+    places, keep = np.arange(len(totals)), len(totals)
     while True:
-        chosen = {
-            name for i, name in enumerate(profiles) if (i + 1) * keep // len(profiles) > i * keep // len(profiles)
-        }
-        some = [one for one in everything if _who(one[2]) in chosen]
-        text = _compressed(_payload(runs, some))
-        if len(text) <= most_bytes or keep == 0:
-            return Packed(text, len(some), len(everything))
-        keep = min(keep - 1, int(keep * most_bytes / len(text) * 0.97))
+        chosen = (places + 1) * keep // len(totals) > places * keep // len(totals)
+        total = totals[chosen].sum()
+        if total <= room or keep == 0:
+            return chosen
+        keep = min(keep - 1, int(keep * room / total))
 
 
-def _who(record: Record) -> tuple[str, str, str | None]:
-    """What tells profiles apart: held-out and training profiles may share their ids."""
-    first = record["messages"][0]
-    return record["profile"], record["hidden_intention"], None if first["generated"] else first["content"]
+def _packed(runs: Sequence[Run], choice: Choice, count: int) -> Packed:
+    """These dialogues, cut where they are larger than they may be."""
+    labels = intention_labels(one.outline for one in choice.some)
+    people: dict[bytes, int] = {}
+    cut = 0
 
-
-def _compressed(value: Any) -> str:
-    data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode("ascii")
-
-
-def _payload(runs: Sequence[Run], some: Sequence[tuple[int, int | None, Record]]) -> dict[str, Any]:
-    labels = intention_labels(record for _, _, record in some)
-    people = {who: number for number, who in enumerate(dict.fromkeys(_who(record) for _, _, record in some))}
-    return {
-        "runs": [plain(run.name) for run in runs],
-        "intentions": [plain(label) for label in labels],
-        "outcomes": OUTCOMES,
-        "dialogues": [
-            {
+    def pieces() -> Iterator[bytes]:
+        nonlocal cut
+        head = {"runs": [plain_line(run.name) for run in runs], "intentions": labels, "outcomes": OUTCOMES}
+        yield as_json(head)[:-1] + b',"dialogues":['
+        for place, (run, step, outline) in enumerate(choice.some):
+            text, whole = _text(runs[run].texts, outline, choice.most_bytes)
+            cut += not whole
+            front = {
                 "run": run,
                 "step": step,
-                "number": record["dialogue"],
-                "profile": plain(record["profile"]),
-                "who": people[_who(record)],
-                "intention": labels.index(intention_label(record["hidden_intention"])),
-                "hidden": plain(record["hidden_intention"]),
-                "outcome": OUTCOMES.index(outcome(record["emotion"])),
-                "end": record["end_reason"],
-                "reward": round(record["reward"], 4),
-                "emotions": record["emotions"],
-                "messages": [_message(message) for message in record["messages"]],
+                "who": people.setdefault(outline["who"], len(people)),
+                "intention": labels.index(intention_label(outline["hidden_intention"])),
+                "outcome": OUTCOMES.index(outcome(outline["emotion"])),
             }
-            for run, step, record in some
-        ],
-    }
+            yield b"," * (place > 0) + as_json(front)[:-1] + b"," + text[1:]
+        yield b"]}"
+
+    data = _compressed(pieces())
+    return Packed(data, len(choice.some), count, cut)
 
 
-def _message(message: Record) -> dict[str, Any]:
-    """What the page shows of a message: a reply has `say`, the user's words are `user`."""
-    if message["role"] == "assistant":
-        shown = {"thought": message["thought"], "say": message["content"], "violation": message["violation"]}
-        return _present(shown)
-    spoke = message["content"] is not None  # else its considerations are of a reply that there was no need for
-    return _present(
-        {
-            "user": message["content"] or "",
-            "emotion": message["emotion"],
-            "change": message.get("change"),
-            "appraisal": _notes(message.get("appraisal")),
-            "considered": _notes(message.get("considerations") if spoke else None),
-        }
-    )
+def _text(texts: Texts, outline: Outline, most: float) -> tuple[bytes, bool]:
+    """(a dialogue as JSON, whether it is whole) in about `most` bytes of a page."""
+    kept = outline["text"]
+    data = texts.get(kept)
+    if kept.size <= most and kept.characters <= MOST_CHARACTERS:
+        return data, True
+    dialogue, characters = json.loads(data), MOST_CHARACTERS
+    for _ in range(_TRIES * 2):
+        data = as_json(shortened(dialogue, characters))
+        size = page_size(len(zlib.compress(data, 1)), len(data))
+        if size <= most:
+            break
+        characters = int(min(characters, len(data)) * min(most / size, 0.95) * 0.97)
+    return data, False
 
 
-def _notes(fields: dict[str, Any] | None) -> list[list[str]] | None:
-    return [[plain(name), plain(str(text))] for name, text in fields.items()] if fields else None
-
-
-def _present(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null; texts as text."""
-    return {k: plain(v) if isinstance(v, str) else v for k, v in fields.items() if v is not None}
+def _compressed(pieces: Iterable[bytes]) -> str:
+    packer = zlib.compressobj(9, wbits=_GZIP)
+    data = b"".join([*(packer.compress(piece) for piece in pieces), packer.flush()])
+    return base64.b64encode(data).decode("ascii")

@@ -8,10 +8,11 @@ import numpy as np
 from rlver_jax.dialogue import END_REASONS
 from rlver_jax.reports import figures
 from rlver_jax.reports.figures import OUTCOMES, Group, Point
+from rlver_jax.reports.shorten import evenly
 from rlver_jax.reports.sources import Run, intention_label, intention_labels
 from rlver_jax.reports.svg import WIDTH, Chart, Key, ticks
 
-MOST_POINTS, MOST_BARS = 240, 60
+MOST_POINTS, MOST_BARS, MOST_DOTS = 240, 60, 500
 MOST_INTENTIONS = 12
 MOST_BANDS = 4  # more of them on one chart hide each other
 _EMOTION, _SHARE = (0.0, 100.0), (0.0, 1.0)
@@ -251,11 +252,13 @@ def trajectories(groups: Sequence[Group]) -> list[Figure]:
     """The emotion over the turns by hidden intention: a chart each, a line a group, its quartiles around it."""
     records = [record for group in groups for record in group.records]
     labels = intention_labels(records)[:MOST_INTENTIONS]
-    turns = max((len(record["emotions"]) for record in records), default=2) - 1
-    return [_trajectory(label, groups, max(turns, 1)) for label in labels]
+    longest = max((len(record["emotions"]) for record in records), default=2) - 1
+    beyond = f"; turns after the {figures.MOST_TURNS}th are not drawn" * (longest > figures.MOST_TURNS)
+    turns = min(max(longest, 1), figures.MOST_TURNS)
+    return [_trajectory(label, groups, turns, beyond) for label in labels]
 
 
-def _trajectory(label: str, groups: Sequence[Group], turns: int) -> Figure:
+def _trajectory(label: str, groups: Sequence[Group], turns: int, beyond: str) -> Figure:
     chart = Chart(f"emotion by turn: {label}", (0, turns), _EMOTION, labels=("turn", ""), size=(WIDTH, 190))
     chart.y_axis(ticks(*_EMOTION))
     chart.x_axis(ticks(0, turns, whole=True))
@@ -275,7 +278,7 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int) -> Figure:
         for turn, text in enumerate(texts):
             text.append(f"{group.name}: {mean[turn]:.1f} ({low[turn]:.0f}–{high[turn]:.0f}), n {len(some)}")
     chart.tips(range(turns + 1), [" · ".join(text) for text in texts])
-    return Figure(label, f"dialogues: {', '.join(map(str, counts))}", chart)
+    return Figure(label, f"dialogues: {', '.join(map(str, counts))}{beyond}", chart)
 
 
 def coordinate_chart(groups: Sequence[Group]) -> Figure | None:
@@ -293,7 +296,7 @@ def coordinate_chart(groups: Sequence[Group]) -> Figure | None:
     chart.note(0.03, 0.97, "creative", "start")
     chart.note(0.03, -1.02, "structured", "start")
     for group, some in placed:
-        for x, y, record in some:
+        for x, y, record in evenly(some, MOST_DOTS):
             place = f"solution {x:+.2f}, creative {y:+.2f}, emotion {record['emotion']}"
             chart.dot(x, y, classes_of(group), 3.5, f"{group.name} · {record['profile']} · {place}")
     for group, some in placed:
@@ -301,4 +304,6 @@ def coordinate_chart(groups: Sequence[Group]) -> Figure | None:
             x, y = np.mean([(x, y) for x, y, _ in some], axis=0).tolist()
             chart.dot(x, y, f"mean {classes_of(group)}", 7, f"{group.name} · mean of {len(some)}: {x:+.2f}, {y:+.2f}")
     caption = "A dialogue a dot, as a judge model placed it; large: a group's mean."
+    if any(len(some) > MOST_DOTS for _, some in placed):
+        caption += f" Of more than {MOST_DOTS} dialogues as many are drawn, evenly."
     return Figure(title, caption, chart)

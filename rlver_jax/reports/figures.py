@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlver_jax.config import shortened
 from rlver_jax.dialogue import END_REASONS
-from rlver_jax.reports.sources import Run
-from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.reports.sources import Outline, Run
+from rlver_jax.runs.numbers import is_number
 from rlver_jax.user.emotion import SAGE
 
 OUTCOMES = ("success", "neither", "failure")  # by SAGE's borders: 100, and below 10
+MOST_TURNS = 100  # that charts show
 PART = 4  # the first and the last of so many parts of a run's logged steps are compared
 
 
@@ -23,7 +25,7 @@ class Group:
     name: str
     run: int  # its place among the runs
     early: bool  # the first steps of a run of which the last ones are another group
-    records: list[Record]
+    records: list[Outline]
 
 
 class Point(NamedTuple):
@@ -61,25 +63,29 @@ def _group_name(run: Run, steps: Sequence[int | None]) -> str:
 
 def points(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], most: int | None = None) -> list[Point]:
     """Rows that hold all keys, as at most `most` points: beyond that, means of equally many consecutive rows."""
-    whole = [row for row in rows if all(row.get(key) is not None for key in keys)]
+    found_in = ((row["step"], tuple(row.get(key) for key in keys)) for row in rows)
+    whole = [(step, values) for step, values in found_in if None not in values]
     size = (-(-len(whole) // most) if most else 0) or 1
     found = []
     for start in range(0, len(whole), size):
         some = whole[start : start + size]
-        means = tuple(float(np.mean([row[key] for row in some])) for key in keys)
-        found.append(Point(some[0]["step"], some[-1]["step"], means))
+        means = tuple(float(np.mean(column)) for column in zip(*(values for _, values in some), strict=True))
+        found.append(Point(some[0][0], some[-1][0], means))
     return found
 
 
-def trajectory(records: Sequence[Record]) -> np.ndarray:
+def trajectory(records: Sequence[Outline]) -> np.ndarray:
     """Float [T + 1, 3]: lower quartile, mean and upper quartile of the emotion after each turn, 0 being the start.
 
-    A dialogue that has ended keeps its final emotion: otherwise the last turns would show those only that never did.
+    T is at most MOST_TURNS. A dialogue that has ended keeps its final emotion: otherwise the last turns would show
+    those only that never did.
     """
-    turns = max(len(record["emotions"]) for record in records)
-    table = np.array([r["emotions"] + r["emotions"][-1:] * (turns - len(r["emotions"])) for r in records], float)
-    low, high = np.percentile(table, (25, 75), axis=0)
-    return np.stack([low, table.mean(axis=0), high], axis=1)
+    turns = min(max(len(record["emotions"]) for record in records), MOST_TURNS + 1)
+    found = np.empty((turns, 3))
+    for turn in range(turns):
+        emotions = np.array([r["emotions"][min(turn, len(r["emotions"]) - 1)] for r in records], float)
+        found[turn] = np.percentile(emotions, 25), emotions.mean(), np.percentile(emotions, 75)
+    return found
 
 
 def outcome(emotion: int) -> str:
@@ -87,12 +93,12 @@ def outcome(emotion: int) -> str:
     return OUTCOMES[1 - SAGE.outcome(emotion)]
 
 
-def outcome_shares(records: Sequence[Record]) -> dict[str, float]:
+def outcome_shares(records: Sequence[Outline]) -> dict[str, float]:
     """Share of each of OUTCOMES."""
     return _shares((outcome(record["emotion"]) for record in records), OUTCOMES)
 
 
-def end_shares(records: Sequence[Record]) -> dict[str, float]:
+def end_shares(records: Sequence[Outline]) -> dict[str, float]:
     """Share of each reason to end."""
     return _shares((record["end_reason"] for record in records), END_REASONS[1:])
 
@@ -102,13 +108,12 @@ def _shares(values: Iterable[str], names: Sequence[str]) -> dict[str, float]:
     return {name: counts[name] / (counts.total() or 1) for name in names}
 
 
-def lengths(records: Sequence[Record]) -> tuple[list[int], list[int]]:
+def lengths(records: Sequence[Outline]) -> tuple[list[int], list[int]]:
     """(turns of each dialogue, characters of each reply of the policy)."""
-    replies = [len(m["content"]) for r in records for m in r["messages"] if m["role"] == "assistant"]
-    return [record["turns"] for record in records], replies
+    return [record["turns"] for record in records], [length for record in records for length in record["replies"]]
 
 
-def coordinates(records: Sequence[Record]) -> list[tuple[float, float, Record]]:
+def coordinates(records: Sequence[Outline]) -> list[tuple[float, float, Outline]]:
     """(solution, creative, record) of each dialogue whose manner a judge has placed; both -1..1."""
     found = []
     for record in records:
@@ -165,11 +170,12 @@ def _held_out(run: Run) -> dict[str, str]:
 def _summarized(run: Run) -> dict[str, str]:
     found = {}
     for key, what in (("score", "score"), ("rule_score", "score by the gold judge")):
-        if isinstance(run.summary.get(key), int | float):
+        if is_number(run.summary.get(key)):
             found[what] = f"{run.summary[key]:.1f}"
-    for name, judge in (run.summary.get("judges") or {}).items():
-        if isinstance(judge, dict) and isinstance(judge.get("score"), int | float):
-            found[f"score by {name}"] = f"{judge['score']:.1f}"
+    judges = run.summary.get("judges")
+    for name, judge in judges.items() if isinstance(judges, dict) else ():
+        if isinstance(judge, dict) and is_number(judge.get("score")):
+            found[f"score by {shortened(name)}"] = f"{judge['score']:.1f}"
     return found
 
 
@@ -183,5 +189,5 @@ def settings_table(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     for name in sorted({name for run in runs for name in run.settings}):
         values = ["" if name not in run.settings else str(run.settings[name]) for run in runs]
         given = {value for value, run in zip(values, runs, strict=True) if name in run.settings}
-        rows.append((name, values, len(given) > 1))
+        rows.append((shortened(name), [shortened(value) for value in values], len(given) > 1))
     return sorted(rows, key=lambda row: not row[2])

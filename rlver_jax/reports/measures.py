@@ -7,8 +7,8 @@ import numpy as np
 
 from rlver_jax.reports.charts import Figure, classes_of, group_keys
 from rlver_jax.reports.figures import Group
+from rlver_jax.reports.sources import Outline
 from rlver_jax.reports.svg import WIDTH, Chart, ticks
-from rlver_jax.runs.dialogue_log import Record
 
 _BAR, _GAP, _EDGES = 11, 9, 52  # heights: a group's bar, the space between two marks, everything else
 
@@ -37,7 +37,7 @@ SCALES = (
 )
 
 
-def marks(records: Sequence[Record], path: Sequence[str]) -> dict[str, list[float]]:
+def marks(records: Sequence[Outline], path: Sequence[str]) -> dict[str, list[float]]:
     """The marks of all records by name, as far as they have any."""
     found: dict[str, list[float]] = {}
     for record in records:

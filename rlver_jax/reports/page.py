@@ -12,25 +12,25 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from rlver_jax.output import plain, plain_line
 from rlver_jax.reports import charts, figures
 from rlver_jax.reports.browser import Packed, pack
 from rlver_jax.reports.charts import Figure
 from rlver_jax.reports.measures import measure_charts
 from rlver_jax.reports.sources import Run
 from rlver_jax.runs.metrics import missing_steps
-from rlver_jax.runs.render import plain
 
 
 def render(runs: Sequence[Run], most_bytes: int) -> tuple[str, Packed]:
     """(the page, what of the dialogues is in it).
 
     Args:
-        most_bytes: size of the page; dialogues are left out to keep it.
+        most_bytes: size of the page; dialogues are cut down or left out to keep it.
 
     Raises:
         ValueError: even without any dialogue it would be larger.
     """
-    empty = _render(runs, Packed("", 0, 0))
+    empty = _render(runs, Packed("", 0, 0, 0))
     room = most_bytes - len(empty.encode("utf-8")) - 2_000  # for the counts of what is left out
     if room < 0:
         raise ValueError(f"a page without dialogues takes {most_bytes - room} bytes; expected at most {most_bytes}")
@@ -51,18 +51,19 @@ def curve(runs: Sequence[Run]) -> str:
 
 
 def _render(runs: Sequence[Run], packed: Packed) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(autoescape=True, finalize=_plain, **how)
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     found = figures.groups(runs)
     return environment.from_string(_asset("page.html.j2")).render(
-        title=plain(", ".join(run.name for run in runs)),
-        names=[plain(run.name) for run in runs],
+        title=plain_line(", ".join(run.name for run in runs)),
+        names=[plain_line(run.name) for run in runs],
         style=Markup(_asset("chart.css") + _asset("page.css")),
         script=Markup(script),
         script_hash=digest,
         table=figures.table(runs, found),
-        settings=[(name, [plain(v) for v in values], differ) for name, values, differ in figures.settings_table(runs)],
+        settings=figures.settings_table(runs),
         sections=_sections(runs, found),
         packed=packed,
     )
@@ -104,6 +105,11 @@ def _lost_rows(runs: Sequence[Run]) -> str:
 
 def _shown(figure: Figure) -> dict[str, Any]:
     return {"title": figure.title, "caption": figure.caption, "svg": Markup(figure.chart.markup())}
+
+
+def _plain(value: Any) -> Any:
+    """What the template writes: our own markup as it is, and every other text without controls."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _asset(name: str) -> str:

@@ -1,19 +1,28 @@
 """What a report shows, read from folders: training runs (`--workdir`) and evaluations (`evaluate --out`)."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlver_jax.config import shortened, shown
+from rlver_jax.output import plain_line
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, known_intention
-from rlver_jax.runs.dialogue_log import Record, read_dialogues
+from rlver_jax.reports.rows import Rows
+from rlver_jax.reports.texts import Texts
+from rlver_jax.runs.dialogue_log import Record, iter_dialogues
 from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
-from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.runs.metrics import iter_metrics
+from rlver_jax.runs.numbers import is_number, number_faults
 from rlver_jax.runs.workdir import RunFolder
 
 MOST_RUNS = 8  # colours that can be told apart
 
+Outline = dict[str, Any]  # of a dialogue, see `_outline`: without what only its reader in the browser sees
 Watch = Callable[[Sequence[Path], str], Iterable[Path]]  # goes through files, showing progress
 
 
@@ -22,7 +31,7 @@ class Dialogues:
     """Finished dialogues of one policy: those of a training step, or an evaluation's."""
 
     step: int | None  # of training; None: an evaluation
-    records: list[Record]  # without tokens and log-probabilities
+    records: list[Outline]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +42,10 @@ class Run:
     path: Path
     training: bool
     settings: dict[str, Any]  # flat
-    rows: list[dict[str, Any]]  # of metrics.jsonl, steps rising; an evaluation has none
+    rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl, steps rising; an evaluation has none
     summary: dict[str, Any]  # of summary.json; a training run, or an unfinished evaluation, has none
     played: list[Dialogues]  # steps rising
+    texts: Texts  # of the dialogues
 
 
 def read_runs(paths: Sequence[str | Path], watch: Watch = lambda files, _: files) -> list[Run]:
@@ -56,7 +66,8 @@ def read_runs(paths: Sequence[str | Path], watch: Watch = lambda files, _: files
         if folder.resolve() in seen:
             raise ValueError(f"{folder}: is the same folder as {seen[folder.resolve()]}; name each once")
         seen[folder.resolve()] = folder
-    return [_read(folder, name, watch) for folder, name in zip(folders, _names(folders), strict=True)]
+    texts = Texts()
+    return [_read(folder, name, watch, texts) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -69,27 +80,36 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(folder: Path, name: str, watch: Watch) -> Run:
+def _read(folder: Path, name: str, watch: Watch, texts: Texts) -> Run:
     run = RunFolder(folder)
     if run.metrics.exists():
-        files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"))
-        played = [Dialogues(int(file.stem.removeprefix("step_")), _slim(file)) for file in watch(files, name)]
-        rows = read_metrics(run.metrics)
+        files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"), key=_step)
+        played = [Dialogues(_step(file), _outlines(file, texts)) for file in watch(files, name)]
+        rows = Rows(iter_metrics(run.metrics))
         if not rows and not played:
             raise ValueError(f"{folder}: its {run.metrics.name} holds no step yet; wait for the first one")
-        return Run(name, folder, True, run.config(), rows, {}, played)
+        return Run(name, folder, True, run.config(), rows, {}, played, texts)
     log = folder / DIALOGUES
     if not log.exists():
         raise ValueError(
             f"{folder}: holds neither {run.metrics.name} nor {DIALOGUES}; expected the --workdir of a training run or "
             f"the --out of an evaluation"
         )
-    records = [record for file in watch([log], name) for record in _slim(file)]
+    records = [record for file in watch([log], name) for record in _outlines(file, texts)]
     if not records:
         raise ValueError(f"{log}: holds no dialogue; expected at least one")
     summary = _object(folder / SUMMARY)
     settings = (summary or _object(folder / PROGRESS)).get("settings", {})
-    return Run(name, folder, False, dict(settings), [], summary, [Dialogues(None, records)])
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder}: its settings are {shown(settings)}, expected a JSON object; evaluate again")
+    return Run(name, folder, False, dict(settings), [], summary, [Dialogues(None, records)], texts)
+
+
+def _step(file: Path) -> int:
+    number = file.stem.removeprefix("step_")
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(f"{file}: is not named after a step, such as step_000010.jsonl; move it away")
+    return int(number)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -98,20 +118,48 @@ def _object(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON object ({error}); restore it, or evaluate again") from error
 
 
-def _slim(path: Path) -> list[Record]:
-    """A log's records without what only a derivation needs, which is nine tenths of it."""
-    return [
-        {**record, "messages": [{k: v for k, v in m.items() if not _bulky(k)} for m in record["messages"]]}
-        for record in read_dialogues(path, unfinished=True)
-    ]
+def _outlines(path: Path, texts: Texts) -> list[Outline]:
+    return [_outline(record, texts) for record in iter_dialogues(path, unfinished=True, check=number_faults)]
 
 
-def _bulky(field: str) -> bool:
-    return field.endswith(("tokens", "logprobs", "stopped"))
+def _outline(record: Record, texts: Texts) -> Outline:
+    """What tables and charts show of a dialogue, small: there may be a hundred thousand of them."""
+    first = record["messages"][0]
+    who = record["profile"], record["hidden_intention"], None if first["generated"] else first["content"]
+    replies = [len(message["content"]) for message in record["messages"] if message["role"] == "assistant"]
+    outline = {
+        "dialogue": record["dialogue"],
+        "profile": sys.intern(shortened(plain_line(record["profile"]), 100)),
+        "hidden_intention": sys.intern(shortened(record["hidden_intention"], 300)),
+        "end_reason": sys.intern(record["end_reason"]),
+        "turns": record["turns"],
+        "emotion": record["emotion"],
+        "emotions": record["emotions"],
+        "replies": array("Q", replies),
+        "who": hashlib.blake2b(repr(who).encode(), digest_size=8).digest(),
+        "text": texts.add(record),
+    }
+    measures = _shown_measures(record.get("measures"))
+    return outline | ({"measures": measures} if measures else {})
+
+
+def _shown_measures(measures: Any) -> dict[str, Any]:
+    """Of a judge model's marks those that charts show."""
+    if not isinstance(measures, dict):
+        return {}
+    relationship = measures.get("relationship")
+    facets = relationship.get("facets") if isinstance(relationship, dict) else None
+    found = {name: _marks(measures.get(name)) for name in ("capabilities", "coordinate")}
+    return found | {"relationship": {"facets": _marks(facets)}}
+
+
+def _marks(part: Any) -> dict[str, float]:
+    named = part.items() if isinstance(part, dict) else ()
+    return {sys.intern(plain_line(name)[:100]): float(value) for name, value in named if is_number(value)}
 
 
 def intention_label(sentence: str) -> str:
@@ -119,11 +167,11 @@ def intention_label(sentence: str) -> str:
     known = known_intention(sentence)
     if known:
         return known.key.replace("_", " ")
-    words = " ".join(sentence.split())
+    words = " ".join(plain_line(sentence).split())
     return words if len(words) <= 28 else words[:27] + "…"
 
 
-def intention_labels(records: Iterable[Record]) -> list[str]:
+def intention_labels(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """The labels that occur: the published ones in their order, then others by name."""
     found = {intention_label(record["hidden_intention"]) for record in records}
     published = [one.key.replace("_", " ") for one in HIDDEN_INTENTIONS]

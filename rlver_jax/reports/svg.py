@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from rich.cells import cell_len
 
-from rlver_jax.runs.render import plain
+from rlver_jax.output import plain_line
 
 WIDTH, HEIGHT = 360, 210
 _LEFT, _RIGHT, _BOTTOM, _LINE = 38, 18, 32, 15
@@ -72,7 +72,7 @@ class Chart:
         self.top = 8 + _LINE * len(rows) + 4 * bool(rows) + 20 * bool(labels[1])
         self.bottom = self.height - (_BOTTOM if labels[0] else _BOTTOM - 13)
         box = f"0 0 {self.width} {self.height}"
-        self.root = Element("svg", {"viewBox": box, "role": "img", "aria-label": plain(title), "class": "chart"})
+        self.root = Element("svg", {"viewBox": box, "role": "img", "aria-label": plain_line(title), "class": "chart"})
         for line, row in enumerate(rows):
             self._legend(row, 8 + _LINE * line)
         middle = (self.left + self.width - _RIGHT) / 2
@@ -115,13 +115,13 @@ class Chart:
 
     def dot(self, x: float, y: float, classes: str, radius: float = 4, tip: str = "") -> None:
         """A dot."""
-        known = {"data-tip": plain(tip)} if tip else {}
+        known = {"data-tip": plain_line(tip)} if tip else {}
         self._add("circle", f"dot {classes}", known, cx=self.px(x), cy=self.py(y), r=radius)
 
     def bar(self, x: tuple[float, float], y: tuple[float, float], classes: str, tip: str = "") -> None:
         """A rectangle between two corners."""
         (left, right), (low, high) = map(self.px, x), map(self.py, y)
-        known = {"data-tip": plain(tip)} if tip else {}
+        known = {"data-tip": plain_line(tip)} if tip else {}
         self._add("rect", f"bar {classes}", known, x=left, width=right - left, y=high, height=low - high)
 
     def row_name(self, y: float, name: str) -> None:
@@ -130,7 +130,7 @@ class Chart:
         short = name if len(name) <= room else f"{name[: room // 2 - 1]}…{name[-room // 2 :]}"
         text = self._text(self.left - 5, self.py(y) + 3.5, short, "tick end")
         if short != name and text is not None:
-            ElementTree.SubElement(text, "title").text = plain(name)
+            ElementTree.SubElement(text, "title").text = plain_line(name)
 
     def rule(self, x: float | None = None, y: float | None = None) -> None:
         """A stronger line across the plot, at an x or a y."""
@@ -149,7 +149,7 @@ class Chart:
         edges = [self.x[0], *middles, self.x[1]]
         for left, right, text in zip(edges, edges[1:], texts, strict=False):
             at = {"x": self.px(left), "width": self.px(right) - self.px(left)}
-            self._add("rect", "hit", {"data-tip": plain(text)}, y=self.top, height=self.bottom - self.top, **at)
+            self._add("rect", "hit", {"data-tip": plain_line(text)}, y=self.top, height=self.bottom - self.top, **at)
 
     def markup(self) -> str:
         """The `<svg>` element, for a page."""
@@ -176,7 +176,7 @@ class Chart:
         if not text:
             return None
         element = self._add("text", classes, x=x, y=y)
-        element.text = plain(text)
+        element.text = plain_line(text)
         return element
 
     def _legend(self, row: Sequence[tuple[float, Key, str]], y: float) -> None:

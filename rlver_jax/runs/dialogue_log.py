@@ -10,10 +10,9 @@ distribution really sampled (0 for greedy), `raw_logprobs` to the model itself.
 Floats have the fewest digits that read back as the same float32.
 """
 
-import codecs
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +24,8 @@ from rlver_jax.players import Players
 from rlver_jax.policy import PolicyTurn
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rewards import reward as compute_reward
+from rlver_jax.runs.files import json_line
+from rlver_jax.runs.lines import each_line
 from rlver_jax.sampling.decode import Generated
 from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
@@ -77,6 +78,9 @@ _REACTION: dict[str, tuple[type, ...]] = (
     | dict.fromkeys(("tokens", "all_tokens", "logprobs", "raw_logprobs", "change_logprobs"), (list, *_NO))
     | dict.fromkeys(SCRIPT_FIELDS, (dict, *_NO))
 )
+
+
+REMEDY = "restore the line, or remove it to go on without this dialogue"
 
 
 class DialogueLogError(ValueError):
@@ -267,16 +271,20 @@ def write_dialogues(path: str | os.PathLike[str], records: Iterable[Record], *, 
     that an interrupted process left unfinished is cut off first.
     """
     path = Path(path)
-    text = "".join(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path if append else path.with_name(path.name + ".tmp")
-    with target.open("r+b" if append and path.exists() else "wb") as file:
-        if append:
-            file.seek(_whole_lines(path))
-            file.truncate()
-        file.write(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with target.open("r+b" if append and path.exists() else "wb") as file:
+            if append:
+                file.seek(_whole_lines(path))
+                file.truncate()
+            file.writelines(json_line(record, separators=(",", ":")) for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        if not append:
+            target.unlink(missing_ok=True)
+        raise
     if not append:
         target.replace(path)
 
@@ -287,34 +295,40 @@ def _whole_lines(path: Path) -> int:
 
 
 def read_dialogues(path: str | os.PathLike[str], *, unfinished: bool = False) -> list[Record]:
-    """Reads and checks a log.
+    """Reads and checks a log; see `iter_dialogues`."""
+    return list(iter_dialogues(path, unfinished=unfinished))
+
+
+def iter_dialogues(
+    path: str | os.PathLike[str], *, unfinished: bool = False, check: Callable[[Record], Iterator[str]] | None = None
+) -> Iterator[Record]:
+    """Reads and checks a log, a line at a time.
 
     Args:
         unfinished: pass over a last line without an end, which an interrupted process left.
+        check: finds further faults of a dialogue.
 
     Raises:
         DialogueLogError: no such file, or a line that is not a dialogue; with file and line.
     """
-    path = Path(path)
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        file = Path(path).open("rb")  # noqa: SIM115
     except OSError as error:
         raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, as evaluate writes") from None
-    last = lines.pop()
-    if last and not unfinished:
-        lines.append(last)
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    with file:
+        for number, (_, line) in enumerate(each_line(file, unfinished=unfinished), start=1):
+            yield parse_dialogue(line, f"{path}:{number}", check)
 
 
-def _parse(line: bytes, place: str) -> Record:
-    remedy = "restore the line, or remove it to go on without this dialogue"
+def parse_dialogue(line: bytes, place: str, check: Callable[[Record], Iterator[str]] | None = None) -> Record:
+    """The dialogue on a line; DialogueLogError, which names the place, where there is none or `check` finds a fault."""
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DialogueLogError(f"{place}: not a JSON object ({error}); {remedy}") from None
-    fault = next(record_faults(record), None)
-    if fault is not None:
-        raise DialogueLogError(f"{place}: {fault}; {remedy}")
+        raise DialogueLogError(f"{place}: not a JSON object ({error}); {REMEDY}") from None
+    fault = next(record_faults(record), None) or (check and next(check(record), None))
+    if fault:
+        raise DialogueLogError(f"{place}: {fault}; {REMEDY}")
     return record
 
 

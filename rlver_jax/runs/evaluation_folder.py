@@ -23,6 +23,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.fingerprints import model_fingerprint, texts_fingerprint
+from rlver_jax.runs.logged import Logged
 from rlver_jax.runs.settings import compare, without_secrets
 
 PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json"
@@ -131,15 +132,15 @@ def _taken_up(path: Path, settings: dict[str, Any], repeats: int, report: Callab
     return {"records": records, "played": found["played"]}
 
 
-def read_evaluation(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
-    """(summary, dialogues) of a finished evaluation.
+def read_evaluation(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Sequence[Record]]:
+    """(summary, dialogues) of a finished evaluation; the dialogues are checked now, and read again when asked for.
 
     Raises:
         ValueError: the folder holds none.
     """
     path = Path(path)
     try:
-        return json.loads((path / SUMMARY).read_text(encoding="utf-8")), read_dialogues(path / DIALOGUES)
+        return json.loads((path / SUMMARY).read_text(encoding="utf-8")), Logged(path / DIALOGUES)
     except OSError as error:
         raise ValueError(f"{path}: holds no finished evaluation ({error}); name the --out of one") from error
 

@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 
+def json_line(value: Any, **how: Any) -> bytes:
+    """JSON in UTF-8 with a line end; half characters, as names of files may hold, stand as JSON's escapes for them."""
+    return (json.dumps(value, ensure_ascii=False, **how) + "\n").encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value`; a reader finds the old file or the new one, never a part."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_line(value, indent=1).decode("utf-8"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,38 +6,51 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rlver_jax.config import shown
+from rlver_jax.runs.lines import each_line
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb_id"
 _log = logging.getLogger(__name__)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; see `iter_metrics`."""
+    return list(iter_metrics(path))
+
+
+def iter_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Rows of a metrics.jsonl, steps rising; a last line that was not finished is left out.
 
     Raises:
         ValueError: another line is no row, or of a step that doesn't come after the one before; with its number.
     """
-    rows: list[dict[str, Any]] = []
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was not finished
-        try:
-            rows.append(dict(json.loads(line)))
-            step = rows[-1]["step"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: line {number} is no row of metrics ({error}); restore or remove the file"
-            ) from error
-        if type(step) is not int or step < 0:
-            raise ValueError(f"{path}: line {number} has step {step!r}, expected a whole number; restore the file")
-        if rows[:-1] and step <= rows[-2]["step"]:
-            raise ValueError(
-                f"{path}: line {number} is of step {step}, after one of step {rows[-2]['step']}, but steps rise and "
-                f"none stands there twice; restore the file, or remove the line that is not the run's"
-            )
-    return rows
+    before = -1
+    with Path(path).open("rb") as file:
+        for number, (_, line) in enumerate(each_line(file, unfinished=True), 1):
+            try:
+                row = dict(json.loads(line.decode("utf-8")))
+                step = row["step"]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}: line {number} is no row of metrics ({error}); restore or remove the file"
+                ) from error
+            _check_step(path, number, step, before)
+            before = step
+            yield row
+
+
+def _check_step(path: str | os.PathLike[str], number: int, step: object, before: int) -> None:
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"{path}: line {number} has step {shown(step)}, expected a whole number; restore the file")
+    if step <= before:
+        raise ValueError(
+            f"{path}: line {number} is of step {step}, after one of step {before}, but steps rise and none stands "
+            f"there twice; restore the file, or remove the line that is not the run's"
+        )
 
 
 def missing_steps(rows: Sequence[Mapping[str, Any]], last: int, zero: object) -> str:

@@ -4,7 +4,6 @@ Everything that a model or a profile wrote goes into `Text`, which has no markup
 recolour the terminal or reorder the line: a reply can't draw over the emotion that it earned.
 """
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from rlver_jax.output import plain, plain_line
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.user.emotion import SAGE
 
@@ -28,18 +28,6 @@ _COMPARED = {
 }
 BAR = 25  # characters for emotions 0..100
 _BAND_STYLES = {"S": "bold green", "A": "green", "B": "yellow", "C": "dark_orange", "F": "red"}
-# Marks and controls that turn the direction of what follows them.
-_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def plain(text: str) -> str:
-    """The text without controls of terminal and direction and half characters; line ends stay, tabs become spaces."""
-    lines = text.replace("\r\n", "\n").replace("\u2028", "\n").replace("\u2029", "\n").replace("\t", "    ")
-    return "".join(
-        char
-        for char in lines
-        if char == "\n" or (unicodedata.category(char) not in ("Cc", "Cs") and char not in _DIRECTIONS)
-    )
 
 
 def emotion_bar(emotion: int) -> Text:
@@ -58,7 +46,8 @@ def change_text(change: int) -> Text:
 
 def render_dialogue(record: Record) -> Group:
     """One dialogue of a log: thoughts and appraisals dim, what was said plain, the emotion after each turn."""
-    title = f"dialogue {record['dialogue']} · profile {plain(record['profile'])[:36]} · {record['mode']}"
+    profile, mode = plain_line(record["profile"])[:36], plain_line(record["mode"])
+    title = f"dialogue {record['dialogue']} · profile {profile} · {mode}"
     hidden = Text.assemble(("hidden intention  ", "dim"), plain(record["hidden_intention"]))
     return Group(Rule(Text(title)), hidden, *_messages(record), Rule(_ending(record)))
 
@@ -72,7 +61,8 @@ def print_comparison(before: Evaluated, after: Evaluated, console: Console) -> N
     """Prints the first profile's dialogue of two evaluations, and their scores side by side."""
     profile = after[1][0]["profile"]
     for name, (_, records) in (("before", before), ("after", after)):
-        for record in [r for r in records if r["profile"] == profile][:1]:
+        record = next((r for r in records if r["profile"] == profile), None)
+        if record is not None:
             console.print(Text(f"\n{name}", "bold"))
             print_dialogue(record, console)
     table = Table("", "before", "after")
@@ -120,7 +110,9 @@ def _said(who: str, text: str, style: str) -> Text:
 
 
 def _block(name: str, text: str, style: str) -> Padding:
-    return Padding(Text.assemble((f"{plain(name)}  ", "dim bold"), (plain(text), style)), (0, 0, 0, 2), expand=False)
+    return Padding(
+        Text.assemble((f"{plain_line(name)}  ", "dim bold"), (plain(text), style)), (0, 0, 0, 2), expand=False
+    )
 
 
 def _ending(record: Record) -> Text:

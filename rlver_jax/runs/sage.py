@@ -19,6 +19,7 @@ from typing import Any
 from rlver_jax.config import shown
 from rlver_jax.profiles.schema import Profile, intention_at_end
 from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, Record
+from rlver_jax.runs.numbers import MOST
 from rlver_jax.runs.trajectory import RLVER
 from rlver_jax.user.emotion import SAGE
 
@@ -28,7 +29,6 @@ _OURS = {theirs: ours for ours, theirs in PLANNING.items()}
 _OURS_OF_RLVER = _OURS | {"reason": "target"}
 _FAREWELLS = ("再见", "拜拜")  # by which RLVER's loop knows that the user has left
 _LINE = re.compile(r"([a-z][a-z0-9_]*): (.*)", re.DOTALL)
-MOST = 10**6  # points that a log may hold; an emotion has 100
 _UNKNOWN = ("tokens", "logprobs", "raw_logprobs")
 
 

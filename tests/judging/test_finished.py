@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rlver_jax.evaluate import main
-from rlver_jax.judging.finished import faults, read_all, read_finished, turns_of
+from rlver_jax.judging.finished import FinishedFiles, faults, read_finished, turns_of
 from rlver_jax.report import main as report
 from rlver_jax.runs.dialogue_log import write_dialogues
 from tests.runs.rlver_log import logged
@@ -90,8 +90,11 @@ def test_our_own_logs_are_read_too(results, tmp_path):
 
 def test_several_files_are_numbered_over_all(results, tmp_path, capsys):
     a, b = write(tmp_path / "a.jsonl", results[:2]), write(tmp_path / "b.jsonl", results[2:])
-    files = read_all([str(a), str(b)])
-    assert [d.record["dialogue"] for ones in files.values() for d in ones] == [0, 1, 2, 3]
+    files = FinishedFiles([str(a), str(b)])
+    seen = list(files.scan())
+    assert [(path, d.record["dialogue"]) for path, d in seen] == [(str(f), i) for i, f in enumerate((a, a, b, b))]
+    assert list(files) == [d for _, d in seen], "read again, one by one"
+    assert files[-1] == files[3] == seen[3][1]
     assert main([f"--from={a},{b}", f"--out={tmp_path / 'out'}"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [summary["files"][str(f)]["score"] for f in (a, b)] == [(42 + 100) / 2, (5 + 44) / 2]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlver_jax.judging.statistics import agreement, interval, mean_with_interval, pearson, spearman
 
@@ -52,6 +53,15 @@ def test_the_interval_of_a_mean_is_the_normal_one():
     assert found["std"] == pytest.approx(values.std(ddof=1))
     half = 1.96 * values.std(ddof=1) / 20
     assert found["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.15 * half)
+
+
+@pytest.mark.parametrize("count", [2, 7, 1500])
+def test_drawing_in_parts_draws_the_same(count):
+    """Of 1500 dialogues 666 resamples are drawn at a time: scipy would draw 2000, which takes memory for long logs."""
+    values = np.random.default_rng(3).normal(size=count)
+    whole = stats.bootstrap((values,), np.mean, n_resamples=2000, vectorized=False, rng=np.random.default_rng(0))
+    expected = np.percentile(whole.bootstrap_distribution, [2.5, 97.5]).tolist()
+    assert mean_with_interval(values.tolist())["interval"] == expected
 
 
 def test_copies_within_a_dialogue_make_nothing_surer():

@@ -5,9 +5,10 @@ import statistics
 import numpy as np
 import pytest
 
-from rlver_jax.reports import figures
+from rlver_jax.reports import figures, sources
 from rlver_jax.reports.figures import Point
 from rlver_jax.reports.sources import read_runs
+from rlver_jax.reports.texts import Texts
 
 from .conftest import record, row, some_records, write_evaluation, write_run
 
@@ -50,8 +51,12 @@ def test_outcomes_follow_sages_borders():
     assert ends == {"success": 0.25, "failure": 0.5, "goodbye": 0.25, "turn_limit": 0, "format": 0, "context": 0}
 
 
+def outline(emotions):
+    return sources._outline(record(0, "p", emotions), Texts())
+
+
 def test_lengths_count_the_policys_own_words():
-    turns, characters = figures.lengths([record(0, "p", [40, 41, 42]), record(1, "p", [40])])
+    turns, characters = figures.lengths([outline([40, 41, 42]), outline([40])])
     assert (turns, characters) == ([2, 0], [len("say 1"), len("say 2")])
 
 

@@ -7,6 +7,7 @@ import html
 import itertools
 import json
 import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
@@ -101,14 +102,49 @@ def test_what_models_and_people_wrote_is_never_markup(tmp_path):
     assert dialogues_of(text)["dialogues"][0]["messages"][1]["say"] == HOSTILE
 
 
-def test_controls_that_reorder_or_hide_text_are_taken_out(tmp_path):
-    records = [
-        record(
-            0, "p\u202e", [40, 45], words=lambda what: f"a\u202eb\x00\ud800{what}".encode("utf-8", "ignore").decode()
-        )
-    ]
+UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f]"
+    r"|[\ufeff\ufff9-\uffff\ud800-\udfff]"
+)
+_CODES = (range(9), range(11, 32), range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x206A))
+CONTROLS = "".join(chr(code) for codes in _CODES for code in codes)
+NASTY = f"<b>\x1b[2J{CONTROLS}\ud800\u200b\ufeff\uffff\U000e0041good 👩\u200d👧"
+
+
+def test_controls_are_taken_out_everywhere(tmp_path):
+    """Escapes, half characters and directions in every text of a run: on the page, in its JSON and in the curve."""
+    folder = tmp_path / "run\x1b[31m\u202e\udcff\nscore 100"
+    marks = {"capabilities": {NASTY: 2.0}, "coordinate": {"solution": 0.5, "creative": 0.5}}
+    records = [record(0, NASTY, [40, 45], words=lambda _: NASTY, measures=marks) | {"hidden_intention": NASTY}]
+    records[0]["messages"][2]["appraisal"] = {NASTY: NASTY}
+    lines = "".join(json.dumps(one) + "\n" for one in records)  # JSON may hold half characters, as escapes
+    (folder / "dialogues").mkdir(parents=True)
+    (folder / "dialogues" / "step_000001.jsonl").write_text(lines)
+    (folder / "metrics.jsonl").write_text(json.dumps(row(1, 45.0)) + "\n")
+    (folder / "config.json").write_text(json.dumps({NASTY: NASTY}))
+    seen = tmp_path / "seen\x1b\x07"
+    seen.mkdir()
+    (seen / "dialogues.jsonl").write_text(lines)
+    (seen / "summary.json").write_text(json.dumps({"settings": {"a": NASTY}, "judges": {NASTY: {"score": 5.0}}}))
+    runs = read_runs([folder, seen])
+    text, _ = page.render(runs, 5_000_000)
+    for shown in (text, json.dumps(dialogues_of(text), ensure_ascii=False), page.curve(runs)):
+        assert not UNSEEN.findall(shown)
+        assert shown.encode("utf-8")
+    (shown, _) = dialogues_of(text)["dialogues"]
+    good = "<b>[2Jgood 👩\u200d👧"
+    assert (shown["profile"], shown["hidden"], shown["messages"][1]["say"]) == (good, good, good)
+    assert shown["messages"][2]["appraisal"] == [[good, good]]
+    assert dialogues_of(text)["runs"] == ["run[31m score 100", "seen"]
+    assert f"score by {html.escape(good)}" in text
+    ET.fromstring(page.curve(runs))
+
+
+def test_text_keeps_its_lines_and_joined_emoji(tmp_path):
+    records = [record(0, "p", [40, 45], words=lambda _: "a\tb\r\nc\u2028d 👩\u200d👧 \u0645\u06cc\u200c\u062e")]
     text, _ = page.render(read_runs([write_evaluation(tmp_path / "seen", records)]), 100_000)
-    assert dialogues_of(text)["dialogues"][0]["messages"][1]["say"] == "absay 1"
+    say = dialogues_of(text)["dialogues"][0]["messages"][1]["say"]
+    assert say == "a    b\nc\nd 👩\u200d👧 \u0645\u06cc\u200c\u062e"
 
 
 def test_sixty_steps_take_less_than_five_megabytes(sixty_steps):

@@ -17,8 +17,10 @@ def test_a_training_run_is_read_with_its_steps(small_run):
 
 
 def test_tokens_are_left_out_and_texts_stay(small_run):
-    message = read_runs([small_run])[0].played[0].records[0]["messages"][1]
-    assert message == {"role": "assistant", "thought": "thought 1", "content": "say 1", "violation": False}
+    (run,) = read_runs([small_run])
+    kept = json.loads(run.texts.get(run.played[0].records[0]["text"]))
+    assert kept["messages"][1] == {"thought": "thought 1", "say": "say 1", "violation": False}
+    assert "messages" not in run.played[0].records[0]
 
 
 def test_an_evaluation_that_goes_on_is_read_up_to_its_last_whole_line(tmp_path):

@@ -190,6 +190,10 @@ class Browser {
       make("small", {}, `emotion ${d.emotions[0]} → ${d.emotions.at(-1)} (`, this.signed(change), ")")];
     let turn = 0;
     const body = d.messages.flatMap((m) => {
+      if ("skipped" in m) {
+        turn += m.skipped;
+        return [make("p", { class: "turn" }, `[…${m.skipped.toLocaleString("en")} turns left out…]`)];
+      }
       if ("say" in m) return [make("p", { class: "turn" }, `turn ${++turn}`), this.policy(m)];
       return [this.user(m)];
     });
