@@ -26,8 +26,11 @@ from rlver_jax.serving.engine import Emit, Engine, EngineDown, EngineFull, Piece
 from rlver_jax.serving.errors import ProtocolError, quoted
 from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, check_consistent, parse
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.tokenizer_base import check_text
 
 MOST_REPLIES = 16  # of a request where the queue holds fewer
+ROOM = 2  # times the context: what is certainly too many tokens
+PIECE = 1 << 15  # characters that are taken apart at a time
 PATIENCE = 0.5  # seconds between two looks whether the client is still there
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -117,7 +120,7 @@ class Service:
         ask = parse(ChatRequest, body)
         check_consistent(ask)
         self._check_model(ask.model)
-        self._check_bytes(sum(map(_bytes, (m.text for m in ask.messages))), "messages")
+        self._check_texts([message.text for message in ask.messages], "messages")
         prompt = self._chat_prompt(ask)
         room = self.engine.context - len(prompt)
         works = self._works(ask, [prompt], room if ask.limit is None else ask.limit, "messages")
@@ -133,7 +136,7 @@ class Service:
             raise ProtocolError(400, f"{count} prompts with n={n}: 1 to {most} replies a request", param="prompt")
         for prompt in ask.prompts:
             if isinstance(prompt, str):
-                self._check_bytes(_bytes(prompt), "prompt")
+                self._check_texts([prompt], "prompt")
         prompts = [self._completion_prompt(prompt) for prompt in ask.prompts]
         works = self._works(ask, prompts, 16 if ask.max_tokens is None else ask.max_tokens, "prompt")
         if ask.echo and ask.logprobs is not None:
@@ -147,15 +150,22 @@ class Service:
         tokenizer = self.engine.tokenizer
         return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
-    def _check_bytes(self, size: int, param: str) -> None:
-        """Refuses text that can't fit, without taking it apart."""
-        most = self.engine.context * self._longest
-        if size > most:
-            message = (
-                f"the text has {size} bytes; the context of {self.engine.context} tokens holds {most} at the very "
-                "most; shorten the prompt"
-            )
-            raise ProtocolError(400, message, code="context_length_exceeded", param=param)
+    def _check_texts(self, texts: Sequence[str], param: str) -> None:
+        """Refuses texts that can't fit in the context together, taking no more of them apart than that needs."""
+        with _text_errors(param):
+            for text in texts:
+                check_text(text)
+        context, size = self.engine.context, sum(len(text.encode()) for text in texts)
+        if size > context * self._longest:
+            raise _too_long(f"the text has {size} bytes, more than {context} tokens ever have", context, param)
+        if size <= ROOM * context:
+            return
+        pieces = (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE))
+        count = 0
+        for piece in pieces:
+            count += len(self.engine.tokenizer.encode(piece))
+            if count > ROOM * context:  # the cuts between pieces add a few tokens at most, not as many again
+                raise _too_long(f"the text of {size} bytes has more than {context} tokens", context, param)
 
     def _chat_prompt(self, ask: ChatRequest) -> list[int]:
         chat = ChatTemplate(self.engine.tokenizer)
@@ -186,11 +196,8 @@ class Service:
         """One for each choice: the choices of each prompt together. Raises ProtocolError where one doesn't fit."""
         for prompt in prompts:
             if len(prompt) + max(limit, 1) > self.engine.context:
-                message = (
-                    f"the prompt has {len(prompt)} tokens and {max(limit, 1)} are asked for, but the context holds "
-                    f"{self.engine.context}; shorten the prompt or lower max_tokens"
-                )
-                raise ProtocolError(400, message, code="context_length_exceeded", param=param)
+                found = f"the prompt has {len(prompt)} tokens and {max(limit, 1)} are asked for"
+                raise _too_long(found, self.engine.context, param)
         seed = secrets.randbits(63) if ask.seed is None else ask.seed
         return [
             Work(
@@ -313,8 +320,9 @@ def _text_errors(param: str) -> Iterator[None]:
         raise ProtocolError(400, str(error), param=param) from None
 
 
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
+def _too_long(found: str, context: int, param: str) -> ProtocolError:
+    message = f"{found}, but the context holds {context}; shorten the prompt or lower max_tokens"
+    return ProtocolError(400, message, code="context_length_exceeded", param=param)
 
 
 async def _fault(request: Request, error: Exception) -> Response:
