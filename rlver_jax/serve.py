@@ -37,6 +37,7 @@ from rlver_jax.serving.engine import Engine
 from rlver_jax.user.prompts import load_prompts
 
 TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"
+SWITCH_S = 0.0005  # after which a thread lets the one that answers go on; Python's 5 ms add up to a wait
 LOOK_S = 2.0  # between two lines of figures in a terminal
 
 
@@ -142,6 +143,7 @@ def _serve(engine: Engine, name: str, system: str, listening: socket.socket, con
     app = Service(engine, name, int(time.time()), token, system).app()
     server = make_server(app)
     engine.start()
+    sys.setswitchinterval(SWITCH_S)
     gc.collect()
     gc.freeze()  # what is there stays: a full collection would take a part of a second, in which nobody is answered
     # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.

@@ -13,7 +13,8 @@ from rlver_jax.serving.errors import ProtocolError
 
 MAX_CONNECTIONS = 512
 MAX_WIRE = 4 * MAX_BODY  # bytes that come in for one request, chunks' frames and what is thrown away included
-PIECE = 4096  # bytes that are parsed in one turn of the event loop: they may be hundreds of tiny chunks
+PIECE = 1 << 16  # bytes that are parsed in one turn of the event loop
+CHUNKS_PIECE = 1 << 11  # of a body in chunks: they may be hundreds of tiny ones
 
 
 class Connection(H11Protocol):
@@ -61,8 +62,10 @@ class Connection(H11Protocol):
             self._feed()
 
     def _feed(self) -> None:
-        piece = bytes(self._unread[:PIECE])
-        del self._unread[:PIECE]
+        chunks = any(name == b"transfer-encoding" for name, _ in self.headers or ())
+        size = CHUNKS_PIECE if chunks else PIECE
+        piece = bytes(self._unread[:size])
+        del self._unread[:size]
         if piece and not self.transport.is_closing():
             super().data_received(piece)
             self._look()
