@@ -217,6 +217,8 @@ class Service:
         """Work that grows with the request or its answer is done in threads: others are answered meanwhile."""
         async with self.bodies.read(request) as body:
             asked = await self.bodies.work(len(body), functools.partial(read, body))
+        if await request.is_disconnected():
+            raise _gone()
         ask, works, answers = asked.ask, asked.works, asked.answers
         replies = _Replies(self.engine, works)
         if ask.stream:
@@ -271,7 +273,7 @@ class _Replies:
             while self._open:
                 if request is not None and loop.time() > look:
                     if await request.is_disconnected():
-                        raise ProtocolError(499, "the client has gone")
+                        raise _gone()
                     look = loop.time() + PATIENCE
                 try:
                     index, piece = await asyncio.wait_for(self._queue.get(), PATIENCE)
@@ -318,6 +320,10 @@ def _text_errors(param: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ProtocolError(400, str(error), param=param) from None
+
+
+def _gone() -> ProtocolError:
+    return ProtocolError(499, "the client has gone")
 
 
 def _too_long(found: str, context: int, param: str) -> ProtocolError:

@@ -132,7 +132,7 @@ def some_request(draw: random.Random) -> bytes:
     """All bytes of a request."""
     if draw.random() < 0.15:
         return draw.choice(RAW)
-    path, method = draw.choice(ROUTES[-2:] * 8 + PATHS), draw.choice(["POST"] * 8 + METHODS)
+    path, method = draw.choice(ROUTES[-2:] * 8 + PATHS), draw.choice(["POST"] * 60 + METHODS)
     body = some_body(draw)
     headers = [("Host", "a"), ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     if draw.random() < 0.4:
@@ -169,8 +169,8 @@ def complete(found: bytes) -> bool:
 def test_hostile_requests_get_answers(url, engine, monkeypatch, caplog):
     """Four hundred of them, seeded: over routes, methods, headers, bodies, and what is no HTTP at all."""
     # What owes more bytes is cut: soon here, and without an answer where the headers aren't complete.
-    monkeypatch.setattr(connection.Connection, "patience", dict.fromkeys(connection.Connection.patience, 3.0))
-    monkeypatch.setattr(bodies, "BODY_S", 1.0)
+    monkeypatch.setattr(connection.Connection, "patience", dict.fromkeys(connection.Connection.patience, 1.0))
+    monkeypatch.setattr(bodies, "BODY_S", 0.4)
     draw, statuses = random.Random(25), []
     requests = [*RAW, *(some_request(draw) for _ in range(400 - len(RAW)))]
     for sent in requests:
@@ -185,7 +185,7 @@ def test_hostile_requests_get_answers(url, engine, monkeypatch, caplog):
         assert statuses[-1] != 500, (sent[:500], found)
         method = sent.split(b" ")[0]
         if statuses[-1] >= 400 and method != b"HEAD":
-            error = json.loads(body.decode("utf-8"))["error"]
+            error = json.JSONDecoder().raw_decode(body.decode("utf-8"))[0]["error"]  # pipelined ones may follow
             assert set(error) == {"message", "type", "param", "code"}, sent[:300]
             assert error["message"].isprintable()
             assert len(error["message"]) < 5000
@@ -233,8 +233,17 @@ def test_slow_clients_are_cut(url, monkeypatch):
 
 
 def test_a_client_that_never_reads_frees_its_rows(url, engine, monkeypatch):
-    """Its answer doesn't fit in what the kernel holds for it."""
-    monkeypatch.setattr(connection.Connection, "patience", connection.Connection.patience | {"reading": 1.0})
+    """Its answer doesn't fit in what the kernel holds for it. Steps are made slow: it is cut before they are over."""
+    ask, before = engine._ask, engine.stats()["replies"]
+    monkeypatch.setattr(engine, "_ask", lambda rows: (time.sleep(0.05), ask(rows))[1])
+    monkeypatch.setattr(connection.Connection, "patience", connection.Connection.patience | {"reading": 0.5})
+    made = connection.Connection.connection_made
+
+    def narrow(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(connection.Connection, "connection_made", narrow)
     body = json.dumps(
         GOOD | {"temperature": 2, "max_tokens": 250, "n": 30, "stream": True, "logprobs": True, "top_logprobs": 20}
     )
@@ -243,16 +252,13 @@ def test_a_client_that_never_reads_frees_its_rows(url, engine, monkeypatch):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((where.hostname, where.port))
         client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body.encode())
-        deadline, before = time.monotonic() + 60, engine.stats()["replies"]
+        deadline = time.monotonic() + 60
         while (now := engine.stats())["replies"] == before or now["busy"] or now["waiting"]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(1.5)  # the socket still takes nothing, and is cut
-        with pytest.raises(ConnectionError):  # noqa: PT012
-            for _ in range(50):
-                client.sendall(b" ")
-                time.sleep(0.05)
-    assert engine.stats()["replies"]["cancelled"] > 0
+    ended = {name: count - before[name] for name, count in now["replies"].items()}
+    assert ended["accepted"] == 30 == ended["finished"] + ended["cancelled"]
+    assert ended["cancelled"] > 0
 
 
 def test_work_on_a_body_leaves_the_loop_free(engine, monkeypatch):
