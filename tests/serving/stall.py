@@ -52,7 +52,7 @@ def bodies(model: str) -> dict[str, tuple[str, bytes]]:
     found["a long number"] = chat, filled(f'{{{name},"seed":', "9", "}")
     found["white space"] = chat, filled("{", " ", "}")
     found["a long name"] = chat, filled('{"model":"', "m", '"}')
-    most = 130_000  # just what is still taken
+    most = 65_000  # just what is still taken
     found["as many texts"] = complete, (prompt + "[" + '"a",' * most + '"a"]}').encode()
     found["as many lists"] = complete, (prompt + "[" + "[1]," * most + "[1]]}").encode()
     found["as many ids"] = complete, (prompt + "[" + "17," * 262_000 + "1]}").encode()

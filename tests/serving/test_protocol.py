@@ -176,7 +176,9 @@ def test_what_a_large_body_holds_is_bounded():
         assert len(json_object(b'{"":[' + unit * (most - 1) + unit[:-1] + b"]}")[""]) == most
         with pytest.raises(ProtocolError, match="holds more than"):
             json_object(b'{"":[' + unit * (most + 2) + unit[:-1] + b"]}")
-    text = '"[{,\\' * 100_000
+    for text in ('"[{,\\' * 100_000, "\\" * 300_000, 'a"' * 250_000, "x" + '"\\' * 250_000 + "["):
+        assert json_object(json.dumps({"a": text}).encode()) == {"a": text}
+    text = "[" * 100_000
     assert json_object(json.dumps({"a": text}).encode()) == {"a": text}
 
 
