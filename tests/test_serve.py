@@ -81,14 +81,13 @@ def test_a_hundred_clients(tmp_path):
 
 @pytest.mark.slow
 def test_health_is_told_while_large_bodies_arrive(tmp_path):
-    """Bodies of 4 MB of thirty kinds, four at once. The most holds with a core to spare (docs/serving.md)."""
+    """Bodies of 4 MB of thirty kinds, four at once: 100 ms, times the processes that share a core."""
     with served("--rows=4") as (_, url):
         figures = stall.run(url, senders=4, seconds=20)
         print(json.dumps(figures))
         assert set(figures["status"]) <= {400, 413, 429}
         assert figures["bodies"] > 30
-        assert figures["health_ms"]["p99"] < 100
-        assert figures["health_ms"]["max"] < 500
+        assert figures["health_ms"]["max"] < 100 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3\tcret", "s3crét"])
