@@ -8,6 +8,7 @@ asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN. GET /
 Needs the extra `serve`. Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage.
 """
 
+import gc
 import ipaddress
 import os
 import signal
@@ -36,6 +37,7 @@ from rlver_jax.serving.engine import Engine
 from rlver_jax.user.prompts import load_prompts
 
 TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"
+SWITCH_S = 0.0005  # after which a thread lets the one that answers go on; Python's 5 ms add up to a wait
 LOOK_S = 2.0  # between two lines of figures in a terminal
 
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         _check_installed()
+        _check_token(os.environ.get(TOKEN_VARIABLE, ""))
         checkpoint = options.checkpoint or config.policy.path
         trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
         validate(config, base.get_config(), jax.device_count(), ["policy"])
@@ -96,6 +99,16 @@ def _check_installed() -> None:
         raise ConfigError(f"{error.name} is not installed; pip install 'rlver_jax[serve]'") from None
 
 
+def _check_token(token: str) -> None:
+    """Raises ConfigError for one that no client could bring, without printing it."""
+    wrong = [i for i, c in enumerate(token) if not "!" <= c <= "~"]
+    if wrong:
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} holds white space, a control character or one beyond ASCII (character {wrong[0] + 1} of "
+            f"{len(token)}), which no header brings unchanged; a file's last newline is often the cause: take it off"
+        )
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """Takes the port before anything slow."""
     try:
@@ -122,15 +135,17 @@ def _system(config: ConfigDict) -> str:
 
 def _serve(engine: Engine, name: str, system: str, listening: socket.socket, console: Console) -> None:
     """Answers until a signal comes or the engine fails."""
-    import uvicorn
-
     from rlver_jax.serving.app import Service
+    from rlver_jax.serving.connection import make_server
 
     token = os.environ.get(TOKEN_VARIABLE, "")
     host, port = listening.getsockname()[:2]
     app = Service(engine, name, int(time.time()), token, system).app()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    server = make_server(app)
     engine.start()
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()  # what is there stays: a full collection would take a part of a second, in which nobody is answered
     # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

@@ -16,7 +16,7 @@ import pytest
 from rlver_jax.serve import main
 
 from .quick import QUICK
-from .serving import load
+from .serving import load, stall
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,14 +62,14 @@ def test_a_server_starts_answers_and_stops(tmp_path):
 
 
 @pytest.mark.slow
-def test_sixty_four_clients(tmp_path):
-    """No error, busy rows, nothing compiled, flat memory: for half a minute, or RLVER_JAX_LOAD_SECONDS."""
-    seconds = float(os.environ.get("RLVER_JAX_LOAD_SECONDS", "30"))
+def test_a_hundred_clients(tmp_path):
+    """No error, busy rows, nothing compiled, flat memory: for a minute, or RLVER_JAX_LOAD_SECONDS."""
+    seconds = float(os.environ.get("RLVER_JAX_LOAD_SECONDS", "60"))
     with served("--rows=16") as (process, url):
-        figures = load.run(url, clients=64, seconds=seconds, pid=process.pid)
+        figures = load.run(url, clients=100, seconds=seconds, pid=process.pid)
         print(json.dumps(figures, indent=1))
         assert not figures["errors"], figures["first_errors"]
-        assert figures["requests"] > 64
+        assert figures["requests"] > 100
         assert figures["occupancy"] > 0.5
         assert figures["programs_compiled"] == [4, 4]
         assert figures["left"] == {"busy": 0, "waiting": 0}
@@ -77,6 +77,27 @@ def test_sixty_four_clients(tmp_path):
         assert last < 1.05 * first
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_health_is_told_while_large_bodies_arrive(tmp_path):
+    """Bodies of 4 MB of thirty kinds, four at once: 100 ms, times the processes that share a core."""
+    with served("--rows=4") as (_, url):
+        figures = stall.run(url, senders=4, seconds=20)
+        print(json.dumps(figures))
+        assert set(figures["status"]) <= {400, 413, 429}
+        assert figures["bodies"] > 30
+        assert figures["health_ms"]["max"] < 100 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+@pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3\tcret", "s3crét"])
+def test_a_token_that_no_client_could_bring_is_refused_unprinted(token, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RLVER_JAX_SERVE_TOKEN", token)
+    assert main(["--config=configs/debug.py", "--port=0"]) == 2
+    told = capsys.readouterr()
+    assert "RLVER_JAX_SERVE_TOKEN" in told.err
+    assert "s3" not in told.err + told.out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,11 +20,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from rlver_jax.serving.answers import Answers, Choice
+from rlver_jax.serving.bodies import MAX_BODY as MAX_BODY
+from rlver_jax.serving.bodies import Bodies
 from rlver_jax.serving.engine import Emit, Engine, EngineDown, EngineFull, Piece, Work
-from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, ProtocolError, check_consistent, parse
+from rlver_jax.serving.errors import ProtocolError, quoted
+from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, check_consistent, parse
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.tokenizer_base import check_text
 
-MAX_BODY = 4 << 20  # bytes of a request
+MOST_REPLIES = 16  # of a request where the queue holds fewer
+ROOM = 2  # times the context: what is certainly too many tokens
+PIECE = 1 << 15  # characters that are taken apart at a time
 PATIENCE = 0.5  # seconds between two looks whether the client is still there
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -38,6 +45,7 @@ class Service:
     created: int
     token: str = ""  # bearer token; empty: none is asked for
     system: str = ""  # of conversations that have no system message; empty: what the folder's chat template says
+    bodies: Bodies = dataclasses.field(default_factory=Bodies)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -57,7 +65,7 @@ class Service:
             try:
                 return await handler(request)
             except ProtocolError as error:
-                headers = {"Retry-After": "1"} if error.status == 429 else {}
+                headers = {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(error.status, {})
                 return JSONResponse(error.body, error.status, headers)
 
         return answer
@@ -65,7 +73,7 @@ class Service:
     def _guarded(self, handler: Handler) -> Handler:
         async def checked(request: Request) -> Response:
             given = request.headers.get("authorization", "")
-            if self.token and not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+            if self.token and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.token}".encode()):
                 message = "no or a wrong bearer token; send the header `Authorization: Bearer TOKEN`"
                 raise ProtocolError(401, message, code="invalid_api_key")
             return await handler(request)
@@ -97,32 +105,67 @@ class Service:
 
     def _check_model(self, name: str) -> None:
         if name != self.model:
-            message = f"the model {name!r} does not exist; this server has {self.model!r}"
+            message = f"the model {quoted(name)} does not exist; this server has {self.model!r}"
             raise ProtocolError(404, message, code="model_not_found", param="model")
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        ask = parse(ChatRequest, await _body(request))
+        return await self._respond(request, self._chat)
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        return await self._respond(request, self._completion)
+
+    def _chat(self, body: bytes) -> "_Asked":
+        ask = parse(ChatRequest, body)
         check_consistent(ask)
         self._check_model(ask.model)
+        self._check_texts([message.text for message in ask.messages], "messages")
         prompt = self._chat_prompt(ask)
         room = self.engine.context - len(prompt)
         works = self._works(ask, [prompt], room if ask.limit is None else ask.limit, "messages")
         top = (ask.top_logprobs or 0) if ask.logprobs else None
-        answers = Answers(self.engine.tokenizer, self.model, True, top)
-        return await self._respond(request, ask, works, [prompt], answers)
+        return _Asked(ask, works, [prompt], Answers(self.engine.tokenizer, self.model, True, top))
 
-    async def completions(self, request: Request) -> Response:
-        """POST /v1/completions."""
-        ask = parse(CompletionRequest, await _body(request))
+    def _completion(self, body: bytes) -> "_Asked":
+        ask = parse(CompletionRequest, body)
         check_consistent(ask)
         self._check_model(ask.model)
+        count, n, most = len(ask.prompts), ask.n or 1, max(self.engine.queue, MOST_REPLIES)
+        if not 1 <= count * n <= most:
+            raise ProtocolError(400, f"{count} prompts with n={n}: 1 to {most} replies a request", param="prompt")
+        for prompt in ask.prompts:
+            if isinstance(prompt, str):
+                self._check_texts([prompt], "prompt")
         prompts = [self._completion_prompt(prompt) for prompt in ask.prompts]
         works = self._works(ask, prompts, 16 if ask.max_tokens is None else ask.max_tokens, "prompt")
         if ask.echo and ask.logprobs is not None:
             works = [dataclasses.replace(work, score_prompt=True) for work in works]
         answers = Answers(self.engine.tokenizer, self.model, False, ask.logprobs, bool(ask.echo))
-        return await self._respond(request, ask, works, prompts, answers)
+        return _Asked(ask, works, prompts, answers)
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token."""
+        tokenizer = self.engine.tokenizer
+        return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+
+    def _check_texts(self, texts: Sequence[str], param: str) -> None:
+        """Refuses texts that can't fit in the context together, taking no more of them apart than that needs."""
+        with _text_errors(param):
+            for text in texts:
+                check_text(text)
+        context, size = self.engine.context, sum(len(text.encode()) for text in texts)
+        if size > context * self._longest:
+            raise _too_long(f"the text has {size} bytes, more than {context} tokens ever have", context, param)
+        if size <= ROOM * context:
+            return
+        pieces = (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE))
+        count = 0
+        for piece in pieces:
+            count += len(self.engine.tokenizer.encode(piece))
+            if count > ROOM * context:  # the cuts between pieces add a few tokens at most, not as many again
+                raise _too_long(f"the text of {size} bytes has more than {context} tokens", context, param)
 
     def _chat_prompt(self, ask: ChatRequest) -> list[int]:
         chat = ChatTemplate(self.engine.tokenizer)
@@ -153,11 +196,8 @@ class Service:
         """One for each choice: the choices of each prompt together. Raises ProtocolError where one doesn't fit."""
         for prompt in prompts:
             if len(prompt) + max(limit, 1) > self.engine.context:
-                message = (
-                    f"the prompt has {len(prompt)} tokens and {max(limit, 1)} are asked for, but the context holds "
-                    f"{self.engine.context}; shorten the prompt or lower max_tokens"
-                )
-                raise ProtocolError(400, message, code="context_length_exceeded", param=param)
+                found = f"the prompt has {len(prompt)} tokens and {max(limit, 1)} are asked for"
+                raise _too_long(found, self.engine.context, param)
         seed = secrets.randbits(63) if ask.seed is None else ask.seed
         return [
             Work(
@@ -173,15 +213,33 @@ class Service:
             for choice in range(ask.n or 1)
         ]
 
-    async def _respond(self, request, ask, works: Sequence[Work], prompts, answers: Answers) -> Response:
+    async def _respond(self, request: Request, read: Callable[[bytes], "_Asked"]) -> Response:
+        """Work that grows with the request or its answer is done in threads: others are answered meanwhile."""
+        async with self.bodies.read(request) as body:
+            asked = await self.bodies.work(len(body), functools.partial(read, body))
+        if await request.is_disconnected():
+            raise _gone()
+        ask, works, answers = asked.ask, asked.works, asked.answers
         replies = _Replies(self.engine, works)
         if ask.stream:
-            events = _events(replies, prompts, answers, bool(ask.stream_options and ask.stream_options.include_usage))
+            with_usage = bool(ask.stream_options and ask.stream_options.include_usage)
+            events = _events(replies, asked.prompts, answers, with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         choices = [Choice() for _ in works]
         async for index, piece in replies.pieces(request):
             choices[index].add(piece)
-        return JSONResponse(answers.whole(choices, prompts))
+        written = await asyncio.to_thread(lambda: to_json(answers.whole(choices, asked.prompts)))
+        return Response(written, media_type="application/json")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What one request comes to."""
+
+    ask: ChatRequest | CompletionRequest
+    works: Sequence[Work]  # the choices of each prompt together
+    prompts: Sequence[list[int]]
+    answers: Answers
 
 
 class _Replies:
@@ -215,7 +273,7 @@ class _Replies:
             while self._open:
                 if request is not None and loop.time() > look:
                     if await request.is_disconnected():
-                        raise ProtocolError(499, "the client has gone")
+                        raise _gone()
                     look = loop.time() + PATIENCE
                 try:
                     index, piece = await asyncio.wait_for(self._queue.get(), PATIENCE)
@@ -264,18 +322,13 @@ def _text_errors(param: str) -> Iterator[None]:
         raise ProtocolError(400, str(error), param=param) from None
 
 
-async def _body(request: Request) -> bytes:
-    """The body, of a size and a type that are taken. Another web page's form can't send JSON to this machine."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ProtocolError(415, f"content-type is {kind or 'missing'}; send application/json", code="invalid_json")
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            message = f"the body has more than {MAX_BODY} bytes; send less"
-            raise ProtocolError(413, message, code="request_too_large")
-    return body
+def _gone() -> ProtocolError:
+    return ProtocolError(499, "the client has gone")
+
+
+def _too_long(found: str, context: int, param: str) -> ProtocolError:
+    message = f"{found}, but the context holds {context}; shorten the prompt or lower max_tokens"
+    return ProtocolError(400, message, code="context_length_exceeded", param=param)
 
 
 async def _fault(request: Request, error: Exception) -> Response:
@@ -285,5 +338,5 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = ProtocolError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    known = ProtocolError(error.status_code, f"{request.method} {quoted(request.scope['path'])}: {error.detail}")
     return JSONResponse(known.body, error.status_code, error.headers)

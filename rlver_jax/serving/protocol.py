@@ -1,35 +1,79 @@
-"""Requests of OpenAI's protocol, checked, and its error objects.
+"""Requests of OpenAI's protocol, checked.
 
 What would change a reply and isn't supported is refused, never ignored; so is a field that the protocol doesn't know.
+A field that is null asks for nothing, wherever it stands, and so does one that says what holds anyway.
 """
 
-import json
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-MAX_CHOICES = 16  # n, times the prompts of a completion
+from rlver_jax.serving.bodies import json_object
+from rlver_jax.serving.errors import ProtocolError, quoted
+
+MAX_CHOICES = 128  # n
+MAX_MESSAGES = 8192
 MAX_STOPS = 16
 R = TypeVar("R", bound=BaseModel)
-
-
-class ProtocolError(Exception):
-    """Becomes a response with the protocol's error object."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
+def _only(*values: Any) -> Any:
+    """A field that is taken where it says one of `values`, which ask for nothing, and means nothing then."""
+
+    def check(value: Any) -> None:
+        if value is not None and not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values):
+            rest = f", or send {' or '.join(map(quoted, values))}" if values else ""
+            raise PydanticCustomError("unsupported", f"this server doesn't support it; leave it out{rest}")
+
+    return PlainValidator(check)
+
+
+def _text(content: Any) -> Any:
+    """The text of a message whose content comes in parts."""
+    if not isinstance(content, list):
+        return content
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str) or len(part) > 2:
+            what = f"of type {quoted(kind)}" if kind not in ("text", None) else "no object of `type` and `text`"
+            message = "part {i} is {what}; messages are text here: no images, audio or files"
+            raise PydanticCustomError("part", message, {"i": i, "what": what})
+    return "".join(part["text"] for part in content)
+
+
+def _prompts(prompt: Any) -> Any:
+    """The prompts of a completion, also where there is one; each a text or token ids."""
+    if isinstance(prompt, str) or (prompt and _are_ids(prompt)):
+        return [prompt]
+    if isinstance(prompt, list) and (all(isinstance(one, str) for one in prompt) or all(map(_are_ids, prompt))):
+        return prompt
+    raise PydanticCustomError("prompt", "expected a text, a list of texts, a list of token ids, or a list of such")
+
+
+def _are_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(token) is int for token in prompt)
+
+
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)
+    list[Annotated[str, Field(min_length=1, max_length=256)]],
+    FailFast(),
+    BeforeValidator(_as_list),
+    Field(max_length=MAX_STOPS),
 ]
 
 
@@ -40,71 +84,80 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     """How a stream ends."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class _Common(_Strict):
-    """Fields of both kinds of request. Those after `stop` are accepted where they ask for nothing."""
+    """Fields of both kinds of request."""
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stops = []
     user: str | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-
-
-class TextPart(_Strict):
-    """A part of a message; there are no others than text."""
-
-    type: Literal["text"]
-    text: str
+    frequency_penalty: Annotated[None, _only(0)] = None
+    presence_penalty: Annotated[None, _only(0)] = None
+    logit_bias: Annotated[None, _only({})] = None
 
 
 class Message(_Strict):
-    """A message of a chat; `type` is what lm-evaluation-harness adds."""
+    """A message of a chat; `type` is what lm-evaluation-harness adds. Those after it come with a client's replies."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str | None, BeforeValidator(_text)] = None
     name: str | None = None
     type: Literal["text"] | None = None
+    refusal: Annotated[None, _only("")] = None
+    annotations: Annotated[None, _only([])] = None
+    audio: Annotated[None, _only()] = None
+    function_call: Annotated[None, _only()] = None
+    tool_calls: Annotated[None, _only([])] = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content", "its content is missing; only an assistant's may be null")
+        return self
 
     @property
     def text(self) -> str:
         """Its whole content."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class TextFormat(_Strict):
-    """The one format of replies."""
-
-    type: Literal["text"]
+        return self.content or ""
 
 
 class ChatRequest(_Common):
     """POST /v1/chat/completions. `continue_final_message` goes on with the last message, the assistant's."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
-    response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
+    response_format: Annotated[None, _only({"type": "text"})] = None
+    tools: Annotated[None, _only([])] = None
+    tool_choice: Annotated[None, _only("none", "auto")] = None
+    functions: Annotated[None, _only([])] = None
+    function_call: Annotated[None, _only("none", "auto")] = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
+    modalities: Annotated[None, _only(["text"])] = None
+    audio: Annotated[None, _only()] = None
+    prediction: Annotated[None, _only()] = None
+    reasoning_effort: Annotated[None, _only("none")] = None
+    verbosity: Annotated[None, _only("medium")] = None
+    web_search_options: Annotated[None, _only()] = None
+    store: Annotated[None, _only(False)] = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @property
     def limit(self) -> int | None:
@@ -118,14 +171,14 @@ class ChatRequest(_Common):
 
 
 class CompletionRequest(_Common):
-    """POST /v1/completions."""
+    """POST /v1/completions. Without a prompt a text is begun."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[Any, PlainValidator(_prompts)] = ("",)
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1)
-    suffix: None = None
+    suffix: Annotated[None, _only("")] = None
 
     @property
     def details(self) -> bool:
@@ -135,11 +188,7 @@ class CompletionRequest(_Common):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, also where there is one."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        return list(self.prompt)
 
 
 def parse(kind: type[R], body: bytes) -> R:
@@ -148,25 +197,16 @@ def parse(kind: type[R], body: bytes) -> R:
     Raises:
         ProtocolError: no JSON object, or a field that is wrong, unknown or not supported; the first one is named.
     """
-    try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(400, f"the body is not JSON ({error}); send one JSON object", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise ProtocolError(400, f"the body is a JSON {type(value).__name__}; send one object", code="invalid_json")
+    value = json_object(body)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        given = json.dumps(first["input"], ensure_ascii=False, default=str)
         said = "this server doesn't know or support it" if first["type"] == "extra_forbidden" else first["msg"]
-        found = "" if first["type"] == "missing" else f" (given: {given[:80]})"
-        raise ProtocolError(400, f"{field or 'the request'}: {said}{found}", param=field) from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+        found = "" if first["type"] == "missing" else f" (given: {quoted(first['input'])})"
+        where = quoted(field)[1:-1] or "the request"
+        raise ProtocolError(400, f"{where}: {said}{found}", param=field or None) from None
 
 
 def check_consistent(request: ChatRequest | CompletionRequest) -> None:
@@ -183,14 +223,12 @@ def check_consistent(request: ChatRequest | CompletionRequest) -> None:
     else:
         if request.best_of not in (None, request.n or 1):
             raise ProtocolError(400, "best_of: only the same number as n is supported", param="best_of")
-        if not request.prompts or len(request.prompts) * (request.n or 1) > MAX_CHOICES:
-            message = f"{len(request.prompts)} prompts with n={request.n or 1}: 1 to {MAX_CHOICES} replies a request"
-            raise ProtocolError(400, message, param="prompt")
         if request.echo and request.stream:
             raise ProtocolError(400, "echo and stream together are not supported", param="echo")
         if request.max_tokens == 0 and not request.echo:
             raise ProtocolError(400, "max_tokens=0 makes sense only with echo=true", param="max_tokens")
-    if request.stream_options and not request.stream:
+    options = request.stream_options
+    if options and (options.include_usage or options.include_obfuscation) and not request.stream:
         raise ProtocolError(400, "stream_options needs stream=true", param="stream_options")
 
 

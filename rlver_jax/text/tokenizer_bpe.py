@@ -14,6 +14,7 @@ from rlver_jax.text.tokenizer_base import CHATML, Tokenizer, check_text
 
 # Everything `transformers` may want beside tokenizer.json; `save` passes these through unchanged.
 ADDED = "added_tokens.json"
+LONG = 4096  # characters; a longer text is encoded as a batch of one, in which the library lets other threads run
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", ADDED, "chat_template.jinja")
 
 
@@ -66,6 +67,8 @@ class HFTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special id. Raises ValueError for text with lone surrogates."""
         check_text(text)
+        if len(text) > LONG:
+            return self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def save(self, folder: str | Path) -> None:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import openai
 import pytest
-import uvicorn
 
 from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.serving.app import Service
+from rlver_jax.serving.connection import make_server
 from rlver_jax.serving.engine import Engine
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits
@@ -31,7 +31,7 @@ def serving(engine: Engine, **service):
     engine.warm_up()
     engine.start()
     app = Service(engine, "tiny", 1_700_000_000, **service).app()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = make_server(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -96,6 +96,10 @@ def rss_mib(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
 
+def _at(values: list[float], share: float) -> float:
+    return values[int(share * (len(values) - 1))]
+
+
 def run(url: str, clients: int, seconds: float, pid: int = 0) -> dict[str, Any]:
     """Figures of a load of `seconds`."""
     netloc, found = urlsplit(url).netloc, Found()
@@ -124,13 +128,19 @@ def run(url: str, clients: int, seconds: float, pid: int = 0) -> dict[str, Any]:
         "requests": len(found.seconds),
         "errors": len(found.errors),
         "first_errors": found.errors[:3],
-        "latency_s": {"median": statistics.median(waits), "p95": waits[int(0.95 * (len(waits) - 1))], "max": waits[-1]},
+        "latency_s": {
+            "median": statistics.median(waits),
+            "p95": _at(waits, 0.95),
+            "p99": _at(waits, 0.99),
+            "max": waits[-1],
+        },
         "tokens_per_s": sum(found.tokens) / seconds,
         "rows": after["rows"],
         "rows_mean": said / max(steps, 1),
         "occupancy": said / max(steps, 1) / after["rows"],
         "programs_compiled": [before["programs_compiled"], after["programs_compiled"]],
         "left": {"busy": after["busy"], "waiting": after["waiting"]},
+        "rss_mib_at": {name: _at(found.rss_mib, x) for name, x in (("start", 0), ("third", 1 / 3), ("end", 1)) if pid},
         # the second sixth (the first one warms up) and the last one
         "rss_mib": [statistics.mean(x) for x in (found.rss_mib[sixth : 2 * sixth], found.rss_mib[-sixth:]) if x],
     }
