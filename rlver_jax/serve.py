@@ -27,6 +27,7 @@ from rich.console import Console
 from rlver_jax.command_line import config_from_flags, define_path, given_path
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.config_files import base
+from rlver_jax.credentials import key_fault
 from rlver_jax.hub import fetch, short_name
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
@@ -101,12 +102,8 @@ def _check_installed() -> None:
 
 def _check_token(token: str) -> None:
     """Raises ConfigError for one that no client could bring, without printing it."""
-    wrong = [i for i, c in enumerate(token) if not "!" <= c <= "~"]
-    if wrong:
-        raise ConfigError(
-            f"{TOKEN_VARIABLE} holds white space, a control character or one beyond ASCII (character {wrong[0] + 1} of "
-            f"{len(token)}), which no header brings unchanged; a file's last newline is often the cause: take it off"
-        )
+    if token and (fault := key_fault(token)):
+        raise ConfigError(f"{TOKEN_VARIABLE}: the token in this variable {fault}")
 
 
 def _listen(host: str, port: int) -> socket.socket:
