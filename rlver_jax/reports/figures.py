@@ -9,6 +9,7 @@ import numpy as np
 
 from rlver_jax.config import shortened
 from rlver_jax.dialogue import END_REASONS
+from rlver_jax.reports.rows import Rows
 from rlver_jax.reports.sources import Outline, Run
 from rlver_jax.runs.numbers import is_number
 from rlver_jax.user.emotion import SAGE
@@ -63,14 +64,13 @@ def _group_name(run: Run, steps: Sequence[int | None]) -> str:
 
 def points(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], most: int | None = None) -> list[Point]:
     """Rows that hold all keys, as at most `most` points: beyond that, means of equally many consecutive rows."""
-    found_in = ((row["step"], tuple(row.get(key) for key in keys)) for row in rows)
-    whole = [(step, values) for step, values in found_in if None not in values]
-    size = (-(-len(whole) // most) if most else 0) or 1
+    steps, values = (rows if isinstance(rows, Rows) else Rows(rows)).whole(keys)
+    size = (-(-len(steps) // most) if most else 0) or 1
     found = []
-    for start in range(0, len(whole), size):
-        some = whole[start : start + size]
-        means = tuple(float(np.mean(column)) for column in zip(*(values for _, values in some), strict=True))
-        found.append(Point(some[0][0], some[-1][0], means))
+    for start in range(0, len(steps), size):
+        end = min(start + size, len(steps))
+        means = tuple(float(np.mean(column[start:end])) for column in values)
+        found.append(Point(int(steps[start]), int(steps[end - 1]), means))
     return found
 
 

@@ -5,6 +5,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlver_jax.runs.numbers import is_number
 
 
@@ -46,6 +48,15 @@ class Rows(Sequence[Row]):
                     column.append(value)
         for column in self._columns.values():
             column.extend([math.nan] * (len(self) - len(column)))
+
+    def whole(self, names: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(steps, values of each name) of the rows that have all of them."""
+        steps = np.array(self._columns["step"])
+        if not all(name in self._columns for name in names):
+            return steps[:0], [np.zeros(0) for _ in names]
+        values = [np.array(self._columns[name]) for name in names]
+        whole = ~np.isnan(values).any(axis=0)
+        return steps[whole], [column[whole] for column in values]
 
     def __len__(self) -> int:
         return len(self._columns["step"])
