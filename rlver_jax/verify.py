@@ -12,11 +12,12 @@ dtype), that is reported as a tie. Exit status: 0 all derived, 1 any fault, 2 ba
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
@@ -24,18 +25,23 @@ from rich.progress import track
 from rlver_jax.command_line import config_from_flags, local_paths
 from rlver_jax.config import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.config_files import base
+from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.output import consoles
-from rlver_jax.players import Players, load_model, spec_of
+from rlver_jax.players import Players, load_model
+from rlver_jax.policy import build_policy_tables
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.dialogue_log import read_dialogues
 from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.log_faults import derived_rewards, logged_turns, misfits, own_faults
+from rlver_jax.runs.log_faults import Host, derived_rewards, logged_turns, underived
+from rlver_jax.runs.log_files import plans_of, read_part
+from rlver_jax.runs.log_set import Plan
+from rlver_jax.runs.log_shape import POLICY, USER, Shape
 from rlver_jax.runs.trajectory import reactions
-from rlver_jax.user.emotion import CHANGES
+from rlver_jax.text.tokenizer import load_tokenizer
+from rlver_jax.user.emotion import CHANGES, EmotionRules
 from rlver_jax.user.packed import LoggedTurn, Packed, Packer
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.rederive import Dialogue, Rederived, rederive
-from rlver_jax.user.simulated import dialogue_key
+from rlver_jax.user.simulated import build_user_tables, dialogue_key
 
 SHOWN = 50  # faults and ties that are printed
 
@@ -50,6 +56,7 @@ class Report:
     moved: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
     ties: list[str] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
+    underived: dict[str, None] = dataclasses.field(default_factory=dict)  # what of the logs nothing was held against
 
     def add(self, other: "Report") -> None:
         """Takes in what was found in other dialogues."""
@@ -59,6 +66,7 @@ class Report:
         self.moved = max(self.moved, other.moved)
         self.ties += other.ties
         self.faults += other.faults
+        self.underived |= other.underived
 
 
 class Allowed(NamedTuple):
@@ -85,10 +93,12 @@ class Settings:
 
 
 class Logged(NamedTuple):
-    """A line of a log, and the words that name it in a report."""
+    """A line of a log, the words that name it in a report, how it should have been played, and what is wrong so far."""
 
     place: str
     record: Mapping[str, Any]
+    plan: Plan
+    faults: Sequence[str] = ()
 
 
 class _Case(NamedTuple):
@@ -96,35 +106,65 @@ class _Case(NamedTuple):
 
     place: str
     record: Mapping[str, Any]
+    plan: Plan
     profile: Profile
-    turns: Sequence[LoggedTurn]
+    turns: Sequence[LoggedTurn]  # empty where its user is behind an endpoint
+    faults: list[str]
 
 
 def verify_records(
     players: Players, profiles: KnownProfiles, logged: Sequence[Logged], settings: Settings
 ) -> Iterator[Report]:
-    """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field."""
-    cases = []
-    for place, record in logged:
-        profile = profiles.of(record)
-        faults = [f"{place}, {fault}" for fault in misfits(players, record)]
-        if profile is None:
-            faults = [f"{place}: profile {record['profile']!r} is not in data.eval or data.train of the config"]
-        if faults or profile is None:
-            yield Report(dialogues=1, faults=faults)
+    """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field.
+
+    Args:
+        players: without models where every user is behind an endpoint; see `load_players`.
+    """
+    cases, shapes = [], {one.plan: Shape.of(players, one.plan.endpoints) for one in logged}
+    for one in logged:
+        case = _case(one, shapes[one.plan], profiles)
+        if isinstance(case, Report):
+            yield case
         else:
-            cases.append(_Case(place, record, profile, logged_turns(record)))
+            cases.append(case)
     if not cases:
         return
     cases.sort(key=lambda case: (case.profile.id, case.profile.hidden_intention, case.profile.background))
     found = _derived(players, [case for case in cases if case.turns], settings)
     rewards = derived_rewards([case.record for case in cases], settings.reward)
+    limits = settings.field_tokens, settings.reply_tokens
+    hosts = {
+        plan: Host.of(players, plan, limits, settings.reply_temperature, [c.record for c in cases if c.plan is plan])
+        for plan in {case.plan for case in cases}
+    }
     for case, reward in zip(cases, rewards, strict=True):
-        own = own_faults(players, case.profile, case.record, reward)
-        report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in own])
-        if case.turns:
-            _check(players, case, *next(found), settings, report)
+        packed, rederived = next(found) if case.turns else (None, None)
+        prefix = packed.prefix if packed else 0 if USER in case.plan.endpoints else len(players.prefix(case.profile))
+        own = hosts[case.plan].faults(case.profile, case.record, reward, prefix)
+        report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in (*case.faults, *own)])
+        report.turns = sum(1 for _ in reactions(case.record))
+        report.underived |= dict.fromkeys(underived(case.record, case.plan.endpoints))
+        if packed and rederived:
+            _check(players, case, packed, rederived, settings, report)
         yield report
+
+
+def _case(one: Logged, shape: Shape, profiles: KnownProfiles) -> _Case | Report:
+    """What can be derived of a line, or a report that says why nothing can."""
+    place, record, plan, faults = one
+    if misfits := list(shape.faults(record)):
+        known = [f"{place}: {fault}" for fault in faults]
+        return Report(dialogues=1, faults=known + [f"{place}, {fault}" for fault in misfits])
+    faults, profile = list(faults), plan.profile(record["dialogue"])
+    if profile is None or profile.id != record["profile"]:
+        wanted = "none has that number" if profile is None else f"the config plays {profile.id!r} in it"
+        faults.append(f"profile is {record['profile']!r}, but {wanted} ({plan.fields['num_profiles']})")
+        profile = profiles.of(record)
+    if profile is None:
+        faults.append(f"profile {record['profile']!r} is not in data.eval or data.train of the config")
+        return Report(dialogues=1, faults=[f"{place}: {fault}" for fault in faults])
+    turns = [] if USER in plan.endpoints else logged_turns(record)
+    return _Case(place, record, plan, profile, turns, faults)
 
 
 def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[Packed, Rederived]]:
@@ -142,13 +182,15 @@ def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> It
 
 def _check(players, case: _Case, packed: Packed, found: Rederived, settings, report: Report) -> None:
     """Holds a dialogue against its derivation."""
-    place, record, _, turns = case
-    report.turns, report.tokens = len(turns), len(packed.queries)
+    place, record = case.place, case.record
+    report.tokens = len(packed.queries)
     _check_tokens(players, record, packed, found, settings, place, report)
     users = {turn: user for turn, _, user in reactions(record)}
-    for turn, *derived in zip(turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True):
+    for turn, *derived in zip(
+        case.turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True
+    ):
         where = f"{place}, turn {turn.turn + 1}, change"
-        _check_change(users[turn.turn], turn.change, derived, settings, where, report)
+        _check_change(users[turn.turn], turn.change, derived, players.spec.rules, settings, where, report)
 
 
 def _check_tokens(players, record, packed: Packed, found: Rederived, settings, place: str, report: Report) -> None:
@@ -166,20 +208,6 @@ def _check_tokens(players, record, packed: Packed, found: Rederived, settings, p
         report.moved = max(report.moved, abs(logged - logprob))
         if not abs(logged - logprob) <= settings.allowed.logprob:
             report.faults.append(f"{where}: logged log-probability {logged:.5f}, derived {logprob:.5f}")
-    for turn, user in users.items():
-        for name, tokens, stopped in _lines(user, names[-1]):
-            limit = settings.reply_tokens if name == names[-1] else settings.field_tokens
-            if not tokens or (not stopped and len(tokens) != limit):
-                report.faults.append(f"{place}, turn {turn + 1}, {name!r}: {len(tokens)} tokens and no end of line")
-
-
-def _lines(user: Mapping[str, Any], reply: str) -> Iterator[tuple[str, Sequence[int], bool]]:
-    for name, tokens in user["appraisal_tokens"].items():
-        yield name, tokens, user["appraisal_stopped"][name]
-    if user["content"] is not None:
-        for name, tokens in user["consideration_tokens"].items():
-            yield name, tokens, user["consideration_stopped"][name]
-        yield reply, user["all_tokens"], user["stopped"]
 
 
 def _logged_logprobs(user: Mapping[str, Any], name: str) -> Sequence[float]:
@@ -189,16 +217,18 @@ def _logged_logprobs(user: Mapping[str, Any], name: str) -> Sequence[float]:
     return user["raw_logprobs"]
 
 
-def _check_change(user, change: int, found: Sequence[Any], settings, where: str, report: Report) -> None:
-    """The change is the readout of the user's distribution over the options."""
+def _check_change(user, change: int, found: Sequence[Any], rules: EmotionRules, settings, where: str, report: Report):
+    """The change is the readout of the user's distribution over the options, as far as a reply can move an emotion."""
     logprobs, derived, noise = found
-    worst = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
+    with np.errstate(over="ignore"):  # of a number that no float32 holds
+        worst = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
     if not worst <= settings.allowed.logprob:
         report.faults.append(f"{where}: logged log-probabilities differ from the derived ones by {worst:.4g}")
-    if derived == change:
+    if rules.clamp(derived) == change:
         return
-    if _is_tie(settings.readout, logprobs + noise, derived, change, settings.allowed.tie):
-        report.ties.append(f"{where}: rounding decides between {change:+d} and {derived:+d}")
+    same = [read for read in CHANGES if rules.clamp(read) == change]
+    if any(_is_tie(settings.readout, logprobs + noise, derived, read, settings.allowed.tie) for read in same):
+        report.ties.append(f"{where}: rounding decides between {change:+d} and {rules.clamp(derived):+d}")
     else:
         report.faults.append(f"{where}: logged {change:+d}, but the user's {settings.readout} is {derived:+d}")
 
@@ -225,64 +255,67 @@ def settings_of(config: ConfigDict) -> Settings:
     )
 
 
-def verify_logs(paths: Sequence[str], config: ConfigDict, console: Console) -> Report:
-    """Derives every dialogue of logs, with a progress bar; the reports are joined."""
-    logged = []
+def verify_logs(
+    paths: Sequence[str], config: ConfigDict, console: Console, *, repeats: int = 0, partial: bool = False
+) -> Report:
+    """Derives every dialogue of logs, with a progress bar; the reports are joined.
+
+    Args:
+        repeats: that an evaluation has of each profile; 0: as the logs have.
+        partial: the logs are parts, so that dialogues may be missing.
+
+    Raises:
+        ConfigError: the logs were played with another config.
+        ValueError, OSError: a file, the model or the profiles cannot be read.
+    """
+    total, logged = Report(), []
+    plans = plans_of(config, chosen_profiles(config), repeats=repeats, partial=partial)
+    files = dict.fromkeys(profile_files(config.data.eval, config.data.train))
+    profiles = KnownProfiles(profile for file in files for profile in read_profiles(file))
     for path in paths:
-        records = read_dialogues(path)
-        check_settings(records, config)
-        name = f"{path}, " if len(paths) > 1 else ""
-        logged += [Logged(f"{name}dialogue {record['dialogue']}", record) for record in records]
+        part, name = read_part(path, plans, config), f"{path}, " if len(paths) > 1 else ""
+        total.faults += part.faults
+        logged += [Logged(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
+    if partial:
+        total.underived["the set of dialogues (--partial)"] = None
     if not logged:
-        raise ConfigError(f"{', '.join(paths)}: no dialogue in it; expected a file of dialogues, as evaluate writes")
-    players = load_user(config)
-    files = profile_files(config.data.eval, config.data.train)
-    profiles = KnownProfiles(profile for file in dict.fromkeys(files) for profile in read_profiles(file))
-    reports, total = verify_records(players, profiles, logged, settings_of(config)), Report()
+        return total
+    players = load_players(config, {side for one in logged for side in one.plan.endpoints})
+    reports = verify_records(players, profiles, logged, settings_of(config))
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
     return total
 
 
-def check_settings(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> None:
-    """Refuses a config under which the log was not played: every appraisal would look forged.
+def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:
+    """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place.
 
-    Raises:
-        ConfigError: naming the first dialogue, the field and both values.
+    Where users are behind an endpoint there is no model at all, but the policy's tokenizer if that is on the device.
     """
-    fields = {
-        "language": "data.language",
-        "style": "user.style",
-        "scenario": "user.scenario",
-        "readout": "user.readout",
-        "mode": "policy.mode",
-    }
-    for record in records:
-        if record["readout"] == "text":
-            raise ConfigError(
-                f"dialogue {record['dialogue']}: its user was behind an endpoint, so nothing can be derived again; "
-                f"expected a log of a user on the device"
-            )
-        for name, field in fields.items():
-            section, key = field.split(".")
-            if record[name] != config[section][key]:
-                raise ConfigError(
-                    f"dialogue {record['dialogue']} was played with {field}={record[name]!r}, but the config has "
-                    f"{config[section][key]!r}; add --config.{field}={record[name]}"
-                )
+    if USER not in endpoints:
+        return load_user(config)
+    spec, prompts = eval_spec(config), load_prompts(config.data.language, config.user.prompts or None)
+    none: Any = None
+    if POLICY in endpoints:
+        return Players(none, none, none, prompts, none, config.user.style, config.user.scenario, spec)
+    if not config.policy.path:
+        raise ConfigError("policy.path is empty; set --config.policy.path to the folder of the policy's tokenizer")
+    tokenizer = load_tokenizer(config.policy.path)
+    size = tokenizer.vocab_size
+    tables = build_policy_tables(tokenizer, prompts, size, spec), build_user_tables(tokenizer, prompts, size)
+    return Players(none, none, tokenizer, prompts, tables, config.user.style, config.user.scenario, spec)
 
 
 def load_user(config: ConfigDict) -> Players:
-    """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place."""
+    """See `load_players`."""
     scanned = config.user.copy_and_resolve_references()
     scanned.scan_layers = True  # unrolling pays for single tokens; a long row only compiles longer
     if jax.default_backend() == "cpu":  # the scores of so few queries stay in the cores' caches
         scanned.attention, scanned.attention_chunk = "chunked", 32
     user, tokenizer = load_model(scanned, "user")
-    spec = spec_of(config, group=1, max_turns=1, initial_emotion=config.eval.initial_emotion)
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
-    return Players.build(user, user, tokenizer, prompts, spec, **how)
+    return Players.build(user, user, tokenizer, prompts, eval_spec(config), **how)
 
 
 def show(report: Report, console: Console) -> None:
@@ -295,19 +328,29 @@ def show(report: Report, console: Console) -> None:
     console.print(
         f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
         f"{len(report.ties)} ties, {len(report.faults)} faults, log-probabilities within {report.moved:.2g} nats"
+        + (f"; not derived: {', '.join(report.underived)}" if report.underived else ""),
+        markup=False,
     )
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer(
+        "repeats", 0, "dialogues of each profile in an evaluation; 0: as the log has", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_boolean("partial", False, "the logs are parts: dialogues may be missing", flag_values=values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     console, errors = consoles(soft_wrap=True)
     try:
-        config, _, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__)
+        config, options, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__, _define)
         if not rest:
             raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
         files = local_paths(rest)
-        validate(config, base.get_config(), needs=["user"])
-        report = verify_logs(files, config, console)
+        here = [side for side in (USER, POLICY) if not config.remote[side].url]
+        validate(config, base.get_config(), needs=here[:1])
+        report = verify_logs(files, config, console, repeats=options.repeats, partial=options.partial)
     except (ValueError, OSError) as error:
         errors.print(f"verify: {error}", markup=False, highlight=False)
         return 2

@@ -295,15 +295,23 @@ def read_dialogues(path: str | os.PathLike[str], *, unfinished: bool = False) ->
     Raises:
         DialogueLogError: no such file, or a line that is not a dialogue; with file and line.
     """
+    lines = lines_of(path, unfinished=unfinished)
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def lines_of(path: str | os.PathLike[str], *, unfinished: bool = False) -> list[bytes]:
+    """The lines of a log, without their ends; see `read_dialogues`.
+
+    Raises:
+        DialogueLogError: no such file.
+    """
     path = Path(path)
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, as evaluate writes") from None
     last = lines.pop()
-    if last and not unfinished:
-        lines.append(last)
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [*lines, last] if last and not unfinished else lines
 
 
 def _parse(line: bytes, place: str) -> Record:
@@ -344,6 +352,13 @@ def record_faults(record: Any) -> Iterator[str]:
         )
     if record["end_reason"] not in ALL_END_REASONS:
         yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(ALL_END_REASONS)}"
+
+
+def known_fields(index: int | None) -> set[str]:
+    """Names of the fields of a record (None), or of its message of that index."""
+    if index is None:
+        return {*_RECORD, "remote", "source"}
+    return {"role", *(_OPENING if index == 0 else _ASSISTANT if index % 2 else _REACTION)}
 
 
 def _field_faults(obj: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str) -> Iterator[str]:

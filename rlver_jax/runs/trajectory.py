@@ -22,10 +22,11 @@ def reactions(record: Mapping[str, Any]) -> Iterator[tuple[int, Message, Message
 def emotions_of(record: Mapping[str, Any]) -> list[int]:
     """The initial emotion and the one after each reply, as the messages give them.
 
-    A reply that nobody appraised moves nothing: one that broke the format, or SAGE's last one at the turn limit.
+    A reply that nobody appraised moves nothing: one that broke the format, one whose user's endpoint gave nothing that
+    could be read, or SAGE's last one at the turn limit.
     """
     emotions = [record["messages"][0]["emotion"]] + [user["emotion"] for _, _, user in reactions(record)]
-    unappraised = record["violation"] or (record["seed"] is None and record["turns"] == len(emotions))
+    unappraised = record["messages"][-1]["role"] == "assistant"
     return emotions + emotions[-1:] * unappraised
 
 
