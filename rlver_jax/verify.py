@@ -1,12 +1,20 @@
 """Derives every reward of a dialogue log again and says where the log is not what the user model would say.
 
     python -m rlver_jax.verify DIALOGUES.jsonl [FILE…] --config=configs/x.py [--config.a.b=v …]
+                               [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]]
 
 Each profile costs one reading of its prefix by the user, each dialogue one of the rest, where no turn sees what the
 user reasoned in another; nothing is generated. Every appraisal token must be the user's own choice, every
 change the readout of its distribution, every emotion the clipped sum, every reward its formula, every spoken word the
 one that its key draws. Where two candidates lie so close to each other that rounding decides (`ALLOWED`, by the user's
-dtype), that is reported as a tie. Exit status: 0 all derived, 1 any fault, 2 bad usage.
+dtype), that is reported as a tie.
+
+With --policy every word of the policy is derived, too: each token must be the one that its key draws, with both of its
+log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run an evaluation is held against the
+checkpoint that evaluate would take, or --step; what training step N logs was played by the policy before that step: it
+is held against the checkpoint of step N - 1, for step 1 against the model that training began with.
+
+Exit status: 0 all derived, 1 any fault, 2 bad usage.
 """
 
 import dataclasses
@@ -22,25 +30,31 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.command_line import config_from_flags, local_paths
+from rlver_jax.command_line import config_from_flags, define_path, given_path, local_paths
 from rlver_jax.config import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.config_files import base
+from rlver_jax.dialogue import opening_key
 from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.output import consoles
-from rlver_jax.players import Players, load_model
+from rlver_jax.players import Players, check_tokenizers, load_model
 from rlver_jax.policy import build_policy_tables
 from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.runs import log_player
 from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.log_faults import Host, derived_rewards, logged_turns, underived
+from rlver_jax.runs.log_faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
 from rlver_jax.runs.log_files import plans_of, read_part
+from rlver_jax.runs.log_policy import Spoken, policy_findings
 from rlver_jax.runs.log_set import Plan
 from rlver_jax.runs.log_shape import POLICY, USER, Shape
+from rlver_jax.runs.log_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
 from rlver_jax.runs.trajectory import reactions
+from rlver_jax.sampling.packed import Packed
+from rlver_jax.sampling.rederive import Dialogue, Keys
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.user.emotion import CHANGES, EmotionRules
-from rlver_jax.user.packed import LoggedTurn, Packed, Packer
+from rlver_jax.user.packed import LoggedTurn, Packer
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.rederive import Dialogue, Rederived, rederive
+from rlver_jax.user.rederive import Rederived, rederive
 from rlver_jax.user.simulated import build_user_tables, dialogue_key
 
 SHOWN = 50  # faults and ties that are printed
@@ -58,6 +72,13 @@ class Report:
     faults: list[str] = dataclasses.field(default_factory=list)
     underived: dict[str, None] = dataclasses.field(default_factory=dict)  # what of the logs nothing was held against
 
+    def take(self, place: str, found: Found) -> None:
+        """Takes in what was found of one side's tokens in the dialogue at `place`."""
+        self.tokens += found.tokens
+        self.moved = max(self.moved, found.moved)
+        self.ties += [f"{place}, {tie}" for tie in found.ties]
+        self.faults += [f"{place}, {fault}" for fault in found.faults]
+
     def add(self, other: "Report") -> None:
         """Takes in what was found in other dialogues."""
         self.dialogues += other.dialogues
@@ -67,17 +88,6 @@ class Report:
         self.ties += other.ties
         self.faults += other.faults
         self.underived |= other.underived
-
-
-class Allowed(NamedTuple):
-    """How far rounding may move what many steps have computed from what one pass computes, in nats."""
-
-    tie: float  # of two candidates against each other
-    logprob: float
-
-
-# By the user's dtype. What bfloat16 moves has no bound; docs/training.md says what an accelerator was seen to.
-ALLOWED = {"float32": Allowed(1e-4, 1e-3), "bfloat16": Allowed(0.5, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +121,16 @@ class _Case(NamedTuple):
     turns: Sequence[LoggedTurn]  # empty where its user is behind an endpoint
     faults: list[str]
 
+    @property
+    def made_up(self) -> bool:
+        """Whether the user made up its first words."""
+        return not (self.profile.first_talk or "").strip()
+
+    @property
+    def of_user(self) -> bool:
+        """Whether there is something that a user on the device has said."""
+        return USER not in self.plan.endpoints and (bool(self.turns) or self.made_up)
+
 
 def verify_records(
     players: Players, profiles: KnownProfiles, logged: Sequence[Logged], settings: Settings
@@ -130,7 +150,7 @@ def verify_records(
     if not cases:
         return
     cases.sort(key=lambda case: (case.profile.id, case.profile.hidden_intention, case.profile.background))
-    found = _derived(players, [case for case in cases if case.turns], settings)
+    found = _derived(players, [case for case in cases if case.of_user], settings)
     rewards = derived_rewards([case.record for case in cases], settings.reward)
     limits = settings.field_tokens, settings.reply_tokens
     hosts = {
@@ -138,7 +158,7 @@ def verify_records(
         for plan in {case.plan for case in cases}
     }
     for case, reward in zip(cases, rewards, strict=True):
-        packed, rederived = next(found) if case.turns else (None, None)
+        packed, rederived = next(found) if case.of_user else (None, None)
         prefix = packed.prefix if packed else 0 if USER in case.plan.endpoints else len(players.prefix(case.profile))
         own = hosts[case.plan].faults(case.profile, case.record, reward, prefix)
         report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in (*case.faults, *own)])
@@ -173,48 +193,27 @@ def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> It
     prefix_of, seed_key = functools.lru_cache(maxsize=1)(players.prefix), functools.cache(jax.random.key)
     dialogues = []
     for case in cases:
-        key = dialogue_key(seed_key(case.record["seed"]), np.uint32(case.record["dialogue"]))
-        packed = packer.dialogue(prefix_of(case.profile), case.record["messages"][0]["tokens"], case.turns)
-        dialogues.append(Dialogue(packed, key))
-    found = rederive(players.user, tables, dialogues, settings.reply_temperature, settings.readout)
-    return zip((packed for packed, _ in dialogues), found, strict=True)
+        prefix, key = prefix_of(case.profile), seed_key(case.record["seed"])
+        own = dialogue_key(key, np.uint32(case.record["dialogue"]))
+        keys = Keys(own, opening_key(key, prefix) if case.made_up else own)
+        most = settings.reply_tokens if case.made_up else 0
+        packed = packer.dialogue(prefix, case.record["messages"][0]["tokens"], case.turns, most)
+        dialogues.append(Dialogue(packed, keys, settings.reply_temperature))
+    found = rederive(players.user, tables, dialogues, settings.readout)
+    return zip((dialogue.packed for dialogue in dialogues), found, strict=True)
 
 
 def _check(players, case: _Case, packed: Packed, found: Rederived, settings, report: Report) -> None:
     """Holds a dialogue against its derivation."""
     place, record = case.place, case.record
-    report.tokens = len(packed.queries)
-    _check_tokens(players, record, packed, found, settings, place, report)
     users = {turn: user for turn, _, user in reactions(record)}
+    user = Speaker("user", users_fields(players), settings.reply_temperature, settings.allowed)
+    report.take(place, hold(user, packed, found, functools.partial(users_claim, user.fields, users)))
     for turn, *derived in zip(
         case.turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True
     ):
         where = f"{place}, turn {turn.turn + 1}, change"
         _check_change(users[turn.turn], turn.change, derived, players.spec.rules, settings, where, report)
-
-
-def _check_tokens(players, record, packed: Packed, found: Rederived, settings, place: str, report: Report) -> None:
-    """Every generated token is the user's own choice, with the log-probability that the log gives it."""
-    names = [*players.tables[1].appraisal.names[:-1], *players.tables[1].reply.names]
-    users = {turn: user for turn, _, user in reactions(record)}
-    for query, margin, logprob in zip(packed.queries, found.margin, found.logprob, strict=True):
-        name = names[query.field]
-        where = f"{place}, turn {query.turn + 1}, {name!r}, token {query.step + 1}"
-        if not margin <= settings.allowed.tie:  # NaN is a fault
-            report.faults.append(f"{where}: not the user's own choice, which lies {margin:.4g} nats above it")
-        elif margin > 0:
-            report.ties.append(f"{where}: {margin:.2g} nats")
-        logged = _logged_logprobs(users[query.turn], name)[query.step]
-        report.moved = max(report.moved, abs(logged - logprob))
-        if not abs(logged - logprob) <= settings.allowed.logprob:
-            report.faults.append(f"{where}: logged log-probability {logged:.5f}, derived {logprob:.5f}")
-
-
-def _logged_logprobs(user: Mapping[str, Any], name: str) -> Sequence[float]:
-    for kind in ("appraisal", "consideration"):
-        if name in user[f"{kind}_logprobs"]:
-            return user[f"{kind}_logprobs"][name]
-    return user["raw_logprobs"]
 
 
 def _check_change(user, change: int, found: Sequence[Any], rules: EmotionRules, settings, where: str, report: Report):
@@ -256,13 +255,20 @@ def settings_of(config: ConfigDict) -> Settings:
 
 
 def verify_logs(
-    paths: Sequence[str], config: ConfigDict, console: Console, *, repeats: int = 0, partial: bool = False
+    paths: Sequence[str],
+    config: ConfigDict,
+    console: Console,
+    *,
+    repeats: int = 0,
+    partial: bool = False,
+    policy: log_player.Choice | None = None,
 ) -> Report:
     """Derives every dialogue of logs, with a progress bar; the reports are joined.
 
     Args:
         repeats: that an evaluation has of each profile; 0: as the logs have.
         partial: the logs are parts, so that dialogues may be missing.
+        policy: that played them; None: nothing of it is derived.
 
     Raises:
         ConfigError: the logs were played with another config.
@@ -280,11 +286,32 @@ def verify_logs(
         total.underived["the set of dialogues (--partial)"] = None
     if not logged:
         return total
+    policies = log_player.players_of([one[1:3] for one in logged], config, base.get_config(), policy) if policy else {}
+    config = next((one.config for one in policies.values()), config)
     players = load_players(config, {side for one in logged for side in one.plan.endpoints})
     reports = verify_records(players, profiles, logged, settings_of(config))
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
+    if policies:
+        del total.underived[POLICYS_WORDS]
+        for one in track(_policy_reports(policies, players, logged), "the policy", len(logged), console=console):
+            total.add(one)
     return total
+
+
+def _policy_reports(policies: Mapping[int | None, log_player.Player], players: Players, logged: Sequence[Logged]):
+    """Derives what the policy said: one report each, those of one training step after each other."""
+    shapes = {one.plan: Shape.of(players, one.plan.endpoints) for one in logged}
+    fine = [one for one in logged if not any(shapes[one.plan].faults(one.record))]
+    for step, player in policies.items():
+        played = [one for one in fine if log_player.step_of(one.record, one.plan) == step]
+        spoken = [Spoken(one.record, one.plan.temperature) for one in played]
+        policy = player.load(players.spec)
+        check_tokenizers(policy.tokenizer, players.tokenizer)
+        for one, found in zip(played, policy_findings(policy, spoken), strict=True):
+            report = Report()
+            report.take(one.place, found)
+            yield report
 
 
 def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:
@@ -308,11 +335,7 @@ def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:
 
 def load_user(config: ConfigDict) -> Players:
     """See `load_players`."""
-    scanned = config.user.copy_and_resolve_references()
-    scanned.scan_layers = True  # unrolling pays for single tokens; a long row only compiles longer
-    if jax.default_backend() == "cpu":  # the scores of so few queries stay in the cores' caches
-        scanned.attention, scanned.attention_chunk = "chunked", 32
-    user, tokenizer = load_model(scanned, "user")
+    user, tokenizer = load_model(log_player.reading(config.user), "user")
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
     return Players.build(user, user, tokenizer, prompts, eval_spec(config), **how)
@@ -337,6 +360,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "repeats", 0, "dialogues of each profile in an evaluation; 0: as the log has", lower_bound=0, flag_values=values
     )
+    define_path("policy", "", "training run or Hugging Face folder of the policy that played the logs", values)
+    flags.DEFINE_string("step", "", "of a training run: best | last | a number", flag_values=values)
     flags.DEFINE_boolean("partial", False, "the logs are parts: dialogues may be missing", flag_values=values)
 
 
@@ -350,7 +375,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = local_paths(rest)
         here = [side for side in (USER, POLICY) if not config.remote[side].url]
         validate(config, base.get_config(), needs=here[:1])
-        report = verify_logs(files, config, console, repeats=options.repeats, partial=options.partial)
+        if options.step and not options.policy:
+            raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
+        policy = log_player.Choice(options.policy, options.step, given_path(options)) if options.policy else None
+        how = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
+        report = verify_logs(files, config, console, **how)
     except (ValueError, OSError) as error:
         errors.print(f"verify: {error}", markup=False, highlight=False)
         return 2

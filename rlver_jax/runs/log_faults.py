@@ -20,6 +20,8 @@ from rlver_jax.runs.log_shape import POLICY, USER
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.user.packed import LoggedTurn, Said
 
+POLICYS_WORDS = "the policy's words and log-probs (--policy=…)"  # what isn't derived without it
+
 
 def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
     """The log's turns as the derivation wants them."""
@@ -143,11 +145,9 @@ def underived(record: Mapping[str, Any], endpoints: Collection[str]) -> Iterator
     if POLICY in endpoints:
         yield "what the policy said at its endpoint"
     else:
-        yield "the policy's words and log-probs (--policy=…)"
+        yield POLICYS_WORDS
     if USER in endpoints:
         yield "what the user said and felt at its endpoint"
-    elif record["messages"][0]["generated"]:
-        yield "first words that the user made up"
     if endpoints:
         yield "counts of what endpoints were asked"
     for name in sorted(record.keys() - known_fields(None)):
