@@ -328,9 +328,14 @@ def show(report: Report, console: Console) -> None:
     console.print(
         f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
         f"{len(report.ties)} ties, {len(report.faults)} faults, log-probabilities within {report.moved:.2g} nats"
-        + (f"; not derived: {', '.join(report.underived)}" if report.underived else ""),
+        + (f"; not derived: {', '.join(sorted(report.underived, key=_is_extra))}" if report.underived else ""),
         markup=False,
     )
+
+
+def _is_extra(name: str) -> bool:
+    """Fields that others have added are named last."""
+    return name.startswith("field ")
 
 
 def _define(values: flags.FlagValues) -> None:
