@@ -169,6 +169,8 @@ def _case(one: Logged, shape: Shape, profiles: KnownProfiles) -> _Case | Report:
 
 def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[Packed, Rederived]]:
     """What the user says of every dialogue."""
+    if not cases:
+        return iter(())
     tables, packer = players.tables[1], Packer(players.tables[1], players.spec.rules.band)
     prefix_of, seed_key = functools.lru_cache(maxsize=1)(players.prefix), functools.cache(jax.random.key)
     dialogues = []

@@ -417,7 +417,7 @@ def test_a_forged_log(world, check, name):
 
 TOGETHER = [
     ("thought emptied", "first words", "hidden intention", "initial emotion", "goodbye for turn limit"),
-    ("shown reply cut", "success for turn limit", "seed", "one dropped"),
+    ("shown reply cut", "seed", "success for turn limit", "renumbered"),
     ("invented violation, say emptied", "one twice", "mode"),
     ("all cut at their best", "hidden intention", "say cut", "style"),
     ("null log-probs", "swapped", "turn limit for goodbye"),
