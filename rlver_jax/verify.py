@@ -189,6 +189,8 @@ def _case(one: Logged, shape: Shape, profiles: KnownProfiles) -> _Case | Report:
 
 def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[Packed, Rederived]]:
     """What the user says of every dialogue."""
+    if not cases:
+        return iter(())
     tables, packer = players.tables[1], Packer(players.tables[1], players.spec.rules.band)
     prefix_of, seed_key = functools.lru_cache(maxsize=1)(players.prefix), functools.cache(jax.random.key)
     dialogues = []
@@ -351,9 +353,14 @@ def show(report: Report, console: Console) -> None:
     console.print(
         f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
         f"{len(report.ties)} ties, {len(report.faults)} faults, log-probabilities within {report.moved:.2g} nats"
-        + (f"; not derived: {', '.join(report.underived)}" if report.underived else ""),
+        + (f"; not derived: {', '.join(sorted(report.underived, key=_is_extra))}" if report.underived else ""),
         markup=False,
     )
+
+
+def _is_extra(name: str) -> bool:
+    """Fields that others have added are named last."""
+    return name.startswith("field ")
 
 
 def _define(values: flags.FlagValues) -> None:

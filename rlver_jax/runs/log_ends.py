@@ -162,7 +162,7 @@ class Ends:
             if reasons is not None:
                 break
         if reasons is None:
-            reasons, words = self._next(number, course), f"{words}, {self.limit}"
+            reasons = self._next(number, course)
         if number < len(turns):
             yield f"goes on for {len(turns) - number} turns after its end in turn {number}: {words}"
         if not reasons:
@@ -190,7 +190,7 @@ class Ends:
             (reaction["content"] is not None and number < self.max_turns and self.goodbye(reaction), GOODBYE),
             (number >= self.max_turns, TURN_LIMIT),
         )
-        words = f"emotion {emotion} after {number} turns"
+        words = f"emotion {emotion} after {number} turns, {self.limit}"
         for holds, reason in reasons:
             if holds:
                 return {END_REASONS[reason]}, words + ", with a goodbye" * (reason == GOODBYE)

@@ -118,7 +118,7 @@ class Host:
         if record["hidden_intention"] != profile.hidden_intention:
             yield f"hidden_intention is {record['hidden_intention']!r}, but the profile's is another"
         if record["seed"] != plan.seed:
-            yield f"seed is {record['seed']}, but {plan.fields['seed']}"
+            yield f"seed is {record['seed']}, but {plan.fields['seed']}; give the one that it was played with"
         begins = {record["initial_emotion"], record["emotions"][0], record["messages"][0]["emotion"]}
         if begins != {plan.initial_emotion}:
             yield f"initial_emotion is {record['initial_emotion']}, the emotion at the opening " + (

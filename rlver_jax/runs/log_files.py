@@ -45,7 +45,8 @@ def plans_of(config: ConfigDict, held_out: Sequence[Profile], *, repeats: int = 
         ValueError: files of profiles that cannot be used.
     """
     c = config.eval
-    fields = {name: f"eval.{name}={c[name]}" for name in ("seed", "initial_emotion", "max_turns", "num_profiles")}
+    fields = {name: f"eval.{name}={c[name]}" for name in ("seed", "initial_emotion", "max_turns")}
+    fields["num_profiles"] = f"{len(held_out)} profiles, eval.num_profiles={c.num_profiles}"
     how = (c.seed, c.initial_emotion, c.max_turns, c.temperature, held_out)
     plans = [Plan(fields, *how, repeats=repeats, partial=partial)]
     c = config.rollout
