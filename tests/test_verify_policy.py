@@ -6,23 +6,30 @@ and the sampler's rules in NumPy float64.
 
 import copy
 import dataclasses
+import io
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.special import log_softmax, logsumexp
 
+from rlver_jax import evaluate, verify
+from rlver_jax.command_line import config_from_flags
 from rlver_jax.dialogue import PlayLimits
+from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players
 from rlver_jax.policy_packed import PolicyPacker
-from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
+from rlver_jax.runs.dialogue_log import dialogue_records, read_dialogues, rewards_of
 from rlver_jax.runs.log_policy import Policy, Spoken, _replies, policy_findings
 from rlver_jax.runs.log_tokens import ALLOWED
 from rlver_jax.sampling.decode import KEEP_ALL, Truncation
 from rlver_jax.sampling.rederive import Dialogue, Keys, Side, rederive
 from rlver_jax.spec import Spec
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.trainer import train
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits, dialogue_key
 
@@ -100,8 +107,13 @@ def test_an_honest_log_is_derived_completely(log):
     assert [one.faults for one in found] == [[]] * COUNT
     assert sum(one.tokens for one in found) == sum(len(m["tokens"]) for r in log.records for m in replies(r)) > 60
     assert 0 < max(one.moved for one in found) < 1e-4
-    if log.players.spec.mode == "think" and not log.players.spec.enforce_format:
-        assert {r["violation"] for r in log.records} == {True, False}, "both occur"
+
+
+def test_replies_of_all_kinds_are_among_them(thinking):
+    """Kept to the format and not, ended by a stop token and cut."""
+    said = [message for record in thinking.records for message in replies(record)]
+    assert {m["violation"] for m in said} == {True, False}
+    assert {m["stopped"] for m in said} == {True, False}
 
 
 def fresh(log, record) -> list[tuple[list[int], dict]]:
@@ -269,11 +281,11 @@ def test_thoughts_of_another_model_and_swapped_replies_are_found(thinking, user_
     other = policy_lm.replace(params=jax.tree.map(lambda x: 0.9 * x, policy_lm.params))
     theirs = play("think", other, user_lm, bpe, prompts)
     mine = next(r for r in thinking.records if len(replies(r)) > 1)
+
     def split(message):
         at = next((i for i, t in enumerate(message["tokens"]) if b">" in bpe.token_bytes(t)), None)
         return None if at is None else at + 1
 
-    del close
     source = next(
         m for r in theirs.records for m in replies(r) if split(m) and m["tokens"] != replies(mine)[0]["tokens"]
     )
@@ -306,3 +318,84 @@ def test_a_user_behind_an_endpoint_is_heard_as_text(log):
             message["tokens"] = None
     assert same
     assert log.faults(*same) == []
+
+
+CONFIG = """
+from configs import debug
+
+def get_config(arg=""):
+    c = debug.get_config(arg)
+    c.train.steps, c.train.learning_rate, c.train.seed = 3, 3e-3, 3
+    c.checkpoint.every, c.checkpoint.keep_last, c.checkpoint.keep_best = 1, 2, 0
+    c.log.dialogues_every, c.log.tensorboard, c.eval.every = 1, False, 0
+    c.alarms.kl_max = c.alarms.ratio_max = 1e9
+    c.mesh.fsdp = c.mesh.tensor = 1
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a run of three steps that keeps the last two checkpoints, its config's flag)."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "config.py").write_text(CONFIG)
+    config, _, _ = config_from_flags([f"--config={folder / 'config.py'}"], None)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    assert train(config, folder / "run", mesh, Console(file=io.StringIO())) == 3
+    return folder / "run", f"--config={folder / 'config.py'}"
+
+
+def run_verify(capsys, *argv) -> tuple[int, str]:
+    capsys.readouterr()
+    status = verify.main(list(map(str, argv)))
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_training_logs_are_held_against_the_policy_before_their_step(trained, capsys):
+    run, config = trained
+    logs = [run / "dialogues" / f"step_00000{step}.jsonl" for step in (1, 2, 3)]
+    status, said = run_verify(capsys, logs[0], logs[2], config, f"--policy={run}")
+    assert status == 0, said
+    assert "derived 16 dialogues" in said
+    assert " 0 faults" in said
+    assert "--policy" not in said, "nothing of the policy is left out"
+    tokens = sum(
+        len(m["tokens"]) for log in (logs[0], logs[2]) for r in read_dialogues(log) for m in r["messages"][1::2]
+    )
+    users = run_verify(capsys, logs[0], logs[2], config)[1]
+    assert "not derived: the policy's words and log-probs (--policy=…)" in users
+    count = lambda text: int(re.search(r"(\d+) tokens", text)[1])  # noqa: E731
+    assert count(said) - count(users) == tokens
+    status, said = run_verify(capsys, logs[1], config, f"--policy={run}")
+    assert (status, "there are steps 2, 3" in said, "step 1, of which no checkpoint" in said) == (2, True, True)
+    status, said = run_verify(capsys, logs[0], config, f"--policy={run}", "--step=3")
+    assert status == 1, "a policy that has learned is another one"
+    assert "the policy's own choice" in said or "log-probability" in said
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_held_against_the_checkpoint_that_played_it(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    run, config = trained
+    few = "--config.eval.num_profiles=2"
+    assert evaluate.main([config, few, f"--checkpoint={run}", "--step=2", f"--out={tmp_path}"]) == 0
+    log = tmp_path / "dialogues.jsonl"
+    for flags, expected in (([f"--policy={run}", "--step=2"], 0), ([f"--policy={run}"], 1), ([], 0)):
+        assert run_verify(capsys, log, config, few, *flags)[0] == expected, flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--step=2"], "add --policy=WORKDIR"),
+        (["--policy=/no/such"], "/no/such"),
+        (["--policy=RUN", "--step=7"], "there are steps 2, 3"),
+        (["--policy=gs://bucket/run"], "gs://bucket"),
+    ],
+)
+def test_what_cannot_be_the_policy_is_refused(trained, flags, said, capsys):
+    run, config = trained
+    flags = [flag.replace("RUN", str(run)) for flag in flags]
+    status, printed = run_verify(capsys, run / "dialogues" / "step_000003.jsonl", config, *flags)
+    assert (status, said in printed) == (2, True), printed

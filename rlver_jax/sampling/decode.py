@@ -96,8 +96,9 @@ def _nucleus_borders(log_p: Float[Array, "B V"], mass: float | Array, tie: Array
     ordered = jnp.sort(p, axis=-1, descending=True)
     before = jnp.cumsum(ordered, axis=-1) - ordered
     slack = mass * (1 - mass) * tie + 1e-5  # odds move by a factor of exp(tie) at most; sums of V terms are rounded
-    least = lambda mass: jnp.min(jnp.where(before < mass, ordered, jnp.inf), axis=-1, keepdims=True)  # noqa: E731
-    return p > least(mass - slack) * jnp.exp(tie), p >= least(mass + slack) * jnp.exp(-tie)
+    first_out = jnp.max(jnp.where(before < mass - slack, 0.0, ordered), axis=-1, keepdims=True)
+    last_in = jnp.min(jnp.where(before < mass + slack, ordered, jnp.inf), axis=-1, keepdims=True)
+    return p > first_out * jnp.exp(tie), p >= last_in * jnp.exp(-tie)
 
 
 def draw(
