@@ -14,7 +14,9 @@ from .endpoint.server import ChatServer, rule
 from .test_remote_evaluation import arguments, evaluate, garbled
 
 REMOTE = [
-    f"--config.remote.{side}.{k}={v}" for side in ("policy", "user") for k, v in (("url", "http://x/v1"), ("model", "m"))
+    f"--config.remote.{side}.{k}={v}"
+    for side in ("policy", "user")
+    for k, v in (("url", "http://x/v1"), ("model", "m"))
 ]
 
 
@@ -24,7 +26,9 @@ def manners(body):
     if "Listen" not in system:
         said = garbled(body)
         return re.sub(r"(\[reply\])", r"\1 goodbye,", said) if "praise" in system else said
-    return {3: "b", 4: "", 5: {"content": "b", "reasoning_content": " a "}}.get(int(first[-1]) if first[-1].isdigit() else 0, rule(body))
+    return {3: "b", 4: "", 5: {"content": "b", "reasoning_content": " a "}}.get(
+        int(first[-1]) if first[-1].isdigit() else 0, rule(body)
+    )
 
 
 @pytest.fixture(scope="module")
