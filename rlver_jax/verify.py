@@ -2,12 +2,15 @@
 
     python -m rlver_jax.verify DIALOGUES.jsonl [FILE…] --config=configs/x.py [--config.a.b=v …]
                                [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]]
+                               [--repeats=N] [--partial]
 
 Each profile costs one reading of its prefix by the user, each dialogue one of the rest, where no turn sees what the
 user reasoned in another; nothing is generated. Every appraisal token must be the user's own choice, every
 change the readout of its distribution, every emotion the clipped sum, every reward its formula, every spoken word the
 one that its key draws. Where two candidates lie so close to each other that rounding decides (`ALLOWED`, by the user's
-dtype), that is reported as a tie.
+dtype), that is reported as a tie. Ends, texts, the set of dialogues and all they say of themselves follow from the
+config, which must be the one that they were played with. --partial: the logs lack dialogues on purpose. The last line
+says what was not derived.
 
 With --policy every word of the policy is derived, too: each token must be the one that its key draws, with both of its
 log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run an evaluation is held against the
