@@ -8,6 +8,7 @@ read and say nothing; the loop leaves when all dialogues have ended.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -22,6 +23,7 @@ from rlver_jax.sampling.cache import LM, Cache, append, init_cache, read_one, re
 from rlver_jax.sampling.decode import Limits, generate
 from rlver_jax.sampling.queue import Queue, Seats, open_queue, take_next
 from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
 
@@ -60,12 +62,22 @@ class Dialogues:
     row_steps: Int[Array, ""]  # tokens that there was room for: rows x decode steps of both models
 
 
-def _fingerprint(profiles: Profiles) -> Array:
-    """uint32 [P] of each prefix: a made-up first utterance depends on its profile, not on who shares the batch."""
-    place = jnp.arange(profiles.prefix.shape[1])
+def _opening_keys(key: Key[Array, ""], prefix: Int[Array, "P L"], prefix_count: Int[Array, "P"]) -> Key[Array, "P"]:
+    """Keys of made-up first utterances: each depends on its profile's prefix, not on who shares the batch."""
+    place = jnp.arange(prefix.shape[1])
     weights = jnp.cumprod(jnp.full(place.shape, 0x01000193, jnp.uint32))
-    terms = (profiles.prefix.astype(jnp.uint32) + 1) * weights
-    return jnp.where(place < profiles.prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
+    terms = (prefix.astype(jnp.uint32) + 1) * weights
+    fingerprint = jnp.where(place < prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1), fingerprint)
+
+
+_jitted_opening_keys = jax.jit(_opening_keys)
+
+
+def opening_key(key: Key[Array, ""], prefix: Sequence[int]) -> Key[Array, ""]:
+    """That of the first utterance which a user makes up after `prefix`; `key` is the run's."""
+    tokens, count = pad_rows([prefix], round_up(len(prefix), 512))  # few widths, each of which is compiled
+    return _jitted_opening_keys(key, tokens, count)[0]
 
 
 class Opening(NamedTuple):
@@ -87,7 +99,7 @@ def read_openings(policy, user, tables, profiles: Profiles, key, spec: Spec, lim
     heads = init_cache(user, count, width + spec.user_tokens + 1)
     heads = append(user, heads, profiles.prefix, jnp.where(wanted, profiles.prefix_count, 0))
     prefix = heads.length
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1), _fingerprint(profiles))
+    keys = _opening_keys(key, profiles.prefix, profiles.prefix_count)
     heads, made = generate(
         user,
         heads,

@@ -1,41 +1,64 @@
 """Derives every reward of a dialogue log again and says where the log is not what the user model would say.
 
     python -m rlver_jax.verify DIALOGUES.jsonl [FILE…] --config=configs/x.py [--config.a.b=v …]
+                               [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]]
+                               [--repeats=N] [--partial]
 
 Each profile costs one reading of its prefix by the user, each dialogue one of the rest, where no turn sees what the
 user reasoned in another; nothing is generated. Every appraisal token must be the user's own choice, every
 change the readout of its distribution, every emotion the clipped sum, every reward its formula, every spoken word the
 one that its key draws. Where two candidates lie so close to each other that rounding decides (`ALLOWED`, by the user's
-dtype), that is reported as a tie. Exit status: 0 all derived, 1 any fault, 2 bad usage.
+dtype), that is reported as a tie. Ends, texts, the set of dialogues and all they say of themselves follow from the
+config, which must be the one that they were played with. --partial: the logs lack dialogues on purpose. The last line
+says what was not derived.
+
+With --policy every word of the policy is derived, too: each token must be the one that its key draws, with both of its
+log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run an evaluation is held against the
+checkpoint that evaluate would take, or --step; what training step N logs was played by the policy before that step: it
+is held against the checkpoint of step N - 1, for step 1 against the model that training began with.
+
+Exit status: 0 all derived, 1 any fault, 2 bad usage.
 """
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.command_line import config_from_flags, local_paths
+from rlver_jax.command_line import config_from_flags, define_path, given_path, local_paths
 from rlver_jax.config import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.config_files import base
+from rlver_jax.dialogue import opening_key
+from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.output import consoles
-from rlver_jax.players import Players, load_model, spec_of
+from rlver_jax.players import Players, check_tokenizers, load_model
+from rlver_jax.policy import build_policy_tables
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.dialogue_log import read_dialogues
+from rlver_jax.runs import log_player
 from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.log_faults import derived_rewards, logged_turns, misfits, own_faults
+from rlver_jax.runs.log_faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
+from rlver_jax.runs.log_files import plans_of, read_part
+from rlver_jax.runs.log_policy import Spoken, policy_findings
+from rlver_jax.runs.log_set import Plan
+from rlver_jax.runs.log_shape import POLICY, USER, Shape
+from rlver_jax.runs.log_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
 from rlver_jax.runs.trajectory import reactions
-from rlver_jax.user.emotion import CHANGES
-from rlver_jax.user.packed import LoggedTurn, Packed, Packer
+from rlver_jax.sampling.packed import Packed
+from rlver_jax.sampling.rederive import Dialogue, Keys
+from rlver_jax.text.tokenizer import load_tokenizer
+from rlver_jax.user.emotion import CHANGES, EmotionRules
+from rlver_jax.user.packed import LoggedTurn, Packer
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.rederive import Dialogue, Rederived, rederive
-from rlver_jax.user.simulated import dialogue_key
+from rlver_jax.user.rederive import Rederived, rederive
+from rlver_jax.user.simulated import build_user_tables, dialogue_key
 
 SHOWN = 50  # faults and ties that are printed
 
@@ -50,6 +73,14 @@ class Report:
     moved: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
     ties: list[str] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
+    underived: dict[str, None] = dataclasses.field(default_factory=dict)  # what of the logs nothing was held against
+
+    def take(self, place: str, found: Found) -> None:
+        """Takes in what was found of one side's tokens in the dialogue at `place`."""
+        self.tokens += found.tokens
+        self.moved = max(self.moved, found.moved)
+        self.ties += [f"{place}, {tie}" for tie in found.ties]
+        self.faults += [f"{place}, {fault}" for fault in found.faults]
 
     def add(self, other: "Report") -> None:
         """Takes in what was found in other dialogues."""
@@ -59,17 +90,7 @@ class Report:
         self.moved = max(self.moved, other.moved)
         self.ties += other.ties
         self.faults += other.faults
-
-
-class Allowed(NamedTuple):
-    """How far rounding may move what many steps have computed from what one pass computes, in nats."""
-
-    tie: float  # of two candidates against each other
-    logprob: float
-
-
-# By the user's dtype. What bfloat16 moves has no bound; docs/training.md says what an accelerator was seen to.
-ALLOWED = {"float32": Allowed(1e-4, 1e-3), "bfloat16": Allowed(0.5, 1.0)}
+        self.underived |= other.underived
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +106,12 @@ class Settings:
 
 
 class Logged(NamedTuple):
-    """A line of a log, and the words that name it in a report."""
+    """A line of a log, the words that name it in a report, how it should have been played, and what is wrong so far."""
 
     place: str
     record: Mapping[str, Any]
+    plan: Plan
+    faults: Sequence[str] = ()
 
 
 class _Case(NamedTuple):
@@ -96,109 +119,120 @@ class _Case(NamedTuple):
 
     place: str
     record: Mapping[str, Any]
+    plan: Plan
     profile: Profile
-    turns: Sequence[LoggedTurn]
+    turns: Sequence[LoggedTurn]  # empty where its user is behind an endpoint
+    faults: list[str]
+
+    @property
+    def made_up(self) -> bool:
+        """Whether the user made up its first words."""
+        return not (self.profile.first_talk or "").strip()
+
+    @property
+    def of_user(self) -> bool:
+        """Whether there is something that a user on the device has said."""
+        return USER not in self.plan.endpoints and (bool(self.turns) or self.made_up)
 
 
 def verify_records(
     players: Players, profiles: KnownProfiles, logged: Sequence[Logged], settings: Settings
 ) -> Iterator[Report]:
-    """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field."""
-    cases = []
-    for place, record in logged:
-        profile = profiles.of(record)
-        faults = [f"{place}, {fault}" for fault in misfits(players, record)]
-        if profile is None:
-            faults = [f"{place}: profile {record['profile']!r} is not in data.eval or data.train of the config"]
-        if faults or profile is None:
-            yield Report(dialogues=1, faults=faults)
+    """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field.
+
+    Args:
+        players: without models where every user is behind an endpoint; see `load_players`.
+    """
+    cases, shapes = [], {one.plan: Shape.of(players, one.plan.endpoints) for one in logged}
+    for one in logged:
+        case = _case(one, shapes[one.plan], profiles)
+        if isinstance(case, Report):
+            yield case
         else:
-            cases.append(_Case(place, record, profile, logged_turns(record)))
+            cases.append(case)
     if not cases:
         return
     cases.sort(key=lambda case: (case.profile.id, case.profile.hidden_intention, case.profile.background))
-    found = _derived(players, [case for case in cases if case.turns], settings)
+    found = _derived(players, [case for case in cases if case.of_user], settings)
     rewards = derived_rewards([case.record for case in cases], settings.reward)
+    limits = settings.field_tokens, settings.reply_tokens
+    hosts = {
+        plan: Host.of(players, plan, limits, settings.reply_temperature, [c.record for c in cases if c.plan is plan])
+        for plan in {case.plan for case in cases}
+    }
     for case, reward in zip(cases, rewards, strict=True):
-        own = own_faults(players, case.profile, case.record, reward)
-        report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in own])
-        if case.turns:
-            _check(players, case, *next(found), settings, report)
+        packed, rederived = next(found) if case.of_user else (None, None)
+        prefix = packed.prefix if packed else 0 if USER in case.plan.endpoints else len(players.prefix(case.profile))
+        own = hosts[case.plan].faults(case.profile, case.record, reward, prefix)
+        report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in (*case.faults, *own)])
+        report.turns = sum(1 for _ in reactions(case.record))
+        report.underived |= dict.fromkeys(underived(case.record, case.plan.endpoints))
+        if packed and rederived:
+            _check(players, case, packed, rederived, settings, report)
         yield report
+
+
+def _case(one: Logged, shape: Shape, profiles: KnownProfiles) -> _Case | Report:
+    """What can be derived of a line, or a report that says why nothing can."""
+    place, record, plan, faults = one
+    if misfits := list(shape.faults(record)):
+        known = [f"{place}: {fault}" for fault in faults]
+        return Report(dialogues=1, faults=known + [f"{place}, {fault}" for fault in misfits])
+    faults, profile = list(faults), plan.profile(record["dialogue"])
+    if profile is None or profile.id != record["profile"]:
+        wanted = "none has that number" if profile is None else f"the config plays {profile.id!r} in it"
+        faults.append(f"profile is {record['profile']!r}, but {wanted} ({plan.fields['num_profiles']})")
+        profile = profiles.of(record)
+    if profile is None:
+        faults.append(f"profile {record['profile']!r} is not in data.eval or data.train of the config")
+        return Report(dialogues=1, faults=[f"{place}: {fault}" for fault in faults])
+    turns = [] if USER in plan.endpoints else logged_turns(record)
+    return _Case(place, record, plan, profile, turns, faults)
 
 
 def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[Packed, Rederived]]:
     """What the user says of every dialogue."""
+    if not cases:
+        return iter(())
     tables, packer = players.tables[1], Packer(players.tables[1], players.spec.rules.band)
     prefix_of, seed_key = functools.lru_cache(maxsize=1)(players.prefix), functools.cache(jax.random.key)
     dialogues = []
     for case in cases:
-        key = dialogue_key(seed_key(case.record["seed"]), np.uint32(case.record["dialogue"]))
-        packed = packer.dialogue(prefix_of(case.profile), case.record["messages"][0]["tokens"], case.turns)
-        dialogues.append(Dialogue(packed, key))
-    found = rederive(players.user, tables, dialogues, settings.reply_temperature, settings.readout)
-    return zip((packed for packed, _ in dialogues), found, strict=True)
+        prefix, key = prefix_of(case.profile), seed_key(case.record["seed"])
+        own = dialogue_key(key, np.uint32(case.record["dialogue"]))
+        keys = Keys(own, opening_key(key, prefix) if case.made_up else own)
+        most = settings.reply_tokens if case.made_up else 0
+        packed = packer.dialogue(prefix, case.record["messages"][0]["tokens"], case.turns, most)
+        dialogues.append(Dialogue(packed, keys, settings.reply_temperature))
+    found = rederive(players.user, tables, dialogues, settings.readout)
+    return zip((dialogue.packed for dialogue in dialogues), found, strict=True)
 
 
 def _check(players, case: _Case, packed: Packed, found: Rederived, settings, report: Report) -> None:
     """Holds a dialogue against its derivation."""
-    place, record, _, turns = case
-    report.turns, report.tokens = len(turns), len(packed.queries)
-    _check_tokens(players, record, packed, found, settings, place, report)
+    place, record = case.place, case.record
     users = {turn: user for turn, _, user in reactions(record)}
-    for turn, *derived in zip(turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True):
+    user = Speaker("user", users_fields(players), settings.reply_temperature, settings.allowed)
+    report.take(place, hold(user, packed, found, functools.partial(users_claim, user.fields, users)))
+    for turn, *derived in zip(
+        case.turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True
+    ):
         where = f"{place}, turn {turn.turn + 1}, change"
-        _check_change(users[turn.turn], turn.change, derived, settings, where, report)
+        _check_change(users[turn.turn], turn.change, derived, players.spec.rules, settings, where, report)
 
 
-def _check_tokens(players, record, packed: Packed, found: Rederived, settings, place: str, report: Report) -> None:
-    """Every generated token is the user's own choice, with the log-probability that the log gives it."""
-    names = [*players.tables[1].appraisal.names[:-1], *players.tables[1].reply.names]
-    users = {turn: user for turn, _, user in reactions(record)}
-    for query, margin, logprob in zip(packed.queries, found.margin, found.logprob, strict=True):
-        name = names[query.field]
-        where = f"{place}, turn {query.turn + 1}, {name!r}, token {query.step + 1}"
-        if not margin <= settings.allowed.tie:  # NaN is a fault
-            report.faults.append(f"{where}: not the user's own choice, which lies {margin:.4g} nats above it")
-        elif margin > 0:
-            report.ties.append(f"{where}: {margin:.2g} nats")
-        logged = _logged_logprobs(users[query.turn], name)[query.step]
-        report.moved = max(report.moved, abs(logged - logprob))
-        if not abs(logged - logprob) <= settings.allowed.logprob:
-            report.faults.append(f"{where}: logged log-probability {logged:.5f}, derived {logprob:.5f}")
-    for turn, user in users.items():
-        for name, tokens, stopped in _lines(user, names[-1]):
-            limit = settings.reply_tokens if name == names[-1] else settings.field_tokens
-            if not tokens or (not stopped and len(tokens) != limit):
-                report.faults.append(f"{place}, turn {turn + 1}, {name!r}: {len(tokens)} tokens and no end of line")
-
-
-def _lines(user: Mapping[str, Any], reply: str) -> Iterator[tuple[str, Sequence[int], bool]]:
-    for name, tokens in user["appraisal_tokens"].items():
-        yield name, tokens, user["appraisal_stopped"][name]
-    if user["content"] is not None:
-        for name, tokens in user["consideration_tokens"].items():
-            yield name, tokens, user["consideration_stopped"][name]
-        yield reply, user["all_tokens"], user["stopped"]
-
-
-def _logged_logprobs(user: Mapping[str, Any], name: str) -> Sequence[float]:
-    for kind in ("appraisal", "consideration"):
-        if name in user[f"{kind}_logprobs"]:
-            return user[f"{kind}_logprobs"][name]
-    return user["raw_logprobs"]
-
-
-def _check_change(user, change: int, found: Sequence[Any], settings, where: str, report: Report) -> None:
-    """The change is the readout of the user's distribution over the options."""
+def _check_change(user, change: int, found: Sequence[Any], rules: EmotionRules, settings, where: str, report: Report):
+    """The change is the readout of the user's distribution over the options, as far as a reply can move an emotion."""
     logprobs, derived, noise = found
-    worst = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
+    with np.errstate(over="ignore"):  # of a number that no float32 holds
+        worst = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
     if not worst <= settings.allowed.logprob:
         report.faults.append(f"{where}: logged log-probabilities differ from the derived ones by {worst:.4g}")
-    if derived == change:
+    if rules.clamp(derived) == change:
         return
-    if _is_tie(settings.readout, logprobs + noise, derived, change, settings.allowed.tie):
-        report.ties.append(f"{where}: rounding decides between {change:+d} and {derived:+d}")
+    same = [read for read in CHANGES if rules.clamp(read) == change]
+    if any(_is_tie(settings.readout, logprobs + noise, derived, read, settings.allowed.tie) for read in same):
+        report.ties.append(f"{where}: rounding decides between {change:+d} and {rules.clamp(derived):+d}")
     else:
         report.faults.append(f"{where}: logged {change:+d}, but the user's {settings.readout} is {derived:+d}")
 
@@ -225,64 +259,91 @@ def settings_of(config: ConfigDict) -> Settings:
     )
 
 
-def verify_logs(paths: Sequence[str], config: ConfigDict, console: Console) -> Report:
-    """Derives every dialogue of logs, with a progress bar; the reports are joined."""
-    logged = []
+def verify_logs(
+    paths: Sequence[str],
+    config: ConfigDict,
+    console: Console,
+    *,
+    repeats: int = 0,
+    partial: bool = False,
+    policy: log_player.Choice | None = None,
+) -> Report:
+    """Derives every dialogue of logs, with a progress bar; the reports are joined.
+
+    Args:
+        repeats: that an evaluation has of each profile; 0: as the logs have.
+        partial: the logs are parts, so that dialogues may be missing.
+        policy: that played them; None: nothing of it is derived.
+
+    Raises:
+        ConfigError: the logs were played with another config.
+        ValueError, OSError: a file, the model or the profiles cannot be read.
+    """
+    total, logged = Report(), []
+    plans = plans_of(config, chosen_profiles(config), repeats=repeats, partial=partial)
+    files = dict.fromkeys(profile_files(config.data.eval, config.data.train))
+    profiles = KnownProfiles(profile for file in files for profile in read_profiles(file))
     for path in paths:
-        records = read_dialogues(path)
-        check_settings(records, config)
-        name = f"{path}, " if len(paths) > 1 else ""
-        logged += [Logged(f"{name}dialogue {record['dialogue']}", record) for record in records]
+        part, name = read_part(path, plans, config), f"{path}, " if len(paths) > 1 else ""
+        total.faults += part.faults
+        logged += [Logged(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
+    if partial:
+        total.underived["the set of dialogues (--partial)"] = None
     if not logged:
-        raise ConfigError(f"{', '.join(paths)}: no dialogue in it; expected a file of dialogues, as evaluate writes")
-    players = load_user(config)
-    files = profile_files(config.data.eval, config.data.train)
-    profiles = KnownProfiles(profile for file in dict.fromkeys(files) for profile in read_profiles(file))
-    reports, total = verify_records(players, profiles, logged, settings_of(config)), Report()
+        return total
+    policies = log_player.players_of([one[1:3] for one in logged], config, base.get_config(), policy) if policy else {}
+    config = next((one.config for one in policies.values()), config)
+    players = load_players(config, {side for one in logged for side in one.plan.endpoints})
+    reports = verify_records(players, profiles, logged, settings_of(config))
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
+    if policies:
+        del total.underived[POLICYS_WORDS]
+        for one in track(_policy_reports(policies, players, logged), "the policy", len(logged), console=console):
+            total.add(one)
     return total
 
 
-def check_settings(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> None:
-    """Refuses a config under which the log was not played: every appraisal would look forged.
+def _policy_reports(policies: Mapping[int | None, log_player.Player], players: Players, logged: Sequence[Logged]):
+    """Derives what the policy said: one report each, those of one training step after each other."""
+    shapes = {one.plan: Shape.of(players, one.plan.endpoints) for one in logged}
+    fine = [one for one in logged if not any(shapes[one.plan].faults(one.record))]
+    for step, player in policies.items():
+        played = [one for one in fine if log_player.step_of(one.record, one.plan) == step]
+        spoken = [Spoken(one.record, one.plan.temperature) for one in played]
+        policy = player.load(players.spec)
+        check_tokenizers(policy.tokenizer, players.tokenizer)
+        for one, found in zip(played, policy_findings(policy, spoken), strict=True):
+            report = Report()
+            report.take(one.place, found)
+            yield report
 
-    Raises:
-        ConfigError: naming the first dialogue, the field and both values.
+
+def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:
+    """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place.
+
+    Where users are behind an endpoint there is no model at all, but the policy's tokenizer if that is on the device.
     """
-    fields = {
-        "language": "data.language",
-        "style": "user.style",
-        "scenario": "user.scenario",
-        "readout": "user.readout",
-        "mode": "policy.mode",
-    }
-    for record in records:
-        if record["readout"] == "text":
-            raise ConfigError(
-                f"dialogue {record['dialogue']}: its user was behind an endpoint, so nothing can be derived again; "
-                f"expected a log of a user on the device"
-            )
-        for name, field in fields.items():
-            section, key = field.split(".")
-            if record[name] != config[section][key]:
-                raise ConfigError(
-                    f"dialogue {record['dialogue']} was played with {field}={record[name]!r}, but the config has "
-                    f"{config[section][key]!r}; add --config.{field}={record[name]}"
-                )
+    if USER not in endpoints:
+        return load_user(config)
+    spec, prompts = eval_spec(config), load_prompts(config.data.language, config.user.prompts or None)
+    none: Any = None
+    if POLICY in endpoints:
+        return Players(none, none, none, prompts, none, config.user.style, config.user.scenario, spec)
+    if not config.policy.path:
+        raise ConfigError("policy.path is empty; set --config.policy.path to the folder of the policy's tokenizer")
+    tokenizer = load_tokenizer(config.policy.path)
+    size = tokenizer.vocab_size
+    tables = build_policy_tables(tokenizer, prompts, size, spec), build_user_tables(tokenizer, prompts, size)
+    return Players(none, none, tokenizer, prompts, tables, config.user.style, config.user.scenario, spec)
 
 
 def load_user(config: ConfigDict) -> Players:
-    """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place."""
-    scanned = config.user.copy_and_resolve_references()
-    scanned.scan_layers = True  # unrolling pays for single tokens; a long row only compiles longer
-    if jax.default_backend() == "cpu":  # the scores of so few queries stay in the cores' caches
-        scanned.attention, scanned.attention_chunk = "chunked", 32
-    user, tokenizer = load_model(scanned, "user")
-    spec = spec_of(config, group=1, max_turns=1, initial_emotion=config.eval.initial_emotion)
+    """See `load_players`."""
+    user, tokenizer = load_model(log_player.reading(config.user), "user")
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
-    return Players.build(user, user, tokenizer, prompts, spec, **how)
+    return Players.build(user, user, tokenizer, prompts, eval_spec(config), **how)
 
 
 def show(report: Report, console: Console) -> None:
@@ -295,19 +356,40 @@ def show(report: Report, console: Console) -> None:
     console.print(
         f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
         f"{len(report.ties)} ties, {len(report.faults)} faults, log-probabilities within {report.moved:.2g} nats"
+        + (f"; not derived: {', '.join(sorted(report.underived, key=_is_extra))}" if report.underived else ""),
+        markup=False,
     )
+
+
+def _is_extra(name: str) -> bool:
+    """Fields that others have added are named last."""
+    return name.startswith("field ")
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer(
+        "repeats", 0, "dialogues of each profile in an evaluation; 0: as the log has", lower_bound=0, flag_values=values
+    )
+    define_path("policy", "", "training run or Hugging Face folder of the policy that played the logs", values)
+    flags.DEFINE_string("step", "", "of a training run: best | last | a number", flag_values=values)
+    flags.DEFINE_boolean("partial", False, "the logs are parts: dialogues may be missing", flag_values=values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     console, errors = consoles(soft_wrap=True)
     try:
-        config, _, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__)
+        config, options, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__, _define)
         if not rest:
             raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
         files = local_paths(rest)
-        validate(config, base.get_config(), needs=["user"])
-        report = verify_logs(files, config, console)
+        here = [side for side in (USER, POLICY) if not config.remote[side].url]
+        validate(config, base.get_config(), needs=here[:1])
+        if options.step and not options.policy:
+            raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
+        policy = log_player.Choice(options.policy, options.step, given_path(options)) if options.policy else None
+        how = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
+        report = verify_logs(files, config, console, **how)
     except (ValueError, OSError) as error:
         errors.print(f"verify: {error}", markup=False, highlight=False)
         return 2

@@ -187,7 +187,7 @@ def test_the_whole_chain_in_a_strange_encoding(changes, tmp_path):
     for words in (
         ["rlver_jax.train", *DEBUG, "--config.log.dialogues_every=1", "--workdir=w"],
         ["rlver_jax.evaluate", *play, "--checkpoint=w", "--out=e"],
-        ["rlver_jax.verify", "e/dialogues.jsonl", *config],
+        ["rlver_jax.verify", "e/dialogues.jsonl", *play],
         ["rlver_jax.report", "w", "e", "--out=r.html", "--curve=c.svg"],
         ["rlver_jax.export", "--workdir=w", "--out=x"],
         ["rlver_jax.chat", *play, "--out=t.jsonl"],

@@ -128,12 +128,13 @@ def test_figures_are_those_of_the_logged_dialogues(unbroken):
 def test_training_logs_are_derived_completely(unbroken, tmp_path, capsys):
     folder, _, _ = unbroken
     logs = [str(folder / "dialogues" / f"step_00000{step}.jsonl") for step in (2, 4)]
-    assert verify.main([*logs, f"--config={debug.__file__}"]) == 0, capsys.readouterr().out
+    config = [f"--config={debug.__file__}", "--config.train.seed=3"]
+    assert verify.main([*logs, *config]) == 0, capsys.readouterr().out
     assert "derived 16 dialogues, 32 turns" in capsys.readouterr().out
     record = records_of(folder, 4)[3]
     record["reward"] += 0.01
     (tmp_path / "edited.jsonl").write_text(json.dumps(record) + "\n")
-    assert verify.main([logs[0], str(tmp_path / "edited.jsonl"), f"--config={debug.__file__}"]) == 1
+    assert verify.main([logs[0], str(tmp_path / "edited.jsonl"), *config]) == 1
     assert f"{tmp_path / 'edited.jsonl'}, dialogue 27: reward" in capsys.readouterr().out
 
 

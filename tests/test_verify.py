@@ -10,18 +10,22 @@ import pytest
 
 from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.players import Players
+from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
 from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.log_faults import logged_turns
+from rlver_jax.runs.log_set import TrainingPlan
+from rlver_jax.runs.log_settings import check_settings
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.simulated import UserLimits
-from rlver_jax.verify import ALLOWED, Logged, Report, Settings, _is_tie, check_settings, verify_records
+from rlver_jax.verify import ALLOWED, Logged, Report, Settings, _is_tie, verify_records
 
 from .conftest import some_profiles
 
 TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emotion starting at 30
 COUNT = PROFILES * GROUP
 REWARD = {"name": "final", "gamma": 1.0, "weight": 0.5}
+FIELDS = dict.fromkeys(("seed", "initial_emotion", "max_turns", "num_profiles"), "the test's config")
 SETTINGS = Settings(reply_temperature=0.9, field_tokens=12, reply_tokens=16, readout="argmax", reward=REWARD)
 
 
@@ -56,10 +60,17 @@ def play(players, profiles):
     return dialogue_records(played, players, profiles, range(COUNT), seed=SEED, rewards=rewards_of(played, REWARD))
 
 
+def plan_of(profiles):
+    """One step of a training run."""
+    reader = ProfileReader(profiles, seed=0, batch_size=PROFILES, shuffle=False)
+    return TrainingPlan(FIELDS, SEED, 30, TURNS, 1.0, profiles, reader=reader, batch=COUNT, group=GROUP)
+
+
 def check_all(log, records, **settings) -> list[Report]:
     players, profiles, _ = log
     settings = dataclasses.replace(SETTINGS, readout=records[0]["readout"], **settings)
-    logged = [Logged(f"dialogue {record['dialogue']}", record) for record in records]
+    plan = plan_of(profiles[:PROFILES])
+    logged = [Logged(f"dialogue {record['dialogue']}", record, plan) for record in records]
     return list(verify_records(players, KnownProfiles(profiles), logged, settings))
 
 
@@ -242,18 +253,25 @@ def test_a_user_that_rounds(log, policy_lm, user_lm, bpe, prompts):
 def test_a_dialogue_of_an_unknown_profile(log):
     stranger, known = check_all(log, [log[2][0] | {"profile": "nobody"}, log[2][1]])
     assert stranger.turns == 0
-    assert "profile 'nobody' is not in data.eval or data.train" in stranger.faults[0]
+    assert "profile is 'nobody', but the config plays 'p0' in it" in stranger.faults[0]
+    assert "profile 'nobody' is not in data.eval or data.train" in stranger.faults[1]
     assert known.turns > 0
     assert known.faults == []
 
 
 def test_training_and_held_out_profiles_may_share_ids(log):
-    """As the miniature's do: a dialogue's own profile is the one with its wish and its first words."""
+    """As the miniature's do: a dialogue's own profile is the one that the config plays in it."""
     players, profiles, records = log
     others = [dataclasses.replace(p, id=q.id) for p, q in zip(profiles[1:] + profiles[:1], profiles, strict=True)]
+    assert not any(report.faults for report in check_all((players, profiles + others, records), records))
+    assert all(report.faults for report in check_all((players, others + profiles, records), records))
+
+
+def test_of_several_profiles_with_one_id_the_one_that_a_record_holds(log):
+    _, profiles, records = log
+    others = [dataclasses.replace(p, id=q.id) for p, q in zip(profiles[1:] + profiles[:1], profiles, strict=True)]
     for both in (others + profiles, profiles + others):
-        assert not any(report.faults for report in check_all((players, both, records), records))
-    assert any(report.faults for report in check_all((players, others, records), records))
+        assert [KnownProfiles(both).of(record) for record in records[::GROUP]] == profiles
 
 
 def test_turns_of_a_dialogue_that_ended_on_an_emotion(log):

@@ -311,13 +311,22 @@ def iter_dialogues(
     Raises:
         DialogueLogError: no such file, or a line that is not a dialogue; with file and line.
     """
+    lines = lines_of(path, unfinished=unfinished)
+    yield from (parse_dialogue(line, f"{path}:{number}", check) for number, line in enumerate(lines, start=1))
+
+
+def lines_of(path: str | os.PathLike[str], *, unfinished: bool = False) -> Iterator[bytes]:
+    """The lines of a log, without their ends; see `iter_dialogues`.
+
+    Raises:
+        DialogueLogError: no such file.
+    """
     try:
         file = Path(path).open("rb")  # noqa: SIM115
     except OSError as error:
         raise DialogueLogError(f"{path}: {error.strerror}; expected a file of dialogues, as evaluate writes") from None
     with file:
-        for number, (_, line) in enumerate(each_line(file, unfinished=unfinished), start=1):
-            yield parse_dialogue(line, f"{path}:{number}", check)
+        yield from (line for _, line in each_line(file, unfinished=unfinished))
 
 
 def parse_dialogue(line: bytes, place: str, check: Callable[[Record], Iterator[str]] | None = None) -> Record:
@@ -358,6 +367,13 @@ def record_faults(record: Any) -> Iterator[str]:
         )
     if record["end_reason"] not in ALL_END_REASONS:
         yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(ALL_END_REASONS)}"
+
+
+def known_fields(index: int | None) -> set[str]:
+    """Names of the fields of a record (None), or of its message of that index."""
+    if index is None:
+        return {*_RECORD, "remote", "source"}
+    return {"role", *(_OPENING if index == 0 else _ASSISTANT if index % 2 else _REACTION)}
 
 
 def _field_faults(obj: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""What is wrong in a log by itself: arithmetic, and texts that are not their tokens. No model is needed."""
+"""What is wrong in a log by itself: arithmetic, ends, texts that are not their tokens. No model is needed."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +11,16 @@ import numpy as np
 from rlver_jax import rewards
 from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
+from rlver_jax.runs import log_texts
+from rlver_jax.runs.dialogue_log import known_fields
+from rlver_jax.runs.log_ends import Ends, Goodbye, Rooms
+from rlver_jax.runs.log_set import Plan
+from rlver_jax.runs.log_settings import remote_faults
+from rlver_jax.runs.log_shape import POLICY, USER
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
-from rlver_jax.user.emotion import CHANGES, HIGHEST, LOWEST
 from rlver_jax.user.packed import LoggedTurn, Said
+
+POLICYS_WORDS = "the policy's words and log-probs (--policy=…)"  # what isn't derived without it
 
 
 def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
@@ -33,32 +41,6 @@ def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
     return turns
 
 
-def misfits(players: Players, record: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps a dialogue from being derived: values that none can have."""
-    size = players.tokenizer.vocab_size
-    first = record["messages"][0]
-    yield from _misfit("opening", first["emotion"], 0, {"first utterance": (first["tokens"], None)}, size)
-    for turn, spoken, user in reactions(record):
-        lines = {"say": (spoken["say_tokens"], None), "reply": (user["all_tokens"], user["raw_logprobs"])}
-        tables, speaks = players.tables[1], user["content"] is not None
-        for kind, names in (("appraisal", tables.appraisal.names), ("consideration", tables.reply.names * speaks)):
-            tokens, logprobs, stopped = (user[f"{kind}_{what}"] or {} for what in ("tokens", "logprobs", "stopped"))
-            lines |= {name: (tokens.get(name), logprobs.get(name, ())) for name in names[:-1]}
-            if not set(names[:-1]) == set(stopped) == set(tokens) and names:
-                yield f"turn {turn + 1}: {kind} has the fields {sorted(tokens)}, expected {sorted(names[:-1])}"
-        yield from _misfit(f"turn {turn + 1}", user["emotion"], user["change"], lines, size)
-
-
-def _misfit(where: str, emotion: int, change: int, lines: Mapping[str, tuple[Any, Any]], size: int) -> Iterator[str]:
-    if not LOWEST <= emotion <= HIGHEST or not CHANGES[0] <= change <= CHANGES[-1]:
-        yield f"{where}: emotion {emotion} after {change:+d}, expected 0 to 100 after -10 to +10"
-    for name, (tokens, logprobs) in lines.items():
-        if tokens is None or not all(isinstance(token, int) and 0 <= token < size for token in tokens):
-            yield f"{where}: tokens of {name!r} are not ids from 0 to {size - 1}"
-        elif logprobs is not None and len(logprobs) != len(tokens):
-            yield f"{where}: {len(tokens)} tokens of {name!r}, but {len(logprobs)} log-probabilities"
-
-
 def derived_rewards(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> np.ndarray:
     """[N] float32: every dialogue's reward by its formula; `settings` are `rewards.reward`'s."""
     emotions = [emotions_of(record) for record in records]
@@ -69,50 +51,107 @@ def derived_rewards(records: Sequence[Mapping[str, Any]], settings: Mapping[str,
     return np.asarray(formula(emotions=padded, n_turns=turns, violation=violation).reward)
 
 
-def own_faults(players: Players, profile: Profile, record: Mapping[str, Any], reward: np.float32) -> Iterator[str]:
-    """Faults of one dialogue.
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What a log must be by the config alone.
 
-    Args:
-        reward: the derived one.
+    Attributes:
+        plan: of the log's dialogues.
+        user_limits: tokens of a field, and of the reply.
+        temperature: of the user's replies.
     """
-    rules, decode = players.spec.rules, players.tokenizer.decode
-    first = record["messages"][0]
-    if profile.first_talk and first["tokens"] != players.tokenizer.encode(profile.first_talk.strip()):
-        yield "the first utterance is not the profile's"
-    yield from emotion_faults(record, rules)
-    for turn, spoken, user in reactions(record):
-        where = f"turn {turn + 1}"
-        texts = [("say", spoken["content"], spoken["say_tokens"]), ("reply", user["content"] or "", user["tokens"])]
-        for kind in ("appraisal", "consideration"):
-            fields = user["appraisal"] if kind == "appraisal" else user["considerations"]
-            for name, text in fields.items():
-                said = Said(user[f"{kind}_tokens"][name], user[f"{kind}_stopped"][name])
-                texts.append((name, text, said.text_tokens))
-        for name, text, tokens in texts:
-            if text != decode(tokens):
-                yield f"{where}: the text of {name!r} is not what its tokens say"
-        if list(user["all_tokens"][: len(user["tokens"])]) != list(user["tokens"]):
-            yield f"{where}: the reply's tokens are not those that were generated"
-    yield from _policy_faults(players, record)
-    if record["turns"] != sum(m["role"] == "assistant" for m in record["messages"]):
-        yield f"{record['turns']} turns, but another number of policy messages"
-    if np.float32(record["reward"]) != reward:
-        yield f"reward {record['reward']}, but its formula gives {float(reward)}"
+
+    players: Players
+    plan: Plan
+    user_limits: tuple[int, int]
+    temperature: float
+    ends: Ends
+    rooms: Rooms
+
+    @classmethod
+    def of(
+        cls,
+        players: Players,
+        plan: Plan,
+        user_limits: tuple[int, int],
+        temperature: float,
+        records: Sequence[Mapping[str, Any]],
+    ) -> "Host":
+        """For these records of one log, all of the right shape."""
+        remote = plan.endpoints
+        ends = Ends(players, plan.max_turns, plan.fields["max_turns"], Goodbye(players, remote), remote)
+        width = plan.opening_width(players.tokenizer) if len(remote) < 2 else 0
+        widest = _widest(players, records, remote)
+        rooms = Rooms(players, width, user_limits, remote, widest)
+        return cls(players, plan, user_limits, temperature, ends, rooms)
+
+    def faults(self, profile: Profile, record: Mapping[str, Any], reward: np.float32, prefix: int) -> Iterator[str]:
+        """Faults of one dialogue.
+
+        Args:
+            profile: that it was played with.
+            reward: the derived one.
+            prefix: tokens that the user had read before its first turn.
+        """
+        players, plan, remote = self.players, self.plan, self.plan.endpoints
+        splits = [] if POLICY in remote else [self._split(message) for message in record["messages"][1::2]]
+        violations = [split.violation for split in splits] or [m["violation"] for m in record["messages"][1::2]]
+        yield from self._said_of_itself(profile, record, violations)
+        yield from log_texts.opening_faults(players, profile, record["messages"][0], self.user_limits[1], remote)
+        yield from emotion_faults(record, players.spec.rules)
+        yield from self.ends.faults(record, violations, self.rooms.of(record, prefix))
+        yield from log_texts.side_faults(players, record, splits, plan.temperature, remote)
+        if USER in remote:
+            yield from log_texts.remote_user_faults(players, record)
+        else:
+            yield from log_texts.user_faults(players, record, self.user_limits, self.temperature)
+        if np.float32(record["reward"]) != reward:
+            yield f"reward {record['reward']}, but its formula gives {float(reward)}"
+
+    def _split(self, message: Mapping[str, Any]) -> log_texts.Spoken:
+        think = self.players.spec.mode == "think"
+        return log_texts.split_reply(self.players.tokenizer, message["tokens"], stopped=message["stopped"], think=think)
+
+    def _said_of_itself(self, profile: Profile, record: Mapping[str, Any], violations: Sequence[bool]) -> Iterator[str]:
+        """The record's own fields, by the plan and the profile."""
+        plan = self.plan
+        if record["hidden_intention"] != profile.hidden_intention:
+            yield f"hidden_intention is {record['hidden_intention']!r}, but the profile's is another"
+        if record["seed"] != plan.seed:
+            yield f"seed is {record['seed']}, but {plan.fields['seed']}; give the one that it was played with"
+        begins = {record["initial_emotion"], record["emotions"][0], record["messages"][0]["emotion"]}
+        if begins != {plan.initial_emotion}:
+            yield f"initial_emotion is {record['initial_emotion']}, the emotion at the opening " + (
+                f"{record['messages'][0]['emotion']}, but {plan.fields['initial_emotion']}"
+            )
+        if record["violation"] != any(violations):
+            yield f"violation is {record['violation']}, but its replies say otherwise"
+        if "source" in record:
+            yield "source names another program, whose logs cannot be derived"
+        yield from remote_faults(record, plan.endpoints)
 
 
-def _policy_faults(players: Players, record: Mapping[str, Any]) -> Iterator[str]:
-    """Say tokens are a run of the generated tokens, up to the end."""
-    turn = 0
-    for message in record["messages"]:
-        if message["role"] != "assistant":
-            continue
-        turn += 1
-        if message["tokens"] is None:  # said at an endpoint; what the user read of it are its say tokens
-            continue
-        tokens, say = list(message["tokens"]), list(message["say_tokens"])
-        end = len(tokens) - message["stopped"]
-        if not message["violation"] and tokens[end - len(say) : end] != say:
-            yield f"turn {turn}: the say's tokens are not the end of what the policy generated"
-        thought = message["thought"]
-        if thought is not None and thought.strip() not in players.tokenizer.decode(tokens):
-            yield f"turn {turn}: the thought is not in what the policy generated"
+def _widest(players: Players, records: Sequence[Mapping[str, Any]], endpoints: Collection[str]) -> int:
+    """Tokens of the longest text from the side behind an endpoint that the one on the device has read."""
+    if len(endpoints) != 1:
+        return 0
+    start = 0 if USER in endpoints else 1  # of the user's messages, or of the policy's
+    texts = (message["content"] or "" for record in records for message in record["messages"][start::2])
+    return max((len(players.tokenizer.encode(text)) for text in texts), default=0)
+
+
+def underived(record: Mapping[str, Any], endpoints: Collection[str]) -> Iterator[str]:
+    """What of a dialogue nothing is held against, in words: what endpoints said, and fields that others have added."""
+    if POLICY in endpoints:
+        yield "what the policy said at its endpoint"
+    else:
+        yield POLICYS_WORDS
+    if USER in endpoints:
+        yield "what the user said and felt at its endpoint"
+    if endpoints:
+        yield "counts of what endpoints were asked"
+    for name in sorted(record.keys() - known_fields(None)):
+        yield f"field {name[:60]!r}"
+    for index, message in enumerate(record["messages"]):
+        for name in sorted(message.keys() - known_fields(index)):
+            yield f"field {name[:60]!r} of messages"

@@ -22,10 +22,12 @@ def reactions(record: Mapping[str, Any]) -> Iterator[tuple[int, Message, Message
 def emotions_of(record: Mapping[str, Any]) -> list[int]:
     """The initial emotion and the one after each reply, as the messages give them.
 
-    A reply that nobody appraised moves nothing: one that broke the format, or SAGE's last one at the turn limit.
+    A reply that nobody appraised moves nothing: one that broke the format, SAGE's last one at the turn limit, or one to
+    which an endpoint gave no appraisal that could be read.
     """
     emotions = [record["messages"][0]["emotion"]] + [user["emotion"] for _, _, user in reactions(record)]
-    unappraised = record["violation"] or (record["seed"] is None and record["turns"] == len(emotions))
+    elsewhere = record["seed"] is None or "remote" in record
+    unappraised = record["violation"] or (elsewhere and record["turns"] == len(emotions))
     return emotions + emotions[-1:] * unappraised
 
 

@@ -71,6 +71,36 @@ def _nucleus(log_p: Float[Array, "B V"], mass: float | Float[Array, "B 1"]) -> F
     return jnp.where(p < least, -jnp.inf, log_p)
 
 
+def borders(
+    log_p: Float[Array, "B V"], truncation: Truncation, tie: Float[Array, ""]
+) -> tuple[Bool[Array, "B V"], Bool[Array, "B V"]]:
+    """(What `truncate` keeps, what it may keep) however rounding moves tokens by up to `tie` nats against each other.
+
+    top_p: one for all rows.
+    """
+    surely = perhaps = jnp.ones(log_p.shape, bool)
+    if 0 < truncation.top_k < log_p.shape[1]:
+        ranked = jax.lax.top_k(log_p, truncation.top_k + 1)[0]
+        surely, perhaps = log_p > ranked[:, -1:] + tie, log_p >= ranked[:, -2:-1] - tie
+    if truncation.top_p < 1:
+        nuclei = [
+            _nucleus_borders(jnp.where(kept, log_p, -jnp.inf), truncation.top_p, tie) for kept in (surely, perhaps)
+        ]
+        surely &= nuclei[0][0] & nuclei[1][0]
+        perhaps &= nuclei[0][1] | nuclei[1][1]
+    return surely, perhaps
+
+
+def _nucleus_borders(log_p: Float[Array, "B V"], mass: float | Array, tie: Array) -> tuple[Array, Array]:
+    p = jax.nn.softmax(log_p, axis=-1)
+    ordered = jnp.sort(p, axis=-1, descending=True)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    slack = mass * (1 - mass) * tie + 1e-5  # odds move by a factor of exp(tie) at most; sums of V terms are rounded
+    first_out = jnp.max(jnp.where(before < mass - slack, 0.0, ordered), axis=-1, keepdims=True)
+    last_in = jnp.min(jnp.where(before < mass + slack, ordered, jnp.inf), axis=-1, keepdims=True)
+    return p > first_out * jnp.exp(tie), p >= last_in * jnp.exp(-tie)
+
+
 def draw(
     logits: Float[Array, "B V"],
     keys: Key[Array, "B"],

@@ -57,7 +57,7 @@ def evaluate(world, out, **urls):
 
 
 def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bpe, capsys):
-    """Its log-probabilities are those of plain forward passes over the conversation; `verify` refuses such a log."""
+    """Its log-probabilities are those of plain forward passes over the conversation; `verify` holds what it can."""
     with ChatServer() as server:
         played = evaluate(world, "policy_here", user=server.url)
     assert [record["end_reason"] for record in played] == ["turn_limit"] * 3
@@ -91,6 +91,11 @@ def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bp
     capsys.readouterr()
     assert verify.main([str(world[0] / "policy_here" / "dialogues.jsonl"), *world[1]]) == 2
     assert "its user was behind an endpoint" in capsys.readouterr().err
+    remote = ["--config.remote.user.url=http://127.0.0.1:1/v1", "--config.remote.user.model=m"]
+    assert verify.main([str(world[0] / "policy_here" / "dialogues.jsonl"), *world[1], *remote]) == 0
+    said = capsys.readouterr().out
+    assert "derived 3 dialogues, 9 turns, 0 tokens: 0 ties, 0 faults" in said
+    assert "not derived: the policy's words and log-probs (--policy=…), what the user said and felt at its end" in said
 
 
 def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
@@ -105,7 +110,13 @@ def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
     capsys.readouterr()
     log = str(world[0] / "user_here" / "dialogues.jsonl")
     assert verify.main([log, *world[1]]) == 0
-    assert "0 faults" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 faults" in said
+    assert "not derived: what the policy said at its endpoint" in said
+    remote = [f"--config.remote.{s}.{k}=http://x/v1" for s in ("user", "policy") for k in ("url", "model")]
+    assert verify.main([log, *world[1], *remote[2:]]) == 0
+    assert verify.main([log, *world[1], *remote[:2]]) == 2, "its user was on the device"
+    assert "with a user on the device (readout 'argmax')" in capsys.readouterr().err
     # A change of one heard token makes every appraisal after it another's.
     played[0]["messages"][1]["say_tokens"][0] += 1
     (world[0] / "forged.jsonl").write_text("".join(json.dumps(record) + "\n" for record in played))

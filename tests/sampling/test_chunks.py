@@ -9,9 +9,9 @@ import pytest
 
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.sampling.cache import LM, init_cache, keep_slots
+from rlver_jax.sampling.chunks import WIDTHS, Sizes, chunks_of, cuts
+from rlver_jax.sampling.packed import Choice, Packed, Query
 from rlver_jax.text.padding import pad_rows
-from rlver_jax.user.chunks import WIDTHS, Sizes, chunks_of, cuts
-from rlver_jax.user.packed import Choice, Packed, Query
 
 PREFIX = 30
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.user.packed import Choice, Packed, Query
+from rlver_jax.sampling.packed import Choice, Packed, Query
 
 WIDTHS = range(192, 513, 32)  # of a chunk, in tokens: enough for the weights' products
 _PLACE, _END = Query._fields.index("place"), Choice._fields.index("end")  # columns by which entries are in order
@@ -19,7 +19,7 @@ _PLACES, _BOUNDS = np.isin(Query._fields, "place"), np.isin(Choice._fields, ("fi
 
 
 class Chunk(NamedTuple):
-    """Tokens that are read together, and what to hold against the user there, with indices into them."""
+    """Tokens that are read together, and what to hold against the model there, with indices into them."""
 
     keep: Int[np.ndarray, "K"]  # slots of the cache, as the chunk before left it, that stay, moved to its front
     held: Int[np.ndarray, "K"]  # their branches
@@ -81,12 +81,12 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, dialogues: Sequence[Packed]) -> "Sizes":
         """The width that leaves the least padding for these dialogues, the largest of equal ones, and what it needs."""
-        prefixes = dict.fromkeys(tuple(packed.tokens[: packed.prefix]) for packed in dialogues)
+        prefixes = dict.fromkeys(tuple(packed.tokens[: packed.shared]) for packed in dialogues)
 
         def places(width: int) -> int:
             """Of all chunks, those of a prefix once."""
             whole = sum(len(prefix) // width for prefix in prefixes)
-            return width * (whole + sum(len(cuts(one, width)) - 1 - one.prefix // width for one in dialogues))
+            return width * (whole + sum(len(cuts(one, width)) - 1 - one.shared // width for one in dialogues))
 
         width = min(reversed(WIDTHS), key=places)
         kept, choices = [0], [0]

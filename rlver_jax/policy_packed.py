@@ -1,0 +1,65 @@
+"""A finished dialogue as its policy read it, in one packed row: no thought sees an earlier one."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.policy import PolicyTables
+from rlver_jax.sampling.packed import DRAWN, GIVEN, Packed, Query, Said, States
+from rlver_jax.user.simulated import KEY_POLICY
+
+
+class Reply(NamedTuple):
+    """What a log says of one turn of the policy."""
+
+    heard: Sequence[int]  # what the user had said
+    said: Said  # as sampled
+    say: Sequence[int]  # what the user hears of it
+
+
+class PolicyPacker:
+    """Packs dialogues; holds the policy's tables on the host.
+
+    What the engine keeps in its context (`policy.policy_turn`) is the row's branch 0: plain messages. In think mode
+    each reply, thought and say, is a branch of its own, and its say is read again as a message.
+    """
+
+    def __init__(self, tables: PolicyTables, *, think: bool, think_tokens: int):
+        """`think_tokens`: the limit of a thought, where `tables.grammar.closing` closes it."""
+        names = ("system", "open_user", "open_assistant", "think_open", "close")
+        self._system, self._open_user, self._open_assistant, self._think_open, self._close = (
+            np.asarray(getattr(tables, name)).tolist() for name in names
+        )
+        self._states, self._closing = States.of(tables.grammar), np.asarray(tables.grammar.closing).tolist()
+        self._think, self._think_tokens = think, think_tokens
+
+    def dialogue(self, replies: Sequence[Reply]) -> Packed:
+        """Packs a dialogue; its queries are the tokens of all replies, in their order."""
+        packed = Packed(prefix=len(self._system))
+        position, last = packed.add(self._system, 0, 0), list[int]()
+        for turn, reply in enumerate(replies):
+            heard = [*last, *self._open_user, *reply.heard, *self._close, *self._open_assistant]
+            position = packed.add(heard, 0, position)
+            if self._think:
+                branch = (turn + 1) * BRANCH_RADIX
+                self._said(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
+                last = [*reply.say, *self._close]
+            else:
+                position = self._said(packed, reply, turn, 0, position)
+                last = self._close
+        return packed
+
+    def _said(self, packed: Packed, reply: Reply, turn: int, branch: int, position: int) -> int:
+        """A reply with a query for each of its tokens; returns the position after its text."""
+        first = len(packed.queries)
+        packed.ask(self._states, reply.said.tokens, KEY_POLICY, turn, 0, DRAWN)
+        packed.queries[first:] = map(self._marked, packed.queries[first:])
+        return packed.add(reply.said.text_tokens, branch, position)
+
+    def _marked(self, query: Query) -> Query:
+        """As GIVEN where `decode._close` put the token: the closing, before the limit of a thought that goes on."""
+        place = query.step - (self._think_tokens - len(self._closing))
+        given = 0 <= place < len(self._closing) and not self._states.found(query.state)
+        return query._replace(how=GIVEN) if given and query.token == self._closing[place] else query

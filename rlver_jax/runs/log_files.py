@@ -1,0 +1,95 @@
+"""One file of a log for who doesn't trust it: its dialogues, how they were to be played, and which are missing."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from rlver_jax.config import profile_files
+from rlver_jax.profiles.reader import ProfileReader
+from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.runs.log_lines import read_log
+from rlver_jax.runs.log_set import Plan, TrainingPlan, best_plan, set_faults
+from rlver_jax.runs.log_settings import check_settings, endpoints_of
+
+_OF_STEP = re.compile(r"step_(\d{6,})\.jsonl")  # see `RunFolder.dialogues`
+
+
+class Dialogue(NamedTuple):
+    """A dialogue of a log that can be looked at, and what is wrong with it so far."""
+
+    record: Record
+    plan: Plan
+    faults: list[str]
+
+
+class Part(NamedTuple):
+    """A file: faults that are no dialogue's own, and its dialogues."""
+
+    faults: list[str]
+    dialogues: list[Dialogue]
+
+
+def plans_of(config: ConfigDict, held_out: Sequence[Profile], *, repeats: int = 0, partial: bool = False) -> list[Plan]:
+    """How a config evaluates, and how it trains where it can.
+
+    Args:
+        held_out: profiles that it evaluates with, in their order.
+        repeats, partial: see `Plan`.
+
+    Raises:
+        ValueError: files of profiles that cannot be used.
+    """
+    c = config.eval
+    fields = {name: f"eval.{name}={c[name]}" for name in ("seed", "initial_emotion", "max_turns")}
+    fields["num_profiles"] = f"{len(held_out)} profiles, eval.num_profiles={c.num_profiles}"
+    how = (c.seed, c.initial_emotion, c.max_turns, c.temperature, held_out)
+    plans = [Plan(fields, *how, repeats=repeats, partial=partial)]
+    c = config.rollout
+    count = c.batch // c.group
+    profiles = read_profiles(profile_files(config.data.train)) if config.data.train else []
+    if 0 < count <= len(profiles):  # else it cannot train
+        reader = ProfileReader(profiles, seed=config.data.seed, batch_size=count, shuffle=config.data.shuffle)
+        fields = {
+            "seed": f"train.seed={config.train.seed}",
+            "initial_emotion": f"emotion.initial={config.emotion.initial}",
+            "max_turns": f"rollout.max_turns={c.max_turns}",
+            "num_profiles": f"data.seed={config.data.seed}, rollout.batch={c.batch}, rollout.group={c.group}",
+        }
+        trained = (config.train.seed, config.emotion.initial, c.max_turns, c.temperature, profiles)
+        plans.append(TrainingPlan(fields, *trained, reader=reader, batch=c.batch, group=c.group, partial=partial))
+    return plans
+
+
+def read_part(path: str, plans: Sequence[Plan], config: ConfigDict) -> Part:
+    """What is in a file, as the plan that explains it best has it.
+
+    Raises:
+        ConfigError: none of its dialogues was played with the config's settings.
+        DialogueLogError: no such file.
+    """
+    lines = read_log(path)
+    faults = [_unread(path, line.number, line.dialogue, line.fault) for line in lines if line.record is None]
+    records = [line.record for line in lines if line.record is not None]
+    if not records:
+        return Part([*faults, f"{path}: no dialogue in it"], [])
+    odd, endpoints = check_settings(records, config), endpoints_of(records, config)
+    # A number that no dialogue can have is told with the dialogue.
+    usual = [record for record in records if 0 <= record["dialogue"] < 2**32]
+    plan = dataclasses.replace(best_plan(plans, usual), endpoints=frozenset(endpoints))
+    unread = [line.dialogue for line in lines if line.record is None and line.dialogue is not None]
+    faults += [f"{path}: {fault}" for fault in set_faults(plan, usual, unread)]
+    named = _OF_STEP.fullmatch(Path(path).name)
+    if named and isinstance(plan, TrainingPlan):
+        steps = sorted({record["dialogue"] // plan.batch + 1 for record in usual} - {int(named[1])})
+        faults += [f"{path}: holds dialogues of step {step}" for step in steps[:3]]
+    return Part(faults, [Dialogue(record, plan, found) for record, found in zip(records, odd, strict=True)])
+
+
+def _unread(path: str, number: int, dialogue: int | None, fault: str) -> str:
+    known = "" if dialogue is None else f", dialogue {dialogue}"
+    return f"{path}:{number}{known}: {fault}"

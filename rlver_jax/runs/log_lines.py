@@ -1,0 +1,76 @@
+"""Lines of a dialogue log for who doesn't trust it: what cannot be read is told with its place, and reading goes on."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rlver_jax.runs.dialogue_log import Record, lines_of, record_faults
+
+_NUMBER = re.compile(rb'\s*\{\s*"dialogue"\s*:\s*(\d{1,10})\s*[,}]')
+
+
+class Line(NamedTuple):
+    """One line: a dialogue, or what keeps it from being one."""
+
+    number: int  # in its file, from 1
+    record: Record | None
+    fault: str
+    dialogue: int | None  # its number, where that can be read
+
+
+def read_log(path: str | os.PathLike[str]) -> list[Line]:
+    """All lines of a log.
+
+    Raises:
+        DialogueLogError: no such file.
+    """
+    return [_line(line, number) for number, line in enumerate(lines_of(path), start=1)]
+
+
+def _line(line: bytes, number: int) -> Line:
+    found = _NUMBER.match(line)
+    dialogue = int(found[1]) if found else None
+    if not line.strip():
+        return Line(number, None, "is blank, expected a dialogue", None)
+    try:
+        record = _parse(line)
+    except (ValueError, RecursionError) as error:
+        return Line(number, None, f"not a JSON object ({error})", dialogue)
+    fault = next(record_faults(record), "")
+    return Line(number, None if fault else record, fault, dialogue)
+
+
+def _parse(line: bytes) -> Any:
+    """The JSON value of a line; ValueError where there is none that means one thing alone."""
+    value = json.loads(line.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    if b"\\u" in line and (text := next(_half_characters(value), None)) is not None:
+        raise ValueError(f"{text[:60]!r} holds half of a surrogate pair")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json would silently keep the last of several fields with one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)[:60]!r} twice in an object")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _half_characters(value: Any) -> Iterator[str]:
+    """Texts that no encoding can hold."""
+    rest = [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, dict):
+            rest += [*one, *one.values()]
+        elif isinstance(one, list):
+            rest += one
+        elif isinstance(one, str) and any("\ud800" <= char <= "\udfff" for char in one):
+            yield one

@@ -1,0 +1,133 @@
+"""Which policy played a log, by `verify --policy`: of a training run's folder a checkpoint, or a model's folder.
+
+What training step N logs was played by the policy as it was before that step: the checkpoint of step N - 1, for step 1
+the model that training began with.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlver_jax.config import ConfigError, validate
+from rlver_jax.foreign_weights import is_run
+from rlver_jax.models.qwen2 import Params, Qwen2, stack_layers
+from rlver_jax.players import load_model
+from rlver_jax.policy import build_policy_tables
+from rlver_jax.runs.checkpoint import saved_steps
+from rlver_jax.runs.log_policy import Policy
+from rlver_jax.runs.log_set import Plan, TrainingPlan
+from rlver_jax.runs.log_shape import POLICY
+from rlver_jax.runs.log_tokens import ALLOWED
+from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
+from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.spec import Spec
+from rlver_jax.user.prompts import load_prompts
+
+BASE = 0  # as a step: the model that training began with
+
+
+class Choice(NamedTuple):
+    """What the command line says of the policy.
+
+    Attributes:
+        checkpoint: a training run's folder, or a Hugging Face folder.
+        step: of a training run: best | last | a number; empty: that which played the log, or as `evaluate` chooses.
+        path: of a training run, where to take config and tokenizer from; empty: the run's own.
+    """
+
+    checkpoint: str
+    step: str = ""
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """A policy to be loaded."""
+
+    config: ConfigDict  # its `policy` section says all but where a checkpoint's weights come from
+    trained: TrainedPolicy | None = None
+
+    def load(self, spec: Spec) -> Policy:
+        """The policy on the device, as one pass over long rows reads it fastest."""
+        c = reading(self.config.policy)
+        lm, tokenizer = load_model(c, "policy", weights=self._weights if self.trained else None)
+        prompts = load_prompts(self.config.data.language, self.config.user.prompts or None)
+        tables = build_policy_tables(tokenizer, prompts, lm.model.config.vocab_size, spec)
+        return Policy(lm, tokenizer, tables, spec, ALLOWED[c.dtype])
+
+    def _weights(self, model: Qwen2, mesh: Mesh | None) -> Params:
+        """Parameters as a run keeps them, stacked."""
+        assert self.trained is not None
+        if self.trained.config.policy.scan_layers:
+            return self.trained.weights(model, mesh)
+        return stack_layers(self.trained.weights(model.clone(scan_layers=False), mesh))
+
+
+def reading(model: ConfigDict) -> ConfigDict:
+    """The section of a model that reads long rows and generates nothing."""
+    scanned = model.copy_and_resolve_references()
+    scanned.scan_layers = True  # unrolling pays for single tokens; a long row only compiles longer
+    if jax.default_backend() == "cpu":  # the scores of so few queries stay in the cores' caches
+        scanned.attention, scanned.attention_chunk = "chunked", 32
+    return scanned
+
+
+def step_of(record: Mapping[str, Any], plan: Plan) -> int | None:
+    """The training step that a dialogue is of; None: an evaluation."""
+    return record["dialogue"] // plan.batch + 1 if isinstance(plan, TrainingPlan) else None
+
+
+def players_of(
+    logged: Iterable[tuple[Mapping[str, Any], Plan]], config: ConfigDict, base: ConfigDict, choice: Choice
+) -> dict[int | None, Player]:
+    """{training step, None for evaluations: the policy that played it}; nothing is loaded.
+
+    Args:
+        logged: dialogues, by their number at least.
+        config: of the logs.
+        base: `configs/base.py:get_config()`.
+
+    Raises:
+        ConfigError: a dialogue's policy was behind an endpoint; a training run that doesn't keep the checkpoint that
+            played a log.
+        ValueError, OSError: as `take_checkpoint`.
+    """
+    steps: dict[int | None, None] = {}
+    for record, plan in logged:
+        if POLICY in plan.endpoints:
+            raise ConfigError(
+                f"--policy={choice.checkpoint}: the policy of dialogue {record['dialogue']} was behind an endpoint, so "
+                f"nothing of it can be derived again; leave out --policy"
+            )
+        steps[step_of(record, plan)] = None
+    return {step: _player(config.copy_and_resolve_references(), base, choice, step) for step in steps}
+
+
+def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | None) -> Player:
+    chosen, trained = choice.step, None
+    if step == BASE + 1 and is_run(choice.checkpoint) and not chosen:
+        began = RunFolder(Path(choice.checkpoint)).typed_config(base).policy
+        config.policy.path, config.policy.init = choice.path or began.path, began.init
+    else:
+        if step is not None and is_run(choice.checkpoint) and not chosen:
+            _check_kept(choice.checkpoint, step)
+            chosen = str(step - 1)
+        trained = take_checkpoint(config, choice.checkpoint, chosen, base, choice.path)
+    validate(config, base, needs=["policy"])
+    return Player(config, trained)
+
+
+def _check_kept(folder: str, step: int) -> None:
+    steps = saved_steps(RunFolder(Path(folder)).checkpoints)
+    if step - 1 not in steps:
+        kept = ", ".join(map(str, steps)) or "(none)"
+        raise ConfigError(
+            f"--policy={folder}: the dialogues of training step {step} were played by the policy as it was after step "
+            f"{step - 1}, of which no checkpoint is kept; there are steps {kept}, so that dialogues of the steps after "
+            f"those can be derived (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
+        )

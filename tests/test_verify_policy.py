@@ -1,0 +1,401 @@
+"""Everything a policy said is derived again; whatever else stands in a log is found.
+
+Held against plain forward passes: for each turn a fresh prompt of plain messages, one pass without a cache, log-softmax
+and the sampler's rules in NumPy float64.
+"""
+
+import copy
+import dataclasses
+import io
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy.special import log_softmax, logsumexp
+
+from rlver_jax import evaluate, verify
+from rlver_jax.command_line import config_from_flags
+from rlver_jax.dialogue import PlayLimits
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.players import Players
+from rlver_jax.policy_packed import PolicyPacker
+from rlver_jax.runs.dialogue_log import dialogue_records, read_dialogues, rewards_of
+from rlver_jax.runs.log_policy import Policy, Spoken, _replies, policy_findings
+from rlver_jax.runs.log_tokens import ALLOWED
+from rlver_jax.sampling.decode import KEEP_ALL, Truncation
+from rlver_jax.sampling.rederive import Dialogue, Keys, Side, rederive
+from rlver_jax.spec import Spec
+from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.trainer import train
+from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.simulated import UserLimits, dialogue_key
+
+from .conftest import SHORT_PROMPTS, plain, some_profiles
+
+TURNS, COUNT, SEED = 3, 6, 5
+THINK, SAY = 20, 10  # short: both are cut by limits, too
+# name: (mode, enforce_format, temperature, truncation)
+WAYS = {
+    "think": ("think", False, 1.0, KEEP_ALL),
+    "enforced": ("think", True, 1.0, KEEP_ALL),
+    "direct": ("direct", False, 1.0, KEEP_ALL),
+    "cold": ("direct", False, 0.5, KEEP_ALL),
+    "greedy": ("think", False, 0.0, KEEP_ALL),
+    "truncated": ("think", False, 1.4, Truncation(20, 0.8)),
+    "top_k": ("direct", False, 0.7, Truncation(5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Honest dialogues, and who played them."""
+
+    players: Players
+    temperature: float
+    records: list
+
+    def policy(self, dtype="float32", **changed) -> Policy:
+        p = self.players
+        return Policy(changed.get("lm", p.policy), p.tokenizer, p.tables[0], p.spec, ALLOWED[dtype])
+
+    def found(self, records=None, temperature=None, **changed):
+        heat = self.temperature if temperature is None else temperature
+        spoken = [Spoken(record, heat) for record in (self.records if records is None else records)]
+        return list(policy_findings(self.policy(**changed), spoken))
+
+    def faults(self, *records, **changed) -> list[str]:
+        return [fault for one in self.found(records or None, **changed) for fault in one.faults]
+
+
+def play(way, policy_lm, user_lm, bpe, prompts, seed=SEED) -> Log:
+    mode, enforce, temperature, truncation = WAYS[way]
+    spec = Spec(
+        mode, enforce, group=1, max_turns=TURNS, context=700, think_tokens=THINK, say_tokens=SAY, user_tokens=12,
+        rules=EmotionRules(initial=40, floor=-1), truncation=truncation,
+    )  # fmt: skip
+    players = Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    user = UserLimits(jnp.int32(8), jnp.int32(12), jnp.float32(1.0))
+    limits = PlayLimits(
+        jnp.int32(TURNS), jnp.int32(THINK), jnp.int32(SAY), jnp.float32(temperature), jnp.int32(40), user
+    )
+    profiles = some_profiles(COUNT)
+    played = jax.device_get(players.play(players.encode(profiles, range(COUNT)), jax.random.key(seed), limits))
+    rewards = rewards_of(played, {"name": "final", "gamma": 1.0, "weight": 0.5})
+    records = dialogue_records(played, players, profiles, range(COUNT), seed=seed, rewards=rewards)
+    return Log(players, temperature, records)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def log(request, policy_lm, user_lm, bpe, prompts) -> Log:
+    return play(request.param, policy_lm, user_lm, bpe, prompts)
+
+
+@pytest.fixture(scope="module")
+def thinking(policy_lm, user_lm, bpe, prompts) -> Log:
+    return play("think", policy_lm, user_lm, bpe, prompts)
+
+
+def replies(record) -> list[dict]:
+    return record["messages"][1::2]
+
+
+def test_an_honest_log_is_derived_completely(log):
+    found = log.found()
+    assert [one.faults for one in found] == [[]] * COUNT
+    assert sum(one.tokens for one in found) == sum(len(m["tokens"]) for r in log.records for m in replies(r)) > 60
+    assert 0 < max(one.moved for one in found) < 1e-4
+
+
+def test_replies_of_all_kinds_are_among_them(thinking):
+    """Kept to the format and not, ended by a stop token and cut."""
+    said = [message for record in thinking.records for message in replies(record)]
+    assert {m["violation"] for m in said} == {True, False}
+    assert {m["stopped"] for m in said} == {True, False}
+
+
+def fresh(log, record) -> list[tuple[list[int], dict]]:
+    """(the prompt of plain messages before each reply, the reply)."""
+    spec, tokenizer = log.players.spec, log.players.tokenizer
+    chat, found = ChatTemplate(tokenizer), []
+    ids = chat.message("system", SHORT_PROMPTS[f"policy_{spec.mode}.j2"])
+    for heard, reply in zip(record["messages"][::2], replies(record), strict=False):
+        ids = ids + chat.open("user") + heard["tokens"] + chat.close + chat.open("assistant")
+        found.append((ids + (tokenizer.encode("<think>\n") if spec.mode == "think" else []), reply))
+        ids = ids + reply["say_tokens"] + chat.close
+    return found
+
+
+def noise_of(record, turn, step, size):
+    key = jax.random.key(record["seed"])
+    for number in (0, record["dialogue"], turn, 0, step):
+        key = jax.random.fold_in(key, number)
+    return np.asarray(jax.random.gumbel(key, (size,)), np.float64)
+
+
+def truncated(log_p, truncation):
+    """top-k, then top-p of what is left, by sorting."""
+    kept = log_p.copy()
+    if truncation.top_k:
+        kept[np.argsort(-kept)[truncation.top_k :]] = -np.inf
+    if truncation.top_p < 1:
+        p = np.exp(log_softmax(kept))
+        order = np.argsort(-p)
+        before = np.cumsum(p[order]) - p[order]
+        kept[order[before >= truncation.top_p]] = -np.inf
+    return kept
+
+
+def expected(log, record):
+    """(margin, raw, sampled) of every token of a dialogue, by plain passes; margin 0 of what the sampler put there."""
+    spec, tokenizer = log.players.spec, log.players.tokenizer
+    prompts, size = fresh(log, record), log.players.policy.model.config.vocab_size
+    logp = plain(log.players.policy, [prompt + reply["tokens"] for prompt, reply in prompts])[1]
+    never = [i for i in range(size) if i >= tokenizer.vocab_size or not tokenizer.token_bytes(i)]
+    stops = [tokenizer.im_end_id, tokenizer.pad_id]
+    closing = tokenizer.encode("\n</think>\n\n")
+    for turn, ((prompt, reply), rows) in enumerate(zip(prompts, logp, strict=True)):
+        for step, token in enumerate(reply["tokens"]):
+            raw = rows[len(prompt) - 1 + step].astype(np.float64)
+            said = b"".join(tokenizer.token_bytes(t) for t in reply["tokens"][:step])
+            thinks = spec.mode == "think" and b"</think>" not in said
+            ruled_out = set(never) - set(stops)
+            if thinks:  # no token that ends the tag and says something
+                ruled_out |= {t for t in range(tokenizer.vocab_size) if _merges(said, tokenizer.token_bytes(t))}
+            visible = said.partition(b"</think>")[2].strip()
+            if spec.enforce_format and not visible:
+                ruled_out |= set(stops)
+            if spec.enforce_format and thinks and step >= THINK - len(closing):
+                assert token == closing[step - THINK + len(closing)]
+                yield 0.0, raw[token], 0.0
+                continue
+            allowed = raw.copy()
+            allowed[list(ruled_out)] = -np.inf
+            if not log.temperature:
+                yield allowed.max() - allowed[token], raw[token], 0.0
+                continue
+            kept = truncated(allowed / log.temperature, spec.truncation)
+            scores = kept + noise_of(record, turn, step, size)
+            margin = (scores.max() - scores[token]) * min(log.temperature, 1)
+            yield margin, raw[token], kept[token] - logsumexp(kept)
+
+
+def _merges(said: bytes, piece: bytes) -> bool:
+    whole = said[-7:] + piece
+    at = whole.find(b"</think>")
+    return at >= 0 and bool(whole[at + 8 :].strip())
+
+
+def derived(log, record):
+    """What `rederive` gives for a dialogue."""
+    policy, spec = log.policy(), log.players.spec
+    packer = PolicyPacker(policy.tables, think=spec.mode == "think", think_tokens=spec.think_tokens)
+    key = dialogue_key(jax.random.key(record["seed"]), np.uint32(record["dialogue"]))
+    packed = packer.dialogue(list(_replies(policy, record)))
+    side = Side(policy.lm, policy.tables.grammar, truncation=spec.truncation)
+    (found,) = rederive(side, [Dialogue(packed, Keys(key, key), log.temperature)], 1e-4)
+    return found
+
+
+def test_every_figure_is_that_of_plain_forward_passes(log):
+    """Of honest replies, and of forged ones, whose margins and log-probs are none that a sampler has written."""
+    record = max(log.records, key=lambda r: sum(len(m["tokens"]) for m in replies(r)))
+    forged = copy.deepcopy(record)
+    for message in replies(forged):  # words of another kind, but none that ends something
+        place = len(message["tokens"]) - message["stopped"] - 1
+        swap = next(t for t in (80, 81) if t != message["tokens"][place])
+        if not log.players.spec.enforce_format:
+            message["tokens"][place] = swap
+            if message["say_tokens"]:
+                message["say_tokens"][-1] = swap
+    for one, honest in ((record, True), (forged, log.players.spec.enforce_format)):
+        found = derived(log, one)
+        margin, raw, sampled = np.array(list(expected(log, one))).T
+        np.testing.assert_allclose(found.logprob, raw, atol=1e-4)
+        finite = np.isfinite(margin)
+        np.testing.assert_allclose(found.margin[finite], margin[finite], atol=1e-4)
+        np.testing.assert_array_equal(found.margin[~finite], np.inf)
+        for bound in found.sampled.T:
+            np.testing.assert_allclose(bound[finite], sampled[finite], atol=1e-4)
+        assert honest == (margin.max() < 1e-4)
+
+
+def refit(log, record):
+    """A forged dialogue with the log-probabilities that the policy really gives its words."""
+    figures = iter(list(expected(log, record)))
+    for message in replies(record):
+        some = [next(figures) for _ in message["tokens"]]
+        message["raw_logprobs"] = [raw for _, raw, _ in some]
+        message["logprobs"] = [sampled for _, _, sampled in some]
+    return record
+
+
+def test_the_second_best_word_is_found(thinking):
+    """The log's own log-probabilities refitted: nothing but the key tells them apart."""
+    record = copy.deepcopy(thinking.records[0])
+    message = replies(record)[-1]
+    place = len(message["tokens"]) - message["stopped"] - 1
+    prompt, _ = fresh(thinking, record)[-1]
+    (rows,) = plain(thinking.players.policy, [prompt + message["tokens"]])[1]
+    scores = rows[len(prompt) - 1 + place] + noise_of(record, len(replies(record)) - 1, place, rows.shape[1])
+    scores[[t for t in range(len(scores)) if t >= 300 or not thinking.players.tokenizer.token_bytes(t)]] = -np.inf
+    scores[message["tokens"][place]] = -np.inf
+    message["tokens"][place] = int(scores.argmax())
+    faults = thinking.faults(refit(thinking, record))
+    turn = len(replies(record))
+    assert faults
+    assert faults[0].startswith(f"turn {turn}, 'reply of the policy', token {place + 1}: not the policy's own choice")
+    assert not any("log-probability" in fault for fault in faults)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "raw_logprobs"])
+@pytest.mark.parametrize("moved", [0.01, -0.01, float("nan"), float("inf"), float("-inf")])
+def test_moved_log_probabilities_are_found(log, name, moved):
+    record = copy.deepcopy(log.records[1])
+    replies(record)[0][name][1] += moved
+    assert len(log.faults(record)) == 1
+    assert log.faults(record)[0].startswith("turn 1, 'reply of the policy', token 2: logged log-probability")
+
+
+def test_rounding_of_bfloat16_is_allowed_and_no_more(log):
+    record = copy.deepcopy(log.records[1])
+    replies(record)[0]["raw_logprobs"][1] -= 0.9
+    assert log.faults(record, dtype="bfloat16") == []
+    replies(record)[0]["raw_logprobs"][1] -= 0.9
+    assert len(log.faults(record, dtype="bfloat16")) == 1
+
+
+def test_the_best_of_other_seeds_is_found(thinking, policy_lm, user_lm, bpe, prompts):
+    others = [play("think", policy_lm, user_lm, bpe, prompts, seed).records[2] for seed in range(40, 44)]
+    best = max(others, key=lambda record: record["emotion"])
+    forged = best | {"seed": SEED}
+    assert thinking.faults(best) == []
+    assert any("not the policy's own choice" in fault for fault in thinking.faults(forged))
+    number = thinking.records[2] | {"dialogue": 1}
+    assert any("not the policy's own choice" in fault for fault in thinking.faults(number))
+
+
+def test_thoughts_of_another_model_and_swapped_replies_are_found(thinking, user_lm, policy_lm, bpe, prompts):
+    other = policy_lm.replace(params=jax.tree.map(lambda x: 0.9 * x, policy_lm.params))
+    theirs = play("think", other, user_lm, bpe, prompts)
+    mine = next(r for r in thinking.records if len(replies(r)) > 1)
+
+    def split(message):
+        at = next((i for i, t in enumerate(message["tokens"]) if b">" in bpe.token_bytes(t)), None)
+        return None if at is None else at + 1
+
+    source = next(
+        m for r in theirs.records for m in replies(r) if split(m) and m["tokens"] != replies(mine)[0]["tokens"]
+    )
+    forged = copy.deepcopy(mine)
+    first = replies(forged)[0]
+    first["tokens"] = source["tokens"][: split(source)] + first["tokens"][split(first) or 0 :]
+    assert any("not the policy's own choice" in fault for fault in thinking.faults(refit(thinking, forged)))
+    swapped = copy.deepcopy(mine)
+    one, two = replies(swapped)[:2]
+    one["tokens"], two["tokens"] = two["tokens"], one["tokens"]
+    one["say_tokens"], two["say_tokens"] = two["say_tokens"], one["say_tokens"]
+    one["stopped"], two["stopped"] = two["stopped"], one["stopped"]
+    assert any("not the policy's own choice" in fault for fault in thinking.faults(refit(thinking, swapped)))
+
+
+def test_another_temperature_or_model_is_found(log, policy_lm):
+    assert log.faults(temperature=log.temperature + 0.3)
+    other = policy_lm.replace(params=jax.tree.map(lambda x: 0.99 * x, policy_lm.params))
+    assert log.faults(lm=other)
+
+
+def test_a_user_behind_an_endpoint_is_heard_as_text(log):
+    """Its log has no tokens of the user: the policy read those of the text."""
+    bpe, records = log.players.tokenizer, copy.deepcopy(log.records)
+    same = [
+        r for r in records if all(bpe.encode(m["content"]) == m["tokens"] for m in r["messages"][::2] if m["tokens"])
+    ]
+    for record in same:
+        for message in record["messages"][::2]:
+            message["tokens"] = None
+    assert same
+    assert log.faults(*same) == []
+
+
+CONFIG = """
+from configs import debug
+
+def get_config(arg=""):
+    c = debug.get_config(arg)
+    c.train.steps, c.train.learning_rate, c.train.seed = 3, 3e-3, 3
+    c.checkpoint.every, c.checkpoint.keep_last, c.checkpoint.keep_best = 1, 2, 0
+    c.log.dialogues_every, c.log.tensorboard, c.eval.every = 1, False, 0
+    c.alarms.kl_max = c.alarms.ratio_max = 1e9
+    c.mesh.fsdp = c.mesh.tensor = 1
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a run of three steps that keeps the last two checkpoints, its config's flag)."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "config.py").write_text(CONFIG)
+    config, _, _ = config_from_flags([f"--config={folder / 'config.py'}"], None)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    assert train(config, folder / "run", mesh, Console(file=io.StringIO())) == 3
+    return folder / "run", f"--config={folder / 'config.py'}"
+
+
+def run_verify(capsys, *argv) -> tuple[int, str]:
+    capsys.readouterr()
+    status = verify.main(list(map(str, argv)))
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_training_logs_are_held_against_the_policy_before_their_step(trained, capsys):
+    run, config = trained
+    logs = [run / "dialogues" / f"step_00000{step}.jsonl" for step in (1, 2, 3)]
+    status, said = run_verify(capsys, logs[0], logs[2], config, f"--policy={run}")
+    assert status == 0, said
+    assert "derived 16 dialogues" in said
+    assert " 0 faults" in said
+    assert "--policy" not in said, "nothing of the policy is left out"
+    tokens = sum(
+        len(m["tokens"]) for log in (logs[0], logs[2]) for r in read_dialogues(log) for m in r["messages"][1::2]
+    )
+    users = run_verify(capsys, logs[0], logs[2], config)[1]
+    assert "not derived: the policy's words and log-probs (--policy=…)" in users
+    count = lambda text: int(re.search(r"(\d+) tokens", text)[1])  # noqa: E731
+    assert count(said) - count(users) == tokens
+    status, said = run_verify(capsys, logs[1], config, f"--policy={run}")
+    assert (status, "there are steps 2, 3" in said, "step 1, of which no checkpoint" in said) == (2, True, True)
+    status, said = run_verify(capsys, logs[0], config, f"--policy={run}", "--step=3")
+    assert status == 1, "a policy that has learned is another one"
+    assert "the policy's own choice" in said or "log-probability" in said
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_held_against_the_checkpoint_that_played_it(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    run, config = trained
+    few = "--config.eval.num_profiles=2"
+    assert evaluate.main([config, few, f"--checkpoint={run}", "--step=2", f"--out={tmp_path}"]) == 0
+    log = tmp_path / "dialogues.jsonl"
+    for flags, expected in (([f"--policy={run}", "--step=2"], 0), ([f"--policy={run}"], 1), ([], 0)):
+        assert run_verify(capsys, log, config, few, *flags)[0] == expected, flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--step=2"], "add --policy=WORKDIR"),
+        (["--policy=/no/such"], "/no/such"),
+        (["--policy=RUN", "--step=7"], "there are steps 2, 3"),
+        (["--policy=gs://bucket/run"], "gs://bucket"),
+    ],
+)
+def test_what_cannot_be_the_policy_is_refused(trained, flags, said, capsys):
+    run, config = trained
+    flags = [flag.replace("RUN", str(run)) for flag in flags]
+    status, printed = run_verify(capsys, run / "dialogues" / "step_000003.jsonl", config, *flags)
+    assert (status, said in printed) == (2, True), printed
