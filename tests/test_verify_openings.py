@@ -77,7 +77,7 @@ def lines(message):
     spoken = message["content"] is not None
     return [
         *message["appraisal_tokens"].values(),
-        *(list(message["consideration_tokens"].values()) + [message["all_tokens"]]) * spoken,
+        *([*list(message["consideration_tokens"].values()), message["all_tokens"]]) * spoken,
     ]
 
 

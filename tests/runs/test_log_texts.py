@@ -18,7 +18,6 @@ ROWS, MOST = 400, 24
 def some_tokens(tokenizer, draw):
     """Words, white space and `</think>`, whole, in pieces, cut, merged with what follows; often a stop token last."""
     close = tokenizer.encode("</think>")
-    texts = ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
     parts = [
         *(
             tokenizer.encode(text)
