@@ -39,14 +39,13 @@ from rlver_jax.config_files import base
 from rlver_jax.dialogue import opening_key
 from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.output import consoles
-from rlver_jax.players import Players, check_tokenizers, load_model
+from rlver_jax.players import Players, load_model
 from rlver_jax.policy import build_policy_tables
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs import log_player
 from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.log_faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
 from rlver_jax.runs.log_files import plans_of, read_part
-from rlver_jax.runs.log_policy import Spoken, policy_findings
 from rlver_jax.runs.log_set import Plan
 from rlver_jax.runs.log_shape import POLICY, USER, Shape
 from rlver_jax.runs.log_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
@@ -299,24 +298,10 @@ def verify_logs(
         total.add(one)
     if policies:
         del total.underived[POLICYS_WORDS]
-        for one in track(_policy_reports(policies, players, logged), "the policy", len(logged), console=console):
-            total.add(one)
+        derived = log_player.findings(policies, players, [one[:3] for one in logged])
+        for place, found in track(derived, "the policy", len(logged), console=console):
+            total.take(place, found)
     return total
-
-
-def _policy_reports(policies: Mapping[int | None, log_player.Player], players: Players, logged: Sequence[Logged]):
-    """Derives what the policy said: one report each, those of one training step after each other."""
-    shapes = {one.plan: Shape.of(players, one.plan.endpoints) for one in logged}
-    fine = [one for one in logged if not any(shapes[one.plan].faults(one.record))]
-    for step, player in policies.items():
-        played = [one for one in fine if log_player.step_of(one.record, one.plan) == step]
-        spoken = [Spoken(one.record, one.plan.temperature) for one in played]
-        policy = player.load(players.spec)
-        check_tokenizers(policy.tokenizer, players.tokenizer)
-        for one, found in zip(played, policy_findings(policy, spoken), strict=True):
-            report = Report()
-            report.take(one.place, found)
-            yield report
 
 
 def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:

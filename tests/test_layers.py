@@ -16,7 +16,7 @@ LAYERS = [
     {"runs"},
     {"learning"},
     {"players"},
-    {"dialogue", "policy", "spec"},
+    {"dialogue", "policy", "policy_packed", "spec"},
     {"rewards"},
     {"user"},
     {"sampling"},

@@ -5,7 +5,7 @@ the model that training began with.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 from rlver_jax.config import ConfigError, validate
 from rlver_jax.foreign_weights import is_run
 from rlver_jax.models.qwen2 import Params, Qwen2, stack_layers
-from rlver_jax.players import load_model
+from rlver_jax.players import Players, check_tokenizers, load_model
 from rlver_jax.policy import build_policy_tables
 from rlver_jax.runs.checkpoint import saved_steps
-from rlver_jax.runs.log_policy import Policy
+from rlver_jax.runs.log_policy import Policy, Spoken, policy_findings
 from rlver_jax.runs.log_set import Plan, TrainingPlan
-from rlver_jax.runs.log_shape import POLICY
-from rlver_jax.runs.log_tokens import ALLOWED
+from rlver_jax.runs.log_shape import POLICY, Shape
+from rlver_jax.runs.log_tokens import ALLOWED, Found
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.spec import Spec
@@ -131,3 +131,27 @@ def _check_kept(folder: str, step: int) -> None:
             f"{step - 1}, of which no checkpoint is kept; there are steps {kept}, so that dialogues of the steps after "
             f"those can be derived (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
         )
+
+
+def findings(
+    policies: Mapping[int | None, Player], players: Players, logged: Sequence[tuple[str, Mapping[str, Any], Plan]]
+) -> Iterator[tuple[str, Found]]:
+    """Derives what policies said: (place, what was found) of each dialogue, those of one training step together.
+
+    Args:
+        policies: of `players_of`; one is on the device at a time.
+        players: whose tokens the log holds.
+        logged: a place for messages, the dialogue, and how it was to be played. What has not the shape of a dialogue
+            is passed over.
+
+    Raises:
+        ValueError, OSError: a policy cannot be loaded, or has another tokenizer.
+    """
+    shapes = {plan: Shape.of(players, plan.endpoints) for _, _, plan in logged}
+    fine = [(place, record, plan) for place, record, plan in logged if not any(shapes[plan].faults(record))]
+    for step, player in policies.items():
+        policy = player.load(players.spec)
+        check_tokenizers(policy.tokenizer, players.tokenizer)
+        played = [one for one in fine if step_of(*one[1:]) == step]
+        found = policy_findings(policy, [Spoken(record, plan.temperature) for _, record, plan in played])
+        yield from zip((place for place, _, _ in played), found, strict=True)

@@ -13,6 +13,7 @@ from rlver_jax.sampling.decode import (
     KEEP_ALL,
     Limits,
     Truncation,
+    borders,
     build_options,
     choose,
     draw,
@@ -328,3 +329,25 @@ def test_more_twigs_or_leaves_than_ids_are_refused(options):
     build_options(options[1:])
     with pytest.raises(ValueError, match="more than 63"):
         build_options(options)
+
+
+@pytest.mark.parametrize("truncation", [Truncation(6), Truncation(0, 0.7), Truncation(9, 0.8), Truncation(57, 0.999)])
+@pytest.mark.parametrize("tie", [1e-4, 0.3])
+def test_what_rounding_may_keep_lies_between_its_borders(truncation, tie):
+    """Scores moved at random, by `tie` against each other at most: no less than `surely`, no more than `perhaps`."""
+    random = np.random.default_rng(1)
+    scores = random.normal(size=(64, 57)).astype(np.float32) * 2
+    scores[:, 5::3] = scores[:, 4:-1:3] + random.uniform(-tie, tie, scores[:, 5::3].shape)  # many near ties
+    scores[:, :3] = -np.inf
+    surely, perhaps = jax.jit(borders, static_argnums=1)(scores, truncation, tie)
+    assert (perhaps | ~surely).all()
+    finite, unsure = np.isfinite(scores), np.zeros(scores.shape, bool)
+    for _ in range(50):
+        moved = scores + random.choice([-tie / 2, tie / 2], scores.shape).astype(np.float32)
+        kept = np.asarray(truncate(jnp.asarray(moved), truncation)) > -np.inf
+        assert (kept | ~surely | ~finite).all()
+        assert (perhaps | ~kept).all()
+        unsure |= kept != (np.asarray(truncate(jnp.asarray(scores), truncation)) > -np.inf)
+    if truncation.top_k < 57:
+        assert unsure.any(), "some were between"
+        assert (surely & finite).any(axis=1).mean() > 0.5
