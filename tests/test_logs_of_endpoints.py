@@ -28,8 +28,6 @@ def manners(body):
         return re.sub(r"(\[reply\])", r"\1 goodbye,", said) if "praise" in system else said
     number = int(first[-1]) if first[-1].isdigit() else 0
     return {3: "b", 4: "", 5: {"content": "b", "reasoning_content": " a "}}.get(number, rule(body))
-        int(first[-1]) if first[-1].isdigit() else 0, rule(body)
-    )
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,7 @@ def some_tokens(tokenizer, draw):
     close = tokenizer.encode("</think>")
     texts = ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
     parts = [
-        *(
-            tokenizer.encode(text)
-            for text in ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
-        ),
+        *map(tokenizer.encode, texts),
         *([byte] for text in "</think>" for byte in tokenizer.encode(text)),
         close,
         close[:-1],
