@@ -19,10 +19,7 @@ def some_tokens(tokenizer, draw):
     """Words, white space and `</think>`, whole, in pieces, cut, merged with what follows; often a stop token last."""
     close = tokenizer.encode("</think>")
     parts = [
-        *(
-            tokenizer.encode(text)
-            for text in ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
-        ),
+        *map(tokenizer.encode, texts),
         *([byte] for text in "</think>" for byte in tokenizer.encode(text)),
         close,
         close[:-1],
