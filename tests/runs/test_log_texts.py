@@ -18,6 +18,7 @@ ROWS, MOST = 400, 24
 def some_tokens(tokenizer, draw):
     """Words, white space and `</think>`, whole, in pieces, cut, merged with what follows; often a stop token last."""
     close = tokenizer.encode("</think>")
+    texts = ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
     parts = [
         *map(tokenizer.encode, texts),
         *([byte] for text in "</think>" for byte in tokenizer.encode(text)),
