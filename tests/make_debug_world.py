@@ -41,8 +41,8 @@ def profiles() -> list[dict]:
 def main() -> None:
     texts = [file.read_text(encoding="utf-8") for file in sorted((OUT / "prompts").iterdir())]
     texts += [value for p in profiles() for value in p.values() if isinstance(value, str)]
-    # Each change is one token, so that random weights find all about equally likely. Of digits, "0" would have the fewest
-    # and be chosen nearly always: every reward would be the same.
+    # Each change is one token, so that random weights find all about equally likely. In digits "0" is the shortest: it
+    # would be chosen nearly always, and every reward would be the same.
     changes = [option_text(change).strip() for change in CHANGES]
     tokenizer = train_sentencepiece(texts, OUT / "tokenizer.model", 480, symbols=("\n", *changes))
     rows = -(-tokenizer.vocab_size // 8) * 8  # so that up to eight devices can share them
