@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from .quick import QUICK
 from .test_trainer import records_of, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 12
+STEPS = 14  # two more than the last kill saves
 FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 1, "eval.every": 4}
 # Each four times: (moment, the row of metrics that it follows). Odd rows, after which nothing is evaluated or saved.
 PLAN = [
@@ -45,9 +46,9 @@ def unbroken(tmp_path_factory):
     """(folder of a run that nobody disturbed, {moment: seconds that it takes})."""
     folder, began = tmp_path_factory.mktemp("unbroken"), time.monotonic()
     run = start(folder)
-    wait_for_row(run, folder, 0, 0)
+    wait_for(run, lambda: has_row(folder, 0, 0))
     ready = time.monotonic() - began
-    printed = run.communicate(timeout=300)[0]
+    printed = run.communicate(timeout=600)[0]
     assert run.returncode == 0, printed
     rows = read_metrics(folder / "metrics.jsonl")[1:]
     playing, update = (statistics.median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "update"))
@@ -107,44 +108,43 @@ def test_there_is_something_to_lose(unbroken):
     assert sum(x**2 for x in moved.values()) ** 0.5 > 1e-3 * weights
 
 
-def wait_for_row(run: subprocess.Popen, folder: Path, step: int, began: float) -> None:
-    """Until the run has written a step's row; `began`, in seconds of the epoch: rows of earlier starts don't count."""
+def has_row(folder: Path, step: int, began: float) -> bool:
+    """Whether a run that was started at `began`, in seconds of the epoch, has written a step's row."""
     path = folder / "metrics.jsonl"
-    while run.poll() is None:
-        if path.exists() and path.stat().st_mtime > began and any(x["step"] >= step for x in read_metrics(path)):
+    new = path.exists() and path.stat().st_mtime > began  # otherwise the rows are those of an earlier start
+    return new and any(row["step"] >= step for row in read_metrics(path))
+
+
+def wait_for(run: subprocess.Popen, sign: Callable[[], bool], seconds: float = 600, late: bool = False) -> None:
+    """Until there is a sign of what is waited for; `late`: or the seconds have passed."""
+    until = time.monotonic() + seconds
+    while not sign():
+        assert run.poll() is None, f"has ended: {run.communicate()[0]}"
+        if time.monotonic() > until:
+            assert late, f"no sign within {seconds} s"
             return
         time.sleep(0.001)
-    raise AssertionError(f"ended before step {step}: {run.communicate()[0]}")
-
-
-def wait_for_names(run: subprocess.Popen, names, known: set[str]) -> None:
-    """Until there is a name that was not known."""
-    while run.poll() is None:
-        if names() - known:
-            return
-        time.sleep(0.0005)
-    raise AssertionError(f"ended: {run.communicate()[0]}")
 
 
 def wait(run: subprocess.Popen, folder: Path, moment: str, row: int, began: float, seconds: dict, share: float) -> None:
-    """Until the moment has come; `share` of the time that it takes has then passed."""
-    if moment == "saving":
-        wait_for_names(run, lambda: unfinished(folder), unfinished(folder))
-        time.sleep(0.01 * share)
-    elif moment == "saved":
-        wait_for_names(run, lambda: saved(folder), saved(folder))
-    elif moment == "start":
-        time.sleep(seconds["start"] * share)
-    else:
-        wait_for_row(run, folder, row, began)  # it is written when the next step begins to play
-        time.sleep(seconds["playing"] * (share if moment == "playing" else 1))
-        time.sleep(seconds["update"] * (share if moment == "update" else 0))
+    """Until the moment has come, and that share of it has passed; on a machine that is faster now, until its end."""
+    names = {"saving": unfinished, "saved": saved}.get(moment)
+    if names:
+        known = names(folder)
+        wait_for(run, lambda: bool(names(folder) - known))
+        time.sleep(0.01 * share if moment == "saving" else 0)
+    elif moment == "start":  # its end: the metrics are opened
+        wait_for(run, lambda: has_row(folder, 0, began), seconds["start"] * share, late=True)
+    else:  # a row is written when the next step begins to play
+        wait_for(run, lambda: has_row(folder, row, began))
+        passed = seconds["playing"] * share if moment == "playing" else seconds["playing"] + seconds["update"] * share
+        wait_for(run, lambda: has_row(folder, row + 1, began), passed, late=True)
 
 
 def kill_and_go_on(folder: Path, other: Path, seconds: dict, plan: list) -> list[tuple[str, set[str]]]:
     """Kills a run at each of the plan's moments, and lets the last start end; each moment with its unfinished saves."""
     seed = int.from_bytes(os.urandom(4), "little")
-    draw, found = random.Random(seed), []
+    draw, found, seconds = random.Random(seed), [], dict(seconds)
     print(f"drawn with seed {seed}")
     for number, (moment, row) in enumerate(plan):
         share = (number / len(plan) + draw.random()) % 1
@@ -154,12 +154,15 @@ def kill_and_go_on(folder: Path, other: Path, seconds: dict, plan: list) -> list
         run.kill()
         printed = run.communicate()[0]
         assert run.returncode == -signal.SIGKILL, printed
+        took = time.time() - began
+        if moment != "start":
+            seconds["start"] = min(seconds["start"], took)  # the first start also compiled
         rows = rows_of(folder) if (folder / "metrics.jsonl").exists() else []
         found.append((moment, unfinished(folder)))
         left = f"{len(rows)} rows, checkpoints {', '.join(sorted(saved(folder) | unfinished(folder))) or 'none'}"
-        print(f"{number + 1:2d} {moment}, after {time.time() - began:.2f} s: {left}")
+        print(f"{number + 1:2d} {moment}, after {took:.2f} s: {left}", flush=True)
     last = start(folder)
-    printed = last.communicate(timeout=300)[0]
+    printed = last.communicate(timeout=600)[0]
     assert last.returncode == 0, printed
     same_as(folder, other)
     return found
@@ -182,8 +185,8 @@ def test_killed_twenty_times(unbroken, tmp_path):
 @pytest.mark.slow
 def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
     other, _ = unbroken
-    run, began = start(tmp_path), 0
-    wait_for_row(run, tmp_path, 3, began)
+    run = start(tmp_path)
+    wait_for(run, lambda: has_row(tmp_path, 3, 0))
     run.send_signal(signal.SIGTERM)
     printed = run.communicate(timeout=120)[0]
     assert run.returncode == 0, printed
@@ -200,7 +203,7 @@ def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
 def test_a_truncated_newest_checkpoint_falls_back_and_says_so(unbroken, tmp_path):
     other, _ = unbroken
     run = start(tmp_path)
-    wait_for_row(run, tmp_path, 6, 0)
+    wait_for(run, lambda: has_row(tmp_path, 6, 0))
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=120)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
