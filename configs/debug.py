@@ -2,8 +2,9 @@
 
 Use: python -m rlver_jax.train --config=configs/debug.py --workdir=runs/debug
 
-Nothing is learned that anyone would want: the user's appraisals are noise. `debug.py:ppo` has a critic, `:direct` no
-thoughts, `:challenging` the challenging user. They can be joined: `debug.py:ppo,direct`.
+Nothing is learned that anyone would want: the user's appraisals are noise. But they spread over all changes and depend
+on what was said, so rewards differ and every step moves the policy. `debug.py:ppo` has a critic, `:direct` no thoughts,
+`:challenging` the challenging user. They can be joined: `debug.py:ppo,direct`.
 """
 
 from pathlib import Path
@@ -36,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if "ppo" not in words:
         c.algorithm.estimator = "grpo"
     c.train.steps, c.train.warmup_steps = 6, 0
-    c.train.learning_rate = c.critic.learning_rate = 1e-4
+    c.train.learning_rate = c.critic.learning_rate = 1e-3
     c.train.length_buckets, c.train.padding = 1, 1.0  # few lengths of rows are compiled
     c.checkpoint.every = 2
     c.log.dialogues_every = 2

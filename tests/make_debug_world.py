@@ -9,6 +9,8 @@ from pathlib import Path
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS
 from rlver_jax.text.tokenizer_spm import train_sentencepiece
+from rlver_jax.user.emotion import CHANGES
+from rlver_jax.user.simulated import option_text
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "configs" / "debug_world"
@@ -39,9 +41,14 @@ def profiles() -> list[dict]:
 def main() -> None:
     texts = [file.read_text(encoding="utf-8") for file in sorted((OUT / "prompts").iterdir())]
     texts += [value for p in profiles() for value in p.values() if isinstance(value, str)]
-    tokenizer = train_sentencepiece(texts, OUT / "tokenizer.model", 480)
+    # Each change is one token, so that random weights find all about equally likely. In digits "0" is the shortest: it
+    # would be chosen nearly always, and every reward would be the same.
+    changes = [option_text(change).strip() for change in CHANGES]
+    tokenizer = train_sentencepiece(texts, OUT / "tokenizer.model", 480, symbols=("\n", *changes))
     rows = -(-tokenizer.vocab_size // 8) * 8  # so that up to eight devices can share them
-    config = Qwen2Config(rows, 32, 64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=8, tie_embeddings=True)
+    sizes = {"num_layers": 2, "num_heads": 8, "num_kv_heads": 8, "head_dim": 8}
+    # Wider than 0.02, so that a model of this size says different things after different words.
+    config = Qwen2Config(rows, 32, 64, **sizes, tie_embeddings=True, init_std=0.2)
     (OUT / "config.json").write_text(json.dumps(config.to_hf("float32"), indent=2) + "\n", encoding="utf-8")
     lines = [json.dumps(profile, ensure_ascii=False) + "\n" for profile in profiles()]
     (OUT / "profiles.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -1,22 +1,36 @@
 """A run that is killed again and again ends as one that never was: processes, signals, real files."""
 
+import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import debug
+from rlver_jax.runs.metrics import read_metrics
 
-from .test_trainer import policy_of, records_of, rows_of, same
+from .quick import QUICK
+from .test_trainer import records_of, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 12
-FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 3, "eval.every": 4}
+STEPS = 14  # two more than the last kill saves
+FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 1, "eval.every": 4}
+# Each four times: (moment, the row of metrics that it follows). Odd rows, after which nothing is evaluated or saved.
+PLAN = [
+    *(("start", 0), ("playing", 1), ("update", 1), ("saving", 0), ("saved", 0)),
+    *(("start", 0), ("playing", 3), ("update", 5), ("saving", 0), ("saved", 0)),
+    *(("start", 0), ("playing", 7), ("update", 9), ("saving", 0), ("saved", 0)),
+    *(("start", 0), ("playing", 11), ("update", 11), ("saving", 0), ("saved", 0)),
+]
 
 
 def start(workdir: Path) -> subprocess.Popen:
@@ -24,74 +38,161 @@ def start(workdir: Path) -> subprocess.Popen:
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
     command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={workdir}"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *fields], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, **pipe)
+    return subprocess.Popen([*command, *fields], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK}, **pipe)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """(folder of a run that nobody disturbed, its seconds)."""
+    """(folder of a run that nobody disturbed, {moment: seconds that it takes})."""
     folder, began = tmp_path_factory.mktemp("unbroken"), time.monotonic()
     run = start(folder)
-    printed = run.communicate(timeout=300)[0]
+    wait_for(run, lambda: has_row(folder, 0, 0))
+    ready = time.monotonic() - began
+    printed = run.communicate(timeout=600)[0]
     assert run.returncode == 0, printed
-    return folder, time.monotonic() - began
+    rows = read_metrics(folder / "metrics.jsonl")[1:]
+    playing, update = (statistics.median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "update"))
+    return folder, {"start": ready, "playing": playing, "update": update}
+
+
+def state_of(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """Everything that a checkpoint holds, as Orbax alone reads it: parameters, optimizer state, counters."""
+    found = ocp.PyTreeCheckpointHandler().restore(folder / "checkpoints" / f"{step:06d}" / "state")
+    return {name: np.asarray(leaf) for name, leaf in found.items()}
+
+
+def saved(folder: Path) -> set[str]:
+    """Names of whole checkpoints: Orbax writes them under another name first."""
+    return {path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()}
+
+
+def unfinished(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "checkpoints").glob("*tmp*")}
 
 
 def same_as(folder: Path, other: Path) -> None:
     assert [row["step"] for row in rows_of(folder)] == list(range(STEPS + 1)), "no step twice, none missing"
     assert rows_of(folder) == rows_of(other)
-    assert same(policy_of(folder), policy_of(other))
     names = sorted(file.name for file in (other / "dialogues").iterdir())
+    assert names == [f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)]
     assert sorted(file.name for file in (folder / "dialogues").iterdir()) == names
-    for step in (1, 3, 6, 9, 12):
+    for step in range(1, STEPS + 1):
         assert records_of(folder, step) == records_of(other, step)
+    assert {f"{STEPS - 2:06d}", f"{STEPS:06d}"} <= saved(other) <= saved(folder)
+    for step in map(int, saved(other)):
+        mine, theirs = state_of(folder, step), state_of(other, step)
+        assert mine.keys() == theirs.keys()
+        assert {name.split("/")[0] for name in mine} >= {"params", "opt_state"}
+        for name, leaf in mine.items():
+            assert leaf.dtype == theirs[name].dtype, name
+            assert leaf.tobytes() == theirs[name].tobytes(), f"step {step}: {name}"
+        records = [json.loads((f / f"checkpoints/{step:06d}/record/metadata").read_text()) for f in (folder, other)]
+        assert records[0] == records[1]
 
 
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def test_there_is_something_to_lose(unbroken):
+    """What is compared below differs from step to step: rewards within groups and between them, parameters, moments."""
+    folder, _ = unbroken
+    seen = set()
+    for step in range(1, STEPS + 1):
+        rewards = [record["reward"] for record in records_of(folder, step)]
+        assert len(set(rewards)) >= 4, f"step {step}: {rewards}"
+        assert len(set(rewards[:4])) > 1 < len(set(rewards[4:])), f"step {step}: {rewards}"
+        seen.add(tuple(rewards))
+    assert len(seen) == STEPS
+    before, after = state_of(folder, STEPS - 2), state_of(folder, STEPS)
+    for name, leaf in after.items():
+        assert name == "skipped" or not np.array_equal(leaf, before[name]), f"{name} has not moved"
+    moved = {name: np.linalg.norm(leaf - before[name]) for name, leaf in after.items() if name.startswith("params/")}
+    weights = sum(np.linalg.norm(before[name]) ** 2 for name in moved) ** 0.5
+    assert sum(x**2 for x in moved.values()) ** 0.5 > 1e-3 * weights
 
 
-@pytest.mark.long
-def test_killed_at_five_random_moments(unbroken, tmp_path):
-    """Two kills at any moment of a start, three amid steps and saves; each time the run has gone further."""
-    other, seconds = unbroken
-    draw = random.Random(int.from_bytes(os.urandom(4), "little"))
-    killed = []
-    for attempt in range(5):
-        run = start(tmp_path)
-        if attempt % 2:
-            wait = draw.uniform(0, seconds / 2)
-            time.sleep(wait)
-        else:
-            wanted = 4 + 3 * (attempt // 2)  # rows 4, 7, 10: there are checkpoints of steps 2, 4, …
-            while lines(tmp_path / "metrics.jsonl") < wanted and run.poll() is None:
-                time.sleep(0.005)
-            wait = draw.uniform(0, 1.0)
-            time.sleep(wait)
+def has_row(folder: Path, step: int, began: float) -> bool:
+    """Whether a run that was started at `began`, in seconds of the epoch, has written a step's row."""
+    path = folder / "metrics.jsonl"
+    new = path.exists() and path.stat().st_mtime > began  # otherwise the rows are those of an earlier start
+    return new and any(row["step"] >= step for row in read_metrics(path))
+
+
+def wait_for(run: subprocess.Popen, sign: Callable[[], bool], seconds: float = 600, late: bool = False) -> None:
+    """Until there is a sign of what is waited for; `late`: or the seconds have passed."""
+    until = time.monotonic() + seconds
+    while not sign():
+        assert run.poll() is None, f"has ended: {run.communicate()[0]}"
+        if time.monotonic() > until:
+            assert late, f"no sign within {seconds} s"
+            return
+        time.sleep(0.001)
+
+
+def wait(run: subprocess.Popen, folder: Path, moment: str, row: int, began: float, seconds: dict, share: float) -> None:
+    """Until the moment has come, and that share of it has passed; on a machine that is faster now, until its end."""
+    names = {"saving": unfinished, "saved": saved}.get(moment)
+    if names:
+        known = names(folder)
+        wait_for(run, lambda: bool(names(folder) - known))
+        time.sleep(0.01 * share if moment == "saving" else 0)
+    elif moment == "start":  # its end: the metrics are opened
+        wait_for(run, lambda: has_row(folder, 0, began), seconds["start"] * share, late=True)
+    else:  # a row is written when the next step begins to play
+        wait_for(run, lambda: has_row(folder, row, began))
+        passed = seconds["playing"] * share if moment == "playing" else seconds["playing"] + seconds["update"] * share
+        wait_for(run, lambda: has_row(folder, row + 1, began), passed, late=True)
+
+
+def kill_and_go_on(folder: Path, other: Path, seconds: dict, plan: list) -> list[tuple[str, set[str]]]:
+    """Kills a run at each of the plan's moments, and lets the last start end; each moment with its unfinished saves."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    draw, found, seconds = random.Random(seed), [], dict(seconds)
+    print(f"drawn with seed {seed}")
+    for number, (moment, row) in enumerate(plan):
+        share = (number / len(plan) + draw.random()) % 1
+        began = time.time()
+        run = start(folder)
+        wait(run, folder, moment, row, began, seconds, share)
         run.kill()
-        run.communicate()
-        killed.append(f"{wait:.2f} s: {lines(tmp_path / 'metrics.jsonl')} rows")
-        if run.returncode == 0:
-            break
-    print("killed after", "; ".join(killed))
-    last = start(tmp_path)
-    printed = last.communicate(timeout=300)[0]
-    assert last.returncode == 0 or "holds a finished run" in printed, printed
-    same_as(tmp_path, other)
+        printed = run.communicate()[0]
+        assert run.returncode == -signal.SIGKILL, printed
+        took = time.time() - began
+        if moment != "start":
+            seconds["start"] = min(seconds["start"], took)  # the first start also compiled
+        rows = rows_of(folder) if (folder / "metrics.jsonl").exists() else []
+        found.append((moment, unfinished(folder)))
+        left = f"{len(rows)} rows, checkpoints {', '.join(sorted(saved(folder) | unfinished(folder))) or 'none'}"
+        print(f"{number + 1:2d} {moment}, after {took:.2f} s: {left}", flush=True)
+    last = start(folder)
+    printed = last.communicate(timeout=600)[0]
+    assert last.returncode == 0, printed
+    same_as(folder, other)
+    return found
+
+
+def test_killed_at_the_start_amid_an_update_and_amid_a_save(unbroken, tmp_path):
+    kill_and_go_on(tmp_path, *unbroken, [("saving", 0), ("start", 0), ("update", 5)])
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(unbroken, tmp_path):
+    """While it starts, plays, updates, saves and right after: four times each, at moments that are drawn anew."""
+    began = time.monotonic()
+    found = kill_and_go_on(tmp_path, *unbroken, PLAN)
+    print(f"{len(found)} kills in {time.monotonic() - began:.0f} s")
+    assert len(found) == 20
+    assert any(names for moment, names in found if moment == "saving"), "a save was really cut off"
 
 
 @pytest.mark.slow
 def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
     other, _ = unbroken
     run = start(tmp_path)
-    while lines(tmp_path / "metrics.jsonl") < 4 and run.poll() is None:
-        time.sleep(0.005)
+    wait_for(run, lambda: has_row(tmp_path, 3, 0))
     run.send_signal(signal.SIGTERM)
     printed = run.communicate(timeout=120)[0]
     assert run.returncode == 0, printed
     assert "stopped by a signal: the same command goes on" in printed
     done = rows_of(tmp_path)[-1]["step"]
-    assert 3 < done < STEPS
+    assert 3 <= done < STEPS
     again = start(tmp_path)
     printed = again.communicate(timeout=300)[0]
     assert f"going on after step {done} of {STEPS}" in printed, "its last step was saved"
@@ -102,8 +203,7 @@ def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
 def test_a_truncated_newest_checkpoint_falls_back_and_says_so(unbroken, tmp_path):
     other, _ = unbroken
     run = start(tmp_path)
-    while lines(tmp_path / "metrics.jsonl") < 7 and run.poll() is None:
-        time.sleep(0.005)
+    wait_for(run, lambda: has_row(tmp_path, 6, 0))
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=120)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]

@@ -11,7 +11,7 @@ import pytest
 from configs import debug
 
 from .parallel.processes import processes
-from .test_trainer import policy_of, records_of, rows_of, same
+from .test_trainer import check_eventful, policy_of, records_of, rows_of, same
 
 STEPS = 6
 FIELDS = {
@@ -44,6 +44,7 @@ def alone(tmp_path_factory):
     """A run by one process with eight devices."""
     folder = tmp_path_factory.mktemp("alone")
     finish(start(1, 8, folder))
+    check_eventful(folder, 1, 3, 6)
     return folder
 
 
@@ -55,6 +56,7 @@ def pair(tmp_path_factory):
         assert [member.ended(600) for member in members] == [0, 0], members[0].printed + members[1].printed
         assert f"{STEPS} of {STEPS} steps" in members[0].printed
         assert "emotion" not in members[1].printed, "one talks to the terminal"
+    check_eventful(folder, 1, 3, 6)
     return folder
 
 

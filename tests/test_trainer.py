@@ -33,7 +33,7 @@ from rlver_jax.trainer import train
 from .test_serve import served
 
 STEPS = 4
-SEED = 3  # one with which the random user's emotions move in each of the first two steps: mostly they don't
+SEED = 3
 
 
 def config_of(**fields):
@@ -69,6 +69,17 @@ def same(a, b) -> bool:
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
+def check_eventful(workdir, *steps) -> None:
+    """So that equal runs say something: rewards differ, within each group too, and the policy moves."""
+    for step in steps:
+        rewards = [record["reward"] for record in records_of(workdir, step)]
+        assert len(set(rewards)) >= 4, f"step {step}: {rewards}"
+        assert len(set(rewards[:4])) > 1 < len(set(rewards[4:])), f"step {step}: {rewards}"
+    saved = Checkpoints.reader(workdir / "checkpoints").steps()
+    old, new = (policy_of(workdir, step) for step in saved[-2:])
+    assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, old, new))), "every array of the policy moves"
+
+
 @contextlib.contextmanager
 def evaluations_last(seconds):
     """As the trainer's clock sees it."""
@@ -87,17 +98,21 @@ def evaluations_last(seconds):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """(folder of a finished run, what it printed, compilations of the sampler)."""
-    folder, before = tmp_path_factory.mktemp("unbroken"), sample_dialogues._cache_size()
+    folder = tmp_path_factory.mktemp("unbroken")
+    sample_dialogues.clear_cache()  # another module may have compiled the same
     with evaluations_last(1e6):
         printed = run(folder)
-    return folder, printed, sample_dialogues._cache_size() - before
+    return folder, printed, sample_dialogues._cache_size()
 
 
 def test_every_step_has_its_row(unbroken):
     folder, printed, compiled = unbroken
     rows = rows_of(folder)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
-    assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4]
+    scores = {row["step"]: row["eval/score"] for row in rows if "eval/score" in row}
+    assert list(scores) == [0, 2, 4]
+    assert len(set(scores.values())) == 3, "the policy that is evaluated moves"
+    check_eventful(folder, 1, 2, 4)
     assert compiled == 2, "one for training, one for evaluation"
     assert [f"step {i}/{STEPS}" in printed for i in range(STEPS + 2)] == [False, *[True] * STEPS, False]
     for row in rows[1:]:

@@ -27,6 +27,7 @@ class Qwen2Config:
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
     rope_scaling: RopeScaling | None = None
+    init_std: float = 0.02  # standard deviation of fresh weights (`initializer_range`)
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -110,6 +111,7 @@ class Qwen2Config:
             **({} if self.rope_scaling is None else {"rope_scaling": self.rope_scaling.to_hf()}),
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
+            **({} if self.init_std == Qwen2Config.init_std else {"initializer_range": self.init_std}),
             "use_sliding_window": False,
             "torch_dtype": dtype,
         }

@@ -94,6 +94,7 @@ def _arguments(file: Path, found: Any) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rms_norm_eps": found.rms_norm_eps,
         "tie_embeddings": found.tie_word_embeddings,
+        "init_std": float(found.initializer_range),
     }
 
 
@@ -173,6 +174,9 @@ def _check_values(file: Path, raw: dict[str, Any]) -> None:
     eps = raw.get("rms_norm_eps", 0.0)
     if type(eps) is not float or not 0 <= eps < math.inf:
         _wrong(file, "rms_norm_eps", eps, "a number with a decimal point, at least 0.0; Qwen2.5 has 1e-06")
+    std = raw.get("initializer_range", 0.02)
+    if not _is_number(std) or not 0 <= std <= MOST_THETA:
+        _wrong(file, "initializer_range", std, "a number of at least 0; Qwen2.5 has 0.02")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         _wrong(file, "hidden_act", raw["hidden_act"], "'silu'; other activations are not supported")
 

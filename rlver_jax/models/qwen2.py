@@ -56,13 +56,14 @@ class Linear(nn.Module):
     use_bias: bool
     dtype: Any
     param_dtype: Any
+    init_std: float = 0.02
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S I"]) -> Float[Array, "B S O"]:
         """Operands in `dtype`, accumulated and returned in float32."""
         zeros, shape = nn.initializers.zeros_init(), (x.shape[-1], self.features)
         rounded = self.param_dtype == jnp.int8
-        kernel_init = partitioned(zeros if rounded else nn.initializers.normal(0.02), *self.axes)
+        kernel_init = partitioned(zeros if rounded else nn.initializers.normal(self.init_std), *self.axes)
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
         y = checkpoint_name(product(x, kernel.astype(self.dtype)), WEIGHT_PRODUCT)
         if rounded:
@@ -106,9 +107,10 @@ class Attention(nn.Module):
         """x [B, S, D]; keys/values None, or caches to write at `start` [B]. Returns (out, keys, values)."""
         c = self.config
         b, s, _ = x.shape
+        options = (self.dtype, self.param_dtype, c.init_std)
 
         def project(name: str, heads: int, axis: str) -> Array:
-            linear = Linear(heads * c.head_dim, ("embed", axis), True, self.dtype, self.param_dtype, name=name)
+            linear = Linear(heads * c.head_dim, ("embed", axis), True, *options, name=name)
             return rules.constrain(linear(x).reshape(b, s, heads, c.head_dim), "batch", "length", axis, "head_dim")
 
         # Qwen2.5's key biases reach hundreds: product, bias and rotation stay in float32 and are rounded once.
@@ -125,7 +127,7 @@ class Attention(nn.Module):
             out = chunked_attention(q, k.astype(q.dtype), v.astype(q.dtype), see, self.attention_chunk)
         else:
             out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), see)
-        o = Linear(c.hidden_size, ("heads", "embed"), False, self.dtype, self.param_dtype, name="o")
+        o = Linear(c.hidden_size, ("heads", "embed"), False, *options, name="o")
         return o(out.reshape(b, s, -1)).astype(self.dtype), keys, values
 
 
@@ -170,7 +172,7 @@ class Block(nn.Module):
     def mlp(self, x: Array) -> Array:
         """Gated MLP: down(silu(gate(x)) * up(x)), the elementwise part in float32."""
         f, d = self.config.intermediate_size, self.config.hidden_size
-        options = (False, self.dtype, self.param_dtype)
+        options = (False, self.dtype, self.param_dtype, self.config.init_std)
         gate = Linear(f, ("embed", "mlp"), *options, name="gate")(x)
         up = Linear(f, ("embed", "mlp"), *options, name="up")(x)
         inner = rules.constrain((nn.silu(gate) * up).astype(self.dtype), "batch", "length", "mlp")
@@ -199,11 +201,12 @@ class Embedding(nn.Module):
     features: int
     dtype: Any
     param_dtype: Any
+    init_std: float = 0.02
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Rows of the table in `dtype`."""
-        init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
+        init = partitioned(nn.initializers.normal(self.init_std), "vocab", "embed")
         table = self.param("kernel", init, (self.rows, self.features), kept(self.param_dtype, self.dtype))
         # Each device looks up its part of the model dimension for all rows that share it: tokens travel, not the table.
         tokens = rules.constrain(tokens, "group", "length")
@@ -257,14 +260,15 @@ class Qwen2(nn.Module):
             held: int32 branches of what the cache already holds; None: all of it is canonical.
         """
         see = self._visibility(tokens, branch, cache, start, segment, held)
-        embed = Embedding(self.config.vocab_size, self.config.hidden_size, self.dtype, self.param_dtype, name="embed")
+        c = self.config
+        embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, c.init_std, name="embed")
         x = residual(embed(tokens), spread=cache is None)
         keys, values = (None, None) if cache is None else cache
         x, keys, values = self._layers(x, keys, values, positions, see, start)
         x = RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
         x = gathered(x)
         if not self.config.tie_embeddings:
-            init = partitioned(nn.initializers.normal(0.02), "vocab", "embed")
+            init = partitioned(nn.initializers.normal(self.config.init_std), "vocab", "embed")
             shape = (self.config.vocab_size, self.config.hidden_size)
             self.param("lm_head", init, shape, kept(self.param_dtype, self.dtype))  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
@@ -323,7 +327,7 @@ class Qwen2(nn.Module):
 
 
 def init_params(model: Qwen2, key: jax.Array, mesh: Mesh | None = None) -> Params:
-    """Fresh parameters: normal(0.02) kernels, zero biases, unit norms; the same ones with layers scanned or not.
+    """Fresh parameters: normal(init_std) kernels, zero biases, unit norms; the same ones with layers scanned or not.
 
     With a mesh every leaf is created where `parallel.rules` places it: no device ever holds more than its part.
     """

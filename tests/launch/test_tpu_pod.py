@@ -14,7 +14,7 @@ import pytest
 
 from ..parallel.processes import free_port, processes
 from ..quick import QUICK
-from ..test_trainer import policy_of, rows_of, same
+from ..test_trainer import check_eventful, policy_of, rows_of, same
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, STANDIN = ROOT / "launch" / "tpu_pod.sh", Path(__file__).parent / "standin"
@@ -168,6 +168,7 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
     for count, folder in unbroken.items():
         with processes(count, 8 // count, *train_words(folder, "configs/debug.py:direct", **fields)) as members:
             assert [member.ended(900) for member in members] == [0] * count, members[0].printed
+    check_eventful(run, 1)
     assert rows_of(run) == rows_of(unbroken[2]), "to the bit"
     assert same(policy_of(run), policy_of(unbroken[2]))
     for mine, theirs in zip(rows_of(run), rows_of(unbroken[1]), strict=True):

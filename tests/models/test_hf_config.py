@@ -74,6 +74,8 @@ VARIANTS = {
     "theta whole": ({"rope_theta": 1000000}, {}),
     "eps absent": ({"rms_norm_eps": ABSENT}, {"rms_norm_eps": 1e-6}),
     "eps": ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-5}),
+    "initial weights absent": ({"initializer_range": ABSENT}, {"init_std": 0.02}),
+    "initial weights": ({"initializer_range": 0.2}, {"init_std": 0.2}),
     "tie absent": ({"tie_word_embeddings": ABSENT}, {"tie_embeddings": False}),
     "tied": ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
     "positions absent": ({"max_position_embeddings": ABSENT}, {"max_positions": 32_768}),
@@ -168,6 +170,7 @@ def test_every_variant_means_what_it_means_to_transformers(name, write):
     assert found.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
     assert found.max_positions == theirs.max_position_embeddings
     assert found.rms_norm_eps == theirs.rms_norm_eps
+    assert found.init_std == theirs.initializer_range
     assert found.tie_embeddings == theirs.tie_word_embeddings
     assert found.rope_theta == theirs.rope_parameters["rope_theta"]
     assert set(theirs.layer_types) == {"full_attention"}
@@ -244,6 +247,11 @@ REFUSED = [
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'"),
     ({"rms_norm_eps": None}, "rms_norm_eps=null"),
+    ({"initializer_range": -0.02}, "initializer_range=-0.02: expected a number of at least 0"),
+    ({"initializer_range": float("nan")}, "initializer_range=nan"),
+    ({"initializer_range": "0.02"}, "initializer_range='0.02'"),
+    ({"initializer_range": None}, "initializer_range=null"),
+    ({"initializer_range": 10**400}, "initializer_range=1.*0"),
     ({"tie_word_embeddings": None}, "tie_word_embeddings=null: expected true or false"),
     ({"tie_word_embeddings": "true"}, "tie_word_embeddings='true'"),
     ({"use_sliding_window": 1}, "use_sliding_window=1"),
