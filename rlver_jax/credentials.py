@@ -1,14 +1,20 @@
 """Keys, tokens and passwords: what is wrong with one, and texts without them.
 
 Servers repeat what they were sent, in errors and in answers, and in spellings of their own: escaped for JSON, URLs or
-HTML, as base64 or hex. `Secrets` finds a known secret in all of them. `without_credentials` and `redacted` know no
-secret, but where one is likely: behind a name such as api_key, or before the @ of an address.
+HTML, as base64, hex or numbers, spaced out. `Secrets` finds a known secret in all of them. `without_credentials` and
+`redacted` know no secret, but where one is likely: behind a name such as api_key, or before the @ of an address.
 """
 
 import base64
-import html
+import bisect
+import codecs
+import functools
+import html.entities
+import itertools
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +22,11 @@ from urllib.parse import unquote
 MASK = "***"
 # Shorter ones, such as "none" or "EMPTY" for servers that want any key, are words and no secrets.
 _SHORTEST, _SHORTEST_MIXED = 8, 6  # characters; the latter with letters and digits
-_WORDS = frozenset({"anything", "whatever", "something", "placeholder", "undefined"})  # longer, and still words
+_SHORTEST_BARE = 12  # letters and digits, where what stands between them doesn't count
+_WORDS = frozenset(  # longer, and still words
+    {"anything", "whatever", "something", "placeholder", "undefined"}
+    | {"lm-studio", "not-needed", "not-used", "dummy-key", "no-key-required", "sk-no-key-required"}
+)
 # Characters without a width: they hide a secret from a search, but not from a reader.
 _UNSEEN = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
 _SECRET_NAMES = (
@@ -77,12 +87,29 @@ class Secrets:
         self._plain = re.compile("|".join(found), re.IGNORECASE) if found else None
         escaped = [_escaped(value) for value in long]
         self._escaped = re.compile("|".join(escaped), re.IGNORECASE) if escaped else None
+        bare = {one for value in long for one in _bare_spellings(value) if len(one) >= _SHORTEST_BARE}
+        self._bare = sorted(bare, key=len, reverse=True)
 
     def hide(self, text: str) -> str:
         """The text with *** in the place of each secret."""
         if self._escaped and _ESCAPES.search(text):
             text = self._escaped.sub(MASK, text)
-        return self._plain.sub(MASK, text) if self._plain else text
+        text = self._plain.sub(MASK, text) if self._plain else text
+        return self._hide_bare(text) if self._bare else text
+
+    def _hide_bare(self, text: str) -> str:
+        """Looks at letters and digits alone, since anything may stand between them."""
+        bare = {char: _bare(char) for char in set(text)}
+        whole = "".join(map(bare.__getitem__, text))
+        found = [re.escape(one) for one in self._bare if one in whole]
+        if not found:
+            return text
+        ends = list(itertools.accumulate(len(bare[char]) for char in text))
+        pieces, at = [], 0
+        for match in re.finditer("|".join(found), whole):
+            pieces += [text[at : bisect.bisect_right(ends, match.start())], MASK]
+            at = bisect.bisect_left(ends, match.end()) + 1
+        return "".join([*pieces, text[at:]])
 
     def hide_in(self, value: Any) -> Any:
         """A value of JSON with all its strings, those of names too, hidden; a `Secret` is one however short it is."""
@@ -114,6 +141,41 @@ def _spellings(value: str) -> Iterator[str]:
             yield r"(?:\\r|\\n|\s)*".join(chars) + ("[A-Za-z0-9+/_-]?" if rest else "") + "={0,2}"
 
 
+def _bare_spellings(value: str) -> Iterator[str]:
+    """Letters and digits, in small letters, of a secret in other spellings: whatever stood between them is left out."""
+    for one in (value, value[::-1]):
+        data = one.encode()
+        for text in (one, codecs.encode(one, "rot13")):
+            found = "".join(map(_bare, text))
+            if not found.isalpha() and not found.isdecimal():
+                yield found
+        for form in ("d", "o", "03o", "08b", "02x", "04x", "08x"):
+            yield "".join(format(byte, form) for byte in data)
+        yield "".join(f"u{byte:04x}" for byte in data)
+        yield "".join(f"u{byte:08x}" for byte in data)
+        yield "".join(f"0x{byte:02x}" for byte in data)
+        for inner in (data, *map(str.encode, _in_base(64, data))):
+            yield from ("".join(map(_bare, text)) for text in _in_base(64, inner))
+        yield from ("".join(map(_bare, text)) for text in _in_base(32, data))
+
+
+def _in_base(base: int, data: bytes) -> Iterator[str]:
+    """Base 64 or 32 of bytes, alone or within longer ones: the characters that depend on nothing else."""
+    bits, encode = {64: (6, base64.b64encode), 32: (5, base64.b32encode)}[base]
+    for before in range(bits // math.gcd(bits, 8)):  # bytes before them
+        yield encode(bytes(before) + data).decode()[-(-8 * before // bits) : 8 * (before + len(data)) // bits]
+
+
+@functools.cache
+def _bare(char: str) -> str:
+    """The letter or digit of ASCII that a character is or looks like, in small letters; empty: none."""
+    if char.isascii():
+        return char.lower() if char.isalnum() else ""
+    if 0xE0000 <= ord(char) < 0xE0080:  # tags: ASCII that is not seen
+        return _bare(chr(ord(char) - 0xE0000))
+    return "".join(c for c in unicodedata.normalize("NFKD", char).lower() if c.isascii() and c.isalnum())
+
+
 def _escaped(value: str) -> str:
     """A pattern of a secret whose characters may each be escaped, or stand among others that are not seen."""
     return f"[{_UNSEEN}]*".join(map(_any_escape, value))
@@ -121,9 +183,10 @@ def _escaped(value: str) -> str:
 
 def _any_escape(char: str) -> str:
     code = ord(char)
-    ways = [rf"\\*{re.escape(char)}", rf"\\+(?:u00{code:02x}|u\{{0*{code:x}\}}|x{code:02x}|0?{code:03o})"]
+    # However many backslashes there are, only so many are looked at: each may be where a secret begins.
+    ways = [rf"\\{{0,8}}{re.escape(char)}", rf"\\{{1,8}}(?:u00{code:02x}|u\{{0*{code:x}\}}|x{code:02x}|0?{code:03o})"]
     ways += [f"%(?:25)*{code:02x}", f"&(?:amp;)*#(?:0*{code}|x0*{code:x});?", f"={code:02x}"]
-    ways += [re.escape(html.escape(char))] if html.escape(char) != char else []
+    ways += [f"&(?:amp;)?{name}" for name, named in html.entities.html5.items() if named == char and name[-1] == ";"]
     return f"(?:{'|'.join(ways)})"
 
 
@@ -188,7 +251,7 @@ def _masked(value: Any, secret: bool = False) -> Any:
 
 
 # `user:password@`; a password may hold what should have been escaped in it.
-_USER = re.compile(r"(?<=://)[^\s'\"<>]*@")
+_USER = re.compile(r"(?<=://)[^\s'\"<>]{0,4096}@")
 # `name=value` or `"name": "value"`, as queries, options and settings have them; the value perhaps in quotes.
 _NAMED = re.compile(
     r"(?<![\w.-])([\w.-]+)(\\?[\"']?\s*[=:]\s*(?!//))(\\?[\"'][^\"'\\]*|(?:(?:bearer|basic)\s+)?[^\s&\"',;}\])]+)", re.I

@@ -52,6 +52,22 @@ SPELLINGS = {
     "hex of utf-16": KEY.encode("utf-16-le").hex(),
     "unseen characters": "\u200b".join(KEY),
     "soft hyphens": "\u00ad".join(KEY),
+    "spaced": " ".join(KEY),
+    "lines": f"{KEY[:9]}\n{KEY[9:]}",
+    "bold": "**".join(KEY),
+    "full width": KEY.translate({code: code + 0xFEE0 for code in range(33, 127)}),
+    "accents": "\u0301".join(KEY),
+    "tags": KEY.translate({code: code + 0xE0000 for code in range(33, 127)}),
+    "html, named": KEY.replace("/", "&sol;").replace("+", "&plus;"),
+    "rot13": codecs.encode(KEY, "rot13"),
+    "numbers": ", ".join(map(str, KEY.encode())),
+    "octal numbers": " ".join(format(byte, "o") for byte in KEY.encode()),
+    "bits": " ".join(format(byte, "08b") for byte in KEY.encode()),
+    "code points": " ".join(f"U+{byte:04X}" for byte in KEY.encode()),
+    "long escapes": hexed(KEY, "\\U%08x"),
+    "base32": base64.b32encode(KEY.encode()).decode(),
+    "base64, twice": base64.b64encode(base64.b64encode(KEY.encode())).decode(),
+    "base64, backwards inside": base64.b64encode(KEY[::-1].encode()).decode(),
 }
 
 
@@ -80,7 +96,9 @@ def test_base64_in_every_phase(encode, before, after):
         assert not any(KEY[i : i + 3].encode() in decoded for i in range(len(KEY) - 2))
 
 
-@pytest.mark.parametrize("word", ["EMPTY", "none", "None", "x", "token", "dummy", "anything", ""])
+@pytest.mark.parametrize(
+    "word", ["EMPTY", "none", "None", "x", "token", "dummy", "anything", "", "lm-studio", "not-needed"]
+)
 def test_a_word_is_no_secret(word):
     text = f"There is none, anything is EMPTY; None of it is a token {word}. " + codecs.encode(word, "rot13")
     assert Secrets([word]).hide(text) == text
@@ -89,9 +107,19 @@ def test_a_word_is_no_secret(word):
 def test_ordinary_text_stays():
     text = "50 % off & more = less \\n \u200b 😀 c2stc2 736b2d " * 50
     assert Secrets([KEY]).hide(text) == text
+    text = "我很难过，👩‍👩‍👧 ﬁne\r\n\tdef f(x): return [115, 107, 45, x]  # ｓｋ s k - s 3 c r e t\n" * 50
+    assert Secrets([KEY, "abc123"]).hide(text) == text, "a part of a key is none, nor is what looks like a short one"
 
 
-@pytest.mark.parametrize("text", ["x", "s", "sk-", "%", "\\u00", "73", "c2st", "&#115;", "\u200b", "\n", "9876543210"])
+def test_only_what_spells_a_key_is_taken_out():
+    """Of two that touch, and with characters before and after that stand for several letters."""
+    text = f"ﬁ {' '.join(KEY)}, ﬁ|{'|'.join(KEY)}{'|'.join(KEY)}ﬁ 知"
+    assert Secrets([KEY]).hide(text) == "ﬁ ***, ﬁ|******ﬁ 知"
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "s", "sk-", "%", "\\u00", "73", "c2st", "&#115;", "\u200b", "\n", "9876543210", "\\", "\\u{0", "é́"]
+)
 def test_hiding_takes_time_in_proportion(text):
     began = time.monotonic()
     Secrets([KEY]).hide(text * (2_000_000 // len(text)))

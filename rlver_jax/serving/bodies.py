@@ -23,6 +23,7 @@ MAX_NAMES = 512  # fields of one object
 BODY_S = 60.0  # seconds that a body may take to arrive
 SLICE = 256 << 10  # bytes that are counted in one go
 SMALL = 64 << 10  # bytes that are worked on at once, whatever they hold
+REST_S = 0.02  # seconds between large bodies, in which those who wait for Python's lock get all their turns
 
 T = TypeVar("T")
 _REST_OF_ESCAPE = re.compile(rb"\\*.?", re.DOTALL)
@@ -64,8 +65,13 @@ class Bodies:
 
     async def work(self, size: int, call: Callable[[], T]) -> T:
         """What `call` makes of a body of so many bytes, in a thread; large ones one after the other."""
-        async with contextlib.nullcontext() if size <= SMALL else self._large:
+        if size <= SMALL:
             return await asyncio.to_thread(call)
+        async with self._large:
+            try:
+                return await asyncio.to_thread(call)
+            finally:
+                await asyncio.sleep(REST_S)
 
 
 def _too_large() -> ProtocolError:

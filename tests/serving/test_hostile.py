@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import logging
 import random
@@ -286,6 +287,28 @@ def test_work_on_a_body_leaves_the_loop_free(engine, monkeypatch):
     loop = asyncio.run(ask())
     assert seen[0] is not loop
     assert seen[1]["status"] == 400
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_others_have_their_turns_between_large_bodies(monkeypatch, fails):
+    """Large ones follow each other after a rest, refused ones too; a small one waits for none of them."""
+    monkeypatch.setattr(bodies, "REST_S", 0.2)
+    held, times = bodies.Bodies(), []
+
+    def call():
+        times.append(time.monotonic())
+        if fails:
+            raise app_module.ProtocolError(400, "no")
+
+    async def work():
+        large = asyncio.gather(*(held.work(bodies.SMALL + 1, call) for _ in range(3)), return_exceptions=True)
+        await asyncio.sleep(0.05)
+        return await held.work(bodies.SMALL, time.monotonic), await large
+
+    small, told = asyncio.run(work())
+    assert small < times[2]
+    assert [isinstance(one, app_module.ProtocolError) for one in told] == [fails] * 3
+    assert all(after - before >= 0.19 for before, after in itertools.pairwise(times))
 
 
 def test_text_is_taken_apart_only_as_far_as_it_may_fit(engine, monkeypatch):
