@@ -137,7 +137,7 @@ def reorder(path):
         (lambda w: (w / "user/tokenizer.model").write_bytes(b"x"), "the tokenizer of the user model"),
         (lambda w: edit_text(w / "user/config.json", '"rope_theta": 10', '"rope_theta": 20'), "the config of the user"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "change",
 )
 def test_what_has_changed_is_named(world, begun, change, says):
     change(world)
