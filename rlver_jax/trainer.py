@@ -231,6 +231,8 @@ class Trainer:
         if found is None:
             if distributed.is_main():
                 self.folder.drop_after(0)
+                if self.folder.has_rows():
+                    self.say("no checkpoint is there to go on from: begins again at step 1, and so do the metrics")
             return state, 0
         self.run.reader.restore(found.extra["reader"])
         if distributed.is_main():

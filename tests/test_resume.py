@@ -238,3 +238,21 @@ def test_a_finish_that_says_nothing_is_named(world, begun):
     (begun / "finished.json").write_text("{}")
     with pytest.raises(ValueError, match=r"finished.json: says no step .*remove it to go on"):
         opened(begun, config_of(world))
+
+
+def test_an_older_run_goes_on_with_other_spellings_of_its_paths(world, begun, tmp_path, monkeypatch):
+    """No fingerprints tell what lay there, but it is the same place."""
+    (begun / "fingerprints.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    change_record(begun, user__path="world/user", data__train=f"./world/train.jsonl,{world}/../world/eval.jsonl")
+    (said,) = opened(begun, config_of(world, data__train=f"{world}/train.jsonl,world/eval.jsonl"))[1]
+    assert "taken as they are now" in said
+    (begun / "fingerprints.json").unlink()
+    with pytest.raises(ValueError, match=r"user.path was .*, is '.*/policy'"):
+        opened(begun, config_of(world, user__path=str(world / "policy"), data__train=f"{world}/train.jsonl"))
+
+
+def test_broken_metrics_are_named_before_anything_is_loaded(world, begun):
+    (begun / "metrics.jsonl").write_text('{"step": 1}\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is of step 1, after one of step 1"):
+        opened(begun, config_of(world))

@@ -36,7 +36,7 @@ from rlver_jax.judging.work_folder import Fingerprint
 from rlver_jax.output import consoles, plain_line
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.dialogue_log import Record, write_dialogues
+from rlver_jax.runs.dialogue_log import REMEDY, Record, write_dialogues
 from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.known_profiles import KnownProfiles
@@ -231,6 +231,8 @@ def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Conso
     known = KnownProfiles([*_profiles(config), *judges.profiles]) if judges.users else None
     seen = _Seen(paths)
     for path, one in track(files.scan(), "reading", console=console, transient=True, disable=not console.is_terminal):
+        if judges.users or judges.measurer:
+            _check_texts(one)
         seen.add(path, with_profile(one, known) if known else one)
     if not files:
         raise ConfigError(f"--from={options['from'].value}: no dialogue in it; expected files of dialogues")
@@ -278,6 +280,17 @@ class _Seen:
         self.first_faults += found[: SHOWN - len(self.first_faults)]
 
 
+def _check_texts(one: Finished) -> None:
+    """That a model can read what was said: half characters have no bytes, so no tokens."""
+    for index, message in enumerate(one.record["messages"]):
+        text = message["content"] or ""
+        if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+            raise ConfigError(
+                f"{one.place}: messages[{index}] holds half of a surrogate pair (\\u{ord(half[0]):04x}), which no "
+                f"judge can read; {REMEDY}"
+            )
+
+
 def _scored(tally: Tally) -> dict[str, Any]:
     spread = mean_with_interval(tally.emotions)
     return tally.scores() | {"score_std": spread["std"], "score_interval": spread["interval"]}
@@ -294,7 +307,10 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
     if "user" in judges.users:
         raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
     files = FinishedFiles(profile_files(options.agreement))
-    counts = [len(turns_of(one.record)) for _, one in files.scan()]
+    counts = []
+    for _, one in files.scan():
+        _check_texts(one)
+        counts.append(len(turns_of(one.record)))
     wanted = chosen(counts, options.contexts, config.eval.seed)
     dialogues = with_profiles(Lazily(wanted, lambda _, i: files[i]), _profiles(config))
     found = faults(dialogues)

@@ -71,10 +71,10 @@ def _render(runs: Sequence[Run], packed: Packed) -> str:
 
 def _sections(runs: Sequence[Run], found: Sequence[figures.Group]) -> list[dict[str, Any]]:
     """Titles and charts, as far as there is something to show."""
-    coordinate = charts.coordinate_chart(found)
+    coordinate, lost = charts.coordinate_chart(found), _lost_rows(runs)
     keys = charts.group_keys(found)
     sections: list[tuple[str, str, list[Figure], list[Any]]] = [
-        ("Learning", _lost_rows(runs), charts.curves(runs), []),
+        ("Learning", lost, charts.curves(runs), []),
         ("Outcomes by step", "", charts.shares_by_step(runs), []),
         (
             "Emotion over the turns, by hidden intention",
@@ -89,17 +89,16 @@ def _sections(runs: Sequence[Run], found: Sequence[figures.Group]) -> list[dict[
     return [
         {"title": title, "text": text, "keys": legend, "figures": [_shown(figure) for figure in some]}
         for title, text, some, legend in sections
-        if some
+        if some or (lost and text == lost)
     ]
 
 
 def _lost_rows(runs: Sequence[Run]) -> str:
-    """Which steps of which run have no figures, though later ones do."""
-    found = {
-        run.name: missing_steps(run.rows, run.rows[-1]["step"], run.settings.get("eval.every"))
-        for run in runs
-        if run.rows
-    }
+    """Which steps of which run have no figures, though they are done."""
+    found = {}
+    for run in runs:
+        last = max(run.done, run.rows[-1]["step"] if run.rows else 0)
+        found[run.name] = missing_steps(run.rows, last, last and run.settings.get("eval.every")) if run.training else ""
     return " ".join(f"Of {name} the rows of {steps} were lost." for name, steps in found.items() if steps)
 
 

@@ -46,6 +46,7 @@ class Run:
     summary: dict[str, Any]  # of summary.json; a training run, or an unfinished evaluation, has none
     played: list[Dialogues]  # steps rising
     texts: Texts  # of the dialogues
+    done: int = 0  # the last step of a training run that is known to be done, whether it has a row or not
 
 
 def read_runs(paths: Sequence[str | Path], watch: Watch = lambda files, _: files) -> list[Run]:
@@ -83,12 +84,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, watch: Watch, texts: Texts) -> Run:
     run = RunFolder(folder)
     if run.metrics.exists():
+        done = run.done()  # before the rows are read: a run that goes on writes them first
         files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"), key=_step)
         played = [Dialogues(_step(file), _outlines(file, texts)) for file in watch(files, name)]
         rows = Rows(iter_metrics(run.metrics))
         if not rows and not played:
             raise ValueError(f"{folder}: its {run.metrics.name} holds no step yet; wait for the first one")
-        return Run(name, folder, True, run.config(), rows, {}, played, texts)
+        return Run(name, folder, True, run.config(), rows, {}, played, texts, done)
     log = folder / DIALOGUES
     if not log.exists():
         raise ValueError(

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import jax
 
+from rlver_jax.output import plain_line
 from rlver_jax.parallel import distributed
-from rlver_jax.paths import check_folder_to_write
+from rlver_jax.paths import PathError, check_folder_to_write
 
 LOCK = "lock"  # folder in the locked one
 BEAT = 10.0  # seconds between signs of life
@@ -63,7 +64,7 @@ class Owner:
         return cls(socket.gethostname(), pid, os.path.realpath(folder), boot, space, _started(pid), now, token)
 
     def __str__(self) -> str:
-        return f"process {self.pid} on host {self.host}, since {self.since}"
+        return plain_line(f"process {self.pid} on host {self.host}, since {self.since}")
 
     def lives(self, me: "Owner", last_beat: float) -> bool | None:
         """Whether it still runs, and holds the folder; None where that cannot be seen from here.
@@ -76,9 +77,10 @@ class Owner:
             return None
         if self.boot != me.boot:  # an earlier boot of this host, or another host of this name
             return False if last_beat < _booted() else None
-        if self.space != me.space or self.folder != me.folder:
+        if self.space != me.space:
             return None
-        return _started(self.pid) in (self.started, "?")
+        runs = _started(self.pid) in (self.started, "?")
+        return None if runs and self.folder != me.folder else runs
 
 
 class Lock:
@@ -228,8 +230,14 @@ class _Newcomer:
 
 
 def _make(folder: Path, owner: Owner) -> bool:
-    """Makes the lock; False where there is one."""
+    """Makes the lock; False where there is one. Raises PathError where something else is in its place."""
     check_folder_to_write(folder)
+    for path, wanted, is_wanted in (
+        (folder / LOCK, "folder", Path.is_dir),
+        (_owner_file(folder), "file", Path.is_file),
+    ):
+        if os.path.lexists(path) and not is_wanted(path) and os.path.lexists(path):  # it may go between two looks
+            raise PathError(f"{path}: is no {wanted}, as the lock of {folder} has there; remove it")
     (folder / LOCK).mkdir(parents=True, exist_ok=True)
     try:
         with _owner_file(folder).open("x", encoding="utf-8") as file:

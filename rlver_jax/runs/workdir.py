@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import ConfigError, flatten, unflatten
+from rlver_jax.config import ConfigError, flatten, profile_files, unflatten
 from rlver_jax.config_fields import PATHS
 from rlver_jax.parallel import distributed
 from rlver_jax.paths import check_folder_to_write
@@ -24,6 +24,7 @@ from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.kept_model import base_folder, check_same_model, keep_model, kept_model
 from rlver_jax.runs.lock import LOCK
+from rlver_jax.runs.metrics import iter_metrics
 from rlver_jax.runs.settings import SHOWN, compare, listed, without_secrets
 
 CONFIG, FINGERPRINTS, FINISHED = "config.json", "fingerprints.json", "finished.json"
@@ -104,6 +105,7 @@ class RunFolder:
             free = (*free_fields, "policy.path") if self.goes_on_without_base(new) else tuple(free_fields)
             self._check_same_config(new, (*free, *PATHS) if contents and known else free, free_fields, report)
             self._check_unfinished(steps)
+            self._check_metrics()
             if kept and source:
                 check_same_model(source, kept)
         elif self.path.exists() and (names := sorted(item.name for item in self.path.iterdir() if item.name != LOCK)):
@@ -122,7 +124,9 @@ class RunFolder:
         self, new: dict[str, Any], free: Sequence[str], named: Sequence[str], report: Callable[[str], None]
     ) -> None:
         sections = tuple(f"{name}." for name in free)
-        found = compare(without_secrets(self.config()), new, lambda name: f"{name}.".startswith(sections))
+        old = without_secrets(self.config())
+        old |= {name: new[name] for name in PATHS if _same_places(old.get(name), new[name])}
+        found = compare(old, new, lambda name: f"{name}.".startswith(sections))
         if found.differences:
             raise ValueError(
                 f"{self.path}: holds a run with another config ({found.differences}); name another --workdir, or give "
@@ -157,7 +161,11 @@ class RunFolder:
 
     def _begun(self) -> bool:
         """Whether anything has been computed that other contents would not go with."""
-        return bool(saved_steps(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
+        return bool(saved_steps(self.checkpoints)) or self.has_rows()
+
+    def has_rows(self) -> bool:
+        """Whether there are metrics of any step."""
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
 
     def fingerprints(self) -> dict[str, str]:
         """Of all that the run reads (`fingerprints.run_fingerprints`); empty for a run of an older version.
@@ -255,19 +263,39 @@ class RunFolder:
         self.check()
         write_json(self.path / FINISHED, {"step": step})
 
-    def _check_unfinished(self, steps: int) -> None:
+    def done(self) -> int:
+        """The last step that is known to be done, whatever the metrics say: of the newest checkpoint, or the finish."""
+        return max([0, self._finished(), *saved_steps(self.checkpoints)])
+
+    def _finished(self) -> int:
+        """The step with which the run finished; 0: it has not."""
         path = self.path / FINISHED
         if not path.exists():
-            return
+            return 0
         try:
-            done = int(json.loads(path.read_text(encoding="utf-8"))["step"])
+            return int(json.loads(path.read_text(encoding="utf-8"))["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: says no step ({error}); remove it to go on with the run") from error
-        if done >= steps:
+
+    def _check_metrics(self) -> None:
+        """That they can be gone on with; said now, not after minutes of compilation."""
+        if saved_steps(self.checkpoints) and self.metrics.exists():
+            for _ in iter_metrics(self.metrics):
+                pass
+
+    def _check_unfinished(self, steps: int) -> None:
+        done = self._finished()
+        if done and done >= steps:
             raise ValueError(
                 f"{self.path}: holds a finished run of {done} steps; name another --workdir, or raise train.steps "
                 f"above {done} to go on with it"
             )
+
+
+def _same_places(found: object, new: str) -> bool:
+    """Whether two fields name the same files, however they are spelt."""
+    places = lambda field: [os.path.realpath(file) for file in profile_files(field)]  # noqa: E731
+    return isinstance(found, str) and places(found) == places(new)
 
 
 def _without_weights(path: str, init: str) -> bool:

@@ -72,3 +72,17 @@ def test_profiles_of_our_own_logs_are_asked_for(file, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "dialogue 0: its profile 'p0' is not among the" in message
     assert "--config.data.eval=FILE" in message
+
+
+@pytest.mark.parametrize("how", ["--from", "--agreement"])
+def test_what_no_judge_can_read_is_named_before_models_are_loaded(results, tmp_path, capsys, how):
+    torn = json.loads(json.dumps(results[:2]))
+    torn[1]["history"][1]["content"] += "\ud83d"
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in torn))
+    flags = {"--from": "--judge=configs/debug.py", "--agreement": "--config=configs/debug.py"}
+    assert main([f"{how}={file}", flags[how]]) == 2
+    message = capsys.readouterr().err
+    assert "r.jsonl:2: messages[1] holds half of a surrogate pair (\\ud83d), which no judge can read" in message
+    if how == "--from":
+        assert main([f"--from={file}"]) == 0, "scores alone need no tokens"

@@ -191,6 +191,21 @@ def test_rows_that_were_lost_are_named_above_the_curves(tmp_path):
     assert "Of whole" not in text
 
 
+def test_rows_that_were_lost_at_the_end_are_told_by_checkpoints_and_the_finish(tmp_path):
+    cut = write_run(tmp_path / "cut", [row(1, 30.0), row(2, 30.0)], {1: some_records(0, 2)})
+    (cut / "checkpoints" / "000004").mkdir(parents=True)
+    ended = write_run(tmp_path / "ended", [row(1, 30.0)], {1: some_records(0, 2)})
+    (ended / "finished.json").write_text('{"step": 3}')
+    emptied = write_run(tmp_path / "emptied", [], {1: some_records(0, 2)}, {"eval.every": 3})
+    (emptied / "finished.json").write_text('{"step": 3}')
+    text, _ = page.render(read_runs([cut, ended, emptied]), 5_000_000)
+    assert "Of cut the rows of steps 3–4 were lost." in text
+    assert "Of ended the rows of steps 2–3 were lost." in text
+    assert "Of emptied the rows of steps 0–3 were lost." in text
+    alone, _ = page.render(read_runs([emptied]), 5_000_000)
+    assert "Of emptied the rows of steps 0–3 were lost." in alone
+
+
 def test_a_run_whose_metrics_are_yet_to_come_shows_its_dialogues(tmp_path):
     """Dialogues of a step are written before its row."""
     runs = read_runs([write_run(tmp_path / "run", [], {1: some_records(0, 3)})])

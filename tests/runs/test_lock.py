@@ -318,3 +318,32 @@ def test_folders_that_cannot_be_written_are_refused_as_before(tmp_path):
     ):
         pass
     assert left(tmp_path) == ["file"]
+
+
+def test_what_is_no_lock_is_named(tmp_path):
+    (tmp_path / "lock").write_text("")
+    with (
+        pytest.raises(PathError, match="lock: is no folder, as the lock of .* has there; remove it"),
+        lock.hold(tmp_path, "--workdir", print),
+    ):
+        pass
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock" / "owner.json").mkdir(parents=True)
+    with pytest.raises(PathError, match="owner.json: is no file, as the lock of"), lock.hold(tmp_path, "", print):
+        pass
+
+
+def test_the_killed_owner_of_a_folder_that_was_moved_is_not_waited_for(tmp_path):
+    """No such process runs, wherever the folder lies now."""
+    write_owner(tmp_path, pid=2**22 + 1)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "lock").rename(tmp_path / "moved" / "lock")
+    began, said = time.monotonic(), []
+    with lock.hold(tmp_path / "moved", "--workdir", said.append):
+        assert time.monotonic() - began < lock.WATCH / 3
+    assert "which has ended" in said[-1]
+
+
+def test_the_name_of_a_host_cannot_forge_a_line(tmp_path):
+    owner = vars(lock.Owner.here(tmp_path)) | {"host": "a\x1b[2J\ntrain: done \u202e"}
+    assert str(lock.Owner(**owner)).startswith(f"process {owner['pid']} on host a[2J train: done , since ")
