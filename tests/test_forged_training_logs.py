@@ -1,4 +1,4 @@
-"""Logs of a training run: groups, steps, openings that the user made up; 0 faults, and each forgery of the set found."""
+"""Logs of a training run: groups, steps, openings that the user made up; each forgery of the set is found."""
 
 import copy
 import io

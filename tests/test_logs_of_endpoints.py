@@ -26,9 +26,8 @@ def manners(body):
     if "Listen" not in system:
         said = garbled(body)
         return re.sub(r"(\[reply\])", r"\1 goodbye,", said) if "praise" in system else said
-    return {3: "b", 4: "", 5: {"content": "b", "reasoning_content": " a "}}.get(
-        int(first[-1]) if first[-1].isdigit() else 0, rule(body)
-    )
+    number = int(first[-1]) if first[-1].isdigit() else 0
+    return {3: "b", 4: "", 5: {"content": "b", "reasoning_content": " a "}}.get(number, rule(body))
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,9 @@ ROWS, MOST = 400, 24
 def some_tokens(tokenizer, draw):
     """Words, white space and `</think>`, whole, in pieces, cut, merged with what follows; often a stop token last."""
     close = tokenizer.encode("</think>")
+    texts = ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
     parts = [
-        *(
-            tokenizer.encode(text)
-            for text in ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
-        ),
+        *map(tokenizer.encode, texts),
         *([byte] for text in "</think>" for byte in tokenizer.encode(text)),
         close,
         close[:-1],
@@ -33,7 +31,7 @@ def some_tokens(tokenizer, draw):
     ]
     tokens = [token for _ in range(draw.randint(0, 9)) for token in draw.choice(parts)][: MOST - 1]
     tokens = [token for token in tokens if token not in tokenizer.stop_ids]
-    return (tokens + [tokenizer.stop_ids[0]], True) if draw.random() < 0.7 or not tokens else (tokens, False)
+    return ([*tokens, tokenizer.stop_ids[0]], True) if draw.random() < 0.7 or not tokens else (tokens, False)
 
 
 def on_the_device(tokenizer, rows):
