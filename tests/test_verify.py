@@ -91,8 +91,9 @@ def test_a_fresh_log_is_derived_completely(log):
         if m["role"] == "user"
         for tokens in [*m["appraisal_tokens"].values(), *m["consideration_tokens"].values(), m["all_tokens"]]
     )
-    made_up = [len(record["messages"][0]["tokens"]) for record in log[2] if record["messages"][0]["generated"]]
-    ends = sum(count < SETTINGS.reply_tokens for count in made_up)  # the token that ended first words isn't logged
+    made_up = [len(r["messages"][0]["tokens"]) for r in log[2] if r["messages"][0]["generated"]]
+    ends = sum(count < SETTINGS.reply_tokens for count in made_up)  # which no log holds
+    assert made_up
     assert sum(report.tokens for report in reports) == generated + sum(made_up) + ends
 
 

@@ -109,11 +109,11 @@ def test_an_honest_log_is_derived_completely(log):
     assert 0 < max(one.moved for one in found) < 1e-4
 
 
-def test_replies_of_all_kinds_are_among_them(thinking):
-    """Kept to the format and not, ended by a stop token and cut."""
-    said = [message for record in thinking.records for message in replies(record)]
-    assert {m["violation"] for m in said} == {True, False}
-    assert {m["stopped"] for m in said} == {True, False}
+def test_replies_of_all_kinds_are_among_them(thinking, policy_lm, user_lm, bpe, prompts):
+    """Kept to the format and not, ended by a stop token and cut at a limit."""
+    assert {m["violation"] for record in thinking.records for m in replies(record)} == {True, False}
+    direct = play("direct", policy_lm, user_lm, bpe, prompts)
+    assert {m["stopped"] for record in direct.records for m in replies(record)} == {True, False}
 
 
 def fresh(log, record) -> list[tuple[list[int], dict]]:
