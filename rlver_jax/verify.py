@@ -291,13 +291,13 @@ def verify_logs(
     if not logged:
         return total
     policies = log_player.players_of([one[1:3] for one in logged], config, base.get_config(), policy) if policy else {}
-    config = next((one.config for one in policies.values()), config)
+    config = next((one.config for one in policies.values() if isinstance(one, log_player.Player)), config)
     players = load_players(config, {side for one in logged for side in one.plan.endpoints})
     reports = verify_records(players, profiles, logged, settings_of(config))
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
     if policies:
-        del total.underived[POLICYS_WORDS]
+        total.underived.pop(POLICYS_WORDS, None)  # none of it is there where no dialogue could be derived
         derived = log_player.findings(policies, players, [one[:3] for one in logged])
         for place, found in track(derived, "the policy", len(logged), console=console):
             total.take(place, found)

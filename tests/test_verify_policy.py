@@ -22,7 +22,7 @@ from rlver_jax.dialogue import PlayLimits
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players
 from rlver_jax.policy_packed import PolicyPacker
-from rlver_jax.runs.dialogue_log import dialogue_records, read_dialogues, rewards_of
+from rlver_jax.runs.dialogue_log import dialogue_records, read_dialogues, rewards_of, write_dialogues
 from rlver_jax.runs.log_policy import Policy, Spoken, _replies, policy_findings
 from rlver_jax.runs.log_tokens import ALLOWED
 from rlver_jax.sampling.decode import KEEP_ALL, Truncation
@@ -372,6 +372,33 @@ def test_training_logs_are_held_against_the_policy_before_their_step(trained, ca
     status, said = run_verify(capsys, logs[0], config, f"--policy={run}", "--step=3")
     assert status == 1, "a policy that has learned is another one"
     assert "the policy's own choice" in said or "log-probability" in said
+
+
+def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path, capsys):
+    """It would be of a step whose policy there never was."""
+    run, config = trained
+    records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
+    for number, step in ((900, 113), (-1, 0)):
+        records[3]["dialogue"] = number
+        write_dialogues(tmp_path / "log.jsonl", records)
+        status, said = run_verify(capsys, tmp_path / "log.jsonl", config, f"--policy={run}")
+        assert status == 1, said
+        assert f"dialogue {number}" in said
+        assert "dialogues 19" in said, "it is missing"
+        assert "derived 8 dialogues" in said
+        if number >= 0:
+            assert f"training step {step} were played by the policy as it was after step {step - 1}" in said
+
+
+def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
+    run, config = trained
+    records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
+    for record in records:
+        record["seed"] = None
+    write_dialogues(tmp_path / "log.jsonl", records)
+    status, said = run_verify(capsys, tmp_path / "log.jsonl", config, f"--policy={run}")
+    assert status == 1, said
+    assert "dialogue 16, seed is null" in said
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ the model that training began with.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ from rlver_jax.spec import Spec
 from rlver_jax.user.prompts import load_prompts
 
 BASE = 0  # as a step: the model that training began with
+
+
+class NotKeptError(ConfigError):
+    """A training run no longer has the policy that played a step."""
 
 
 class Choice(NamedTuple):
@@ -84,8 +89,11 @@ def step_of(record: Mapping[str, Any], plan: Plan) -> int | None:
 
 def players_of(
     logged: Iterable[tuple[Mapping[str, Any], Plan]], config: ConfigDict, base: ConfigDict, choice: Choice
-) -> dict[int | None, Player]:
+) -> dict[int | None, Player | NotKeptError]:
     """{training step, None for evaluations: the policy that played it}; nothing is loaded.
+
+    A few dialogues of a step that has no checkpoint don't keep the others from being derived: their number may be a
+    forged one. In their policy's place stands why there is none.
 
     Args:
         logged: dialogues, by their number at least.
@@ -94,18 +102,30 @@ def players_of(
 
     Raises:
         ConfigError: a dialogue's policy was behind an endpoint; a training run that doesn't keep the checkpoint that
-            played a log.
+            played a whole step of a log, or any of a log's.
         ValueError, OSError: as `take_checkpoint`.
     """
-    steps: dict[int | None, None] = {}
+    steps, whole = Counter[int | None](), Counter[int | None]()
     for record, plan in logged:
         if POLICY in plan.endpoints:
             raise ConfigError(
                 f"--policy={choice.checkpoint}: the policy of dialogue {record['dialogue']} was behind an endpoint, so "
                 f"nothing of it can be derived again; leave out --policy"
             )
-        steps[step_of(record, plan)] = None
-    return {step: _player(config.copy_and_resolve_references(), base, choice, step) for step in steps}
+        step = step_of(record, plan)
+        steps[step] += 1
+        whole[step] = plan.batch if isinstance(plan, TrainingPlan) and not plan.partial else 1
+    found: dict[int | None, Player | NotKeptError] = {}
+    for step in steps:
+        try:
+            found[step] = _player(config.copy_and_resolve_references(), base, choice, step)
+        except NotKeptError as error:
+            found[step] = error
+    absent = {step: one for step, one in found.items() if isinstance(one, NotKeptError)}
+    for step, reason in absent.items():
+        if len(absent) == len(found) or steps[step] >= whole[step]:
+            raise reason
+    return found
 
 
 def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | None) -> Player:
@@ -126,7 +146,7 @@ def _check_kept(folder: str, step: int) -> None:
     steps = saved_steps(RunFolder(Path(folder)).checkpoints)
     if step - 1 not in steps:
         kept = ", ".join(map(str, steps)) or "(none)"
-        raise ConfigError(
+        raise NotKeptError(
             f"--policy={folder}: the dialogues of training step {step} were played by the policy as it was after step "
             f"{step - 1}, of which no checkpoint is kept; there are steps {kept}, so that dialogues of the steps after "
             f"those can be derived (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
@@ -134,7 +154,9 @@ def _check_kept(folder: str, step: int) -> None:
 
 
 def findings(
-    policies: Mapping[int | None, Player], players: Players, logged: Sequence[tuple[str, Mapping[str, Any], Plan]]
+    policies: Mapping[int | None, Player | NotKeptError],
+    players: Players,
+    logged: Sequence[tuple[str, Mapping[str, Any], Plan]],
 ) -> Iterator[tuple[str, Found]]:
     """Derives what policies said: (place, what was found) of each dialogue, those of one training step together.
 
@@ -150,8 +172,11 @@ def findings(
     shapes = {plan: Shape.of(players, plan.endpoints) for _, _, plan in logged}
     fine = [(place, record, plan) for place, record, plan in logged if not any(shapes[plan].faults(record))]
     for step, player in policies.items():
+        played = [one for one in fine if step_of(*one[1:]) == step]
+        if isinstance(player, NotKeptError):
+            yield from ((place, Found(faults=[str(player)])) for place, _, _ in played)
+            continue
         policy = player.load(players.spec)
         check_tokenizers(policy.tokenizer, players.tokenizer)
-        played = [one for one in fine if step_of(*one[1:]) == step]
         found = policy_findings(policy, [Spoken(record, plan.temperature) for _, record, plan in played])
         yield from zip((place for place, _, _ in played), found, strict=True)

@@ -9,6 +9,7 @@ from rlver_jax.config import ConfigError
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.runs.log_shape import POLICY, USER
 
+LONGEST = 60  # characters of a value in a message
 TEXT = "text"  # readout of a user behind an endpoint
 _FIELDS = {
     "language": "data.language",
@@ -60,15 +61,15 @@ def _remedy(record: Mapping[str, Any], name: str, config: ConfigDict) -> str:
             f"dialogue {record['dialogue']} was played with a user on the device (readout {_short(found)}), but the "
             f"config has remote.user.url={config.remote.user.url!r}; leave it out"
         )
-    return (
-        f"dialogue {record['dialogue']} was played with {field}={_short(found)}, but the config has "
-        f"{wanted!r}; add --config.{field}={found}"
-    )
+    plain = isinstance(found, str) and found.isprintable() and len(found) <= LONGEST  # what a terminal may be given
+    remedy = f"add --config.{field}={found}" if plain else "give the config that it was played with"
+    played = f"dialogue {record['dialogue']} was played with {field}={_short(found)}"
+    return f"{played}, but the config has {wanted!r}; {remedy}"
 
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "…"
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 def endpoints_of(records: Sequence[Record], config: ConfigDict) -> list[str]:
