@@ -8,6 +8,8 @@ import copy
 import dataclasses
 import io
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -399,3 +401,9 @@ def test_what_cannot_be_the_policy_is_refused(trained, flags, said, capsys):
     flags = [flag.replace("RUN", str(run)) for flag in flags]
     status, printed = run_verify(capsys, run / "dialogues" / "step_000003.jsonl", config, *flags)
     assert (status, said in printed) == (2, True), printed
+
+
+def test_what_reads_checkpoints_is_imported_where_a_policy_is_named():
+    """Orbax and what it needs would add to every start of `verify`."""
+    ask = "import sys, rlver_jax.verify; sys.exit('orbax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", ask], check=False).returncode == 0
