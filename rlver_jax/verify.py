@@ -296,8 +296,8 @@ def verify_logs(
     reports = verify_records(players, profiles, logged, settings_of(config))
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
-    if policies:
-        del total.underived[POLICYS_WORDS]
+    if policy:
+        total.underived.pop(POLICYS_WORDS, None)
         derived = log_player.findings(policies, players, [one[:3] for one in logged])
         for place, found in track(derived, "the policy", len(logged), console=console):
             total.take(place, found)

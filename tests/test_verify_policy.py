@@ -7,6 +7,7 @@ and the sampler's rules in NumPy float64.
 import copy
 import dataclasses
 import io
+import json
 import re
 import subprocess
 import sys
@@ -374,6 +375,20 @@ def test_training_logs_are_held_against_the_policy_before_their_step(trained, ca
     status, said = run_verify(capsys, logs[0], config, f"--policy={run}", "--step=3")
     assert status == 1, "a policy that has learned is another one"
     assert "the policy's own choice" in said or "log-probability" in said
+
+
+def test_a_dialogue_of_another_step_and_lines_that_are_none_are_faults(trained, tmp_path, capsys):
+    """Not bad usage: the others are derived."""
+    run, config = trained
+    records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
+    for name, change in (("step", {"dialogue": 80_000}), ("number", {"dialogue": -1}), ("none", {"messages": 1})):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(r) + "\n" for r in [records[0] | change, *records[1:]]))
+        status, said = run_verify(capsys, file, config, f"--policy={run}")
+        assert status == 1, said
+        assert "fault: " in said
+    file.write_text(json.dumps(records[0] | {"emotion": "x"}) + "\n")
+    assert run_verify(capsys, file, config, f"--policy={run}")[0] == 1
 
 
 @pytest.mark.slow

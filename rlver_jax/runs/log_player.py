@@ -5,6 +5,7 @@ the model that training began with.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,10 @@ if TYPE_CHECKING:  # it imports all that reads checkpoints: only where a policy 
     from rlver_jax.runs.trained import TrainedPolicy
 
 BASE = 0  # as a step: the model that training began with
+
+
+class NotKept(ConfigError):
+    """A training run doesn't keep the checkpoint that played a log."""
 
 
 class Choice(NamedTuple):
@@ -92,20 +97,31 @@ def players_of(
         config: of the logs.
         base: `configs/base.py:get_config()`.
 
+    Returns:
+        no step of which the run keeps no checkpoint, if only some of its dialogues are there: they are faults already.
+
     Raises:
         ConfigError: a dialogue's policy was behind an endpoint; a training run that doesn't keep the checkpoint that
             played a log.
         ValueError, OSError: as `take_checkpoint`.
     """
-    steps: dict[int | None, None] = {}
+    steps, whole, found = Counter[int | None](), {}, {}
     for record, plan in logged:
         if POLICY in plan.endpoints:
             raise ConfigError(
                 f"--policy={choice.checkpoint}: the policy of dialogue {record['dialogue']} was behind an endpoint, so "
                 f"nothing of it can be derived again; leave out --policy"
             )
-        steps[step_of(record, plan)] = None
-    return {step: _player(config.copy_and_resolve_references(), base, choice, step) for step in steps}
+        if 0 <= record["dialogue"] < 2**32:
+            steps[step := step_of(record, plan)] += 1
+            whole[step] = plan.batch if isinstance(plan, TrainingPlan) and not plan.partial else 1
+    for step, count in steps.items():
+        try:
+            found[step] = _player(config.copy_and_resolve_references(), base, choice, step)
+        except NotKept:
+            if count >= whole[step]:
+                raise
+    return found
 
 
 def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | None) -> Player:
@@ -132,7 +148,7 @@ def _check_kept(folder: str, step: int) -> None:
     steps = saved_steps(RunFolder(Path(folder)).checkpoints)
     if step - 1 not in steps:
         kept = ", ".join(map(str, steps)) or "(none)"
-        raise ConfigError(
+        raise NotKept(
             f"--policy={folder}: the dialogues of training step {step} were played by the policy as it was after step "
             f"{step - 1}, of which no checkpoint is kept; there are steps {kept}, so that dialogues of the steps after "
             f"those can be derived (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
@@ -155,6 +171,10 @@ def findings(
     """
     shapes = {plan: Shape.of(players, plan.endpoints) for _, _, plan in logged}
     fine = [(place, record, plan) for place, record, plan in logged if not any(shapes[plan].faults(record))]
+    for place, record, plan in fine:
+        if (step := step_of(record, plan)) not in policies:
+            fault = f"a dialogue of training step {step}, of whose policy --policy keeps no checkpoint"
+            yield place, Found(faults=[fault])
     for step, player in policies.items():
         policy = player.load(players.spec)
         check_tokenizers(policy.tokenizer, players.tokenizer)
