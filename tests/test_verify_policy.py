@@ -7,7 +7,10 @@ and the sampler's rules in NumPy float64.
 import copy
 import dataclasses
 import io
+import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -401,6 +404,20 @@ def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
     assert "dialogue 16, seed is null" in said
 
 
+def test_a_dialogue_of_another_step_and_lines_that_are_none_are_faults(trained, tmp_path, capsys):
+    """Not bad usage: the others are derived."""
+    run, config = trained
+    records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
+    for name, change in (("step", {"dialogue": 80_000}), ("number", {"dialogue": -1}), ("none", {"messages": 1})):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(r) + "\n" for r in [records[0] | change, *records[1:]]))
+        status, said = run_verify(capsys, file, config, f"--policy={run}")
+        assert status == 1, said
+        assert "fault: " in said
+    file.write_text(json.dumps(records[0] | {"emotion": "x"}) + "\n")
+    assert run_verify(capsys, file, config, f"--policy={run}")[0] == 1
+
+
 @pytest.mark.slow
 def test_an_evaluation_is_held_against_the_checkpoint_that_played_it(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -426,3 +443,9 @@ def test_what_cannot_be_the_policy_is_refused(trained, flags, said, capsys):
     flags = [flag.replace("RUN", str(run)) for flag in flags]
     status, printed = run_verify(capsys, run / "dialogues" / "step_000003.jsonl", config, *flags)
     assert (status, said in printed) == (2, True), printed
+
+
+def test_what_reads_checkpoints_is_imported_where_a_policy_is_named():
+    """Orbax and what it needs would add to every start of `verify`."""
+    ask = "import sys, rlver_jax.verify; sys.exit('orbax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", ask], check=False).returncode == 0

@@ -8,7 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,15 +19,15 @@ from rlver_jax.foreign_weights import is_run
 from rlver_jax.models.qwen2 import Params, Qwen2, stack_layers
 from rlver_jax.players import Players, check_tokenizers, load_model
 from rlver_jax.policy import build_policy_tables
-from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.log_policy import Policy, Spoken, policy_findings
 from rlver_jax.runs.log_set import Plan, TrainingPlan
 from rlver_jax.runs.log_shape import POLICY, Shape
 from rlver_jax.runs.log_tokens import ALLOWED, Found
-from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
-from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.spec import Spec
 from rlver_jax.user.prompts import load_prompts
+
+if TYPE_CHECKING:  # it imports all that reads checkpoints: only where a policy is named
+    from rlver_jax.runs.trained import TrainedPolicy
 
 BASE = 0  # as a step: the model that training began with
 
@@ -55,7 +55,7 @@ class Player:
     """A policy to be loaded."""
 
     config: ConfigDict  # its `policy` section says all but where a checkpoint's weights come from
-    trained: TrainedPolicy | None = None
+    trained: "TrainedPolicy | None" = None
 
     def load(self, spec: Spec) -> Policy:
         """The policy on the device, as one pass over long rows reads it fastest."""
@@ -93,7 +93,7 @@ def players_of(
     """{training step, None for evaluations: the policy that played it}; nothing is loaded.
 
     A few dialogues of a step that has no checkpoint don't keep the others from being derived: their number may be a
-    forged one. In their policy's place stands why there is none.
+    forged one. In their policy's place stands an error that says why there is none.
 
     Args:
         logged: dialogues, by their number at least.
@@ -129,6 +129,9 @@ def players_of(
 
 
 def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | None) -> Player:
+    from rlver_jax.runs.trained import take_checkpoint
+    from rlver_jax.runs.workdir import RunFolder
+
     chosen, trained = choice.step, None
     if step == BASE + 1 and is_run(choice.checkpoint) and not chosen:
         began = RunFolder(Path(choice.checkpoint)).typed_config(base).policy
@@ -143,6 +146,9 @@ def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | No
 
 
 def _check_kept(folder: str, step: int) -> None:
+    from rlver_jax.runs.checkpoint import saved_steps
+    from rlver_jax.runs.workdir import RunFolder
+
     steps = saved_steps(RunFolder(Path(folder)).checkpoints)
     if step - 1 not in steps:
         kept = ", ".join(map(str, steps)) or "(none)"

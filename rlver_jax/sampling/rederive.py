@@ -223,10 +223,11 @@ def _held(side: Side, hidden: Float[Array, "W D"], group: Int[Array, "k 9"], how
     def sampled() -> tuple[Array, ...]:
         part_keys = jax.vmap(jax.random.fold_in)(_turn_keys(how.keys, turn), part)
         keys = jnp.where(turn == OPENING, how.keys.opening, part_keys)
-        noise = jax.vmap(gumbel, (0, 0, None))(keys, step, scores.shape[1])
-        margin, low, high = _drawn(side.truncation, own, token, allowed / heat, noise, how.tie / heat)
-        found = margin * jnp.minimum(heat, 1.0), low, high
-        return tuple(jnp.where(drawn, x, other) for x, other in zip(found, likeliest(), strict=True))
+        noise = jnp.where(drawn[:, None], jax.vmap(gumbel, (0, 0, None))(keys, step, scores.shape[1]), 0.0)
+        scaled = jnp.where(drawn[:, None], allowed / heat, allowed)
+        margin, *bounds = _drawn(side.truncation, own, token, scaled, noise, how.tie / heat)
+        low, high = (jnp.where(drawn, bound, 0.0) for bound in bounds)
+        return margin * jnp.where(drawn, jnp.minimum(heat, 1.0), 1.0), low, high
 
     margin, low, high = jax.lax.cond(drawn.any(), sampled, likeliest)
     return jnp.where(kind == GIVEN, 0.0, margin), raw, low, high

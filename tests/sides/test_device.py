@@ -96,6 +96,12 @@ def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bp
     said = capsys.readouterr().out
     assert "derived 3 dialogues, 9 turns, 0 tokens: 0 ties, 0 faults" in said
     assert "not derived: the policy's words and log-probs (--policy=…), what the user said and felt at its end" in said
+    policy = f"--policy={world[0] / 'policy'}"
+    assert verify.main([str(world[0] / "policy_here" / "dialogues.jsonl"), *world[1], *remote, policy]) == 0
+    said = capsys.readouterr().out
+    generated = sum(len(m["tokens"]) for record in played for m in record["messages"][1::2])
+    assert f"derived 3 dialogues, 9 turns, {generated} tokens: 0 ties, 0 faults" in said
+    assert "not derived: what the user said and felt at its endpoint" in said
 
 
 def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
@@ -117,6 +123,8 @@ def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
     assert verify.main([log, *world[1], *remote[2:]]) == 0
     assert verify.main([log, *world[1], *remote[:2]]) == 2, "its user was on the device"
     assert "with a user on the device (readout 'argmax')" in capsys.readouterr().err
+    assert verify.main([log, *world[1], f"--policy={world[0] / 'policy'}"]) == 2
+    assert "was behind an endpoint, so nothing of it can be derived again; leave out" in capsys.readouterr().err
     # A change of one heard token makes every appraisal after it another's.
     played[0]["messages"][1]["say_tokens"][0] += 1
     (world[0] / "forged.jsonl").write_text("".join(json.dumps(record) + "\n" for record in played))
