@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax import rewards
 from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.players import Players
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
 from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.log_faults import logged_turns
+from rlver_jax.runs.log_faults import derived_rewards, logged_turns
 from rlver_jax.runs.log_set import TrainingPlan
 from rlver_jax.runs.log_settings import check_settings
 from rlver_jax.user.emotion import EmotionRules, change_readout
@@ -281,6 +282,40 @@ def test_turns_of_a_dialogue_that_ended_on_an_emotion(log):
     record = longest(log)
     last = user_messages(record)[-1]
     assert (last["content"] is None) == (not logged_turns(record)[-1].reply)
+
+
+@pytest.mark.parametrize("count", [8, 250, 733])
+@pytest.mark.parametrize("name", ["final", "per_turn", "mixed"])
+def test_rewards_of_many_dialogues_are_those_that_small_batches_gave(name, count):
+    """However many a log has: XLA adds 733 rows up in another order than 8. A step of any reward is no rounding."""
+    draw, settings = np.random.default_rng(0), {"name": name, "gamma": 0.9, "weight": 0.3}
+    changes = draw.integers(-10, 11, (count, 6))
+    emotions = np.clip(np.cumsum(np.insert(changes, 0, 40, axis=1), axis=1), 0, 100)
+    turns, rows = draw.integers(1, 5, count), []
+    for row, n in zip(emotions.tolist(), turns.tolist(), strict=True):
+        said = [{"role": "user", "emotion": emotion} for emotion in row[: n + 1]]
+        messages = [said[0], *(m for one in said[1:] for m in ({"role": "assistant"}, one))]
+        rows.append({"messages": messages, "seed": 0, "violation": False, "turns": n})
+    found = derived_rewards(rows, settings)
+    for row, n, (value, rounding) in zip(emotions / 1.0, turns.tolist(), found, strict=True):
+        tenths, weights = np.diff(row[: n + 1]) / 10, 0.9 ** np.arange(n)
+        exact = {
+            "final": row[n] / 100,
+            "per_turn": tenths.sum(),
+            "mixed": (0.3 * tenths * weights).sum() + 0.7 * weights[-1] * row[n] / 100,
+        }[name]
+        assert abs(value - exact) <= rounding < 1e-5
+    played = np.concatenate(
+        [played_rewards(emotions[i : i + 8], turns[i : i + 8], settings) for i in range(0, count, 8)]
+    )
+    assert all(abs(one - value) <= rounding for one, (value, rounding) in zip(played, found, strict=True))
+
+
+def played_rewards(emotions, turns, settings):
+    """As they are computed where dialogues are played."""
+    none = np.zeros(len(turns), bool)
+    emotions, turns = np.asarray(emotions, np.int32), np.asarray(turns, np.int32)
+    return np.asarray(rewards.reward(emotions=emotions, n_turns=turns, violation=none, **settings).reward, np.float64)
 
 
 @pytest.mark.parametrize("readout", ["argmax", "sample"])

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,14 +41,28 @@ def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
     return turns
 
 
-def derived_rewards(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> np.ndarray:
-    """[N] float32: every dialogue's reward by its formula; `settings` are `rewards.reward`'s."""
+class Reward(NamedTuple):
+    """A dialogue's reward by its formula, and how far the order of float32 sums may move it."""
+
+    value: float
+    rounding: float
+
+
+def derived_rewards(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Reward]:
+    """Every dialogue's reward; `settings` are `rewards.reward`'s.
+
+    XLA adds the turns of a batch up in an order that depends on the batch's size, and fuses products with sums: a log
+    of many dialogues would not give the very numbers of the batches that were played.
+    """
     emotions = [emotions_of(record) for record in records]
     longest = max(max(map(len, emotions)), *(record["turns"] + 1 for record in records))
     padded = np.array([row + row[-1:] * (longest - len(row)) for row in emotions], np.int32)
     turns, violation = (np.array([record[name] for record in records]) for name in ("turns", "violation"))
     formula = jax.jit(functools.partial(rewards.reward, **settings))
-    return np.asarray(formula(emotions=padded, n_turns=turns, violation=violation).reward)
+    found = formula(emotions=padded, n_turns=turns, violation=violation)
+    by_turn = np.abs(np.asarray(found.turns, np.float64))
+    rounding = np.finfo(np.float32).eps * (1 + (by_turn > 0).sum(1) * by_turn.sum(1))  # no part of a turn's is above 1
+    return list(map(Reward, np.asarray(found.reward).tolist(), rounding.tolist()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +99,7 @@ class Host:
         rooms = Rooms(players, width, user_limits, remote, widest)
         return cls(players, plan, user_limits, temperature, ends, rooms)
 
-    def faults(self, profile: Profile, record: Mapping[str, Any], reward: np.float32, prefix: int) -> Iterator[str]:
+    def faults(self, profile: Profile, record: Mapping[str, Any], reward: Reward, prefix: int) -> Iterator[str]:
         """Faults of one dialogue.
 
         Args:
@@ -105,8 +119,8 @@ class Host:
             yield from log_texts.remote_user_faults(players, record)
         else:
             yield from log_texts.user_faults(players, record, self.user_limits, self.temperature)
-        if np.float32(record["reward"]) != reward:
-            yield f"reward {record['reward']}, but its formula gives {float(reward)}"
+        if not abs(record["reward"] - reward.value) <= reward.rounding:
+            yield f"reward {record['reward']}, but its formula gives {np.float32(reward.value)}"
 
     def _split(self, message: Mapping[str, Any]) -> log_texts.Spoken:
         think = self.players.spec.mode == "think"
