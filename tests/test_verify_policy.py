@@ -38,7 +38,7 @@ from rlver_jax.user.simulated import UserLimits, dialogue_key
 
 from .conftest import SHORT_PROMPTS, plain, some_profiles
 
-TURNS, COUNT, SEED = 3, 6, 5
+TURNS, COUNT, SEED = 3, 6, 9
 THINK, SAY = 20, 10  # short: both are cut by limits, too
 # name: (mode, enforce_format, temperature, truncation)
 WAYS = {
