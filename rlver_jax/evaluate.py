@@ -56,6 +56,7 @@ from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.runs.render import print_comparison, print_dialogue
 from rlver_jax.runs.spread import spread, spread_text
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
+from rlver_jax.spec import check_context
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +73,8 @@ def _run(argv: Sequence[str]) -> int:
             console.quiet = not distributed.is_main()
             trained = _trained(config, options)
             validate(config, base.get_config(), jax.device_count(), ["policy", "user"])
+            here = [side for side in ("policy", "user") if side not in endpoint_sides(config)]
+            check_context(config, *here)  # before weights are looked at
             judges = judging.Judges.of_flags(options, config)
             profiles = chosen_profiles(config)
             before = read_evaluation(options.before) if options.before else None

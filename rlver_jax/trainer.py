@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlver_jax import evaluation
-from rlver_jax.assembly import Run, assemble, folders_of
+from rlver_jax.assembly import Run, assemble, folders_of, models_of
 from rlver_jax.config import flatten, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation
@@ -41,7 +41,7 @@ from rlver_jax.runs.progress import TrainingProgress
 from rlver_jax.runs.settings import without_secrets
 from rlver_jax.runs.workdir import Contents, RunFolder
 from rlver_jax.sampling.cache import LM
-from rlver_jax.spec import Spec
+from rlver_jax.spec import Spec, check_context
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
 FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows")
@@ -292,6 +292,7 @@ def train(
         CollapseError: a figure went beyond the limits of config.alarms.
     """
     say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    check_context(RunFolder(Path(workdir)).to_load(config), *models_of(config))  # before weights are looked at
     with hold(workdir, "--workdir", say) as lock:
         contents = Contents(lambda gone: fingerprints_of(config, gone), lambda name: described(name, config))
         folder = RunFolder.open(
