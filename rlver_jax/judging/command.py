@@ -41,6 +41,7 @@ from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.lock import LostLockError, hold
+from rlver_jax.text.strict_json import half_character
 
 SHOWN = 20  # faults that are printed
 
@@ -283,10 +284,9 @@ class _Seen:
 def _check_texts(one: Finished) -> None:
     """That a model can read what was said: half characters have no bytes, so no tokens."""
     for index, message in enumerate(one.record["messages"]):
-        text = message["content"] or ""
-        if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+        if half := half_character(message["content"] or ""):
             raise ConfigError(
-                f"{one.place}: messages[{index}] holds half of a surrogate pair (\\u{ord(half[0]):04x}), which no "
+                f"{one.place}: messages[{index}] holds half of a surrogate pair (\\u{ord(half):04x}), which no "
                 f"judge can read; {REMEDY}"
             )
 

@@ -11,7 +11,7 @@ from rlver_jax.config import shown
 from rlver_jax.profiles.schema import Profile, ProfileError, parse_line
 from rlver_jax.runs.dialogue_log import REMEDY, DialogueLogError, Record, parse_dialogue, record_faults
 from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.lines import Lines
+from rlver_jax.runs.lines import Lines, OneByOne
 from rlver_jax.runs.numbers import number_faults
 from rlver_jax.runs.sage import from_sage
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
@@ -108,7 +108,7 @@ def _of_sage(line: bytes, place: str) -> Finished:
     return Finished(record, profile, place)
 
 
-class Lazily(Sequence[T]):
+class Lazily(OneByOne[T]):
     """What is made of each element of a sequence, anew whenever it is asked for: only one needs to be in memory."""
 
     def __init__(self, of: Sequence[S], make: Callable[[int, S], T]):
@@ -118,12 +118,8 @@ class Lazily(Sequence[T]):
     def __len__(self) -> int:
         return len(self._of)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._make(index % len(self), self._of[index])
+    def _made(self, index: int) -> T:
+        return self._make(index, self._of[index])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
@@ -131,7 +127,7 @@ class Lazily(Sequence[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class FinishedFiles(Sequence[Finished]):
+class FinishedFiles(OneByOne[Finished]):
     """The dialogues of files: logs of ours, results of SAGE or logs of RLVER's simulator.
 
     `scan` reads and checks them all, and must have come to its end before they are asked for one by one; those are read
@@ -161,12 +157,7 @@ class FinishedFiles(Sequence[Finished]):
     def __len__(self) -> int:
         return len(self._places) // 2
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def _made(self, index: int) -> Finished:
         file, line = self._places[2 * index : 2 * index + 2]
         return self._numbered(self._files[file].again(line), index)
 

@@ -4,7 +4,6 @@ A header is a claim about bytes that a stranger has written. Every claim is held
 what is read later is what the header says.
 """
 
-import collections
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE, quantized, without_safetensors
+from rlver_jax.text.strict_json import repeats
 
 # Bits of every dtype of the format; the first line is what weights may be stored in.
 FLOATS = {"F16": 16, "BF16": 16, "F32": 32, "F64": 64}
@@ -316,8 +316,7 @@ def _json(file: Path, data: bytes, what: str) -> dict[str, Any]:
     def single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
-            raise _malformed(file, f"{_short(twice)} stands there twice")
+            raise _malformed(file, f"{_short(next(repeats(pairs)))} stands there twice")
         return found
 
     try:

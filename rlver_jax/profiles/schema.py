@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rlver_jax.text.strict_json import half_character, repeats
+
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Iterable[PathLike]
 Kind = Literal["rational", "emotional"]
@@ -287,8 +289,7 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; a repeated key is a fault, because json would silently keep the last one."""
     obj = dict(pairs)
     if len(obj) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(set(repeats(pairs)))
         raise ProfileError([f"found field {name!r} more than once in an object, expected it once" for name in twice])
     return obj
 
@@ -344,7 +345,7 @@ class _Taker:
             self.faults.append(f"found {_found(value)} in {where}, expected a text")
         elif not value.strip():
             self.faults.append(f"found an empty text in {where}, expected at least one visible character")
-        elif not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        elif half_character(value):
             self.faults.append(
                 f"found half of a surrogate pair (\\ud800–\\udfff) in {where}, expected whole characters"
             )

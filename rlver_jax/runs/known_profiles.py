@@ -1,5 +1,6 @@
 """Which profile a logged dialogue was played with: a log names it by its id."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,10 +12,19 @@ class KnownProfiles:
     """Profiles of any files. Ids are unique in one set of files; training and held-out profiles may share them."""
 
     def __init__(self, profiles: Iterable[Profile]):
-        """Of several with one id the earlier ones are preferred where a dialogue fits both."""
-        self._by_id: dict[str, list[Profile]] = defaultdict(list)
-        for profile in profiles:
-            self._by_id[profile.id].append(profile)
+        """Of several with one id the earlier ones are preferred where a dialogue fits both.
+
+        Args:
+            profiles: gone through when one is first asked for.
+        """
+        self._profiles = profiles
+
+    @functools.cached_property
+    def _by_id(self) -> dict[str, list[Profile]]:
+        found: dict[str, list[Profile]] = defaultdict(list)
+        for profile in self._profiles:
+            found[profile.id].append(profile)
+        return found
 
     def __len__(self) -> int:
         """How many ids there are."""

@@ -1,14 +1,17 @@
 """Lines of a file that may be larger than memory: all in their order, and some of them again."""
 
+import abc
 import codecs
 import shutil
 import tempfile
 import weakref
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+T = TypeVar("T")
 
 
 def each_line(file: BinaryIO, *, unfinished: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -24,6 +27,21 @@ def each_line(file: BinaryIO, *, unfinished: bool = False) -> Iterator[tuple[int
         if len(line) > mark and (whole or not unfinished):
             yield offset + mark, line[mark : -1 if whole else None]
         offset += len(line)
+
+
+class OneByOne(Sequence[T]):
+    """A sequence whose elements are made when they are asked for; slices are lists of them."""
+
+    @abc.abstractmethod
+    def _made(self, index: int) -> T:
+        """The element of an index from 0."""
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._made(index % len(self))
 
 
 class Lines:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rlver_jax.runs.dialogue_log import Record, lines_of, record_faults
+from rlver_jax.text.strict_json import half_character, repeats
 
 _NUMBER = re.compile(rb'\s*\{\s*"dialogue"\s*:\s*(\d{1,10})\s*[,}]')
 
@@ -54,8 +55,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json would silently keep the last of several fields with one name."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)[:60]!r} twice in an object")
+        raise ValueError(f"field {next(repeats(pairs))[:60]!r} twice in an object")
     return found
 
 
@@ -72,5 +72,5 @@ def _half_characters(value: Any) -> Iterator[str]:
             rest += [*one, *one.values()]
         elif isinstance(one, list):
             rest += one
-        elif isinstance(one, str) and any("\ud800" <= char <= "\udfff" for char in one):
+        elif isinstance(one, str) and half_character(one):
             yield one

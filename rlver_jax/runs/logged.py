@@ -1,13 +1,12 @@
 """A dialogue log that may be larger than memory."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rlver_jax.runs.dialogue_log import Record, parse_dialogue
-from rlver_jax.runs.lines import Lines
+from rlver_jax.runs.lines import Lines, OneByOne
 
 
-class Logged(Sequence[Record]):
+class Logged(OneByOne[Record]):
     """A log's dialogues: all are checked at once, and each is read again when it is asked for."""
 
     def __init__(self, path: Path):
@@ -20,10 +19,5 @@ class Logged(Sequence[Record]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def _made(self, index: int) -> Record:
         return parse_dialogue(self._lines.again(index), f"{self._lines.path}:{index + 1}")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from rlver_jax.serving.errors import ProtocolError, quoted
+from rlver_jax.text.strict_json import repeats
 
 MAX_BODY = 4 << 20  # bytes of a request
 MAX_HELD = 64 << 20  # bytes of all bodies that are being read or worked on
@@ -140,9 +141,7 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"an object of {len(pairs)} fields; {MAX_NAMES} are read")
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"the field {quoted(twice)} stands twice in one object")
+        raise ValueError(f"the field {quoted(next(repeats(pairs)))} stands twice in one object")
     return {name: value for name, value in pairs if value is not None}
 
 
