@@ -1,8 +1,10 @@
 """Package metadata; lint, type-check and test settings live in pyproject.toml."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 REMOTE = ["httpx2>=2.16", "tenacity>=9.1"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.50", "pydantic>=2.12"]
@@ -10,6 +12,18 @@ TEST = [
     *(*REMOTE, *SERVE, "openai>=3.0", "playwright>=1.60"),
     *("pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4"),
 ]
+
+
+class BuildWithConfigs(build_py):
+    """A wheel holds `configs/` as rlver_jax/configs, so that none called `configs` lies beside other packages."""
+
+    def run(self) -> None:
+        """Copies them behind what setuptools itself copies."""
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "rlver_jax" / "configs"
+            shutil.copytree("configs", target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
 
 setup(
     name="rlver_jax",
@@ -26,7 +40,8 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=find_packages(include=["rlver_jax", "rlver_jax.*", "configs"]),
+    packages=find_packages(include=["rlver_jax", "rlver_jax.*"]),
+    cmdclass={"build_py": BuildWithConfigs},
     package_data={
         "rlver_jax.user.prompts": [
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
@@ -34,7 +49,6 @@ setup(
         "rlver_jax.reports": ["assets/*"],
         "rlver_jax.judging": ["prompts/*/*"],
         "rlver_jax.miniature": ["prompts/*", "shipped/*", "shipped/*/*"],
-        "configs": ["debug_world/*", "debug_world/prompts/*"],
     },
     install_requires=[
         "jax>=0.10",

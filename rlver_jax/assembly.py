@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rlver_jax.config import profile_files
+from rlver_jax.config.validate import profile_files
 from rlver_jax.learning.objective import Learner, Loss, Trained
 from rlver_jax.learning.pack import max_length
 from rlver_jax.learning.rows import Layout, arrange

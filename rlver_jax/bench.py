@@ -22,8 +22,8 @@ from pathlib import Path
 from absl import flags
 
 from rlver_jax.benches.timing import machine
-from rlver_jax.command_line import define_path, parse_flags
-from rlver_jax.config import ConfigError
+from rlver_jax.config.flags import define_path, parse_flags
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.output import consoles
 from rlver_jax.runs.files import write_json
 

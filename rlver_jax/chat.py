@@ -22,14 +22,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.command_line import config_from_flags, define_path, given_path
-from rlver_jax.config import ConfigError, validate
-from rlver_jax.config_files import base
+from rlver_jax.config import fields
+from rlver_jax.config.flags import config_from_flags, define_path, given_path
+from rlver_jax.config.hub import fetch
+from rlver_jax.config.paths import check_file_to_write
+from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.evaluation import chosen_profiles, eval_spec
-from rlver_jax.hub import fetch
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
-from rlver_jax.paths import check_file_to_write
 from rlver_jax.players import Players, limits_of, load_model
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.trained import take_checkpoint
@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        trained = take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
+        trained = take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
         needs = ["policy", "user"] if options.side == "user" else ["user"]
-        validate(config, base.get_config(), jax.device_count(), needs)
+        validate(config, fields.get_config(), jax.device_count(), needs)
         profile = _profile(chosen_profiles(config), options.profile)
         out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
         if out.exists():

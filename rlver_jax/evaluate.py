@@ -36,9 +36,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlver_jax.command_line import config_from_flags, define_path, given_path, import_remote
-from rlver_jax.config import ConfigError, endpoint_sides, validate
-from rlver_jax.config_files import base
+from rlver_jax.config import fields
+from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
+from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.endpoint.usage import usage_text
 from rlver_jax.evaluation import Played, chosen_profiles, load
@@ -72,7 +72,7 @@ def _run(argv: Sequence[str]) -> int:
             config, options = _arguments(argv)
             console.quiet = not distributed.is_main()
             trained = _trained(config, options)
-            validate(config, base.get_config(), jax.device_count(), ["policy", "user"])
+            validate(config, fields.get_config(), jax.device_count(), ["policy", "user"])
             here = [side for side in ("policy", "user") if side not in endpoint_sides(config)]
             check_context(config, *here)  # before weights are looked at
             judges = judging.Judges.of_flags(options, config)
@@ -151,7 +151,7 @@ def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | N
     """Puts --checkpoint in the policy's place; what to read where it is a training run."""
     if options.checkpoint and config.remote.policy.url:
         raise ConfigError("--checkpoint and remote.policy.url both name the policy; give one of them")
-    return take_checkpoint(config, options.checkpoint, options.step, base.get_config(), given_path(options))
+    return take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
 
 
 def _load(

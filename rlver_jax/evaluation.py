@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlver_jax.config import ConfigError, profile_files, reward_settings
+from rlver_jax.config.validate import ConfigError, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh

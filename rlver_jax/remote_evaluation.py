@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlver_jax.config import ConfigError, endpoint_sides, reward_settings
-from rlver_jax.credentials import Secret, key_fault
+from rlver_jax.config.credentials import Secret, key_fault
+from rlver_jax.config.validate import ConfigError, endpoint_sides, reward_settings
 from rlver_jax.dialogue import room_needed
 from rlver_jax.endpoint.answers import AnswerCache
 from rlver_jax.endpoint.client import Client, Endpoint

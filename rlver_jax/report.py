@@ -18,8 +18,8 @@ from absl import flags
 from rich.markup import escape
 from rich.progress import track
 
-from rlver_jax.command_line import define_path, local_paths, parse_flags
-from rlver_jax.config import ConfigError
+from rlver_jax.config.flags import define_path, local_paths, parse_flags
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.output import consoles, plain_line
 from rlver_jax.reports import page
 from rlver_jax.reports.sources import read_runs

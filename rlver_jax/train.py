@@ -21,10 +21,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rlver_jax.assembly import folders_of
-from rlver_jax.command_line import config_from_flags, define_path
-from rlver_jax.config import MODELS, ConfigError, check_training, flatten, validate
-from rlver_jax.config_files import base
-from rlver_jax.hub import fetch
+from rlver_jax.config import fields
+from rlver_jax.config.flags import config_from_flags, define_path
+from rlver_jax.config.hub import fetch
+from rlver_jax.config.validate import MODELS, ConfigError, check_training, flatten, validate
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
@@ -83,7 +83,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     distributed.join(options, finish_steps=True)
     run = RunFolder(Path(options.workdir))
     needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
-    validate(config, base.get_config(), jax.device_count(), needs)
+    validate(config, fields.get_config(), jax.device_count(), needs)
     check_training(config)
     fetch({name: found for name, found in folders_of(config).items() if name in needs})
     return config, options.workdir

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from rlver_jax import evaluation
 from rlver_jax.assembly import Run, assemble, folders_of, models_of
-from rlver_jax.config import flatten, profile_files, reward_settings
+from rlver_jax.config.hub import local_folder
+from rlver_jax.config.validate import flatten, profile_files, reward_settings
 from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation
-from rlver_jax.hub import local_folder
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import TrainState, compile_step, orders
 from rlver_jax.parallel import distributed

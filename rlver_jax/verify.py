@@ -33,9 +33,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.command_line import config_from_flags, define_path, given_path, local_paths
-from rlver_jax.config import ConfigError, profile_files, reward_settings, validate
-from rlver_jax.config_files import base
+from rlver_jax.config import fields
+from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
+from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.dialogue import opening_key
 from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.output import consoles
@@ -290,7 +290,9 @@ def verify_logs(
         total.underived["the set of dialogues (--partial)"] = None
     if not logged:
         return total
-    policies = log_player.players_of([one[1:3] for one in logged], config, base.get_config(), policy) if policy else {}
+    policies = (
+        log_player.players_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
+    )
     config = next((one.config for one in policies.values() if isinstance(one, log_player.Player)), config)
     players = load_players(config, {side for one in logged for side in one.plan.endpoints})
     reports = verify_records(players, profiles, logged, settings_of(config))
@@ -369,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
         files = local_paths(rest)
         here = [side for side in (USER, POLICY) if not config.remote[side].url]
-        validate(config, base.get_config(), needs=here[:1])
+        validate(config, fields.get_config(), needs=here[:1])
         if options.step and not options.policy:
             raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
         policy = log_player.Choice(options.policy, options.step, given_path(options)) if options.policy else None

@@ -35,9 +35,8 @@ from rlver_jax.sampling.cache import LM, append, init_cache
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer, train_sentencepiece
 from rlver_jax.user.prompts import load_prompts
-
-from .quick import QUICK, free_programs
-from .text.conftest import sentences, write_bpe
+from tests.quick import QUICK, free_programs
+from tests.text.conftest import sentences, write_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 

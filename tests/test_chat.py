@@ -14,8 +14,7 @@ import pytest
 
 from rlver_jax.chat import main
 from rlver_jax.runs.dialogue_log import read_dialogues
-
-from .quick import QUICK
+from tests.quick import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 

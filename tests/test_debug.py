@@ -19,9 +19,8 @@ from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.trainer import train
 from rlver_jax.user.prompts import load_prompts
-
-from .conftest import option_logprobs
-from .test_trainer import policy_of, records_of
+from tests.conftest import option_logprobs
+from tests.test_trainer import policy_of, records_of
 
 STEPS = 3
 SLOW = [pytest.param(argument, marks=pytest.mark.slow) for argument in ("ppo", "direct", "ppo,direct,challenging")]

@@ -17,8 +17,7 @@ from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits
-
-from .conftest import Fresh, check_claims, option_logprobs, plain, some_profiles
+from tests.conftest import Fresh, check_claims, option_logprobs, plain, some_profiles
 
 HOW = {"style": "vanilla", "scenario": "heart_to_heart"}
 RULES = EmotionRules(initial=30, floor=20, ceiling=42)  # narrow, so that both ends are reached

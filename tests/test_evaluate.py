@@ -12,8 +12,7 @@ import tokenizers
 
 from rlver_jax.evaluate import main
 from rlver_jax.models.hf_weights import save_params
-
-from .quick import QUICK
+from tests.quick import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = '''"""Tiny."""

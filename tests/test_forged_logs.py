@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from rlver_jax import verify
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.config.flags import config_from_flags
 from rlver_jax.evaluation import chosen_profiles, eval_spec, of_players
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.players import Players
 from rlver_jax.runs.dialogue_log import write_dialogues
-
-from .test_evaluate import CONFIG
+from tests.test_evaluate import CONFIG
 
 COUNT, REPEATS, TURNS = 6, 2, 4
 TALKS = ["my boss did not listen.", None, "I felt awful", "she said goodbye", "my sister", None]

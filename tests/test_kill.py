@@ -17,9 +17,8 @@ import pytest
 
 from configs import debug
 from rlver_jax.runs.metrics import read_metrics
-
-from .quick import QUICK
-from .test_trainer import records_of, rows_of
+from tests.quick import QUICK
+from tests.test_trainer import records_of, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 14  # two more than the last kill saves

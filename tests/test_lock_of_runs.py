@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from configs import debug
-
-from .parallel.processes import processes
-from .test_trainer import rows_of
+from tests.parallel.processes import processes
+from tests.test_trainer import rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow

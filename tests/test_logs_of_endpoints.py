@@ -9,9 +9,8 @@ import pytest
 from configs import debug
 from rlver_jax import verify
 from rlver_jax.runs.dialogue_log import write_dialogues
-
-from .endpoint.server import ChatServer, rule
-from .test_remote_evaluation import arguments, evaluate, garbled
+from tests.endpoint.server import ChatServer, rule
+from tests.test_remote_evaluation import arguments, evaluate, garbled
 
 REMOTE = [
     f"--config.remote.{side}.{k}={v}"

@@ -15,8 +15,7 @@ from rich.console import Console
 from configs import debug, miniature
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.trainer import train
-
-from .test_trainer import SEED, check_equal, policy_of
+from tests.test_trainer import SEED, check_equal, policy_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = (1, 1, 1)

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlver_jax.output import consoles
-
-from .test_paths import COMMANDS
+from tests.config.test_paths import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # an ASCII locale that Python doesn't correct

@@ -18,9 +18,8 @@ from rlver_jax.sampling.cache import LM
 from rlver_jax.text.template import FolderTemplate
 from rlver_jax.text.tokenizer import HFTokenizer
 from rlver_jax.user.prompts import load_prompts
-
-from .conftest import SHORT_PROMPTS, Fresh, Row, check_claims, some_profiles
-from .text.conftest import ADDED, THINK, write_bpe
+from tests.conftest import SHORT_PROMPTS, Fresh, Row, check_claims, some_profiles
+from tests.text.conftest import ADDED, THINK, write_bpe
 
 SPEC = Spec("direct", False, 2, 3, 704, 24, 16, 16)
 HOW = {"style": "vanilla", "scenario": "heart_to_heart"}

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from configs import debug
-
-from .parallel.processes import processes
-from .test_trainer import check_eventful, policy_of, records_of, rows_of, same
+from tests.parallel.processes import processes
+from tests.test_trainer import check_eventful, policy_of, records_of, rows_of, same
 
 STEPS = 6
 FIELDS = {

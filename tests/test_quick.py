@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from .quick import QUICK, free_programs, known, memory_maps
+from tests.quick import QUICK, free_programs, known, memory_maps
 
 
 def test_flags_that_this_xla_does_not_know_are_left_out():

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlver_jax.report import main
-
-from .reports.conftest import row, some_records, write_evaluation, write_run
+from tests.reports.conftest import row, some_records, write_evaluation, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

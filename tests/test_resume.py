@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import debug
-from rlver_jax.config import flatten
+from rlver_jax.config.validate import flatten
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen2 import Qwen2, init_params

@@ -14,8 +14,7 @@ from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.trainer import train
-
-from .conftest import some_profiles
+from tests.conftest import some_profiles
 
 STEPS = 10
 FIGURES = ("reply/readable_share", "policy/update_kl", "policy/ratio_max", "policy/entropy", "emotion/final_std")

@@ -14,9 +14,8 @@ import openai
 import pytest
 
 from rlver_jax.serve import main
-
-from .quick import QUICK
-from .serving import load, stall
+from tests.quick import QUICK
+from tests.serving import load, stall
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,9 +14,8 @@ import pytest
 from rlver_jax.evaluate import main as evaluate
 from rlver_jax.judging.finished import FinishedFiles
 from rlver_jax.judging.work_folder import dialogues_fingerprint
-
-from .judging.conftest import result
-from .reports.conftest import record, some_records, write_evaluation, write_lines
+from tests.judging.conftest import result
+from tests.reports.conftest import record, some_records, write_evaluation, write_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs a command line of ours and prints the largest memory that it has had, in MB.

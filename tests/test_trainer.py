@@ -29,8 +29,7 @@ from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.trainer import train
-
-from .test_serve import served
+from tests.test_serve import served
 
 STEPS = 4
 SEED = 3

@@ -20,8 +20,7 @@ from rlver_jax.runs.log_settings import check_settings
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.simulated import UserLimits
 from rlver_jax.verify import ALLOWED, Logged, Report, Settings, _is_tie, verify_records
-
-from .conftest import some_profiles
+from tests.conftest import some_profiles
 
 TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emotion starting at 30
 COUNT = PROFILES * GROUP

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from rlver_jax.text.chat import ChatTemplate
-
-from .conftest import plain, some_profiles
-from .test_verify import SEED, check, make_players, play
+from tests.conftest import plain, some_profiles
+from tests.test_verify import SEED, check, make_players, play
 
 REPLY_TOKENS, TEMPERATURE = 16, 0.9  # of test_verify's users
 

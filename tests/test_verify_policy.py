@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy.special import log_softmax, logsumexp
 
 from rlver_jax import evaluate, verify
-from rlver_jax.command_line import config_from_flags
+from rlver_jax.config.flags import config_from_flags
 from rlver_jax.dialogue import PlayLimits
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players
@@ -35,8 +35,7 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.trainer import train
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.simulated import UserLimits, dialogue_key
-
-from .conftest import SHORT_PROMPTS, plain, some_profiles
+from tests.conftest import SHORT_PROMPTS, plain, some_profiles
 
 TURNS, COUNT, SEED = 3, 6, 9
 THINK, SAY = 20, 10  # short: both are cut by limits, too

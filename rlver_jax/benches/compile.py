@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rlver_jax.benches.timing import Tell
-from rlver_jax.config_files import FOLDER
+from rlver_jax.miniature import assets
 from rlver_jax.runs.metrics import read_metrics
 
-CONFIG, FLAGS = FOLDER / "miniature.py", ("--config.eval.every=0",)
+CONFIG, FLAGS = assets.SHIPPED / assets.CONFIG, ("--config.eval.every=0",)
 POLL_S = 0.05
 
 

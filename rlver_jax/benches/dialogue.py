@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlver_jax import config_files
 from rlver_jax.benches.timing import Tell, alternate, ratios
 from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation, chosen_profiles, load
+from rlver_jax.miniature import assets
+from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.runs.figures import generated_count
 
 DIALOGUES, ROWS, TURNS = 128, 8, 8
@@ -72,7 +73,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _evaluation(dialogues: int, rows: int) -> Evaluation:
-    config = config_files.load("miniature").get_config()
+    config = miniature_config("", assets.shipped())
     config.eval.num_profiles = config.eval.batch = dialogues
     config.eval.rows, config.eval.max_turns = rows, TURNS
     config.emotion.floor, config.emotion.ceiling = FLOOR, CEILING

@@ -21,7 +21,7 @@ from typing import Any
 import httpx2 as httpx
 import tenacity
 
-from rlver_jax.credentials import Secret, Secrets, basic, guarded, key_fault, secret_values, without_credentials
+from rlver_jax.config.credentials import Secret, Secrets, basic, guarded, key_fault, secret_values, without_credentials
 from rlver_jax.endpoint.answers import AnswerCache, request_key
 from rlver_jax.endpoint.body import CODINGS, LONGEST, BodyFault, read_body
 from rlver_jax.endpoint.completion import Answer, NoCompletion, answer_of, clean, completion_of, parsed

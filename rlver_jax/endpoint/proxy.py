@@ -11,7 +11,7 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from rlver_jax.credentials import Secret
+from rlver_jax.config.credentials import Secret
 
 # As distributions write them into /etc/hosts.
 _LOCAL = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost", "ip6-loopback")

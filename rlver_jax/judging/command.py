@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.command_line import config_from_flags, define_path, define_paths, import_remote, parse_flags
-from rlver_jax.config import ConfigError, endpoint_sides, profile_files, validate
-from rlver_jax.config_files import base
+from rlver_jax.config import fields
+from rlver_jax.config.flags import config_from_flags, define_path, define_paths, import_remote, parse_flags
+from rlver_jax.config.hub import is_name, short_name
+from rlver_jax.config.validate import ConfigError, endpoint_sides, profile_files, validate
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.evaluation import Tally
-from rlver_jax.hub import is_name, short_name
 from rlver_jax.judging.device import DeviceJudge
 from rlver_jax.judging.finished import Finished, FinishedFiles, Lazily, faults, turns_of, with_profile, with_profiles
 from rlver_jax.judging.forms import load_forms
@@ -144,7 +144,7 @@ def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]
         file, _, how = arg.partition(":")
         name = re.sub(r"\W+", "_", f"{Path(file).stem}_{how}").strip("_")
     try:
-        validate(found, base.get_config(), jax.device_count(), ["user"])
+        validate(found, fields.get_config(), jax.device_count(), ["user"])
         _check_there(found)
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
@@ -201,7 +201,7 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
-        validate(config, base.get_config(), jax.device_count(), ["user"])
+        validate(config, fields.get_config(), jax.device_count(), ["user"])
     else:
         options, rest = parse_flags(argv, usage, define)
     if rest:

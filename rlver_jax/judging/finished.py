@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from rlver_jax.config import shown
+from rlver_jax.config.validate import shown
 from rlver_jax.profiles.schema import Profile, ProfileError, parse_line
 from rlver_jax.runs.dialogue_log import REMEDY, DialogueLogError, Record, parse_dialogue, record_faults
 from rlver_jax.runs.known_profiles import KnownProfiles

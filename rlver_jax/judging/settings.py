@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import endpoint_sides, flatten
+from rlver_jax.config.validate import endpoint_sides, flatten
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
 from rlver_jax.runs.evaluation_folder import at_endpoint
 from rlver_jax.runs.fingerprints import model_fingerprint, texts_fingerprint

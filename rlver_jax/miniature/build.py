@@ -25,9 +25,10 @@ from absl import flags
 from rich.console import Console
 
 from rlver_jax import evaluation
-from rlver_jax.command_line import define_path, parse_flags
-from rlver_jax.config import ConfigError
-from rlver_jax.config_files import base
+from rlver_jax.config import fields
+from rlver_jax.config.flags import define_path, parse_flags
+from rlver_jax.config.paths import check_folder_to_write
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
 from rlver_jax.miniature.rows import Packer
@@ -37,7 +38,6 @@ from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.paths import check_folder_to_write
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.dialogue_log import Record, read_dialogues
 from rlver_jax.runs.files import write_json
@@ -151,7 +151,7 @@ def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str =
 def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
     """What the policy of a run says to held-out people."""
     config = miniature_config("", out)
-    trained = TrainedPolicy.open(workdir, base.get_config())
+    trained = TrainedPolicy.open(workdir, fields.get_config())
     return evaluation.load(config, evaluation.chosen_profiles(config), policy_weights=trained.weights).play_all()
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from rlver_jax.command_line import local_paths, parse_flags
-from rlver_jax.config import ConfigError
+from rlver_jax.config.flags import local_paths, parse_flags
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.output import consoles
 from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.runs.workdir import RunFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlver_jax.config_files import base
+from rlver_jax.config import fields
 from rlver_jax.miniature import assets
 
 STEPS = 10  # of a training: minutes on two cores
@@ -21,8 +21,8 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
         arg: any of ppo, direct, challenging, joined with commas.
         folder: that `build` wrote.
     """
-    words = base.words(arg, "ppo", "direct", base.CHALLENGING)
-    c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
+    words = fields.words(arg, "ppo", "direct", fields.CHALLENGING)
+    c = fields.get_config(fields.CHALLENGING if fields.CHALLENGING in words else "")
     for model, name in ((c.policy, assets.POLICY), (c.user, assets.USER), (c.critic, assets.POLICY)):
         model.path = str(folder / name)
         model.dtype = model.param_dtype = "float32"

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.hub import local_folder
+from rlver_jax.config.hub import local_folder
 from rlver_jax.models.hf_config import ARCHITECTURE, read_config
 from rlver_jax.models.rope import Frequencies, RopeScaling, frequencies
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rlver_jax.advice import without_advice
-from rlver_jax.config import shortened
-from rlver_jax.foreign_weights import is_run, policy_of
+from rlver_jax.config.foreign_weights import is_run, policy_of
+from rlver_jax.config.validate import shortened
 from rlver_jax.models.rope import ROPE_TYPES, RopeScaling
 
 _T = TypeVar("_T")

@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE
-from rlver_jax.hub import TEXT_FILES, local_folder
+from rlver_jax.config.foreign_weights import INDEX_FILE, SINGLE_FILE
+from rlver_jax.config.hub import TEXT_FILES, local_folder
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.models.safetensors_files import (

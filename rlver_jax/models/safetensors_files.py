@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE, quantized, without_safetensors
+from rlver_jax.config.foreign_weights import INDEX_FILE, SINGLE_FILE, quantized, without_safetensors
 from rlver_jax.text.strict_json import repeats
 
 # Bits of every dtype of the format; the first line is what weights may be stored in.

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlver_jax.config import ConfigError, validate
+from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.plans.chips import Chip
 from rlver_jax.plans.measure import GIB, Measured, compile_all
 from rlver_jax.plans.programs import Shapes, programs_of

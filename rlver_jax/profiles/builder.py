@@ -23,7 +23,7 @@ from typing import Any, overload
 import tensorflow_datasets as tfds
 from absl import logging
 
-from rlver_jax.paths import cache_folder
+from rlver_jax.config.paths import cache_folder
 from rlver_jax.profiles.schema import (
     PathLike,
     Paths,

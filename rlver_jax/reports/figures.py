@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlver_jax.config import shortened
+from rlver_jax.config.validate import shortened
 from rlver_jax.dialogue import END_REASONS
 from rlver_jax.reports.rows import Rows
 from rlver_jax.reports.sources import Outline, Run

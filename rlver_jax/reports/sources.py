@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.config import shortened, shown
+from rlver_jax.config.validate import shortened, shown
 from rlver_jax.output import plain_line
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, known_intention
 from rlver_jax.reports.rows import Rows

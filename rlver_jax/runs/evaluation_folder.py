@@ -15,10 +15,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import endpoint_sides, flatten
-from rlver_jax.config_fields import PATHS as CONFIG_PATHS
+from rlver_jax.config.paths import check_folder_to_write
+from rlver_jax.config.ranges import PATHS as CONFIG_PATHS
+from rlver_jax.config.validate import endpoint_sides, flatten
 from rlver_jax.parallel import distributed
-from rlver_jax.paths import check_folder_to_write
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json

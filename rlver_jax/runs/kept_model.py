@@ -7,8 +7,8 @@ model's folder has moved. They are small files; the weights are those of the che
 import shutil
 from pathlib import Path
 
-from rlver_jax.config import is_folder
-from rlver_jax.hub import HubError, is_name, local_folder
+from rlver_jax.config.hub import HubError, is_name, local_folder
+from rlver_jax.config.validate import is_folder
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import copy_tokenizer
 from rlver_jax.players import check_tokenizers

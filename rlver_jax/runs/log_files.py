@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlver_jax.config import profile_files
+from rlver_jax.config.validate import profile_files
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import Record

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlver_jax.config import ConfigError
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.runs.log_shape import POLICY, USER
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.config import shown
+from rlver_jax.config.validate import shown
 from rlver_jax.runs.lines import each_line
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb_id"

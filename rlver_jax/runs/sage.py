@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from rlver_jax.config import shown
+from rlver_jax.config.validate import shown
 from rlver_jax.profiles.schema import Profile, intention_at_end
 from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, Record
 from rlver_jax.runs.numbers import MOST

@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlver_jax.config import flatten
-from rlver_jax.config_files import base
-from rlver_jax.credentials import Secrets, redacted
+from rlver_jax.config import fields
+from rlver_jax.config.credentials import Secrets, redacted
+from rlver_jax.config.validate import flatten
 from rlver_jax.runs.fingerprints import same
 
 _MAY_HOLD_KEYS = ("remote.policy.extra", "remote.user.extra")
@@ -69,4 +69,4 @@ def listed(texts: Sequence[str], separator: str) -> str:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    return json.loads(json.dumps(flatten(base.get_config())))
+    return json.loads(json.dumps(flatten(fields.get_config())))

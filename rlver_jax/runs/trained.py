@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from rlver_jax.foreign_weights import is_run
-from rlver_jax.hub import fault
+from rlver_jax.config.foreign_weights import is_run
+from rlver_jax.config.hub import fault
 from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
@@ -80,7 +80,7 @@ def take_checkpoint(
         config: its `policy.path` and `policy.init` are changed.
         checkpoint: a training run or a Hugging Face folder, of which everything is taken.
         step, base: as in `TrainedPolicy.open`.
-        path: of a training run, where to take config and tokenizer from (`command_line.given_path`); empty: its own.
+        path: of a training run, where to take config and tokenizer from (`flags.given_path`); empty: its own.
 
     Returns:
         what to read the policy from, where it is a training run.

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax.config import ConfigError, flatten, profile_files, unflatten
-from rlver_jax.config_fields import PATHS
+from rlver_jax.config.paths import check_folder_to_write
+from rlver_jax.config.ranges import PATHS
+from rlver_jax.config.validate import ConfigError, flatten, profile_files, unflatten
 from rlver_jax.parallel import distributed
-from rlver_jax.paths import check_folder_to_write
 from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.kept_model import base_folder, check_same_model, keep_model, kept_model

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.hub import local_folder
+from rlver_jax.config.hub import local_folder
 from rlver_jax.text.template import read_config
 from rlver_jax.text.tokenizer_base import CHATML, END_OF_TEXT, IM_END, IM_START, Tokenizer
 from rlver_jax.text.tokenizer_bpe import HFTokenizer

@@ -1,6 +1,6 @@
 import pytest
 
-from .server import ChatServer
+from tests.endpoint.server import ChatServer
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from ..in_background import InBackground
+from tests.in_background import InBackground
 
 FAULTS = ("500", "429", "drop", "garbage")
 

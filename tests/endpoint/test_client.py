@@ -11,8 +11,7 @@ import pytest
 from rlver_jax.endpoint.answers import AnswerCache
 from rlver_jax.endpoint.client import Client, Endpoint
 from rlver_jax.endpoint.errors import ContextFull, EndpointError, Unavailable
-
-from .server import ChatServer, one_in_five, rule
+from tests.endpoint.server import ChatServer, one_in_five, rule
 
 KEY = "sk-secret-0123456789"
 HELLO = [{"role": "user", "content": "hello"}]

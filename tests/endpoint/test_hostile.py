@@ -25,9 +25,8 @@ from rlver_jax.judging.forms import Step
 from rlver_jax.judging.written import read
 from rlver_jax.sampling.script import parse_script
 from rlver_jax.user.forms import Unreadable, make_form, read_form, read_wanted
-
-from .server import rule
-from .test_client import HELLO, ask
+from tests.endpoint.server import rule
+from tests.endpoint.test_client import HELLO, ask
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

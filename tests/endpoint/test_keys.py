@@ -15,10 +15,9 @@ from rlver_jax.endpoint.answers import AnswerCache
 from rlver_jax.endpoint.client import Client, Endpoint
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.evaluate import main
-
-from .server import ChatServer, rule
-from .test_client import ask
-from .test_proxy import FAR, VARIABLES, proxy_to
+from tests.endpoint.server import ChatServer, rule
+from tests.endpoint.test_client import ask
+from tests.endpoint.test_proxy import FAR, VARIABLES, proxy_to
 
 KEY = "sk-s3cret-ABCDefgh0123456789"
 TOKEN = "tok-9876543210-zyxwvu"

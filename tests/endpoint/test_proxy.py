@@ -13,10 +13,9 @@ from rlver_jax.endpoint.answers import AnswerCache
 from rlver_jax.endpoint.client import Client, Endpoint
 from rlver_jax.endpoint.errors import EndpointError, Unavailable
 from rlver_jax.endpoint.proxy import is_loopback, proxy_of
-
-from ..in_background import InBackground
-from .server import rule
-from .test_client import KEY, ask
+from tests.endpoint.server import rule
+from tests.endpoint.test_client import KEY, ask
+from tests.in_background import InBackground
 
 FAR = "http://model.example/v1"  # nobody has this name (RFC 2606): only a proxy can reach it
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

@@ -12,9 +12,8 @@ from rlver_jax.judging.rater import DeviceRater
 from rlver_jax.runs.sage import from_sage
 from rlver_jax.sampling.grammar import one_line
 from rlver_jax.text.chat import ChatTemplate
-
-from ..conftest import plain
-from .test_device import greedy_line
+from tests.conftest import plain
+from tests.judging.test_device import greedy_line
 
 WIDE, NARROW = ("-3", "+1", "+3"), ("a", "b")
 

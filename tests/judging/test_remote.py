@@ -25,10 +25,9 @@ from rlver_jax.judging.remote import RemoteJudge, RemoteRater
 from rlver_jax.judging.score import agreed, judged
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.sage import from_sage
-
-from ..endpoint.server import ChatServer, digest, one_in_five, rule
-from ..test_serve import served
-from .test_finished import write
+from tests.endpoint.server import ChatServer, digest, one_in_five, rule
+from tests.judging.test_finished import write
+from tests.test_serve import served
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)

@@ -15,8 +15,7 @@ from rlver_jax.policy import build_policy_tables
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Generated
 from rlver_jax.user.simulated import UserLimits, UserTurn
-
-from ..conftest import random_params
+from tests.conftest import random_params
 
 LENGTH = 320  # enough for eight turns
 SPARE = 9  # embedding rows without a token

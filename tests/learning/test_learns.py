@@ -24,8 +24,7 @@ from rlver_jax.players import Players
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.cache import LM
 from rlver_jax.user.simulated import UserLimits
-
-from ..conftest import some_profiles
+from tests.conftest import some_profiles
 
 PHRASE, PROFILES, GROUP, BEFORE, STEPS, LENGTH = "my sister said goodbye", 3, 24, 5, 50, 112
 COUNT = PROFILES * GROUP

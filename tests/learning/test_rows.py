@@ -20,9 +20,8 @@ from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rewards import Rewards
 from rlver_jax.sampling.grammar import Grammar
-
-from .conftest import LENGTH, make_world, packed, small_lm
-from .test_update import optimizer, trained
+from tests.learning.conftest import LENGTH, make_world, packed, small_lm
+from tests.learning.test_update import optimizer, trained
 
 # Where dialogues lie: on the host.
 

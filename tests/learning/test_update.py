@@ -22,8 +22,7 @@ from rlver_jax.learning.update import (
 )
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.rewards import Rewards
-
-from .conftest import make_world, packed, small_lm
+from tests.learning.conftest import make_world, packed, small_lm
 
 LENGTH, BATCH, OPTIONS = 192, 8, Loss()
 

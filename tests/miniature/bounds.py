@@ -16,9 +16,9 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from configs import base
-from rlver_jax.command_line import config_from_flags
-from rlver_jax.config import validate
+from rlver_jax.config import fields
+from rlver_jax.config.flags import config_from_flags
+from rlver_jax.config.validate import validate
 from rlver_jax.miniature import rule
 from rlver_jax.miniature.gold import gold_judge, spoken
 from rlver_jax.miniature.world import Person
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         flags.DEFINE_enum("reward", "rule", list(TRAINERS), "what the policy learns from", flag_values=values)
 
     config, options, _ = config_from_flags(argv, __doc__ or "", define)
-    validate(config, base.get_config(), jax.device_count())
+    validate(config, fields.get_config(), jax.device_count())
     mesh, trainer = make_mesh(**config.mesh), TRAINERS[options.reward]
     return train(config, options.workdir, mesh, Console(), gold_judge(config), trainer)
 

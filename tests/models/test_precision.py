@@ -12,8 +12,7 @@ import pytest
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.qwen2 import Qwen2, head, init_params, logits
 from rlver_jax.models.value_head import ValueHead
-
-from .test_qwen2 import golden, positions
+from tests.models.test_qwen2 import golden, positions
 
 PRODUCT = re.compile(r"stablehlo\.dot_general.*?precision = \[(\w+), (\w+)\]")
 

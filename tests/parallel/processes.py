@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..quick import QUICK
+from tests.quick import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 

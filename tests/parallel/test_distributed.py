@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlver_jax.parallel.distributed import SILENCE, join
-
-from .processes import processes
+from tests.parallel.processes import processes
 
 
 @pytest.fixture

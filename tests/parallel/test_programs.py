@@ -9,8 +9,16 @@ from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.plans.chips import topology_devices
-
-from .programs import CONFIG, MODEL, VOCAB_CHUNK, collectives, lower_copy, lower_decode, lower_update, operations
+from tests.parallel.programs import (
+    CONFIG,
+    MODEL,
+    VOCAB_CHUNK,
+    collectives,
+    lower_copy,
+    lower_decode,
+    lower_update,
+    operations,
+)
 
 BATCH, LENGTH, CAPACITY = 16, 288, 1024
 LARGEST_MATRIX = CONFIG.hidden_size * CONFIG.intermediate_size

@@ -6,8 +6,7 @@ import pytest
 
 from rlver_jax.reports import charts, figures
 from rlver_jax.reports.sources import read_runs
-
-from .conftest import record, row, some_records, write_evaluation, write_run
+from tests.reports.conftest import record, row, some_records, write_evaluation, write_run
 
 
 def tips(figure):

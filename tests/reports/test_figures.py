@@ -9,8 +9,7 @@ from rlver_jax.reports import figures, sources
 from rlver_jax.reports.figures import Point
 from rlver_jax.reports.sources import read_runs
 from rlver_jax.reports.texts import Texts
-
-from .conftest import record, row, some_records, write_evaluation, write_run
+from tests.reports.conftest import record, row, some_records, write_evaluation, write_run
 
 
 def test_rows_become_points_and_many_rows_means():

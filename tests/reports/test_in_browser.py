@@ -11,9 +11,8 @@ import pytest
 
 from rlver_jax.reports import page
 from rlver_jax.reports.sources import read_runs
-
-from .chromium import launch
-from .conftest import HOSTILE, WISHES
+from tests.reports.chromium import launch
+from tests.reports.conftest import HOSTILE, WISHES
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (extra `test`)")
 

@@ -7,8 +7,7 @@ import pytest
 from rlver_jax.reports import figures, page
 from rlver_jax.reports.measures import marks, measure_charts
 from rlver_jax.reports.sources import read_runs
-
-from .conftest import record, some_records, write_evaluation
+from tests.reports.conftest import record, some_records, write_evaluation
 
 
 def rated(number, depth, regard):

@@ -15,8 +15,7 @@ import pytest
 from rlver_jax.reports import page
 from rlver_jax.reports.browser import pack
 from rlver_jax.reports.sources import read_runs
-
-from .conftest import HOSTILE, record, row, some_records, write_evaluation, write_run
+from tests.reports.conftest import HOSTILE, record, row, some_records, write_evaluation, write_run
 
 
 class Parser(HTMLParser):

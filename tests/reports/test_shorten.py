@@ -11,9 +11,8 @@ from rlver_jax.report import main
 from rlver_jax.reports import page
 from rlver_jax.reports.shorten import evenly, level, short_text, shortened
 from rlver_jax.reports.sources import read_runs
-
-from .conftest import record, row, some_records, write_evaluation, write_run
-from .test_page import dialogues_of
+from tests.reports.conftest import record, row, some_records, write_evaluation, write_run
+from tests.reports.test_page import dialogues_of
 
 MARK = re.compile(r" \[…([\d,]+) characters left out…\] ")
 

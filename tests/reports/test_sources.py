@@ -5,8 +5,7 @@ import json
 import pytest
 
 from rlver_jax.reports.sources import intention_label, intention_labels, read_runs
-
-from .conftest import record, row, some_records, write_evaluation, write_lines, write_run
+from tests.reports.conftest import record, row, some_records, write_evaluation, write_lines, write_run
 
 
 def test_a_training_run_is_read_with_its_steps(small_run):

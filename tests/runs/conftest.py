@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from rlver_jax.config import reward_settings
+from rlver_jax.config.validate import reward_settings
 from rlver_jax.dialogue import END_REASONS, Dialogues, PolicyTurn, Spec
 from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile

@@ -22,8 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
 from rlver_jax.runs.leaves import checksum
-
-from .move import numbers, places
+from tests.runs.move import numbers, places
 
 
 @flax.struct.dataclass

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from configs.base import get_config
-from rlver_jax.config import reward_settings
+from rlver_jax.config.validate import reward_settings
 from rlver_jax.runs.dialogue_log import (
     DialogueLogError,
     dialogue_records,

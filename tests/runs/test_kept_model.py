@@ -8,8 +8,8 @@ import pytest
 
 from configs import debug
 from configs.base import get_config
-from rlver_jax.command_line import config_from_flags, given_path
-from rlver_jax.config import ConfigError, flatten
+from rlver_jax.config.flags import config_from_flags, given_path
+from rlver_jax.config.validate import ConfigError, flatten
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2, init_params

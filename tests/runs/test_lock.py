@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlver_jax.paths import PathError
+from rlver_jax.config.paths import PathError
 from rlver_jax.runs import lock
 
 ROOT = Path(__file__).resolve().parents[2]

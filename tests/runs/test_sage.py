@@ -9,8 +9,7 @@ from rlver_jax.runs.dialogue_log import read_dialogues, record_faults, write_dia
 from rlver_jax.runs.sage import from_sage, to_sage
 from rlver_jax.runs.trajectory import emotion_faults
 from rlver_jax.user.emotion import SAGE
-
-from .rlver_log import logged
+from tests.runs.rlver_log import logged
 
 
 def planning(change):

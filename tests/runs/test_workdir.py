@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs.base import get_config
-from rlver_jax.config import ConfigError, flatten, unflatten
+from rlver_jax.config.validate import ConfigError, flatten, unflatten
 from rlver_jax.runs.workdir import RunFolder
 
 FREE = ("train.steps", "log")

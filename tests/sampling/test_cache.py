@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from rlver_jax.models.qwen2 import Qwen2, stack_layers
 from rlver_jax.sampling.cache import LM, init_cache, join, repeat_rows, restart_rows, rollback
-
-from ..conftest import appended, plain, read
+from tests.conftest import appended, plain, read
 
 
 def random_rows(lengths, seed=0):

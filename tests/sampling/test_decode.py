@@ -23,8 +23,7 @@ from rlver_jax.sampling.decode import (
     truncate,
 )
 from rlver_jax.sampling.grammar import Grammar
-
-from ..conftest import appended, plain
+from tests.conftest import appended, plain
 
 STOP, PERIODS, NEVER = 56, range(48, 56), [3, 4]  # ends a message; complete the pattern; forbidden everywhere
 MAX = 12

@@ -9,8 +9,7 @@ from rlver_jax.sampling.grammar import one_line
 from rlver_jax.sampling.script import compile_script, parse_script, run_fields
 from rlver_jax.user.emotion import BANDS
 from rlver_jax.user.prompts import load_prompts
-
-from ..conftest import appended, literals, plain
+from tests.conftest import appended, literals, plain
 
 SLOTS = {"emotion": [str(n) for n in range(101)], "band": BANDS}
 TEXTS = {

@@ -7,8 +7,7 @@ import pytest
 from rlver_jax.serving import programs
 from rlver_jax.serving.engine import CHUNKS, Engine, EngineDown, EngineFull, Work
 from rlver_jax.text.chat import ChatTemplate
-
-from .conftest import BLOCK, CONTEXT, ROWS
+from tests.serving.conftest import BLOCK, CONTEXT, ROWS
 
 
 def asked(engine: Engine, *works: Work):

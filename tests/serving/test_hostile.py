@@ -17,10 +17,9 @@ import pytest
 from rlver_jax.serving import app as app_module
 from rlver_jax.serving import bodies, connection
 from rlver_jax.serving.app import Service
-
-from .conftest import CONTEXT, QUEUE
-from .test_server import GOOD, post
-from .test_server import chat as chat_with
+from tests.serving.conftest import CONTEXT, QUEUE
+from tests.serving.test_server import GOOD, post
+from tests.serving.test_server import chat as chat_with
 
 ROUTES = ["/health", "/stats", "/v1/models", "/v1/models/tiny", "/v1/chat/completions", "/v1/completions"]
 PATHS = [

@@ -10,8 +10,7 @@ from rlver_jax.sampling.grammar import free_text
 from rlver_jax.serving import programs
 from rlver_jax.serving.programs import Ask
 from rlver_jax.text.chat import ChatTemplate
-
-from ..conftest import plain
+from tests.conftest import plain
 
 ROWS, CAPACITY = 3, 96
 

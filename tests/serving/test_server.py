@@ -20,10 +20,9 @@ from rlver_jax.serving.engine import Engine
 from rlver_jax.serving.protocol import ChatRequest, ProtocolError
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import load_tokenizer
-
-from ..conftest import SHORT_PROMPTS, plain
-from ..text.conftest import as_published, write_bpe
-from .conftest import CONTEXT, QUEUE, ROWS, serving
+from tests.conftest import SHORT_PROMPTS, plain
+from tests.serving.conftest import CONTEXT, QUEUE, ROWS, serving
+from tests.text.conftest import as_published, write_bpe
 
 SAY = [{"role": "system", "content": "Say."}, {"role": "user", "content": "my boss did not listen."}]
 

@@ -11,10 +11,9 @@ from rlver_jax import verify
 from rlver_jax.evaluate import main
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.text.chat import ChatTemplate
-
-from ..conftest import SHORT_PROMPTS, plain
-from ..endpoint.server import ChatServer, rule
-from ..test_evaluate import CONFIG
+from tests.conftest import SHORT_PROMPTS, plain
+from tests.endpoint.server import ChatServer, rule
+from tests.test_evaluate import CONFIG
 
 
 @pytest.fixture(autouse=True)

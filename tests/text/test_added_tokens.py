@@ -13,9 +13,8 @@ from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.sampling.grammar import free_text, one_line, thought_then_say
 from rlver_jax.text.automaton import THINK_CLOSE, build_automaton
 from rlver_jax.text.tokenizer import HFTokenizer, load_tokenizer
-
-from .conftest import ADDED, THINK, as_published, sentences, write_bpe
-from .test_tokenizer import quick
+from tests.text.conftest import ADDED, THINK, as_published, sentences, write_bpe
+from tests.text.test_tokenizer import quick
 
 WORDS = [*THINK, "<tool_call>"]
 

@@ -8,8 +8,7 @@ import sentencepiece
 import transformers
 
 from rlver_jax.text.chat import ChatTemplate
-
-from .conftest import TEMPLATE
+from tests.text.conftest import TEMPLATE
 
 CONVERSATIONS = [
     [{"role": "system", "content": "You are kind."}],

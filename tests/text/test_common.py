@@ -6,9 +6,8 @@ import pytest
 
 from rlver_jax.text.common import difference
 from rlver_jax.text.tokenizer import HFTokenizer, train_sentencepiece
-
-from .conftest import ADDED, sentences, write_bpe
-from .test_tokenizer import rewrite
+from tests.text.conftest import ADDED, sentences, write_bpe
+from tests.text.test_tokenizer import rewrite
 
 
 @pytest.mark.parametrize("more", [["[PAD]"], ["<|extra|>", "[PAD]"]])

@@ -13,9 +13,8 @@ from rlver_jax.models.config import preset
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
-
-from .conftest import sentences
-from .test_tokenizer import quick, train_raw
+from tests.text.conftest import sentences
+from tests.text.test_tokenizer import quick, train_raw
 
 HARD = [
     *("▁", "▁▁a", " ", "  ", "\n", "\n\n", "\0", "<0x41>", "</think>", "<think>"),

@@ -9,8 +9,7 @@ from rlver_jax.text import template
 from rlver_jax.text.chat import DEFAULT_SYSTEM, ChatTemplate
 from rlver_jax.text.template import FolderTemplate
 from rlver_jax.text.tokenizer import HFTokenizer, load_tokenizer, train_sentencepiece
-
-from .conftest import ADDED, TEMPLATE, THINK, as_published, sentences, write_bpe
+from tests.text.conftest import ADDED, TEMPLATE, THINK, as_published, sentences, write_bpe
 
 # Templates of our own that do what those of published models do.
 EACH = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"

@@ -16,8 +16,7 @@ from rlver_jax.text.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
-
-from .conftest import ADDED, sentences, write_bpe
+from tests.text.conftest import ADDED, sentences, write_bpe
 
 TRICKY = [
     *ADDED,

@@ -9,8 +9,7 @@ from rlver_jax.sampling.cache import append
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import TRAINING, change_readout
 from rlver_jax.user.simulated import UserLimits, build_user_tables, option_text, says, user_turn
-
-from ..conftest import Fresh, appended, check_claims, option_logprobs, plain, some_profiles
+from tests.conftest import Fresh, appended, check_claims, option_logprobs, plain, some_profiles
 
 SEEDS = [
     "<|im_end|>",

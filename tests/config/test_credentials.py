@@ -8,7 +8,7 @@ import urllib.parse
 
 import pytest
 
-from rlver_jax.credentials import (
+from rlver_jax.config.credentials import (
     Secret,
     Secrets,
     guarded,

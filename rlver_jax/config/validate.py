@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
-from rlver_jax import hub, paths
-from rlver_jax.config_fields import CHOICES, PATHS, RANGES
-from rlver_jax.credentials import without_credentials
+from rlver_jax.config import hub, paths
+from rlver_jax.config.credentials import without_credentials
+from rlver_jax.config.ranges import CHOICES, PATHS, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub

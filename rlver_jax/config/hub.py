@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlver_jax import paths
-from rlver_jax.foreign_weights import INDEX_FILE, SINGLE_FILE, foreign_kind
+from rlver_jax.config import paths
+from rlver_jax.config.foreign_weights import INDEX_FILE, SINGLE_FILE, foreign_kind
 from rlver_jax.parallel import distributed
 
 # What belongs to a model beside its config and weights, as far as it has them: tokenizer, templates, generation config.

@@ -5,7 +5,7 @@ import codecs
 import pytest
 
 from rlver_jax import evaluate, report, verify
-from rlver_jax.config_files import FOLDER
+from rlver_jax.config.files import FOLDER
 from rlver_jax.user.prompts import load_prompts
 
 PROMPTS = FOLDER / "debug_world" / "prompts"

@@ -7,10 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from rlver_jax.config import ConfigError, flatten, validate
-from rlver_jax.config_fields import CHOICES, RANGES
+from rlver_jax.config.ranges import CHOICES, RANGES
+from rlver_jax.config.validate import ConfigError, flatten, validate
 
-CONFIGS = sorted(Path(__file__).resolve().parents[1].joinpath("configs").glob("[!_]*.py"))
+CONFIGS = sorted(Path(__file__).resolve().parents[2].joinpath("configs").glob("[!_]*.py"))
 
 
 def changed(**fields):

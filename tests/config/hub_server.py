@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from .in_background import InBackground
+from tests.in_background import InBackground
 
 
 @dataclass

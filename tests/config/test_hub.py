@@ -15,16 +15,15 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
-from rlver_jax import evaluate, hub, train
-from rlver_jax.hub import HubError, fault, is_name, local_folder, short_name
+from rlver_jax import evaluate, train
+from rlver_jax.config import fields, hub
+from rlver_jax.config.hub import HubError, fault, is_name, local_folder, short_name
 from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2, init_params
 from rlver_jax.runs.fingerprints import model_fingerprint
 from rlver_jax.text.tokenizer import load_tokenizer
-
-from .hub_server import Hub, serve
+from tests.config.hub_server import Hub, serve
 
 NAME = "some-org/Tiny.Model-0.1B"
 HASH, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
@@ -305,7 +304,7 @@ def test_folders_of_another_kind(tmp_path):
 def test_commands_take_names(home, plain, tmp_path):
     """In a process of its own, as a user starts it: HF_HOME, and nothing else, tells where the model is."""
     cached(home, plain)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     environment["HF_HOME"] = str(home)
     rounds = ("--config.eval.num_profiles=1", "--config.eval.max_turns=1", "--config.rollout.context=2048")
@@ -322,7 +321,7 @@ def test_commands_take_names(home, plain, tmp_path):
 @pytest.mark.parametrize("command", [train, evaluate])
 def test_commands_say_what_a_name_was_taken_for(home, tmp_path, command, capsys):
     """Before anything is compiled, and in one line."""
-    config = Path(__file__).resolve().parents[1] / "configs" / "debug.py"
+    config = Path(__file__).resolve().parents[2] / "configs" / "debug.py"
     folder = "workdir" if command is train else "out"
     assert command.main([f"--config={config}", f"--{folder}=new", "--config.user.path=some-org/none"]) == 2
     said = capsys.readouterr().err
@@ -336,7 +335,7 @@ def test_commands_say_what_a_name_was_taken_for(home, tmp_path, command, capsys)
 def test_a_fingerprint_is_that_of_the_files(home, plain):
     """So an evaluation goes on whether its model is given by name or by folder."""
     cached(home, plain)
-    config = base.get_config().user
+    config = fields.get_config().user
     config.path = NAME
     named = model_fingerprint(config, "user")
     config.path = str(plain)

@@ -8,10 +8,10 @@ import pytest
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from rlver_jax import command_line
-from rlver_jax.config import CHOICES, PATHS, ConfigError, flatten, validate
-from rlver_jax.config_files import base
-from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
+from rlver_jax.config import fields
+from rlver_jax.config import flags as command_line
+from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
+from rlver_jax.config.validate import CHOICES, PATHS, ConfigError, flatten, validate
 
 PACKAGE = Path(command_line.__file__).parent
 COMMANDS = sorted(
@@ -81,7 +81,7 @@ def test_every_flag_with_text_takes_a_path_or_is_known_not_to(command, monkeypat
 
 
 def test_fields_with_text_are_paths_or_known_not_to_be():
-    texts = {name for name, value in flatten(base.get_config()).items() if isinstance(value, str)}
+    texts = {name for name, value in flatten(fields.get_config()).items() if isinstance(value, str)}
     assert texts - set(CHOICES) - FIELDS == set(PATHS)
 
 
@@ -171,7 +171,7 @@ def test_every_field_is_checked_and_its_home_folder_found(name, tmp_path, monkey
     assert flatten(config)[name] == f"{tmp_path}/x"
     config.update_from_flattened_dict({name: "gs://bucket/x"})
     with pytest.raises(ConfigError, match=rf"{name}='gs://bucket/x': is a URL"):
-        validate(config, base.get_config())
+        validate(config, fields.get_config())
 
 
 def test_each_of_several_files_is_checked(monkeypatch, tmp_path):
@@ -180,13 +180,13 @@ def test_each_of_several_files_is_checked(monkeypatch, tmp_path):
     config, _, _ = command_line.config_from_flags(words, "")
     assert config.data.train == f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl"
     with pytest.raises(ConfigError, match=r"data.eval='a,s3://b/c': is a URL"):
-        validate(config, base.get_config())
+        validate(config, fields.get_config())
 
 
 def test_addresses_of_endpoints_are_no_paths():
-    config = base.get_config()
+    config = fields.get_config()
     config.remote.user.url, config.remote.user.model = "http://127.0.0.1:8000/v1", "m"
-    validate(config, base.get_config())
+    validate(config, fields.get_config())
 
 
 def test_a_config_file_in_the_home_folder(monkeypatch, tmp_path):

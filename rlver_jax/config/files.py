@@ -1,7 +1,7 @@
 """Config files: `configs/` of this installation, and what `import configs` means in a config file.
 
 `configs` is a usual name for a folder, and Python looks into the working folder first. The library therefore imports
-no `configs`: it reads the folder beside its own package.
+no `configs`.
 """
 
 import contextlib
@@ -14,21 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# A wheel holds them within the package, a checkout beside it.
+FOLDER = next((f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir()), _PACKAGE / "configs")
 _NAME = "configs"
 _FILE = "config_config"  # ml_collections' module of a config file: the next one would find what this one defined
-
-
-def load(name: str) -> ModuleType:
-    """The package's own configs/NAME.py as a module."""
-    file = FOLDER / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"rlver_jax_configs_{name}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with imports_of(str(file)):
-        spec.loader.exec_module(module)
-    return module
 
 
 def located(file: str) -> str:
@@ -86,6 +76,3 @@ def _make_package(places: Sequence[str]) -> None:
     assert found.loader is not None
     sys.modules[_NAME] = module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-
-
-base = load("base")  # the fields that exist

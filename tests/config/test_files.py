@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlver_jax import config_files
-from rlver_jax.command_line import config_from_flags
-from rlver_jax.config import ConfigError
+from rlver_jax.config import files as config_files
+from rlver_jax.config.flags import config_from_flags
+from rlver_jax.config.validate import ConfigError
 
-ROOT = Path(config_files.__file__).resolve().parents[1]
+ROOT = Path(config_files.__file__).resolve().parents[2]
 OWN = """from configs import base
 def get_config(arg=""):
     config = base.get_config(arg)
@@ -82,7 +82,7 @@ def test_a_folder_of_configs_that_was_copied_and_changed(folder):
     """`configs/` is for editing: its files mean each other."""
     (folder / "configs").mkdir()
     (folder / "configs" / "base.py").write_text(
-        "from rlver_jax.config_files import base\n"
+        "from rlver_jax.config import fields as base\n"
         "def get_config(arg=''):\n    c = base.get_config(arg)\n    c.train.steps = 501\n    return c\n"
     )
     (folder / "configs" / "own.py").write_text("from configs import base\nget_config = base.get_config\n")

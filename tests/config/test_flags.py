@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from configs.base import get_config
-from rlver_jax.command_line import config_from_flags, keep_compiled
-from rlver_jax.config import ConfigError, flatten, validate
-from rlver_jax.config_fields import CHOICES, RANGES
+from rlver_jax.config.flags import config_from_flags, keep_compiled
+from rlver_jax.config.ranges import CHOICES, RANGES
+from rlver_jax.config.validate import ConfigError, flatten, validate
 
 
 @pytest.fixture

@@ -16,11 +16,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rlver_jax import config_files
-from rlver_jax.config import ConfigError, flatten, shortened
-from rlver_jax.config_fields import PATHS
-from rlver_jax.credentials import without_credentials
-from rlver_jax.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
+from rlver_jax.config import fields
+from rlver_jax.config import files as config_files
+from rlver_jax.config.credentials import without_credentials
+from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
+from rlver_jax.config.ranges import PATHS
+from rlver_jax.config.validate import ConfigError, flatten, shortened
 
 Define = Callable[[flags.FlagValues], None]
 
@@ -285,7 +286,7 @@ _WANTED = {
 
 def _place(override: str) -> Any:
     """What `configs/base.py` has where `FIELD=VALUE` sets a field; None where it has nothing there."""
-    found: Any = config_files.base.get_config()
+    found: Any = fields.get_config()
     for part in override.split("=")[0].split("."):
         found = found.get(part) if isinstance(found, ConfigDict) else None
     return found
