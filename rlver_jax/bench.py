@@ -24,8 +24,8 @@ from absl import flags
 from rlver_jax.benches.timing import machine
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
-from rlver_jax.output import consoles
 from rlver_jax.runs.files import write_json
+from rlver_jax.text.console import consoles
 
 # Each is a module with `measure(repeats, tell)`, which returns figures, and `lines(figures)`, which says them.
 SUITES = ("dialogue", "rollout", "update", "logprob", "load", "compile")

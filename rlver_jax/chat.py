@@ -28,7 +28,6 @@ from rlver_jax.config.hub import fetch
 from rlver_jax.config.paths import check_file_to_write
 from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.evaluation import chosen_profiles, eval_spec
-from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import Players, limits_of, load_model
 from rlver_jax.profiles.schema import Profile
@@ -36,6 +35,7 @@ from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
 from rlver_jax.spec import check_context
+from rlver_jax.text.console import consoles
 from rlver_jax.user.prompts import load_prompts
 
 SIDES = ("user", "policy")

@@ -46,7 +46,6 @@ from rlver_jax.judging import command as judging
 from rlver_jax.judging.finished import finished
 from rlver_jax.judging.show import show_judges
 from rlver_jax.miniature.gold import gold_judge
-from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs import evaluation_folder
@@ -57,6 +56,7 @@ from rlver_jax.runs.render import print_comparison, print_dialogue
 from rlver_jax.runs.spread import spread, spread_text
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 from rlver_jax.spec import check_context
+from rlver_jax.text.console import consoles
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,6 @@ from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.validate import ConfigError, profile_files, validate
 from rlver_jax.miniature.assets import POLICY, shipped
-from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.plans.chips import chip_of, topology_devices
 from rlver_jax.plans.measure import compile_all
@@ -40,6 +39,7 @@ from rlver_jax.plans.remedies import find_remedy, over
 from rlver_jax.plans.report import Plan, show
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.runs.files import write_json
+from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
 
 PREFIX, FIRST_TALK = 2688, 128  # tokens: RLVER's 500 published training profiles under Qwen2.5's tokenizer

@@ -20,10 +20,10 @@ from rich.progress import track
 
 from rlver_jax.config.flags import define_path, local_paths, parse_flags
 from rlver_jax.config.validate import ConfigError
-from rlver_jax.output import consoles, plain_line
 from rlver_jax.reports import page
 from rlver_jax.reports.sources import read_runs
 from rlver_jax.runs.files import write_text
+from rlver_jax.text.console import consoles, plain_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,13 +26,13 @@ from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.hub import fetch
 from rlver_jax.config.validate import MODELS, ConfigError, check_training, flatten, validate
 from rlver_jax.miniature.gold import gold_judge
-from rlver_jax.output import consoles
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.lock import LostLockError
 from rlver_jax.runs.metrics import missing_steps, read_metrics
 from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.text.console import consoles
 from rlver_jax.trainer import train
 
 

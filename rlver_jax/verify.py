@@ -38,7 +38,6 @@ from rlver_jax.config.flags import config_from_flags, define_path, given_path, l
 from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.dialogue import opening_key
 from rlver_jax.evaluation import chosen_profiles, eval_spec
-from rlver_jax.output import consoles
 from rlver_jax.players import Players, load_model
 from rlver_jax.policy import build_policy_tables
 from rlver_jax.profiles.schema import Profile, read_profiles
@@ -52,6 +51,7 @@ from rlver_jax.runs.log_tokens import ALLOWED, Allowed, Found, Speaker, hold, us
 from rlver_jax.runs.trajectory import reactions
 from rlver_jax.sampling.packed import Packed
 from rlver_jax.sampling.rederive import Dialogue, Keys
+from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.user.emotion import CHANGES, EmotionRules
 from rlver_jax.user.packed import LoggedTurn, Packer

@@ -33,7 +33,6 @@ from rlver_jax.judging.settings import judge_settings
 from rlver_jax.judging.show import show_agreement, show_judges, show_scores
 from rlver_jax.judging.statistics import mean_with_interval
 from rlver_jax.judging.work_folder import Fingerprint
-from rlver_jax.output import consoles, plain_line
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.runs.dialogue_log import REMEDY, Record, write_dialogues
@@ -41,6 +40,7 @@ from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.lock import LostLockError, hold
+from rlver_jax.text.console import consoles, plain_line
 from rlver_jax.text.strict_json import half_character
 
 SHOWN = 20  # faults that are printed

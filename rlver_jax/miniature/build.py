@@ -36,7 +36,6 @@ from rlver_jax.miniature.settings import STEPS, miniature_config
 from rlver_jax.miniature.world import people
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen2 import Qwen2
-from rlver_jax.output import consoles
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.dialogue_log import Record, read_dialogues
@@ -44,6 +43,7 @@ from rlver_jax.runs.files import write_json
 from rlver_jax.runs.trained import TrainedPolicy
 from rlver_jax.runs.workdir import FINISHED, RunFolder
 from rlver_jax.sampling.cache import LM
+from rlver_jax.text.console import consoles
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.trainer import train

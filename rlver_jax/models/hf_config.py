@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from rlver_jax.advice import without_advice
 from rlver_jax.config.foreign_weights import is_run, policy_of
 from rlver_jax.config.validate import shortened
 from rlver_jax.models.rope import ROPE_TYPES, RopeScaling
+from rlver_jax.text.advice import without_advice
 
 _T = TypeVar("_T")
 ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlver_jax.output import plain_line
 from rlver_jax.reports.figures import OUTCOMES, outcome
 from rlver_jax.reports.shorten import MOST_CHARACTERS, evenly, level, shortened
 from rlver_jax.reports.sources import Outline, Run, intention_label, intention_labels
 from rlver_jax.reports.texts import Texts, as_json, page_size
+from rlver_jax.text.console import plain_line
 
 # Shares of the page below which nothing is taken from: a dialogue is whole, a profile has all its dialogues.
 _DIALOGUE, _PROFILE = 1 / 16, 1 / 4

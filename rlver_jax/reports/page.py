@@ -12,13 +12,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rlver_jax.output import plain, plain_line
 from rlver_jax.reports import charts, figures
 from rlver_jax.reports.browser import Packed, pack
 from rlver_jax.reports.charts import Figure
 from rlver_jax.reports.measures import measure_charts
 from rlver_jax.reports.sources import Run
 from rlver_jax.runs.metrics import missing_steps
+from rlver_jax.text.console import plain, plain_line
 
 
 def render(runs: Sequence[Run], most_bytes: int) -> tuple[str, Packed]:

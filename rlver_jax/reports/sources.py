@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rlver_jax.config.validate import shortened, shown
-from rlver_jax.output import plain_line
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, known_intention
 from rlver_jax.reports.rows import Rows
 from rlver_jax.reports.texts import Texts
@@ -19,6 +18,7 @@ from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.metrics import iter_metrics
 from rlver_jax.runs.numbers import is_number, number_faults
 from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.text.console import plain_line
 
 MOST_RUNS = 8  # colours that can be told apart
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from rich.cells import cell_len
 
-from rlver_jax.output import plain_line
+from rlver_jax.text.console import plain_line
 
 WIDTH, HEIGHT = 360, 210
 _LEFT, _RIGHT, _BOTTOM, _LINE = 38, 18, 32, 15

@@ -22,8 +22,8 @@ from pathlib import Path
 import jax
 
 from rlver_jax.config.paths import PathError, check_folder_to_write
-from rlver_jax.output import plain_line
 from rlver_jax.parallel import distributed
+from rlver_jax.text.console import plain_line
 
 LOCK = "lock"  # folder in the locked one
 BEAT = 10.0  # seconds between signs of life

@@ -11,16 +11,16 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from rlver_jax.output import consoles
+from rlver_jax.text.console import consoles
 from tests.config.test_paths import COMMANDS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # an ASCII locale that Python doesn't correct
 ENCODINGS = [PLAIN, *({"PYTHONIOENCODING": name} for name in ("gbk", "latin-1", "ascii", "ascii:strict"))]
 # Says more than a pipe holds, then shows that it came to its end.
 TALKER = """
 import os, sys
-from rlver_jax.output import consoles
+from rlver_jax.text.console import consoles
 console, errors = consoles()
 for _ in range(9):
     console.print("\\n".join(["情绪 42 → 52 · é"] * 1000), markup=False, highlight=False, soft_wrap=True)
@@ -115,13 +115,13 @@ def test_a_full_disk(talker, tmp_path):
     ids=str,
 )
 def test_sizes_that_nobody_could_read(changes, width, tmp_path):
-    code = "from rlver_jax.output import consoles; c, e = consoles(); c.rule('x'); print(c.width, e.width)"
+    code = "from rlver_jax.text.console import consoles; c, e = consoles(); c.rule('x'); print(c.width, e.width)"
     status, out, err = run([sys.executable, "-c", code], tmp_path, changes | {"PYTHONIOENCODING": "utf-8"})
     assert (status, out.decode().splitlines()[-1]) == (0, f"{width} {width}"), err
 
 
 def test_input_of_any_encoding(tmp_path):
-    code = "from rlver_jax.output import consoles; consoles(); print(ascii(input()), ascii(input()))"
+    code = "from rlver_jax.text.console import consoles; consoles(); print(ascii(input()), ascii(input()))"
     for changes, said in [(PLAIN, "'h\\xe9' '\\ufffd!'"), ({"PYTHONIOENCODING": "utf-8"}, "'h\\xe9' '\\ufffd!'")]:
         with start([sys.executable, "-c", code], tmp_path, changes, stdin=subprocess.PIPE) as process:
             out, err = process.communicate(b"h\xc3\xa9\n\xff!\n", timeout=60)
@@ -129,9 +129,7 @@ def test_input_of_any_encoding(tmp_path):
 
 
 def test_a_program_that_has_read_its_input_calls_a_command(tmp_path):
-    code = (
-        "input(); from rlver_jax.output import consoles; consoles()[0].print('file:x:1', markup=False); print(input())"
-    )
+    code = "input(); from rlver_jax.text.console import consoles; consoles()[0].print('file:x:1', markup=False); print(input())"
     with start([sys.executable, "-c", code], tmp_path, {}, stdin=subprocess.PIPE) as process:
         out, err = process.communicate(b"a\nb\n", timeout=60)
     assert out.split() == [b"file:x:1", b"b"], err  # rich's `:x:` is a picture
