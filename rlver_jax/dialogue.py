@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from rlver_jax.parallel import rules
-from rlver_jax.parallel.rows import put_rows, take_rows
+from rlver_jax.parallel.batch import put_rows, take_rows
 from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.sampling.cache import LM, Cache, append, init_cache, read_one, repeat_rows, restart_rows, rollback
 from rlver_jax.sampling.decode import Limits, generate

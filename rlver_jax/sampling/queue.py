@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from rlver_jax.parallel.rows import common_parts
+from rlver_jax.parallel.batch import common_parts
 
 
 class Queue(NamedTuple):

@@ -17,7 +17,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.trainer import train
 from tests.test_trainer import SEED, check_equal, policy_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ONE = (1, 1, 1)
 # Sampling has fewer parts of each matrix than training, and other rows on each device.
 APART = {"mesh_sampling.replica": -1, "mesh_sampling.fsdp": 1}

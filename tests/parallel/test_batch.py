@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlver_jax.parallel.batch import common_parts, put_rows, take_rows
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.parallel.rows import common_parts, put_rows, take_rows
 
 N, R, T = 12, 8, 3
 
