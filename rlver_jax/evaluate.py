@@ -39,8 +39,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
 from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
-from rlver_jax.endpoint.errors import EndpointError, Unavailable
-from rlver_jax.endpoint.usage import usage_text
+from rlver_jax.endpoints.errors import EndpointError, Unavailable
+from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.evaluation import Played, chosen_profiles, load
 from rlver_jax.judging import command as judging
 from rlver_jax.judging.finished import finished

@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from rlver_jax.config.credentials import Secret, key_fault
 from rlver_jax.config.validate import ConfigError, endpoint_sides, reward_settings
 from rlver_jax.dialogue import room_needed
-from rlver_jax.endpoint.answers import AnswerCache
-from rlver_jax.endpoint.client import Client, Endpoint
-from rlver_jax.endpoint.usage import priced, summed
-from rlver_jax.endpoint.work import as_finished
+from rlver_jax.endpoints.answer_cache import AnswerCache
+from rlver_jax.endpoints.client import Client, Endpoint
+from rlver_jax.endpoints.concurrency import as_finished
+from rlver_jax.endpoints.usage import priced, summed
 from rlver_jax.evaluation import Batch, Gold, eval_spec, scores
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.players import WIDTH_STEP, Players, Weights, emotion_rules, limits_of, load_model

@@ -12,7 +12,7 @@ import pytest
 
 from configs import debug
 from rlver_jax.evaluate import main
-from tests.endpoint.server import ChatServer, digest, one_in_five, rule
+from tests.endpoints.server import ChatServer, digest, one_in_five, rule
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-secret-0123456789"

@@ -20,7 +20,7 @@ from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config.hub import is_name, short_name
 from rlver_jax.config.validate import ConfigError, endpoint_sides, profile_files, validate
-from rlver_jax.endpoint.errors import EndpointError, Unavailable
+from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.evaluation import Tally
 from rlver_jax.judging.device import DeviceJudge
 from rlver_jax.judging.finished import Finished, FinishedFiles, Lazily, faults, turns_of, with_profile, with_profiles

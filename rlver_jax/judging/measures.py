@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rlver_jax.endpoint.usage import summed
+from rlver_jax.endpoints.usage import summed
 from rlver_jax.judging.finished import Finished, Lazily
 from rlver_jax.judging.forms import QUALITIES, STRATEGIES, Forms, measures_of
 from rlver_jax.judging.rater import Rater

@@ -13,11 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlver_jax.endpoint.answers import AnswerCache
-from rlver_jax.endpoint.client import Client, Endpoint, Message
-from rlver_jax.endpoint.errors import ContextFull
-from rlver_jax.endpoint.usage import Usage, priced
-from rlver_jax.endpoint.work import as_finished
+from rlver_jax.endpoints.answer_cache import AnswerCache
+from rlver_jax.endpoints.client import Client, Endpoint, Message
+from rlver_jax.endpoints.concurrency import as_finished
+from rlver_jax.endpoints.errors import ContextFull
+from rlver_jax.endpoints.usage import Usage, priced
 from rlver_jax.judging.finished import Finished, turns_of, within
 from rlver_jax.judging.forms import Answers, Asked, Form, Forms, load_forms
 from rlver_jax.judging.judge import Appraised, Progress, Work

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlver_jax.endpoint.usage import summed
+from rlver_jax.endpoints.usage import summed
 from rlver_jax.judging.finished import Finished, Lazily, turns_of
 from rlver_jax.judging.judge import Judge, Work
 from rlver_jax.judging.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation

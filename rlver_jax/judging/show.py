@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rlver_jax.endpoint.usage import usage_text
+from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.user.emotion import BANDS
 
 _FIGURES = {

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rlver_jax.dialogue import CONTEXT, END_REASONS, FAILURE, FORMAT, GOODBYE, SUCCESS, TURN_LIMIT
-from rlver_jax.endpoint.errors import ContextFull
-from rlver_jax.endpoint.usage import Usage
+from rlver_jax.endpoints.errors import ContextFull
+from rlver_jax.endpoints.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import UNREADABLE, Record
 from rlver_jax.user.emotion import EmotionRules

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlver_jax.endpoint.client import Client, Message
-from rlver_jax.endpoint.usage import Usage
+from rlver_jax.endpoints.client import Client, Message
+from rlver_jax.endpoints.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.user.emotion import EmotionRules

@@ -16,7 +16,7 @@ from rich.console import Console
 from scipy import stats
 
 from configs import debug
-from rlver_jax.endpoint.errors import EndpointError
+from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluate import main
 from rlver_jax.judging.finished import Finished
 from rlver_jax.judging.forms import LETTERS, load_forms
@@ -25,7 +25,7 @@ from rlver_jax.judging.remote import RemoteJudge, RemoteRater
 from rlver_jax.judging.score import agreed, judged
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.sage import from_sage
-from tests.endpoint.server import ChatServer, digest, one_in_five, rule
+from tests.endpoints.server import ChatServer, digest, one_in_five, rule
 from tests.judging.test_finished import write
 from tests.test_serve import served
 

@@ -12,7 +12,7 @@ from rlver_jax.evaluate import main
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import SHORT_PROMPTS, plain
-from tests.endpoint.server import ChatServer, rule
+from tests.endpoints.server import ChatServer, rule
 from tests.test_evaluate import CONFIG
 
 

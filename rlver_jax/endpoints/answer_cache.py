@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.endpoint.completion import parsed
+from rlver_jax.endpoints.completion import parsed
 
 
 def request_key(url: str, body: dict[str, Any], seed: int) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlver_jax.endpoint.limits import duration, pause_of
+from rlver_jax.endpoints.rate_limits import duration, pause_of
 
 
 @pytest.mark.parametrize(

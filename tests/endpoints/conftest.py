@@ -1,6 +1,6 @@
 import pytest
 
-from tests.endpoint.server import ChatServer
+from tests.endpoints.server import ChatServer
 
 
 @pytest.fixture

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from rlver_jax.endpoint.answers import AnswerCache, request_key
-from rlver_jax.endpoint.client import Client, Endpoint
-from rlver_jax.endpoint.errors import EndpointError, Unavailable
-from rlver_jax.endpoint.usage import Usage, priced, summed
+from rlver_jax.endpoints.answer_cache import AnswerCache, request_key
+from rlver_jax.endpoints.client import Client, Endpoint
+from rlver_jax.endpoints.errors import EndpointError, Unavailable
+from rlver_jax.endpoints.usage import Usage, priced, summed
 from rlver_jax.judging.forms import Step
 from rlver_jax.judging.written import read
 from rlver_jax.sampling.script import parse_script
 from rlver_jax.user.forms import Unreadable, make_form, read_form, read_wanted
-from tests.endpoint.server import rule
-from tests.endpoint.test_client import HELLO, ask
+from tests.endpoints.server import rule
+from tests.endpoints.test_client import HELLO, ask
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -127,8 +127,8 @@ LONG = {  # headers, a piece of the body, how many times it is sent
 
 MEASURE = """
 import asyncio, json, re, sys
-from rlver_jax.endpoint.answers import AnswerCache
-from rlver_jax.endpoint.client import Client, Endpoint
+from rlver_jax.endpoints.answer_cache import AnswerCache
+from rlver_jax.endpoints.client import Client, Endpoint
 async def run(count):
     client = Client(Endpoint(sys.argv[1], "m", first_wait=0.01, deadline=100), AnswerCache(None))
     try:

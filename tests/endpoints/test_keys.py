@@ -11,13 +11,13 @@ import urllib.parse
 import pytest
 
 from configs import debug
-from rlver_jax.endpoint.answers import AnswerCache
-from rlver_jax.endpoint.client import Client, Endpoint
-from rlver_jax.endpoint.errors import EndpointError, Unavailable
+from rlver_jax.endpoints.answer_cache import AnswerCache
+from rlver_jax.endpoints.client import Client, Endpoint
+from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.evaluate import main
-from tests.endpoint.server import ChatServer, rule
-from tests.endpoint.test_client import ask
-from tests.endpoint.test_proxy import FAR, VARIABLES, proxy_to
+from tests.endpoints.server import ChatServer, rule
+from tests.endpoints.test_client import ask
+from tests.endpoints.test_proxy import FAR, VARIABLES, proxy_to
 
 KEY = "sk-s3cret-ABCDefgh0123456789"
 TOKEN = "tok-9876543210-zyxwvu"

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from rlver_jax.endpoint.answers import AnswerCache
-from rlver_jax.endpoint.client import Client, Endpoint
-from rlver_jax.endpoint.errors import ContextFull, EndpointError, Unavailable
-from tests.endpoint.server import ChatServer, one_in_five, rule
+from rlver_jax.endpoints.answer_cache import AnswerCache
+from rlver_jax.endpoints.client import Client, Endpoint
+from rlver_jax.endpoints.errors import ContextFull, EndpointError, Unavailable
+from tests.endpoints.server import ChatServer, one_in_five, rule
 
 KEY = "sk-secret-0123456789"
 HELLO = [{"role": "user", "content": "hello"}]

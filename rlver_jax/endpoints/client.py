@@ -22,12 +22,12 @@ import httpx2 as httpx
 import tenacity
 
 from rlver_jax.config.credentials import Secret, Secrets, basic, guarded, key_fault, secret_values, without_credentials
-from rlver_jax.endpoint.answers import AnswerCache, request_key
-from rlver_jax.endpoint.body import CODINGS, LONGEST, BodyFault, read_body
-from rlver_jax.endpoint.completion import Answer, NoCompletion, answer_of, clean, completion_of, parsed
-from rlver_jax.endpoint.errors import ContextFull, EndpointError, Unavailable
-from rlver_jax.endpoint.limits import pause_of
-from rlver_jax.endpoint.proxy import Proxy, proxy_of
+from rlver_jax.endpoints.answer_cache import AnswerCache, request_key
+from rlver_jax.endpoints.body import CODINGS, LONGEST, BodyFault, read_body
+from rlver_jax.endpoints.completion import Answer, NoCompletion, answer_of, clean, completion_of, parsed
+from rlver_jax.endpoints.errors import ContextFull, EndpointError, Unavailable
+from rlver_jax.endpoints.proxy import Proxy, proxy_of
+from rlver_jax.endpoints.rate_limits import pause_of
 
 Message = Mapping[str, str]  # role and content
 _PASSING = frozenset({408, 409, 425, 429})  # beside 5xx

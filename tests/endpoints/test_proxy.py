@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from rlver_jax.endpoint.answers import AnswerCache
-from rlver_jax.endpoint.client import Client, Endpoint
-from rlver_jax.endpoint.errors import EndpointError, Unavailable
-from rlver_jax.endpoint.proxy import is_loopback, proxy_of
-from tests.endpoint.server import rule
-from tests.endpoint.test_client import KEY, ask
+from rlver_jax.endpoints.answer_cache import AnswerCache
+from rlver_jax.endpoints.client import Client, Endpoint
+from rlver_jax.endpoints.errors import EndpointError, Unavailable
+from rlver_jax.endpoints.proxy import is_loopback, proxy_of
+from tests.endpoints.server import rule
+from tests.endpoints.test_client import KEY, ask
 from tests.in_background import InBackground
 
 FAR = "http://model.example/v1"  # nobody has this name (RFC 2606): only a proxy can reach it

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlver_jax.config.credentials import Secrets
-from rlver_jax.endpoint.usage import count_of
+from rlver_jax.endpoints.usage import count_of
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line ends
 _LONGEST_NAME = 200  # characters of a model's name
