@@ -24,7 +24,7 @@ from rlver_jax.learning.update import (
     init_state,
     make_optimizer,
 )
-from rlver_jax.models.qwen2 import Params, Qwen2
+from rlver_jax.models.qwen import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh

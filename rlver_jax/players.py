@@ -14,10 +14,10 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from rlver_jax.dialogue import Dialogues, Profiles, room_needed, sample_dialogues
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.int8 import quantize, unrounded
-from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, init_params
+from rlver_jax.models.quantization import quantize, unrounded
+from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.distributed import everywhere, rows_on
 from rlver_jax.policy import PolicyTables, build_policy_tables

@@ -8,8 +8,8 @@ import pytest
 from rlver_jax.bench import SUITES, main
 from rlver_jax.benches import compile, dialogue, limits, load, logprob, rollout, update
 from rlver_jax.benches.timing import alternate, ratios
-from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.qwen2 import Qwen2, init_params
+from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.qwen import Qwen2, init_params
 
 TINY = Qwen2Config(64, 16, 24, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, tie_embeddings=True)
 

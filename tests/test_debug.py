@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from configs import debug
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import load_model
 from rlver_jax.runs.metrics import read_metrics

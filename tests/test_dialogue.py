@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogue import CONTEXT, END_REASONS, FORMAT, PlayLimits, Spec, sample_dialogues
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.players import Players
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Truncation

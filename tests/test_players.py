@@ -10,9 +10,9 @@ import pytest
 
 from configs.base import get_config
 from rlver_jax.dialogue import Spec
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
-from rlver_jax.models.qwen2 import Qwen2, init_params
+from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.players import Players, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.sampling.cache import LM
 from rlver_jax.text.template import FolderTemplate

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from configs import debug
 from rlver_jax.config.validate import flatten
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
-from rlver_jax.models.qwen2 import Qwen2, init_params
+from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.runs import fingerprints
 from rlver_jax.runs.workdir import Contents, RunFolder
 from rlver_jax.trainer import FREE_FIELDS, fingerprints_of

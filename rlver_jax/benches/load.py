@@ -15,9 +15,9 @@ from safetensors.flax import load_file
 
 from rlver_jax.benches.limits import copied_bytes_per_s
 from rlver_jax.benches.timing import Tell, alternate, ratios
-from rlver_jax.models.config import preset
+from rlver_jax.models.architecture import preset
 from rlver_jax.models.hf_weights import load_params, save_params
-from rlver_jax.models.qwen2 import Qwen2, init_params
+from rlver_jax.models.qwen import Qwen2, init_params
 
 MODEL = preset("0.5b")
 

@@ -17,9 +17,9 @@ from rlver_jax.benches.rollout import free_grammar
 from rlver_jax.benches.timing import Tell, alternate, difference, ratios
 from rlver_jax.learning.objective import Learner, Loss, Sample, loss
 from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.qwen2 import Params, Qwen2, init_params
+from rlver_jax.models.qwen import Params, Qwen2, init_params
 
 MODEL = Qwen2Config(8_000, 256, 704, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, tie_embeddings=True)
 DIALOGUES, TURNS = 4, 8

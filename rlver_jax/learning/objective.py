@@ -12,7 +12,7 @@ from rlver_jax.learning import losses
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.rows import SharedRows
 from rlver_jax.models.logprobs import Forbidden, TokenLogprobs, token_logprobs
-from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params, head
+from rlver_jax.models.qwen import Params, Qwen2, abstract_params, head
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel import rules
 from rlver_jax.sampling.grammar import Grammar

@@ -35,7 +35,7 @@ from rlver_jax.miniature.rows import Packer
 from rlver_jax.miniature.settings import STEPS, miniature_config
 from rlver_jax.miniature.world import people
 from rlver_jax.models.hf_weights import load_params, save_params
-from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.dialogue_log import Record, read_dialogues

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.miniature.rows import Rows
-from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.qwen2 import Params, Qwen2, init_params, logits
+from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.qwen import Params, Qwen2, init_params, logits
 from rlver_jax.sampling.cache import LM
 
 

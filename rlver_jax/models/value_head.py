@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlver_jax.models.precision import exact
-from rlver_jax.models.qwen2 import partitioned
+from rlver_jax.models.qwen import partitioned
 
 
 class ValueHead(nn.Module):

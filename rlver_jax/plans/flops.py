@@ -6,7 +6,7 @@ few hundredths, as the test against the compiler's own count shows.
 
 import dataclasses
 
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.spec import Spec
 
 

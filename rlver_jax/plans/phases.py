@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlver_jax.assembly import dialogues_a_row, reads_at_most
-from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.plans import flops
 from rlver_jax.plans.chips import Chip
 from rlver_jax.plans.flops import Work

@@ -21,8 +21,8 @@ from rlver_jax.learning.objective import Trained
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.rows import Layout, Places
 from rlver_jax.learning.update import Setup, TrainState, compile_step, init_state
-from rlver_jax.models.config import Qwen2Config, preset
-from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
+from rlver_jax.models.architecture import Qwen2Config, preset
+from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program

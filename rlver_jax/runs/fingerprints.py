@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlver_jax.config.hub import local_folder
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
 from rlver_jax.text.template import read_config

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.foreign_weights import is_run
 from rlver_jax.config.validate import ConfigError, validate
-from rlver_jax.models.qwen2 import Params, Qwen2, stack_layers
+from rlver_jax.models.qwen import Params, Qwen2, stack_layers
 from rlver_jax.players import Players, check_tokenizers, load_model
 from rlver_jax.policy import build_policy_tables
 from rlver_jax.runs.log_policy import Policy, Spoken, policy_findings

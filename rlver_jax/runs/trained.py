@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.foreign_weights import is_run
 from rlver_jax.config.hub import fault
-from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
+from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
 from rlver_jax.runs.kept_model import base_folder, check_same_model, kept_model

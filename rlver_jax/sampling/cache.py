@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.models.kv_cache import KVCache, init_kv_cache, laid_out
-from rlver_jax.models.qwen2 import Params, Qwen2, head, logits
+from rlver_jax.models.qwen import Params, Qwen2, head, logits
 from rlver_jax.parallel.batch import take_rows
 
 

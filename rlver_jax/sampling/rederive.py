@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from rlver_jax.models.qwen2 import logits
+from rlver_jax.models.qwen import logits
 from rlver_jax.sampling.cache import LM, Cache, init_cache, keep_slots
 from rlver_jax.sampling.chunks import Chunk, Sizes, chunks_of
 from rlver_jax.sampling.decode import KEEP_ALL, Options, Truncation, borders, gumbel, score_options, truncate

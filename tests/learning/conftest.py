@@ -9,8 +9,8 @@ import pytest
 
 from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTurn, Spec
 from rlver_jax.learning.pack import PackedBatch, pack
-from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.policy import build_policy_tables
 from rlver_jax.sampling.cache import LM
 from rlver_jax.sampling.decode import Generated

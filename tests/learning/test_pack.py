@@ -12,7 +12,7 @@ from rlver_jax.learning import losses
 from rlver_jax.learning.objective import Learner, Loss, Sample, action_logprobs, loss, read
 from rlver_jax.learning.pack import max_length, row_lengths
 from rlver_jax.models.attention import Visibility, visible
-from rlver_jax.models.qwen2 import logits
+from rlver_jax.models.qwen import logits
 from rlver_jax.models.value_head import ValueHead
 from tests.learning.conftest import LENGTH, make_world, packed, plain_rows, small_lm
 

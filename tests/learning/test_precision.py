@@ -9,7 +9,7 @@ import pytest
 
 from rlver_jax.learning import advantages, losses, masked
 from rlver_jax.learning.update import Optimizers, init_state, make_optimizer
-from rlver_jax.models.qwen2 import Embedding
+from rlver_jax.models.qwen import Embedding
 
 RATE, BETA1, BETA2, DECAY, EPS = 1e-3, 0.9, 0.999, 0.01, 1e-8
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.logprobs import token_logprobs
-from rlver_jax.models.qwen2 import Qwen2, abstract_params, head, init_params
+from rlver_jax.models.qwen import Qwen2, abstract_params, head, init_params
 
 LAYERS, LENGTH, WIDTH = 6, 256, 64
 

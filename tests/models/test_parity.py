@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.kv_cache import init_kv_cache
-from rlver_jax.models.qwen2 import Qwen2, logits
+from rlver_jax.models.qwen import Qwen2, logits
 from rlver_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.parity
@@ -218,9 +218,9 @@ def test_export_loads_in_transformers(torch, checkpoint, float32, prompts, expec
 LOAD = """
 import re, sys, time
 import jax, jax.numpy as jnp
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.models.qwen import Qwen2
 def peak_kb():  # of this program alone; getrusage counts what its parent had before exec
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jnp.zeros(1) + 1)

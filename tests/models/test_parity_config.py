@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.kv_cache import init_kv_cache
-from rlver_jax.models.qwen2 import Qwen2, logits
+from rlver_jax.models.qwen import Qwen2, logits
 from rlver_jax.models.rope import RopeScaling, frequencies
 
 pytestmark = pytest.mark.parity

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from rlver_jax.models.logprobs import token_logprobs
-from rlver_jax.models.qwen2 import Qwen2, head, init_params, logits
+from rlver_jax.models.qwen import Qwen2, head, init_params, logits
 from rlver_jax.models.value_head import ValueHead
-from tests.models.test_qwen2 import golden, positions
+from tests.models.test_qwen import golden, positions
 
 PRODUCT = re.compile(r"stablehlo\.dot_general.*?precision = \[(\w+), (\w+)\]")
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import INDEX_FILE, load_params
-from rlver_jax.models.qwen2 import Qwen2, logits
+from rlver_jax.models.qwen import Qwen2, logits
 
 pytestmark = pytest.mark.parity
 

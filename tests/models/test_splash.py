@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models import qwen2
+from rlver_jax.models import qwen
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import BRANCH_RADIX, Visibility, dense_attention, visible
-from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import init_kv_cache
-from rlver_jax.models.qwen2 import Qwen2, abstract_params, init_params
+from rlver_jax.models.qwen import Qwen2, abstract_params, init_params
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh
 
@@ -115,7 +115,7 @@ CONFIG = Qwen2Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_model_learns_the_same_with_it(scan, remat, monkeypatch):
     """Through all layers, scanned or not, by the interpreter without callbacks, which rematerialization refuses."""
-    monkeypatch.setattr(qwen2, "splash_attention", functools.partial(splash_attention, interpret=True))
+    monkeypatch.setattr(qwen, "splash_attention", functools.partial(splash_attention, interpret=True))
     draw = np.random.default_rng(2)
     branch, segment = rows_of(draw, 1, 160)
     tokens = jnp.asarray(draw.integers(0, 96, (1, 160)))

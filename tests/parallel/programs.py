@@ -13,8 +13,8 @@ from rlver_jax.learning.objective import Learner, Loss
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.rows import Layout, Places
 from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, make_optimizer
-from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.plans.hlo import COLLECTIVES, Module

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.logprobs import token_logprobs
-from rlver_jax.models.qwen2 import Qwen2, abstract_params, head
+from rlver_jax.models.qwen import Qwen2, abstract_params, head
 from rlver_jax.plans import flops
 
 # Wide enough that products outweigh elementwise work, as they do in real models.

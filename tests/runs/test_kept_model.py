@@ -10,9 +10,9 @@ from configs import debug
 from configs.base import get_config
 from rlver_jax.config.flags import config_from_flags, given_path
 from rlver_jax.config.validate import ConfigError, flatten
-from rlver_jax.models.config import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
-from rlver_jax.models.qwen2 import Qwen2, init_params
+from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.runs.kept_model import check_same_model, keep_model, kept_model
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 from rlver_jax.runs.workdir import RunFolder

@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate, visible
 from rlver_jax.models.backward import late, lookup
-from rlver_jax.models.config import Qwen2Config
 from rlver_jax.models.kv_cache import KVCache, write
 from rlver_jax.models.precision import exact, wide
 from rlver_jax.models.product import product

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from rlver_jax import evaluate
-from rlver_jax.models import int8
-from rlver_jax.models.config import Qwen2Config
-from rlver_jax.models.int8 import quantize, unrounded
+from rlver_jax.models import quantization
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.kv_cache import init_kv_cache
-from rlver_jax.models.qwen2 import Qwen2, abstract_params, init_params
+from rlver_jax.models.quantization import quantize, unrounded
+from rlver_jax.models.qwen import Qwen2, abstract_params, init_params
 from rlver_jax.parallel.mesh import make_mesh
 
 CONFIG = Qwen2Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -159,8 +159,8 @@ def test_one_rounded_matrix_at_a_time_beside_the_wide_model(monkeypatch):
     model = Qwen2(CONFIG, dtype=jnp.float32, param_dtype=jnp.int8)
     wide = init_params(unrounded(model), jax.random.key(0))
     before = alive()
-    program, seen = int8._program, []
-    monkeypatch.setattr(int8, "_program", lambda where: lambda x: (seen.append(alive()), program(where)(x))[1])
+    program, seen = quantization._program, []
+    monkeypatch.setattr(quantization, "_program", lambda where: lambda x: (seen.append(alive()), program(where)(x))[1])
     found = quantize(wide, model)
     assert len(seen) == len(MATRICES)
     assert max(seen) == before

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int8
 
-from rlver_jax.models.qwen2 import Params, Qwen2, abstract_params
+from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 
 STEPS = 127  # on each side of 0
