@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import profile_files
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning.objective import Learner, Loss, Trained
 from rlver_jax.learning.pack import max_length
 from rlver_jax.learning.rows import Layout, arrange
@@ -31,7 +32,6 @@ from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.sampling.grammar import Grammar
 from rlver_jax.spec import PlayLimits, Spec, check_context
 from rlver_jax.text.padding import round_up
 

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
+from rlver_jax.decoding.cache import LM, Cache, append, init_cache, read_one, repeat_rows, restart_rows, rollback
+from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.batch import put_rows, take_rows
 from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
-from rlver_jax.sampling.cache import LM, Cache, append, init_cache, read_one, repeat_rows, restart_rows, rollback
-from rlver_jax.sampling.decode import Limits, generate
-from rlver_jax.sampling.queue import Queue, Seats, open_queue, take_next
+from rlver_jax.rollout.slots import Queue, Seats, open_queue, take_next
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.user.emotion import EmotionRules

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from rlver_jax.sampling.cache import LM, Cache, append, join, rollback
-from rlver_jax.sampling.decode import Generated, Limits, generate
-from rlver_jax.sampling.grammar import Grammar, free_text, thought_then_say, whitespace_tokens
+from rlver_jax.decoding.cache import LM, Cache, append, join, rollback
+from rlver_jax.decoding.generate import Generated, Limits, generate
+from rlver_jax.decoding.grammar import Grammar, free_text, thought_then_say, whitespace_tokens
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlver_jax.decoding.replay_sequence import DRAWN, GIVEN, Packed, Query, Said, States
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.policy import PolicyTables
-from rlver_jax.sampling.packed import DRAWN, GIVEN, Packed, Query, Said, States
 from rlver_jax.user.simulated import KEY_POLICY
 
 

@@ -29,10 +29,10 @@ from rlver_jax.config.credentials import key_fault
 from rlver_jax.config.flags import config_from_flags, define_path, given_path
 from rlver_jax.config.hub import fetch, short_name
 from rlver_jax.config.validate import ConfigError, validate
+from rlver_jax.decoding.cache import LM
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.players import load_model, make_model, sampling_copy
 from rlver_jax.runs.trained import take_checkpoint
-from rlver_jax.sampling.cache import LM
 from rlver_jax.serving.engine import Engine
 from rlver_jax.text.console import consoles
 from rlver_jax.user.prompts import load_prompts

@@ -6,8 +6,8 @@ import flax.struct
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from rlver_jax.decoding.generate import KEEP_ALL, Truncation
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.sampling.decode import KEEP_ALL, Truncation
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 from rlver_jax.user.simulated import UserLimits
 

@@ -19,6 +19,7 @@ from rlver_jax import evaluation
 from rlver_jax.assembly import Run, assemble, folders_of, models_of
 from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import flatten, profile_files, reward_settings
+from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.pack import pack, row_lengths
@@ -40,7 +41,6 @@ from rlver_jax.runs.metrics import MetricsWriter
 from rlver_jax.runs.progress import TrainingProgress
 from rlver_jax.runs.settings import without_secrets
 from rlver_jax.runs.workdir import Contents, RunFolder
-from rlver_jax.sampling.cache import LM
 from rlver_jax.spec import Spec, check_context
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.

@@ -36,6 +36,8 @@ from rich.progress import track
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
 from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
+from rlver_jax.decoding.replay import Dialogue, Keys
+from rlver_jax.decoding.replay_sequence import Packed
 from rlver_jax.dialogue import opening_key
 from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.players import Players, load_model
@@ -49,8 +51,6 @@ from rlver_jax.runs.log_set import Plan
 from rlver_jax.runs.log_shape import POLICY, USER, Shape
 from rlver_jax.runs.log_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
 from rlver_jax.runs.trajectory import reactions
-from rlver_jax.sampling.packed import Packed
-from rlver_jax.sampling.rederive import Dialogue, Keys
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.user.emotion import CHANGES, EmotionRules

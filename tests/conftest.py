@@ -28,10 +28,10 @@ import numpy as np
 import optax
 import pytest
 
+from rlver_jax.decoding.cache import LM, append, init_cache
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, abstract_params, logits
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.sampling.cache import LM, append, init_cache
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer, train_sentencepiece
 from rlver_jax.user.prompts import load_prompts

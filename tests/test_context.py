@@ -15,11 +15,11 @@ from configs import (
     qwen25_0p5b_cpu,
 )
 from rlver_jax import assembly, chat, evaluate, serve, train
+from rlver_jax.decoding.cache import LM
 from rlver_jax.judging.device import check_length
 from rlver_jax.models.architecture import PRESETS, Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.plans.programs import architecture
-from rlver_jax.sampling.cache import LM
 from rlver_jax.spec import check_context
 
 FLAGS = [f"--config={debug.__file__}"]

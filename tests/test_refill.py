@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogue import END_REASONS, sample_dialogues
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.players import Players
-from rlver_jax.sampling.cache import LM
 from tests.conftest import check_claims, some_profiles
 from tests.test_dialogue import ALONE, DIRECT, HOW, PROFILES, THINK, Table, limits, words
 

@@ -17,12 +17,12 @@ from jaxtyping import Array, Int, Key
 
 from rlver_jax.benches.limits import copied_bytes_per_s
 from rlver_jax.benches.timing import Tell, alternate
+from rlver_jax.decoding.cache import LM, Cache, append, init_cache
+from rlver_jax.decoding.generate import Limits, generate
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.policy import PolicyTables, policy_turn
-from rlver_jax.sampling.cache import LM, Cache, append, init_cache
-from rlver_jax.sampling.decode import Limits, generate
-from rlver_jax.sampling.grammar import Grammar
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.user.simulated import UserLimits
 

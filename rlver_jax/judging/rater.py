@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from rlver_jax.decoding.cache import LM, Cache, append, rollback
+from rlver_jax.decoding.generate import Generated, Limits, Options, build_options, choose, generate
+from rlver_jax.decoding.grammar import Grammar, one_line
 from rlver_jax.judging.device import check_length, open_cache
 from rlver_jax.judging.forms import Answers, Asked, Step
 from rlver_jax.judging.judge import Progress, Work
 from rlver_jax.judging.settings import judge_settings
 from rlver_jax.players import load_model
-from rlver_jax.sampling.cache import LM, Cache, append, rollback
-from rlver_jax.sampling.decode import Generated, Limits, Options, build_options, choose, generate
-from rlver_jax.sampling.grammar import Grammar, one_line
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer

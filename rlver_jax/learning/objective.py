@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import losses
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.rows import SharedRows
@@ -15,7 +16,6 @@ from rlver_jax.models.logprobs import Forbidden, TokenLogprobs, token_logprobs
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, head
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel import rules
-from rlver_jax.sampling.grammar import Grammar
 
 Trained = dict[
     str, Any

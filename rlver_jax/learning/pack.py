@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTables, Spec
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.parallel import rules
-from rlver_jax.sampling.grammar import Grammar
 
 
 @flax.struct.dataclass

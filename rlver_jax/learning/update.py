@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import advantages, losses
 from rlver_jax.learning.float32 import in_float32, widened
 from rlver_jax.learning.masked import masked_mean, masked_var, whiten
@@ -32,7 +33,6 @@ from rlver_jax.models.precision import wide
 from rlver_jax.models.qwen import Params
 from rlver_jax.parallel.rules import constrain, constrain_rows, parts
 from rlver_jax.rewards import Rewards
-from rlver_jax.sampling.grammar import Grammar
 
 ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_pp")
 

@@ -29,6 +29,7 @@ from rlver_jax.config import fields
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.validate import ConfigError
+from rlver_jax.decoding.cache import LM
 from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
 from rlver_jax.miniature.rows import Packer
@@ -42,7 +43,6 @@ from rlver_jax.runs.dialogue_log import Record, read_dialogues
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.trained import TrainedPolicy
 from rlver_jax.runs.workdir import FINISHED, RunFolder
-from rlver_jax.sampling.cache import LM
 from rlver_jax.text.console import consoles
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer

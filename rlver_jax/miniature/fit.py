@@ -10,10 +10,10 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlver_jax.decoding.cache import LM
 from rlver_jax.miniature.rows import Rows
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Params, Qwen2, init_params, logits
-from rlver_jax.sampling.cache import LM
 
 
 def small_model(rows: int, *, hidden: int = 128, mlp: int = 384, layers: int = 4) -> Qwen2:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlver_jax.decoding.replay_sequence import Branches
+from rlver_jax.decoding.script import Part
 from rlver_jax.miniature import rule, texts
 from rlver_jax.miniature.texts import Dialogue
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.sampling.packed import Branches
-from rlver_jax.sampling.script import Part
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import SAGE

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax import assembly
+from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogue import Dialogues, Profiles, sample_dialogues
 from rlver_jax.learning.objective import Trained
 from rlver_jax.learning.pack import PackedBatch
@@ -27,7 +28,6 @@ from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program
 from rlver_jax.rewards import Rewards
-from rlver_jax.sampling.cache import LM
 from rlver_jax.spec import Spec, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.trainer import pack_program, row_sharding

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogue import END_REASONS, Dialogues
 from rlver_jax.players import Players
 from rlver_jax.policy import PolicyTurn
@@ -26,7 +27,6 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.rewards import reward as compute_reward
 from rlver_jax.runs.files import json_line
 from rlver_jax.runs.lines import each_line
-from rlver_jax.sampling.decode import Generated
 from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.simulated import UserTurn

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlver_jax.decoding.cache import LM
+from rlver_jax.decoding.replay import Dialogue, Keys, Side, rederive
+from rlver_jax.decoding.replay_sequence import Query, Said
 from rlver_jax.policy import PolicyTables
 from rlver_jax.policy_packed import PolicyPacker, Reply
 from rlver_jax.runs.log_texts import split_reply
 from rlver_jax.runs.log_tokens import Allowed, Claim, Found, Speaker, hold
-from rlver_jax.sampling.cache import LM
-from rlver_jax.sampling.packed import Query, Said
-from rlver_jax.sampling.rederive import Dialogue, Keys, Side, rederive
 from rlver_jax.spec import Spec
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.simulated import dialogue_key

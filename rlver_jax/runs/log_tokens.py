@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from rlver_jax.decoding.replay_sequence import DRAWN, OPENING, Packed, Query
 from rlver_jax.players import Players
 from rlver_jax.runs.trajectory import Message
-from rlver_jax.sampling.packed import DRAWN, OPENING, Packed, Query
 
 
 class Allowed(NamedTuple):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
+from rlver_jax.decoding.cache import LM, Cache
 from rlver_jax.dialogue import (
     CONTEXT,
     END_REASONS,
@@ -26,7 +27,6 @@ from rlver_jax.players import Players
 from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import Record, policy_message, user_message
-from rlver_jax.sampling.cache import LM, Cache
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn

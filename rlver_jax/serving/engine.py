@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlver_jax.sampling.cache import LM
-from rlver_jax.sampling.grammar import free_text
+from rlver_jax.decoding.cache import LM
+from rlver_jax.decoding.grammar import free_text
 from rlver_jax.serving import programs
 from rlver_jax.serving.programs import Ask, Likeliest, Spoken
 from rlver_jax.serving.speech import Speech

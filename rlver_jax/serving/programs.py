@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from rlver_jax.sampling.cache import LM, Cache, append, init_cache
-from rlver_jax.sampling.decode import Limits, Truncation, generate
-from rlver_jax.sampling.grammar import Grammar
+from rlver_jax.decoding.cache import LM, Cache, append, init_cache
+from rlver_jax.decoding.generate import Limits, Truncation, generate
+from rlver_jax.decoding.grammar import Grammar
 
 TOP = 20  # likeliest tokens told with each token where someone asks: the protocol's most
 

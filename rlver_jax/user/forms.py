@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlver_jax.sampling.script import Part
+from rlver_jax.decoding.script import Part
 from rlver_jax.user.emotion import CHANGES
 
 # What leads from one number to another: a range, such as "-10 … +10", is no answer.

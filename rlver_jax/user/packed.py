@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from rlver_jax.decoding.replay_sequence import ANY_END, DRAWN, GREEDY, OPENING, Choice, Packed, Said, States
+from rlver_jax.decoding.script import Script
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.sampling.packed import ANY_END, DRAWN, GREEDY, OPENING, Choice, Packed, Said, States
-from rlver_jax.sampling.script import Script
 from rlver_jax.user.emotion import CHANGES, HIGHEST
 from rlver_jax.user.simulated import KEY_APPRAISAL, KEY_REPLY, UserTables
 

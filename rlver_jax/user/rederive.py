@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from rlver_jax.sampling import rederive as sampling
-from rlver_jax.sampling.cache import LM
-from rlver_jax.sampling.rederive import Dialogue, Side
+from rlver_jax.decoding import replay as sampling
+from rlver_jax.decoding.cache import LM
+from rlver_jax.decoding.replay import Dialogue, Side
 from rlver_jax.user.emotion import change_readout, sample_noise
 from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
 

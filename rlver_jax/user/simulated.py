@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rlver_jax.sampling.cache import LM, Cache, append, join, rollback
-from rlver_jax.sampling.decode import Generated, Options, build_options, choose
-from rlver_jax.sampling.grammar import Grammar, matcher, one_line
-from rlver_jax.sampling.script import Script, compile_script, run_fields
+from rlver_jax.decoding.cache import LM, Cache, append, join, rollback
+from rlver_jax.decoding.generate import Generated, Options, build_options, choose
+from rlver_jax.decoding.grammar import Grammar, matcher, one_line
+from rlver_jax.decoding.script import Script, compile_script, run_fields
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer

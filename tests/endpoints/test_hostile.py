@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from rlver_jax.decoding.script import parse_script
 from rlver_jax.endpoints.answer_cache import AnswerCache, request_key
 from rlver_jax.endpoints.client import Client, Endpoint
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import Usage, priced, summed
 from rlver_jax.judging.forms import Step
 from rlver_jax.judging.written import read
-from rlver_jax.sampling.script import parse_script
 from rlver_jax.user.forms import Unreadable, make_form, read_form, read_wanted
 from tests.endpoints.server import rule
 from tests.endpoints.test_client import HELLO, ask

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.decoding.cache import LM
+from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTurn, Spec
 from rlver_jax.learning.pack import PackedBatch, pack
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.policy import build_policy_tables
-from rlver_jax.sampling.cache import LM
-from rlver_jax.sampling.decode import Generated
 from rlver_jax.user.simulated import UserLimits, UserTurn
 from tests.conftest import random_params
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.learning.objective import Learner, Loss
 from rlver_jax.learning.pack import pack, row_lengths
@@ -22,7 +23,6 @@ from rlver_jax.learning.update import (
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.players import Players
 from rlver_jax.rewards import Rewards
-from rlver_jax.sampling.cache import LM
 from rlver_jax.user.simulated import UserLimits
 from tests.conftest import some_profiles
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import losses
 from rlver_jax.learning.objective import Learner, Loss, Sample, loss
 from rlver_jax.learning.pack import PackedBatch
@@ -19,7 +20,6 @@ from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rewards import Rewards
-from rlver_jax.sampling.grammar import Grammar
 from tests.learning.conftest import LENGTH, make_world, packed, small_lm
 from tests.learning.test_update import optimizer, trained
 

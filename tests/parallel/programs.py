@@ -9,6 +9,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlver_jax.assembly import state_shardings
+from rlver_jax.decoding.cache import LM, init_cache
+from rlver_jax.decoding.generate import Limits, generate
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning.objective import Learner, Loss
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.rows import Layout, Places
@@ -21,9 +24,6 @@ from rlver_jax.plans.hlo import COLLECTIVES, Module
 from rlver_jax.plans.programs import params_of, placed
 from rlver_jax.players import sampling_params, sampling_program
 from rlver_jax.rewards import Rewards
-from rlver_jax.sampling.cache import LM, init_cache
-from rlver_jax.sampling.decode import Limits, generate
-from rlver_jax.sampling.grammar import Grammar
 
 # Sizes that no two axes share, so that a shape in the HLO says what it is.
 CONFIG = Qwen2Config(

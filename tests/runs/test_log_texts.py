@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.decoding.generate import Generated
+from rlver_jax.decoding.grammar import thought_then_say, whitespace_tokens
 from rlver_jax.policy import _split_say
 from rlver_jax.runs.log_texts import split_reply
-from rlver_jax.sampling.decode import Generated
-from rlver_jax.sampling.grammar import thought_then_say, whitespace_tokens
 from rlver_jax.spec import Spec
 
 ROWS, MOST = 400, 24

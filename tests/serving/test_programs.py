@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 from scipy.special import softmax
 
-from rlver_jax.sampling.grammar import free_text
+from rlver_jax.decoding.grammar import free_text
 from rlver_jax.serving import programs
 from rlver_jax.serving.programs import Ask
 from rlver_jax.text.chat import ChatTemplate

@@ -9,8 +9,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlver_jax.decoding.grammar import free_text, one_line, thought_then_say
 from rlver_jax.profiles.schema import read_profiles
-from rlver_jax.sampling.grammar import free_text, one_line, thought_then_say
 from rlver_jax.text.automaton import THINK_CLOSE, build_automaton
 from rlver_jax.text.tokenizer import HFTokenizer, load_tokenizer
 from tests.text.conftest import ADDED, THINK, as_published, sentences, write_bpe

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.sampling.cache import append
+from rlver_jax.decoding.cache import append
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import TRAINING, change_readout
 from rlver_jax.user.simulated import UserLimits, build_user_tables, option_text, says, user_turn

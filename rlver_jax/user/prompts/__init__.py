@@ -1,6 +1,6 @@
 """Prompts of the user and the policy, Chinese and English, as files; `load_prompts` reads and checks them."""
 
-from rlver_jax.sampling.script import Part, parse_script
+from rlver_jax.decoding.script import Part, parse_script
 from rlver_jax.user.prompts.load import (
     FILES,
     LANGUAGES,

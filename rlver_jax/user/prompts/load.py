@@ -17,7 +17,7 @@ import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rlver_jax.sampling.script import Part, check_appraisal, check_reply, parse_script
+from rlver_jax.decoding.script import Part, check_appraisal, check_reply, parse_script
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 
 LANGUAGES = ("zh", "en")

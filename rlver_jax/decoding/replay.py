@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from rlver_jax.decoding.cache import LM, Cache, init_cache, keep_slots
+from rlver_jax.decoding.generate import KEEP_ALL, Options, Truncation, borders, gumbel, score_options, truncate
+from rlver_jax.decoding.grammar import Grammar
+from rlver_jax.decoding.replay_chunks import Chunk, Sizes, chunks_of
+from rlver_jax.decoding.replay_sequence import ANY_END, DRAWN, GIVEN, OPENING, Packed
 from rlver_jax.models.qwen import logits
-from rlver_jax.sampling.cache import LM, Cache, init_cache, keep_slots
-from rlver_jax.sampling.chunks import Chunk, Sizes, chunks_of
-from rlver_jax.sampling.decode import KEEP_ALL, Options, Truncation, borders, gumbel, score_options, truncate
-from rlver_jax.sampling.grammar import Grammar
-from rlver_jax.sampling.packed import ANY_END, DRAWN, GIVEN, OPENING, Packed
 from rlver_jax.text.padding import pad_rows, round_up
 
 QUERY_STEP = 32  # tokens whose whole distributions are held at once

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from rlver_jax.decoding.replay_sequence import Choice, Packed, Query
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.sampling.packed import Choice, Packed, Query
 
 WIDTHS = range(192, 513, 32)  # of a chunk, in tokens: enough for the weights' products
 _PLACE, _END = Query._fields.index("place"), Choice._fields.index("end")  # columns by which entries are in order

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rlver_jax.sampling.grammar import free_text, matcher, one_line, thought_then_say, whitespace_tokens
+from rlver_jax.decoding.grammar import free_text, matcher, one_line, thought_then_say, whitespace_tokens
 
 SPARE = 5  # embedding rows without a token
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.sampling.queue import open_queue, take_next
+from rlver_jax.rollout.slots import open_queue, take_next
 
 take = jax.jit(take_next)
 

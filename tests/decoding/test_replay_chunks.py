@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.decoding.cache import LM, init_cache, keep_slots
+from rlver_jax.decoding.replay_chunks import WIDTHS, Sizes, chunks_of, cuts
+from rlver_jax.decoding.replay_sequence import Choice, Packed, Query
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.sampling.cache import LM, init_cache, keep_slots
-from rlver_jax.sampling.chunks import WIDTHS, Sizes, chunks_of, cuts
-from rlver_jax.sampling.packed import Choice, Packed, Query
 from rlver_jax.text.padding import pad_rows
 
 PREFIX = 30

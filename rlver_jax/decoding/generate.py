@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlver_jax.decoding.cache import LM, Cache, append
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.models.attention import TWIG_RADIX
 from rlver_jax.models.logprobs import log_normalizer
 from rlver_jax.models.precision import exact
 from rlver_jax.parallel import rules
-from rlver_jax.sampling.cache import LM, Cache, append
-from rlver_jax.sampling.grammar import Grammar
 
 
 class Truncation(NamedTuple):

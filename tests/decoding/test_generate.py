@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from scipy.special import log_softmax, softmax
 
-from rlver_jax.sampling.decode import (
+from rlver_jax.decoding.generate import (
     KEEP_ALL,
     Limits,
     Truncation,
@@ -22,7 +22,7 @@ from rlver_jax.sampling.decode import (
     likeliest,
     truncate,
 )
-from rlver_jax.sampling.grammar import Grammar
+from rlver_jax.decoding.grammar import Grammar
 from tests.conftest import appended, plain
 
 STOP, PERIODS, NEVER = 56, range(48, 56), [3, 4]  # ends a message; complete the pattern; forbidden everywhere

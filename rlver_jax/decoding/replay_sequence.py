@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from rlver_jax.sampling.grammar import Grammar
+from rlver_jax.decoding.grammar import Grammar
 
 GREEDY, DRAWN, GIVEN = range(3)  # how a token came about: the likeliest; as its key draws; put there by the sampler
 ANY_END = -1  # as a token: whichever ends the generation

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from rlver_jax.sampling.cache import LM, Cache, append, rollback
-from rlver_jax.sampling.decode import Generated, Limits, generate
-from rlver_jax.sampling.grammar import Grammar
+from rlver_jax.decoding.cache import LM, Cache, append, rollback
+from rlver_jax.decoding.generate import Generated, Limits, generate
+from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.text.tokenizer import Tokenizer
 
 SLOTS = ("emotion", "band")

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.sampling.grammar import one_line
-from rlver_jax.sampling.script import compile_script, parse_script, run_fields
+from rlver_jax.decoding.grammar import one_line
+from rlver_jax.decoding.script import compile_script, parse_script, run_fields
 from rlver_jax.user.emotion import BANDS
 from rlver_jax.user.prompts import load_prompts
 from tests.conftest import appended, literals, plain

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlver_jax.decoding.cache import LM, init_cache, join, repeat_rows, restart_rows, rollback
 from rlver_jax.models.qwen import Qwen2, stack_layers
-from rlver_jax.sampling.cache import LM, init_cache, join, repeat_rows, restart_rows, rollback
 from tests.conftest import appended, plain, read
 
 
