@@ -25,7 +25,7 @@ from rlver_jax.rollout.slots import Queue, Seats, open_queue, take_next
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
+from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
 
 # Why a dialogue ended; a Dialogues' end_reason indexes it.
 END_REASONS = ("running", "success", "failure", "goodbye", "turn_limit", "format", "context")

@@ -31,7 +31,7 @@ from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import Prompts, load_prompts
-from rlver_jax.user.simulated import UserLimits, UserTables, build_user_tables
+from rlver_jax.user.turn import UserLimits, UserTables, build_user_tables
 
 _T = TypeVar("_T")
 Weights = Callable[[Qwen2, Mesh | None], Params]  # where a model's parameters come from

@@ -13,7 +13,7 @@ from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.prompts import Prompts
-from rlver_jax.user.simulated import KEY_POLICY, part_keys
+from rlver_jax.user.turn import KEY_POLICY, part_keys
 
 THINK_OPEN = "<think>\n"
 

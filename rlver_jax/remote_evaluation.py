@@ -33,8 +33,8 @@ from rlver_jax.sides.remote import RemotePolicy, RemoteUserSide
 from rlver_jax.spec import check_context
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.emotion import EmotionRules
+from rlver_jax.user.endpoint import RemoteUser
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.remote import RemoteUser
 
 ANSWERS = "answers.sqlite"
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{,63}|[a-z_]{1,64}")  # as variables are called, and hardly any key

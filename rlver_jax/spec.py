@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from rlver_jax.decoding.generate import KEEP_ALL, Truncation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.user.emotion import TRAINING, EmotionRules
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 
 
 @dataclasses.dataclass(frozen=True)

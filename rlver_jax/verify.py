@@ -54,10 +54,10 @@ from rlver_jax.runs.trajectory import reactions
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.user.emotion import CHANGES, EmotionRules
-from rlver_jax.user.packed import LoggedTurn, Packer
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.rederive import Rederived, rederive
-from rlver_jax.user.simulated import build_user_tables, dialogue_key
+from rlver_jax.user.replay import Rederived, rederive
+from rlver_jax.user.replay_sequence import LoggedTurn, Packer
+from rlver_jax.user.turn import build_user_tables, dialogue_key
 
 SHOWN = 50  # faults and ties that are printed
 

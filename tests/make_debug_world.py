@@ -10,7 +10,7 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS
 from rlver_jax.text.tokenizer_spm import train_sentencepiece
 from rlver_jax.user.emotion import CHANGES
-from rlver_jax.user.simulated import option_text
+from rlver_jax.user.turn import option_text
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "configs" / "debug_world"

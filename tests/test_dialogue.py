@@ -16,7 +16,7 @@ from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.players import Players
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 from tests.conftest import Fresh, check_claims, option_logprobs, plain, some_profiles
 
 HOW = {"style": "vanilla", "scenario": "heart_to_heart"}

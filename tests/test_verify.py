@@ -18,7 +18,7 @@ from rlver_jax.runs.log_faults import derived_rewards, logged_turns
 from rlver_jax.runs.log_set import TrainingPlan
 from rlver_jax.runs.log_settings import check_settings
 from rlver_jax.user.emotion import EmotionRules, change_readout
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 from rlver_jax.verify import ALLOWED, Logged, Report, Settings, _is_tie, verify_records
 from tests.conftest import some_profiles
 

@@ -34,7 +34,7 @@ from rlver_jax.spec import Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.trainer import train
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.simulated import UserLimits, dialogue_key
+from rlver_jax.user.turn import UserLimits, dialogue_key
 from tests.conftest import SHORT_PROMPTS, plain, some_profiles
 
 TURNS, COUNT, SEED = 3, 6, 9

@@ -24,7 +24,7 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.policy import PolicyTables, policy_turn
 from rlver_jax.spec import PlayLimits, Spec
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 
 
 class Shape(NamedTuple):

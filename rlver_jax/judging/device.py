@@ -24,7 +24,7 @@ from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.simulated import KEY_READOUT, UserLimits, UserTables, appraise, dialogue_key, part_keys
+from rlver_jax.user.turn import KEY_READOUT, UserLimits, UserTables, appraise, dialogue_key, part_keys
 
 WIDTH_STEP = 32  # tokens; widths are multiples of it
 

@@ -26,8 +26,8 @@ from rlver_jax.judging.score import TEXT
 from rlver_jax.judging.settings import judge_settings
 from rlver_jax.judging.written import read, write
 from rlver_jax.remote_evaluation import ANSWERS, endpoint_of, prices_of, remote_user
-from rlver_jax.user.forms import Unreadable
-from rlver_jax.user.remote import Place, RemoteUser
+from rlver_jax.user.endpoint import Place, RemoteUser
+from rlver_jax.user.text_forms import Unreadable
 
 _MARK = 48  # tokens that a field's mark, its heading and a choice may take in an answer
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from rlver_jax.judging.forms import Answers, Step
-from rlver_jax.user.forms import BETWEEN, Field, Form, behind_marks, one_line, plain
+from rlver_jax.user.text_forms import BETWEEN, Field, Form, behind_marks, one_line, plain
 
 _SIGNS = "+＋\\-−–－"
 _LONGEST = 100  # characters of a choice, with spaces; Python reads no number of more than 4,300 digits

@@ -17,7 +17,7 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import SAGE
 from rlver_jax.user.prompts import Prompts
-from rlver_jax.user.simulated import option_text
+from rlver_jax.user.turn import option_text
 
 THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
 

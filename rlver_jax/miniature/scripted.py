@@ -13,7 +13,7 @@ from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.spec import PlayLimits
 from rlver_jax.text.padding import pad_rows
-from rlver_jax.user.simulated import dialogue_key, user_turn
+from rlver_jax.user.turn import dialogue_key, user_turn
 
 SAY_TOKENS = 64  # longest reply that can be given
 

@@ -29,7 +29,7 @@ from rlver_jax.runs.files import json_line
 from rlver_jax.runs.lines import each_line
 from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.user.simulated import UserTurn
+from rlver_jax.user.turn import UserTurn
 
 Record = dict[str, Any]  # of one dialogue, as it stands on its line
 UNREADABLE = "unreadable"  # end reason: an endpoint's answer couldn't be read, however often it was asked for

@@ -15,7 +15,7 @@ from rlver_jax.runs.trajectory import Message
 from rlver_jax.spec import PlayLimits
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.text.padding import round_up
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 
 _OF_ENDPOINT = frozenset({UNREADABLE, END_REASONS[CONTEXT]})  # reasons that only an endpoint knows
 Possible = Collection[bool]  # of what can't be told from one dialogue: both

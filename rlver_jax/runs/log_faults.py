@@ -18,7 +18,7 @@ from rlver_jax.runs.log_set import Plan
 from rlver_jax.runs.log_settings import remote_faults
 from rlver_jax.runs.log_shape import POLICY, USER
 from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
-from rlver_jax.user.packed import LoggedTurn, Said
+from rlver_jax.user.replay_sequence import LoggedTurn, Said
 
 POLICYS_WORDS = "the policy's words and log-probs (--policy=…)"  # what isn't derived without it
 

@@ -20,7 +20,7 @@ from rlver_jax.runs.log_texts import split_reply
 from rlver_jax.runs.log_tokens import Allowed, Claim, Found, Speaker, hold
 from rlver_jax.spec import Spec
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.user.simulated import dialogue_key
+from rlver_jax.user.turn import dialogue_key
 
 
 class Policy(NamedTuple):

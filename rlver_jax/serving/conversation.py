@@ -29,7 +29,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import Record, policy_message, user_message
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.padding import pad_rows
-from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
+from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
 
 TYPED = 256  # tokens that a person may say at once; less where the context is small
 _UNKNOWN = dict.fromkeys(("logprobs", "raw_logprobs", "stopped"))

@@ -27,7 +27,7 @@ from rlver_jax.runs.dialogue_log import policy_message, user_message
 from rlver_jax.sides.play import Row
 from rlver_jax.spec import PlayLimits, Spec
 from rlver_jax.text.padding import longest, pad_rows, round_up
-from rlver_jax.user.simulated import UserTables, UserTurn, dialogue_key, user_turn
+from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
 
 Words = tuple[Int[Array, "B W"], Int[Array, "B"]]
 

@@ -14,7 +14,7 @@ from rlver_jax.endpoints.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import UNREADABLE, Record
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.forms import Unreadable
+from rlver_jax.user.text_forms import Unreadable
 
 
 @dataclasses.dataclass(eq=False)

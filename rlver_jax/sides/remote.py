@@ -10,8 +10,8 @@ from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage
 from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, Record
 from rlver_jax.sides.play import Row
-from rlver_jax.user.forms import Unreadable
-from rlver_jax.user.remote import Place, Reaction, RemoteUser
+from rlver_jax.user.endpoint import Place, Reaction, RemoteUser
+from rlver_jax.user.text_forms import Unreadable
 
 _NO_TOKENS = dict.fromkeys(("tokens", "logprobs", "raw_logprobs"))
 

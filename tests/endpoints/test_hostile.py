@@ -24,7 +24,7 @@ from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import Usage, priced, summed
 from rlver_jax.judging.forms import Step
 from rlver_jax.judging.written import read
-from rlver_jax.user.forms import Unreadable, make_form, read_form, read_wanted
+from rlver_jax.user.text_forms import Unreadable, make_form, read_form, read_wanted
 from tests.endpoints.server import rule
 from tests.endpoints.test_client import HELLO, ask
 

@@ -15,7 +15,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.sage import from_sage
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 from tests.conftest import SHORT_PROMPTS, literals, option_logprobs, plain
 
 FIELD = 6  # tokens of a field at most

@@ -14,7 +14,7 @@ from rlver_jax.learning.pack import PackedBatch, pack
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.policy import build_policy_tables
-from rlver_jax.user.simulated import UserLimits, UserTurn
+from rlver_jax.user.turn import UserLimits, UserTurn
 from tests.conftest import random_params
 
 LENGTH = 320  # enough for eight turns

@@ -23,7 +23,7 @@ from rlver_jax.learning.update import (
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.players import Players
 from rlver_jax.rewards import Rewards
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 from tests.conftest import some_profiles
 
 PHRASE, PROFILES, GROUP, BEFORE, STEPS, LENGTH = "my sister said goodbye", 3, 24, 5, 50, 112

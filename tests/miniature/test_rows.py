@@ -9,9 +9,9 @@ from rlver_jax.miniature import assets, rows, rule, texts, world
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.text.tokenizer import train_sentencepiece
 from rlver_jax.user.emotion import SAGE
-from rlver_jax.user.packed import LoggedTurn, Packer, Said
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.simulated import build_user_tables, option_text
+from rlver_jax.user.replay_sequence import LoggedTurn, Packer, Said
+from rlver_jax.user.turn import build_user_tables, option_text
 
 
 @pytest.fixture(scope="module")

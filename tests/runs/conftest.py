@@ -15,7 +15,7 @@ from rlver_jax.dialogue import END_REASONS, Dialogues, PolicyTurn, Spec
 from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
-from rlver_jax.user.simulated import UserTurn, build_user_tables
+from rlver_jax.user.turn import UserTurn, build_user_tables
 
 GROUP, SEED, TURNS, ROWS, WIDTH = 3, 5, 3, 9, 64  # three rows of padding
 IDS = [11, 12, 13, 21, 22, 23]

@@ -18,7 +18,7 @@ from rlver_jax.serving.app import Service
 from rlver_jax.serving.connection import make_server
 from rlver_jax.serving.engine import Engine
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.simulated import UserLimits
+from rlver_jax.user.turn import UserLimits
 from tests.conftest import some_profiles
 
 ROWS, CONTEXT, BLOCK, QUEUE = 4, 320, 3, 40

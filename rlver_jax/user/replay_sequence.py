@@ -13,7 +13,7 @@ from rlver_jax.decoding.replay_sequence import ANY_END, DRAWN, GREEDY, OPENING, 
 from rlver_jax.decoding.script import Script
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.user.emotion import CHANGES, HIGHEST
-from rlver_jax.user.simulated import KEY_APPRAISAL, KEY_REPLY, UserTables
+from rlver_jax.user.turn import KEY_APPRAISAL, KEY_REPLY, UserTables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from rlver_jax.decoding.cache import append
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import TRAINING, change_readout
-from rlver_jax.user.simulated import UserLimits, build_user_tables, option_text, says, user_turn
+from rlver_jax.user.turn import UserLimits, build_user_tables, option_text, says, user_turn
 from tests.conftest import Fresh, appended, check_claims, option_logprobs, plain, some_profiles
 
 SEEDS = [

@@ -12,7 +12,7 @@ from rlver_jax.decoding import replay as sampling
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.replay import Dialogue, Side
 from rlver_jax.user.emotion import change_readout, sample_noise
-from rlver_jax.user.simulated import KEY_READOUT, UserTables, part_keys
+from rlver_jax.user.turn import KEY_READOUT, UserTables, part_keys
 
 
 class Rederived(NamedTuple):

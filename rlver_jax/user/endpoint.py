@@ -14,8 +14,8 @@ from rlver_jax.endpoints.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.forms import Filled, Form, Unreadable, make_form, read_form, read_wanted
 from rlver_jax.user.prompts import Prompts
+from rlver_jax.user.text_forms import Filled, Form, Unreadable, make_form, read_form, read_wanted
 
 _MARKS = 24  # tokens that a field's mark and heading may take in an answer
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_jax.user.forms import Unreadable, make_form, read_form, read_wanted
 from rlver_jax.user.prompts import load_prompts, parse_script
+from rlver_jax.user.text_forms import Unreadable, make_form, read_form, read_wanted
 
 APPRAISAL = make_form(
     parse_script(
