@@ -29,10 +29,10 @@ from rlver_jax.models.qwen import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
-from rlver_jax.players import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.spec import PlayLimits, Spec, check_context
+from rlver_jax.rollout.agents import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.rollout.spec import PlayLimits, Spec, check_context
 from rlver_jax.text.padding import round_up
 
 LENGTH_STEP = 64  # packed rows are multiples of it

@@ -29,12 +29,12 @@ from rlver_jax.config.paths import check_file_to_write
 from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.parallel.mesh import make_sampling_mesh
-from rlver_jax.players import Players, limits_of, load_model
 from rlver_jax.profiles.schema import Profile
+from rlver_jax.rollout.agents import Players, limits_of, load_model
+from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
-from rlver_jax.spec import check_context
 from rlver_jax.text.console import consoles
 from rlver_jax.user.prompts import load_prompts
 

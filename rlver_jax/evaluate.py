@@ -48,6 +48,7 @@ from rlver_jax.judging.show import show_judges
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
+from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs import evaluation_folder
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.runs.evaluation_folder import EvaluationFolder, read_evaluation
@@ -55,7 +56,6 @@ from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.runs.render import print_comparison, print_dialogue
 from rlver_jax.runs.spread import spread, spread_text
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
-from rlver_jax.spec import check_context
 from rlver_jax.text.console import consoles
 
 

@@ -19,7 +19,7 @@ from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.players import make_model
+from rlver_jax.rollout.agents import make_model
 from rlver_jax.runs.trained import TrainedPolicy
 from rlver_jax.text.console import consoles
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers

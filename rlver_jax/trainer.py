@@ -20,28 +20,28 @@ from rlver_jax.assembly import Run, assemble, folders_of, models_of
 from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import flatten, profile_files, reward_settings
 from rlver_jax.decoding.cache import LM
-from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import TrainState, compile_step, orders
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
-from rlver_jax.players import Players, sampling_copy
-from rlver_jax.policy import PolicyTables
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.profiles.schema import read_profiles
-from rlver_jax.rewards import Rewards, reward
+from rlver_jax.rollout.agents import Players, sampling_copy
+from rlver_jax.rollout.policy_turn import PolicyTables
+from rlver_jax.rollout.rewards import Rewards, reward
+from rlver_jax.rollout.rollout_metrics import dialogue_metrics, reply_metrics
+from rlver_jax.rollout.sampler import Dialogues
+from rlver_jax.rollout.spec import Spec, check_context
 from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError, breach
 from rlver_jax.runs.dialogue_log import dialogue_records, write_dialogues
-from rlver_jax.runs.figures import dialogue_metrics, reply_metrics
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.runs.metrics import MetricsWriter
 from rlver_jax.runs.progress import TrainingProgress
 from rlver_jax.runs.settings import without_secrets
 from rlver_jax.runs.workdir import Contents, RunFolder
-from rlver_jax.spec import Spec, check_context
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
 FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows")

@@ -38,11 +38,11 @@ from rlver_jax.config.flags import config_from_flags, define_path, given_path, l
 from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.decoding.replay import Dialogue, Keys
 from rlver_jax.decoding.replay_sequence import Packed
-from rlver_jax.dialogue import opening_key
 from rlver_jax.evaluation import chosen_profiles, eval_spec
-from rlver_jax.players import Players, load_model
-from rlver_jax.policy import build_policy_tables
 from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.rollout.agents import Players, load_model
+from rlver_jax.rollout.policy_turn import build_policy_tables
+from rlver_jax.rollout.sampler import opening_key
 from rlver_jax.runs import log_player
 from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.log_faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived

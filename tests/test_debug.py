@@ -14,7 +14,7 @@ from rich.console import Console
 from configs import debug
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.players import load_model
+from rlver_jax.rollout.agents import load_model
 from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.trainer import train

@@ -18,12 +18,12 @@ from transformers import AutoTokenizer
 from configs import debug
 from rlver_jax import evaluate, export, trainer, verify
 from rlver_jax import train as command
-from rlver_jax.dialogue import sample_dialogues
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2, abstract_params
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.rollout.sampler import sample_dialogues
 from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.metrics import read_metrics

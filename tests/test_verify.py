@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax import rewards
-from rlver_jax.dialogue import PlayLimits, Spec
-from rlver_jax.players import Players
 from rlver_jax.profiles.reader import ProfileReader
+from rlver_jax.rollout import rewards
+from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.sampler import PlayLimits, Spec
 from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
 from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.log_faults import derived_rewards, logged_turns

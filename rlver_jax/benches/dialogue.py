@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from rlver_jax.benches.timing import Tell, alternate, ratios
-from rlver_jax.dialogue import Dialogues
 from rlver_jax.evaluation import Evaluation, chosen_profiles, load
 from rlver_jax.miniature import assets
 from rlver_jax.miniature.settings import miniature_config
-from rlver_jax.runs.figures import generated_count
+from rlver_jax.rollout.rollout_metrics import generated_count
+from rlver_jax.rollout.sampler import Dialogues
 
 DIALOGUES, ROWS, TURNS = 128, 8, 8
 FLOOR, CEILING = 36, 52  # near enough to the beginning, 40, that emotions end dialogues at every turn

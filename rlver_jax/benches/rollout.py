@@ -22,8 +22,8 @@ from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
-from rlver_jax.policy import PolicyTables, policy_turn
-from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.rollout.policy_turn import PolicyTables, policy_turn
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.user.turn import UserLimits
 
 

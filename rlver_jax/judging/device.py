@@ -18,7 +18,7 @@ from rlver_jax.evaluation import eval_spec
 from rlver_jax.judging.finished import Finished, Turn, turns_of, within
 from rlver_jax.judging.judge import Appraised, Progress, Work
 from rlver_jax.judging.settings import judge_settings
-from rlver_jax.players import Players, load_model
+from rlver_jax.rollout.agents import Players, load_model
 from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer

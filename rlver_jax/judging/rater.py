@@ -20,7 +20,7 @@ from rlver_jax.judging.device import check_length, open_cache
 from rlver_jax.judging.forms import Answers, Asked, Step
 from rlver_jax.judging.judge import Progress, Work
 from rlver_jax.judging.settings import judge_settings
-from rlver_jax.players import load_model
+from rlver_jax.rollout.agents import load_model
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer

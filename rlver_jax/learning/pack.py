@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTables, Spec
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.parallel import rules
+from rlver_jax.rollout.sampler import Dialogues, PlayLimits, PolicyTables, Spec
 
 
 @flax.struct.dataclass

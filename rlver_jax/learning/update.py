@@ -32,7 +32,7 @@ from rlver_jax.learning.rows import Layout, Places, bring_back, lay_out
 from rlver_jax.models.precision import wide
 from rlver_jax.models.qwen import Params
 from rlver_jax.parallel.rules import constrain, constrain_rows, parts
-from rlver_jax.rewards import Rewards
+from rlver_jax.rollout.rewards import Rewards
 
 ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_pp")
 

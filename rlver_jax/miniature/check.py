@@ -20,8 +20,8 @@ from rlver_jax.miniature.gold import Spoken, gold_judge, spoken
 from rlver_jax.miniature.scripted import play_scripted
 from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.miniature.world import REPLIES, Person
+from rlver_jax.rollout.rollout_metrics import is_readable
 from rlver_jax.runs.dialogue_log import Record
-from rlver_jax.runs.figures import is_readable
 from rlver_jax.text.tokenizer import Tokenizer
 
 SPEARMAN_BASE, SPEARMAN_TRAINED, READABLE, MARGIN = 0.9, 0.8, 0.95, 8.0

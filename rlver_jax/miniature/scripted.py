@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlver_jax.decoding.cache import append, init_cache
-from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.spec import PlayLimits
+from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.spec import PlayLimits
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.user.turn import dialogue_key, user_turn
 

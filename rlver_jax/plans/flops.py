@@ -7,7 +7,7 @@ few hundredths, as the test against the compiler's own count shows.
 import dataclasses
 
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.spec import Spec
+from rlver_jax.rollout.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)

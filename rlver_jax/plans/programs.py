@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from rlver_jax import assembly
 from rlver_jax.decoding.cache import LM
-from rlver_jax.dialogue import Dialogues, Profiles, sample_dialogues
 from rlver_jax.learning.objective import Trained
 from rlver_jax.learning.pack import PackedBatch
 from rlver_jax.learning.rows import Layout, Places
@@ -26,9 +25,10 @@ from rlver_jax.models.architecture import Qwen2Config, preset
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
-from rlver_jax.players import Players, is_ready, limits_of, make_model, sampling_params, sampling_program
-from rlver_jax.rewards import Rewards
-from rlver_jax.spec import Spec, check_rows
+from rlver_jax.rollout.agents import Players, is_ready, limits_of, make_model, sampling_params, sampling_program
+from rlver_jax.rollout.rewards import Rewards
+from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
+from rlver_jax.rollout.spec import Spec, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.trainer import pack_program, row_sharding
 from rlver_jax.user.prompts import load_prompts

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from rlver_jax.dialogue import END_REASONS
 from rlver_jax.reports import figures
 from rlver_jax.reports.figures import OUTCOMES, Group, Point
 from rlver_jax.reports.shorten import evenly
 from rlver_jax.reports.sources import Run, intention_label, intention_labels
 from rlver_jax.reports.svg import WIDTH, Chart, Key, ticks
+from rlver_jax.rollout.sampler import END_REASONS
 
 MOST_POINTS, MOST_BARS, MOST_DOTS = 240, 60, 500
 MOST_INTENTIONS = 12

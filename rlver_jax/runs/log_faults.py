@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlver_jax import rewards
-from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
+from rlver_jax.rollout import rewards
+from rlver_jax.rollout.agents import Players
 from rlver_jax.runs import log_texts
 from rlver_jax.runs.dialogue_log import known_fields
 from rlver_jax.runs.log_ends import Ends, Goodbye, Rooms

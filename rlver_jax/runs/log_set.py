@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlver_jax.players import WIDTH_STEP
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile
+from rlver_jax.rollout.agents import WIDTH_STEP
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
 

@@ -9,11 +9,11 @@ import pytest
 
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Generated
-from rlver_jax.dialogue import Dialogues, PlayLimits, PolicyTurn, Spec
 from rlver_jax.learning.pack import PackedBatch, pack
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
-from rlver_jax.policy import build_policy_tables
+from rlver_jax.rollout.policy_turn import build_policy_tables
+from rlver_jax.rollout.sampler import Dialogues, PlayLimits, PolicyTurn, Spec
 from rlver_jax.user.turn import UserLimits, UserTurn
 from tests.conftest import random_params
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.dialogue import PlayLimits, Spec
 from rlver_jax.learning.objective import Learner, Loss
 from rlver_jax.learning.pack import pack, row_lengths
 from rlver_jax.learning.update import (
@@ -21,8 +20,9 @@ from rlver_jax.learning.update import (
     make_optimizer,
 )
 from rlver_jax.models.value_head import ValueHead
-from rlver_jax.players import Players
-from rlver_jax.rewards import Rewards
+from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.rewards import Rewards
+from rlver_jax.rollout.sampler import PlayLimits, Spec
 from rlver_jax.user.turn import UserLimits
 from tests.conftest import some_profiles
 

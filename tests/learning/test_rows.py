@@ -19,7 +19,7 @@ from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, co
 from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.rewards import Rewards
+from rlver_jax.rollout.rewards import Rewards
 from tests.learning.conftest import LENGTH, make_world, packed, small_lm
 from tests.learning.test_update import optimizer, trained
 

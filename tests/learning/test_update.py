@@ -21,7 +21,7 @@ from rlver_jax.learning.update import (
     make_optimizer,
 )
 from rlver_jax.models.value_head import ValueHead
-from rlver_jax.rewards import Rewards
+from rlver_jax.rollout.rewards import Rewards
 from tests.learning.conftest import make_world, packed, small_lm
 
 LENGTH, BATCH, OPTIONS = 192, 8, Loss()

@@ -23,7 +23,7 @@ from rlver_jax.miniature import rule
 from rlver_jax.miniature.gold import gold_judge, spoken
 from rlver_jax.miniature.world import Person
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.rewards import Rewards, reward
+from rlver_jax.rollout.rewards import Rewards, reward
 from rlver_jax.runs.dialogue_log import dialogue_records
 from rlver_jax.trainer import Trainer, train
 

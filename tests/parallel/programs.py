@@ -22,8 +22,8 @@ from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.plans.hlo import COLLECTIVES, Module
 from rlver_jax.plans.programs import params_of, placed
-from rlver_jax.players import sampling_params, sampling_program
-from rlver_jax.rewards import Rewards
+from rlver_jax.rollout.agents import sampling_params, sampling_program
+from rlver_jax.rollout.rewards import Rewards
 
 # Sizes that no two axes share, so that a shape in the HLO says what it is.
 CONFIG = Qwen2Config(

@@ -11,9 +11,9 @@ import pytest
 from configs.base import get_config
 from rlver_jax.config.validate import reward_settings
 from rlver_jax.decoding.generate import Generated
-from rlver_jax.dialogue import END_REASONS, Dialogues, PolicyTurn, Spec
-from rlver_jax.players import Players
 from rlver_jax.profiles.schema import Profile
+from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.sampler import END_REASONS, Dialogues, PolicyTurn, Spec
 from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
 from rlver_jax.user.turn import UserTurn, build_user_tables
 

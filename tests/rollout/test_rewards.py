@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlver_jax.rewards import REWARDS, final, mixed, per_turn, reward
+from rlver_jax.rollout.rewards import REWARDS, final, mixed, per_turn, reward
 
 # Four dialogues of T = 3: played out, ended after 2 turns (garbage behind), violated at turn 3, no turns.
 EMOTIONS = jnp.asarray([[30, 38, 35, 45], [30, 20, 9, 77], [30, 40, 33, 33], [30, 99, 99, 99]], jnp.int32)

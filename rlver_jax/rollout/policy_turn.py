@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, Key
 from rlver_jax.decoding.cache import LM, Cache, append, join, rollback
 from rlver_jax.decoding.generate import Generated, Limits, generate
 from rlver_jax.decoding.grammar import Grammar, free_text, thought_then_say, whitespace_tokens
-from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.prompts import Prompts

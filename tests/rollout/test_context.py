@@ -20,7 +20,7 @@ from rlver_jax.judging.device import check_length
 from rlver_jax.models.architecture import PRESETS, Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.plans.programs import architecture
-from rlver_jax.spec import check_context
+from rlver_jax.rollout.spec import check_context
 
 FLAGS = [f"--config={debug.__file__}"]
 YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}

@@ -20,9 +20,9 @@ from rlver_jax.decoding.cache import LM, Cache, append, init_cache, read_one, re
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.batch import put_rows, take_rows
-from rlver_jax.policy import PolicyTables, PolicyTurn, policy_turn
+from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.slots import Queue, Seats, open_queue, take_next
-from rlver_jax.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlver_jax.dialogue import END_REASONS, Dialogues
+from rlver_jax.rollout.sampler import END_REASONS, Dialogues
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import SAGE
 

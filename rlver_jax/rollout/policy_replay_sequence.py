@@ -7,7 +7,7 @@ import numpy as np
 
 from rlver_jax.decoding.replay_sequence import DRAWN, GIVEN, Packed, Query, Said, States
 from rlver_jax.models.attention import BRANCH_RADIX
-from rlver_jax.policy import PolicyTables
+from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.user.turn import KEY_POLICY
 
 

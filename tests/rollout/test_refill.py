@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.dialogue import END_REASONS, sample_dialogues
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.players import Players
+from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.sampler import END_REASONS, sample_dialogues
 from tests.conftest import check_claims, some_profiles
-from tests.test_dialogue import ALONE, DIRECT, HOW, PROFILES, THINK, Table, limits, words
+from tests.rollout.test_sampler import ALONE, DIRECT, HOW, PROFILES, THINK, Table, limits, words
 
 ROWS = 3  # 16 and 8 dialogues are no multiple of it
 SPECS = {"think": (THINK, PROFILES, range(16)), "direct": (DIRECT, some_profiles(4), range(8))}

@@ -4,8 +4,14 @@ import jax
 import numpy as np
 import pytest
 
+from rlver_jax.rollout.rollout_metrics import (
+    dialogue_metrics,
+    generated_count,
+    is_readable,
+    prefilled_count,
+    reply_metrics,
+)
 from rlver_jax.runs.dialogue_log import generated_tokens
-from rlver_jax.runs.figures import dialogue_metrics, generated_count, is_readable, prefilled_count, reply_metrics
 
 EMOTION = [43, 60, 40, 40, 30, 40]  # after the last turn of each dialogue of the script, which all begin at 40
 

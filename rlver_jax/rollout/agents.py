@@ -15,16 +15,16 @@ from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
-from rlver_jax.dialogue import Dialogues, Profiles, room_needed, sample_dialogues
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.distributed import everywhere, rows_on
-from rlver_jax.policy import PolicyTables, build_policy_tables
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.spec import PlayLimits, Spec, check_context
+from rlver_jax.rollout.policy_turn import PolicyTables, build_policy_tables
+from rlver_jax.rollout.sampler import Dialogues, Profiles, room_needed, sample_dialogues
+from rlver_jax.rollout.spec import PlayLimits, Spec, check_context
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.common import difference
 from rlver_jax.text.padding import longest, pad_rows, round_up
