@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import profile_files
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.learning.objective import Learner, Loss, Trained
-from rlver_jax.learning.pack import max_length
-from rlver_jax.learning.rows import Layout, arrange
-from rlver_jax.learning.update import (
+from rlver_jax.learning.loss import Learner, Loss, Trained
+from rlver_jax.learning.packing import Layout, arrange
+from rlver_jax.learning.sequences import max_length
+from rlver_jax.learning.train_step import (
     Advantage,
     Optimizers,
     Schedule,

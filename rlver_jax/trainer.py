@@ -21,8 +21,8 @@ from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import flatten, profile_files, reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.evaluation import Evaluation
-from rlver_jax.learning.pack import pack, row_lengths
-from rlver_jax.learning.update import TrainState, compile_step, orders
+from rlver_jax.learning.sequences import pack, row_lengths
+from rlver_jax.learning.train_step import TrainState, compile_step, orders
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.profiles.reader import Batch, warn_shared_personas

@@ -7,7 +7,7 @@ import pytest
 from configs import debug
 from rlver_jax.assembly import assemble, dialogues_a_row, reads_at_most, row_lengths
 from rlver_jax.decoding.cache import LM
-from rlver_jax.learning.pack import max_length
+from rlver_jax.learning.sequences import max_length
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh

@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 
 from rlver_jax import assembly
 from rlver_jax.decoding.cache import LM
-from rlver_jax.learning.objective import Trained
-from rlver_jax.learning.pack import PackedBatch
-from rlver_jax.learning.rows import Layout, Places
-from rlver_jax.learning.update import Setup, TrainState, compile_step, init_state
+from rlver_jax.learning.loss import Trained
+from rlver_jax.learning.packing import Layout, Places
+from rlver_jax.learning.sequences import PackedBatch
+from rlver_jax.learning.train_step import Setup, TrainState, compile_step, init_state
 from rlver_jax.models.architecture import Qwen2Config, preset
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules

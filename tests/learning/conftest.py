@@ -9,7 +9,7 @@ import pytest
 
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Generated
-from rlver_jax.learning.pack import PackedBatch, pack
+from rlver_jax.learning.sequences import PackedBatch, pack
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.rollout.policy_turn import build_policy_tables

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.learning.objective import Learner, Loss
-from rlver_jax.learning.pack import pack, row_lengths
-from rlver_jax.learning.update import (
+from rlver_jax.learning.loss import Learner, Loss
+from rlver_jax.learning.sequences import pack, row_lengths
+from rlver_jax.learning.train_step import (
     Advantage,
     Optimizers,
     Schedule,

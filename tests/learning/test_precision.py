@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from rlver_jax.learning import advantages, losses, masked
-from rlver_jax.learning.update import Optimizers, init_state, make_optimizer
+from rlver_jax.learning import advantages, loss_terms, masked
+from rlver_jax.learning.train_step import Optimizers, init_state, make_optimizer
 from rlver_jax.models.qwen import Embedding
 
 RATE, BETA1, BETA2, DECAY, EPS = 1e-3, 0.9, 0.999, 0.01, 1e-8
@@ -182,24 +182,26 @@ def test_ratios_penalties_and_losses(rows):
     (new, old, third, mask), (n, o, t, m) = rows
     kept = lambda x: np.where(m, x, 0)  # noqa: E731
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)  # noqa: E731
-    close(losses.token_ratio(new, old, mask), kept(np.exp(n - o)))
+    close(loss_terms.token_ratio(new, old, mask), kept(np.exp(n - o)))
     mean = ((n - o) * m).sum(1) / m.sum(1)
-    close(losses.sequence_ratio(new, old, mask), kept(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
+    close(loss_terms.sequence_ratio(new, old, mask), kept(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
     segment = jnp.zeros(mask.shape, jnp.int32)
-    close(losses.sequence_ratio(new, old, mask, segment), kept(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
+    close(loss_terms.sequence_ratio(new, old, mask, segment), kept(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
     d = o - n
     for name, wanted in {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - 1 - d}.items():
-        close(losses.kl_penalty(new, old, mask, estimator=name), kept(wanted))
-    close(losses.importance_weights(old, new, mask, cap=1.5), kept(np.minimum(np.exp(o - n), 1.5)))
+        close(loss_terms.kl_penalty(new, old, mask, estimator=name), kept(wanted))
+    close(loss_terms.importance_weights(old, new, mask, cap=1.5), kept(np.minimum(np.exp(o - n), 1.5)))
     near = np.clip(n, o - 0.25, o + 0.25)
-    close(losses.value_loss(new, old, third, mask, clip=0.25), kept(0.5 * np.maximum((n - t) ** 2, (near - t) ** 2)))
-    clipped = losses.clipped_objective(new, third, mask, clip_low=0.25, clip_high=0.25)
+    close(
+        loss_terms.value_loss(new, old, third, mask, clip=0.25), kept(0.5 * np.maximum((n - t) ** 2, (near - t) ** 2))
+    )
+    clipped = loss_terms.clipped_objective(new, third, mask, clip_low=0.25, clip_high=0.25)
     close(clipped.loss, kept(np.maximum(-t * n, -t * np.clip(n, 0.75, 1.25))))
     for kind in ("token_mean", "dialogue_mean"):
-        weight = losses.token_weights(mask, kind)
+        weight = loss_terms.token_weights(mask, kind)
         wanted = m / m.sum() if kind == "token_mean" else m / m.sum(1, keepdims=True) / 4
         close(weight, wanted)
-        close((weight * losses.token_ratio(new, old, mask)).sum(), (wanted * np.exp(n - o)).sum())
+        close((weight * loss_terms.token_ratio(new, old, mask)).sum(), (wanted * np.exp(n - o)).sum())
 
 
 def test_rewards_of_groups_in_bfloat16():

@@ -12,10 +12,18 @@ from rlver_jax.assembly import state_shardings
 from rlver_jax.decoding.cache import LM, init_cache
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.learning.objective import Learner, Loss
-from rlver_jax.learning.pack import PackedBatch
-from rlver_jax.learning.rows import Layout, Places
-from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, make_optimizer
+from rlver_jax.learning.loss import Learner, Loss
+from rlver_jax.learning.packing import Layout, Places
+from rlver_jax.learning.sequences import PackedBatch
+from rlver_jax.learning.train_step import (
+    Advantage,
+    Optimizers,
+    Schedule,
+    Setup,
+    compile_step,
+    init_state,
+    make_optimizer,
+)
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.models.value_head import ValueHead

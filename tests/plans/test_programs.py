@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import debug
 from rlver_jax.assembly import assemble
 from rlver_jax.decoding.cache import LM
-from rlver_jax.learning.update import compile_step
+from rlver_jax.learning.train_step import compile_step
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.plans.measure import turns_of_loops

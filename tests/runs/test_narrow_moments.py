@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlver_jax.learning.update import Optimizers, TrainState, init_state, make_optimizer
+from rlver_jax.learning.train_step import Optimizers, TrainState, init_state, make_optimizer
 from rlver_jax.runs.checkpoint import Checkpoints, MismatchError
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.learning import losses
-from rlver_jax.learning.objective import Learner, Loss, Sample, loss
-from rlver_jax.learning.update import (
+from rlver_jax.learning import loss_terms
+from rlver_jax.learning.loss import Learner, Loss, Sample, loss
+from rlver_jax.learning.train_step import (
     Advantage,
     Optimizers,
     Schedule,
@@ -113,7 +113,7 @@ def test_the_optimizer_is_adamw_behind_a_clip(bpe, problem, whole):
     batch, rewards, grammar = problem
     setup, params = setup_of(bpe), trained(bpe)
     learner, mask = setup.learner, batch.mask
-    weight = losses.token_weights(mask, "token_mean")
+    weight = loss_terms.token_weights(mask, "token_mean")
     advantage, _ = compute_advantages(setup.advantage, rewards, batch, whole_values(learner, params, batch))
     sample = Sample(batch, batch.logprob, advantage, weight, weight)
     gradient = jax.jit(jax.grad(lambda p: loss(learner, {"policy": p}, sample, grammar)[0]))(params["policy"])
@@ -150,7 +150,7 @@ def test_gradients_by_finite_differences(bpe, prompts, options, critic):
         learner = Learner(model, model if critic else None, ValueHead() if critic else None, options, vocab_chunk=128)
         draw, shape = np.random.default_rng(1), batch.mask.shape
         noise = lambda scale: jnp.asarray(draw.normal(0, scale, shape))  # noqa: E731
-        weight = losses.token_weights(batch.mask, options.normalization, length=1).astype(jnp.float64)
+        weight = loss_terms.token_weights(batch.mask, options.normalization, length=1).astype(jnp.float64)
         start = Sample(double(batch), noise(1), noise(1), weight, weight)
         _, metrics = jax.jit(lambda p: loss(learner, p, start, world.tables.grammar))(params)
         assert metrics["sum"]["policy/loss"].dtype == jnp.float64
@@ -171,7 +171,7 @@ def test_gradients_by_finite_differences(bpe, prompts, options, critic):
 
 
 def own_logprobs(learner, params, batch, grammar):
-    from rlver_jax.learning.objective import action_logprobs, read
+    from rlver_jax.learning.loss import action_logprobs, read
 
     return action_logprobs(learner, params["policy"], read(learner.model, params["policy"], batch), batch, grammar)[0]
 

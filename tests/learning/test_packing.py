@@ -11,17 +11,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.learning import losses
-from rlver_jax.learning.objective import Learner, Loss, Sample, loss
-from rlver_jax.learning.pack import PackedBatch
-from rlver_jax.learning.rows import Places, arrange, bring_back, lay_out, place
-from rlver_jax.learning.update import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, orders
+from rlver_jax.learning import loss_terms
+from rlver_jax.learning.loss import Learner, Loss, Sample, loss
+from rlver_jax.learning.packing import Places, arrange, bring_back, lay_out, place
+from rlver_jax.learning.sequences import PackedBatch
+from rlver_jax.learning.train_step import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, orders
 from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.rewards import Rewards
 from tests.learning.conftest import LENGTH, make_world, packed, small_lm
-from tests.learning.test_update import optimizer, trained
+from tests.learning.test_train_step import optimizer, trained
 
 # Where dialogues lie: on the host.
 
@@ -132,8 +132,8 @@ def sample_of(world, options, critic):
     """Numbers that differ from token to token, garbage where no action is."""
     batch, draw = packed(world), np.random.default_rng(7)
     noise = lambda s: jnp.where(batch.mask, draw.normal(0, s, batch.mask.shape), jnp.nan).astype(jnp.float32)  # noqa: E731
-    weight = losses.token_weights(batch.mask, options.normalization, length=options.length)
-    mean = losses.token_weights(batch.mask, "token_mean")
+    weight = loss_terms.token_weights(batch.mask, options.normalization, length=options.length)
+    mean = loss_terms.token_weights(batch.mask, "token_mean")
     old = batch.logprob + noise(0.3)
     given = {"value": noise(0.2), "returns": noise(0.5)} if critic else {}
     return Sample(batch, old, noise(1.0), weight, mean, old + noise(0.1), 1 + 0.1 * noise(1.0), **given)

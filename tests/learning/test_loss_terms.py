@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlver_jax.learning import losses
+from rlver_jax.learning import loss_terms
 
 # Compiled whole, as training does it, which is also faster than op by op.
-token_weights = jax.jit(losses.token_weights, static_argnames=("kind", "length"))
+token_weights = jax.jit(loss_terms.token_weights, static_argnames=("kind", "length"))
 token_ratio, sequence_ratio, ratio_metrics = map(
-    jax.jit, (losses.token_ratio, losses.sequence_ratio, losses.ratio_metrics)
+    jax.jit, (loss_terms.token_ratio, loss_terms.sequence_ratio, loss_terms.ratio_metrics)
 )
-clipped_objective = jax.jit(losses.clipped_objective, static_argnames=("clip_low", "clip_high", "dual_clip"))
-value_loss = jax.jit(losses.value_loss, static_argnames="clip")
-kl_penalty = jax.jit(losses.kl_penalty, static_argnames="estimator")
-importance_weights = jax.jit(losses.importance_weights, static_argnames="cap")
+clipped_objective = jax.jit(loss_terms.clipped_objective, static_argnames=("clip_low", "clip_high", "dual_clip"))
+value_loss = jax.jit(loss_terms.value_loss, static_argnames="clip")
+kl_penalty = jax.jit(loss_terms.kl_penalty, static_argnames="estimator")
+importance_weights = jax.jit(loss_terms.importance_weights, static_argnames="cap")
 
 MASK = np.array([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], bool)
 KINDS = ("token_mean", "dialogue_mean", "dr_grpo")

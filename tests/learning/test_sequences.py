@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from rlver_jax.learning import losses
-from rlver_jax.learning.objective import Learner, Loss, Sample, action_logprobs, loss, read
-from rlver_jax.learning.pack import max_length, row_lengths
+from rlver_jax.learning import loss_terms
+from rlver_jax.learning.loss import Learner, Loss, Sample, action_logprobs, loss, read
+from rlver_jax.learning.sequences import max_length, row_lengths
 from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.qwen import logits
 from rlver_jax.models.value_head import ValueHead
@@ -152,7 +152,7 @@ def test_packed_training_is_one_row_per_turn(world, bpe, scan):
         return jnp.asarray(flat.reshape(batch.mask.shape))
 
     distance, advantage, old_value, returns = numbers
-    weight = losses.token_weights(batch.mask, "token_mean")
+    weight = loss_terms.token_weights(batch.mask, "token_mean")
     sample = Sample(
         batch, spread(np.asarray(new) + distance), spread(advantage), weight, weight,
         value=spread(old_value), returns=spread(returns),
@@ -176,7 +176,7 @@ def test_a_batch_without_any_action_has_no_loss(bpe, prompts):
     world = make_world(bpe, prompts, "think")
     empty = world._replace(dialogues=world.dialogues.replace(turns=jnp.zeros_like(world.dialogues.turns)))
     batch, lm = packed(empty), small_lm(bpe)
-    weight = losses.token_weights(batch.mask, "token_mean")
+    weight = loss_terms.token_weights(batch.mask, "token_mean")
     sample = Sample(batch, batch.logprob, jnp.full(weight.shape, jnp.nan), weight, weight)
     learner = Learner(lm.model, None, None, OPTIONS)
     value, gradient = jax.jit(
@@ -189,7 +189,7 @@ def test_a_batch_without_any_action_has_no_loss(bpe, prompts):
 def test_training_reads_no_whole_vocabulary(world, bpe):
     """No [B, L, V] array in the loss and its gradient."""
     batch, lm = packed(world), small_lm(bpe)
-    weight = losses.token_weights(batch.mask, "token_mean")
+    weight = loss_terms.token_weights(batch.mask, "token_mean")
     sample = Sample(batch, batch.logprob, weight, weight, weight)
     learner = Learner(lm.model, None, None, OPTIONS, vocab_chunk=64)
     text = (

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.learning import losses
-from rlver_jax.learning.pack import PackedBatch
-from rlver_jax.learning.rows import SharedRows
+from rlver_jax.learning import loss_terms
+from rlver_jax.learning.packing import SharedRows
+from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.models.logprobs import Forbidden, TokenLogprobs, token_logprobs
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, head
 from rlver_jax.models.value_head import ValueHead
@@ -148,10 +148,10 @@ def _policy_loss(
     batch, mask, options = sample.batch, sample.batch.mask, learner.loss
     new, entropy = action_logprobs(learner, params, hidden, batch, grammar)
     if options.ratio == "sequence":
-        ratio = losses.sequence_ratio(new, sample.old, mask, _segment(batch))
+        ratio = loss_terms.sequence_ratio(new, sample.old, mask, _segment(batch))
     else:
-        ratio = losses.token_ratio(new, sample.old, mask)
-    objective = losses.clipped_objective(
+        ratio = loss_terms.token_ratio(new, sample.old, mask)
+    objective = loss_terms.clipped_objective(
         ratio,
         sample.advantage,
         mask,
@@ -161,11 +161,11 @@ def _policy_loss(
     )
     importance = 1.0 if sample.importance is None else sample.importance
     policy_loss = (sample.weight * importance * objective.loss).sum()
-    metrics = losses.ratio_metrics(new, sample.old, objective.clipped, mask, sample.mean)
+    metrics = loss_terms.ratio_metrics(new, sample.old, objective.clipped, mask, sample.mean)
     metrics["sum"] |= {"policy/loss": policy_loss, "policy/entropy": (sample.mean * entropy).sum()}
     total = policy_loss - options.entropy * (sample.weight * entropy).sum()
     if sample.reference is not None:
-        penalty = losses.kl_penalty(new, sample.reference, mask, estimator=options.kl_estimator)
+        penalty = loss_terms.kl_penalty(new, sample.reference, mask, estimator=options.kl_estimator)
         metrics["sum"]["policy/reference_kl"] = (sample.mean * penalty).sum()
         total = total + options.kl * (sample.weight * penalty).sum()
     return total, metrics
@@ -177,7 +177,7 @@ def _value_loss(learner: Learner, critic: Params, hidden: Array | None, sample: 
     clip = learner.loss.value_clip
     assert sample.value is not None
     assert sample.returns is not None
-    per_token = losses.value_loss(value, sample.value, sample.returns, sample.batch.mask, clip=clip)
+    per_token = loss_terms.value_loss(value, sample.value, sample.returns, sample.batch.mask, clip=clip)
     return (sample.mean * per_token).sum()
 
 

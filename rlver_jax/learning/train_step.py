@@ -12,10 +12,9 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.learning import advantages, losses
-from rlver_jax.learning.float32 import in_float32, widened
-from rlver_jax.learning.masked import masked_mean, masked_var, whiten
-from rlver_jax.learning.objective import (
+from rlver_jax.learning import advantages, loss_terms
+from rlver_jax.learning.float32_moments import in_float32, widened
+from rlver_jax.learning.loss import (
     Learner,
     Sample,
     Trained,
@@ -27,8 +26,9 @@ from rlver_jax.learning.objective import (
     read,
     values,
 )
-from rlver_jax.learning.pack import PackedBatch
-from rlver_jax.learning.rows import Layout, Places, bring_back, lay_out
+from rlver_jax.learning.masked import masked_mean, masked_var, whiten
+from rlver_jax.learning.packing import Layout, Places, bring_back, lay_out
+from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.models.precision import wide
 from rlver_jax.models.qwen import Params
 from rlver_jax.parallel.rules import constrain, constrain_rows, parts
@@ -195,7 +195,7 @@ def prepare(
     looked = _of_parts(look, batch, schedule.minibatches * schedule.microbatches, layout)
     importance = None
     if schedule.recompute and schedule.importance_cap:
-        importance = losses.importance_weights(looked["old"], batch.logprob, mask, cap=schedule.importance_cap)
+        importance = loss_terms.importance_weights(looked["old"], batch.logprob, mask, cap=schedule.importance_cap)
     advantage, returns = compute_advantages(setup.advantage, rewards, batch, looked.get("value"))
     zeros = jnp.zeros_like(batch.logprob)
     sample = Sample(
@@ -284,8 +284,8 @@ def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar
     options, mask = setup.learner.loss, sample.batch.mask
     sample = dataclasses.replace(
         sample,
-        weight=losses.token_weights(mask, options.normalization, length=options.length),
-        mean=losses.token_weights(mask, "token_mean", length=options.length),
+        weight=loss_terms.token_weights(mask, options.normalization, length=options.length),
+        mean=loss_terms.token_weights(mask, "token_mean", length=options.length),
     )
     pieces = _pieces(sample, sample.batch, setup.schedule.microbatches, places)
     frozen = {"policy": state.step < setup.schedule.critic_warmup, "critic": jnp.bool_(False)}
@@ -336,7 +336,7 @@ def _moved(setup: Setup, params: Params, sample: Sample, grammar: Grammar, layou
     pieces, _ = _pieces(sample, sample.batch, parts, None if layout is None else layout.whole)
     some = jax.tree.map(lambda x: x[0], pieces)
     new = action_logprobs(setup.learner, params, read(setup.learner.model, params, some.batch), some.batch, grammar)
-    kl = losses.kl_penalty(some.old, new.logprob, some.batch.mask, estimator="k3")
+    kl = loss_terms.kl_penalty(some.old, new.logprob, some.batch.mask, estimator="k3")
     return masked_mean(kl, some.batch.mask)
 
 

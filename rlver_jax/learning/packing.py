@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from rlver_jax.learning.pack import PackedBatch
+from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.parallel import rules
 
 
