@@ -39,6 +39,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
 from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
+from rlver_jax.dialogues.log import Record
+from rlver_jax.dialogues.render import print_comparison, print_dialogue
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.evaluation import Played, chosen_profiles, load
@@ -50,10 +52,8 @@ from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs import evaluation_folder
-from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.runs.evaluation_folder import EvaluationFolder, read_evaluation
 from rlver_jax.runs.lock import LostLockError, hold
-from rlver_jax.runs.render import print_comparison, print_dialogue
 from rlver_jax.runs.spread import spread, spread_text
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 from rlver_jax.text.console import consoles

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import ConfigError, profile_files, reward_settings
+from rlver_jax.dialogues.log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
@@ -19,7 +20,6 @@ from rlver_jax.rollout.agents import Players, ProfileTokens, Weights, limits_of,
 from rlver_jax.rollout.rollout_metrics import prefilled_count
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import PlayLimits, Spec
-from rlver_jax.runs.dialogue_log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.emotion import SAGE
 

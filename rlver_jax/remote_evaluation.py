@@ -16,6 +16,10 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.credentials import Secret, key_fault
 from rlver_jax.config.validate import ConfigError, endpoint_sides, reward_settings
+from rlver_jax.dialogues.device_agents import DevicePolicy, DeviceUser
+from rlver_jax.dialogues.endpoint_agents import RemotePolicy, RemoteUserSide
+from rlver_jax.dialogues.log import Record, generated_tokens
+from rlver_jax.dialogues.turn_by_turn import Policy, Row, User, play, record_of
 from rlver_jax.endpoints.answer_cache import AnswerCache
 from rlver_jax.endpoints.client import Client, Endpoint
 from rlver_jax.endpoints.concurrency import as_finished
@@ -27,10 +31,6 @@ from rlver_jax.rollout.agents import WIDTH_STEP, Players, Weights, emotion_rules
 from rlver_jax.rollout.rewards import reward
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import check_context
-from rlver_jax.runs.dialogue_log import Record, generated_tokens
-from rlver_jax.sides.device import DevicePolicy, DeviceUser
-from rlver_jax.sides.play import Policy, Row, User, play, record_of
-from rlver_jax.sides.remote import RemotePolicy, RemoteUserSide
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.endpoint import RemoteUser

@@ -20,6 +20,7 @@ from rlver_jax.assembly import Run, assemble, folders_of, models_of
 from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import flatten, profile_files, reward_settings
 from rlver_jax.decoding.cache import LM
+from rlver_jax.dialogues.log import dialogue_records, write_dialogues
 from rlver_jax.evaluation import Evaluation
 from rlver_jax.learning.sequences import pack, row_lengths
 from rlver_jax.learning.train_step import TrainState, compile_step, orders
@@ -35,7 +36,6 @@ from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import Spec, check_context
 from rlver_jax.runs.checkpoint import Checkpoints
 from rlver_jax.runs.collapse import CollapseError, breach
-from rlver_jax.runs.dialogue_log import dialogue_records, write_dialogues
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.runs.metrics import MetricsWriter

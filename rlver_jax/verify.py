@@ -38,19 +38,19 @@ from rlver_jax.config.flags import config_from_flags, define_path, given_path, l
 from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.decoding.replay import Dialogue, Keys
 from rlver_jax.decoding.replay_sequence import Packed
+from rlver_jax.dialogues.faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
+from rlver_jax.dialogues.known_profiles import KnownProfiles
+from rlver_jax.dialogues.trajectory import reactions
+from rlver_jax.dialogues.verify_files import plans_of, read_part
+from rlver_jax.dialogues.verify_set import Plan
+from rlver_jax.dialogues.verify_shape import POLICY, USER, Shape
+from rlver_jax.dialogues.verify_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
 from rlver_jax.evaluation import chosen_profiles, eval_spec
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.rollout.agents import Players, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.sampler import opening_key
 from rlver_jax.runs import log_player
-from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.log_faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
-from rlver_jax.runs.log_files import plans_of, read_part
-from rlver_jax.runs.log_set import Plan
-from rlver_jax.runs.log_shape import POLICY, USER, Shape
-from rlver_jax.runs.log_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
-from rlver_jax.runs.trajectory import reactions
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.user.emotion import CHANGES, EmotionRules

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlver_jax.chat import main
-from rlver_jax.runs.dialogue_log import read_dialogues
+from rlver_jax.dialogues.log import read_dialogues
 from tests.quick import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]

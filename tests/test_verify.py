@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.dialogues.faults import derived_rewards, logged_turns
+from rlver_jax.dialogues.known_profiles import KnownProfiles
+from rlver_jax.dialogues.log import dialogue_records, rewards_of
+from rlver_jax.dialogues.verify_set import TrainingPlan
+from rlver_jax.dialogues.verify_settings import check_settings
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.rollout import rewards
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.sampler import PlayLimits, Spec
-from rlver_jax.runs.dialogue_log import dialogue_records, rewards_of
-from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.log_faults import derived_rewards, logged_turns
-from rlver_jax.runs.log_set import TrainingPlan
-from rlver_jax.runs.log_settings import check_settings
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.turn import UserLimits
 from rlver_jax.verify import ALLOWED, Logged, Report, Settings, _is_tie, verify_records

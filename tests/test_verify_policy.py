@@ -23,14 +23,14 @@ from rlver_jax import evaluate, verify
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.decoding.generate import KEEP_ALL, Truncation
 from rlver_jax.decoding.replay import Dialogue, Keys, Side, rederive
+from rlver_jax.dialogues.log import dialogue_records, read_dialogues, rewards_of, write_dialogues
+from rlver_jax.dialogues.verify_policy import Policy, Spoken, _replies, policy_findings
+from rlver_jax.dialogues.verify_tokens import ALLOWED
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.policy_replay_sequence import PolicyPacker
 from rlver_jax.rollout.sampler import PlayLimits
 from rlver_jax.rollout.spec import Spec
-from rlver_jax.runs.dialogue_log import dialogue_records, read_dialogues, rewards_of, write_dialogues
-from rlver_jax.runs.log_policy import Policy, Spoken, _replies, policy_findings
-from rlver_jax.runs.log_tokens import ALLOWED
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.trainer import train
 from rlver_jax.user.emotion import EmotionRules

@@ -20,6 +20,8 @@ from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config.hub import is_name, short_name
 from rlver_jax.config.validate import ConfigError, endpoint_sides, profile_files, validate
+from rlver_jax.dialogues.known_profiles import KnownProfiles
+from rlver_jax.dialogues.log import REMEDY, Record, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.evaluation import Tally
 from rlver_jax.judging.device import DeviceJudge
@@ -35,10 +37,8 @@ from rlver_jax.judging.statistics import mean_with_interval
 from rlver_jax.judging.work_folder import Fingerprint
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.dialogue_log import REMEDY, Record, write_dialogues
 from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.files import write_json
-from rlver_jax.runs.known_profiles import KnownProfiles
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.console import consoles, plain_line
 from rlver_jax.text.strict_json import half_character

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rlver_jax.config.validate import shown
+from rlver_jax.dialogues.known_profiles import KnownProfiles
+from rlver_jax.dialogues.lines import Lines, OneByOne
+from rlver_jax.dialogues.log import REMEDY, DialogueLogError, Record, parse_dialogue, record_faults
+from rlver_jax.dialogues.numbers import number_faults
+from rlver_jax.dialogues.sage import from_sage
+from rlver_jax.dialogues.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.profiles.schema import Profile, ProfileError, parse_line
-from rlver_jax.runs.dialogue_log import REMEDY, DialogueLogError, Record, parse_dialogue, record_faults
-from rlver_jax.runs.known_profiles import KnownProfiles
-from rlver_jax.runs.lines import Lines, OneByOne
-from rlver_jax.runs.numbers import number_faults
-from rlver_jax.runs.sage import from_sage
-from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.user.emotion import HIGHEST, LOWEST, SAGE, EmotionRules
 
 S = TypeVar("S")

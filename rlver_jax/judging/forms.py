@@ -17,8 +17,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlver_jax.decoding.script import Part, parse_script
+from rlver_jax.dialogues.log import Record
 from rlver_jax.judging.finished import Finished
-from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.user.prompts import LANGUAGES
 
 RATING = ("1", "2", "3", "4", "5")

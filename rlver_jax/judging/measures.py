@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from rlver_jax.dialogues.log import Record
+from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.endpoints.usage import summed
 from rlver_jax.judging.finished import Finished, Lazily
 from rlver_jax.judging.forms import QUALITIES, STRATEGIES, Forms, measures_of
@@ -14,8 +16,6 @@ from rlver_jax.judging.rater import Rater
 from rlver_jax.judging.score import Meter
 from rlver_jax.judging.statistics import mean_with_interval
 from rlver_jax.judging.work_folder import WorkFile
-from rlver_jax.runs.dialogue_log import Record
-from rlver_jax.runs.trajectory import reactions
 
 Measures = dict[str, Any]
 

@@ -30,6 +30,7 @@ from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.decoding.cache import LM
+from rlver_jax.dialogues.log import Record, read_dialogues
 from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
 from rlver_jax.miniature.rows import Packer
@@ -39,7 +40,6 @@ from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.collapse import CollapseError
-from rlver_jax.runs.dialogue_log import Record, read_dialogues
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.trained import TrainedPolicy
 from rlver_jax.runs.workdir import FINISHED, RunFolder

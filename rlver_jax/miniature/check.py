@@ -15,13 +15,13 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from rlver_jax import evaluation
+from rlver_jax.dialogues.log import Record
 from rlver_jax.miniature import assets, rule, texts
 from rlver_jax.miniature.gold import Spoken, gold_judge, spoken
 from rlver_jax.miniature.scripted import play_scripted
 from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.miniature.world import REPLIES, Person
 from rlver_jax.rollout.rollout_metrics import is_readable
-from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.text.tokenizer import Tokenizer
 
 SPEARMAN_BASE, SPEARMAN_TRAINED, READABLE, MARGIN = 0.9, 0.8, 0.95, 8.0

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rlver_jax.dialogues.log import Record
 from rlver_jax.miniature import assets, rule, texts
 from rlver_jax.miniature.gold import spoken
 from rlver_jax.miniature.rows import Packer, Row, Rows, sample_dialogues, stack
 from rlver_jax.miniature.texts import Dialogue, Reply
 from rlver_jax.miniature.world import INTENTIONS, Person, people
-from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from rlver_jax.user.prompts import Prompts
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlver_jax.config.validate import shortened
+from rlver_jax.dialogues.numbers import is_number
 from rlver_jax.reports.rows import Rows
 from rlver_jax.reports.sources import Outline, Run
 from rlver_jax.rollout.sampler import END_REASONS
-from rlver_jax.runs.numbers import is_number
 from rlver_jax.user.emotion import SAGE
 
 OUTCOMES = ("success", "neither", "failure")  # by SAGE's borders: 100, and below 10

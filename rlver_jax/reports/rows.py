@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlver_jax.runs.numbers import is_number
+from rlver_jax.dialogues.numbers import is_number
 
 
 class Row(Mapping[str, Any]):

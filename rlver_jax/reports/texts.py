@@ -6,8 +6,8 @@ import weakref
 import zlib
 from typing import Any, NamedTuple
 
+from rlver_jax.dialogues.log import Record
 from rlver_jax.reports.shorten import MOST_CHARACTERS, Dialogue
-from rlver_jax.runs.dialogue_log import Record
 from rlver_jax.text.console import plain
 
 _IN_MEMORY = 32 * 2**20  # bytes

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.ranges import PATHS as CONFIG_PATHS
 from rlver_jax.config.validate import endpoint_sides, flatten
+from rlver_jax.dialogues.log import DialogueLogError, Record, read_dialogues, write_dialogues
+from rlver_jax.dialogues.logged import Logged
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.runs.dialogue_log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.fingerprints import model_fingerprint, texts_fingerprint
-from rlver_jax.runs.logged import Logged
 from rlver_jax.runs.settings import compare, without_secrets
 
 PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json"

@@ -16,14 +16,14 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.foreign_weights import is_run
 from rlver_jax.config.validate import ConfigError, validate
+from rlver_jax.dialogues.verify_policy import Policy, Spoken, policy_findings
+from rlver_jax.dialogues.verify_set import Plan, TrainingPlan
+from rlver_jax.dialogues.verify_shape import POLICY, Shape
+from rlver_jax.dialogues.verify_tokens import ALLOWED, Found
 from rlver_jax.models.qwen import Params, Qwen2, stack_layers
 from rlver_jax.rollout.agents import Players, check_tokenizers, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.spec import Spec
-from rlver_jax.runs.log_policy import Policy, Spoken, policy_findings
-from rlver_jax.runs.log_set import Plan, TrainingPlan
-from rlver_jax.runs.log_shape import POLICY, Shape
-from rlver_jax.runs.log_tokens import ALLOWED, Found
 from rlver_jax.user.prompts import load_prompts
 
 if TYPE_CHECKING:  # it imports all that reads checkpoints: only where a policy is named

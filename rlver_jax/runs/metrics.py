@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlver_jax.config.validate import shown
-from rlver_jax.runs.lines import each_line
+from rlver_jax.dialogues.lines import each_line
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb_id"
 _log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.dialogues.log import Record
 from rlver_jax.user.emotion import SAGE
 
 RESAMPLES = 10_000

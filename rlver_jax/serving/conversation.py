@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from rlver_jax.decoding.cache import LM, Cache
+from rlver_jax.dialogues.log import Record, policy_message, user_message
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
@@ -27,7 +28,6 @@ from rlver_jax.rollout.sampler import (
     room_needed,
 )
 from rlver_jax.rollout.spec import PlayLimits, Spec
-from rlver_jax.runs.dialogue_log import Record, policy_message, user_message
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from rlver_jax.dialogues.log import write_dialogues
+from rlver_jax.dialogues.render import change_text, emotion_bar, message_lines, plain
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.runs.dialogue_log import write_dialogues
-from rlver_jax.runs.render import change_text, emotion_bar, message_lines, plain
 from rlver_jax.serving.conversation import Conversation
 
 HELP = "/quit (or the end of input) ends, /help shows this, /profile shows who the user is"

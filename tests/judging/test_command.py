@@ -6,8 +6,8 @@ import pytest
 from scipy import stats
 
 from rlver_jax.evaluate import main
+from tests.dialogues.rlver_log import logged
 from tests.judging.test_finished import write
-from tests.runs.rlver_log import logged
 
 
 @pytest.fixture(scope="module")

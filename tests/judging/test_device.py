@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.judging.device import DeviceJudge, message_tokens
 from rlver_jax.judging.finished import Finished
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.sampler import Spec
-from rlver_jax.runs.sage import from_sage
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
+from rlver_jax.dialogues.log import write_dialogues
 from rlver_jax.evaluate import main
 from rlver_jax.judging.finished import FinishedFiles, faults, read_finished, turns_of
 from rlver_jax.report import main as report
-from rlver_jax.runs.dialogue_log import write_dialogues
-from tests.runs.rlver_log import logged
+from tests.dialogues.rlver_log import logged
 
 # SAGE's published table: score, successes, failures.
 PUBLISHED = {"gpt-4.1": (68.2, 35, 13), "llama3.3-70b": (33.3, 7, 47), "qwen2.5-72b": (19.1, 4, 70)}

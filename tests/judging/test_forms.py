@@ -2,9 +2,9 @@
 
 import pytest
 
+from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.judging.finished import Finished
 from rlver_jax.judging.forms import CAPABILITIES, FACETS, STRATEGIES, load_forms, measures_of
-from rlver_jax.runs.sage import from_sage
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

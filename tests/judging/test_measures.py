@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.judging.finished import Finished
 from rlver_jax.judging.forms import load_forms
 from rlver_jax.judging.judge import Work
 from rlver_jax.judging.measures import measured, strategies, summed_up
 from rlver_jax.judging.rater import Rated
-from rlver_jax.runs.sage import from_sage
 
 QUIET = Console(quiet=True)
 

@@ -6,11 +6,11 @@ from rich.console import Console
 from scipy import special
 
 from rlver_jax.decoding.grammar import one_line
+from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.judging.finished import Finished
 from rlver_jax.judging.forms import Asked, Form, Step, load_forms
 from rlver_jax.judging.measures import measured
 from rlver_jax.judging.rater import DeviceRater
-from rlver_jax.runs.sage import from_sage
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain
 from tests.judging.test_device import greedy_line

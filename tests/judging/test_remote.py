@@ -16,6 +16,7 @@ from rich.console import Console
 from scipy import stats
 
 from configs import debug
+from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluate import main
 from rlver_jax.judging.finished import Finished
@@ -24,7 +25,6 @@ from rlver_jax.judging.measures import measured
 from rlver_jax.judging.remote import RemoteJudge, RemoteRater
 from rlver_jax.judging.score import agreed, judged
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.runs.sage import from_sage
 from tests.endpoints.server import ChatServer, digest, one_in_five, rule
 from tests.judging.test_finished import write
 from tests.test_serve import served

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.judging.finished import Finished, turns_of
 from rlver_jax.judging.judge import Appraised, Work
 from rlver_jax.judging.score import agreed, judged
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.runs.sage import from_sage
 
 QUIET = Console(quiet=True)
 

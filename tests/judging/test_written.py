@@ -2,10 +2,10 @@
 
 import pytest
 
+from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.judging.finished import Finished
 from rlver_jax.judging.forms import LETTERS, RATING, TRUTH, Step, load_forms
 from rlver_jax.judging.written import read, read_choice, write
-from rlver_jax.runs.sage import from_sage
 
 STEPS = (
     Step("All in all.\nBest and worst:", "evidence", ()),

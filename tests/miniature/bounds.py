@@ -19,12 +19,12 @@ from rich.console import Console
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.config.validate import validate
+from rlver_jax.dialogues.log import dialogue_records
 from rlver_jax.miniature import rule
 from rlver_jax.miniature.gold import gold_judge, spoken
 from rlver_jax.miniature.world import Person
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.rewards import Rewards, reward
-from rlver_jax.runs.dialogue_log import dialogue_records
 from rlver_jax.trainer import Trainer, train
 
 

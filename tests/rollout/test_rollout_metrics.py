@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlver_jax.dialogues.log import generated_tokens
 from rlver_jax.rollout.rollout_metrics import (
     dialogue_metrics,
     generated_count,
@@ -11,7 +12,6 @@ from rlver_jax.rollout.rollout_metrics import (
     prefilled_count,
     reply_metrics,
 )
-from rlver_jax.runs.dialogue_log import generated_tokens
 
 EMOTION = [43, 60, 40, 40, 30, 40]  # after the last turn of each dialogue of the script, which all begin at 40
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from rlver_jax.dialogues.log import dialogue_records, read_dialogues, write_dialogues
 from rlver_jax.rollout.sampler import END_REASONS
-from rlver_jax.runs.dialogue_log import dialogue_records, read_dialogues, write_dialogues
 from rlver_jax.serving.conversation import Conversation
 
 

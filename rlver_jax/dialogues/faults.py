@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlver_jax.dialogues import verify_texts
+from rlver_jax.dialogues.log import known_fields
+from rlver_jax.dialogues.trajectory import emotion_faults, emotions_of, reactions
+from rlver_jax.dialogues.verify_ends import Ends, Goodbye, Rooms
+from rlver_jax.dialogues.verify_set import Plan
+from rlver_jax.dialogues.verify_settings import remote_faults
+from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout import rewards
 from rlver_jax.rollout.agents import Players
-from rlver_jax.runs import log_texts
-from rlver_jax.runs.dialogue_log import known_fields
-from rlver_jax.runs.log_ends import Ends, Goodbye, Rooms
-from rlver_jax.runs.log_set import Plan
-from rlver_jax.runs.log_settings import remote_faults
-from rlver_jax.runs.log_shape import POLICY, USER
-from rlver_jax.runs.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.user.replay_sequence import LoggedTurn, Said
 
 POLICYS_WORDS = "the policy's words and log-probs (--policy=…)"  # what isn't derived without it
@@ -111,20 +111,22 @@ class Host:
         splits = [] if POLICY in remote else [self._split(message) for message in record["messages"][1::2]]
         violations = [split.violation for split in splits] or [m["violation"] for m in record["messages"][1::2]]
         yield from self._said_of_itself(profile, record, violations)
-        yield from log_texts.opening_faults(players, profile, record["messages"][0], self.user_limits[1], remote)
+        yield from verify_texts.opening_faults(players, profile, record["messages"][0], self.user_limits[1], remote)
         yield from emotion_faults(record, players.spec.rules)
         yield from self.ends.faults(record, violations, self.rooms.of(record, prefix))
-        yield from log_texts.side_faults(players, record, splits, plan.temperature, remote)
+        yield from verify_texts.side_faults(players, record, splits, plan.temperature, remote)
         if USER in remote:
-            yield from log_texts.remote_user_faults(players, record)
+            yield from verify_texts.remote_user_faults(players, record)
         else:
-            yield from log_texts.user_faults(players, record, self.user_limits, self.temperature)
+            yield from verify_texts.user_faults(players, record, self.user_limits, self.temperature)
         if not abs(record["reward"] - reward.value) <= reward.rounding:
             yield f"reward {record['reward']}, but its formula gives {np.float32(reward.value)}"
 
-    def _split(self, message: Mapping[str, Any]) -> log_texts.Spoken:
+    def _split(self, message: Mapping[str, Any]) -> verify_texts.Spoken:
         think = self.players.spec.mode == "think"
-        return log_texts.split_reply(self.players.tokenizer, message["tokens"], stopped=message["stopped"], think=think)
+        return verify_texts.split_reply(
+            self.players.tokenizer, message["tokens"], stopped=message["stopped"], think=think
+        )
 
     def _said_of_itself(self, profile: Profile, record: Mapping[str, Any], violations: Sequence[bool]) -> Iterator[str]:
         """The record's own fields, by the plan and the profile."""

@@ -20,13 +20,13 @@ import jax
 import numpy as np
 
 from rlver_jax.decoding.generate import Generated
+from rlver_jax.dialogues.lines import each_line
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.policy_turn import PolicyTurn
 from rlver_jax.rollout.rewards import reward as compute_reward
 from rlver_jax.rollout.sampler import END_REASONS, Dialogues
 from rlver_jax.runs.files import json_line
-from rlver_jax.runs.lines import each_line
 from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.turn import UserTurn

@@ -6,8 +6,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import ConfigError
-from rlver_jax.runs.dialogue_log import Record
-from rlver_jax.runs.log_shape import POLICY, USER
+from rlver_jax.dialogues.log import Record
+from rlver_jax.dialogues.verify_shape import POLICY, USER
 
 LONGEST = 60  # characters of a value in a message
 TEXT = "text"  # readout of a user behind an endpoint

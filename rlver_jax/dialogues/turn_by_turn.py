@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from rlver_jax.dialogues.log import UNREADABLE, Record
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FAILURE, FORMAT, GOODBYE, SUCCESS, TURN_LIMIT
-from rlver_jax.runs.dialogue_log import UNREADABLE, Record
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.text_forms import Unreadable
 

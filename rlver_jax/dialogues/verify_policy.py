@@ -14,11 +14,11 @@ import numpy as np
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.replay import Dialogue, Keys, Side, rederive
 from rlver_jax.decoding.replay_sequence import Query, Said
+from rlver_jax.dialogues.verify_texts import split_reply
+from rlver_jax.dialogues.verify_tokens import Allowed, Claim, Found, Speaker, hold
 from rlver_jax.rollout.policy_replay_sequence import PolicyPacker, Reply
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.rollout.spec import Spec
-from rlver_jax.runs.log_texts import split_reply
-from rlver_jax.runs.log_tokens import Allowed, Claim, Found, Speaker, hold
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.turn import dialogue_key
 

@@ -13,7 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from rlver_jax.runs.dialogue_log import Record
+from rlver_jax.dialogues.log import Record
 from rlver_jax.text.console import plain, plain_line
 from rlver_jax.user.emotion import SAGE
 

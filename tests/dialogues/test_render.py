@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from rlver_jax.runs.render import change_text, emotion_bar, plain, print_comparison, print_dialogue
+from rlver_jax.dialogues.render import change_text, emotion_bar, plain, print_comparison, print_dialogue
 
 
 def shown(record, **how):

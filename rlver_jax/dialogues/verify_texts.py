@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlver_jax.decoding.grammar import CLOSING
+from rlver_jax.dialogues.log import thought_of
+from rlver_jax.dialogues.trajectory import Message, reactions
+from rlver_jax.dialogues.verify_shape import POLICY, USER, script_names
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.spec import Spec
-from rlver_jax.runs.dialogue_log import thought_of
-from rlver_jax.runs.log_shape import POLICY, USER, script_names
-from rlver_jax.runs.trajectory import Message, reactions
 from rlver_jax.text.automaton import LINE_END, THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from rlver_jax.runs.dialogue_log import Record, parse_dialogue
-from rlver_jax.runs.lines import Lines, OneByOne
+from rlver_jax.dialogues.lines import Lines, OneByOne
+from rlver_jax.dialogues.log import Record, parse_dialogue
 
 
 class Logged(OneByOne[Record]):

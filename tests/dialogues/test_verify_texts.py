@@ -8,9 +8,9 @@ import pytest
 
 from rlver_jax.decoding.generate import Generated
 from rlver_jax.decoding.grammar import thought_then_say, whitespace_tokens
+from rlver_jax.dialogues.verify_texts import split_reply
 from rlver_jax.rollout.policy_turn import _split_say
 from rlver_jax.rollout.spec import Spec
-from rlver_jax.runs.log_texts import split_reply
 
 ROWS, MOST = 400, 24
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import profile_files
+from rlver_jax.dialogues.log import Record
+from rlver_jax.dialogues.verify_lines import read_log
+from rlver_jax.dialogues.verify_set import Plan, TrainingPlan, best_plan, set_faults
+from rlver_jax.dialogues.verify_settings import check_settings, endpoints_of
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.dialogue_log import Record
-from rlver_jax.runs.log_lines import read_log
-from rlver_jax.runs.log_set import Plan, TrainingPlan, best_plan, set_faults
-from rlver_jax.runs.log_settings import check_settings, endpoints_of
 
 _OF_STEP = re.compile(r"step_(\d{6,})\.jsonl")  # see `RunFolder.dialogues`
 

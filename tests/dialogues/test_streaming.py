@@ -17,7 +17,7 @@ from rlver_jax.judging.work_folder import dialogues_fingerprint
 from tests.judging.conftest import result
 from tests.reports.conftest import record, some_records, write_evaluation, write_lines
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Runs a command line of ours and prints the largest memory that it has had, in MB.
 PEAK = """
 import importlib, re, sys

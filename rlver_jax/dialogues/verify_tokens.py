@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from rlver_jax.decoding.replay_sequence import DRAWN, OPENING, Packed, Query
+from rlver_jax.dialogues.trajectory import Message
 from rlver_jax.rollout.agents import Players
-from rlver_jax.runs.trajectory import Message
 
 
 class Allowed(NamedTuple):

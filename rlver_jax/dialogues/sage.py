@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlver_jax.config.validate import shown
+from rlver_jax.dialogues.log import SCRIPT_FIELDS, Record
+from rlver_jax.dialogues.numbers import MOST
+from rlver_jax.dialogues.trajectory import RLVER
 from rlver_jax.profiles.schema import Profile, intention_at_end
-from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, Record
-from rlver_jax.runs.numbers import MOST
-from rlver_jax.runs.trajectory import RLVER
 from rlver_jax.user.emotion import SAGE
 
 # SAGE's name of each of our scripts' fields; others keep their own names.

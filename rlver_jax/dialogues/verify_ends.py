@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from rlver_jax.dialogues.log import UNREADABLE
+from rlver_jax.dialogues.trajectory import Message
+from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.rollout.agents import WIDTH_STEP, Players
 from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FAILURE, FORMAT, GOODBYE, SUCCESS, TURN_LIMIT, room_needed
 from rlver_jax.rollout.spec import PlayLimits
-from rlver_jax.runs.dialogue_log import UNREADABLE
-from rlver_jax.runs.log_shape import POLICY, USER
-from rlver_jax.runs.trajectory import Message
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.turn import UserLimits

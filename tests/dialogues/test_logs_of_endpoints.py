@@ -8,7 +8,7 @@ import pytest
 
 from configs import debug
 from rlver_jax import verify
-from rlver_jax.runs.dialogue_log import write_dialogues
+from rlver_jax.dialogues.log import write_dialogues
 from tests.endpoints.server import ChatServer, rule
 from tests.test_remote_evaluation import arguments, evaluate, garbled
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlver_jax.runs.dialogue_log import Record, lines_of, record_faults
+from rlver_jax.dialogues.log import Record, lines_of, record_faults
 from rlver_jax.text.strict_json import half_character, repeats
 
 _NUMBER = re.compile(rb'\s*\{\s*"dialogue"\s*:\s*(\d{1,10})\s*[,}]')

@@ -5,11 +5,11 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlver_jax.dialogues.log import SCRIPT_FIELDS, Record
+from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.endpoints.client import Answer, Client, Message
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage
-from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, Record
-from rlver_jax.sides.play import Row
 from rlver_jax.user.endpoint import Place, Reaction, RemoteUser
 from rlver_jax.user.text_forms import Unreadable
 

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from rlver_jax.decoding.cache import LM, Cache, read_one, repeat_rows
+from rlver_jax.dialogues.log import policy_message, user_message
+from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.rollout.agents import WIDTH_STEP, Players, ProfileTokens
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.sampler import (
@@ -24,8 +26,6 @@ from rlver_jax.rollout.sampler import (
     room_needed,
 )
 from rlver_jax.rollout.spec import PlayLimits, Spec
-from rlver_jax.runs.dialogue_log import policy_message, user_message
-from rlver_jax.sides.play import Row
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from rlver_jax.dialogues.log import read_dialogues, record_faults, write_dialogues
+from rlver_jax.dialogues.sage import from_sage, to_sage
+from rlver_jax.dialogues.trajectory import emotion_faults
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.runs.dialogue_log import read_dialogues, record_faults, write_dialogues
-from rlver_jax.runs.sage import from_sage, to_sage
-from rlver_jax.runs.trajectory import emotion_faults
 from rlver_jax.user.emotion import SAGE
-from tests.runs.rlver_log import logged
+from tests.dialogues.rlver_log import logged
 
 
 def planning(change):

@@ -9,7 +9,7 @@ import tokenizers
 
 from configs.base import get_config
 from rlver_jax.config.validate import reward_settings
-from rlver_jax.runs.dialogue_log import (
+from rlver_jax.dialogues.log import (
     DialogueLogError,
     dialogue_records,
     generated_tokens,
@@ -143,7 +143,7 @@ def test_reading_gives_back_what_was_written(played_records, tmp_path):
 
 @pytest.mark.parametrize("value", [0.1, -0.6931472, 1e-30, -3.4028235e38, 1.4e-45, -17.123456, 16777217.0])
 def test_floats_read_back_as_the_same_float32(value):
-    from rlver_jax.runs.dialogue_log import _floats
+    from rlver_jax.dialogues.log import _floats
 
     single = np.float32(value)
     written = json.dumps(_floats([single])[0])

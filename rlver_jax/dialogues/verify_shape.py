@@ -5,9 +5,9 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from rlver_jax.dialogues.log import SCRIPT_FIELDS, record_faults
+from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.rollout.agents import Players
-from rlver_jax.runs.dialogue_log import SCRIPT_FIELDS, record_faults
-from rlver_jax.runs.trajectory import reactions
 from rlver_jax.user.emotion import CHANGES, HIGHEST, LOWEST
 from rlver_jax.user.prompts import Prompts
 
