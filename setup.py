@@ -47,7 +47,7 @@ setup(
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
         ],
         "rlver_jax.reports": ["assets/*"],
-        "rlver_jax.judging": ["prompts/*/*"],
+        "rlver_jax.evaluation": ["prompts/*/*"],
         "rlver_jax.miniature": ["prompts/*", "shipped/*", "shipped/*/*"],
     },
     install_requires=[

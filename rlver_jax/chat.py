@@ -27,7 +27,7 @@ from rlver_jax.config.flags import config_from_flags, define_path, given_path
 from rlver_jax.config.hub import fetch
 from rlver_jax.config.paths import check_file_to_write
 from rlver_jax.config.validate import ConfigError, validate
-from rlver_jax.evaluation import chosen_profiles, eval_spec
+from rlver_jax.evaluation.play import chosen_profiles, eval_spec
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players, limits_of, load_model

@@ -43,18 +43,18 @@ from rlver_jax.dialogues.log import Record
 from rlver_jax.dialogues.render import print_comparison, print_dialogue
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import usage_text
-from rlver_jax.evaluation import Played, chosen_profiles, load
-from rlver_jax.judging import command as judging
-from rlver_jax.judging.finished import finished
-from rlver_jax.judging.show import show_judges
+from rlver_jax.evaluation import folder as evaluation_folder
+from rlver_jax.evaluation import judge_command as judging
+from rlver_jax.evaluation.folder import EvaluationFolder, read_evaluation
+from rlver_jax.evaluation.play import Played, chosen_profiles, load
+from rlver_jax.evaluation.show import show_judges
+from rlver_jax.evaluation.spread import spread, spread_text
+from rlver_jax.evaluation.transcripts import finished
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import check_context
-from rlver_jax.runs import evaluation_folder
-from rlver_jax.runs.evaluation_folder import EvaluationFolder, read_evaluation
 from rlver_jax.runs.lock import LostLockError, hold
-from rlver_jax.runs.spread import spread, spread_text
 from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 from rlver_jax.text.console import consoles
 
@@ -159,7 +159,7 @@ def _load(
 ) -> Played:
     weights, gold = trained.weights if trained else None, gold_judge(config)
     if endpoint_sides(config):
-        remote_evaluation = import_remote("rlver_jax.remote_evaluation")
+        remote_evaluation = import_remote("rlver_jax.evaluation.endpoint_play")
         return remote_evaluation.load(config, profiles, folder.path, weights, gold)
     return load(config, profiles, policy_weights=weights, gold=gold)
 

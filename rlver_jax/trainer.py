@@ -15,13 +15,13 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlver_jax import evaluation
 from rlver_jax.assembly import Run, assemble, folders_of, models_of
 from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import flatten, profile_files, reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import dialogue_records, write_dialogues
-from rlver_jax.evaluation import Evaluation
+from rlver_jax.evaluation import play as evaluation
+from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.learning.sequences import pack, row_lengths
 from rlver_jax.learning.train_step import TrainState, compile_step, orders
 from rlver_jax.parallel import distributed

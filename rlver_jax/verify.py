@@ -45,7 +45,7 @@ from rlver_jax.dialogues.verify_files import plans_of, read_part
 from rlver_jax.dialogues.verify_set import Plan
 from rlver_jax.dialogues.verify_shape import POLICY, USER, Shape
 from rlver_jax.dialogues.verify_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
-from rlver_jax.evaluation import chosen_profiles, eval_spec
+from rlver_jax.evaluation.play import chosen_profiles, eval_spec
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.rollout.agents import Players, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables

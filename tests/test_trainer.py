@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from configs import debug
 from rlver_jax import evaluate, export, trainer, verify
 from rlver_jax import train as command
-from rlver_jax.evaluation import Evaluation
+from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2, abstract_params

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rlver_jax.benches.timing import Tell, alternate, ratios
-from rlver_jax.evaluation import Evaluation, chosen_profiles, load
+from rlver_jax.evaluation.play import Evaluation, chosen_profiles, load
 from rlver_jax.miniature import assets
 from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.rollout.rollout_metrics import generated_count

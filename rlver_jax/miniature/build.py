@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 from absl import flags
 from rich.console import Console
 
-from rlver_jax import evaluation
 from rlver_jax.config import fields
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import Record, read_dialogues
+from rlver_jax.evaluation import play as evaluation
 from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
 from rlver_jax.miniature.rows import Packer

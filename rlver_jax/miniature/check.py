@@ -14,8 +14,8 @@ import numpy as np
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from rlver_jax import evaluation
 from rlver_jax.dialogues.log import Record
+from rlver_jax.evaluation import play as evaluation
 from rlver_jax.miniature import assets, rule, texts
 from rlver_jax.miniature.gold import Spoken, gold_judge, spoken
 from rlver_jax.miniature.scripted import play_scripted

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlver_jax.evaluation import Gold
+from rlver_jax.evaluation.play import Gold
 from rlver_jax.miniature import rule
 from rlver_jax.miniature.world import Person
 from rlver_jax.profiles.schema import Profile

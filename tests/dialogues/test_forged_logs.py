@@ -15,7 +15,7 @@ import pytest
 from rlver_jax import verify
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.dialogues.log import write_dialogues
-from rlver_jax.evaluation import chosen_profiles, eval_spec, of_players
+from rlver_jax.evaluation.play import chosen_profiles, eval_spec, of_players
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.rollout.agents import Players
 from tests.test_evaluate import CONFIG

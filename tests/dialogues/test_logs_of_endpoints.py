@@ -10,7 +10,7 @@ from configs import debug
 from rlver_jax import verify
 from rlver_jax.dialogues.log import write_dialogues
 from tests.endpoints.server import ChatServer, rule
-from tests.test_remote_evaluation import arguments, evaluate, garbled
+from tests.evaluation.test_endpoint_play import arguments, evaluate, garbled
 
 REMOTE = [
     f"--config.remote.{side}.{k}={v}"

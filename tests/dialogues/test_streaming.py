@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from rlver_jax.evaluate import main as evaluate
-from rlver_jax.judging.finished import FinishedFiles
-from rlver_jax.judging.work_folder import dialogues_fingerprint
-from tests.judging.conftest import result
+from rlver_jax.evaluation.judge_folder import dialogues_fingerprint
+from rlver_jax.evaluation.transcripts import FinishedFiles
+from tests.evaluation.conftest import result
 from tests.reports.conftest import record, some_records, write_evaluation, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]

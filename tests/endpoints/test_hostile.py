@@ -22,8 +22,8 @@ from rlver_jax.endpoints.answer_cache import AnswerCache, request_key
 from rlver_jax.endpoints.client import Client, Endpoint
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import Usage, priced, summed
-from rlver_jax.judging.forms import Step
-from rlver_jax.judging.written import read
+from rlver_jax.evaluation.forms import Step
+from rlver_jax.evaluation.text_forms import read
 from rlver_jax.user.text_forms import Unreadable, make_form, read_form, read_wanted
 from tests.endpoints.server import rule
 from tests.endpoints.test_client import HELLO, ask

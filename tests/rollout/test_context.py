@@ -16,7 +16,7 @@ from configs import (
 )
 from rlver_jax import assembly, chat, evaluate, serve, train
 from rlver_jax.decoding.cache import LM
-from rlver_jax.judging.device import check_length
+from rlver_jax.evaluation.judge_on_device import check_length
 from rlver_jax.models.architecture import PRESETS, Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.plans.programs import architecture

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from configs import debug
 from configs.base import get_config
+from rlver_jax.evaluation.folder import EvaluationFolder
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
-from rlver_jax.runs.evaluation_folder import EvaluationFolder
 from rlver_jax.runs.fingerprints import _PIECE, _places, model_fingerprint, model_parts, same
 
 WIDTH = 1024

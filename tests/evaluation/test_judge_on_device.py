@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.judging.device import DeviceJudge, message_tokens
-from rlver_jax.judging.finished import Finished
+from rlver_jax.evaluation.judge_on_device import DeviceJudge, message_tokens
+from rlver_jax.evaluation.transcripts import Finished
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.sampler import Spec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlver_jax.judging.statistics import agreement, interval, mean_with_interval, pearson, spearman
+from rlver_jax.evaluation.statistics import agreement, interval, mean_with_interval, pearson, spearman
 
 
 def turns(*pairs):

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.endpoints.usage import summed
-from rlver_jax.judging.finished import Finished, Lazily, turns_of
-from rlver_jax.judging.judge import Judge, Work
-from rlver_jax.judging.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
-from rlver_jax.judging.work_folder import Line, WorkFile
+from rlver_jax.evaluation.judge import Judge, Work
+from rlver_jax.evaluation.judge_folder import Line, WorkFile
+from rlver_jax.evaluation.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
+from rlver_jax.evaluation.transcripts import Finished, Lazily, turns_of
 from rlver_jax.user.emotion import SAGE, change_readout
 
 TEXT = "text"  # readout of a judge that has no distribution

@@ -19,14 +19,14 @@ from configs import debug
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluate import main
-from rlver_jax.judging.finished import Finished
-from rlver_jax.judging.forms import LETTERS, load_forms
-from rlver_jax.judging.measures import measured
-from rlver_jax.judging.remote import RemoteJudge, RemoteRater
-from rlver_jax.judging.score import agreed, judged
+from rlver_jax.evaluation.forms import LETTERS, load_forms
+from rlver_jax.evaluation.judge_at_endpoint import RemoteJudge, RemoteRater
+from rlver_jax.evaluation.measures import measured
+from rlver_jax.evaluation.score import agreed, judged
+from rlver_jax.evaluation.transcripts import Finished
 from rlver_jax.profiles.schema import Profile
 from tests.endpoints.server import ChatServer, digest, one_in_five, rule
-from tests.judging.test_finished import write
+from tests.evaluation.test_transcripts import write
 from tests.test_serve import served
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from scipy import stats
 
 from rlver_jax.evaluate import main
 from tests.dialogues.rlver_log import logged
-from tests.judging.test_finished import write
+from tests.evaluation.test_transcripts import write
 
 
 @pytest.fixture(scope="module")

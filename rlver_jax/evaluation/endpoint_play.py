@@ -24,7 +24,7 @@ from rlver_jax.endpoints.answer_cache import AnswerCache
 from rlver_jax.endpoints.client import Client, Endpoint
 from rlver_jax.endpoints.concurrency import as_finished
 from rlver_jax.endpoints.usage import priced, summed
-from rlver_jax.evaluation import Batch, Gold, eval_spec, scores
+from rlver_jax.evaluation.play import Batch, Gold, eval_spec, scores
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import WIDTH_STEP, Players, Weights, emotion_rules, limits_of, load_model

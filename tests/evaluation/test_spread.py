@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlver_jax.runs.spread import mean_interval, spread, spread_text
+from rlver_jax.evaluation.spread import mean_interval, spread, spread_text
 
 
 def records(*repeats):

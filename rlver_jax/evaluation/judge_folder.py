@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.judging.finished import Finished
-from rlver_jax.runs.evaluation_folder import PATHS
+from rlver_jax.evaluation.folder import PATHS
+from rlver_jax.evaluation.transcripts import Finished
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.settings import compare, without_secrets
 

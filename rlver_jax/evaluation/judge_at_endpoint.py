@@ -18,14 +18,14 @@ from rlver_jax.endpoints.client import Client, Endpoint, Message
 from rlver_jax.endpoints.concurrency import as_finished
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage, priced
-from rlver_jax.judging.finished import Finished, turns_of, within
-from rlver_jax.judging.forms import Answers, Asked, Form, Forms, load_forms
-from rlver_jax.judging.judge import Appraised, Progress, Work
-from rlver_jax.judging.rater import Rated
-from rlver_jax.judging.score import TEXT
-from rlver_jax.judging.settings import judge_settings
-from rlver_jax.judging.written import read, write
-from rlver_jax.remote_evaluation import ANSWERS, endpoint_of, prices_of, remote_user
+from rlver_jax.evaluation.endpoint_play import ANSWERS, endpoint_of, prices_of, remote_user
+from rlver_jax.evaluation.forms import Answers, Asked, Form, Forms, load_forms
+from rlver_jax.evaluation.judge import Appraised, Progress, Work
+from rlver_jax.evaluation.judge_settings import judge_settings
+from rlver_jax.evaluation.rater import Rated
+from rlver_jax.evaluation.score import TEXT
+from rlver_jax.evaluation.text_forms import read, write
+from rlver_jax.evaluation.transcripts import Finished, turns_of, within
 from rlver_jax.user.endpoint import Place, RemoteUser
 from rlver_jax.user.text_forms import Unreadable
 

@@ -7,13 +7,13 @@ from scipy import special
 
 from rlver_jax.decoding.grammar import one_line
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.judging.finished import Finished
-from rlver_jax.judging.forms import Asked, Form, Step, load_forms
-from rlver_jax.judging.measures import measured
-from rlver_jax.judging.rater import DeviceRater
+from rlver_jax.evaluation.forms import Asked, Form, Step, load_forms
+from rlver_jax.evaluation.measures import measured
+from rlver_jax.evaluation.rater import DeviceRater
+from rlver_jax.evaluation.transcripts import Finished
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain
-from tests.judging.test_device import greedy_line
+from tests.evaluation.test_judge_on_device import greedy_line
 
 WIDE, NARROW = ("-3", "+1", "+3"), ("a", "b")
 

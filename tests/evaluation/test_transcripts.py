@@ -7,7 +7,7 @@ import pytest
 
 from rlver_jax.dialogues.log import write_dialogues
 from rlver_jax.evaluate import main
-from rlver_jax.judging.finished import FinishedFiles, faults, read_finished, turns_of
+from rlver_jax.evaluation.transcripts import FinishedFiles, faults, read_finished, turns_of
 from rlver_jax.report import main as report
 from tests.dialogues.rlver_log import logged
 

@@ -14,7 +14,7 @@ from configs import debug
 from rlver_jax.evaluate import main
 from tests.endpoints.server import ChatServer, digest, one_in_five, rule
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-secret-0123456789"
 
 

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from rlver_jax.decoding.cache import LM, Cache, append, init_cache, rollback
 from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.log import Record
-from rlver_jax.evaluation import eval_spec
-from rlver_jax.judging.finished import Finished, Turn, turns_of, within
-from rlver_jax.judging.judge import Appraised, Progress, Work
-from rlver_jax.judging.settings import judge_settings
+from rlver_jax.evaluation.judge import Appraised, Progress, Work
+from rlver_jax.evaluation.judge_settings import judge_settings
+from rlver_jax.evaluation.play import eval_spec
+from rlver_jax.evaluation.transcripts import Finished, Turn, turns_of, within
 from rlver_jax.rollout.agents import Players, load_model
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlver_jax.decoding.script import Part, parse_script
 from rlver_jax.dialogues.log import Record
-from rlver_jax.judging.finished import Finished
+from rlver_jax.evaluation.transcripts import Finished
 from rlver_jax.user.prompts import LANGUAGES
 
 RATING = ("1", "2", "3", "4", "5")
@@ -120,7 +120,7 @@ def load_forms(language: str) -> Forms:
     """
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r} has no forms: use one of {', '.join(LANGUAGES)}")
-    folder = resources.files("rlver_jax.judging") / "prompts" / language
+    folder = resources.files("rlver_jax.evaluation") / "prompts" / language
     texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
     scripts = {}
     for name, choices in _CHOICES.items():

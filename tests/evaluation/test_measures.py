@@ -5,11 +5,11 @@ import pytest
 from rich.console import Console
 
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.judging.finished import Finished
-from rlver_jax.judging.forms import load_forms
-from rlver_jax.judging.judge import Work
-from rlver_jax.judging.measures import measured, strategies, summed_up
-from rlver_jax.judging.rater import Rated
+from rlver_jax.evaluation.forms import load_forms
+from rlver_jax.evaluation.judge import Work
+from rlver_jax.evaluation.measures import measured, strategies, summed_up
+from rlver_jax.evaluation.rater import Rated
+from rlver_jax.evaluation.transcripts import Finished
 
 QUIET = Console(quiet=True)
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from scipy import stats
 
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.judging.finished import Finished, turns_of
-from rlver_jax.judging.judge import Appraised, Work
-from rlver_jax.judging.score import agreed, judged
+from rlver_jax.evaluation.judge import Appraised, Work
+from rlver_jax.evaluation.score import agreed, judged
+from rlver_jax.evaluation.transcripts import Finished, turns_of
 from rlver_jax.profiles.schema import Profile
 
 QUIET = Console(quiet=True)

@@ -3,8 +3,8 @@
 import pytest
 
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.judging.finished import Finished
-from rlver_jax.judging.forms import CAPABILITIES, FACETS, STRATEGIES, load_forms, measures_of
+from rlver_jax.evaluation.forms import CAPABILITIES, FACETS, STRATEGIES, load_forms, measures_of
+from rlver_jax.evaluation.transcripts import Finished
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -23,21 +23,29 @@ from rlver_jax.config.validate import ConfigError, endpoint_sides, profile_files
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import REMEDY, Record, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
-from rlver_jax.evaluation import Tally
-from rlver_jax.judging.device import DeviceJudge
-from rlver_jax.judging.finished import Finished, FinishedFiles, Lazily, faults, turns_of, with_profile, with_profiles
-from rlver_jax.judging.forms import load_forms
-from rlver_jax.judging.judge import Judge
-from rlver_jax.judging.measures import measured, summed_up
-from rlver_jax.judging.rater import DeviceRater, Rater
-from rlver_jax.judging.score import agreed, judged
-from rlver_jax.judging.settings import judge_settings
-from rlver_jax.judging.show import show_agreement, show_judges, show_scores
-from rlver_jax.judging.statistics import mean_with_interval
-from rlver_jax.judging.work_folder import Fingerprint
+from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
+from rlver_jax.evaluation.forms import load_forms
+from rlver_jax.evaluation.judge import Judge
+from rlver_jax.evaluation.judge_folder import Fingerprint
+from rlver_jax.evaluation.judge_on_device import DeviceJudge
+from rlver_jax.evaluation.judge_settings import judge_settings
+from rlver_jax.evaluation.measures import measured, summed_up
+from rlver_jax.evaluation.play import Tally
+from rlver_jax.evaluation.rater import DeviceRater, Rater
+from rlver_jax.evaluation.score import agreed, judged
+from rlver_jax.evaluation.show import show_agreement, show_judges, show_scores
+from rlver_jax.evaluation.statistics import mean_with_interval
+from rlver_jax.evaluation.transcripts import (
+    Finished,
+    FinishedFiles,
+    Lazily,
+    faults,
+    turns_of,
+    with_profile,
+    with_profiles,
+)
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.runs.evaluation_folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.console import consoles, plain_line
@@ -171,7 +179,7 @@ def _load_rater(name: str, config: ConfigDict, folder: Path | None) -> Rater:
 
 
 def _remote() -> ModuleType:
-    return import_remote("rlver_jax.judging.remote")
+    return import_remote("rlver_jax.evaluation.judge_at_endpoint")
 
 
 def _mesh(config: ConfigDict) -> Mesh | None:

@@ -10,12 +10,12 @@ from rich.console import Console
 from rlver_jax.dialogues.log import Record
 from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.endpoints.usage import summed
-from rlver_jax.judging.finished import Finished, Lazily
-from rlver_jax.judging.forms import QUALITIES, STRATEGIES, Forms, measures_of
-from rlver_jax.judging.rater import Rater
-from rlver_jax.judging.score import Meter
-from rlver_jax.judging.statistics import mean_with_interval
-from rlver_jax.judging.work_folder import WorkFile
+from rlver_jax.evaluation.forms import QUALITIES, STRATEGIES, Forms, measures_of
+from rlver_jax.evaluation.judge_folder import WorkFile
+from rlver_jax.evaluation.rater import Rater
+from rlver_jax.evaluation.score import Meter
+from rlver_jax.evaluation.statistics import mean_with_interval
+from rlver_jax.evaluation.transcripts import Finished, Lazily
 
 Measures = dict[str, Any]
 

@@ -3,9 +3,9 @@
 import pytest
 
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.judging.finished import Finished
-from rlver_jax.judging.forms import LETTERS, RATING, TRUTH, Step, load_forms
-from rlver_jax.judging.written import read, read_choice, write
+from rlver_jax.evaluation.forms import LETTERS, RATING, TRUTH, Step, load_forms
+from rlver_jax.evaluation.text_forms import read, read_choice, write
+from rlver_jax.evaluation.transcripts import Finished
 
 STEPS = (
     Step("All in all.\nBest and worst:", "evidence", ()),

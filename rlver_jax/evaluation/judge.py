@@ -7,7 +7,7 @@ in front of every change is its own. (With the recorded appraisal in front, the 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from rlver_jax.judging.finished import Finished
+from rlver_jax.evaluation.transcripts import Finished
 
 
 class Appraised(NamedTuple):
