@@ -32,10 +32,10 @@ from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players, limits_of, load_model
 from rlver_jax.rollout.spec import check_context
-from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
 from rlver_jax.text.console import consoles
+from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
 SIDES = ("user", "policy")

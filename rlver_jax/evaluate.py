@@ -55,8 +55,8 @@ from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.lock import LostLockError, hold
-from rlver_jax.runs.trained import TrainedPolicy, take_checkpoint
 from rlver_jax.text.console import consoles
+from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,10 +20,10 @@ from rlver_jax.config.validate import ConfigError
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import make_model
-from rlver_jax.runs.trained import TrainedPolicy
 from rlver_jax.text.console import consoles
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlver_jax.training.restore import TrainedPolicy
 
 POLICY_PATH = "config.policy.path"  # spelled as the commands do that read a config
 DTYPES = ("bfloat16", "float32")

@@ -24,7 +24,6 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlver_jax.assembly import rollout_spec
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.validate import ConfigError, profile_files, validate
@@ -41,6 +40,7 @@ from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
+from rlver_jax.training.setup import rollout_spec
 
 PREFIX, FIRST_TALK = 2688, 128  # tokens: RLVER's 500 published training profiles under Qwen2.5's tokenizer
 

@@ -32,9 +32,9 @@ from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.decoding.cache import LM
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.rollout.agents import load_model, make_model, sampling_copy
-from rlver_jax.runs.trained import take_checkpoint
 from rlver_jax.serving.engine import Engine
 from rlver_jax.text.console import consoles
+from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
 TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"

@@ -20,7 +20,6 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.assembly import folders_of
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.hub import fetch
@@ -28,12 +27,13 @@ from rlver_jax.config.validate import MODELS, ConfigError, check_training, flatt
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.lock import LostLockError
-from rlver_jax.runs.metrics import missing_steps, read_metrics
-from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.text.console import consoles
-from rlver_jax.trainer import train
+from rlver_jax.training.alarms import CollapseError
+from rlver_jax.training.loop import train
+from rlver_jax.training.metrics import missing_steps, read_metrics
+from rlver_jax.training.setup import folders_of
+from rlver_jax.training.workdir import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,9 +50,9 @@ from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.rollout.agents import Players, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.sampler import opening_key
-from rlver_jax.runs import log_player
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
+from rlver_jax.training import behaviour_policy
 from rlver_jax.user.emotion import CHANGES, EmotionRules
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.replay import Rederived, rederive
@@ -265,7 +265,7 @@ def verify_logs(
     *,
     repeats: int = 0,
     partial: bool = False,
-    policy: log_player.Choice | None = None,
+    policy: behaviour_policy.Choice | None = None,
 ) -> Report:
     """Derives every dialogue of logs, with a progress bar; the reports are joined.
 
@@ -291,16 +291,16 @@ def verify_logs(
     if not logged:
         return total
     policies = (
-        log_player.players_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
+        behaviour_policy.players_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
     )
-    config = next((one.config for one in policies.values() if isinstance(one, log_player.Player)), config)
+    config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
     players = load_players(config, {side for one in logged for side in one.plan.endpoints})
     reports = verify_records(players, profiles, logged, settings_of(config))
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
     if policies:
         total.underived.pop(POLICYS_WORDS, None)  # none of it is there where no dialogue could be derived
-        derived = log_player.findings(policies, players, [one[:3] for one in logged])
+        derived = behaviour_policy.findings(policies, players, [one[:3] for one in logged])
         for place, found in track(derived, "the policy", len(logged), console=console):
             total.take(place, found)
     return total
@@ -327,7 +327,7 @@ def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:
 
 def load_user(config: ConfigDict) -> Players:
     """See `load_players`."""
-    user, tokenizer = load_model(log_player.reading(config.user), "user")
+    user, tokenizer = load_model(behaviour_policy.reading(config.user), "user")
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
     return Players.build(user, user, tokenizer, prompts, eval_spec(config), **how)
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(config, fields.get_config(), needs=here[:1])
         if options.step and not options.policy:
             raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
-        policy = log_player.Choice(options.policy, options.step, given_path(options)) if options.policy else None
+        policy = behaviour_policy.Choice(options.policy, options.step, given_path(options)) if options.policy else None
         how = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
         report = verify_logs(files, config, console, **how)
     except (ValueError, OSError) as error:

@@ -15,12 +15,12 @@ from configs import debug
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import load_model
-from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.text.tokenizer import load_tokenizer
-from rlver_jax.trainer import train
+from rlver_jax.training.loop import train
+from rlver_jax.training.metrics import read_metrics
 from rlver_jax.user.prompts import load_prompts
 from tests.conftest import option_logprobs
-from tests.test_trainer import policy_of, records_of
+from tests.training.test_loop import policy_of, records_of
 
 STEPS = 3
 SLOW = [pytest.param(argument, marks=pytest.mark.slow) for argument in ("ppo", "direct", "ppo,direct,challenging")]

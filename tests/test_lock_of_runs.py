@@ -14,7 +14,7 @@ import pytest
 
 from configs import debug
 from tests.parallel.processes import processes
-from tests.test_trainer import rows_of
+from tests.training.test_loop import rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow

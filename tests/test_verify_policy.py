@@ -32,7 +32,7 @@ from rlver_jax.rollout.policy_replay_sequence import PolicyPacker
 from rlver_jax.rollout.sampler import PlayLimits
 from rlver_jax.rollout.spec import Spec
 from rlver_jax.text.chat import ChatTemplate
-from rlver_jax.trainer import train
+from rlver_jax.training.loop import train
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits, dialogue_key
 from tests.conftest import SHORT_PROMPTS, plain, some_profiles

@@ -161,7 +161,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log.wandb = ""  # project of Weights & Biases (extra `wandb`); empty: off
     c.log.dialogues_every = 10  # steps between files of all dialogues of a step; 0: never
 
-    c.alarms = ConfigDict()  # a figure beyond its limit stops the run; see rlver_jax/runs/collapse.py
+    c.alarms = ConfigDict()  # a figure beyond its limit stops the run; see rlver_jax/training/alarms.py
     c.alarms.readable_min = 0.5  # least share of replies that are valid text, end by themselves, don't go in circles
     c.alarms.reply_tokens_min = 1.0  # least mean length of a reply, in tokens
     c.alarms.reply_tokens_max = 0.0  # largest; 0: no limit

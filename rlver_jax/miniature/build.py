@@ -39,14 +39,14 @@ from rlver_jax.miniature.world import people
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.runs.collapse import CollapseError
 from rlver_jax.runs.files import write_json
-from rlver_jax.runs.trained import TrainedPolicy
-from rlver_jax.runs.workdir import FINISHED, RunFolder
 from rlver_jax.text.console import consoles
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.trainer import train
+from rlver_jax.training.alarms import CollapseError
+from rlver_jax.training.loop import train
+from rlver_jax.training.restore import TrainedPolicy
+from rlver_jax.training.workdir import FINISHED, RunFolder
 from rlver_jax.user.prompts import load_prompts
 
 USER_SEED, POLICY_SEED = 2, 3

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from rlver_jax.config.flags import local_paths, parse_flags
 from rlver_jax.config.validate import ConfigError
-from rlver_jax.runs.metrics import read_metrics
-from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.text.console import consoles
+from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.workdir import RunFolder
 
 USER, RULE = "eval/score", "eval/rule_score"
 _NAMES = {"gae": "PPO", "grpo": "GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from rlver_jax.assembly import reads_at_most
 from rlver_jax.models.attention import MOST_BLOCKS
 from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.plans.hlo import HOST, UNKNOWN, Instruction, Module, Uses, array_bytes
 from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
+from rlver_jax.training.setup import reads_at_most
 
 GIB = 2**30
 AT_ONCE = 2  # programs that are compiled

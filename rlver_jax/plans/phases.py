@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rlver_jax.assembly import dialogues_a_row, reads_at_most
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.plans import flops
 from rlver_jax.plans.chips import Chip
@@ -14,6 +13,7 @@ from rlver_jax.plans.flops import Work
 from rlver_jax.plans.hlo import DCN, HOST, Use
 from rlver_jax.plans.measure import Measured
 from rlver_jax.plans.programs import Shapes
+from rlver_jax.training.setup import dialogues_a_row, reads_at_most
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rlver_jax import assembly
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.loss import Trained
 from rlver_jax.learning.packing import Layout, Places
@@ -30,7 +29,8 @@ from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import Spec, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.trainer import pack_program, row_sharding
+from rlver_jax.training import setup as assembly
+from rlver_jax.training.loop import pack_program, row_sharding
 from rlver_jax.user.prompts import load_prompts
 
 

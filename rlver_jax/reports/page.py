@@ -17,8 +17,8 @@ from rlver_jax.reports.browser import Packed, pack
 from rlver_jax.reports.charts import Figure
 from rlver_jax.reports.measures import measure_charts
 from rlver_jax.reports.sources import Run
-from rlver_jax.runs.metrics import missing_steps
 from rlver_jax.text.console import plain, plain_line
+from rlver_jax.training.metrics import missing_steps
 
 
 def render(runs: Sequence[Run], most_bytes: int) -> tuple[str, Packed]:

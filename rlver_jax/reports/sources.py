@@ -16,9 +16,9 @@ from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, known_intention
 from rlver_jax.reports.rows import Rows
 from rlver_jax.reports.texts import Texts
-from rlver_jax.runs.metrics import iter_metrics
-from rlver_jax.runs.workdir import RunFolder
 from rlver_jax.text.console import plain_line
+from rlver_jax.training.metrics import iter_metrics
+from rlver_jax.training.workdir import RunFolder
 
 MOST_RUNS = 8  # colours that can be told apart
 

@@ -14,7 +14,7 @@ from rlver_jax import verify
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.dialogues.log import read_dialogues, write_dialogues
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.trainer import train
+from rlver_jax.training.loop import train
 
 SIZE, STEPS = 8, 2
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from configs import debug
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.runs.checkpoint import Checkpoints
-from rlver_jax.runs.collapse import CollapseError
-from rlver_jax.runs.metrics import read_metrics
-from rlver_jax.trainer import train
+from rlver_jax.training.alarms import CollapseError
+from rlver_jax.training.checkpoints import Checkpoints
+from rlver_jax.training.loop import train
+from rlver_jax.training.metrics import read_metrics
 from tests.conftest import some_profiles
 
 STEPS = 10

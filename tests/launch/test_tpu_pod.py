@@ -14,7 +14,7 @@ import pytest
 
 from tests.parallel.processes import free_port, processes
 from tests.quick import QUICK
-from tests.test_trainer import check_eventful, policy_of, rows_of, same
+from tests.training.test_loop import check_eventful, policy_of, rows_of, same
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, STANDIN = ROOT / "launch" / "tpu_pod.sh", Path(__file__).parent / "standin"

@@ -25,7 +25,7 @@ from rlver_jax.miniature.gold import gold_judge, spoken
 from rlver_jax.miniature.world import Person
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.rewards import Rewards, reward
-from rlver_jax.trainer import Trainer, train
+from rlver_jax.training.loop import Trainer, train
 
 
 def rule_emotions(person: Person, record, turns: int) -> list[int]:

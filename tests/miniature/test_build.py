@@ -14,8 +14,8 @@ from rich.console import Console
 from rlver_jax.miniature import assets, build, check
 from rlver_jax.miniature.rows import Packer
 from rlver_jax.profiles.schema import read_profiles
-from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.text.tokenizer import load_tokenizer
+from rlver_jax.training.metrics import read_metrics
 from rlver_jax.user.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parents[2]

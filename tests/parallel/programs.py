@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlver_jax.assembly import state_shardings
 from rlver_jax.decoding.cache import LM, init_cache
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
@@ -32,6 +31,7 @@ from rlver_jax.plans.hlo import COLLECTIVES, Module
 from rlver_jax.plans.programs import params_of, placed
 from rlver_jax.rollout.agents import sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
+from rlver_jax.training.setup import state_shardings
 
 # Sizes that no two axes share, so that a shape in the HLO says what it is.
 CONFIG = Qwen2Config(

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from configs import debug, miniature
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.trainer import train
-from tests.test_trainer import SEED, check_equal, policy_of
+from rlver_jax.training.loop import train
+from tests.training.test_loop import SEED, check_equal, policy_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = (1, 1, 1)

@@ -10,7 +10,7 @@ import pytest
 
 from configs import debug
 from tests.parallel.processes import processes
-from tests.test_trainer import check_eventful, policy_of, records_of, rows_of, same
+from tests.training.test_loop import check_eventful, policy_of, records_of, rows_of, same
 
 STEPS = 6
 FIELDS = {

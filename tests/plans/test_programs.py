@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import debug
-from rlver_jax.assembly import assemble
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.train_step import compile_step
 from rlver_jax.parallel.distributed import everywhere
@@ -17,7 +16,8 @@ from rlver_jax.plans.programs import Texts, bytes_per_chip, programs_of, shapes_
 from rlver_jax.rollout.agents import sampling_copy, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import sample_dialogues
-from rlver_jax.trainer import row_sharding
+from rlver_jax.training.loop import row_sharding
+from rlver_jax.training.setup import assemble
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ from configs import (
     ppo_think_7b,
     qwen25_0p5b_cpu,
 )
-from rlver_jax import assembly, chat, evaluate, serve, train
+from rlver_jax import chat, evaluate, serve, train
 from rlver_jax.decoding.cache import LM
 from rlver_jax.evaluation.judge_on_device import check_length
 from rlver_jax.models.architecture import PRESETS, Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.plans.programs import architecture
 from rlver_jax.rollout.spec import check_context
+from rlver_jax.training import setup
 
 FLAGS = [f"--config={debug.__file__}"]
 YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
@@ -46,7 +47,7 @@ def test_each_model_of_a_run(name, short):
     config = debug.get_config("ppo")
     config.loss.kl = 0.1
     config.reference.path = str(debug.WORLD)
-    names = assembly.models_of(config)
+    names = setup.models_of(config)
     assert names == ["policy", "user", "critic", "reference"]
     check_context(config, *names)
     config[name].path = str(short)
@@ -58,10 +59,10 @@ def test_each_model_of_a_run(name, short):
 
 
 def test_models_that_are_not_loaded_are_not_asked():
-    assert assembly.models_of(debug.get_config()) == ["policy", "user"]
+    assert setup.models_of(debug.get_config()) == ["policy", "user"]
     config = debug.get_config("ppo")
     config.critic.kind = "shared"
-    assert assembly.models_of(config) == ["policy", "user"]
+    assert setup.models_of(config) == ["policy", "user"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlver_jax.assembly import Run, assemble, folders_of, models_of
 from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import flatten, profile_files, reward_settings
 from rlver_jax.decoding.cache import LM
@@ -34,14 +33,15 @@ from rlver_jax.rollout.rewards import Rewards, reward
 from rlver_jax.rollout.rollout_metrics import dialogue_metrics, reply_metrics
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import Spec, check_context
-from rlver_jax.runs.checkpoint import Checkpoints
-from rlver_jax.runs.collapse import CollapseError, breach
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
-from rlver_jax.runs.metrics import MetricsWriter
-from rlver_jax.runs.progress import TrainingProgress
 from rlver_jax.runs.settings import without_secrets
-from rlver_jax.runs.workdir import Contents, RunFolder
+from rlver_jax.training.alarms import CollapseError, breach
+from rlver_jax.training.checkpoints import Checkpoints
+from rlver_jax.training.metrics import MetricsWriter
+from rlver_jax.training.progress import TrainingProgress
+from rlver_jax.training.setup import Run, assemble, folders_of, models_of
+from rlver_jax.training.workdir import Contents, RunFolder
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
 FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlver_jax.runs.collapse import breach
+from rlver_jax.training.alarms import breach
 
 LIMITS = {
     "readable_min": 0.5, "reply_tokens_min": 2.0, "reply_tokens_max": 100.0, "entropy_min": 0.1, "entropy_max": 8.0,

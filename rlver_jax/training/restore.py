@@ -11,9 +11,9 @@ from rlver_jax.config.foreign_weights import is_run
 from rlver_jax.config.hub import fault
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
-from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
-from rlver_jax.runs.kept_model import base_folder, check_same_model, kept_model
-from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
+from rlver_jax.training.kept_model import base_folder, check_same_model, kept_model
+from rlver_jax.training.workdir import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)

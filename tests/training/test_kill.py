@@ -16,11 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import debug
-from rlver_jax.runs.metrics import read_metrics
+from rlver_jax.training.metrics import read_metrics
 from tests.quick import QUICK
-from tests.test_trainer import records_of, rows_of
+from tests.training.test_loop import records_of, rows_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 14  # two more than the last kill saves
 FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 1, "eval.every": 4}
 # Each four times: (moment, the row of metrics that it follows). Odd rows, after which nothing is evaluated or saved.

@@ -14,8 +14,8 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.runs import fingerprints
-from rlver_jax.runs.workdir import Contents, RunFolder
-from rlver_jax.trainer import FREE_FIELDS, fingerprints_of
+from rlver_jax.training.loop import FREE_FIELDS, fingerprints_of
+from rlver_jax.training.workdir import Contents, RunFolder
 
 MODELS = ("policy", "user", "critic", "reference")
 

@@ -1,6 +1,6 @@
 """A process with other devices: reads a checkpoint onto them, compares it with NumPy's numbers, saves it again.
 
-Use: python -m tests.runs.move FOLDER STEP REPLICA FSDP TENSOR
+Use: python -m tests.training.move FOLDER STEP REPLICA FSDP TENSOR
 """
 
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.parallel.rules import sharding
-from rlver_jax.runs.checkpoint import Checkpoints
+from rlver_jax.training.checkpoints import Checkpoints
 
 AXES = {"embed": ("vocab", "embed"), "layers": ("layers", "embed", "mlp"), "moment": ("layers", "embed", "mlp")}
 SHAPES = {"embed": (48, 32), "layers": (3, 32, 16), "moment": (3, 32, 16)}

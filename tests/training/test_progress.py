@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rlver_jax.runs import progress
-from rlver_jax.runs.progress import TrainingProgress, sparkline
+from rlver_jax.training import progress
+from rlver_jax.training.progress import TrainingProgress, sparkline
 
 ROW = {"emotion/final_mean": 41.26, "reward/mean": 0.4126, "tokens/generated": 900.0}
 

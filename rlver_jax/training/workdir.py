@@ -20,12 +20,12 @@ from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.ranges import PATHS
 from rlver_jax.config.validate import ConfigError, flatten, profile_files, unflatten
 from rlver_jax.parallel import distributed
-from rlver_jax.runs.checkpoint import saved_steps
 from rlver_jax.runs.files import write_json
-from rlver_jax.runs.kept_model import base_folder, check_same_model, keep_model, kept_model
 from rlver_jax.runs.lock import LOCK
-from rlver_jax.runs.metrics import iter_metrics
 from rlver_jax.runs.settings import SHOWN, compare, listed, without_secrets
+from rlver_jax.training.checkpoints import saved_steps
+from rlver_jax.training.kept_model import base_folder, check_same_model, keep_model, kept_model
+from rlver_jax.training.metrics import iter_metrics
 
 CONFIG, FINGERPRINTS, FINISHED = "config.json", "fingerprints.json", "finished.json"
 _VERSION = 1  # of fingerprints.json

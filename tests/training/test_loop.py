@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from configs import debug
-from rlver_jax import evaluate, export, trainer, verify
+from rlver_jax import evaluate, export, verify
 from rlver_jax import train as command
 from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.models.architecture import Qwen2Config
@@ -24,11 +24,12 @@ from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2, abstract_params
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.sampler import sample_dialogues
-from rlver_jax.runs.checkpoint import Checkpoints
-from rlver_jax.runs.collapse import CollapseError
-from rlver_jax.runs.metrics import read_metrics
 from rlver_jax.text.tokenizer import load_tokenizer
-from rlver_jax.trainer import train
+from rlver_jax.training import loop
+from rlver_jax.training.alarms import CollapseError
+from rlver_jax.training.checkpoints import Checkpoints
+from rlver_jax.training.loop import train
+from rlver_jax.training.metrics import read_metrics
 from tests.test_serve import served
 
 STEPS = 4
@@ -90,7 +91,7 @@ def evaluations_last(seconds):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluation, "metrics", slow)
-        patch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+        patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
         yield
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from configs import debug
-from rlver_jax.assembly import assemble, dialogues_a_row, reads_at_most, row_lengths
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.sequences import max_length
 from rlver_jax.models.architecture import Qwen2Config
@@ -13,6 +12,7 @@ from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.sampler import Spec
+from rlver_jax.training.setup import assemble, dialogues_a_row, reads_at_most, row_lengths
 
 
 def config_of(**fields):

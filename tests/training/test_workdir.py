@@ -6,7 +6,7 @@ import pytest
 
 from configs.base import get_config
 from rlver_jax.config.validate import ConfigError, flatten, unflatten
-from rlver_jax.runs.workdir import RunFolder
+from rlver_jax.training.workdir import RunFolder
 
 FREE = ("train.steps", "log")
 

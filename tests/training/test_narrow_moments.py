@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from rlver_jax.learning.train_step import Optimizers, TrainState, init_state, make_optimizer
-from rlver_jax.runs.checkpoint import Checkpoints, MismatchError
+from rlver_jax.training.checkpoints import Checkpoints, MismatchError
 
 
 def states(dtype="bfloat16"):

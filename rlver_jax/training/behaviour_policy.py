@@ -27,7 +27,7 @@ from rlver_jax.rollout.spec import Spec
 from rlver_jax.user.prompts import load_prompts
 
 if TYPE_CHECKING:  # it imports all that reads checkpoints: only where a policy is named
-    from rlver_jax.runs.trained import TrainedPolicy
+    from rlver_jax.training.restore import TrainedPolicy
 
 BASE = 0  # as a step: the model that training began with
 
@@ -129,8 +129,8 @@ def players_of(
 
 
 def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | None) -> Player:
-    from rlver_jax.runs.trained import take_checkpoint
-    from rlver_jax.runs.workdir import RunFolder
+    from rlver_jax.training.restore import take_checkpoint
+    from rlver_jax.training.workdir import RunFolder
 
     chosen, trained = choice.step, None
     if step == BASE + 1 and is_run(choice.checkpoint) and not chosen:
@@ -146,8 +146,8 @@ def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | No
 
 
 def _check_kept(folder: str, step: int) -> None:
-    from rlver_jax.runs.checkpoint import saved_steps
-    from rlver_jax.runs.workdir import RunFolder
+    from rlver_jax.training.checkpoints import saved_steps
+    from rlver_jax.training.workdir import RunFolder
 
     steps = saved_steps(RunFolder(Path(folder)).checkpoints)
     if step - 1 not in steps:

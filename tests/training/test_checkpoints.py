@@ -20,9 +20,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.runs.checkpoint import CheckpointError, Checkpoints, MismatchError
-from rlver_jax.runs.leaves import checksum
-from tests.runs.move import numbers, places
+from rlver_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
+from rlver_jax.training.leaves import checksum
+from tests.training.move import numbers, places
 
 
 @flax.struct.dataclass
@@ -408,7 +408,7 @@ def test_from_8_to_4_to_16_devices(tmp_path):
     for step, shape in ((1, (1, 4, 1)), (2, (2, 4, 2))):
         count = math.prod(shape)
         environ = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-        command = [sys.executable, "-m", "tests.runs.move", tmp_path, step, *shape]
+        command = [sys.executable, "-m", "tests.training.move", tmp_path, step, *shape]
         done = subprocess.run(
             list(map(str, command)), cwd=Path(__file__).parents[2], env=environ, capture_output=True, text=True
         )

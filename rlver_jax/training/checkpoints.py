@@ -34,7 +34,7 @@ from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from rlver_jax.parallel import distributed
-from rlver_jax.runs.leaves import check_leaf, describe, flatten
+from rlver_jax.training.leaves import check_leaf, describe, flatten
 
 _T = TypeVar("_T")
 _DIGITS = 6  # of a step in the name of its folder
