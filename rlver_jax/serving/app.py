@@ -19,12 +19,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rlver_jax.serving.answers import Answers, Choice
-from rlver_jax.serving.bodies import MAX_BODY as MAX_BODY
-from rlver_jax.serving.bodies import Bodies
 from rlver_jax.serving.engine import Emit, Engine, EngineDown, EngineFull, Piece, Work
 from rlver_jax.serving.errors import ProtocolError, quoted
 from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, check_consistent, parse
+from rlver_jax.serving.request_bodies import MAX_BODY as MAX_BODY
+from rlver_jax.serving.request_bodies import Bodies
+from rlver_jax.serving.responses import Answers, Choice
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer_base import check_text
 

@@ -8,8 +8,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rlver_jax.serving.bodies import BODY_S, MAX_BODY
 from rlver_jax.serving.errors import ProtocolError
+from rlver_jax.serving.request_bodies import BODY_S, MAX_BODY
 
 MAX_CONNECTIONS = 512
 MAX_WIRE = 4 * MAX_BODY  # bytes that come in for one request, chunks' frames and what is thrown away included

@@ -17,8 +17,8 @@ import numpy as np
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.grammar import free_text
 from rlver_jax.serving import programs
+from rlver_jax.serving.detokenizer import Speech
 from rlver_jax.serving.programs import Ask, Likeliest, Spoken
-from rlver_jax.serving.speech import Speech
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.text.tokenizer import Tokenizer
 

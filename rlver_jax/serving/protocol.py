@@ -19,8 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from rlver_jax.serving.bodies import json_object
 from rlver_jax.serving.errors import ProtocolError, quoted
+from rlver_jax.serving.request_bodies import json_object
 
 MAX_CHOICES = 128  # n
 MAX_MESSAGES = 8192

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from rlver_jax.serving import app as app_module
-from rlver_jax.serving import bodies, connection
+from rlver_jax.serving import connection, request_bodies
 from rlver_jax.serving.app import Service
 from tests.serving.conftest import CONTEXT, QUEUE
 from tests.serving.test_server import GOOD, post
@@ -170,7 +170,7 @@ def test_hostile_requests_get_answers(url, engine, monkeypatch, caplog):
     """Four hundred of them, seeded: over routes, methods, headers, bodies, and what is no HTTP at all."""
     # What owes more bytes is cut: soon here, and without an answer where the headers aren't complete.
     monkeypatch.setattr(connection.Connection, "patience", dict.fromkeys(connection.Connection.patience, 1.0))
-    monkeypatch.setattr(bodies, "BODY_S", 0.4)
+    monkeypatch.setattr(request_bodies, "BODY_S", 0.4)
     draw, statuses = random.Random(25), []
     requests = [*RAW, *(some_request(draw) for _ in range(400 - len(RAW)))]
     for sent in requests:
@@ -198,7 +198,7 @@ def test_hostile_requests_get_answers(url, engine, monkeypatch, caplog):
 
 def test_slow_clients_are_cut(url, monkeypatch):
     """Headers, a body that drips, a connection that is only held: all end, with 408 where there is someone to tell."""
-    monkeypatch.setattr(bodies, "BODY_S", 0.6)
+    monkeypatch.setattr(request_bodies, "BODY_S", 0.6)
     patience = {"headers": 0.5, "body": 1.5, "idle": 0.5, "closing": 0.5, "reading": 0.5}
     monkeypatch.setattr(connection.Connection, "patience", patience)
     head = POST + b"Content-Length: 1000\r\n\r\n"
@@ -291,8 +291,8 @@ def test_work_on_a_body_leaves_the_loop_free(engine, monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 def test_others_have_their_turns_between_large_bodies(monkeypatch, fails):
     """Large ones follow each other after a rest, refused ones too; a small one waits for none of them."""
-    monkeypatch.setattr(bodies, "REST_S", 0.2)
-    held, times = bodies.Bodies(), []
+    monkeypatch.setattr(request_bodies, "REST_S", 0.2)
+    held, times = request_bodies.Bodies(), []
 
     def call():
         times.append(time.monotonic())
@@ -300,9 +300,9 @@ def test_others_have_their_turns_between_large_bodies(monkeypatch, fails):
             raise app_module.ProtocolError(400, "no")
 
     async def work():
-        large = asyncio.gather(*(held.work(bodies.SMALL + 1, call) for _ in range(3)), return_exceptions=True)
+        large = asyncio.gather(*(held.work(request_bodies.SMALL + 1, call) for _ in range(3)), return_exceptions=True)
         await asyncio.sleep(0.05)
-        return await held.work(bodies.SMALL, time.monotonic), await large
+        return await held.work(request_bodies.SMALL, time.monotonic), await large
 
     small, told = asyncio.run(work())
     assert small < times[2]
@@ -361,7 +361,7 @@ def test_connections_beyond_the_limit_are_told(url, monkeypatch):
 
 
 def test_bodies_held_at_once_are_bounded(url, monkeypatch):
-    monkeypatch.setattr(bodies, "MAX_HELD", 100_000)
+    monkeypatch.setattr(request_bodies, "MAX_HELD", 100_000)
     where = urlsplit(url)
     with socket.create_connection((where.hostname, where.port)) as one:
         one.sendall(POST + b"Content-Length: 99999\r\n\r\n" + b" " * 90_000)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rlver_jax.serving.bodies import MAX_COMMAS, MAX_VALUES, json_object
 from rlver_jax.serving.errors import MAX_MESSAGE, ProtocolError, quoted
 from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, check_consistent, parse
+from rlver_jax.serving.request_bodies import MAX_COMMAS, MAX_VALUES, json_object
 
 SAID = {"role": "user", "content": "my boss did not listen."}
 GOOD = {"model": "tiny", "messages": [SAID], "max_tokens": 3, "temperature": 0}

@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlver_jax.serving.speech import Speech
+from rlver_jax.serving.detokenizer import Speech
 
 TEXTS = st.text(st.sampled_from("ab知👋\n "), max_size=20)
 
