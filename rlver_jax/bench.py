@@ -21,9 +21,9 @@ from pathlib import Path
 
 from absl import flags
 
-from rlver_jax.benches.timing import machine
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
+from rlver_jax.perf.bench_timing import machine
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.console import consoles
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         suite, options = _arguments(sys.argv[1:] if argv is None else argv)
         found = {"suite": suite, "repeats": options.repeats, "machine": machine()}
-        module = importlib.import_module(f"rlver_jax.benches.{suite}")
+        module = importlib.import_module(f"rlver_jax.perf.{suite}")
         with errors.status(suite) as status:
 
             def tell(text: str) -> None:

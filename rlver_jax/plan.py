@@ -29,13 +29,13 @@ from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.validate import ConfigError, profile_files, validate
 from rlver_jax.miniature.assets import POLICY, shipped
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.plans.chips import chip_of, topology_devices
-from rlver_jax.plans.measure import compile_all
-from rlver_jax.plans.phases import phases_of
-from rlver_jax.plans.programs import Shapes, Texts, programs_of, shapes_of, unplaced_players
-from rlver_jax.plans.remat import remats_of
-from rlver_jax.plans.remedies import find_remedy, over
-from rlver_jax.plans.report import Plan, show
+from rlver_jax.perf.chips import chip_of, topology_devices
+from rlver_jax.perf.plan_measure import compile_all
+from rlver_jax.perf.plan_phases import phases_of
+from rlver_jax.perf.plan_programs import Shapes, Texts, programs_of, shapes_of, unplaced_players
+from rlver_jax.perf.plan_remat import remats_of
+from rlver_jax.perf.plan_remedies import find_remedy, over
+from rlver_jax.perf.plan_report import Plan, show
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.console import consoles

@@ -6,10 +6,18 @@ import jax
 import pytest
 
 from rlver_jax.bench import SUITES, main
-from rlver_jax.benches import compile, dialogue, limits, load, logprob, rollout, update
-from rlver_jax.benches.timing import alternate, ratios
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
+from rlver_jax.perf import (
+    bench_compile,
+    bench_dialogue,
+    bench_limits,
+    bench_load,
+    bench_logprob,
+    bench_rollout,
+    bench_update,
+)
+from rlver_jax.perf.bench_timing import alternate, ratios
 
 TINY = Qwen2Config(64, 16, 24, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, tie_embeddings=True)
 
@@ -49,9 +57,9 @@ def measured(suite: str, tmp_path) -> dict:
 
 def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
     """By hand: 3 dialogues of 10 + 2 x 5 tokens heard, 3 x 4 said."""
-    monkeypatch.setattr(rollout, "SMALL", TINY)
-    monkeypatch.setattr(rollout, "SHAPE", rollout.Shape(batch=3, prefix=10, turns=3, said=4, heard=5))
-    monkeypatch.setattr(limits, "COPIED", 1024)
+    monkeypatch.setattr(bench_rollout, "SMALL", TINY)
+    monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, said=4, heard=5))
+    monkeypatch.setattr(bench_limits, "COPIED", 1024)
     found = measured("rollout", tmp_path)
     assert (found["generated"], found["prefilled"]) == (36, 60)
     assert found["generated_tokens_per_s"] == pytest.approx(36 / found["seconds"])
@@ -65,7 +73,7 @@ def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
 def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
     sizes = {"MODEL": TINY, "DIALOGUES": 2, "TURNS": 3, "SYSTEM": 5, "HEARD": 4, "THOUGHT": 6, "SAY": 3}
     for name, value in sizes.items():
-        monkeypatch.setattr(update, name, value)
+        monkeypatch.setattr(bench_update, name, value)
     found = measured("update", tmp_path)
     for mode, thought in (("think", 6), ("direct", 0)):
         places = {name: way["places"] for name, way in found[mode]["ways"].items()}
@@ -79,7 +87,7 @@ def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
 
 def test_logprobs_are_measured(tmp_path, capsys, monkeypatch):
     for name, value in {"LENGTH": 64, "VOCABULARY": 40_000, "HIDDEN": 16}.items():
-        monkeypatch.setattr(logprob, name, value)
+        monkeypatch.setattr(bench_logprob, name, value)
     found = measured("logprob", tmp_path)
     assert found["largest_difference"] < 1e-4
     assert found["ways"]["full"]["extra_bytes"] > 2 * 64 * 40_000 * 4, "all logits are held"
@@ -90,8 +98,8 @@ def test_logprobs_are_measured(tmp_path, capsys, monkeypatch):
 @pytest.mark.long
 def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
     """Few of them (a row for each of the eight devices); the figures follow from one another."""
-    monkeypatch.setattr(dialogue, "DIALOGUES", 16)
-    monkeypatch.setattr(dialogue, "ROWS", 8)
+    monkeypatch.setattr(bench_dialogue, "DIALOGUES", 16)
+    monkeypatch.setattr(bench_dialogue, "ROWS", 8)
     found = measured("dialogue", tmp_path)
     assert found["suite"] == "dialogue"
     assert sum(found["turns"].values()) == found["dialogues"] == 16
@@ -108,8 +116,8 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_loading_is_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(load, "MODEL", TINY)
-    monkeypatch.setattr(limits, "COPIED", 1024)
+    monkeypatch.setattr(bench_load, "MODEL", TINY)
+    monkeypatch.setattr(bench_limits, "COPIED", 1024)
     found = measured("load", tmp_path)
     weights = sum(x.size for x in jax.tree.leaves(init_params(Qwen2(TINY), jax.random.key(0))))
     assert 0 < found["bytes"] - 2 * weights < 8192, "bfloat16, and the file's head"
@@ -125,13 +133,13 @@ def test_starts_are_measured(tmp_path, capsys, monkeypatch):
     short = ("--config.rollout.batch=8", "--config.rollout.max_turns=3")
     # Rows of one length: another one would be compiled in the second step, whose time stands for a step's without that.
     even = ("--config.train.share_rows=False", "--config.train.length_buckets=1")
-    monkeypatch.setattr(compile, "FLAGS", (*compile.FLAGS, *short, *even))
+    monkeypatch.setattr(bench_compile, "FLAGS", (*bench_compile.FLAGS, *short, *even))
     found = measured("compile", tmp_path)
     cold, warm = found["ways"]["cold"], found["ways"]["warm"]
     assert len(cold["all"]) == len(warm["all"]) == 2
     assert 0 < warm["compile_s"] < cold["compile_s"] < cold["start_s"]
     assert 0 < warm["begins_s"] < cold["begins_s"] < cold["start_s"], "the update is compiled after the first dialogues"
     assert "compiling s" in capsys.readouterr().out
-    monkeypatch.setattr(compile, "FLAGS", ("--config.train.steps=0",))
+    monkeypatch.setattr(bench_compile, "FLAGS", ("--config.train.steps=0",))
     assert main(["compile"]) == 2
     assert "train.steps" in capsys.readouterr().err

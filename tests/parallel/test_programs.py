@@ -8,7 +8,7 @@ from rlver_jax.models.attention import Visibility, visible
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
-from rlver_jax.plans.chips import topology_devices
+from rlver_jax.perf.chips import topology_devices
 from tests.parallel.programs import (
     CONFIG,
     MODEL,

@@ -19,7 +19,7 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.evaluation.judge_on_device import check_length
 from rlver_jax.models.architecture import PRESETS, Qwen2Config
 from rlver_jax.models.qwen import Qwen2
-from rlver_jax.plans.programs import architecture
+from rlver_jax.perf.plan_programs import architecture
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.training import setup
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlver_jax.benches.timing import Tell
 from rlver_jax.miniature import assets
+from rlver_jax.perf.bench_timing import Tell
 from rlver_jax.training.metrics import read_metrics
 
 CONFIG, FLAGS = assets.SHIPPED / assets.CONFIG, ("--config.eval.every=0",)

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import ConfigError, validate
-from rlver_jax.plans.chips import Chip
-from rlver_jax.plans.measure import GIB, Measured, compile_all
-from rlver_jax.plans.programs import Shapes, programs_of
+from rlver_jax.perf.chips import Chip
+from rlver_jax.perf.plan_measure import GIB, Measured, compile_all
+from rlver_jax.perf.plan_programs import Shapes, programs_of
 
 TRIES = 6  # compilations
 

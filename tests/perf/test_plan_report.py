@@ -6,14 +6,14 @@ import io
 import pytest
 from rich.console import Console
 
-from rlver_jax.plans.chips import CHIPS
-from rlver_jax.plans.flops import Work
-from rlver_jax.plans.hlo import Use
-from rlver_jax.plans.measure import Measured, Memory
-from rlver_jax.plans.phases import Phase
-from rlver_jax.plans.remat import Remat
-from rlver_jax.plans.remedies import Remedy, over
-from rlver_jax.plans.report import Plan, show
+from rlver_jax.perf.chips import CHIPS
+from rlver_jax.perf.flops import Work
+from rlver_jax.perf.hlo import Use
+from rlver_jax.perf.plan_measure import Measured, Memory
+from rlver_jax.perf.plan_phases import Phase
+from rlver_jax.perf.plan_remat import Remat
+from rlver_jax.perf.plan_remedies import Remedy, over
+from rlver_jax.perf.plan_report import Plan, show
 
 GIB = 2**30
 V5E = CHIPS["v5e"]

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlver_jax.models.qwen import Qwen2
-from rlver_jax.plans import flops
-from rlver_jax.plans.chips import Chip
-from rlver_jax.plans.flops import Work
-from rlver_jax.plans.hlo import DCN, HOST, Use
-from rlver_jax.plans.measure import Measured
-from rlver_jax.plans.programs import Shapes
+from rlver_jax.perf import flops
+from rlver_jax.perf.chips import Chip
+from rlver_jax.perf.flops import Work
+from rlver_jax.perf.hlo import DCN, HOST, Use
+from rlver_jax.perf.plan_measure import Measured
+from rlver_jax.perf.plan_programs import Shapes
 from rlver_jax.training.setup import dialogues_a_row, reads_at_most
 
 

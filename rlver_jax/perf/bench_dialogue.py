@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlver_jax.benches.timing import Tell, alternate, ratios
 from rlver_jax.evaluation.play import Evaluation, chosen_profiles, load
 from rlver_jax.miniature import assets
 from rlver_jax.miniature.settings import miniature_config
+from rlver_jax.perf.bench_timing import Tell, alternate, ratios
 from rlver_jax.rollout.rollout_metrics import generated_count
 from rlver_jax.rollout.sampler import Dialogues
 

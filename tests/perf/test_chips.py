@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rlver_jax import plan
-from rlver_jax.plans.chips import CHIPS, PlanError, chip_of, topology_devices
+from rlver_jax.perf.chips import CHIPS, PlanError, chip_of, topology_devices
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "", "2x4"])

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rlver_jax.benches.timing import Tell, alternate, difference, ratios
 from rlver_jax.models.logprobs import token_logprobs
+from rlver_jax.perf.bench_timing import Tell, alternate, difference, ratios
 
 ROWS, LENGTH, VOCABULARY, HIDDEN = 2, 512, 151_936, 896
 

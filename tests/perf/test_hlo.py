@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.plans.chips import topology_devices
-from rlver_jax.plans.hlo import Module, Use, array_bytes, group_size, trip_count
-from rlver_jax.plans.measure import logits_among, uncounted
+from rlver_jax.perf.chips import topology_devices
+from rlver_jax.perf.hlo import Module, Use, array_bytes, group_size, trip_count
+from rlver_jax.perf.plan_measure import logits_among, uncounted
 
 LAYERS, WIDTH = 5, 64
 LAYER_BYTES = WIDTH * WIDTH * 4

@@ -6,11 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlver_jax.plans.chips import Chip
-from rlver_jax.plans.measure import Measured, compile_all
-from rlver_jax.plans.phases import phases_of
-from rlver_jax.plans.programs import Shapes, programs_of
-from rlver_jax.plans.remedies import flags_of, over, trained_of
+from rlver_jax.perf.chips import Chip
+from rlver_jax.perf.plan_measure import Measured, compile_all
+from rlver_jax.perf.plan_phases import phases_of
+from rlver_jax.perf.plan_programs import Shapes, programs_of
+from rlver_jax.perf.plan_remedies import flags_of, over, trained_of
 
 LIGHTEST_FIRST = ("none", "dots", "full")
 

@@ -7,7 +7,7 @@ import pytest
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.qwen import Qwen2, abstract_params, head
-from rlver_jax.plans import flops
+from rlver_jax.perf import flops
 
 # Wide enough that products outweigh elementwise work, as they do in real models.
 CONFIG = Qwen2Config(2048, 512, 1408, 2, 8, 4, 64)

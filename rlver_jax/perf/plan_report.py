@@ -8,12 +8,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rlver_jax.plans.chips import Chip
-from rlver_jax.plans.hlo import DCN, HOST
-from rlver_jax.plans.measure import GIB, Measured
-from rlver_jax.plans.phases import Phase, by_link
-from rlver_jax.plans.remat import Remat, lightest
-from rlver_jax.plans.remedies import Remedy, over
+from rlver_jax.perf.chips import Chip
+from rlver_jax.perf.hlo import DCN, HOST
+from rlver_jax.perf.plan_measure import GIB, Measured
+from rlver_jax.perf.plan_phases import Phase, by_link
+from rlver_jax.perf.plan_remat import Remat, lightest
+from rlver_jax.perf.plan_remedies import Remedy, over
 
 
 @dataclasses.dataclass(frozen=True)

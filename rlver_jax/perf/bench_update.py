@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlver_jax.benches.rollout import free_grammar
-from rlver_jax.benches.timing import Tell, alternate, difference, ratios
 from rlver_jax.learning.loss import Learner, Loss, Sample, loss
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.models.qwen import Params, Qwen2, init_params
+from rlver_jax.perf.bench_rollout import free_grammar
+from rlver_jax.perf.bench_timing import Tell, alternate, difference, ratios
 
 MODEL = Qwen2Config(8_000, 256, 704, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, tie_embeddings=True)
 DIALOGUES, TURNS = 4, 8

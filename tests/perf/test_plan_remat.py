@@ -4,11 +4,11 @@ import pytest
 
 from configs import grpo_think_7b
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.perf.chips import CHIPS, topology_devices
+from rlver_jax.perf.plan_measure import compile_all
+from rlver_jax.perf.plan_programs import programs_of, shapes_of
+from rlver_jax.perf.plan_remat import Remat, lightest, remats_of
 from rlver_jax.plan import texts_of
-from rlver_jax.plans.chips import CHIPS, topology_devices
-from rlver_jax.plans.measure import compile_all
-from rlver_jax.plans.programs import programs_of, shapes_of
-from rlver_jax.plans.remat import Remat, lightest, remats_of
 
 SMALL = {
     **{

@@ -11,8 +11,8 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.train_step import compile_step
 from rlver_jax.parallel.distributed import everywhere
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.plans.measure import turns_of_loops
-from rlver_jax.plans.programs import Texts, bytes_per_chip, programs_of, shapes_of
+from rlver_jax.perf.plan_measure import turns_of_loops
+from rlver_jax.perf.plan_programs import Texts, bytes_per_chip, programs_of, shapes_of
 from rlver_jax.rollout.agents import sampling_copy, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import sample_dialogues

@@ -12,8 +12,8 @@ import jax
 
 from rlver_jax.models.attention import MOST_BLOCKS
 from rlver_jax.parallel.mesh import batch_parts
-from rlver_jax.plans.hlo import HOST, UNKNOWN, Instruction, Module, Uses, array_bytes
-from rlver_jax.plans.programs import Program, Shapes, bytes_per_chip
+from rlver_jax.perf.hlo import HOST, UNKNOWN, Instruction, Module, Uses, array_bytes
+from rlver_jax.perf.plan_programs import Program, Shapes, bytes_per_chip
 from rlver_jax.training.setup import reads_at_most
 
 GIB = 2**30

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rlver_jax import plan
-from rlver_jax.plans.remedies import candidates
+from rlver_jax.perf.plan_remedies import candidates
 
 GIB = 2**30
 PARAMS = 1_543_714_304  # of Qwen2.5-1.5B, as published

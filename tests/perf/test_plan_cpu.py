@@ -4,9 +4,9 @@ import pytest
 
 from configs import qwen25_0p5b_cpu
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.perf.plan_measure import GIB
+from rlver_jax.perf.plan_programs import programs_of, shapes_of
 from rlver_jax.plan import texts_of
-from rlver_jax.plans.measure import GIB
-from rlver_jax.plans.programs import programs_of, shapes_of
 
 
 def temporaries(remat: str, scan: bool) -> float:

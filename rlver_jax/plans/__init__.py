@@ -1,1 +1,0 @@
-"""What training a config on a TPU topology would take, from its real programs compiled ahead of time."""
