@@ -10,7 +10,7 @@ REMOTE = ["httpx2>=2.16", "tenacity>=9.1"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.50", "pydantic>=2.12"]
 TEST = [
     *(*REMOTE, *SERVE, "openai>=3.0", "playwright>=1.60"),
-    *("pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4"),
+    *("pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4", "import-linter>=2.11"),
 ]
 
 

@@ -1,1 +1,1 @@
-"""Dialogues played turn by turn, where each side is a model on the device or one behind an endpoint."""
+"""A dialogue on the host: its log, how it reads, how it is verified, and playing one turn by turn."""

@@ -1,1 +1,1 @@
-"""Finished dialogues judged: logs scored again, other users' appraisals of them, and measures beyond the emotion."""
+"""Held-out profiles played and scored, and finished dialogues judged: judges, agreement, further measures."""

@@ -1,1 +1,1 @@
-"""What a run leaves behind: dialogue logs, their rendering, and their exchange with SAGE's format."""
+"""A folder that a command writes: its lock, its settings, fingerprints of what was read, files that are always whole."""

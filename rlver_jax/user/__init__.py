@@ -1,1 +1,1 @@
-"""The simulated user: its emotion, its prompts, and the two ways of running it."""
+"""The simulated user: its emotion, its prompts, and its turn on the device or at an endpoint."""

@@ -129,7 +129,10 @@ def test_input_of_any_encoding(tmp_path):
 
 
 def test_a_program_that_has_read_its_input_calls_a_command(tmp_path):
-    code = "input(); from rlver_jax.text.console import consoles; consoles()[0].print('file:x:1', markup=False); print(input())"
+    code = (
+        "input(); from rlver_jax.text.console import consoles; "
+        "consoles()[0].print('file:x:1', markup=False); print(input())"
+    )
     with start([sys.executable, "-c", code], tmp_path, {}, stdin=subprocess.PIPE) as process:
         out, err = process.communicate(b"a\nb\n", timeout=60)
     assert out.split() == [b"file:x:1", b"b"], err  # rich's `:x:` is a picture
