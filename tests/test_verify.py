@@ -13,13 +13,14 @@ from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import dialogue_records, rewards_of
 from rlver_jax.dialogues.verify_set import TrainingPlan
 from rlver_jax.dialogues.verify_settings import check_settings
+from rlver_jax.dialogues.verify_tokens import ALLOWED
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.rollout import rewards
 from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.sampler import PlayLimits, Spec
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.turn import UserLimits
-from rlver_jax.verify import ALLOWED, Logged, Report, Settings, _is_tie, verify_records
+from rlver_jax.verify import Logged, Report, Settings, _is_tie, verify_records
 from tests.conftest import some_profiles
 
 TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emotion starting at 30

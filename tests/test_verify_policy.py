@@ -29,8 +29,7 @@ from rlver_jax.dialogues.verify_tokens import ALLOWED
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.policy_replay_sequence import PolicyPacker
-from rlver_jax.rollout.sampler import PlayLimits
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.training.loop import train
 from rlver_jax.user.emotion import EmotionRules

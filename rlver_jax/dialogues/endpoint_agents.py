@@ -7,7 +7,8 @@ from typing import Any
 
 from rlver_jax.dialogues.log import SCRIPT_FIELDS, Record
 from rlver_jax.dialogues.turn_by_turn import Row
-from rlver_jax.endpoints.client import Answer, Client, Message
+from rlver_jax.endpoints.client import Client, Message
+from rlver_jax.endpoints.completion import Answer
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage
 from rlver_jax.user.endpoint import Place, Reaction, RemoteUser

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlver_jax.decoding.replay_sequence import Said
 from rlver_jax.dialogues import verify_texts
 from rlver_jax.dialogues.log import known_fields
 from rlver_jax.dialogues.trajectory import emotion_faults, emotions_of, reactions
@@ -18,7 +19,7 @@ from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout import rewards
 from rlver_jax.rollout.agents import Players
-from rlver_jax.user.replay_sequence import LoggedTurn, Said
+from rlver_jax.user.replay_sequence import LoggedTurn
 
 POLICYS_WORDS = "the policy's words and log-probs (--policy=…)"  # what isn't derived without it
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the client needs the extra `remote`; counts don't
-    from rlver_jax.endpoints.client import Answer
+    from rlver_jax.endpoints.completion import Answer
 
 COUNTS = ("requests", "asked_again", "prompt_tokens", "completion_tokens")
 _MOST = 10**9  # no model reads or says as much at once; sums of it fit everywhere

@@ -15,7 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.parallel import rules
-from rlver_jax.rollout.sampler import Dialogues, PlayLimits, PolicyTables, Spec
+from rlver_jax.rollout.policy_turn import PolicyTables
+from rlver_jax.rollout.sampler import Dialogues
+from rlver_jax.rollout.spec import PlayLimits, Spec
 
 
 @flax.struct.dataclass

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from rlver_jax.dialogues.log import write_dialogues
-from rlver_jax.dialogues.render import change_text, emotion_bar, message_lines, plain
+from rlver_jax.dialogues.render import change_text, emotion_bar, message_lines
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.serving.conversation import Conversation
+from rlver_jax.text.console import plain
 
 HELP = "/quit (or the end of input) ends, /help shows this, /profile shows who the user is"
 

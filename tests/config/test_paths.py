@@ -11,7 +11,8 @@ from ml_collections.config_flags import config_flags
 from rlver_jax.config import fields
 from rlver_jax.config import flags as command_line
 from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
-from rlver_jax.config.validate import CHOICES, PATHS, ConfigError, flatten, validate
+from rlver_jax.config.ranges import CHOICES, PATHS
+from rlver_jax.config.validate import ConfigError, flatten, validate
 
 PACKAGE = Path(command_line.__file__).parent
 COMMANDS = sorted(

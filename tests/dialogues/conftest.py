@@ -14,7 +14,9 @@ from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.log import dialogue_records, rewards_of
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.sampler import END_REASONS, Dialogues, PolicyTurn, Spec
+from rlver_jax.rollout.policy_turn import PolicyTurn
+from rlver_jax.rollout.sampler import END_REASONS, Dialogues
+from rlver_jax.rollout.spec import Spec
 from rlver_jax.user.turn import UserTurn, build_user_tables
 
 GROUP, SEED, TURNS, ROWS, WIDTH = 3, 5, 3, 9, 64  # three rows of padding

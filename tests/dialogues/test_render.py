@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from rlver_jax.dialogues.render import change_text, emotion_bar, plain, print_comparison, print_dialogue
+from rlver_jax.dialogues.render import change_text, emotion_bar, print_comparison, print_dialogue
+from rlver_jax.text.console import plain
 
 
 def shown(record, **how):

@@ -12,7 +12,7 @@ from rlver_jax.evaluation.judge_on_device import DeviceJudge, message_tokens
 from rlver_jax.evaluation.transcripts import Finished
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.sampler import Spec
+from rlver_jax.rollout.spec import Spec
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits

@@ -12,8 +12,9 @@ from rlver_jax.decoding.generate import Generated
 from rlver_jax.learning.sequences import PackedBatch, pack
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
-from rlver_jax.rollout.policy_turn import build_policy_tables
-from rlver_jax.rollout.sampler import Dialogues, PlayLimits, PolicyTurn, Spec
+from rlver_jax.rollout.policy_turn import PolicyTurn, build_policy_tables
+from rlver_jax.rollout.sampler import Dialogues
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.user.turn import UserLimits, UserTurn
 from tests.conftest import random_params
 

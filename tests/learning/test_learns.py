@@ -22,7 +22,7 @@ from rlver_jax.learning.train_step import (
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.rollout.agents import Players
 from rlver_jax.rollout.rewards import Rewards
-from rlver_jax.rollout.sampler import PlayLimits, Spec
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.user.turn import UserLimits
 from tests.conftest import some_profiles
 

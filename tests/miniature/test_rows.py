@@ -5,12 +5,13 @@ import random
 import numpy as np
 import pytest
 
+from rlver_jax.decoding.replay_sequence import Said
 from rlver_jax.miniature import assets, rows, rule, texts, world
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.text.tokenizer import train_sentencepiece
 from rlver_jax.user.emotion import SAGE
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.replay_sequence import LoggedTurn, Packer, Said
+from rlver_jax.user.replay_sequence import LoggedTurn, Packer
 from rlver_jax.user.turn import build_user_tables, option_text
 
 

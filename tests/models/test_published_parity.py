@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rlver_jax.config.foreign_weights import INDEX_FILE
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.models.hf_weights import INDEX_FILE, load_params
+from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2, logits
 
 pytestmark = pytest.mark.parity

@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlver_jax.models.safetensors_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    WeightsError,
-    check_floats,
-    find_tensors,
-    not_finite,
-    same_values,
-)
+from rlver_jax.config.foreign_weights import INDEX_FILE, SINGLE_FILE
+from rlver_jax.models.safetensors_files import WeightsError, check_floats, find_tensors, not_finite, same_values
 
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 B = {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}

@@ -14,7 +14,7 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.rollout.agents import Players, check_tokenizers, limits_of, load_model, spec_of
-from rlver_jax.rollout.sampler import Spec
+from rlver_jax.rollout.spec import Spec
 from rlver_jax.text.template import FolderTemplate
 from rlver_jax.text.tokenizer import HFTokenizer
 from rlver_jax.user.prompts import load_prompts

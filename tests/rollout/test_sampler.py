@@ -14,7 +14,8 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FORMAT, PlayLimits, Spec, sample_dialogues
+from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FORMAT, sample_dialogues
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits
 from tests.conftest import Fresh, check_claims, option_logprobs, plain, some_profiles

@@ -13,7 +13,7 @@ import pytest
 
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.sampler import PlayLimits, Spec
+from rlver_jax.rollout.spec import PlayLimits, Spec
 from rlver_jax.serving.app import Service
 from rlver_jax.serving.connection import make_server
 from rlver_jax.serving.engine import Engine

@@ -15,9 +15,11 @@ import pytest
 import transformers
 
 from rlver_jax.serving import programs
-from rlver_jax.serving.app import MAX_BODY, Service
+from rlver_jax.serving.app import Service
 from rlver_jax.serving.engine import Engine
-from rlver_jax.serving.protocol import ChatRequest, ProtocolError
+from rlver_jax.serving.errors import ProtocolError
+from rlver_jax.serving.protocol import ChatRequest
+from rlver_jax.serving.request_bodies import MAX_BODY
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import load_tokenizer
 from tests.conftest import SHORT_PROMPTS, plain

@@ -11,7 +11,7 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.sampler import Spec
+from rlver_jax.rollout.spec import Spec
 from rlver_jax.training.setup import assemble, dialogues_a_row, reads_at_most, row_lengths
 
 
