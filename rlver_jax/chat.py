@@ -30,7 +30,7 @@ from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.evaluation.play import chosen_profiles, eval_spec
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Players, limits_of, load_model
+from rlver_jax.rollout.agents import Agents, limits_of, load_model
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
@@ -103,17 +103,17 @@ def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profil
     if options.side == "user":
         # The person makes up the first words: the model need not.
         profile = dataclasses.replace(profile, first_talk=profile.first_talk or "-")
-        players = Players.load(config, spec, mesh, weights)
+        agents = Agents.load(config, spec, mesh, weights)
     else:
         check_context(config, "user")
         spec = dataclasses.replace(spec, mode="direct", say_tokens=typed_tokens(spec.context))
         user, tokenizer = load_model(config.user, "user", mesh)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
         how = {"style": config.user.style, "scenario": config.user.scenario}
-        players = Players.build(user, user, tokenizer, prompts, spec, mesh, **how)
+        agents = Agents.build(user, user, tokenizer, prompts, spec, mesh, **how)
     limits = limits_of(config, spec, config.eval.temperature)
     seed = secrets.randbits(31) if options.seed is None else options.seed
-    return Conversation(players, profile, limits, seed)
+    return Conversation(agents, profile, limits, seed)
 
 
 if __name__ == "__main__":

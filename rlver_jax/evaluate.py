@@ -46,7 +46,7 @@ from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.evaluation import folder as evaluation_folder
 from rlver_jax.evaluation import judge_command as judging
 from rlver_jax.evaluation.folder import EvaluationFolder, read_evaluation
-from rlver_jax.evaluation.play import Played, chosen_profiles, load
+from rlver_jax.evaluation.play import Player, chosen_profiles, load
 from rlver_jax.evaluation.show import show_judges
 from rlver_jax.evaluation.spread import spread, spread_text
 from rlver_jax.evaluation.transcripts import finished
@@ -62,7 +62,7 @@ from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    return judging.main(argv, __doc__) if judging.of_finished(argv) else distributed.leave(_run(argv))
+    return judging.main(argv, __doc__) if judging.of_finished(argv) else distributed.shutdown(_run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -110,7 +110,7 @@ _EXPECTED = (ValueError, OSError, EndpointError, LostLockError, KeyboardInterrup
 def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> int:
     """Says why the evaluation ended early; returns the exit status."""
     if isinstance(error, jax.errors.JaxRuntimeError):
-        if not (text := distributed.lost(error)):
+        if not (text := distributed.peer_failure(error)):
             raise error
         errors.print(f"evaluate: {text}", markup=False, highlight=False)
         return 1
@@ -136,7 +136,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
-    distributed.join(options, finish_steps=False)
+    distributed.initialize(options, finish_steps=False)
     alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]
     alone += [f"remote.{side}.url" for side in endpoint_sides(config)]
     if jax.process_count() > 1 and alone:
@@ -156,7 +156,7 @@ def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | N
 
 def _load(
     config: ConfigDict, profiles: Sequence[Profile], folder: EvaluationFolder, trained: TrainedPolicy | None
-) -> Played:
+) -> Player:
     weights, gold = trained.weights if trained else None, gold_judge(config)
     if endpoint_sides(config):
         remote_evaluation = import_remote("rlver_jax.evaluation.endpoint_play")
@@ -164,7 +164,7 @@ def _load(
     return load(config, profiles, policy_weights=weights, gold=gold)
 
 
-def play_missing(evaluation: Played, folder: EvaluationFolder, console: Console, repeats: int = 1) -> list[Record]:
+def play_missing(evaluation: Player, folder: EvaluationFolder, console: Console, repeats: int = 1) -> list[Record]:
     """Plays what the folder doesn't hold yet, batch by batch; returns all records in the order of their numbers."""
     records, total = folder.records, len(evaluation.profiles) * repeats
     done = {record["dialogue"] for record in records}
@@ -206,7 +206,7 @@ class _Meter:
             self._console.print(f"{len(records)}/{self._total} dialogues · {state}", highlight=False)
 
 
-def summarize(evaluation: Played, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
+def summarize(evaluation: Player, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
     """What summary.json holds."""
     how_sure = spread(records, len(evaluation.profiles))
     return (

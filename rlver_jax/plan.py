@@ -32,7 +32,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.chips import chip_of, topology_devices
 from rlver_jax.perf.plan_measure import compile_all
 from rlver_jax.perf.plan_phases import phases_of
-from rlver_jax.perf.plan_programs import Shapes, Texts, programs_of, shapes_of, unplaced_players
+from rlver_jax.perf.plan_programs import Shapes, Texts, programs_of, shapes_of, unplaced_agents
 from rlver_jax.perf.plan_remat import remats_of
 from rlver_jax.perf.plan_remedies import find_remedy, over
 from rlver_jax.perf.plan_report import Plan, show
@@ -105,7 +105,7 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
     if any(over(one, chip) > 0 for one in measured):
         remedy = find_remedy(config, fields.get_config(), mesh, measured, chip, remake, tell)
     tried = remats_of(config, shapes, measured, chip, remake, tell) if remats else []
-    playing = shapes.players.mesh or mesh
+    playing = shapes.agents.mesh or mesh
     return Plan(
         topology, chip, dict(mesh.shape), dict(playing.shape), config.rollout.batch, shapes.lengths[-1], measured,
         phases_of(shapes, measured, chip), remedy, tried, assumed,
@@ -141,8 +141,8 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
 
 
 def _widths(config: ConfigDict, tokenizer: Any, files: list[str]) -> tuple[int, int]:
-    players = unplaced_players(config, tokenizer, config.data.language, rollout_spec(config))
-    tokens = players.tokens(read_profiles(files))
+    agents = unplaced_agents(config, tokenizer, config.data.language, rollout_spec(config))
+    tokens = agents.tokens(read_profiles(files))
     return tokens.prefix.shape[1], tokens.first_talk.shape[1]
 
 

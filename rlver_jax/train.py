@@ -38,7 +38,7 @@ from rlver_jax.training.workdir import RunFolder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return distributed.leave(_run(sys.argv[1:] if argv is None else argv))
+    return distributed.shutdown(_run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def _run(argv: Sequence[str]) -> int:
         say(error)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if not (text := distributed.lost(error)):
+        if not (text := distributed.peer_failure(error)):
             raise
         say(text)
         return 1
@@ -80,7 +80,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --workdir=DIR; --help lists them")
     if not options.workdir:
         raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
-    distributed.join(options, finish_steps=True)
+    distributed.initialize(options, finish_steps=True)
     run = RunFolder(Path(options.workdir))
     needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
     validate(config, fields.get_config(), jax.device_count(), needs)

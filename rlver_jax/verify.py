@@ -37,7 +37,7 @@ from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
 from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
 from rlver_jax.decoding.replay import Dialogue, Keys
-from rlver_jax.decoding.replay_sequence import Packed
+from rlver_jax.decoding.replay_sequence import ReplaySequence
 from rlver_jax.dialogues.faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.trajectory import reactions
@@ -47,7 +47,7 @@ from rlver_jax.dialogues.verify_shape import POLICY, USER, Shape
 from rlver_jax.dialogues.verify_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
 from rlver_jax.evaluation.play import chosen_profiles, eval_spec
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.rollout.agents import Players, load_model
+from rlver_jax.rollout.agents import Agents, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.sampler import opening_key
 from rlver_jax.text.console import consoles
@@ -55,7 +55,7 @@ from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training import behaviour_policy
 from rlver_jax.user.emotion import CHANGES, EmotionRules
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.replay import Rederived, rederive
+from rlver_jax.user.replay import Replayed, replay
 from rlver_jax.user.replay_sequence import LoggedTurn, Packer
 from rlver_jax.user.turn import build_user_tables, dialogue_key
 
@@ -135,14 +135,14 @@ class _Case(NamedTuple):
 
 
 def verify_records(
-    players: Players, profiles: KnownProfiles, logged: Sequence[Logged], settings: Settings
+    agents: Agents, profiles: KnownProfiles, logged: Sequence[Logged], settings: Settings
 ) -> Iterator[Report]:
     """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field.
 
     Args:
-        players: without models where every user is behind an endpoint; see `load_players`.
+        agents: without models where every user is behind an endpoint; see `load_agents`.
     """
-    cases, shapes = [], {one.plan: Shape.of(players, one.plan.endpoints) for one in logged}
+    cases, shapes = [], {one.plan: Shape.of(agents, one.plan.endpoints) for one in logged}
     for one in logged:
         case = _case(one, shapes[one.plan], profiles)
         if isinstance(case, Report):
@@ -152,22 +152,22 @@ def verify_records(
     if not cases:
         return
     cases.sort(key=lambda case: (case.profile.id, case.profile.hidden_intention, case.profile.background))
-    found = _derived(players, [case for case in cases if case.of_user], settings)
+    found = _derived(agents, [case for case in cases if case.of_user], settings)
     rewards = derived_rewards([case.record for case in cases], settings.reward)
     limits = settings.field_tokens, settings.reply_tokens
     hosts = {
-        plan: Host.of(players, plan, limits, settings.reply_temperature, [c.record for c in cases if c.plan is plan])
+        plan: Host.of(agents, plan, limits, settings.reply_temperature, [c.record for c in cases if c.plan is plan])
         for plan in {case.plan for case in cases}
     }
     for case, reward in zip(cases, rewards, strict=True):
-        packed, rederived = next(found) if case.of_user else (None, None)
-        prefix = packed.prefix if packed else 0 if USER in case.plan.endpoints else len(players.prefix(case.profile))
+        packed, replayed = next(found) if case.of_user else (None, None)
+        prefix = packed.prefix if packed else 0 if USER in case.plan.endpoints else len(agents.prefix(case.profile))
         own = hosts[case.plan].faults(case.profile, case.record, reward, prefix)
         report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in (*case.faults, *own)])
         report.turns = sum(1 for _ in reactions(case.record))
         report.underived |= dict.fromkeys(underived(case.record, case.plan.endpoints))
-        if packed and rederived:
-            _check(players, case, packed, rederived, settings, report)
+        if packed and replayed:
+            _check(agents, case, packed, replayed, settings, report)
         yield report
 
 
@@ -189,12 +189,12 @@ def _case(one: Logged, shape: Shape, profiles: KnownProfiles) -> _Case | Report:
     return _Case(place, record, plan, profile, turns, faults)
 
 
-def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[Packed, Rederived]]:
+def _derived(agents: Agents, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[ReplaySequence, Replayed]]:
     """What the user says of every dialogue."""
     if not cases:
         return iter(())
-    tables, packer = players.tables[1], Packer(players.tables[1], players.spec.rules.band)
-    prefix_of, seed_key = functools.lru_cache(maxsize=1)(players.prefix), functools.cache(jax.random.key)
+    tables, packer = agents.tables[1], Packer(agents.tables[1], agents.spec.rules.band)
+    prefix_of, seed_key = functools.lru_cache(maxsize=1)(agents.prefix), functools.cache(jax.random.key)
     dialogues = []
     for case in cases:
         prefix, key = prefix_of(case.profile), seed_key(case.record["seed"])
@@ -203,21 +203,21 @@ def _derived(players: Players, cases: Sequence[_Case], settings: Settings) -> It
         most = settings.reply_tokens if case.made_up else 0
         packed = packer.dialogue(prefix, case.record["messages"][0]["tokens"], case.turns, most)
         dialogues.append(Dialogue(packed, keys, settings.reply_temperature))
-    found = rederive(players.user, tables, dialogues, settings.readout)
+    found = replay(agents.user, tables, dialogues, settings.readout)
     return zip((dialogue.packed for dialogue in dialogues), found, strict=True)
 
 
-def _check(players, case: _Case, packed: Packed, found: Rederived, settings, report: Report) -> None:
+def _check(agents, case: _Case, packed: ReplaySequence, found: Replayed, settings, report: Report) -> None:
     """Holds a dialogue against its derivation."""
     place, record = case.place, case.record
     users = {turn: user for turn, _, user in reactions(record)}
-    user = Speaker("user", users_fields(players), settings.reply_temperature, settings.allowed)
+    user = Speaker("user", users_fields(agents), settings.reply_temperature, settings.allowed)
     report.take(place, hold(user, packed, found, functools.partial(users_claim, user.fields, users)))
     for turn, *derived in zip(
         case.turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True
     ):
         where = f"{place}, turn {turn.turn + 1}, change"
-        _check_change(users[turn.turn], turn.change, derived, players.spec.rules, settings, where, report)
+        _check_change(users[turn.turn], turn.change, derived, agents.spec.rules, settings, where, report)
 
 
 def _check_change(user, change: int, found: Sequence[Any], rules: EmotionRules, settings, where: str, report: Report):
@@ -291,22 +291,22 @@ def verify_logs(
     if not logged:
         return total
     policies = (
-        behaviour_policy.players_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
+        behaviour_policy.agents_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
     )
     config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
-    players = load_players(config, {side for one in logged for side in one.plan.endpoints})
-    reports = verify_records(players, profiles, logged, settings_of(config))
+    agents = load_agents(config, {side for one in logged for side in one.plan.endpoints})
+    reports = verify_records(agents, profiles, logged, settings_of(config))
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
     if policies:
         total.underived.pop(POLICYS_WORDS, None)  # none of it is there where no dialogue could be derived
-        derived = behaviour_policy.findings(policies, players, [one[:3] for one in logged])
+        derived = behaviour_policy.findings(policies, agents, [one[:3] for one in logged])
         for place, found in track(derived, "the policy", len(logged), console=console):
             total.take(place, found)
     return total
 
 
-def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:
+def load_agents(config: ConfigDict, endpoints: Collection[str]) -> Agents:
     """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place.
 
     Where users are behind an endpoint there is no model at all, but the policy's tokenizer if that is on the device.
@@ -316,21 +316,21 @@ def load_players(config: ConfigDict, endpoints: Collection[str]) -> Players:
     spec, prompts = eval_spec(config), load_prompts(config.data.language, config.user.prompts or None)
     none: Any = None
     if POLICY in endpoints:
-        return Players(none, none, none, prompts, none, config.user.style, config.user.scenario, spec)
+        return Agents(none, none, none, prompts, none, config.user.style, config.user.scenario, spec)
     if not config.policy.path:
         raise ConfigError("policy.path is empty; set --config.policy.path to the folder of the policy's tokenizer")
     tokenizer = load_tokenizer(config.policy.path)
     size = tokenizer.vocab_size
     tables = build_policy_tables(tokenizer, prompts, size, spec), build_user_tables(tokenizer, prompts, size)
-    return Players(none, none, tokenizer, prompts, tables, config.user.style, config.user.scenario, spec)
+    return Agents(none, none, tokenizer, prompts, tables, config.user.style, config.user.scenario, spec)
 
 
-def load_user(config: ConfigDict) -> Players:
-    """See `load_players`."""
+def load_user(config: ConfigDict) -> Agents:
+    """See `load_agents`."""
     user, tokenizer = load_model(behaviour_policy.reading(config.user), "user")
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
-    return Players.build(user, user, tokenizer, prompts, eval_spec(config), **how)
+    return Agents.build(user, user, tokenizer, prompts, eval_spec(config), **how)
 
 
 def show(report: Report, console: Console) -> None:

@@ -1,6 +1,6 @@
 """Shared fixtures. Eight fake CPU devices are made before JAX starts, so that every test can build a mesh.
 
-Also the players of the dialogue tests: two tiny models, trained for seconds, that write think-then-say replies and
+Also the agents of the dialogue tests: two tiny models, trained for seconds, that write think-then-say replies and
 short lines, and `Fresh`, which assembles contexts from logged ids by plain concatenation (no cache, no tables).
 """
 

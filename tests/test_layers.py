@@ -15,7 +15,7 @@ LAYERS = [
     {"sides"},
     {"runs"},
     {"learning"},
-    {"players"},
+    {"agents"},
     {"dialogue", "policy", "policy_packed", "spec"},
     {"rewards"},
     {"user"},

@@ -16,8 +16,8 @@ from rlver_jax.dialogues.verify_settings import check_settings
 from rlver_jax.dialogues.verify_tokens import ALLOWED
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.rollout import rewards
-from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.turn import UserLimits
 from rlver_jax.verify import Logged, Report, Settings, _is_tie, verify_records
@@ -30,8 +30,8 @@ FIELDS = dict.fromkeys(("seed", "initial_emotion", "max_turns", "num_profiles"),
 SETTINGS = Settings(reply_temperature=0.9, field_tokens=12, reply_tokens=16, readout="argmax", reward=REWARD)
 
 
-def make_players(policy_lm, user_lm, bpe, prompts, readout):
-    spec = Spec(
+def make_agents(policy_lm, user_lm, bpe, prompts, readout):
+    spec = RolloutConfig(
         mode="think",
         enforce_format=True,
         group=GROUP,
@@ -43,22 +43,22 @@ def make_players(policy_lm, user_lm, bpe, prompts, readout):
         readout=readout,
         rules=EmotionRules(initial=30),
     )
-    return Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    return Agents.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
 
 
 @pytest.fixture(scope="module", params=["argmax", "mean", "sample"])
 def log(request, policy_lm, user_lm, bpe, prompts):
-    """(players, profiles, records), with policy replies and user replies sampled."""
-    players, profiles = make_players(policy_lm, user_lm, bpe, prompts, request.param), some_profiles(PROFILES)
-    return players, profiles, play(players, profiles)
+    """(agents, profiles, records), with policy replies and user replies sampled."""
+    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, request.param), some_profiles(PROFILES)
+    return agents, profiles, play(agents, profiles)
 
 
-def play(players, profiles):
+def play(agents, profiles):
     user = UserLimits(jnp.int32(12), jnp.int32(16), jnp.float32(0.9))
-    limits = PlayLimits(jnp.int32(TURNS), jnp.int32(24), jnp.int32(20), jnp.float32(1.0), jnp.int32(30), user)
-    encoded = players.encode(profiles, range(COUNT))
-    played = jax.device_get(players.play(encoded, jax.random.key(SEED), limits))
-    return dialogue_records(played, players, profiles, range(COUNT), seed=SEED, rewards=rewards_of(played, REWARD))
+    limits = RolloutLimits(jnp.int32(TURNS), jnp.int32(24), jnp.int32(20), jnp.float32(1.0), jnp.int32(30), user)
+    encoded = agents.encode(profiles, range(COUNT))
+    played = jax.device_get(agents.play(encoded, jax.random.key(SEED), limits))
+    return dialogue_records(played, agents, profiles, range(COUNT), seed=SEED, rewards=rewards_of(played, REWARD))
 
 
 def plan_of(profiles):
@@ -68,11 +68,11 @@ def plan_of(profiles):
 
 
 def check_all(log, records, **settings) -> list[Report]:
-    players, profiles, _ = log
+    agents, profiles, _ = log
     settings = dataclasses.replace(SETTINGS, readout=records[0]["readout"], **settings)
     plan = plan_of(profiles[:PROFILES])
     logged = [Logged(f"dialogue {record['dialogue']}", record, plan) for record in records]
-    return list(verify_records(players, KnownProfiles(profiles), logged, settings))
+    return list(verify_records(agents, KnownProfiles(profiles), logged, settings))
 
 
 def check(log, record, **settings) -> Report:
@@ -108,9 +108,9 @@ def longest(log):
     )  # fmt: skip
 
 
-def other_token(players, tokens, place=0):
+def other_token(agents, tokens, place=0):
     """The same tokens with one of them exchanged for another piece of text."""
-    pieces = [t for t in range(players.tokenizer.vocab_size) if players.tokenizer.token_bytes(t).isalpha()]
+    pieces = [t for t in range(agents.tokenizer.vocab_size) if agents.tokenizer.token_bytes(t).isalpha()]
     tokens[place] = next(t for t in pieces if t != tokens[place])
 
 
@@ -118,23 +118,23 @@ def user_messages(record):
     return [m for m in record["messages"][1:] if m["role"] == "user"]
 
 
-def edit_reward(players, r):
+def edit_reward(agents, r):
     r["reward"] += 0.01
 
 
-def edit_final_emotion(players, r):
+def edit_final_emotion(agents, r):
     r["emotion"] += 1
 
 
-def edit_emotion_after_a_turn(players, r):
+def edit_emotion_after_a_turn(agents, r):
     user_messages(r)[0]["emotion"] += 1
 
 
-def edit_change_alone(players, r):
+def edit_change_alone(agents, r):
     user_messages(r)[0]["change"] += 1 if user_messages(r)[0]["change"] < 10 else -1
 
 
-def edit_change_and_all_that_follows(players, r):
+def edit_change_and_all_that_follows(agents, r):
     """A consistent forgery: change, emotions and reward fit each other; only the user model disagrees."""
     delta = 1 if user_messages(r)[-1]["change"] < 10 else -1
     last = user_messages(r)[-1]
@@ -148,53 +148,51 @@ def edit_change_and_all_that_follows(players, r):
     r["reward"] = 0.0 if r["violation"] else float(np.float32(last["emotion"] / 100))
 
 
-def edit_appraisal_text(players, r):
+def edit_appraisal_text(agents, r):
     user_messages(r)[0]["appraisal"]["feeling"] += " happy"
 
 
-def edit_appraisal_tokens(players, r):
+def edit_appraisal_tokens(agents, r):
     user = user_messages(r)[0]
     tokens = user["appraisal_tokens"]["feeling"]
-    other_token(players, tokens)
-    user["appraisal"]["feeling"] = players.tokenizer.decode(
-        tokens[: len(tokens) - user["appraisal_stopped"]["feeling"]]
-    )
+    other_token(agents, tokens)
+    user["appraisal"]["feeling"] = agents.tokenizer.decode(tokens[: len(tokens) - user["appraisal_stopped"]["feeling"]])
 
 
-def edit_reply_text(players, r):
+def edit_reply_text(agents, r):
     user_messages(r)[0]["content"] = "Thank you, goodbye."
 
 
-def edit_reply_tokens(players, r):
+def edit_reply_tokens(agents, r):
     user = user_messages(r)[0]
-    other_token(players, user["all_tokens"])
+    other_token(agents, user["all_tokens"])
     user["tokens"][0] = user["all_tokens"][0]
-    user["content"] = players.tokenizer.decode(user["tokens"])
+    user["content"] = agents.tokenizer.decode(user["tokens"])
 
 
-def edit_say_text(players, r):
+def edit_say_text(agents, r):
     r["messages"][1]["content"] = "I understand you completely."
 
 
-def edit_say_tokens(players, r):
+def edit_say_tokens(agents, r):
     """A consistent forgery of what the policy said: found by what the user thought of it."""
     m = r["messages"][1]
     place = len(m["tokens"]) - m["stopped"] - len(m["say_tokens"])
-    other_token(players, m["say_tokens"])
+    other_token(agents, m["say_tokens"])
     m["tokens"][place] = m["say_tokens"][0]
-    m["content"] = players.tokenizer.decode(m["say_tokens"])
+    m["content"] = agents.tokenizer.decode(m["say_tokens"])
 
 
-def edit_first_talk(players, r):
-    other_token(players, r["messages"][0]["tokens"])
-    r["messages"][0]["content"] = players.tokenizer.decode(r["messages"][0]["tokens"])
+def edit_first_talk(agents, r):
+    other_token(agents, r["messages"][0]["tokens"])
+    r["messages"][0]["content"] = agents.tokenizer.decode(r["messages"][0]["tokens"])
 
 
-def edit_change_distribution(players, r):
+def edit_change_distribution(agents, r):
     user_messages(r)[0]["change_logprobs"][3] += 0.01
 
 
-def edit_cut_field(players, r):
+def edit_cut_field(agents, r):
     """A field without its end: shorter, and no line end."""
     user = user_messages(r)[0]
     user["appraisal_tokens"]["feeling"] = user["appraisal_tokens"]["feeling"][:-1]
@@ -202,23 +200,23 @@ def edit_cut_field(players, r):
     user["appraisal_stopped"]["feeling"] = False
 
 
-def edit_impossible_emotion(players, r):
+def edit_impossible_emotion(agents, r):
     user_messages(r)[0]["emotion"] = 101
 
 
-def edit_impossible_change(players, r):
+def edit_impossible_change(agents, r):
     user_messages(r)[0]["change"] = 11
 
 
-def edit_unknown_token(players, r):
-    user_messages(r)[0]["all_tokens"][0] = players.tokenizer.vocab_size
+def edit_unknown_token(agents, r):
+    user_messages(r)[0]["all_tokens"][0] = agents.tokenizer.vocab_size
 
 
-def edit_missing_field(players, r):
+def edit_missing_field(agents, r):
     del user_messages(r)[0]["appraisal_tokens"]["feeling"]
 
 
-def edit_missing_logprob(players, r):
+def edit_missing_logprob(agents, r):
     user_messages(r)[0]["raw_logprobs"].pop()
 
 
@@ -243,7 +241,7 @@ def test_planted_edits_are_found(log, edit, dtype):
 def test_a_user_that_rounds(log, policy_lm, user_lm, bpe, prompts):
     """Played with bfloat16, derived in float32: as far apart as two programs that round may be."""
     rounded = user_lm.replace(model=user_lm.model.clone(dtype=jnp.bfloat16))
-    records = play(make_players(policy_lm, rounded, bpe, prompts, "mean"), log[1])
+    records = play(make_agents(policy_lm, rounded, bpe, prompts, "mean"), log[1])
     strict, loose = Report(), Report()
     for report in check_all(log, records):
         strict.add(report)
@@ -265,10 +263,10 @@ def test_a_dialogue_of_an_unknown_profile(log):
 
 def test_training_and_held_out_profiles_may_share_ids(log):
     """As the miniature's do: a dialogue's own profile is the one that the config plays in it."""
-    players, profiles, records = log
+    agents, profiles, records = log
     others = [dataclasses.replace(p, id=q.id) for p, q in zip(profiles[1:] + profiles[:1], profiles, strict=True)]
-    assert not any(report.faults for report in check_all((players, profiles + others, records), records))
-    assert all(report.faults for report in check_all((players, others + profiles, records), records))
+    assert not any(report.faults for report in check_all((agents, profiles + others, records), records))
+    assert all(report.faults for report in check_all((agents, others + profiles, records), records))
 
 
 def test_of_several_profiles_with_one_id_the_one_that_a_record_holds(log):

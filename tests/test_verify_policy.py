@@ -22,14 +22,14 @@ from scipy.special import log_softmax, logsumexp
 from rlver_jax import evaluate, verify
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.decoding.generate import KEEP_ALL, Truncation
-from rlver_jax.decoding.replay import Dialogue, Keys, Side, rederive
+from rlver_jax.decoding.replay import Dialogue, Keys, Side, replay
 from rlver_jax.dialogues.log import dialogue_records, read_dialogues, rewards_of, write_dialogues
 from rlver_jax.dialogues.verify_policy import Policy, Spoken, _replies, policy_findings
 from rlver_jax.dialogues.verify_tokens import ALLOWED
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.policy_replay_sequence import PolicyPacker
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.training.loop import train
 from rlver_jax.user.emotion import EmotionRules
@@ -54,12 +54,12 @@ WAYS = {
 class Log:
     """Honest dialogues, and who played them."""
 
-    players: Players
+    agents: Agents
     temperature: float
     records: list
 
     def policy(self, dtype="float32", **changed) -> Policy:
-        p = self.players
+        p = self.agents
         return Policy(changed.get("lm", p.policy), p.tokenizer, p.tables[0], p.spec, ALLOWED[dtype])
 
     def found(self, records=None, temperature=None, **changed):
@@ -73,20 +73,20 @@ class Log:
 
 def play(way, policy_lm, user_lm, bpe, prompts, seed=SEED) -> Log:
     mode, enforce, temperature, truncation = WAYS[way]
-    spec = Spec(
+    spec = RolloutConfig(
         mode, enforce, group=1, max_turns=TURNS, context=700, think_tokens=THINK, say_tokens=SAY, user_tokens=12,
         rules=EmotionRules(initial=40, floor=-1), truncation=truncation,
     )  # fmt: skip
-    players = Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    agents = Agents.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
     user = UserLimits(jnp.int32(8), jnp.int32(12), jnp.float32(1.0))
-    limits = PlayLimits(
+    limits = RolloutLimits(
         jnp.int32(TURNS), jnp.int32(THINK), jnp.int32(SAY), jnp.float32(temperature), jnp.int32(40), user
     )
     profiles = some_profiles(COUNT)
-    played = jax.device_get(players.play(players.encode(profiles, range(COUNT)), jax.random.key(seed), limits))
+    played = jax.device_get(agents.play(agents.encode(profiles, range(COUNT)), jax.random.key(seed), limits))
     rewards = rewards_of(played, {"name": "final", "gamma": 1.0, "weight": 0.5})
-    records = dialogue_records(played, players, profiles, range(COUNT), seed=seed, rewards=rewards)
-    return Log(players, temperature, records)
+    records = dialogue_records(played, agents, profiles, range(COUNT), seed=seed, rewards=rewards)
+    return Log(agents, temperature, records)
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -119,7 +119,7 @@ def test_replies_of_all_kinds_are_among_them(thinking, policy_lm, user_lm, bpe, 
 
 def fresh(log, record) -> list[tuple[list[int], dict]]:
     """(the prompt of plain messages before each reply, the reply)."""
-    spec, tokenizer = log.players.spec, log.players.tokenizer
+    spec, tokenizer = log.agents.spec, log.agents.tokenizer
     chat, found = ChatTemplate(tokenizer), []
     ids = chat.message("system", SHORT_PROMPTS[f"policy_{spec.mode}.j2"])
     for heard, reply in zip(record["messages"][::2], replies(record), strict=False):
@@ -151,9 +151,9 @@ def truncated(log_p, truncation):
 
 def expected(log, record):
     """(margin, raw, sampled) of every token of a dialogue, by plain passes; margin 0 of what the sampler put there."""
-    spec, tokenizer = log.players.spec, log.players.tokenizer
-    prompts, size = fresh(log, record), log.players.policy.model.config.vocab_size
-    logp = plain(log.players.policy, [prompt + reply["tokens"] for prompt, reply in prompts])[1]
+    spec, tokenizer = log.agents.spec, log.agents.tokenizer
+    prompts, size = fresh(log, record), log.agents.policy.model.config.vocab_size
+    logp = plain(log.agents.policy, [prompt + reply["tokens"] for prompt, reply in prompts])[1]
     never = [i for i in range(size) if i >= tokenizer.vocab_size or not tokenizer.token_bytes(i)]
     stops = [tokenizer.im_end_id, tokenizer.pad_id]
     closing = tokenizer.encode("\n</think>\n\n")
@@ -190,13 +190,13 @@ def _merges(said: bytes, piece: bytes) -> bool:
 
 
 def derived(log, record):
-    """What `rederive` gives for a dialogue."""
-    policy, spec = log.policy(), log.players.spec
+    """What `replay` gives for a dialogue."""
+    policy, spec = log.policy(), log.agents.spec
     packer = PolicyPacker(policy.tables, think=spec.mode == "think", think_tokens=spec.think_tokens)
     key = dialogue_key(jax.random.key(record["seed"]), np.uint32(record["dialogue"]))
     packed = packer.dialogue(list(_replies(policy, record)))
     side = Side(policy.lm, policy.tables.grammar, truncation=spec.truncation)
-    (found,) = rederive(side, [Dialogue(packed, Keys(key, key), log.temperature)], 1e-4)
+    (found,) = replay(side, [Dialogue(packed, Keys(key, key), log.temperature)], 1e-4)
     return found
 
 
@@ -207,11 +207,11 @@ def test_every_figure_is_that_of_plain_forward_passes(log):
     for message in replies(forged):  # words of another kind, but none that ends something
         place = len(message["tokens"]) - message["stopped"] - 1
         swap = next(t for t in (80, 81) if t != message["tokens"][place])
-        if not log.players.spec.enforce_format:
+        if not log.agents.spec.enforce_format:
             message["tokens"][place] = swap
             if message["say_tokens"]:
                 message["say_tokens"][-1] = swap
-    for one, honest in ((record, True), (forged, log.players.spec.enforce_format)):
+    for one, honest in ((record, True), (forged, log.agents.spec.enforce_format)):
         found = derived(log, one)
         margin, raw, sampled = np.array(list(expected(log, one))).T
         np.testing.assert_allclose(found.logprob, raw, atol=1e-4)
@@ -239,9 +239,9 @@ def test_the_second_best_word_is_found(thinking):
     message = replies(record)[-1]
     place = len(message["tokens"]) - message["stopped"] - 1
     prompt, _ = fresh(thinking, record)[-1]
-    (rows,) = plain(thinking.players.policy, [prompt + message["tokens"]])[1]
+    (rows,) = plain(thinking.agents.policy, [prompt + message["tokens"]])[1]
     scores = rows[len(prompt) - 1 + place] + noise_of(record, len(replies(record)) - 1, place, rows.shape[1])
-    scores[[t for t in range(len(scores)) if t >= 300 or not thinking.players.tokenizer.token_bytes(t)]] = -np.inf
+    scores[[t for t in range(len(scores)) if t >= 300 or not thinking.agents.tokenizer.token_bytes(t)]] = -np.inf
     scores[message["tokens"][place]] = -np.inf
     message["tokens"][place] = int(scores.argmax())
     faults = thinking.faults(refit(thinking, record))
@@ -310,7 +310,7 @@ def test_another_temperature_or_model_is_found(log, policy_lm):
 
 def test_a_user_behind_an_endpoint_is_heard_as_text(log):
     """Its log has no tokens of the user: the policy read those of the text."""
-    bpe, records = log.players.tokenizer, copy.deepcopy(log.records)
+    bpe, records = log.agents.tokenizer, copy.deepcopy(log.records)
     same = [
         r for r in records if all(bpe.encode(m["content"]) == m["tokens"] for m in r["messages"][::2] if m["tokens"])
     ]

@@ -95,7 +95,7 @@ def fetch(models: Mapping[str, tuple[str, bool]]) -> None:
         ValueError: one cannot be had; `HubError` on the process where that is so.
     """
     named = {what: model for what, model in models.items() if is_name(model[0])}
-    commits = distributed.together(
+    commits = distributed.all_or_none(
         lambda: {what: local_folder(path, weights=weights).name for what, (path, weights) in named.items()}
     )
     distributed.check_same("the commits of models on the Hugging Face hub", commits)

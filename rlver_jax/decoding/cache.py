@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.models.kv_cache import KVCache, init_kv_cache, laid_out
 from rlver_jax.models.qwen import Params, Qwen2, head, logits
-from rlver_jax.parallel.batch import take_rows
+from rlver_jax.parallel.batch import gather_rows
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -122,27 +122,27 @@ def restart_rows(cache: Cache, heads: Cache, source: Int[Array, "B"], fresh: Boo
     width, mask = heads.capacity, fresh[:, None, None, None]
 
     def one(x: Array, head: Array) -> Array:
-        new = jnp.where(mask, take_rows(head, source), x[:, :, :width])
+        new = jnp.where(mask, gather_rows(head, source), x[:, :, :width])
         return jax.lax.dynamic_update_slice(x, new, (0, 0, 0, 0))
 
     def stacked(x: Array, head: Array) -> Array:
         def layer(i: Array, x: Array) -> Array:
             kept = jax.lax.dynamic_slice(x, (i, 0, 0, 0, 0), (1, *x.shape[1:3], width, x.shape[4]))
-            new = jnp.where(mask, take_rows(head[i], source), kept)
+            new = jnp.where(mask, gather_rows(head[i], source), kept)
             return jax.lax.dynamic_update_slice(x, new, (i, 0, 0, 0, 0))
 
         return jax.lax.fori_loop(0, x.shape[0], layer, x)
 
     kv = jax.tree.map(one if isinstance(cache.kv.k, tuple) else stacked, cache.kv, heads.kv)
-    hidden = jnp.where(fresh[:, None], take_rows(heads.hidden, source), cache.hidden)
-    length = jnp.where(fresh, take_rows(heads.length, source), cache.length)
+    hidden = jnp.where(fresh[:, None], gather_rows(heads.hidden, source), cache.hidden)
+    length = jnp.where(fresh, gather_rows(heads.length, source), cache.length)
     return Cache(kv, length, hidden)
 
 
-Piece = tuple[Array, Array | int | None]
+Ragged = tuple[Array, Array | int | None]
 
 
-def join(batch: int, *pieces: Piece) -> tuple[Int[Array, "B S"], Int[Array, "B"]]:
+def concat_ragged(batch: int, *pieces: Ragged) -> tuple[Int[Array, "B S"], Int[Array, "B"]]:
     """Concatenates ragged pieces row by row, without gaps.
 
     Each piece is (tokens [n] or [B, n], count [B] or int or None for all n). Returns (tokens, count); what lies beyond

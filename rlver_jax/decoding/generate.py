@@ -15,7 +15,7 @@ from rlver_jax.decoding.cache import LM, Cache, append
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.models.attention import TWIG_RADIX
 from rlver_jax.models.logprobs import log_normalizer
-from rlver_jax.models.precision import exact
+from rlver_jax.models.precision import matmul_options
 from rlver_jax.parallel import rules
 
 
@@ -349,7 +349,7 @@ def score_options(lm: LM, options: Options, contexts: Float[Array, "B C D"]) -> 
     vocab_shards = rules.parts("vocab")
     kernel = lm.head[options.pair_token].astype(contexts.dtype)
     pair_hidden = contexts[:, options.pair_context]
-    logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, **exact(kernel.dtype))
+    logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, **matmul_options(kernel.dtype))
     logprob = logits - log_normalizer(contexts, lm.head, vocab_shards=vocab_shards)[:, options.pair_context]
     total = jnp.zeros((contexts.shape[0], options.counts.shape[0]), jnp.float32)
     return total.at[:, options.pair_option].add(logprob)

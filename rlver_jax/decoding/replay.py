@@ -23,7 +23,7 @@ from rlver_jax.decoding.cache import LM, Cache, init_cache, keep_slots
 from rlver_jax.decoding.generate import KEEP_ALL, Options, Truncation, borders, gumbel, score_options, truncate
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.decoding.replay_chunks import Chunk, Sizes, chunks_of
-from rlver_jax.decoding.replay_sequence import ANY_END, DRAWN, GIVEN, OPENING, Packed
+from rlver_jax.decoding.replay_sequence import ANY_END, DRAWN, GIVEN, OPENING, ReplaySequence
 from rlver_jax.models.qwen import logits
 from rlver_jax.text.padding import pad_rows, round_up
 
@@ -48,7 +48,7 @@ class Side:
     truncation: Truncation = flax.struct.field(pytree_node=False, default=KEEP_ALL)
 
 
-class Rederived(NamedTuple):
+class Replayed(NamedTuple):
     """What the model says itself: for each query and each choice of a packed dialogue.
 
     `margin` is in nats of the model's own distribution: temperature widens the gaps between what it divides.
@@ -70,7 +70,7 @@ class Keys(NamedTuple):
 class Dialogue(NamedTuple):
     """A packed dialogue and what it was played with."""
 
-    packed: Packed
+    packed: ReplaySequence
     keys: Keys
     temperature: float  # of what was drawn; 0: greedy
 
@@ -107,7 +107,7 @@ class _How(NamedTuple):
     tie: Float[Array, ""]
 
 
-def rederive(side: Side, dialogues: Sequence[Dialogue], tie: float) -> Iterator[Rederived]:
+def replay(side: Side, dialogues: Sequence[Dialogue], tie: float) -> Iterator[Replayed]:
     """Holds every logged token of the dialogues against a side; one result a dialogue, in their order.
 
     Those that share a prefix should follow each other: it is then read once.
@@ -132,7 +132,7 @@ def rederive(side: Side, dialogues: Sequence[Dialogue], tie: float) -> Iterator[
                     cache, _ = hold(cache, _Inputs.of(chunk, sizes), how)
             yield _Task(cache, chunks, how)
 
-    def derive(task: _Task) -> Rederived:
+    def derive(task: _Task) -> Replayed:
         cache, parts = task.prefix, []
         for chunk in task.chunks:
             cache, (asked, chosen) = hold(cache, _Inputs.of(chunk, sizes), task.how)
@@ -140,7 +140,7 @@ def rederive(side: Side, dialogues: Sequence[Dialogue], tie: float) -> Iterator[
             parts.append((cut(asked, len(chunk.queries)), cut(chosen, len(chunk.choices))))
         asked, chosen = (tuple(map(np.concatenate, zip(*some, strict=True))) for some in zip(*parts, strict=True))
         margin, logprob, low, high = asked
-        return Rederived(margin, logprob, np.stack([low, high], axis=1), chosen)
+        return Replayed(margin, logprob, np.stack([low, high], axis=1), chosen)
 
     return _side_by_side(derive, tasks())
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from rlver_jax.decoding.replay_sequence import Choice, Packed, Query
+from rlver_jax.decoding.replay_sequence import Choice, Query, ReplaySequence
 from rlver_jax.models.attention import BRANCH_RADIX
 
 WIDTHS = range(192, 513, 32)  # of a chunk, in tokens: enough for the weights' products
@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
     choices: Int[np.ndarray, "C 3"]  # a `Choice` each
 
 
-def cuts(packed: Packed, width: int) -> list[int]:
+def cuts(packed: ReplaySequence, width: int) -> list[int]:
     """Where chunks of at most `width` tokens begin, and the end: a choice lies in one chunk, with the token before it.
 
     Raises:
@@ -48,7 +48,7 @@ def cuts(packed: Packed, width: int) -> list[int]:
     return found
 
 
-def chunks_of(packed: Packed, width: int) -> Iterator[Chunk]:
+def chunks_of(packed: ReplaySequence, width: int) -> Iterator[Chunk]:
     """The chunks of a dialogue. Those that end within its prefix are the same for every dialogue with that prefix."""
     rows = np.array([packed.tokens, packed.positions, packed.branch], np.int32)
     queries, choices = _table(packed.queries, Query), _table(packed.choices, Choice)
@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
     choices: int  # of a chunk
 
     @classmethod
-    def of(cls, dialogues: Sequence[Packed]) -> "Sizes":
+    def of(cls, dialogues: Sequence[ReplaySequence]) -> "Sizes":
         """The width that leaves the least padding for these dialogues, the largest of equal ones, and what it needs."""
         prefixes = dict.fromkeys(tuple(packed.tokens[: packed.shared]) for packed in dialogues)
 

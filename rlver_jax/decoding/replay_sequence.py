@@ -18,7 +18,7 @@ OPENING = -1  # as a turn: the words before the first one
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class Completion:
     """One generated line: its tokens, the one that ended it included if `stopped`."""
 
     tokens: Sequence[int]
@@ -85,7 +85,7 @@ class Branches:
 
 
 @dataclasses.dataclass
-class Packed(Branches):
+class ReplaySequence(Branches):
     """One packed dialogue, and what to hold against the side that read it."""
 
     prefix: int = 0  # tokens of the context before the first turn, which dialogues share

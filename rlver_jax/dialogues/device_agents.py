@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, Key
 from rlver_jax.decoding.cache import LM, Cache, read_one, repeat_rows
 from rlver_jax.dialogues.log import policy_message, user_message
 from rlver_jax.dialogues.turn_by_turn import Row
-from rlver_jax.rollout.agents import WIDTH_STEP, Players, ProfileTokens
+from rlver_jax.rollout.agents import WIDTH_STEP, Agents, ProfileTokens
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.sampler import (
     CONTEXT,
@@ -25,7 +25,7 @@ from rlver_jax.rollout.sampler import (
     open_dialogues,
     room_needed,
 )
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
 
@@ -42,8 +42,8 @@ class _Turns(NamedTuple):
 class _Batch:
     """What both sides have: a batch's rows, their keys, and words as padded arrays."""
 
-    def __init__(self, players: Players, limits: PlayLimits, batch: int, rows: Sequence[Row], seed: int):
-        self.players, self.limits, self.batch = players, limits, batch
+    def __init__(self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int):
+        self.agents, self.limits, self.batch = agents, limits, batch
         self.key = jax.random.key(seed)
         ids = np.zeros(batch, np.uint32)
         ids[[row.slot for row in rows]] = [row.number for row in rows]
@@ -68,71 +68,69 @@ class _Batch:
     def fitting(self, rows: Sequence[Row], cache: Cache, room: int) -> list[Row]:
         """The rows that have room for a turn; the others end."""
         lengths = np.asarray(cache.length)
-        fits = [row for row in rows if lengths[row.slot] + room <= self.players.spec.context]
+        fits = [row for row in rows if lengths[row.slot] + room <= self.agents.spec.context]
         for row in rows:
             if row not in fits:
                 row.end = END_REASONS[CONTEXT]
         return fits
 
     def encode(self, text: str) -> list[int]:
-        return self.players.tokenizer.encode(text)
+        return self.agents.tokenizer.encode(text)
 
 
 class DevicePolicy(_Batch):
     """The policy of one batch of dialogues."""
 
-    def __init__(self, players: Players, limits: PlayLimits, batch: int, rows: Sequence[Row], seed: int):
-        super().__init__(players, limits, batch, rows, seed)
-        spec = players.spec
-        self._cache = _open_policy(players.policy, players.tables[0].system, batch=batch, context=spec.context)
+    def __init__(self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int):
+        super().__init__(agents, limits, batch, rows, seed)
+        spec = agents.spec
+        self._cache = _open_policy(agents.policy, agents.tables[0].system, batch=batch, context=spec.context)
         none = jnp.zeros((batch, spec.say_tokens), jnp.int32)
         self._say: Words = none, jnp.zeros(batch, jnp.int32)
 
     async def speak(self, rows: Sequence[Row]) -> None:
         """Adds a reply to each of the rows; one without room for it ends."""
-        players, spec, turn = self.players, self.players.spec, rows[0].turns
+        agents, spec, turn = self.agents, self.agents.spec, rows[0].turns
         heard = [self.encode(row.said[-1]) for row in rows]
         width = self.words(rows, heard, spec.user_tokens)[0].shape[1]
         rows_heard = list(zip(rows, heard, strict=True))
-        rows = self.fitting(rows, self._cache, room_needed(players.tables, spec, self.limits, width)[0])
+        rows = self.fitting(rows, self._cache, room_needed(agents.tables, spec, self.limits, width)[0])
         if not rows:
             return
         heard = [tokens for row, tokens in rows_heard if row in rows]
         self._cache, said = _policy_turn(
-            players.policy, players.tables[0], self._cache, self._say, self.words(rows, heard, width),
+            agents.policy, agents.tables[0], self._cache, self._say, self.words(rows, heard, width),
             self.keys(turn), self.limits, self.active(rows), jnp.bool_(turn == 0), spec=spec,
         )  # fmt: skip
         self._say = said.say, said.say_count
         log = _Turns(policy=_on_host(said))
         for row in rows:
-            row.messages.append(policy_message(log, players, 0, row.slot))  # type: ignore[arg-type]
+            row.messages.append(policy_message(log, agents, 0, row.slot))  # type: ignore[arg-type]
 
 
 class DeviceUser(_Batch):
     """The simulated users of one batch of dialogues; profiles are given in tokens, in the order of their numbers."""
 
     def __init__(
-        self, players: Players, limits: PlayLimits, batch: int, rows: Sequence[Row], seed: int, tokens: ProfileTokens
+        self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, tokens: ProfileTokens
     ):
-        super().__init__(players, limits, batch, rows, seed)
+        super().__init__(agents, limits, batch, rows, seed)
         numbers = [row.number for row in rows]
         count = len(tokens.prefix_count)
         profiles = tokens.batch([number % count for number in numbers], numbers, batch)
-        self._cache, self._reply = _open_users(
-            players.user, players.tables, profiles, self.key, limits, spec=players.spec
-        )
+        self._cache, self._reply = _open_users(agents.user, agents.tables, profiles, self.key, limits, spec=agents.spec)
 
     async def begin(self, rows: Sequence[Row]) -> None:
         """Adds the first words: the profile's, or the model's."""
         tokens, count = (np.asarray(x) for x in self._reply)
         for row in rows:
             first = tokens[row.slot, : count[row.slot]].tolist()
-            opening = {"role": "user", "content": self.players.tokenizer.decode(first), "tokens": first}
+            opening = {"role": "user", "content": self.agents.tokenizer.decode(first), "tokens": first}
             row.messages.append(opening | {"emotion": row.emotions[0], "generated": not row.profile.first_talk})
 
     async def react(self, rows: Sequence[Row], *, may_reply: bool) -> None:
         """Adds a reaction to each of the rows; one without room for it ends."""
-        players, spec, turn = self.players, self.players.spec, rows[0].turns - 1
+        agents, spec, turn = self.agents, self.agents.spec, rows[0].turns - 1
         says = [self.encode(row.said[-1]) for row in rows]
         for row, tokens in zip(rows, says, strict=True):
             row.messages[-1]["say_tokens"] = tokens  # what the user reads
@@ -143,13 +141,13 @@ class DeviceUser(_Batch):
         emotion = np.full(self.batch, spec.rules.initial, np.int32)
         emotion[[row.slot for row in rows]] = [row.emotions[-1] for row in rows]
         self._cache, reaction = _user_turn(
-            players.user, players.tables[1], self._cache, self._reply, words, jnp.asarray(emotion),
+            agents.user, agents.tables[1], self._cache, self._reply, words, jnp.asarray(emotion),
             self.keys(turn), self.limits, self.active(rows), jnp.bool_(may_reply), spec=spec,
         )  # fmt: skip
         log, goodbye = _Turns(user=_on_host(reaction)), np.asarray(reaction.goodbye)
         replies = []
         for row in rows:
-            message = user_message(log, players, 0, row.slot)  # type: ignore[arg-type]
+            message = user_message(log, agents, 0, row.slot)  # type: ignore[arg-type]
             row.messages.append(message)
             row.goodbye = bool(goodbye[row.slot])
             replies.append(message["tokens"])
@@ -157,8 +155,8 @@ class DeviceUser(_Batch):
 
     def _room(self, width: int) -> int:
         """Slots that a turn may need after a say of `width` tokens."""
-        spec = self.players.spec
-        room = room_needed(self.players.tables, spec, self.limits, self._reply[0].shape[1])[1]
+        spec = self.agents.spec
+        room = room_needed(self.agents.tables, spec, self.limits, self._reply[0].shape[1])[1]
         return int(room) + max(width - spec.policy_tokens, 0)
 
 
@@ -173,7 +171,7 @@ def _open_policy(lm: LM, system: Int[Array, "_"], *, batch: int, context: int) -
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _open_users(
-    lm: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits, *, spec: Spec
+    lm: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits, *, spec: RolloutConfig
 ) -> tuple[Cache, Words]:
     """The user's half of `open_dialogues`; the other one is not used, so XLA drops it."""
     _, cache, reply, _ = open_dialogues(lm, lm, tables, profiles, key, spec, limits)
@@ -183,7 +181,7 @@ def _open_users(
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
 def _policy_turn(
     lm: LM, tables: PolicyTables, cache: Cache, last_say: Words, heard: Words, keys: Key[Array, "B"],
-    limits: PlayLimits, active: Bool[Array, "B"], first: Bool[Array, ""], *, spec: Spec,
+    limits: RolloutLimits, active: Bool[Array, "B"], first: Bool[Array, ""], *, spec: RolloutConfig,
 ) -> tuple[Cache, PolicyTurn]:  # fmt: skip
     return policy_turn(lm, tables, cache, last_say, heard, keys, spec=spec, limits=limits, active=active, first=first)
 
@@ -191,7 +189,8 @@ def _policy_turn(
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
 def _user_turn(
     lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "B"],
-    keys: Key[Array, "B"], limits: PlayLimits, active: Bool[Array, "B"], may_reply: Bool[Array, ""], *, spec: Spec,
+    keys: Key[Array, "B"], limits: RolloutLimits, active: Bool[Array, "B"], may_reply: Bool[Array, ""], *,
+    spec: RolloutConfig,
 ) -> tuple[Cache, UserTurn]:  # fmt: skip
     return user_turn(
         lm, tables, cache, last_reply, say, emotion, keys, rules=spec.rules, readout=spec.readout,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlver_jax.decoding.replay_sequence import Said
+from rlver_jax.decoding.replay_sequence import Completion
 from rlver_jax.dialogues import verify_texts
 from rlver_jax.dialogues.log import known_fields
 from rlver_jax.dialogues.trajectory import emotion_faults, emotions_of, reactions
@@ -18,7 +18,7 @@ from rlver_jax.dialogues.verify_settings import remote_faults
 from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout import rewards
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.user.replay_sequence import LoggedTurn
 
 POLICYS_WORDS = "the policy's words and log-probs (--policy=…)"  # what isn't derived without it
@@ -28,15 +28,17 @@ def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
     """The log's turns as the derivation wants them."""
     turns, emotion = [], record["messages"][0]["emotion"]
     for turn, spoken, user in reactions(record):
-        appraisal = [Said(user["appraisal_tokens"][n], user["appraisal_stopped"][n]) for n in user["appraisal_tokens"]]
+        appraisal = [
+            Completion(user["appraisal_tokens"][n], user["appraisal_stopped"][n]) for n in user["appraisal_tokens"]
+        ]
         reply = [
-            Said(user["consideration_tokens"][n], user["consideration_stopped"][n])
+            Completion(user["consideration_tokens"][n], user["consideration_stopped"][n])
             for n in user["consideration_tokens"]
         ]
         if user["content"] is None:
             reply = []
         else:
-            reply.append(Said(user["all_tokens"], user["stopped"]))
+            reply.append(Completion(user["all_tokens"], user["stopped"]))
         turns.append(LoggedTurn(turn, emotion, user["emotion"], spoken["say_tokens"], appraisal, user["change"], reply))
         emotion = user["emotion"]
     return turns
@@ -76,7 +78,7 @@ class Host:
         temperature: of the user's replies.
     """
 
-    players: Players
+    agents: Agents
     plan: Plan
     user_limits: tuple[int, int]
     temperature: float
@@ -86,7 +88,7 @@ class Host:
     @classmethod
     def of(
         cls,
-        players: Players,
+        agents: Agents,
         plan: Plan,
         user_limits: tuple[int, int],
         temperature: float,
@@ -94,11 +96,11 @@ class Host:
     ) -> "Host":
         """For these records of one log, all of the right shape."""
         remote = plan.endpoints
-        ends = Ends(players, plan.max_turns, plan.fields["max_turns"], Goodbye(players, remote), remote)
-        width = plan.opening_width(players.tokenizer) if len(remote) < 2 else 0
-        widest = _widest(players, records, remote)
-        rooms = Rooms(players, width, user_limits, remote, widest)
-        return cls(players, plan, user_limits, temperature, ends, rooms)
+        ends = Ends(agents, plan.max_turns, plan.fields["max_turns"], Goodbye(agents, remote), remote)
+        width = plan.opening_width(agents.tokenizer) if len(remote) < 2 else 0
+        widest = _widest(agents, records, remote)
+        rooms = Rooms(agents, width, user_limits, remote, widest)
+        return cls(agents, plan, user_limits, temperature, ends, rooms)
 
     def faults(self, profile: Profile, record: Mapping[str, Any], reward: Reward, prefix: int) -> Iterator[str]:
         """Faults of one dialogue.
@@ -108,25 +110,25 @@ class Host:
             reward: the derived one.
             prefix: tokens that the user had read before its first turn.
         """
-        players, plan, remote = self.players, self.plan, self.plan.endpoints
+        agents, plan, remote = self.agents, self.plan, self.plan.endpoints
         splits = [] if POLICY in remote else [self._split(message) for message in record["messages"][1::2]]
         violations = [split.violation for split in splits] or [m["violation"] for m in record["messages"][1::2]]
         yield from self._said_of_itself(profile, record, violations)
-        yield from verify_texts.opening_faults(players, profile, record["messages"][0], self.user_limits[1], remote)
-        yield from emotion_faults(record, players.spec.rules)
+        yield from verify_texts.opening_faults(agents, profile, record["messages"][0], self.user_limits[1], remote)
+        yield from emotion_faults(record, agents.spec.rules)
         yield from self.ends.faults(record, violations, self.rooms.of(record, prefix))
-        yield from verify_texts.side_faults(players, record, splits, plan.temperature, remote)
+        yield from verify_texts.side_faults(agents, record, splits, plan.temperature, remote)
         if USER in remote:
-            yield from verify_texts.remote_user_faults(players, record)
+            yield from verify_texts.remote_user_faults(agents, record)
         else:
-            yield from verify_texts.user_faults(players, record, self.user_limits, self.temperature)
+            yield from verify_texts.user_faults(agents, record, self.user_limits, self.temperature)
         if not abs(record["reward"] - reward.value) <= reward.rounding:
             yield f"reward {record['reward']}, but its formula gives {np.float32(reward.value)}"
 
     def _split(self, message: Mapping[str, Any]) -> verify_texts.Spoken:
-        think = self.players.spec.mode == "think"
+        think = self.agents.spec.mode == "think"
         return verify_texts.split_reply(
-            self.players.tokenizer, message["tokens"], stopped=message["stopped"], think=think
+            self.agents.tokenizer, message["tokens"], stopped=message["stopped"], think=think
         )
 
     def _said_of_itself(self, profile: Profile, record: Mapping[str, Any], violations: Sequence[bool]) -> Iterator[str]:
@@ -148,13 +150,13 @@ class Host:
         yield from remote_faults(record, plan.endpoints)
 
 
-def _widest(players: Players, records: Sequence[Mapping[str, Any]], endpoints: Collection[str]) -> int:
+def _widest(agents: Agents, records: Sequence[Mapping[str, Any]], endpoints: Collection[str]) -> int:
     """Tokens of the longest text from the side behind an endpoint that the one on the device has read."""
     if len(endpoints) != 1:
         return 0
     start = 0 if USER in endpoints else 1  # of the user's messages, or of the policy's
     texts = (message["content"] or "" for record in records for message in record["messages"][start::2])
-    return max((len(players.tokenizer.encode(text)) for text in texts), default=0)
+    return max((len(agents.tokenizer.encode(text)) for text in texts), default=0)
 
 
 def underived(record: Mapping[str, Any], endpoints: Collection[str]) -> Iterator[str]:

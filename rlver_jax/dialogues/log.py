@@ -22,7 +22,7 @@ import numpy as np
 from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.lines import each_line
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.policy_turn import PolicyTurn
 from rlver_jax.rollout.rewards import reward as compute_reward
 from rlver_jax.rollout.sampler import END_REASONS, Dialogues
@@ -106,7 +106,7 @@ class _Said(NamedTuple):
 
 def dialogue_records(
     dialogues: Dialogues,
-    players: Players,
+    agents: Agents,
     profiles: Sequence[Profile],
     dialogue_ids: Sequence[int],
     *,
@@ -116,9 +116,9 @@ def dialogue_records(
     """Records of a batch, in its order, without the rows that only pad it.
 
     Args:
-        dialogues: of `Players.play`, on the device or the host.
-        profiles: that were played, each for `players.spec.group` dialogues.
-        dialogue_ids: one for each dialogue, as given to `Players.encode`.
+        dialogues: of `Agents.play`, on the device or the host.
+        profiles: that were played, each for `agents.spec.group` dialogues.
+        dialogue_ids: one for each dialogue, as given to `Agents.encode`.
         seed: of the key that they were played with.
         rewards: float32 [B], on the host: see `rewards_of`. Nothing here runs on the device, which may be busy for
             minutes with the next batch.
@@ -126,12 +126,12 @@ def dialogue_records(
     Raises:
         ValueError: another number of ids than profiles and groups make.
     """
-    group = players.spec.group
+    group = agents.spec.group
     if len(dialogue_ids) != len(profiles) * group:
         raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
     log: Dialogues = jax.device_get(dialogues)
     return [
-        _record(log, players, profiles[row // group], row, dialogue=int(number), seed=seed, reward=rewards[row])
+        _record(log, agents, profiles[row // group], row, dialogue=int(number), seed=seed, reward=rewards[row])
         for row, number in enumerate(dialogue_ids)
     ]
 
@@ -142,18 +142,18 @@ def rewards_of(dialogues: Dialogues, reward: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(compute_reward(emotions=d.emotions, n_turns=d.turns, violation=d.violation, **reward).reward)
 
 
-def _record(log: Dialogues, players: Players, profile: Profile, row: int, **given: Any) -> Record:
+def _record(log: Dialogues, agents: Agents, profile: Profile, row: int, **given: Any) -> Record:
     turns = int(log.turns[row])
     emotions = log.emotions[row, : turns + 1].tolist()
     return {
         "dialogue": given["dialogue"],
         "profile": profile.id,
         "seed": given["seed"],
-        "mode": players.spec.mode,
-        "language": players.prompts.language,
-        "style": players.style,
-        "scenario": players.scenario,
-        "readout": players.spec.readout,
+        "mode": agents.spec.mode,
+        "language": agents.prompts.language,
+        "style": agents.style,
+        "scenario": agents.scenario,
+        "readout": agents.spec.readout,
         "initial_emotion": emotions[0],
         "hidden_intention": profile.hidden_intention,
         "end_reason": END_REASONS[int(log.end_reason[row])],
@@ -162,30 +162,30 @@ def _record(log: Dialogues, players: Players, profile: Profile, row: int, **give
         "reward": _floats([given["reward"]])[0],
         "emotion": emotions[-1],
         "emotions": emotions,
-        "messages": list(_messages(log, players, profile, row)),
+        "messages": list(_messages(log, agents, profile, row)),
     }
 
 
-def _messages(log: Dialogues, players: Players, profile: Profile, row: int) -> Iterator[Record]:
-    decode = players.tokenizer.decode
+def _messages(log: Dialogues, agents: Agents, profile: Profile, row: int) -> Iterator[Record]:
+    decode = agents.tokenizer.decode
     first = log.first_talk[row, : int(log.first_count[row])].tolist()
     emotion, generated = int(log.emotions[row, 0]), not profile.first_talk
     yield {"role": "user", "content": decode(first), "tokens": first, "emotion": emotion, "generated": generated}
     for turn in range(int(log.turns[row])):
-        yield policy_message(log, players, turn, row)
+        yield policy_message(log, agents, turn, row)
         if log.appraised[turn, row]:
-            yield user_message(log, players, turn, row)
+            yield user_message(log, agents, turn, row)
 
 
-def policy_message(log: Turns, players: Players, turn: int, row: int) -> Record:
+def policy_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
     """A reply of the policy as it stands in a record."""
     said = _said(log.policy.said, turn, row)
     say = log.policy.say[turn, row, : int(log.policy.say_count[turn, row])].tolist()
-    think = players.spec.mode == "think"
+    think = agents.spec.mode == "think"
     return {
         "role": "assistant",
-        "thought": thought_of(players.tokenizer, said.tokens[: said.length]) if think else None,
-        "content": players.tokenizer.decode(say),
+        "thought": thought_of(agents.tokenizer, said.tokens[: said.length]) if think else None,
+        "content": agents.tokenizer.decode(say),
         "tokens": said.tokens,
         "say_tokens": say,
         "logprobs": said.logprobs,
@@ -200,9 +200,9 @@ def thought_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens).partition(THINK_CLOSE.decode())[0].strip()
 
 
-def user_message(log: Turns, players: Players, turn: int, row: int) -> Record:
+def user_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
     """A reaction of the user as it stands in a record."""
-    tables, reaction, decode = players.tables[1], log.user, players.tokenizer.decode
+    tables, reaction, decode = agents.tables[1], log.user, agents.tokenizer.decode
 
     def fields(names: Sequence[str], generated: Generated) -> dict[str, _Said]:
         return {name: _said(generated, turn, place, row) for place, name in enumerate(names)}

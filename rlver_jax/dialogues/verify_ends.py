@@ -10,9 +10,9 @@ import numpy as np
 from rlver_jax.dialogues.log import UNREADABLE
 from rlver_jax.dialogues.trajectory import Message
 from rlver_jax.dialogues.verify_shape import POLICY, USER
-from rlver_jax.rollout.agents import WIDTH_STEP, Players
+from rlver_jax.rollout.agents import WIDTH_STEP, Agents
 from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FAILURE, FORMAT, GOODBYE, SUCCESS, TURN_LIMIT, room_needed
-from rlver_jax.rollout.spec import PlayLimits
+from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.turn import UserLimits
@@ -24,10 +24,10 @@ Possible = Collection[bool]  # of what can't be told from one dialogue: both
 class Goodbye:
     """Finds leave-takings in a user's replies: on the device in its tokens, else in its text."""
 
-    def __init__(self, players: Players, endpoints: Collection[str]):
+    def __init__(self, agents: Agents, endpoints: Collection[str]):
         self._remote = USER in endpoints
         if not self._remote:
-            tables = players.tables[1]
+            tables = agents.tables[1]
             self._table, self._found = np.asarray(tables.goodbye), tables.goodbye_found
 
     def __call__(self, message: Message) -> bool:
@@ -53,7 +53,7 @@ class Rooms:
         widest: the longest text that the side on the device can have read at once, in tokens.
     """
 
-    players: Players
+    agents: Agents
     opening: int
     user_limits: tuple[int, int]
     endpoints: Collection[str] = ()
@@ -65,8 +65,8 @@ class Rooms:
 
     def needed(self, width: int) -> tuple[int, int]:
         """Slots of a turn: (policy, user)."""
-        limits = PlayLimits(0, 0, 0, 0.0, 0, UserLimits(*self.user_limits, 0.0))  # type: ignore[arg-type]
-        policy, user = room_needed(self.players.tables, self.players.spec, limits, width)
+        limits = RolloutLimits(0, 0, 0, 0.0, 0, UserLimits(*self.user_limits, 0.0))  # type: ignore[arg-type]
+        policy, user = room_needed(self.agents.tables, self.agents.spec, limits, width)
         return int(policy), int(user)
 
 
@@ -84,17 +84,17 @@ class Course:
         rooms = self.rooms
         if not rooms.endpoints:
             policy, user = rooms.needed(rooms.opening)
-            context = rooms.players.spec.context
+            context = rooms.agents.spec.context
             return {self._policy_length(turn) + policy <= context and self._user_length(turn) + user <= context}
         if POLICY in rooms.endpoints:  # a user on the device is asked after the policy has spoken
             return {True}
-        own = max(rooms.players.spec.user_tokens, round_up(len(self._heard(turn)), WIDTH_STEP))
+        own = max(rooms.agents.spec.user_tokens, round_up(len(self._heard(turn)), WIDTH_STEP))
         needed = (rooms.needed(width)[0] for width in (own, max(own, round_up(rooms.widest, WIDTH_STEP))))
-        return {self._policy_length(turn) + room <= rooms.players.spec.context for room in needed}
+        return {self._policy_length(turn) + room <= rooms.agents.spec.context for room in needed}
 
     def hears(self, turn: int) -> Possible:
         """Whether a user on the device has room for what a policy behind an endpoint said in turn `turn`."""
-        rooms, spec = self.rooms, self.rooms.players.spec
+        rooms, spec = self.rooms, self.rooms.agents.spec
         own = max(spec.say_tokens, round_up(len(self.spoken[turn]["say_tokens"]), WIDTH_STEP))
         say = (own, max(own, round_up(rooms.widest, WIDTH_STEP)))
         reply = (rooms.opening, max(rooms.opening, round_up(spec.user_tokens, WIDTH_STEP)))
@@ -107,12 +107,12 @@ class Course:
         """Tokens of what the policy hears in a turn."""
         message = self.heard[turn]
         if USER in self.rooms.endpoints:
-            return self.rooms.players.tokenizer.encode(message["content"] or "")
+            return self.rooms.agents.tokenizer.encode(message["content"] or "")
         return message["tokens"]
 
     def _policy_length(self, turn: int) -> int:
         """What the policy has in its context before a turn: in think mode its last say is read with the next words."""
-        tables, think = self.rooms.players.tables[0], self.rooms.players.spec.mode == "think"
+        tables, think = self.rooms.agents.tables[0], self.rooms.agents.spec.mode == "think"
         system, close = tables.system.shape[0], tables.close.shape[0]
         around = tables.open_user.shape[0] + close + tables.open_assistant.shape[0]
         heard = sum(len(self._heard(i)) + around for i in range(turn)) + close * max(turn - 1, 0)
@@ -121,7 +121,7 @@ class Course:
 
     def _user_length(self, turn: int) -> int:
         """What the user has in its context before a turn; its last reply is read with the next say."""
-        tables = self.rooms.players.tables[1]
+        tables = self.rooms.agents.tables[1]
         around = 2 * tables.close.shape[0] + tables.open_user.shape[0] + tables.open_assistant.shape[0]
         pairs = itertools.islice(zip(self.heard, self.spoken, strict=False), turn)
         return self.prefix + sum(len(heard["tokens"]) + len(say["say_tokens"]) + around for heard, say in pairs)
@@ -136,7 +136,7 @@ class Ends:
         limit: its field with its value, for messages.
     """
 
-    players: Players
+    agents: Agents
     max_turns: int
     limit: str
     goodbye: Goodbye
@@ -175,7 +175,7 @@ class Ends:
         return _OF_ENDPOINT if USER in self.endpoints and first["generated"] and not first["content"] else None
 
     def _may_reply(self, number: int, reaction: Message) -> bool:
-        return number < self.max_turns and not self.players.spec.rules.ended(reaction["emotion"])
+        return number < self.max_turns and not self.agents.spec.rules.ended(reaction["emotion"])
 
     def _after(self, number: int, reaction: Message | None, violation: bool, course: Course):
         """(reasons for which it ended with a turn, in words); None: it goes on; no reason: it shouldn't end so."""
@@ -183,7 +183,7 @@ class Ends:
             return {END_REASONS[FORMAT]}, "the policy broke the format"
         if reaction is None:
             return self._unappraised(number, course), "the user doesn't react to the last reply"
-        rules, emotion = self.players.spec.rules, reaction["emotion"]
+        rules, emotion = self.agents.spec.rules, reaction["emotion"]
         reasons = (
             (rules.succeeded(emotion), SUCCESS),
             (rules.failed(emotion), FAILURE),

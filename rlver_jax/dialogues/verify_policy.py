@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.decoding.replay import Dialogue, Keys, Side, rederive
-from rlver_jax.decoding.replay_sequence import Query, Said
+from rlver_jax.decoding.replay import Dialogue, Keys, Side, replay
+from rlver_jax.decoding.replay_sequence import Completion, Query
 from rlver_jax.dialogues.verify_texts import split_reply
 from rlver_jax.dialogues.verify_tokens import Allowed, Claim, Found, Speaker, hold
 from rlver_jax.rollout.policy_replay_sequence import PolicyPacker, Reply
 from rlver_jax.rollout.policy_turn import PolicyTables
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.turn import dialogue_key
 
@@ -29,7 +29,7 @@ class Policy(NamedTuple):
     lm: LM
     tokenizer: Tokenizer
     tables: PolicyTables
-    spec: Spec
+    spec: RolloutConfig
     allowed: Allowed
 
 
@@ -52,7 +52,7 @@ def policy_findings(policy: Policy, dialogues: Sequence[Spoken]) -> Iterator[Fou
         packed.append(Dialogue(packer.dialogue(list(_replies(policy, record))), keys, temperature))
     side = Side(policy.lm, policy.tables.grammar, truncation=policy.spec.truncation)
     asked = [dialogue for dialogue in packed if dialogue.packed.queries]
-    derived = rederive(side, asked, policy.allowed.tie) if asked else iter(())
+    derived = replay(side, asked, policy.allowed.tie) if asked else iter(())
     for (record, temperature), dialogue in zip(dialogues, packed, strict=True):
         if dialogue.packed.queries:
             speaker = Speaker("policy", ["reply of the policy"], temperature, policy.allowed)
@@ -74,4 +74,4 @@ def _replies(policy: Policy, record: Mapping[str, Any]) -> Iterator[Reply]:
         say = split_reply(policy.tokenizer, tokens, stopped=stopped, think=think).say
         # A user behind an endpoint gives text alone; the policy reads the tokens of that (`sides.device.DevicePolicy`).
         heard = policy.tokenizer.encode(user["content"] or "") if user["tokens"] is None else user["tokens"]
-        yield Reply(heard, Said(tokens, stopped), say)
+        yield Reply(heard, Completion(tokens, stopped), say)

@@ -61,7 +61,7 @@ class Plan:
         return 2 * same + sum(points)
 
     def opening_width(self, tokenizer: Tokenizer) -> int:
-        """Columns of the first utterances as `Players.tokens` pads them: those of all profiles are as wide."""
+        """Columns of the first utterances as `Agents.tokens` pads them: those of all profiles are as wide."""
         widest = 1
         talks = (profile.first_talk.strip() for profile in self.profiles if profile.first_talk)
         for talk in sorted(talks, key=lambda talk: -len(talk.encode())):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlver_jax.dialogues.log import SCRIPT_FIELDS, record_faults
 from rlver_jax.dialogues.trajectory import reactions
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.user.emotion import CHANGES, HIGHEST, LOWEST
 from rlver_jax.user.prompts import Prompts
 
@@ -31,10 +31,10 @@ class Shape:
     endpoints: Collection[str] = ()
 
     @classmethod
-    def of(cls, players: Players, endpoints: Collection[str] = ()) -> "Shape":
-        """The shape of these players' dialogues."""
-        appraisal, reply = script_names(players.prompts)
-        size = players.tokenizer.vocab_size if len(endpoints) < 2 else 0
+    def of(cls, agents: Agents, endpoints: Collection[str] = ()) -> "Shape":
+        """The shape of these agents' dialogues."""
+        appraisal, reply = script_names(agents.prompts)
+        size = agents.tokenizer.vocab_size if len(endpoints) < 2 else 0
         return cls(appraisal, reply[:-1], size, endpoints)
 
     def faults(self, record: Any) -> Iterator[str]:

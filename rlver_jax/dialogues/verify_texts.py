@@ -12,8 +12,8 @@ from rlver_jax.dialogues.log import thought_of
 from rlver_jax.dialogues.trajectory import Message, reactions
 from rlver_jax.dialogues.verify_shape import POLICY, USER, script_names
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.text.automaton import LINE_END, THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ def _is_blank(tokenizer: Tokenizer, token: int) -> bool:
 
 
 def opening_faults(
-    players: Players, profile: Profile, first: Message, reply_tokens: int, endpoints: Collection[str]
+    agents: Agents, profile: Profile, first: Message, reply_tokens: int, endpoints: Collection[str]
 ) -> Iterator[str]:
     """The first words are the profile's; where it has none, a line that the user may have made up."""
     given = (profile.first_talk or "").strip()
@@ -74,12 +74,12 @@ def opening_faults(
             yield "opening: the first words are not one line"
         return
     tokens = first["tokens"]
-    if given and tokens != players.tokenizer.encode(given):
+    if given and tokens != agents.tokenizer.encode(given):
         yield "the first utterance is not the profile's"
-    if first["content"] != players.tokenizer.decode(tokens):
+    if first["content"] != agents.tokenizer.decode(tokens):
         yield "opening: the text of the first utterance is not what its tokens say"
     if not given:
-        yield from _made_up_faults(players.tokenizer, tokens, reply_tokens)
+        yield from _made_up_faults(agents.tokenizer, tokens, reply_tokens)
 
 
 def _made_up_faults(tokenizer: Tokenizer, tokens: Sequence[int], most: int) -> Iterator[str]:
@@ -95,9 +95,9 @@ def _ends_line(tokenizer: Tokenizer, token: int) -> bool:
     return not piece or LINE_END in piece
 
 
-def reply_faults(players: Players, message: Message, spoken: Spoken, temperature: float | None) -> Iterator[str]:
+def reply_faults(agents: Agents, message: Message, spoken: Spoken, temperature: float | None) -> Iterator[str]:
     """Of one reply of a policy on the device."""
-    tokenizer, tokens, think = players.tokenizer, message["tokens"], players.spec.mode == "think"
+    tokenizer, tokens, think = agents.tokenizer, message["tokens"], agents.spec.mode == "think"
     text = tokens[: len(tokens) - message["stopped"]]
     thought = thought_of(tokenizer, text) if think else None
     if message["thought"] != thought:
@@ -109,17 +109,17 @@ def reply_faults(players: Players, message: Message, spoken: Spoken, temperature
     if message["violation"] != spoken.violation:
         broken = "broke the format" if spoken.violation else "kept to the format"
         yield f"violation is {message['violation']}, but by its tokens the policy {broken}"
-    yield from _length_faults(players, message, spoken)
-    if players.spec.enforce_format and think:
-        yield from _enforced_faults(tokenizer, players.spec, message, spoken)
+    yield from _length_faults(agents, message, spoken)
+    if agents.spec.enforce_format and think:
+        yield from _enforced_faults(tokenizer, agents.spec, message, spoken)
     for name in ("logprobs", "raw_logprobs"):
         yield from _logprob_faults(message[name], name)
     yield from _sampled_faults(message, temperature)
 
 
-def _length_faults(players: Players, message: Message, spoken: Spoken) -> Iterator[str]:
+def _length_faults(agents: Agents, message: Message, spoken: Spoken) -> Iterator[str]:
     """The reply ends where a stop token or its limit says, and holds nothing that none can say."""
-    spec, tokens, tokenizer = players.spec, message["tokens"], players.tokenizer
+    spec, tokens, tokenizer = agents.spec, message["tokens"], agents.tokenizer
     end, think = len(tokens) - message["stopped"], spec.mode == "think"
     special = [i for i, token in enumerate(tokens) if not tokenizer.token_bytes(token)]
     if special != [len(tokens) - 1] * message["stopped"]:
@@ -135,7 +135,7 @@ def _length_faults(players: Players, message: Message, spoken: Spoken) -> Iterat
         yield "the token that ends the thought holds a part of the say, which none may"
 
 
-def _enforced_faults(tokenizer: Tokenizer, spec: Spec, message: Message, spoken: Spoken) -> Iterator[str]:
+def _enforced_faults(tokenizer: Tokenizer, spec: RolloutConfig, message: Message, spoken: Spoken) -> Iterator[str]:
     """policy.enforce_format: a thought is closed at its limit, and no reply ends before something is said."""
     tokens, closing = message["tokens"], tokenizer.encode(CLOSING)
     start = max(spec.think_tokens - len(closing), 0)
@@ -163,9 +163,9 @@ def _sampled_faults(message: Message, temperature: float | None) -> Iterator[str
         yield "a log-probability below the model's own, though what is ruled out leaves the others likelier"
 
 
-def remote_reply_faults(players: Players, message: Message, user_here: bool) -> Iterator[str]:
+def remote_reply_faults(agents: Agents, message: Message, user_here: bool) -> Iterator[str]:
     """Of one reply of a policy behind an endpoint: `sides.remote.reply_message`'s rule."""
-    content, thought, think = message["content"], message["thought"], players.spec.mode == "think"
+    content, thought, think = message["content"], message["thought"], agents.spec.mode == "think"
     if content != content.strip() or (thought or "") != (thought or "").strip():
         yield "white space around what the policy said"
     if think and thought is None:
@@ -174,22 +174,22 @@ def remote_reply_faults(players: Players, message: Message, user_here: bool) -> 
         yield "a thought in direct mode"
     if message["violation"] != (think and not content):
         yield f"violation is {message['violation']}, but the policy said {'something' if content else 'nothing'}"
-    heard = players.tokenizer.encode(content) if user_here and not message["violation"] else None
+    heard = agents.tokenizer.encode(content) if user_here and not message["violation"] else None
     if message["say_tokens"] != heard:
         yield "the say's tokens are not those of its text"
 
 
-def user_faults(players: Players, record: Mapping[str, Any], limits: tuple[int, int], temperature: float):
+def user_faults(agents: Agents, record: Mapping[str, Any], limits: tuple[int, int], temperature: float):
     """Of the reactions of a user on the device.
 
     Args:
         limits: tokens of a field, and of the reply.
         temperature: of the reply.
     """
-    name_of_reply = script_names(players.prompts)[1][-1]
+    name_of_reply = script_names(agents.prompts)[1][-1]
     for turn, _, user in reactions(record):
         where = f"turn {turn + 1}"
-        yield from (f"{where}: {fault}" for fault in _shown_faults(players.tokenizer, user))
+        yield from (f"{where}: {fault}" for fault in _shown_faults(agents.tokenizer, user))
         speaks = user["content"] is not None
         lines = [("appraisal", name, limits[0]) for name in user["appraisal_tokens"]]
         lines += [("consideration", name, limits[0]) for name in user["consideration_tokens"]] * speaks
@@ -198,7 +198,7 @@ def user_faults(players: Players, record: Mapping[str, Any], limits: tuple[int, 
         ]
         said += [(name_of_reply, user["all_tokens"], user["stopped"], limits[1])] * speaks
         for name, tokens, stopped, limit in said:
-            yield from (f"{where}, {name!r}: {x}" for x in _line_faults(players.tokenizer, tokens, stopped, limit))
+            yield from (f"{where}, {name!r}: {x}" for x in _line_faults(agents.tokenizer, tokens, stopped, limit))
         for kind, name, _ in lines:
             yield from (f"{where}, {name!r}: {x}" for x in _logprob_faults(user[f"{kind}_logprobs"][name], name))
         for name in ("logprobs", "raw_logprobs", "change_logprobs"):
@@ -233,9 +233,9 @@ def _line_faults(tokenizer: Tokenizer, tokens: Sequence[int], stopped: bool, lim
         yield f"stopped is {stopped}, but tokens that end a line stand at {ends} of {len(tokens)}"
 
 
-def remote_user_faults(players: Players, record: Mapping[str, Any]) -> Iterator[str]:
+def remote_user_faults(agents: Agents, record: Mapping[str, Any]) -> Iterator[str]:
     """Of the reactions of a user behind an endpoint: each text is one line, as `user.forms` reads them."""
-    considers = len(script_names(players.prompts)[1]) > 1
+    considers = len(script_names(agents.prompts)[1]) > 1
     for turn, _, user in reactions(record):
         texts = {**user["appraisal"], **user["considerations"], "reply": user["content"] or ""}
         for name, text in texts.items():
@@ -247,12 +247,12 @@ def remote_user_faults(players: Players, record: Mapping[str, Any]) -> Iterator[
 
 
 def side_faults(
-    players: Players, record: Mapping[str, Any], splits: Sequence[Spoken], temperature: float | None, endpoints
+    agents: Agents, record: Mapping[str, Any], splits: Sequence[Spoken], temperature: float | None, endpoints
 ) -> Iterator[str]:
     """Of the policy's replies, wherever the policy is; `splits` are those of a policy on the device."""
     for turn, message in enumerate(record["messages"][1::2], 1):
         if POLICY in endpoints:
-            found = remote_reply_faults(players, message, USER not in endpoints)
+            found = remote_reply_faults(agents, message, USER not in endpoints)
         else:
-            found = reply_faults(players, message, splits[turn - 1], temperature)
+            found = reply_faults(agents, message, splits[turn - 1], temperature)
         yield from (f"turn {turn}: {fault}" for fault in found)

@@ -1,4 +1,4 @@
-"""Holds logged tokens and their log-probabilities against a derivation (`sampling.rederive`), for either side."""
+"""Holds logged tokens and their log-probabilities against a derivation (`sampling.replay`), for either side."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from rlver_jax.decoding.replay_sequence import DRAWN, OPENING, Packed, Query
+from rlver_jax.decoding.replay_sequence import DRAWN, OPENING, Query, ReplaySequence
 from rlver_jax.dialogues.trajectory import Message
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 
 
 class Allowed(NamedTuple):
@@ -23,7 +23,7 @@ ALLOWED = {"float32": Allowed(1e-4, 1e-3), "bfloat16": Allowed(0.5, 1.0)}
 
 
 class Derived(Protocol):
-    """What is read of a derivation; see `sampling.rederive.Rederived`."""
+    """What is read of a derivation; see `sampling.replay.Replayed`."""
 
     @property
     def margin(self) -> np.ndarray:
@@ -71,7 +71,7 @@ class Speaker(NamedTuple):
     allowed: Allowed
 
 
-def hold(speaker: Speaker, packed: Packed, derived: Derived, claim: Callable[[Query], Claim]) -> Found:
+def hold(speaker: Speaker, packed: ReplaySequence, derived: Derived, claim: Callable[[Query], Claim]) -> Found:
     """Every generated token is the side's own choice, with the log-probabilities that the log gives it."""
     found = Found(tokens=len(packed.queries))
     for query, margin, logprob, sampled in zip(
@@ -110,9 +110,9 @@ def _claim_faults(speaker: Speaker, query: Query, claim: Claim, logprob, sampled
         yield f"logged log-probability {claim.sampled:.5f} where it was sampled, derived {high:.5f}"
 
 
-def users_fields(players: Players) -> list[str]:
+def users_fields(agents: Agents) -> list[str]:
     """Names of a user's generations in a turn, the reply last."""
-    return [*players.tables[1].appraisal.names[:-1], *players.tables[1].reply.names]
+    return [*agents.tables[1].appraisal.names[:-1], *agents.tables[1].reply.names]
 
 
 def users_claim(fields: Sequence[str], users: Mapping[int, Message], query: Query) -> Claim:

@@ -27,7 +27,7 @@ from rlver_jax.endpoints.usage import priced, summed
 from rlver_jax.evaluation.play import Batch, Gold, eval_spec, scores
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import WIDTH_STEP, Players, Weights, emotion_rules, limits_of, load_model
+from rlver_jax.rollout.agents import WIDTH_STEP, Agents, Weights, emotion_rules, limits_of, load_model
 from rlver_jax.rollout.rewards import reward
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import check_context
@@ -220,19 +220,19 @@ def _device_side(
     lm, tokenizer = load_model(config[side], side, mesh, policy_weights if side == "policy" else None)
     prompts, spec = load_prompts(config.data.language, config.user.prompts or None), eval_spec(config)
     how = {"style": config.user.style, "scenario": config.user.scenario}
-    players = Players.build(lm, lm, tokenizer, prompts, spec, mesh, **how)
-    limits = players.check_limits(limits_of(config, spec, config.eval.temperature))
+    agents = Agents.build(lm, lm, tokenizer, prompts, spec, mesh, **how)
+    limits = agents.check_limits(limits_of(config, spec, config.eval.temperature))
     seed = config.eval.seed
     if side == "user":
-        tokens = players.tokens(profiles)
+        tokens = agents.tokens(profiles)
         return batch, {
-            side: lambda rows: DeviceUser(players, limits, batch, rows, seed, tokens),
+            side: lambda rows: DeviceUser(agents, limits, batch, rows, seed, tokens),
         }
-    system = int(players.tables[0].system.shape[0])
-    room = int(room_needed(players.tables, spec, limits, WIDTH_STEP)[0])
+    system = int(agents.tables[0].system.shape[0])
+    room = int(room_needed(agents.tables, spec, limits, WIDTH_STEP)[0])
     if system + room > spec.context:
         raise ConfigError(
             f"the policy's system prompt takes {system} tokens and a turn may take {room} more, but rollout.context is "
             f"{spec.context}; raise it to {system + room} for one turn at least"
         )
-    return batch, {side: functools.partial(DevicePolicy, players, limits, batch, seed=seed)}
+    return batch, {side: functools.partial(DevicePolicy, agents, limits, batch, seed=seed)}

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlver_jax.decoding.script import Part, parse_script
 from rlver_jax.dialogues.log import Record
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.user.prompts import LANGUAGES
 
 RATING = ("1", "2", "3", "4", "5")
@@ -91,7 +91,7 @@ class Forms:
     scripts: Mapping[str, tuple[Part, ...]]
     strategies: Mapping[str, str]
 
-    def ask(self, dialogue: Finished) -> Asked:
+    def ask(self, dialogue: Transcript) -> Asked:
         """Everything that is asked about a dialogue: four forms of the whole, then one of each reply."""
         turns = dialogue.record["turns"]
         values = {

@@ -7,7 +7,7 @@ in front of every change is its own. (With the recorded appraisal in front, the 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.transcripts import Transcript
 
 
 class Appraised(NamedTuple):
@@ -50,7 +50,7 @@ class Judge(Protocol):
         ...
 
     def appraise(
-        self, dialogues: Sequence[Finished], *, own: bool, progress: Progress
+        self, dialogues: Sequence[Transcript], *, own: bool, progress: Progress
     ) -> Iterator[list[tuple[int, Appraised]]]:
         """Appraises dialogues, which have their profiles; yields (index, result) of some at a time, in any order.
 

@@ -25,7 +25,7 @@ from rlver_jax.evaluation.judge_settings import judge_settings
 from rlver_jax.evaluation.rater import Rated
 from rlver_jax.evaluation.score import TEXT
 from rlver_jax.evaluation.text_forms import read, write
-from rlver_jax.evaluation.transcripts import Finished, turns_of, within
+from rlver_jax.evaluation.transcripts import Transcript, turns_of, within
 from rlver_jax.user.endpoint import Place, RemoteUser
 from rlver_jax.user.text_forms import Unreadable
 
@@ -74,7 +74,7 @@ class RemoteJudge(_Remote):
     readouts = (TEXT,)
 
     def appraise(
-        self, dialogues: Sequence[Finished], *, own: bool, progress: Progress
+        self, dialogues: Sequence[Transcript], *, own: bool, progress: Progress
     ) -> Iterator[list[tuple[int, Appraised]]]:
         """See `judge.Judge`.
 
@@ -87,7 +87,7 @@ class RemoteJudge(_Remote):
             yield from as_finished(work, self.endpoint.concurrency, client.close)
 
     async def _one(
-        self, user: RemoteUser, index: int, dialogues: Sequence[Finished], own: bool, progress: Progress
+        self, user: RemoteUser, index: int, dialogues: Sequence[Transcript], own: bool, progress: Progress
     ) -> tuple[int, Appraised]:
         dialogue = dialogues[index]  # which may be read now: all of them need not be in memory
         assert dialogue.profile is not None

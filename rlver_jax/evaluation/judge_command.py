@@ -29,16 +29,16 @@ from rlver_jax.evaluation.judge import Judge
 from rlver_jax.evaluation.judge_folder import Fingerprint
 from rlver_jax.evaluation.judge_on_device import DeviceJudge
 from rlver_jax.evaluation.judge_settings import judge_settings
-from rlver_jax.evaluation.measures import measured, summed_up
+from rlver_jax.evaluation.measures import measure, summarize
 from rlver_jax.evaluation.play import Tally
 from rlver_jax.evaluation.rater import DeviceRater, Rater
-from rlver_jax.evaluation.score import agreed, judged
+from rlver_jax.evaluation.score import judge_transcripts, measure_agreement
 from rlver_jax.evaluation.show import show_agreement, show_judges, show_scores
 from rlver_jax.evaluation.statistics import mean_with_interval
 from rlver_jax.evaluation.transcripts import (
-    Finished,
-    FinishedFiles,
-    Lazily,
+    LazySequence,
+    Transcript,
+    TranscriptFiles,
     faults,
     turns_of,
     with_profile,
@@ -101,21 +101,21 @@ class Judges:
         return cls(users, _judge_config(options.measures, config) if options.measures else None)
 
     def judge(
-        self, dialogues: Sequence[Finished], folder: Path | None, console: Console
+        self, dialogues: Sequence[Transcript], folder: Path | None, console: Console
     ) -> tuple[dict[str, Any], Sequence[Record]]:
         """(what they add to the summary, the records with measures where there are any)."""
         summary: dict[str, Any] = {}
-        records: Sequence[Record] = Lazily(dialogues, lambda _, dialogue: dialogue.record)
+        records: Sequence[Record] = LazySequence(dialogues, lambda _, dialogue: dialogue.record)
         if self.users:
             summary["judges"] = {
-                name: judged(_load_judge(name, config, folder), dialogues, folder, console)
+                name: judge_transcripts(_load_judge(name, config, folder), dialogues, folder, console)
                 for name, config in self.users.items()
             }
         if self.measurer:
             name, config = self.measurer
             rater = _load_rater(name, config, folder)
-            records, asked = measured(rater, load_forms(config.data.language), dialogues, folder, console)
-            summary["measures"] = summed_up(records) | asked | {"settings": rater.settings}
+            records, asked = measure(rater, load_forms(config.data.language), dialogues, folder, console)
+            summary["measures"] = summarize(records) | asked | {"settings": rater.settings}
         return summary, records
 
     @property
@@ -236,7 +236,7 @@ def _folder(options: flags.FlagValues, console: Console) -> Iterator[tuple[Path 
 def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
     """Scores finished dialogues, has them judged, and checks their arithmetic."""
     paths = profile_files(options["from"].value or "")
-    judges, files = Judges.of_flags(options, config), FinishedFiles(paths)
+    judges, files = Judges.of_flags(options, config), TranscriptFiles(paths)
     known = KnownProfiles([*_profiles(config), *judges.profiles]) if judges.users else None
     seen = _Seen(paths)
     for path, one in track(files.scan(), "reading", console=console, transient=True, disable=not console.is_terminal):
@@ -245,7 +245,7 @@ def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Conso
         seen.add(path, with_profile(one, known) if known else one)
     if not files:
         raise ConfigError(f"--from={options['from'].value}: no dialogue in it; expected files of dialogues")
-    dialogues = Lazily(files, lambda _, one: with_profile(one, known)) if known else files
+    dialogues = LazySequence(files, lambda _, one: with_profile(one, known)) if known else files
     with _folder(options, console) as (folder, check):
         each = {path: _scored(tally) for path, tally in seen.each.items()}
         summary: dict[str, Any] = _scored(seen.all) | {
@@ -279,7 +279,7 @@ class _Seen:
         self.changes = self.faults = 0
         self.first_faults: list[str] = []  # as many as are printed
 
-    def add(self, path: str, one: Finished) -> None:
+    def add(self, path: str, one: Transcript) -> None:
         self.each[path].add(one.record)
         self.all.add(one.record)
         self.fingerprint.add(one)
@@ -289,7 +289,7 @@ class _Seen:
         self.first_faults += found[: SHOWN - len(self.first_faults)]
 
 
-def _check_texts(one: Finished) -> None:
+def _check_texts(one: Transcript) -> None:
     """That a model can read what was said: half characters have no bytes, so no tokens."""
     for index, message in enumerate(one.record["messages"]):
         if half := half_character(message["content"] or ""):
@@ -314,17 +314,17 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
     _check_there(config)
     if "user" in judges.users:
         raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
-    files = FinishedFiles(profile_files(options.agreement))
+    files = TranscriptFiles(profile_files(options.agreement))
     counts = []
     for _, one in files.scan():
         _check_texts(one)
         counts.append(len(turns_of(one.record)))
     wanted = chosen(counts, options.contexts, config.eval.seed)
-    dialogues = with_profiles(Lazily(wanted, lambda _, i: files[i]), _profiles(config))
+    dialogues = with_profiles(LazySequence(wanted, lambda _, i: files[i]), _profiles(config))
     found = faults(dialogues)
     with _folder(options, console) as (folder, check):
         results = {
-            name: agreed(_load_judge(name, one, folder), dialogues, folder, console)
+            name: measure_agreement(_load_judge(name, one, folder), dialogues, folder, console)
             for name, one in ({"user": config} | judges.users).items()
         }
         if folder:

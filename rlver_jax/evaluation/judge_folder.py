@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlver_jax.evaluation.folder import PATHS
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.settings import compare, without_secrets
 
@@ -22,7 +22,7 @@ class WorkFile:
     Without a folder nothing is kept.
     """
 
-    def __init__(self, folder: Path | None, name: str, settings: dict[str, Any], dialogues: Sequence[Finished]):
+    def __init__(self, folder: Path | None, name: str, settings: dict[str, Any], dialogues: Sequence[Transcript]):
         """Takes up what an earlier process left with the same settings and dialogues.
 
         Raises:
@@ -78,7 +78,7 @@ class WorkFile:
                 file.writelines(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
 
 
-def dialogues_fingerprint(dialogues: Iterable[Finished]) -> str:
+def dialogues_fingerprint(dialogues: Iterable[Transcript]) -> str:
     """Of dialogues and profiles, without the measures that a judge may have added."""
     fingerprint = Fingerprint()
     for one in dialogues:
@@ -93,7 +93,7 @@ class Fingerprint:
         """Of none."""
         self._digest = hashlib.sha256()
 
-    def add(self, one: Finished) -> None:
+    def add(self, one: Transcript) -> None:
         """Takes the next dialogue in."""
         record = {name: value for name, value in one.record.items() if name != "measures"}
         profile = one.profile.to_json() if one.profile else None

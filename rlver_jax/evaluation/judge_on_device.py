@@ -18,8 +18,8 @@ from rlver_jax.dialogues.log import Record
 from rlver_jax.evaluation.judge import Appraised, Progress, Work
 from rlver_jax.evaluation.judge_settings import judge_settings
 from rlver_jax.evaluation.play import eval_spec
-from rlver_jax.evaluation.transcripts import Finished, Turn, turns_of, within
-from rlver_jax.rollout.agents import Players, load_model
+from rlver_jax.evaluation.transcripts import Transcript, Turn, turns_of, within
+from rlver_jax.rollout.agents import Agents, load_model
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import EmotionRules, change_readout
@@ -59,7 +59,7 @@ class DeviceJudge:
     """A user model with its prompts and rules; see `judge.Judge`."""
 
     name: str
-    players: Players  # the user stands in the policy's place too: nobody speaks
+    agents: Agents  # the user stands in the policy's place too: nobody speaks
     limits: UserLimits
     batch: int
     settings: dict[str, Any]
@@ -76,12 +76,12 @@ class DeviceJudge:
         user, tokenizer = load_model(config.user, "user", mesh)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
         how = {"style": config.user.style, "scenario": config.user.scenario}
-        players = Players.build(user, user, tokenizer, prompts, eval_spec(config), **how)
+        agents = Agents.build(user, user, tokenizer, prompts, eval_spec(config), **how)
         limits = UserLimits(jnp.int32(config.user.field_tokens), jnp.int32(0), jnp.float32(0))
-        return cls(name, players, limits, config.eval.batch, settings)
+        return cls(name, agents, limits, config.eval.batch, settings)
 
     def appraise(
-        self, dialogues: Sequence[Finished], *, own: bool, progress: Progress
+        self, dialogues: Sequence[Transcript], *, own: bool, progress: Progress
     ) -> Iterator[list[tuple[int, Appraised]]]:
         """See `judge.Judge`."""
         sizes = [self._size(one) for one in dialogues]
@@ -95,19 +95,19 @@ class DeviceJudge:
             played = [dialogues[i] for i in some]  # which may be read now: all of them need not be in memory
             turns = [turns_of(one.record) for one in played]
             said = [[self._read_before(turn) for turn in one] for one in turns]
-            prefixes = [self.players.prefix(one.profile) for one in played]  # type: ignore[arg-type]
+            prefixes = [self.agents.prefix(one.profile) for one in played]  # type: ignore[arg-type]
             batch = _Batch(self, [one.record for one in played], turns, own)
             results = batch.run(prefixes, said, shape, progress)  # type: ignore[arg-type]
             yield list(zip(some, results, strict=True))
 
-    def _size(self, one: Finished) -> Size:
+    def _size(self, one: Transcript) -> Size:
         said = [len(self._read_before(turn)) for turn in turns_of(one.record)]
-        prefix = len(self.players.prefix(one.profile)) if said else 0  # type: ignore[arg-type]
+        prefix = len(self.agents.prefix(one.profile)) if said else 0  # type: ignore[arg-type]
         return Size(prefix, max(said, default=0), prefix + sum(said))
 
     def _read_before(self, turn: Turn) -> list[int]:
         """What the user reads before it appraises: its own last words, and the reply."""
-        tables, tokenizer = self.players.tables[1], self.players.tokenizer
+        tables, tokenizer = self.agents.tables[1], self.agents.tokenizer
         close, open_user, open_assistant = (
             np.asarray(x).tolist() for x in (tables.close, tables.open_user, tables.open_assistant)
         )
@@ -119,11 +119,11 @@ class DeviceJudge:
         prefix, message, read = (max(column) for column in zip(*sizes, strict=True))
         prefix, message = up(prefix), up(message)
         # Padding of what is read is written too, into slots beyond the row.
-        tables, tokens = self.players.tables[1], self.players.spec.user_tokens
+        tables, tokens = self.agents.tables[1], self.agents.spec.user_tokens
         fields, literal = tables.appraisal.template.shape
         literals = fields * (literal + 2 * tables.appraisal.values.shape[2])
         written = literals + fields * tokens + tables.scratch
-        check_length(self.players.user, read + written)
+        check_length(self.agents.user, read + written)
         room = message + written
         return Shape(min(self.batch, len(sizes)), prefix, message, up(max(read, prefix) + room))
 
@@ -145,7 +145,7 @@ class _Batch:
         progress: Progress,
     ) -> list[Appraised]:
         """One turn of all dialogues at a time."""
-        user, rules = self.judge.players.user, self.judge.players.spec.rules
+        user, rules = self.judge.agents.user, self.judge.agents.spec.rules
         cache = open_cache(user, *pad_rows(prefixes, shape.prefix, shape.batch), capacity=shape.capacity)
         row_keys = self._keys(shape.batch)
         results = [Appraised([within(record["emotions"][0])], [], [], []) for record in self.records]
@@ -156,9 +156,9 @@ class _Batch:
             rest = shape.batch - len(active)
             keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn)
             cache, fields, logprobs = _appraise(
-                user, self.judge.players.tables[1], cache, *pad_rows(texts, shape.message, shape.batch),
+                user, self.judge.agents.tables[1], cache, *pad_rows(texts, shape.message, shape.batch),
                 jnp.asarray(emotion + [rules.initial] * rest, jnp.int32), keys, self.judge.limits,
-                jnp.asarray(active + [False] * rest), rules=rules, max_tokens=self.judge.players.spec.user_tokens,
+                jnp.asarray(active + [False] * rest), rules=rules, max_tokens=self.judge.agents.spec.user_tokens,
             )  # fmt: skip
             self._note(results, turn, emotion, active, fields, logprobs, keys)
             progress(Work(sum(active), int(np.asarray(fields.count).sum())))
@@ -171,7 +171,7 @@ class _Batch:
         return jnp.stack([dialogue_key(jax.random.key(seed), np.uint32(number)) for seed, number in pairs])
 
     def _over(self, result: Appraised) -> bool:
-        return self.own and bool(self.judge.players.spec.rules.ended(result.emotions[-1]))
+        return self.own and bool(self.judge.agents.spec.rules.ended(result.emotions[-1]))
 
     def _before(self, row: int, turn: int, result: Appraised) -> int:
         fixed = not self.own and turn < len(self.turns[row])
@@ -179,8 +179,8 @@ class _Batch:
 
     def _note(self, results, turn, emotion, active, fields: Generated, logprobs, keys) -> None:
         """Adds a turn to the results of the rows that have it."""
-        players = self.judge.players
-        rules, how = players.spec.rules, players.spec.readout
+        agents = self.judge.agents
+        rules, how = agents.spec.rules, agents.spec.readout
         read_keys = part_keys(keys, KEY_READOUT, 1)[0] if how == "sample" else None
         changes = np.asarray(rules.clamp(change_readout(logprobs, how, read_keys)))
         logprobs, fields = np.asarray(logprobs), jax.device_get(fields)
@@ -194,10 +194,10 @@ class _Batch:
             result.appraisals.append(self._texts(fields, row) if active[row] else {})
 
     def _texts(self, fields: Generated, row: int) -> dict[str, str]:
-        players, texts = self.judge.players, {}
-        for place, name in enumerate(players.tables[1].appraisal.names[:-1]):
+        agents, texts = self.judge.agents, {}
+        for place, name in enumerate(agents.tables[1].appraisal.names[:-1]):
             count = int(fields.count[place, row]) - bool(fields.stopped[place, row])
-            texts[name] = players.tokenizer.decode(fields.tokens[place, row, :count].tolist())
+            texts[name] = agents.tokenizer.decode(fields.tokens[place, row, :count].tolist())
         return texts
 
 

@@ -15,21 +15,21 @@ from rlver_jax.evaluation.judge_folder import WorkFile
 from rlver_jax.evaluation.rater import Rater
 from rlver_jax.evaluation.score import Meter
 from rlver_jax.evaluation.statistics import mean_with_interval
-from rlver_jax.evaluation.transcripts import Finished, Lazily
+from rlver_jax.evaluation.transcripts import LazySequence, Transcript
 
 Measures = dict[str, Any]
 
 
-def measured(
-    rater: Rater, forms: Forms, dialogues: Sequence[Finished], folder: Path | None, console: Console
+def measure(
+    rater: Rater, forms: Forms, dialogues: Sequence[Transcript], folder: Path | None, console: Console
 ) -> tuple[Sequence[Record], dict[str, Any]]:
     """(the records of dialogues with `measures`, see `forms.measures_of`; `remote`: what an endpoint was asked)."""
-    asked = Lazily(dialogues, lambda _, dialogue: forms.ask(dialogue))
+    asked = LazySequence(dialogues, lambda _, dialogue: forms.ask(dialogue))
     settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
     work = WorkFile(folder, "measures", settings, dialogues)
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     with Meter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
-        for some in rater.fill(Lazily(missing, lambda _, i: asked[i]), meter.work):
+        for some in rater.fill(LazySequence(missing, lambda _, i: asked[i]), meter.work):
             work.add(
                 [
                     {"index": missing[i], "measures": measures_of(found.answers, rater.name), "remote": found.remote}
@@ -40,11 +40,11 @@ def measured(
             known = [one for one in depth if one is not None]
             meter.kept(f"empathic depth {sum(known) / len(known):.2f} of 5" if known else "nothing readable yet")
     used = [work.done[i]["remote"] for i in range(len(dialogues)) if work.done[i]["remote"]]
-    records = Lazily(dialogues, lambda i, dialogue: dialogue.record | {"measures": work.done[i]["measures"]})
+    records = LazySequence(dialogues, lambda i, dialogue: dialogue.record | {"measures": work.done[i]["measures"]})
     return records, ({"remote": summed(used)} if used else {})
 
 
-def summed_up(records: Sequence[Record]) -> dict[str, Any]:
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
     """Means with deviations and intervals over dialogues, and what became of each strategy."""
     found = [record["measures"] for record in records]
     values: dict[str, list[float]] = collections.defaultdict(list)

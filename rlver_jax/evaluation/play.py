@@ -16,10 +16,10 @@ from rlver_jax.dialogues.log import ALL_END_REASONS, Record, dialogue_records, g
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.rollout.agents import Players, ProfileTokens, Weights, limits_of, spec_of
+from rlver_jax.rollout.agents import Agents, ProfileTokens, Weights, limits_of, spec_of
 from rlver_jax.rollout.rollout_metrics import prefilled_count
 from rlver_jax.rollout.sampler import Dialogues
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.emotion import SAGE
 
@@ -29,7 +29,7 @@ Gold = Callable[[Sequence[Record], Sequence[Profile]], float]
 Batch = tuple[list[Record], dict[str, float]]
 
 
-class Played(Protocol):
+class Player(Protocol):
     """An evaluation, wherever its models are."""
 
     @property
@@ -48,10 +48,10 @@ class Evaluation:
     """Everything that is needed to play, loaded and checked."""
 
     config: ConfigDict
-    players: Players
+    agents: Agents
     profiles: Sequence[Profile]
     tokens: ProfileTokens
-    limits: PlayLimits
+    limits: RolloutLimits
     batch: int
     gold: Gold | None = None
 
@@ -67,9 +67,9 @@ class Evaluation:
 
     def play(self, numbers: Sequence[int]) -> Dialogues:
         """At most `batch` dialogues by number; on the host (every process's), padding rows included."""
-        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch, self.players.mesh)
+        wanted = self.tokens.batch([i % len(self.profiles) for i in numbers], numbers, self.batch, self.agents.mesh)
         key = jax.random.key(self.config.eval.seed)
-        return distributed.fetch(self.players.play(wanted, key, self.limits))
+        return distributed.fetch(self.agents.play(wanted, key, self.limits))
 
     def play_all(self) -> list[Record]:
         """Records of all profiles, in their order."""
@@ -79,10 +79,10 @@ class Evaluation:
         """`scores`, and the gold judge's."""
         return scores(records) | ({"rule_score": self.gold(records, self.profiles)} if self.gold else {})
 
-    def metrics(self, players: Players) -> dict[str, float]:
-        """`eval/…` of the models of these players, played as this evaluation's are."""
-        players = dataclasses.replace(self.players, policy=players.policy, user=players.user)
-        found = self.scores(dataclasses.replace(self, players=players).play_all())
+    def metrics(self, agents: Agents) -> dict[str, float]:
+        """`eval/…` of the models of these agents, played as this evaluation's are."""
+        agents = dataclasses.replace(self.agents, policy=agents.policy, user=agents.user)
+        found = self.scores(dataclasses.replace(self, agents=agents).play_all())
         counts = {"success_rate": found["success"] / found["n"], "failure_rate": found["failure"] / found["n"]}
         named = {name: found[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in found}
         return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
@@ -91,7 +91,7 @@ class Evaluation:
         """What `play` played, as records."""
         return dialogue_records(
             played,
-            self.players,
+            self.agents,
             [self.profiles[i % len(self.profiles)] for i in numbers],
             numbers,
             seed=self.config.eval.seed,
@@ -125,23 +125,21 @@ def load(
     """
     if mesh is None:
         mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
-    players = Players.load(config, eval_spec(config), mesh, policy_weights)
-    return of_players(config, players, profiles, gold)
+    agents = Agents.load(config, eval_spec(config), mesh, policy_weights)
+    return of_agents(config, agents, profiles, gold)
 
 
-def of_players(
-    config: ConfigDict, players: Players, profiles: Sequence[Profile], gold: Gold | None = None
-) -> Evaluation:
-    """An evaluation by players who are there already; raises ValueError as `load` does."""
-    rows = batch_parts(players.mesh)
-    players = dataclasses.replace(players, spec=eval_spec(config))
-    limits = players.check_limits(limits_of(config, players.spec, config.eval.temperature))
+def of_agents(config: ConfigDict, agents: Agents, profiles: Sequence[Profile], gold: Gold | None = None) -> Evaluation:
+    """An evaluation by agents who are there already; raises ValueError as `load` does."""
+    rows = batch_parts(agents.mesh)
+    agents = dataclasses.replace(agents, spec=eval_spec(config))
+    limits = agents.check_limits(limits_of(config, agents.spec, config.eval.temperature))
     # No wider than there are profiles: padding rows cost as much as playing ones.
     batch = round_up(min(config.eval.batch, len(profiles)), rows)
-    return Evaluation(config, players, profiles, players.tokens(profiles), limits, batch, gold)
+    return Evaluation(config, agents, profiles, agents.tokens(profiles), limits, batch, gold)
 
 
-def eval_spec(config: ConfigDict) -> Spec:
+def eval_spec(config: ConfigDict) -> RolloutConfig:
     """What the sampler is compiled for in evaluations."""
     c = config.eval
     return spec_of(config, group=1, max_turns=c.max_turns, initial_emotion=c.initial_emotion, rows=c.rows)

@@ -14,7 +14,7 @@ from rlver_jax.endpoints.usage import summed
 from rlver_jax.evaluation.judge import Judge, Work
 from rlver_jax.evaluation.judge_folder import Line, WorkFile
 from rlver_jax.evaluation.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
-from rlver_jax.evaluation.transcripts import Finished, Lazily, turns_of
+from rlver_jax.evaluation.transcripts import LazySequence, Transcript, turns_of
 from rlver_jax.user.emotion import SAGE, change_readout
 
 TEXT = "text"  # readout of a judge that has no distribution
@@ -64,7 +64,7 @@ class Meter:
 
 def appraised_lines(
     judge: Judge,
-    dialogues: Sequence[Finished],
+    dialogues: Sequence[Transcript],
     *,
     own: bool,
     work: WorkFile,
@@ -80,18 +80,20 @@ def appraised_lines(
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     total = sum(len(turns_of(dialogues[i].record)) for i in missing)
     with Meter(console, judge.name, total) as meter:
-        wanted = Lazily(missing, lambda _, i: dialogues[i])
+        wanted = LazySequence(missing, lambda _, i: dialogues[i])
         for some in judge.appraise(wanted, own=own, progress=meter.work):
             work.add([_line(missing[i], dialogues[missing[i]], found._asdict()) for i, found in some])
             meter.kept(figure(work.done))
     return work.done
 
 
-def _line(index: int, dialogue: Finished, found: Line) -> Line:
+def _line(index: int, dialogue: Transcript, found: Line) -> Line:
     return {"index": index, "dialogue": dialogue.record["dialogue"], "profile": dialogue.record["profile"]} | found
 
 
-def judged(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, console: Console) -> dict[str, Any]:
+def judge_transcripts(
+    judge: Judge, dialogues: Sequence[Transcript], folder: Path | None, console: Console
+) -> dict[str, Any]:
     """A judge's own score of finished dialogues, and the gap to the score of the user that they were played with.
 
     A gap above 0 means that the playing user was more pleased than this judge would have been. Its interval is that of
@@ -132,7 +134,9 @@ def _asked(lines: Iterable[Line]) -> dict[str, Any]:
     return {"unanswered": unanswered} | ({"remote": summed(used)} if used else {})
 
 
-def agreed(judge: Judge, dialogues: Sequence[Finished], folder: Path | None, console: Console) -> dict[str, Any]:
+def measure_agreement(
+    judge: Judge, dialogues: Sequence[Transcript], folder: Path | None, console: Console
+) -> dict[str, Any]:
     """How a judge's changes compare with the recorded ones, by each of its readouts; contexts fixed to the record.
 
     Raises:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Finished:
+class Transcript:
     """A dialogue that has been played, with its profile where that is known, and where it was read."""
 
     record: Record
@@ -54,9 +54,9 @@ def within(emotion: int) -> int:
     return min(max(emotion, LOWEST), HIGHEST)
 
 
-def read_finished(path: str | Path) -> list[Finished]:
-    """The dialogues of one file, checked; see `FinishedFiles`."""
-    return [one for _, one in FinishedFiles([path]).scan()]
+def read_finished(path: str | Path) -> list[Transcript]:
+    """The dialogues of one file, checked; see `TranscriptFiles`."""
+    return [one for _, one in TranscriptFiles([path]).scan()]
 
 
 @dataclasses.dataclass
@@ -76,25 +76,25 @@ class _File:
             raise DialogueLogError(f"{self.path}: is empty; expected one dialogue a line, ours or in SAGE's schema")
         self._sage = b'"history"' in first
 
-    def __iter__(self) -> Iterator[tuple[int, Finished]]:
+    def __iter__(self) -> Iterator[tuple[int, Transcript]]:
         """(index of its line, dialogue); blank lines are passed over in SAGE's schema alone."""
         for index, line in enumerate(self._lines):
             if not self._sage or line.strip():
                 yield index, self._dialogue(line, index)
 
-    def again(self, index: int) -> Finished:
+    def again(self, index: int) -> Transcript:
         """A dialogue that has been read, by its line."""
         return self._dialogue(self._lines.again(index), index)
 
-    def _dialogue(self, line: bytes, index: int) -> Finished:
+    def _dialogue(self, line: bytes, index: int) -> Transcript:
         place = f"{self.path}:{index + 1}"
         if self._sage:
             return _of_sage(line, place)
         record = parse_dialogue(line, place, number_faults)
-        return Finished(record, None, f"{self.path}: dialogue {record['dialogue']}")
+        return Transcript(record, None, f"{self.path}: dialogue {record['dialogue']}")
 
 
-def _of_sage(line: bytes, place: str) -> Finished:
+def _of_sage(line: bytes, place: str) -> Transcript:
     try:
         obj = parse_line(line)
         record, profile = from_sage(obj), Profile.from_json(obj)
@@ -105,10 +105,10 @@ def _of_sage(line: bytes, place: str) -> Finished:
     fault = next(record_faults(record), None)
     if fault is not None:
         raise DialogueLogError(f"{place}: {fault}; {REMEDY}")
-    return Finished(record, profile, place)
+    return Transcript(record, profile, place)
 
 
-class Lazily(OneByOne[T]):
+class LazySequence(OneByOne[T]):
     """What is made of each element of a sequence, anew whenever it is asked for: only one needs to be in memory."""
 
     def __init__(self, of: Sequence[S], make: Callable[[int, S], T]):
@@ -127,7 +127,7 @@ class Lazily(OneByOne[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class FinishedFiles(OneByOne[Finished]):
+class TranscriptFiles(OneByOne[Transcript]):
     """The dialogues of files: logs of ours, results of SAGE or logs of RLVER's simulator.
 
     `scan` reads and checks them all, and must have come to its end before they are asked for one by one; those are read
@@ -142,7 +142,7 @@ class FinishedFiles(OneByOne[Finished]):
         self._files: list[_File] = []
         self._places = array("q")  # file and line of each
 
-    def scan(self) -> Iterator[tuple[str, Finished]]:
+    def scan(self) -> Iterator[tuple[str, Transcript]]:
         """(file, dialogue) of all.
 
         Raises:
@@ -157,23 +157,23 @@ class FinishedFiles(OneByOne[Finished]):
     def __len__(self) -> int:
         return len(self._places) // 2
 
-    def _made(self, index: int) -> Finished:
+    def _made(self, index: int) -> Transcript:
         file, line = self._places[2 * index : 2 * index + 2]
         return self._numbered(self._files[file].again(line), index)
 
-    def _numbered(self, one: Finished, number: int) -> Finished:
+    def _numbered(self, one: Transcript, number: int) -> Transcript:
         if len(self.paths) == 1 and one.profile is None:
             return one  # a log of ours has numbers
         return dataclasses.replace(one, record=one.record | {"dialogue": number})
 
 
-def finished(records: Sequence[Record], profiles: Sequence[Profile]) -> list[Finished]:
+def finished(records: Sequence[Record], profiles: Sequence[Profile]) -> list[Transcript]:
     """Dialogues that have just been played with these profiles."""
     known = {profile.id: profile for profile in profiles}
-    return [Finished(record, known[record["profile"]], f"dialogue {record['dialogue']}") for record in records]
+    return [Transcript(record, known[record["profile"]], f"dialogue {record['dialogue']}") for record in records]
 
 
-def with_profile(one: Finished, known: KnownProfiles) -> Finished:
+def with_profile(one: Transcript, known: KnownProfiles) -> Transcript:
     """The dialogue with its profile, which a log of ours doesn't hold.
 
     Raises:
@@ -188,15 +188,15 @@ def with_profile(one: Finished, known: KnownProfiles) -> Finished:
     return one if one.profile else dataclasses.replace(one, profile=profile)
 
 
-def with_profiles(dialogues: Sequence[Finished], profiles: Sequence[Profile]) -> Sequence[Finished]:
+def with_profiles(dialogues: Sequence[Transcript], profiles: Sequence[Profile]) -> Sequence[Transcript]:
     """All dialogues with their profiles; raises as `with_profile`."""
     known = KnownProfiles(profiles)
-    found = Lazily(dialogues, lambda _, one: with_profile(one, known))
+    found = LazySequence(dialogues, lambda _, one: with_profile(one, known))
     for _ in found:
         pass
     return found
 
 
-def faults(dialogues: Iterable[Finished], rules: EmotionRules = SAGE) -> list[str]:
+def faults(dialogues: Iterable[Transcript], rules: EmotionRules = SAGE) -> list[str]:
     """Every place where an emotion is not the previous one plus the change."""
     return [f"{d.place}: {fault}" for d in dialogues for fault in emotion_faults(d.record, rules)]

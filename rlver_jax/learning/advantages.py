@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from rlver_jax.learning.masked import keep, whiten
+from rlver_jax.learning.masked import whiten, zero_outside
 
 # Rewards nearer to each other than this (relative to the largest, if above 1) differ by float rounding only: eight
 # changes summed in another order. Divided by the standard deviation of that they would be advantages of up to 0.4.
@@ -64,7 +64,7 @@ def gae(
     k counts a dialogue's action tokens, which is also what gamma and lam discount. V and A are 0 after the last one
     and, with `segment`, after the last one of each run of equal `segment`: runs are samples of their own.
     """
-    rewards, values = keep(rewards, mask), keep(values, mask)
+    rewards, values = zero_outside(rewards, mask), zero_outside(values, mask)
     segment = jnp.zeros(mask.shape, jnp.int32) if segment is None else segment
 
     def step(following, here):
@@ -79,7 +79,7 @@ def gae(
     nothing = jnp.zeros_like(rewards[:, 0])
     places = (rewards.T, values.T, mask.T, segment.T)
     _, advantage = jax.lax.scan(step, (nothing, nothing, segment[:, -1]), places, reverse=True)
-    advantage = keep(advantage.T, mask)
+    advantage = zero_outside(advantage.T, mask)
     return Advantages(advantage, advantage + values)
 
 
@@ -115,16 +115,16 @@ def turn_advantages(
     """
     if _of_many(group, "turn_advantages") < 1 or turn_rewards.shape[0] % group:
         raise ValueError(f"rewards {turn_rewards.shape} can't be cut into groups of {group}: give [B, T], B a multiple")
-    rewards = keep(turn_rewards.astype(jnp.promote_types(turn_rewards.dtype, jnp.float32)), played)
+    rewards = zero_outside(turn_rewards.astype(jnp.promote_types(turn_rewards.dtype, jnp.float32)), played)
     add = lambda later, now: (now + discount * later,) * 2  # noqa: E731
     _, onward = jax.lax.scan(add, jnp.zeros_like(rewards[:, 0]), rewards.T, reverse=True)
     there = played.reshape(-1, group, played.shape[1])
     earned, many = onward.T.reshape(there.shape), there.sum(1, keepdims=True)
-    mean = keep(earned, there).sum(1, keepdims=True) / jnp.maximum(many, 1)
+    mean = zero_outside(earned, there).sum(1, keepdims=True) / jnp.maximum(many, 1)
     most = jnp.where(there, earned, -jnp.inf).max(1, keepdims=True)
     least = jnp.where(there, earned, jnp.inf).min(1, keepdims=True)
     equal = most - least <= _SAME * jnp.maximum(jnp.maximum(jnp.abs(most), jnp.abs(least)), 1.0)
-    deviation = keep(jnp.where(equal, 0.0, earned - mean), there)
+    deviation = zero_outside(jnp.where(equal, 0.0, earned - mean), there)
     if scale:
         free = (there.sum((1, 2)) - there.any(1).sum(1))[:, None, None]
         deviation /= jnp.sqrt((deviation**2).sum((1, 2), keepdims=True) / jnp.maximum(free, 1)) + eps
@@ -133,7 +133,7 @@ def turn_advantages(
 
 def at_turns(values: Float[Array, "B T"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
     """Each turn's number at all its action places, 0 elsewhere; an index past T gives NaN, so that it is noticed."""
-    return keep(jnp.take_along_axis(values, turn, axis=1, mode="fill", fill_value=jnp.nan), mask)
+    return zero_outside(jnp.take_along_axis(values, turn, axis=1, mode="fill", fill_value=jnp.nan), mask)
 
 
 def turns_played(turns: int, turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Bool[Array, "B T"]:
@@ -162,7 +162,7 @@ def reinforce_pp(
 
 def broadcast(advantage: Num[Array, " B"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
     """A dialogue's number at each of its action places, 0 elsewhere."""
-    return keep(jnp.broadcast_to(advantage[:, None], (*advantage.shape, mask.shape[1])), mask)
+    return zero_outside(jnp.broadcast_to(advantage[:, None], (*advantage.shape, mask.shape[1])), mask)
 
 
 def _last_of_turn(turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Bool[Array, "B L"]:

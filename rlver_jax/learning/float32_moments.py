@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlver_jax.models.precision import wide
+from rlver_jax.models.precision import accum_dtype
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -28,4 +28,4 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 def widened(tree: Any) -> Any:
     """Floats of less than float32 in float32; everything else as it is."""
     float_ = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda x: x.astype(wide(x.dtype)) if float_(x) else x, tree)
+    return jax.tree.map(lambda x: x.astype(accum_dtype(x.dtype)) if float_(x) else x, tree)

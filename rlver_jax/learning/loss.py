@@ -23,7 +23,7 @@ Trained = dict[
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class LossConfig:
     """Options of the loss; see `losses` for the equations, `configs/base.py` for what they mean and their sources."""
 
     ratio: str = "token"  # token | sequence
@@ -40,20 +40,20 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class TrainedModels:
     """The models and options that an update is compiled for (static and hashable)."""
 
     model: Qwen2
     trunk: Qwen2 | None  # the critic's own; None: it shares the policy's, or there is no critic
     value_head: ValueHead | None
-    loss: Loss
+    loss: LossConfig
     temperature: float = 1.0  # the policy was sampled at
     vocab_chunk: int = 8192
     vocab_shards: int = 1
 
 
 @flax.struct.dataclass
-class Sample:
+class LossInputs:
     """A minibatch, or a part of one, with all that its loss takes as given; arrays [B, L], 0 where no action is."""
 
     batch: PackedBatch
@@ -67,7 +67,7 @@ class Sample:
     returns: Float[Array, "B L"] | None = None
 
 
-def read(model: Qwen2, params: Params, batch: PackedBatch) -> Float[Array, "B L D"]:
+def forward(model: Qwen2, params: Params, batch: PackedBatch) -> Float[Array, "B L D"]:
     """Hidden states of packed rows."""
     tokens = (batch.tokens, batch.positions, batch.branch)
     return model.apply({"params": params}, *tokens, segment=_segment(batch))[0]
@@ -78,7 +78,7 @@ def _segment(batch: PackedBatch) -> Int[Array, "B L"] | None:
 
 
 def action_logprobs(
-    learner: Learner, params: Params, hidden: Float[Array, "B L D"], batch: PackedBatch, grammar: Grammar
+    learner: TrainedModels, params: Params, hidden: Float[Array, "B L D"], batch: PackedBatch, grammar: Grammar
 ) -> TokenLogprobs:
     """log p(action) and entropy of the distribution that was sampled from; 0 where no action is."""
     found = token_logprobs(
@@ -93,7 +93,7 @@ def action_logprobs(
     return TokenLogprobs(*(jnp.where(batch.mask, x, 0.0) for x in found))
 
 
-def as_params(learner: Learner, gradients: Trained) -> Trained:
+def as_params(learner: TrainedModels, gradients: Trained) -> Trained:
     """Hints that gradients lie where their parameters do, so that devices sum parts of them and none holds all."""
     found = dict(gradients)
     if "policy" in gradients:
@@ -105,82 +105,84 @@ def as_params(learner: Learner, gradients: Trained) -> Trained:
 
 
 def values(
-    learner: Learner, critic: Params, hidden: Float[Array, "B L D"] | None, batch: PackedBatch
+    learner: TrainedModels, critic: Params, hidden: Float[Array, "B L D"] | None, batch: PackedBatch
 ) -> Float[Array, "B L"]:
     """The critic's values; `hidden` are the policy's, for a critic without a trunk of its own."""
     assert learner.value_head is not None
     if learner.trunk is not None:
-        hidden = read(learner.trunk, critic["trunk"], batch)
+        hidden = forward(learner.trunk, critic["trunk"], batch)
     found: Any = learner.value_head.apply({"params": critic["head"]}, hidden)
     return jnp.where(batch.mask, found, 0.0)
 
 
-def loss(learner: Learner, trained: Trained, sample: Sample, grammar: Grammar) -> tuple[Array, dict[str, dict]]:
+def loss(
+    learner: TrainedModels, trained: Trained, inputs: LossInputs, grammar: Grammar
+) -> tuple[Array, dict[str, dict]]:
     """The part of a minibatch's loss that these rows make, and its metrics.
 
     Losses and metrics under "sum" of all parts add up to those of the minibatch; of those under "max" the largest
     counts. So the result doesn't depend on how the minibatch is divided.
 
     Args:
-        trained: trees whose loss is wanted: all, or one of `apart`.
+        trained: trees whose loss is wanted: all, or one of `split_trainables`.
     """
     total: Array = jnp.float32(0)
     metrics: dict[str, dict] = {"sum": {}, "max": {}}
     hidden = None
     if "policy" in trained:
-        hidden = read(learner.model, trained["policy"], sample.batch)
-        total, metrics = _policy_loss(learner, trained["policy"], hidden, sample, grammar)
-    if "critic" in trained and sample.value is not None:
-        value_loss = _value_loss(learner, trained["critic"], hidden, sample)
+        hidden = forward(learner.model, trained["policy"], inputs.batch)
+        total, metrics = _policy_loss(learner, trained["policy"], hidden, inputs, grammar)
+    if "critic" in trained and inputs.value is not None:
+        value_loss = _value_loss(learner, trained["critic"], hidden, inputs)
         metrics["sum"]["critic/loss"] = value_loss
         total = total + learner.loss.value * value_loss
     return total, metrics
 
 
-def apart(learner: Learner, trained: Trained) -> list[Trained]:
+def split_trainables(learner: TrainedModels, trained: Trained) -> list[Trained]:
     """Trees whose losses have nothing in common, so that one can be differentiated after the other."""
     return [trained] if learner.trunk is None else [{name: tree} for name, tree in trained.items()]
 
 
 def _policy_loss(
-    learner: Learner, params: Params, hidden: Array, sample: Sample, grammar: Grammar
+    learner: TrainedModels, params: Params, hidden: Array, inputs: LossInputs, grammar: Grammar
 ) -> tuple[Array, dict[str, dict]]:
-    batch, mask, options = sample.batch, sample.batch.mask, learner.loss
+    batch, mask, options = inputs.batch, inputs.batch.mask, learner.loss
     new, entropy = action_logprobs(learner, params, hidden, batch, grammar)
     if options.ratio == "sequence":
-        ratio = loss_terms.sequence_ratio(new, sample.old, mask, _segment(batch))
+        ratio = loss_terms.sequence_ratio(new, inputs.old, mask, _segment(batch))
     else:
-        ratio = loss_terms.token_ratio(new, sample.old, mask)
+        ratio = loss_terms.token_ratio(new, inputs.old, mask)
     objective = loss_terms.clipped_objective(
         ratio,
-        sample.advantage,
+        inputs.advantage,
         mask,
         clip_low=options.clip_low,
         clip_high=options.clip_high,
         dual_clip=options.dual_clip,
     )
-    importance = 1.0 if sample.importance is None else sample.importance
-    policy_loss = (sample.weight * importance * objective.loss).sum()
-    metrics = loss_terms.ratio_metrics(new, sample.old, objective.clipped, mask, sample.mean)
-    metrics["sum"] |= {"policy/loss": policy_loss, "policy/entropy": (sample.mean * entropy).sum()}
-    total = policy_loss - options.entropy * (sample.weight * entropy).sum()
-    if sample.reference is not None:
-        penalty = loss_terms.kl_penalty(new, sample.reference, mask, estimator=options.kl_estimator)
-        metrics["sum"]["policy/reference_kl"] = (sample.mean * penalty).sum()
-        total = total + options.kl * (sample.weight * penalty).sum()
+    importance = 1.0 if inputs.importance is None else inputs.importance
+    policy_loss = (inputs.weight * importance * objective.loss).sum()
+    metrics = loss_terms.ratio_metrics(new, inputs.old, objective.clipped, mask, inputs.mean)
+    metrics["sum"] |= {"policy/loss": policy_loss, "policy/entropy": (inputs.mean * entropy).sum()}
+    total = policy_loss - options.entropy * (inputs.weight * entropy).sum()
+    if inputs.reference is not None:
+        penalty = loss_terms.kl_penalty(new, inputs.reference, mask, estimator=options.kl_estimator)
+        metrics["sum"]["policy/reference_kl"] = (inputs.mean * penalty).sum()
+        total = total + options.kl * (inputs.weight * penalty).sum()
     return total, metrics
 
 
 @jax.named_scope("critic")
-def _value_loss(learner: Learner, critic: Params, hidden: Array | None, sample: Sample) -> Array:
-    value = values(learner, critic, hidden, sample.batch)
+def _value_loss(learner: TrainedModels, critic: Params, hidden: Array | None, inputs: LossInputs) -> Array:
+    value = values(learner, critic, hidden, inputs.batch)
     clip = learner.loss.value_clip
-    assert sample.value is not None
-    assert sample.returns is not None
-    per_token = loss_terms.value_loss(value, sample.value, sample.returns, sample.batch.mask, clip=clip)
-    return (sample.mean * per_token).sum()
+    assert inputs.value is not None
+    assert inputs.returns is not None
+    per_token = loss_terms.value_loss(value, inputs.value, inputs.returns, inputs.batch.mask, clip=clip)
+    return (inputs.mean * per_token).sum()
 
 
-def combine(parts: dict[str, dict]) -> dict[str, Array]:
+def reduce_metrics(parts: dict[str, dict]) -> dict[str, Array]:
     """Metrics of a minibatch from those of its parts, stacked on axis 0."""
     return {name: x.sum(0) for name, x in parts["sum"].items()} | {name: x.max(0) for name, x in parts["max"].items()}

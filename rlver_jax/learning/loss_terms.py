@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlver_jax.learning.masked import keep, masked_max, masked_mean
+from rlver_jax.learning.masked import masked_max, masked_mean, zero_outside
 
 NORMALIZATIONS = ("token_mean", "dialogue_mean", "dr_grpo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -55,7 +55,7 @@ def token_weights(mask: Bool[Array, "B L"], kind: str, *, length: int = 0) -> Fl
 
 def token_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
     """exp(new - old) of each action token (PPO, arXiv 1707.06347); never inf (see `_exp`)."""
-    return keep(_exp(_log_ratio(new, old, mask)), mask)
+    return zero_outside(_exp(_log_ratio(new, old, mask)), mask)
 
 
 def sequence_ratio(
@@ -77,7 +77,7 @@ def sequence_ratio(
         rows = jnp.arange(mask.shape[0])[:, None]
         total, count = (jnp.zeros_like(log_ratio).at[rows, segment].add(x) for x in (log_ratio, mask))
         mean = jnp.take_along_axis(total / jnp.maximum(count, 1), segment, axis=1)
-    return keep(jnp.broadcast_to(_exp(mean), mask.shape), mask)
+    return zero_outside(jnp.broadcast_to(_exp(mean), mask.shape), mask)
 
 
 def clipped_objective(
@@ -97,7 +97,7 @@ def clipped_objective(
     """
     if dual_clip and not dual_clip > 1:
         raise ValueError(f"dual_clip={dual_clip} must be above 1 (a multiple of the old probability), or 0 for none")
-    ratio, advantage = keep(ratio, mask), jax.lax.stop_gradient(keep(advantage, mask))
+    ratio, advantage = zero_outside(ratio, mask), jax.lax.stop_gradient(zero_outside(advantage, mask))
     # The maximum is spelled out as a choice, so that ties have one gradient and `clipped` says what happened.
     gain, loss = advantage > 0, advantage < 0
     limit = jnp.where(gain, 1.0 + clip_high, 1.0 - clip_low)
@@ -106,7 +106,7 @@ def clipped_objective(
         too_far = loss & (ratio > dual_clip)
         limit, clipped = jnp.where(too_far, dual_clip, limit), clipped | too_far
     clipped = clipped & mask
-    return Clipped(keep(-advantage * jnp.where(clipped, limit, ratio), mask), clipped)
+    return Clipped(zero_outside(-advantage * jnp.where(clipped, limit, ratio), mask), clipped)
 
 
 def value_loss(
@@ -121,13 +121,13 @@ def value_loss(
 
     A value that has come nearer to R by more than `clip` has no gradient; one that has moved away from R has one.
     """
-    value, returns = keep(value, mask), jax.lax.stop_gradient(keep(returns, mask))
+    value, returns = zero_outside(value, mask), jax.lax.stop_gradient(zero_outside(returns, mask))
     error = (value - returns) ** 2
     if clip:
-        old_value = jax.lax.stop_gradient(keep(old_value, mask))
+        old_value = jax.lax.stop_gradient(zero_outside(old_value, mask))
         near = jnp.clip(value, old_value - clip, old_value + clip)
         error = jnp.maximum(error, (near - returns) ** 2)
-    return keep(0.5 * error, mask)
+    return zero_outside(0.5 * error, mask)
 
 
 def kl_penalty(
@@ -159,8 +159,8 @@ def importance_weights(
     no gradient flows. cap 0 turns it off: all weights are 1.
     """
     if not cap:
-        return keep(jnp.ones(mask.shape, jnp.float32), mask)
-    return jax.lax.stop_gradient(keep(jnp.minimum(_exp(_log_ratio(old, behaviour, mask)), cap), mask))
+        return zero_outside(jnp.ones(mask.shape, jnp.float32), mask)
+    return jax.lax.stop_gradient(zero_outside(jnp.minimum(_exp(_log_ratio(old, behaviour, mask)), cap), mask))
 
 
 def ratio_metrics(
@@ -183,7 +183,7 @@ def ratio_metrics(
 
 def _log_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
     # A constant `old` also makes the on-policy call with old = new right: ratio 1, gradient that of the log-prob.
-    return keep(new, mask) - jax.lax.stop_gradient(keep(old, mask))
+    return zero_outside(new, mask) - jax.lax.stop_gradient(zero_outside(old, mask))
 
 
 def _exp(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 
-def keep(x: Num[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, "*s"]:
+def zero_outside(x: Num[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, "*s"]:
     """The entries of `x` inside `mask`, in float32 or wider; 0 elsewhere.
 
     Clean every argument with it *before* computing: a `where` only after, say, an exp leaves 0 * inf = NaN in the
@@ -23,7 +23,7 @@ def keep(x: Num[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, "*s"]:
 
 def masked_sum(x: Num[Array, "*s"], mask: Bool[Array, "*s"], *, axis: int | None = None) -> Float[Array, "*r"]:
     """Sum of the entries inside `mask`, over everything or along `axis`; 0 for none."""
-    return keep(x, mask).sum(axis)
+    return zero_outside(x, mask).sum(axis)
 
 
 def masked_mean(x: Num[Array, "*s"], mask: Bool[Array, "*s"], *, axis: int | None = None) -> Float[Array, "*r"]:
@@ -33,7 +33,7 @@ def masked_mean(x: Num[Array, "*s"], mask: Bool[Array, "*s"], *, axis: int | Non
 
 def masked_max(x: Num[Array, "*s"], mask: Bool[Array, "*s"], *, empty: float) -> Float[Array, ""]:
     """Largest entry inside `mask`; `empty` for none."""
-    return jnp.where(mask.any(), jnp.max(jnp.where(mask, keep(x, mask), -jnp.inf)), empty)
+    return jnp.where(mask.any(), jnp.max(jnp.where(mask, zero_outside(x, mask), -jnp.inf)), empty)
 
 
 def centred(x: Num[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, "*s"]:
@@ -42,8 +42,8 @@ def centred(x: Num[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, "*s"]:
     The mean of equal numbers is off by rounding; taking one of them off first leaves zeros, whose mean is exact.
     """
     one = jax.lax.stop_gradient(masked_max(x, mask, empty=0.0))
-    shifted = keep(x, mask) - one
-    return keep(shifted - masked_mean(shifted, mask), mask)
+    shifted = zero_outside(x, mask) - one
+    return zero_outside(shifted - masked_mean(shifted, mask), mask)
 
 
 def masked_var(x: Num[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, ""]:

@@ -21,7 +21,7 @@ from rlver_jax.parallel import rules
 
 
 @flax.struct.dataclass
-class Places:
+class RowAssignment:
     """Where N dialogues lie: each in row r % width of read r // width, from `start` on; NumPy arrays on the host."""
 
     row: Any  # int32 [*u, N]
@@ -30,11 +30,11 @@ class Places:
 
 
 @flax.struct.dataclass
-class Layout:
+class PackingPlan:
     """Places of all B dialogues of a batch, and of those of each of its U updates."""
 
-    whole: Places
-    updates: Places  # [U, B / minibatches]
+    whole: RowAssignment
+    updates: RowAssignment  # [U, B / minibatches]
 
 
 @flax.struct.dataclass
@@ -44,9 +44,9 @@ class SharedRows(PackedBatch):
     segment: Int[Array, "B L"]  # place at which the dialogue of a token begins; of padding, the first place of padding
 
 
-def arrange(
+def plan_packing(
     lengths: np.ndarray, orders: np.ndarray, ladder: Sequence[int], width: int, most: float
-) -> tuple[int, Layout]:
+) -> tuple[int, PackingPlan]:
     """How to read a batch, on the host: in the shortest rows with little padding, since long ones cost attention.
 
     Args:
@@ -65,11 +65,11 @@ def arrange(
     if lengths.max() > ladder[-1]:
         raise ValueError(f"a dialogue has {lengths.max()} tokens, but rows have at most {ladder[-1]}")
     tokens = int(lengths[orders].sum())
-    found: tuple[float, int, list[Places]] | None = None
+    found: tuple[float, int, list[RowAssignment]] | None = None
     for length in ladder:
         if length < lengths.max():
             continue
-        updates = [place(lengths[order], length, width) for order in orders]
+        updates = [assign_rows(lengths[order], length, width) for order in orders]
         padding = 1 - tokens / (sum(int(places.reads) for places in updates) * width * length)
         if found is None or padding < found[0]:
             found = (padding, length, updates)
@@ -77,10 +77,10 @@ def arrange(
             break
     assert found is not None
     _, length, updates = found
-    return length, Layout(place(lengths, length, width), jax.tree.map(lambda *x: np.stack(x), *updates))
+    return length, PackingPlan(assign_rows(lengths, length, width), jax.tree.map(lambda *x: np.stack(x), *updates))
 
 
-def place(lengths: np.ndarray, length: int, width: int) -> Places:
+def assign_rows(lengths: np.ndarray, length: int, width: int) -> RowAssignment:
     """[N] dialogues in as few reads of `width` rows as can be found, filled evenly.
 
     The longest first, each into the emptiest row; where that fails with so many reads as first-fit needs, first-fit.
@@ -94,7 +94,7 @@ def place(lengths: np.ndarray, length: int, width: int) -> Places:
         if even is not None:
             packed, reads = even, fewer
             break
-    return Places(*packed, np.int32(reads))
+    return RowAssignment(*packed, np.int32(reads))
 
 
 def _fill(
@@ -112,7 +112,7 @@ def _fill(
     return row, start
 
 
-def lay_out(tree: Any, places: Places, count: Int[Array, " N"], width: int) -> Any:
+def pack(tree: Any, places: RowAssignment, count: Int[Array, " N"], width: int) -> Any:
     """Arrays of dialogues, [N, L], in shared rows, [reads, width, L]: 0 in padding. A PackedBatch becomes SharedRows.
 
     Every device gets all of the arrays (a few bytes a token) and keeps its rows.
@@ -127,8 +127,8 @@ def lay_out(tree: Any, places: Places, count: Int[Array, " N"], width: int) -> A
     return jax.tree.map(lambda x: batch(x) if is_batch(x) else at.take(x), tree, is_leaf=is_batch)
 
 
-def bring_back(tree: Any, places: Places, count: Int[Array, " N"]) -> Any:
-    """Undoes `lay_out` for arrays [reads, width, L]: [N, L], 0 beyond a dialogue's end."""
+def unpack(tree: Any, places: RowAssignment, count: Int[Array, " N"]) -> Any:
+    """Undoes `pack` for arrays [reads, width, L]: [N, L], 0 beyond a dialogue's end."""
 
     def back(x: Array) -> Array:
         length = x.shape[2]
@@ -153,7 +153,7 @@ class _Source:
     filled: Int[Array, "P w"]
 
     @classmethod
-    def of(cls, places: Places, count: Int[Array, " N"], length: int, width: int) -> "_Source":
+    def of(cls, places: RowAssignment, count: Int[Array, " N"], length: int, width: int) -> "_Source":
         """By marking where dialogues begin."""
         number = count.shape[0]
         reads = -(-number // width)

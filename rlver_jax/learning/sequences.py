@@ -17,7 +17,7 @@ from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.parallel import rules
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.rollout.sampler import Dialogues
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 
 
 @flax.struct.dataclass
@@ -43,7 +43,7 @@ class _Piece(NamedTuple):
     branched: bool = False
 
 
-def max_length(tables: PolicyTables, spec: Spec, first_width: int) -> int:
+def max_length(tables: PolicyTables, spec: RolloutConfig, first_width: int) -> int:
     """Tokens that the longest possible row may have.
 
     Args:
@@ -57,13 +57,15 @@ def max_length(tables: PolicyTables, spec: Spec, first_width: int) -> int:
     return min(history, spec.context) + branches
 
 
-def row_lengths(dialogues: Dialogues, tables: PolicyTables, spec: Spec) -> Int[Array, "B"]:
+def row_lengths(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -> Int[Array, "B"]:
     """Tokens of each dialogue's row: what decides how long the packed rows must be."""
     counts = jnp.stack([piece.width for piece in _pieces(dialogues, tables, spec)])
     return tables.system.shape[0] + counts.sum((0, 2))
 
 
-def pack(dialogues: Dialogues, tables: PolicyTables, spec: Spec, limits: PlayLimits, length: int) -> PackedBatch:
+def build_sequences(
+    dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, limits: RolloutLimits, length: int
+) -> PackedBatch:
     """Packs dialogues into rows of `length` places, at least the longest of `row_lengths`.
 
     Tokens that the grammar forced on the policy (the closing of a thought at its limit) are no actions.
@@ -94,7 +96,7 @@ def pack(dialogues: Dialogues, tables: PolicyTables, spec: Spec, limits: PlayLim
     return rules.constrain_rows(PackedBatch(dense(tokens), dense(positions), dense(branch), count, **actions))
 
 
-def _pieces(dialogues: Dialogues, tables: PolicyTables, spec: Spec) -> list[_Piece]:
+def _pieces(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -> list[_Piece]:
     """What one turn adds to a row, in order. The reply stands next to last, the say as history last."""
     d, think = dialogues, spec.mode == "think"
     batch, turns = d.turns.shape[0], spec.max_turns
@@ -154,7 +156,12 @@ def _positions(valid: Bool[Array, "B W"], branch: Int[Array, "W"]) -> Int[Array,
 
 
 def _actions(
-    dialogues: Dialogues, grammar: Grammar, spec: Spec, limits: PlayLimits, first: Int[Array, "B T"], length: int
+    dialogues: Dialogues,
+    grammar: Grammar,
+    spec: RolloutConfig,
+    limits: RolloutLimits,
+    first: Int[Array, "B T"],
+    length: int,
 ) -> dict[str, Array]:
     """The fields of the actions, each at the place before its token's."""
     said = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), dialogues.policy.said)

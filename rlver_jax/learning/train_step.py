@@ -15,21 +15,21 @@ from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import advantages, loss_terms
 from rlver_jax.learning.float32_moments import in_float32, widened
 from rlver_jax.learning.loss import (
-    Learner,
-    Sample,
+    LossInputs,
     Trained,
+    TrainedModels,
     action_logprobs,
-    apart,
     as_params,
-    combine,
+    forward,
     loss,
-    read,
+    reduce_metrics,
+    split_trainables,
     values,
 )
 from rlver_jax.learning.masked import masked_mean, masked_var, whiten
-from rlver_jax.learning.packing import Layout, Places, bring_back, lay_out
+from rlver_jax.learning.packing import PackingPlan, RowAssignment, pack, unpack
 from rlver_jax.learning.sequences import PackedBatch
-from rlver_jax.models.precision import wide
+from rlver_jax.models.precision import accum_dtype
 from rlver_jax.models.qwen import Params
 from rlver_jax.parallel.rules import constrain, constrain_rows, parts
 from rlver_jax.rollout.rewards import Rewards
@@ -38,7 +38,7 @@ ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_pp")
 
 
 @dataclasses.dataclass(frozen=True)
-class Advantage:
+class AdvantageConfig:
     """How rewards become advantages; see `advantages` for the equations."""
 
     estimator: str = "gae"
@@ -52,12 +52,12 @@ class Advantage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class UpdateConfig:
     """How a batch is walked through."""
 
     epochs: int = 1
     minibatches: int = 1  # optimizer steps an epoch
-    microbatches: int = 1  # parts of a minibatch whose gradients are summed, where no layout is given
+    microbatches: int = 1  # parts of a minibatch whose gradients are summed, where no plan is given
     critic_warmup: int = 0  # training steps in which only the critic learns
     recompute: bool = False  # ratios start from the trainer's own log-probs rather than the sampler's
     importance_cap: float = 0.0  # with recompute: truncated importance weights; 0: none
@@ -86,12 +86,12 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class TrainStepConfig:
     """Everything static that `train_step` is compiled for."""
 
-    learner: Learner
-    advantage: Advantage
-    schedule: Schedule
+    learner: TrainedModels
+    advantage: AdvantageConfig
+    schedule: UpdateConfig
     optimizers: Optimizers
 
 
@@ -126,21 +126,21 @@ def init_state(params: Trained, optimizers: Optimizers) -> TrainState:
     return TrainState(jnp.int32(0), params, opt_state, jnp.int32(0))
 
 
-def compile_step(setup: Setup, state: TrainState) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+def compile_step(setup: TrainStepConfig, state: TrainState) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """`train_step` with its setup bound and jitted: the new state lies where the old one did, in its buffers."""
     where = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(functools.partial(train_step, setup), donate_argnums=0, out_shardings=(where, None))
 
 
 def train_step(
-    setup: Setup,
+    setup: TrainStepConfig,
     state: TrainState,
     batch: PackedBatch,
     rewards: Rewards,
     grammar: Grammar,
     key: Key[Array, ""],
     reference: Params | None = None,
-    layout: Layout | None = None,
+    plan: PackingPlan | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Updates policy and critic on one batch of B dialogues.
 
@@ -148,33 +148,33 @@ def train_step(
         grammar: the policy's, as it was sampled under.
         key: of the run; what is shuffled depends on it and on the step alone.
         reference: parameters of the model that a KL penalty holds the policy to.
-        layout: how dialogues share rows, `rows.arrange`d for the `orders` of this step: the result is the same. None:
-            one dialogue a row, a minibatch in so many microbatches as the schedule says.
+        plan: how dialogues share rows, from `plan_packing` for the `minibatch_order` of this step: the result is the
+            same. None: one dialogue a row, a minibatch in so many microbatches as the schedule says.
 
     Returns:
         the new state, and metrics: float32 scalars by the names of metrics.jsonl.
     """
-    sample, metrics = prepare(setup, state, batch, rewards, grammar, reference, layout)
-    order = orders(setup.schedule, key, state.step, batch.count.shape[0])
-    state, found = _epochs(setup, state, sample, grammar, order, layout)
+    inputs, metrics = prepare(setup, state, batch, rewards, grammar, reference, plan)
+    order = minibatch_order(setup.schedule, key, state.step, batch.count.shape[0])
+    state, found = _epochs(setup, state, inputs, grammar, order, plan)
     first = jax.tree.map(lambda x: x[0], found)
     metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in found.items()}
     metrics["policy/ratio_max_first"] = first["policy/ratio_max"]
-    metrics["policy/update_kl"] = _moved(setup, state.params["policy"], sample, grammar, layout)
+    metrics["policy/update_kl"] = post_update_kl(setup, state.params["policy"], inputs, grammar, plan)
     metrics["train/skipped_updates"] = state.skipped.astype(jnp.float32)
     return dataclasses.replace(state, step=state.step + 1), metrics
 
 
 @jax.named_scope("prepare")
 def prepare(
-    setup: Setup,
+    setup: TrainStepConfig,
     state: TrainState,
     batch: PackedBatch,
     rewards: Rewards,
     grammar: Grammar,
     reference: Params | None = None,
-    layout: Layout | None = None,
-) -> tuple[Sample, dict[str, Array]]:
+    plan: PackingPlan | None = None,
+) -> tuple[LossInputs, dict[str, Array]]:
     """All that the loss takes as given: values, log-probs to start from, advantages. Weights are still zero."""
     learner, schedule, mask = setup.learner, setup.schedule, batch.mask
     params = state.params
@@ -182,41 +182,41 @@ def prepare(
     def look(part: PackedBatch) -> dict[str, Array]:
         found, hidden = {}, None
         if schedule.recompute or (learner.value_head is not None and learner.trunk is None):
-            hidden = read(learner.model, params["policy"], part)
+            hidden = forward(learner.model, params["policy"], part)
             if schedule.recompute:
                 found["old"] = action_logprobs(learner, params["policy"], hidden, part, grammar).logprob
         if learner.value_head is not None:
             found["value"] = values(learner, params["critic"], hidden, part)
         if reference is not None:
-            own = read(learner.model, reference, part)
+            own = forward(learner.model, reference, part)
             found["reference"] = action_logprobs(learner, reference, own, part, grammar).logprob
         return found
 
-    looked = _of_parts(look, batch, schedule.minibatches * schedule.microbatches, layout)
+    looked = _of_parts(look, batch, schedule.minibatches * schedule.microbatches, plan)
     importance = None
     if schedule.recompute and schedule.importance_cap:
         importance = loss_terms.importance_weights(looked["old"], batch.logprob, mask, cap=schedule.importance_cap)
     advantage, returns = compute_advantages(setup.advantage, rewards, batch, looked.get("value"))
     zeros = jnp.zeros_like(batch.logprob)
-    sample = Sample(
+    inputs = LossInputs(
         batch, looked.get("old", batch.logprob), advantage, zeros, zeros, looked.get("reference"), importance,
         looked.get("value"), returns,
     )  # fmt: skip
-    return sample, _given_metrics(sample)
+    return inputs, _given_metrics(inputs)
 
 
-def _given_metrics(sample: Sample) -> dict[str, Array]:
-    mask = sample.batch.mask
+def _given_metrics(inputs: LossInputs) -> dict[str, Array]:
+    mask = inputs.batch.mask
     metrics = {
-        "advantage/mean": masked_mean(sample.advantage, mask),
-        "advantage/std": jnp.sqrt(masked_var(sample.advantage, mask)),
+        "advantage/mean": masked_mean(inputs.advantage, mask),
+        "advantage/std": jnp.sqrt(masked_var(inputs.advantage, mask)),
         "tokens/actions": mask.sum().astype(jnp.float32),  # counted in whole numbers: float32 ends at 2^24
-        "tokens/packed": sample.batch.count.sum().astype(jnp.float32),
+        "tokens/packed": inputs.batch.count.sum().astype(jnp.float32),
     }
-    if sample.value is not None and sample.returns is not None:
-        unexplained = masked_var(sample.returns - sample.value, mask)
-        spread = masked_var(sample.returns, mask)
-        metrics["critic/value_mean"] = masked_mean(sample.value, mask)
+    if inputs.value is not None and inputs.returns is not None:
+        unexplained = masked_var(inputs.returns - inputs.value, mask)
+        spread = masked_var(inputs.returns, mask)
+        metrics["critic/value_mean"] = masked_mean(inputs.value, mask)
         # Returns that are all equal have nothing to explain.
         metrics["critic/explained_variance"] = jnp.where(
             spread > 0, 1 - unexplained / jnp.where(spread > 0, spread, 1), 0
@@ -225,7 +225,7 @@ def _given_metrics(sample: Sample) -> dict[str, Array]:
 
 
 def compute_advantages(
-    how: Advantage, rewards: Rewards, batch: PackedBatch, value: Float[Array, "B L"] | None
+    how: AdvantageConfig, rewards: Rewards, batch: PackedBatch, value: Float[Array, "B L"] | None
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"] | None]:
     """Advantages of the action tokens, and the critic's targets where there is a critic.
 
@@ -257,7 +257,7 @@ def compute_advantages(
     raise ValueError(f"estimator={how.estimator!r}; expected one of {', '.join(ESTIMATORS)}")
 
 
-def orders(schedule: Schedule, key: Key[Array, ""], step: Int[Array, ""], size: int) -> Int[Array, "U N"]:
+def minibatch_order(schedule: UpdateConfig, key: Key[Array, ""], step: Int[Array, ""], size: int) -> Int[Array, "U N"]:
     """The dialogues of each update of a training step: every epoch goes through all of them, in an order of its own."""
     order = jnp.tile(jnp.arange(size), (schedule.epochs, 1))
     if schedule.minibatches > 1:
@@ -267,31 +267,40 @@ def orders(schedule: Schedule, key: Key[Array, ""], step: Int[Array, ""], size: 
     return order.reshape(schedule.epochs * schedule.minibatches, -1)
 
 
-def _epochs(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, order: Array, layout: Layout | None):
+def _epochs(
+    setup: TrainStepConfig,
+    state: TrainState,
+    inputs: LossInputs,
+    grammar: Grammar,
+    order: Array,
+    plan: PackingPlan | None,
+):
     """Every minibatch of every epoch, one optimizer step each; metrics [epochs * minibatches]."""
 
-    def one(state: TrainState, update: tuple[Array, Places | None]) -> tuple[TrainState, dict[str, Array]]:
+    def one(state: TrainState, update: tuple[Array, RowAssignment | None]) -> tuple[TrainState, dict[str, Array]]:
         rows, places = update
         whole = setup.schedule.minibatches == 1
-        picked = sample if whole else constrain_rows(jax.tree.map(lambda x: x[rows], sample))
+        picked = inputs if whole else constrain_rows(jax.tree.map(lambda x: x[rows], inputs))
         return _minibatch(setup, state, picked, grammar, places)
 
-    return _loop(one, state, (order, None if layout is None else layout.updates))
+    return _loop(one, state, (order, None if plan is None else plan.updates))
 
 
-def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar, places: Places | None):
+def _minibatch(
+    setup: TrainStepConfig, state: TrainState, inputs: LossInputs, grammar: Grammar, places: RowAssignment | None
+):
     """One optimizer step of each tree. What has nothing in common is done in turn: one gradient is alive at a time."""
-    options, mask = setup.learner.loss, sample.batch.mask
-    sample = dataclasses.replace(
-        sample,
+    options, mask = setup.learner.loss, inputs.batch.mask
+    inputs = dataclasses.replace(
+        inputs,
         weight=loss_terms.token_weights(mask, options.normalization, length=options.length),
         mean=loss_terms.token_weights(mask, "token_mean", length=options.length),
     )
-    pieces = _pieces(sample, sample.batch, setup.schedule.microbatches, places)
+    pieces = _pieces(inputs, inputs.batch, setup.schedule.microbatches, places)
     frozen = {"policy": state.step < setup.schedule.critic_warmup, "critic": jnp.bool_(False)}
     params, opt_state, skipped = {}, {}, state.skipped
     metrics: dict[str, Array] = {}
-    for trained in apart(setup.learner, state.params):
+    for trained in split_trainables(setup.learner, state.params):
         gradients, found = _gradients(setup, trained, pieces, grammar)
         metrics |= found
         for name, gradient in gradients.items():
@@ -305,16 +314,16 @@ def _minibatch(setup: Setup, state: TrainState, sample: Sample, grammar: Grammar
     return TrainState(state.step, params, opt_state, skipped), metrics
 
 
-def _gradients(setup: Setup, trained: Trained, pieces: tuple[Sample, Array | None], grammar: Grammar):
+def _gradients(setup: TrainStepConfig, trained: Trained, pieces: tuple[LossInputs, Array | None], grammar: Grammar):
     """Sums over the microbatches, and the minibatch's metrics."""
 
-    def part(total: Trained, rows: Sample) -> tuple[Trained, dict]:
+    def part(total: Trained, rows: LossInputs) -> tuple[Trained, dict]:
         gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.learner, trained, rows, grammar)
         return as_params(setup.learner, jax.tree.map(jnp.add, total, gradient)), metrics
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), trained)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accum_dtype(x.dtype)), trained)
     gradients, metrics = _loop(part, zeros, *pieces)
-    return gradients, combine(metrics)
+    return gradients, reduce_metrics(metrics)
 
 
 @jax.named_scope("optimizer")
@@ -327,32 +336,34 @@ def _apply(optimizer, gradient: Params, opt_state: Any, params: Params, wanted: 
 
 
 @jax.named_scope("moved")
-def _moved(setup: Setup, params: Params, sample: Sample, grammar: Grammar, layout: Layout | None) -> Array:
+def post_update_kl(
+    setup: TrainStepConfig, params: Params, inputs: LossInputs, grammar: Grammar, plan: PackingPlan | None
+) -> Array:
     """KL of the updated policy to the one that acted, estimated on one microbatch.
 
     With one optimizer step a batch, ratios inside the update are all 1 and say nothing of how far it went.
     """
     parts = setup.schedule.minibatches * setup.schedule.microbatches
-    pieces, _ = _pieces(sample, sample.batch, parts, None if layout is None else layout.whole)
+    pieces, _ = _pieces(inputs, inputs.batch, parts, None if plan is None else plan.whole)
     some = jax.tree.map(lambda x: x[0], pieces)
-    new = action_logprobs(setup.learner, params, read(setup.learner.model, params, some.batch), some.batch, grammar)
+    new = action_logprobs(setup.learner, params, forward(setup.learner.model, params, some.batch), some.batch, grammar)
     kl = loss_terms.kl_penalty(some.old, new.logprob, some.batch.mask, estimator="k3")
     return masked_mean(kl, some.batch.mask)
 
 
-def _pieces(tree: Any, batch: PackedBatch, number: int, places: Places | None) -> tuple[Any, Array | None]:
+def _pieces(tree: Any, batch: PackedBatch, number: int, places: RowAssignment | None) -> tuple[Any, Array | None]:
     """Microbatches along axis 0, and how many of them hold anything; None: all."""
     if places is None:
         return _split(tree, number), None
-    return lay_out(tree, places, batch.count, parts("batch")), places.reads
+    return pack(tree, places, batch.count, parts("batch")), places.reads
 
 
-def _of_parts(function: Callable, batch: PackedBatch, number: int, layout: Layout | None) -> Any:
+def _of_parts(function: Callable, batch: PackedBatch, number: int, plan: PackingPlan | None) -> Any:
     """What a function finds for every token, a microbatch at a time; arrays [B, L]."""
-    places = None if layout is None else layout.whole
+    places = None if plan is None else plan.whole
     pieces, reads = _pieces(batch, batch, number, places)
     _, found = _loop(lambda _, part: (None, function(part)), None, pieces, reads)
-    return _together(found) if places is None else bring_back(found, places, batch.count)
+    return _together(found) if places is None else unpack(found, places, batch.count)
 
 
 def _split(tree: Any, parts: int) -> Any:

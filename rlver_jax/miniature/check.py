@@ -56,10 +56,10 @@ class Judged(NamedTuple):
 
     terms: list[str]
     ruled: int
-    judged: int
+    judge_reply: int
 
 
-def judged(person: Person, dialogue: Spoken) -> list[Judged]:
+def judge_reply(person: Person, dialogue: Spoken) -> list[Judged]:
     """Every reply of a dialogue that the user appraised."""
     found = []
     for turn, judged_change in enumerate(dialogue.changes):
@@ -70,7 +70,7 @@ def judged(person: Person, dialogue: Spoken) -> list[Judged]:
 
 def agreement(dialogues: Iterable[tuple[Person, Spoken]]) -> dict[str, Any]:
     """How the user's changes agree with the rule's, turn by turn; and for each of the rule's terms."""
-    pairs = [pair for person, dialogue in dialogues for pair in judged(person, dialogue)]
+    pairs = [pair for person, dialogue in dialogues for pair in judge_reply(person, dialogue)]
     ruled, found = np.array([p.ruled for p in pairs]), np.array([p.judged for p in pairs])
     errors = np.abs(ruled - found)
     names = sorted({name for pair in pairs for name in pair.terms})
@@ -99,7 +99,7 @@ def measure(folder: Path) -> dict[str, Any]:
     profiles = evaluation.chosen_profiles(config)
     people = {profile.id: Person.of(profile) for profile in profiles}
     played = evaluation.load(config, profiles, gold=gold_judge(config))
-    records, tokenizer = played.play_all(), played.players.tokenizer
+    records, tokenizer = played.play_all(), played.agents.tokenizer
     scores = played.scores(records)
     found: dict[str, Any] = {
         "base": {name: round(scores[name], 2) for name in ("score", "rule_score", "turns_mean")},
@@ -117,7 +117,7 @@ def replayed(played: evaluation.Evaluation, replies: dict[str, list[str]]) -> li
     profiles = [profile for profile in played.profiles if profile.id in replies]
     given = [replies[profile.id] for profile in profiles]
     reply = lambda i, turn, heard: given[i][turn] if turn < len(given[i]) else None  # noqa: E731
-    heard = play_scripted(played.players, profiles, played.limits, reply)
+    heard = play_scripted(played.agents, profiles, played.limits, reply)
     people = [Person.of(profile) for profile in profiles]
     return [(p, Spoken(h.says, h.answers[: len(h.says)], h.changes)) for p, h in zip(people, heard, strict=True)]
 
@@ -127,7 +127,7 @@ def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
     profiles, draw = played.profiles[:ATTACKED], random.Random(0)
     people = [Person.of(profile) for profile in profiles]
     reply = lambda i, turn, heard: attack(people[i], turn, heard, draw)  # noqa: E731
-    heard = play_scripted(played.players, profiles, played.limits, reply)
+    heard = play_scripted(played.agents, profiles, played.limits, reply)
     return float(np.mean([h.emotions[-1] for h in heard]))
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlver_jax.models.precision import exact, wide
+from rlver_jax.models.precision import accum_dtype, matmul_options
 from rlver_jax.models.rope import Frequencies
 
 TWIG_RADIX = 64  # leaves of one twig, the twig itself included
@@ -24,7 +24,7 @@ PARTS = 8  # of a row without a cache, at most: each is compiled, so their numbe
 MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
 
 
-class Visibility(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which keys each query may see."""
 
     q_slot: Int[Array, "B Q"] | None  # slot of each query among the keys; None: query i is slot i (no cache)
@@ -36,7 +36,7 @@ class Visibility(NamedTuple):
     blocks: Any = None  # the same in blocks, for `splash`
 
 
-def visible(see: Visibility, num_keys: int, first: Int[Array, ""] | int = 0) -> Array:
+def visible(see: AttentionMask, num_keys: int, first: Int[Array, ""] | int = 0) -> Array:
     """Boolean mask [B, Q, C] of the C keys from slot `first` on, to which k_branch and k_segment belong."""
     slots = jnp.arange(num_keys)[None] if see.q_slot is None else see.q_slot
     mask = (first + jnp.arange(num_keys))[None, None, :] <= slots[:, :, None]
@@ -55,7 +55,7 @@ def _next_sister(branch: Int[Array, "B C"]) -> Int[Array, "B C"]:
 
 
 def dense_attention(
-    q: Float[Array, "B Q H hd"], k: Float[Array, "B K C hd"], v: Float[Array, "B K C hd"], see: Visibility
+    q: Float[Array, "B Q H hd"], k: Float[Array, "B K C hd"], v: Float[Array, "B K C hd"], see: AttentionMask
 ) -> Float[Array, "B Q H hd"]:
     """softmax(q k^T / sqrt(hd)) v with scores and softmax in float32; H/K query heads share a key head.
 
@@ -66,7 +66,7 @@ def dense_attention(
     return _in_blocks(q, k, v, see, see.filled)
 
 
-def _in_blocks(q: Array, k: Array, v: Array, see: Visibility, filled: Int[Array, ""]) -> Array:
+def _in_blocks(q: Array, k: Array, v: Array, see: AttentionMask, filled: Int[Array, ""]) -> Array:
     """`dense_attention` over the filled slots, a block at a time, with the running softmax of arXiv 1805.02867.
 
     A block is small enough to be copied into a core's own memory; a part of the cache of any size could not be read
@@ -75,7 +75,7 @@ def _in_blocks(q: Array, k: Array, v: Array, see: Visibility, filled: Int[Array,
     b, length, heads, dim = q.shape
     kv_heads, slots = k.shape[1:3]
     size = -(-slots // (MOST_BLOCKS * BLOCK)) * BLOCK
-    dtype = wide(q.dtype)
+    dtype = accum_dtype(q.dtype)
 
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, out = carry
@@ -94,7 +94,7 @@ def _in_blocks(q: Array, k: Array, v: Array, see: Visibility, filled: Int[Array,
     return _rows(out / total[..., None], q)
 
 
-def _attend(q: Array, k: Array, v: Array, see: Visibility) -> Array:
+def _attend(q: Array, k: Array, v: Array, see: AttentionMask) -> Array:
     """`dense_attention` over all keys at once."""
     weights = jax.nn.softmax(_scores(q, k, visible(see, k.shape[2])), axis=-1)
     return _rows(_read(weights, v), q)
@@ -104,13 +104,13 @@ def _scores(q: Array, k: Array, mask: Array) -> Array:
     """[B, K, H/K, Q, C] in float32; MASKED where a query doesn't see a key."""
     b, length, heads, dim = q.shape
     grouped = q.reshape(b, length, k.shape[1], heads // k.shape[1], dim)
-    scores = jnp.einsum("bqkgd,bkcd->bkgqc", grouped, k, **exact(q.dtype)) * dim**-0.5
+    scores = jnp.einsum("bqkgd,bkcd->bkgqc", grouped, k, **matmul_options(q.dtype)) * dim**-0.5
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
 def _read(weights: Array, v: Array) -> Array:
     """Values [B, K, H/K, Q, hd] by weights as `_scores` has them."""
-    return jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), v, **exact(v.dtype))
+    return jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), v, **matmul_options(v.dtype))
 
 
 def _rows(out: Array, q: Array) -> Array:
@@ -121,7 +121,7 @@ def _rows(out: Array, q: Array) -> Array:
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
 
 
-def _up_to(end: int, see: Visibility) -> Visibility:
+def _up_to(end: int, see: AttentionMask) -> AttentionMask:
     """Without the keys from `end` on."""
     branch, segment = (None if x is None else x[:, :end] for x in (see.k_branch, see.k_segment))
     return see._replace(k_branch=branch, k_segment=segment)
@@ -131,7 +131,7 @@ def chunked_attention(
     q: Float[Array, "B Q H hd"],
     k: Float[Array, "B K C hd"],
     v: Float[Array, "B K C hd"],
-    see: Visibility,
+    see: AttentionMask,
     chunk: int,
 ) -> Float[Array, "B Q H hd"]:
     """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
@@ -154,7 +154,7 @@ def chunked_attention(
     return jnp.concatenate(outs, axis=1)
 
 
-def _chunks(q: Array, k: Array, v: Array, see: Visibility, chunk: int) -> Array:
+def _chunks(q: Array, k: Array, v: Array, see: AttentionMask, chunk: int) -> Array:
     """One chunk of queries after the other, each against all keys given."""
     pad = -q.shape[1] % chunk
     assert see.q_slot is not None  # the caller has given every query its slot
@@ -180,9 +180,9 @@ def _split(x: Array, chunk: int, pad: int) -> Array:
 
 def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], rope: Frequencies) -> Float[Array, "B S N hd"]:
     """Rotary position embedding in float32 (arXiv 2104.09864, the half-split layout of Hugging Face)."""
-    angle = positions.astype(wide(x.dtype))[:, :, None, None] * rope.inverse
+    angle = positions.astype(accum_dtype(x.dtype))[:, :, None, None] * rope.inverse
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if rope.scale != 1:
         cos, sin = cos * rope.scale, sin * rope.scale
-    x1, x2 = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
+    x1, x2 = jnp.split(x.astype(accum_dtype(x.dtype)), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

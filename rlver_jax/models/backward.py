@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlver_jax.models.precision import wide
+from rlver_jax.models.precision import accum_dtype
 
 
 def late(layer: Any) -> Any:
@@ -44,7 +44,7 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array
 
     JAX sums it in the table's dtype: in bfloat16 a frequent token's stops growing after some 256 terms.
     """
-    if table.dtype == wide(table.dtype):
+    if table.dtype == accum_dtype(table.dtype):
         return table[tokens]
     return _narrow_lookup(table.shape[0], table, tokens)
 
@@ -59,7 +59,7 @@ def _lookup_forward(size, table, tokens):
 
 
 def _lookup_backward(size, tokens, cotangent):
-    terms = cotangent.astype(wide(cotangent.dtype))
+    terms = cotangent.astype(accum_dtype(cotangent.dtype))
     total = jnp.zeros((size, terms.shape[-1]), terms.dtype).at[tokens].add(terms)
     return total.astype(cotangent.dtype), None
 

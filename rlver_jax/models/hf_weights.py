@@ -160,7 +160,7 @@ def load_params(
         rules.ShardingError: a parameter cannot be divided over the mesh.
     """
     load = functools.partial(_load, folder, model, dtype, mesh)
-    return load() if mesh is None else distributed.together(load)  # each process sees its own slices
+    return load() if mesh is None else distributed.all_or_none(load)  # each process sees its own slices
 
 
 def _load(folder: str | Path, model: Qwen2, dtype: DTypeLike | None, mesh: Mesh | None) -> Params:

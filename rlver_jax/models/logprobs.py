@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlver_jax.models.precision import exact, wide
+from rlver_jax.models.precision import accum_dtype, matmul_options
 from rlver_jax.parallel import rules
 
 
@@ -99,7 +99,7 @@ def _chunk_logits(
     split = head.reshape(shards, rows, head.shape[1])
     kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1).astype(hidden.dtype)
     kernel = rules.constrain(kernel, "vocab", None, None)  # of the head, a chunk at a time is gathered over `fsdp`
-    logits = jnp.einsum("nd,tcd->ntc", hidden, kernel, **exact(hidden.dtype))
+    logits = jnp.einsum("nd,tcd->ntc", hidden, kernel, **matmul_options(hidden.dtype))
     logits = rules.constrain(logits, "batch", "vocab", None)
     local = start + jnp.arange(static.chunk)
     ids = jnp.arange(shards)[:, None] * rows + local
@@ -130,7 +130,7 @@ def _forward(static: _Static, hidden: Array, head: Array, targets: Array, forbid
         hit = (ids == targets[:, None, None]) & (logits > -jnp.inf)
         return new_top, total, weighted, chosen + jnp.where(hit, logits, 0.0).sum((1, 2))
 
-    zeros = jnp.zeros(targets.shape, wide(hidden.dtype))
+    zeros = jnp.zeros(targets.shape, accum_dtype(hidden.dtype))
     # A finite start: a chunk that is forbidden as a whole would make -inf - -inf.
     carry = (jnp.full_like(zeros, -1e30), zeros, zeros, zeros)
     top, total, weighted, chosen = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
@@ -154,15 +154,17 @@ def _backward(static: _Static, saved, cotangents):
         # d log p(t) / d l = 1[t] - p,   d H / d l = -p (log p + H)
         d_logits = d_logprob * (hit - p) - d_entropy * p * (log_p + entropy[:, None, None])
         d_logits = (d_logits / static.temperature).astype(hidden.dtype)
-        d_hidden += jnp.einsum("ntc,tcd->tnd", d_logits, kernel, **exact(hidden.dtype))
+        d_hidden += jnp.einsum("ntc,tcd->tnd", d_logits, kernel, **matmul_options(hidden.dtype))
         # As one matrix: XLA's CPU compiler would write a transposed copy of three axes before it multiplies.
-        d_kernel = jnp.einsum("nk,nd->kd", d_logits.reshape(hidden.shape[0], -1), hidden, **exact(hidden.dtype))
+        d_kernel = jnp.einsum(
+            "nk,nd->kd", d_logits.reshape(hidden.shape[0], -1), hidden, **matmul_options(hidden.dtype)
+        )
         old = jax.lax.dynamic_slice_in_dim(d_head, start, static.chunk, axis=1)
         new = (old.astype(d_kernel.dtype) + d_kernel.reshape(kernel.shape)).astype(d_head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)
 
     # Each shard's part of d_hidden is added up by itself: they are summed over devices once, not for every chunk.
-    d_hidden = rules.constrain(jnp.zeros((shards, *hidden.shape), wide(hidden.dtype)), "vocab", "batch", None)
+    d_hidden = rules.constrain(jnp.zeros((shards, *hidden.shape), accum_dtype(hidden.dtype)), "vocab", "batch", None)
     d_head = rules.constrain(jnp.zeros((shards, rows, head.shape[1]), head.dtype), "vocab", None, "embed")
     carry = d_hidden, d_head
     d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)

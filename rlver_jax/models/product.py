@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlver_jax.models.precision import exact
+from rlver_jax.models.precision import matmul_options
 
 
 @jax.custom_vjp
 def product(x: Float[Array, "B S I"], kernel: Float[Array, "I O"]) -> Float[Array, "B S O"]:
     """x @ kernel, both of one dtype; accumulated and returned in float32 (float64 for float64)."""
-    return jnp.matmul(x, kernel, **exact(x.dtype))
+    return jnp.matmul(x, kernel, **matmul_options(x.dtype))
 
 
 def _forward(x, kernel):
@@ -26,8 +26,8 @@ def _backward(operands, cotangent):
     x, kernel = operands
     barrier = jax.lax.optimization_barrier
     cotangent = jax.lax.platform_dependent(cotangent, cpu=barrier, default=lambda g: g)
-    to_x = jnp.matmul(cotangent, kernel.T, **exact(x.dtype))
-    to_kernel = jnp.einsum("bsi,bso->io", x, cotangent, **exact(x.dtype))
+    to_x = jnp.matmul(cotangent, kernel.T, **matmul_options(x.dtype))
+    to_kernel = jnp.einsum("bsi,bso->io", x, cotangent, **matmul_options(x.dtype))
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 

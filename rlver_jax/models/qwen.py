@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.models.attention import Visibility, chunked_attention, dense_attention, rotate, visible
+from rlver_jax.models.attention import AttentionMask, chunked_attention, dense_attention, rotate, visible
 from rlver_jax.models.backward import late, lookup
 from rlver_jax.models.kv_cache import KVCache, write
-from rlver_jax.models.precision import exact, wide
+from rlver_jax.models.precision import accum_dtype, matmul_options
 from rlver_jax.models.product import product
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel import rules
@@ -40,7 +40,7 @@ def partitioned(init: Any, *axes: str) -> Any:
     return nn.with_logical_partitioning(init, axes)  # plain partitioning would take the names for mesh axes
 
 
-def kept(param_dtype: Any, dtype: Any) -> Any:
+def unquantized_dtype(param_dtype: Any, dtype: Any) -> Any:
     """The dtype of what is not rounded where `param_dtype` is int8: all but the weight matrices of layers."""
     return dtype if param_dtype == jnp.int8 else param_dtype
 
@@ -70,7 +70,7 @@ class Linear(nn.Module):
             ones = partitioned(nn.initializers.ones_init(), *self.axes[1:])
             y *= self.param("scale", ones, (self.features,), jnp.float32).astype(y.dtype)
         if self.use_bias:
-            dtype = kept(self.param_dtype, self.dtype)
+            dtype = unquantized_dtype(self.param_dtype, self.dtype)
             bias = self.param("bias", partitioned(zeros, *self.axes[1:]), (self.features,), dtype)
             y += bias.astype(y.dtype)
         return y
@@ -87,8 +87,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Result in `dtype`, rounded once."""
         init = partitioned(nn.initializers.ones_init(), "norm")
-        scale = self.param("scale", init, (x.shape[-1],), kept(self.param_dtype, self.dtype))
-        y = x.astype(wide(x.dtype))
+        scale = self.param("scale", init, (x.shape[-1],), unquantized_dtype(self.param_dtype, self.dtype))
+        y = x.astype(accum_dtype(x.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (scale.astype(y.dtype) * y).astype(self.dtype)
 
@@ -103,7 +103,7 @@ class Attention(nn.Module):
     attention_chunk: int
 
     @nn.compact
-    def __call__(self, x, positions, see: Visibility, start, keys, values, layer):
+    def __call__(self, x, positions, see: AttentionMask, start, keys, values, layer):
         """x [B, S, D]; keys/values None, or caches to write at `start` [B]. Returns (out, keys, values)."""
         c = self.config
         b, s, _ = x.shape
@@ -155,7 +155,7 @@ class Block(nn.Module):
     attention_chunk: int
 
     @nn.compact
-    def __call__(self, carry, layer, positions, see: Visibility, start):
+    def __call__(self, carry, layer, positions, see: AttentionMask, start):
         """Returns (carry, None) as `nn.scan` wants it."""
         c = self.config
         x, keys, values = carry
@@ -207,7 +207,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Rows of the table in `dtype`."""
         init = partitioned(nn.initializers.normal(self.init_std), "vocab", "embed")
-        table = self.param("kernel", init, (self.rows, self.features), kept(self.param_dtype, self.dtype))
+        table = self.param("kernel", init, (self.rows, self.features), unquantized_dtype(self.param_dtype, self.dtype))
         # Each device looks up its part of the model dimension for all rows that share it: tokens travel, not the table.
         tokens = rules.constrain(tokens, "group", "length")
         rows = lookup(table, tokens)
@@ -270,20 +270,20 @@ class Qwen2(nn.Module):
         if not self.config.tie_embeddings:
             init = partitioned(nn.initializers.normal(self.config.init_std), "vocab", "embed")
             shape = (self.config.vocab_size, self.config.hidden_size)
-            self.param("lm_head", init, shape, kept(self.param_dtype, self.dtype))  # read by `head`
+            self.param("lm_head", init, shape, unquantized_dtype(self.param_dtype, self.dtype))  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
 
-    def _visibility(self, tokens, branch, cache, start, segment, held) -> Visibility:
+    def _visibility(self, tokens, branch, cache, start, segment, held) -> AttentionMask:
         if (cache is None) != (start is None):
             raise ValueError("cache and start go together: give both or neither")
         if held is not None and (cache is None or branch is None):
             raise ValueError("`held` tells the branches of what a cache holds: give it with a cache and with `branch`")
         if cache is None or start is None:
-            see = Visibility(None, branch, branch, q_segment=segment, k_segment=segment)
+            see = AttentionMask(None, branch, branch, q_segment=segment, k_segment=segment)
             if self.attention != "splash" or self.is_initializing():
                 return see
             mask = jnp.broadcast_to(visible(see, tokens.shape[1]), (*tokens.shape, tokens.shape[1]))
-            return Visibility(None, blocks=blocks_of(mask))
+            return AttentionMask(None, blocks=blocks_of(mask))
         if self.attention == "splash":
             raise ValueError("attention='splash' reads rows without a cache; sample with 'dense' or 'chunked'")
         if segment is not None:
@@ -291,11 +291,11 @@ class Qwen2(nn.Module):
         slots = start[:, None] + jnp.arange(tokens.shape[1])
         filled = slots.max() + 1  # once, not in every layer: where a batch is spread, devices must agree on it
         if branch is None:
-            return Visibility(slots, filled=filled)
+            return AttentionMask(slots, filled=filled)
         rows = jnp.arange(tokens.shape[0])[:, None]
         if held is None:
             held = jnp.zeros((tokens.shape[0], cache.capacity), branch.dtype)
-        return Visibility(slots, branch, held.at[rows, slots].set(branch, mode="drop"), filled)
+        return AttentionMask(slots, branch, held.at[rows, slots].set(branch, mode="drop"), filled)
 
     def _layers(self, x, keys, values, positions, see, start):
         fields = (self.config, self.dtype, self.param_dtype, self.attention, self.attention_chunk)
@@ -366,7 +366,7 @@ def head(params: Params) -> Float[Array, "V D"]:
 def logits(params: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """float32 logits for a few positions (decoding, tests); training uses `token_logprobs`."""
     kernel = head(params).astype(hidden.dtype)
-    found = jnp.einsum("...d,vd->...v", hidden, kernel, **exact(hidden.dtype))
+    found = jnp.einsum("...d,vd->...v", hidden, kernel, **matmul_options(hidden.dtype))
     return rules.constrain(found, "batch", *("length",) * (found.ndim - 2), "vocab")
 
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlver_jax.models.precision import exact
+from rlver_jax.models.precision import matmul_options
 from rlver_jax.models.qwen import partitioned
 
 
@@ -26,5 +26,5 @@ class ValueHead(nn.Module):
         zeros, constant = nn.initializers.zeros_init(), nn.initializers.constant(self.bias_init)
         kernel = self.param("kernel", partitioned(zeros, "embed"), (hidden.shape[-1],), self.param_dtype)
         bias = self.param("bias", constant, (), self.param_dtype)
-        product = jnp.einsum("...d,d->...", hidden, kernel.astype(hidden.dtype), **exact(hidden.dtype))
+        product = jnp.einsum("...d,d->...", hidden, kernel.astype(hidden.dtype), **matmul_options(hidden.dtype))
         return product + bias.astype(product.dtype)

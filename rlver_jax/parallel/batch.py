@@ -17,7 +17,7 @@ def common_parts(*sizes: int) -> int:
     return 1 if any(size % parts for size in sizes) else parts
 
 
-def take_rows(x: Array, index: Int[Array, "R"]) -> Array:
+def gather_rows(x: Array, index: Int[Array, "R"]) -> Array:
     """x[index] for x [N, …]."""
     parts = common_parts(x.shape[0], index.shape[0])
     if parts == 1:
@@ -26,7 +26,7 @@ def take_rows(x: Array, index: Int[Array, "R"]) -> Array:
     return rules.constrain_rows(taken.reshape(index.shape[0], *x.shape[1:]))
 
 
-def put_rows(x: Array, index: Int[Array, "R"], column: Int[Array, "R"], value: Array) -> Array:
+def scatter_rows(x: Array, index: Int[Array, "R"], column: Int[Array, "R"], value: Array) -> Array:
     """x with x[index[r], column[r]] = value[r], for x [N, T, …]; an index of N writes nothing."""
     parts = common_parts(x.shape[0], index.shape[0])
 

@@ -49,7 +49,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("process", None, "which this one is, from 0 on (or JAX_PROCESS_ID)", flag_values=values)
 
 
-def join(options: flags.FlagValues, *, finish_steps: bool) -> None:
+def initialize(options: flags.FlagValues, *, finish_steps: bool) -> None:
     """Meets the other processes, if there are any; to be called before anything looks at devices.
 
     Args:
@@ -106,7 +106,7 @@ def _among_tpu_workers() -> bool:
     return wanted and "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
 
 
-def leave(status: int) -> int:
+def shutdown(status: int) -> int:
     """Ends this process's part with its exit status: orderly with the others after 0, else at once.
 
     An orderly end waits for the others. After a fault they may be waiting for this process in a collective, and JAX
@@ -129,7 +129,7 @@ def leave(status: int) -> int:
     os._exit(status)
 
 
-def lost(error: Exception) -> str | None:
+def peer_failure(error: Exception) -> str | None:
     """What to say of a runtime error that may come from another process; None where it is this one's own."""
     if jax.process_count() == 1 or str(error).startswith(_OWN_FAULTS):
         return None
@@ -145,7 +145,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def together(action: Callable[[], _T], otherwise: Exception | None = None) -> _T:
+def all_or_none(action: Callable[[], _T], otherwise: Exception | None = None) -> _T:
     """Returns what `action` does; where it fails on one process it fails on all, so that none waits for another.
 
     Args:
@@ -169,7 +169,7 @@ def from_main(action: Callable[[], _T]) -> _T:
     """What `action` returns on process 0, on every process; of JSON types. Where it fails it fails on all."""
     if jax.process_count() == 1:
         return action()
-    data = together(lambda: json.dumps(action()).encode() if is_main() else b"")
+    data = all_or_none(lambda: json.dumps(action()).encode() if is_main() else b"")
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     mine = np.zeros(size, np.uint8)
     mine[: len(data)] = np.frombuffer(data, np.uint8)
@@ -184,7 +184,7 @@ def check_same(what: str, value: Any) -> None:
     """
     theirs = from_main(lambda: value)
     mine = json.loads(json.dumps(value))
-    together(lambda: _compare(what, mine, theirs))
+    all_or_none(lambda: _compare(what, mine, theirs))
 
 
 def _compare(what: str, mine: Any, theirs: Any) -> None:
@@ -215,7 +215,7 @@ def rows_on(mesh: Mesh | None, count: int, rows: Callable[[slice], np.ndarray]) 
     return jax.make_array_from_callback((count, *rest), where, part)
 
 
-def everywhere(tree: _T, mesh: Mesh) -> _T:
+def replicate(tree: _T, mesh: Mesh) -> _T:
     """Arrays that every process has in equal form, whole on every device of the mesh."""
     whole = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:

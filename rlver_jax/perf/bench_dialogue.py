@@ -31,7 +31,7 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     tell("loading the models")
     refill = _evaluation(dialogues, rows)
     waiting, wide = (
-        dataclasses.replace(refill, batch=batch, players=_on_all_rows(refill)) for batch in (rows, dialogues)
+        dataclasses.replace(refill, batch=batch, agents=_on_all_rows(refill)) for batch in (rows, dialogues)
     )
     evaluations = {"refill": refill, "waiting": waiting, "wide": wide}
     ways = {name: _player(evaluation, dialogues) for name, evaluation in evaluations.items()}
@@ -82,16 +82,16 @@ def _evaluation(dialogues: int, rows: int) -> Evaluation:
 
 
 def _on_all_rows(evaluation: Evaluation) -> Any:
-    spec = dataclasses.replace(evaluation.players.spec, rows=0)
-    return dataclasses.replace(evaluation.players, spec=spec)
+    spec = dataclasses.replace(evaluation.agents.spec, rows=0)
+    return dataclasses.replace(evaluation.agents, spec=spec)
 
 
 def _player(evaluation: Evaluation, dialogues: int) -> Callable[[], list[Dialogues]]:
     """Plays all dialogues, batch by batch; nothing waits for a batch to end before the next is on its way."""
     key, size = jax.random.key(0), evaluation.batch
     numbers = [list(range(i, i + size)) for i in range(0, dialogues, size)]
-    batches = [evaluation.tokens.batch(some, some, size, evaluation.players.mesh) for some in numbers]
-    return lambda: [evaluation.players.play(profiles, key, evaluation.limits) for profiles in batches]
+    batches = [evaluation.tokens.batch(some, some, size, evaluation.agents.mesh) for some in numbers]
+    return lambda: [evaluation.agents.play(profiles, key, evaluation.limits) for profiles in batches]
 
 
 def _same(some: list[Dialogues], others: list[Dialogues]) -> int:
@@ -104,7 +104,7 @@ def _figures(evaluation: Evaluation, played: list[Dialogues], seconds: list[floa
     median = statistics.median(seconds)
     generated, turns = sum(map(generated_count, played)), sum(int(d.turns.sum()) for d in played)
     return {
-        "rows": evaluation.players.spec.rows_of(evaluation.batch),
+        "rows": evaluation.agents.spec.rows_of(evaluation.batch),
         "dialogues_per_s": sum(len(d.turns) for d in played) / median,
         "generated_tokens_per_s": generated / median,
         "occupancy": turns / sum(int(d.row_turns) for d in played),

@@ -23,7 +23,7 @@ from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.perf.bench_limits import copied_bytes_per_s
 from rlver_jax.perf.bench_timing import Tell, alternate
 from rlver_jax.rollout.policy_turn import PolicyTables, policy_turn
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.turn import UserLimits
 
 
@@ -124,7 +124,7 @@ def _texts(shape: Shape, vocabulary: int) -> tuple[Array, Array]:
 
 @jax.jit
 def _play(lm: LM, tables: PolicyTables, prefix: Int[Array, "B P"], heard: Int[Array, "T B H"], keys: Key[Array, "B"]):
-    spec = Spec("direct", False, 1, SHAPE.turns, SHAPE.context, 0, SHAPE.said, SHAPE.heard)
+    spec = RolloutConfig("direct", False, 1, SHAPE.turns, SHAPE.context, 0, SHAPE.said, SHAPE.heard)
     everyone, whole = jnp.ones(SHAPE.batch, bool), jnp.full(SHAPE.batch, SHAPE.prefix, jnp.int32)
     limits = _limits()
     cache = append(lm, init_cache(lm, SHAPE.batch, SHAPE.context), prefix, whole)
@@ -150,10 +150,10 @@ def _play(lm: LM, tables: PolicyTables, prefix: Int[Array, "B P"], heard: Int[Ar
     return jax.lax.fori_loop(0, SHAPE.turns, turn, cache)
 
 
-def _limits() -> PlayLimits:
+def _limits() -> RolloutLimits:
     none, one = jnp.int32(0), jnp.float32(1)
     user = UserLimits(field_tokens=none, reply_tokens=none, reply_temperature=one)
-    return PlayLimits(jnp.int32(SHAPE.turns), none, jnp.int32(SHAPE.said), one, jnp.int32(40), user)
+    return RolloutLimits(jnp.int32(SHAPE.turns), none, jnp.int32(SHAPE.said), one, jnp.int32(40), user)
 
 
 def _half(cache: Cache) -> Cache:

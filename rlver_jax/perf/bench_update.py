@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlver_jax.learning.loss import Learner, Loss, Sample, loss
+from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import BRANCH_RADIX
@@ -154,8 +154,8 @@ def _gradients(model: Qwen2, params: Params, groups: list[Row]) -> Params:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add_gradients(model: Qwen2, params: Params, rows: Row, total: Params) -> Params:
-    unclipped = Loss(clip_low=1.0, clip_high=float("inf"))
-    learner, grammar = Learner(model, None, None, unclipped), free_grammar(model.config.vocab_size)
+    unclipped = LossConfig(clip_low=1.0, clip_high=float("inf"))
+    learner, grammar = TrainedModels(model, None, None, unclipped), free_grammar(model.config.vocab_size)
 
     def one(total: Params, row: Row) -> tuple[Params, None]:
         tokens, positions, branch, target, mask = (x[None] for x in row)
@@ -163,7 +163,7 @@ def _add_gradients(model: Qwen2, params: Params, rows: Row, total: Params) -> Pa
         count = jnp.full(1, target.shape[1], jnp.int32)
         batch = PackedBatch(tokens, positions, branch, count, mask, target, zeros, none, none)
         weight = mask / (DIALOGUES * TURNS * SAY)
-        sample = Sample(batch, jnp.full(mask.shape, -9.0), jnp.ones(mask.shape), weight, weight)
+        sample = LossInputs(batch, jnp.full(mask.shape, -9.0), jnp.ones(mask.shape), weight, weight)
         gradient = jax.grad(loss, argnums=1, has_aux=True)(learner, {"policy": params}, sample, grammar)[0]["policy"]
         return jax.tree.map(jnp.add, total, gradient), None
 

@@ -7,7 +7,7 @@ few hundredths, as the test against the compiler's own count shows.
 import dataclasses
 
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.spec import RolloutConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def prefill(policy: Qwen2Config, user: Qwen2Config, play: Play) -> Work:
     return own + reading(user, play.profiles, play.prefix, 0, logits=0, passes=1)
 
 
-def policy_turns(c: Qwen2Config, play: Play, spec: Spec) -> Work:
+def policy_turns(c: Qwen2Config, play: Play, spec: RolloutConfig) -> Work:
     """All replies of the policy: it reads what was said, and generates one token a step."""
     growth = play.heard + spec.say_tokens
     average = play.system + growth * spec.max_turns / 2
@@ -166,7 +166,7 @@ def policy_turns(c: Qwen2Config, play: Play, spec: Spec) -> Work:
     return (read + spoken).times(spec.max_turns * play.rounds)
 
 
-def user_turns(c: Qwen2Config, play: Play, spec: Spec) -> Work:
+def user_turns(c: Qwen2Config, play: Play, spec: RolloutConfig) -> Work:
     """All reactions of the user: appraisal, choice and reply."""
     growth = play.heard + spec.say_tokens
     average = play.prefix + growth * spec.max_turns / 2

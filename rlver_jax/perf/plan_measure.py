@@ -85,8 +85,8 @@ def phase_of(op_name: str) -> str | None:
 
 def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
     """How often loops run whose end the data decides: with every dialogue and every text at its limit."""
-    config, spec = shapes.config, shapes.players.spec
-    tables = shapes.players.tables[1]
+    config, spec = shapes.config, shapes.agents.spec
+    tables = shapes.agents.tables[1]
     considerations = len(tables.reply.names)
     rounds = -(-config.rollout.batch // spec.rows_of(config.rollout.batch))
     rows, minibatches = config.rollout.batch, config.train.minibatches
@@ -182,7 +182,7 @@ def uncounted(uses: Uses) -> list[str]:
 def _logits(module: Module, shapes: Shapes) -> list[str]:
     """Arrays of the size of one microbatch's logits: [B, L, V], however they are cut and laid out."""
     config, mesh = shapes.config, shapes.mesh
-    model = shapes.players.policy.model.config
+    model = shapes.agents.policy.model.config
     apart = config.rollout.batch // (config.train.minibatches * config.train.microbatches) // batch_parts(mesh)
     places = (1 if config.train.share_rows else apart) * shapes.lengths[-1]
     return logits_among(module.arrays(), places, model.vocab_size, mesh.shape["tensor"], model.hidden_size)

@@ -67,7 +67,7 @@ def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[
 
 
 def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Shapes, chip: Chip) -> Phase:
-    mesh = shapes.mesh if program == "learn" else shapes.players.mesh or shapes.mesh
+    mesh = shapes.mesh if program == "learn" else shapes.agents.mesh or shapes.mesh
     hbm = work.weight_bytes / mesh.shape["tensor"] + work.spread_bytes / mesh.size
     ici, dcn, _ = (sum(use.bytes for use in over.values()) for over in by_link(uses))
     return Phase(
@@ -84,13 +84,13 @@ def by_link(uses: dict[str, Use]) -> tuple[dict[str, Use], dict[str, Use], dict[
 
 def play_of(shapes: Shapes) -> flops.Play:
     """Lengths of the dialogues."""
-    config, (policy, user) = shapes.config, shapes.players.tables
+    config, (policy, user) = shapes.config, shapes.agents.tables
     batch = config.rollout.batch
     scripts = (user.appraisal, user.reply)
     return flops.Play(
         dialogues=batch,
         profiles=batch // config.rollout.group,
-        rows=shapes.players.spec.rows_of(batch),
+        rows=shapes.agents.spec.rows_of(batch),
         system=policy.system.shape[0],
         prefix=shapes.profiles.prefix.shape[1],
         heard=config.user.reply_tokens,
@@ -102,14 +102,14 @@ def play_of(shapes: Shapes) -> flops.Play:
 
 
 def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
-    players, play = shapes.players, play_of(shapes)
-    policy, user = players.policy.model.config, players.user.model.config
+    agents, play = shapes.agents, play_of(shapes)
+    policy, user = agents.policy.model.config, agents.user.model.config
     return {
-        "copy policy": (_copied(players.policy.model), "copy policy"),
-        "copy user": (_copied(players.user.model), "copy user"),
+        "copy policy": (_copied(agents.policy.model), "copy policy"),
+        "copy user": (_copied(agents.user.model), "copy user"),
         "prefill": (flops.prefill(policy, user, play), "play"),
-        "policy turns": (flops.policy_turns(policy, play, players.spec), "play"),
-        "user turns": (flops.user_turns(user, play, players.spec), "play"),
+        "policy turns": (flops.policy_turns(policy, play, agents.spec), "play"),
+        "user turns": (flops.user_turns(user, play, agents.spec), "play"),
         "pack": (Work(0, 0, 0), "pack"),
     }
 
@@ -125,7 +125,7 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     """Of dialogues at their limits, whether they share rows or not: they see nothing of each other."""
     config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.learner.trunk
     length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
-    rows, model = config.rollout.batch, shapes.players.policy.model
+    rows, model = config.rollout.batch, shapes.agents.policy.model
     parts = config.train.minibatches * reads_at_most(config, mesh, rows // config.train.minibatches)
     moved = _forward(model, rows // parts, length, logits=True, parts=1)
     given = moved

@@ -17,17 +17,17 @@ from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.loss import Trained
-from rlver_jax.learning.packing import Layout, Places
+from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
-from rlver_jax.learning.train_step import Setup, TrainState, compile_step, init_state
+from rlver_jax.learning.train_step import TrainState, TrainStepConfig, compile_step, init_state
 from rlver_jax.models.architecture import Qwen2Config, preset
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
-from rlver_jax.rollout.agents import Players, is_ready, limits_of, make_model, sampling_params, sampling_program
+from rlver_jax.rollout.agents import Agents, is_ready, limits_of, make_model, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
-from rlver_jax.rollout.spec import Spec, check_rows
+from rlver_jax.rollout.spec import RolloutConfig, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.training import setup as assembly
 from rlver_jax.training.loop import pack_program, row_sharding
@@ -56,10 +56,10 @@ class Shapes:
 
     config: ConfigDict
     mesh: Mesh
-    players: Players
+    agents: Agents
     profiles: Profiles
     state: TrainState
-    setup: Setup
+    setup: TrainStepConfig
     lengths: tuple[int, ...]
     reference: Params | None
 
@@ -126,14 +126,14 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     """
     spec = assembly.rollout_spec(config)
     playing = sampling_mesh(mesh, config.mesh_sampling)
-    players = unplaced_players(config, texts.tokenizer, texts.language, spec)
-    policy, user = players.policy.model, players.user.model
-    players = dataclasses.replace(
-        players, policy=LM(params_of(policy, mesh), policy), user=LM(params_of(user, mesh), user), mesh=playing,
-        tables=_whole(players.tables, playing),
+    agents = unplaced_agents(config, texts.tokenizer, texts.language, spec)
+    policy, user = agents.policy.model, agents.user.model
+    agents = dataclasses.replace(
+        agents, policy=LM(params_of(policy, mesh), policy), user=LM(params_of(user, mesh), user), mesh=playing,
+        tables=_whole(agents.tables, playing),
     )  # fmt: skip
-    trained, trunk = _trained(config, players, mesh)
-    setup = assembly.setup_of(config, players, trunk, "critic" in trained, mesh)
+    trained, trunk = _trained(config, agents, mesh)
+    setup = assembly.setup_of(config, agents, trunk, "critic" in trained, mesh)
     places = assembly.state_shardings(trained, setup.optimizers, mesh)
     state = placed(jax.eval_shape(lambda p: init_state(p, setup.optimizers), trained), places)
     reference = None
@@ -141,13 +141,13 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
         reference = params_of(
             make_model(config.policy, "reference", architecture(config, "reference", config.policy)), mesh
         )
-    lengths = assembly.row_lengths(config, players, texts.first_talk, mesh)
+    lengths = assembly.row_lengths(config, agents, texts.first_talk, mesh)
     profiles = _whole(_profiles(config, texts), playing)
-    return Shapes(config, mesh, players, profiles, state, setup, lengths, reference)
+    return Shapes(config, mesh, agents, profiles, state, setup, lengths, reference)
 
 
-def unplaced_players(config: ConfigDict, tokenizer: Tokenizer, language: str, spec: Spec) -> Players:
-    """Players without parameters, whose tables are arrays.
+def unplaced_agents(config: ConfigDict, tokenizer: Tokenizer, language: str, spec: RolloutConfig) -> Agents:
+    """Agents without parameters, whose tables are arrays.
 
     Raises:
         ValueError, OSError: as `architecture`.
@@ -155,7 +155,7 @@ def unplaced_players(config: ConfigDict, tokenizer: Tokenizer, language: str, sp
     policy, user = (LM({}, make_model(config[name], name, architecture(config, name))) for name in ("policy", "user"))
     prompts = load_prompts(language, config.user.prompts or None)
     how = {"style": config.user.style, "scenario": config.user.scenario}
-    return Players.build(policy, user, tokenizer, prompts, spec, **how)
+    return Agents.build(policy, user, tokenizer, prompts, spec, **how)
 
 
 def _whole(tree: Any, mesh: Mesh | None) -> Any:
@@ -164,13 +164,13 @@ def _whole(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
-def _trained(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained, Qwen2 | None]:
+def _trained(config: ConfigDict, agents: Agents, mesh: Mesh) -> tuple[Trained, Qwen2 | None]:
     """`assembly.trained_of`, as shapes."""
-    trained: Trained = {"policy": players.policy.params}
+    trained: Trained = {"policy": agents.policy.params}
     if config.algorithm.estimator != "gae":
         return trained, None
     trunk, critic = None, {}
-    width = players.policy.model.config.hidden_size
+    width = agents.policy.model.config.hidden_size
     if config.critic.kind == "separate":
         found = architecture(config, "critic", config.policy)
         trunk = assembly.as_trained(make_model(config.critic, "critic", found), config.critic)
@@ -199,7 +199,7 @@ def programs_of(shapes: Shapes) -> list[Program]:
     copies: dict[str, Params] = {}
     for name in ("policy", "user"):
         ready[name] = resident[name]
-        like = sampling_params(getattr(shapes.players, name).model, shapes.players.mesh)
+        like = sampling_params(getattr(shapes.agents, name).model, shapes.agents.mesh)
         if not is_ready(resident[name], like):  # otherwise the sampler reads the model itself
             found.append(_copy(name, like, resident, copies))
             ready[name] = copies[f"{name}'s copy"] = like
@@ -225,7 +225,7 @@ def _resident(shapes: Shapes) -> dict[str, Any]:
         found |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
     if shapes.reference:
         found["reference"] = shapes.reference
-    return found | {"user": shapes.players.user.params}
+    return found | {"user": shapes.agents.user.params}
 
 
 def _copy(name: str, like: Params, resident: dict[str, Any], made: dict[str, Any]) -> Program:
@@ -239,38 +239,38 @@ def _key(mesh: Mesh | None) -> Any:
 
 
 def _limits(shapes: Shapes) -> Any:
-    players, temperature = shapes.players, shapes.config.rollout.temperature
-    return _whole(jax.eval_shape(lambda: limits_of(shapes.config, players.spec, temperature)), players.mesh)
+    agents, temperature = shapes.agents, shapes.config.rollout.temperature
+    return _whole(jax.eval_shape(lambda: limits_of(shapes.config, agents.spec, temperature)), agents.mesh)
 
 
 def _ready(shapes: Shapes, params: dict[str, Params]) -> tuple[LM, LM]:
     """Policy and user as the sampler gets them."""
-    return LM(params["policy"], shapes.players.policy.model), LM(params["user"], shapes.players.user.model)
+    return LM(params["policy"], shapes.agents.policy.model), LM(params["user"], shapes.agents.user.model)
 
 
 def _lower_play(shapes: Shapes, params: dict[str, Params]) -> Any:
-    players = shapes.players
-    given = (players.tables, shapes.profiles, _key(players.mesh), _limits(shapes))
-    with jax.set_mesh(players.mesh):
-        return sample_dialogues.lower(*_ready(shapes, params), *given, spec=players.spec)
+    agents = shapes.agents
+    given = (agents.tables, shapes.profiles, _key(agents.mesh), _limits(shapes))
+    with jax.set_mesh(agents.mesh):
+        return sample_dialogues.lower(*_ready(shapes, params), *given, spec=agents.spec)
 
 
 def _dialogues(shapes: Shapes, params: dict[str, Params]) -> Dialogues:
     """What play returns. Where its parts lie is the compiler's choice; whole on every chip is the most they take."""
-    players, mesh = shapes.players, shapes.players.mesh
+    agents, mesh = shapes.agents, shapes.agents.mesh
     with jax.set_mesh(mesh):
         found = jax.eval_shape(
-            lambda *args: sample_dialogues(*args, spec=players.spec),
-            *_ready(shapes, params), players.tables, shapes.profiles, _key(mesh), _limits(shapes),
+            lambda *args: sample_dialogues(*args, spec=agents.spec),
+            *_ready(shapes, params), agents.tables, shapes.profiles, _key(mesh), _limits(shapes),
         )  # fmt: skip
     return _whole(found, mesh)
 
 
 def _lower_pack(shapes: Shapes, params: dict[str, Params]) -> Any:
-    players = shapes.players
-    with jax.set_mesh(players.mesh):
+    agents = shapes.agents
+    with jax.set_mesh(agents.mesh):
         return pack_program(shapes.mesh).lower(
-            _dialogues(shapes, params), players.tables[0], players.spec, _limits(shapes), shapes.lengths[-1]
+            _dialogues(shapes, params), agents.tables[0], agents.spec, _limits(shapes), shapes.lengths[-1]
         )
 
 
@@ -285,19 +285,19 @@ def _lower_learn(shapes: Shapes) -> Any:
     arrays = {name: array(dtypes.get(name, jnp.int32), rows, shapes.lengths[-1]) for name in names}
     packed = PackedBatch(count=array(jnp.int32, rows), **arrays)
     rewards = Rewards(array(jnp.float32, rows), array(jnp.float32, rows, config.rollout.max_turns))
-    grammar = _whole(shapes.players.tables[0].grammar, mesh)
+    grammar = _whole(shapes.agents.tables[0].grammar, mesh)
     layout = _whole(_layout(config), mesh) if config.train.share_rows else None
     with jax.set_mesh(mesh):
         step = compile_step(shapes.setup, shapes.state)
         return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference, layout)  # type: ignore[attr-defined]
 
 
-def _layout(config: ConfigDict) -> Layout:
+def _layout(config: ConfigDict) -> PackingPlan:
     """Where dialogues lie: data, whatever it says."""
 
-    def places(*sizes: int) -> Places:
+    def places(*sizes: int) -> RowAssignment:
         shape: Any = jax.ShapeDtypeStruct
-        return Places(shape(sizes, jnp.int32), shape(sizes, jnp.int32), shape(sizes[:-1], jnp.int32))
+        return RowAssignment(shape(sizes, jnp.int32), shape(sizes, jnp.int32), shape(sizes[:-1], jnp.int32))
 
     rows, minibatches = config.rollout.batch, config.train.minibatches
-    return Layout(places(rows), places(config.train.epochs * minibatches, rows // minibatches))
+    return PackingPlan(places(rows), places(config.train.epochs * minibatches, rows // minibatches))

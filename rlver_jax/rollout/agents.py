@@ -20,11 +20,11 @@ from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
-from rlver_jax.parallel.distributed import everywhere, rows_on
+from rlver_jax.parallel.distributed import replicate, rows_on
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.policy_turn import PolicyTables, build_policy_tables
 from rlver_jax.rollout.sampler import Dialogues, Profiles, room_needed, sample_dialogues
-from rlver_jax.rollout.spec import PlayLimits, Spec, check_context
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.common import difference
 from rlver_jax.text.padding import longest, pad_rows, round_up
@@ -117,11 +117,11 @@ def sampling_program(like: Params) -> Callable[[Params], Params]:
 
     The two meshes must hold the same devices in the same order (`parallel.mesh.sampling_mesh`).
     """
-    copied = lambda params: jax.tree_util.tree_map_with_path(_moved, params, like)  # noqa: E731
+    copied = lambda params: jax.tree_util.tree_map_with_path(cast_and_reshard, params, like)  # noqa: E731
     return jax.jit(copied, out_shardings=jax.tree.map(lambda x: x.sharding, like))
 
 
-def _moved(path: Any, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def cast_and_reshard(path: Any, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """A weight rounded and at its place; stacked ones layer by layer: a gather then needs room for one layer only."""
     if path[0].key != "layers" or not isinstance(like.sharding, NamedSharding):
         return x.astype(like.dtype)
@@ -159,9 +159,9 @@ def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
     return EmotionRules(initial, c.floor, c.ceiling, c.max_change, tuple(c.thresholds))
 
 
-def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int, rows: int = 0) -> Spec:
+def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int, rows: int = 0) -> RolloutConfig:
     """What the sampler is compiled for, from a config."""
-    return Spec(
+    return RolloutConfig(
         mode=config.policy.mode,
         enforce_format=config.policy.enforce_format,
         group=group,
@@ -177,9 +177,9 @@ def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: 
     )
 
 
-def limits_of(config: ConfigDict, spec: Spec, temperature: float) -> PlayLimits:
+def limits_of(config: ConfigDict, spec: RolloutConfig, temperature: float) -> RolloutLimits:
     """The lengths and temperatures of a config, as arguments of the sampler."""
-    return PlayLimits(
+    return RolloutLimits(
         max_turns=jnp.int32(spec.max_turns),
         think_tokens=jnp.int32(config.rollout.think_tokens),
         say_tokens=jnp.int32(config.rollout.say_tokens),
@@ -237,7 +237,7 @@ class ProfileTokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Players:
+class Agents:
     """Two models with one tokenizer, and everything that is compiled or looked up for them."""
 
     policy: LM
@@ -247,7 +247,7 @@ class Players:
     tables: tuple[PolicyTables, UserTables]
     style: str
     scenario: str
-    spec: Spec
+    spec: RolloutConfig
     mesh: Mesh | None = None  # that dialogues are played on
 
     @classmethod
@@ -257,12 +257,12 @@ class Players:
         user: LM,
         tokenizer: Tokenizer,
         prompts: Prompts,
-        spec: Spec,
+        spec: RolloutConfig,
         mesh: Mesh | None = None,
         user_tokenizer: Tokenizer | None = None,
         **how: str,
-    ) -> "Players":
-        """Players from loaded models; `how` holds the user's `style` and `scenario`.
+    ) -> "Agents":
+        """Agents from loaded models; `how` holds the user's `style` and `scenario`.
 
         Args:
             user_tokenizer: the user's own; it may lack special tokens of the policy's, or have more of them.
@@ -278,12 +278,12 @@ class Players:
     def load(
         cls,
         config: ConfigDict,
-        spec: Spec,
+        spec: RolloutConfig,
         mesh: Mesh | None = None,
         policy_weights: Weights | None = None,
         rest: Mesh | None = None,
-    ) -> "Players":
-        """Players of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
+    ) -> "Agents":
+        """Agents of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
 
         Args:
             mesh: that dialogues are played on; both models are loaded onto it.
@@ -342,7 +342,7 @@ class Players:
 
     def _check_room(self, profiles: Sequence[Profile], lengths: np.ndarray, first_width: int) -> None:
         limits = UserLimits(self.spec.user_tokens, self.spec.user_tokens, 0.0)  # type: ignore[arg-type]
-        full = PlayLimits(0, 0, 0, 0.0, 0, limits)  # type: ignore[arg-type]
+        full = RolloutLimits(0, 0, 0, 0.0, 0, limits)  # type: ignore[arg-type]
         policy_room, room = room_needed(self.tables, self.spec, full, first_width)
         system = self.tables[0].system.shape[0]
         if system + policy_room > self.spec.context:
@@ -357,7 +357,7 @@ class Players:
                 f"rollout.context is {self.spec.context}; raise it to {lengths[worst] + room} for one turn at least"
             )
 
-    def play(self, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits) -> Dialogues:
+    def play(self, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits) -> Dialogues:
         """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
         key, limits = self.place((key, limits))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
@@ -365,9 +365,9 @@ class Players:
 
     def place(self, tree: _T) -> _T:
         """Small arrays, whole on every device of the mesh."""
-        return tree if self.mesh is None else everywhere(tree, self.mesh)
+        return tree if self.mesh is None else replicate(tree, self.mesh)
 
-    def check_limits(self, limits: PlayLimits) -> PlayLimits:
+    def check_limits(self, limits: RolloutLimits) -> RolloutLimits:
         """The limits, if they are none above what the sampler is compiled for.
 
         Raises:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlver_jax.decoding.replay_sequence import DRAWN, GIVEN, Packed, Query, Said, States
+from rlver_jax.decoding.replay_sequence import DRAWN, GIVEN, Completion, Query, ReplaySequence, States
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.user.turn import KEY_POLICY
@@ -15,7 +15,7 @@ class Reply(NamedTuple):
     """What a log says of one turn of the policy."""
 
     heard: Sequence[int]  # what the user had said
-    said: Said  # as sampled
+    said: Completion  # as sampled
     say: Sequence[int]  # what the user hears of it
 
 
@@ -35,9 +35,9 @@ class PolicyPacker:
         self._states, self._closing = States.of(tables.grammar), np.asarray(tables.grammar.closing).tolist()
         self._think, self._think_tokens = think, think_tokens
 
-    def dialogue(self, replies: Sequence[Reply]) -> Packed:
+    def dialogue(self, replies: Sequence[Reply]) -> ReplaySequence:
         """Packs a dialogue; its queries are the tokens of all replies, in their order."""
-        packed = Packed(prefix=len(self._system))
+        packed = ReplaySequence(prefix=len(self._system))
         position, last = packed.add(self._system, 0, 0), list[int]()
         for turn, reply in enumerate(replies):
             heard = [*last, *self._open_user, *reply.heard, *self._close, *self._open_assistant]
@@ -51,7 +51,7 @@ class PolicyPacker:
                 last = self._close
         return packed
 
-    def _said(self, packed: Packed, reply: Reply, turn: int, branch: int, position: int) -> int:
+    def _said(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
         """A reply with a query for each of its tokens; returns the position after its text."""
         first = len(packed.queries)
         packed.ask(self._states, reply.said.tokens, KEY_POLICY, turn, 0, DRAWN)

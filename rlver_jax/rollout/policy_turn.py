@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from rlver_jax.decoding.cache import LM, Cache, append, join, rollback
+from rlver_jax.decoding.cache import LM, Cache, append, concat_ragged, rollback
 from rlver_jax.decoding.generate import Generated, Limits, generate
 from rlver_jax.decoding.grammar import Grammar, free_text, thought_then_say, whitespace_tokens
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.prompts import Prompts
@@ -42,7 +42,7 @@ class PolicyTurn:
     prefilled: Int[Array, "B"]  # tokens read, not generated
 
 
-def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec: Spec) -> PolicyTables:
+def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec: RolloutConfig) -> PolicyTables:
     """Tables for a policy with `rows` embedding rows."""
     chat, think = ChatTemplate(tokenizer), spec.mode == "think"
     grammar = thought_then_say(tokenizer, rows, enforce=spec.enforce_format) if think else free_text(tokenizer, rows)
@@ -69,8 +69,8 @@ def policy_turn(
     heard: tuple[Int[Array, "B R"], Int[Array, "B"]],
     turn_keys: Key[Array, "B"],
     *,
-    spec: Spec,
-    limits: PlayLimits,
+    spec: RolloutConfig,
+    limits: RolloutLimits,
     active: Bool[Array, "B"],
     first: Bool[Array, "*B"],
 ) -> tuple[Cache, PolicyTurn]:
@@ -80,7 +80,7 @@ def policy_turn(
     the say is already in the cache. Either way the context is what a fresh prompt of plain messages would be.
     """
     batch, think = active.shape[0], spec.mode == "think"
-    tokens, count = join(
+    tokens, count = concat_ragged(
         batch,
         *([last_say] if think else []),
         (tables.close, jnp.where(first, 0, tables.close.shape[0])),
@@ -110,7 +110,7 @@ def policy_turn(
     return rollback(cache, keep), PolicyTurn(said, say, say_count, violation, count)
 
 
-def _split_say(said: Generated, whitespace: Array, spec: Spec) -> tuple[Array, Array]:
+def _split_say(said: Generated, whitespace: Array, spec: RolloutConfig) -> tuple[Array, Array]:
     """Tokens after the one that completed `</think>`, leading white space and the stop token left out."""
     ended = said.text_count * (said.found_at >= 0)
     places = jnp.arange(said.tokens.shape[1])

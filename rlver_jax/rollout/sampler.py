@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Int, Key
 from rlver_jax.decoding.cache import LM, Cache, append, init_cache, read_one, repeat_rows, restart_rows, rollback
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.parallel import rules
-from rlver_jax.parallel.batch import put_rows, take_rows
+from rlver_jax.parallel.batch import gather_rows, scatter_rows
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
-from rlver_jax.rollout.slots import Queue, Seats, open_queue, take_next
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.slots import Queue, Slots, open_queue, take_next
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
@@ -34,7 +34,7 @@ RUNNING, SUCCESS, FAILURE, GOODBYE, TURN_LIMIT, FORMAT, CONTEXT = range(7)
 
 @flax.struct.dataclass
 class Profiles:
-    """Profiles of a batch in tokens; see `players.Players.encode`. B = P x group; neighbours share a profile."""
+    """Profiles of a batch in tokens; see `agents.Agents.encode`. B = P x group; neighbours share a profile."""
 
     prefix: Int[Array, "P L"]  # the user's system prompt and the cue, up to its first assistant message
     prefix_count: Int[Array, "P"]
@@ -90,7 +90,7 @@ class Opening(NamedTuple):
 
 
 @jax.named_scope("open_dialogues")
-def read_openings(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits) -> Opening:
+def read_openings(policy, user, tables, profiles: Profiles, key, spec: RolloutConfig, limits: RolloutLimits) -> Opening:
     """Prefills all profiles and makes up the first utterances that they lack."""
     policy_tables, user_tables = tables
     one = read_one(policy, policy_tables.system)
@@ -118,7 +118,7 @@ def read_openings(policy, user, tables, profiles: Profiles, key, spec: Spec, lim
     return Opening(one, rollback(heads, prefix), (first, first_count), prefix.sum() + policy_tables.system.shape[0])
 
 
-def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, limits: PlayLimits):
+def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: RolloutConfig, limits: RolloutLimits):
     """Both caches with a row for every dialogue, the first utterances, and how many tokens were read."""
     opening = read_openings(policy, user, tables, profiles, key, spec, limits)
     one = repeat_rows(opening.policy, profiles.active.shape[0], spec.context)
@@ -127,7 +127,7 @@ def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: Spec, li
     return one, heads, reply, opening.tokens
 
 
-def room_needed(tables: tuple[PolicyTables, UserTables], spec: Spec, limits: PlayLimits, first_width: int):
+def room_needed(tables: tuple[PolicyTables, UserTables], spec: RolloutConfig, limits: RolloutLimits, first_width: int):
     """Slots that one more turn may need beyond a row's length: (policy, user). Padding counts: it is written too."""
     policy, user = tables
     heard = max(first_width, spec.user_tokens)
@@ -144,7 +144,7 @@ def room_needed(tables: tuple[PolicyTables, UserTables], spec: Spec, limits: Pla
 class _State(NamedTuple):
     """R rows that play N dialogues."""
 
-    seats: Seats
+    slots: Slots
     policy: Cache
     user: Cache
     emotion: Int[Array, "R"]
@@ -172,20 +172,20 @@ class _Game:
     tables: tuple[PolicyTables, UserTables]
     profiles: Profiles
     key: Key[Array, ""]
-    limits: PlayLimits
-    spec: Spec
+    limits: RolloutLimits
+    spec: RolloutConfig
     queue: Queue
     opening: Opening
 
-    def begin(self, seats: Seats) -> _State:
+    def begin(self, slots: Slots) -> _State:
         """All rows with their first dialogues."""
-        spec, rows = self.spec, seats.alive.shape[0]
+        spec, rows = self.spec, slots.alive.shape[0]
         none = jnp.zeros(rows, jnp.int32)
         words = lambda size: (jnp.zeros((rows, size), jnp.int32), none)  # noqa: E731
         policy = repeat_rows(self.opening.policy, rows, spec.context)
         user = init_cache(self.user, rows, spec.context)
         say, reply = words(spec.say_tokens), words(self.opening.first[0].shape[1])
-        state = _State(seats, policy, user, none, say, reply, None, (jnp.int32(0), jnp.int32(0)))
+        state = _State(slots, policy, user, none, say, reply, None, (jnp.int32(0), jnp.int32(0)))
         turn = jax.eval_shape(lambda state: self.turn(state)[1], state)
         shape = (self.profiles.active.shape[0], spec.max_turns)
         log = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), turn)
@@ -193,42 +193,42 @@ class _Game:
 
     def refill(self, state: _State) -> _State:
         """Rows that are free take the next dialogues: the user's prefix is copied, the policy's is there already."""
-        seats, fresh = take_next(self.queue, state.seats)
-        profile, system = seats.dialogue // self.spec.group, self.opening.policy.length
+        slots, fresh = take_next(self.queue, state.slots)
+        profile, system = slots.dialogue // self.spec.group, self.opening.policy.length
         first, count = self.opening.first
-        reply = jnp.where(fresh[:, None], take_rows(first, profile), state.reply[0])
+        reply = jnp.where(fresh[:, None], gather_rows(first, profile), state.reply[0])
         return state._replace(
-            seats=seats,
+            slots=slots,
             policy=rollback(state.policy, jnp.where(fresh, system, state.policy.length)),
             user=restart_rows(state.user, self.opening.user, profile, fresh),
             emotion=jnp.where(fresh, self.limits.initial_emotion, state.emotion),
             say=(state.say[0], jnp.where(fresh, 0, state.say[1])),
-            reply=(reply, jnp.where(fresh, take_rows(count, profile), state.reply[1])),
+            reply=(reply, jnp.where(fresh, gather_rows(count, profile), state.reply[1])),
         )
 
     def play(self, state: _State) -> _State:
         """One turn of all rows, and its place in the log."""
-        seats, count = state.seats, self.profiles.active.shape[0]
+        slots, count = state.slots, self.profiles.active.shape[0]
         state, turn = self.turn(state)
-        dialogue = jnp.where(seats.alive, seats.dialogue, count)  # a dead row writes nothing
-        log = jax.tree.map(lambda x, new: put_rows(x, dialogue, seats.turn, new), state.log, turn)
+        dialogue = jnp.where(slots.alive, slots.dialogue, count)  # a dead row writes nothing
+        log = jax.tree.map(lambda x, new: scatter_rows(x, dialogue, slots.turn, new), state.log, turn)
         said = (turn.policy.said, turn.user.appraisal, turn.user.reply)
         steps = sum(x.count.max(axis=0).sum() for x in said)  # each generation ends with its longest row
-        rows = seats.alive.shape[0]
+        rows = slots.alive.shape[0]
         state = state._replace(log=log, cost=(state.cost[0] + rows, state.cost[1] + rows * steps))
         return self.refill(state) if rows < count else state
 
     def turn(self, state: _State) -> tuple[_State, _Turn]:
         """One turn of every row that is alive."""
-        spec, limits, seats = self.spec, self.limits, state.seats
+        spec, limits, slots = self.spec, self.limits, state.slots
         room = room_needed(self.tables, spec, limits, self.profiles.first_talk.shape[1])
         fits = (state.policy.length + room[0] <= spec.context) & (state.user.length + room[1] <= spec.context)
-        active, last = seats.alive & fits, seats.turn + 1 >= limits.max_turns
-        dialogues = take_rows(self.profiles.dialogue_ids, seats.dialogue)
-        keys = jax.vmap(lambda i, turn: jax.random.fold_in(dialogue_key(self.key, i), turn))(dialogues, seats.turn)
+        active, last = slots.alive & fits, slots.turn + 1 >= limits.max_turns
+        dialogues = gather_rows(self.profiles.dialogue_ids, slots.dialogue)
+        keys = jax.vmap(lambda i, turn: jax.random.fold_in(dialogue_key(self.key, i), turn))(dialogues, slots.turn)
         policy, spoken = policy_turn(
             self.policy, self.tables[0], state.policy, state.say, state.reply, keys, spec=spec, limits=limits,
-            active=active, first=seats.turn == 0,
+            active=active, first=slots.turn == 0,
         )  # fmt: skip
         listening = active & ~spoken.violation
         say = spoken.say, spoken.say_count
@@ -236,12 +236,12 @@ class _Game:
             self.user, self.tables[1], state.user, state.reply, say, state.emotion, keys, rules=spec.rules,
             readout=spec.readout, limits=limits.user, max_tokens=spec.user_tokens, active=listening, may_reply=~last,
         )  # fmt: skip
-        reason = _end_reason(seats.alive, fits, listening, last, reaction, spec.rules)
+        reason = _end_reason(slots.alive, fits, listening, last, reaction, spec.rules)
         said = jax.tree.map(lambda x: x[-1], reaction.reply)
         size = state.reply[0].shape[1]
         reply = jnp.pad(said.tokens, ((0, 0), (0, size - said.tokens.shape[1]))), said.text_count
-        seats = seats._replace(turn=seats.turn + 1, alive=active & (reason == RUNNING))
-        state = state._replace(seats=seats, policy=policy, user=user, emotion=reaction.emotion, say=say, reply=reply)
+        slots = slots._replace(turn=slots.turn + 1, alive=active & (reason == RUNNING))
+        state = state._replace(slots=slots, policy=policy, user=user, emotion=reaction.emotion, say=say, reply=reply)
         return state, _Turn(spoken, _fields_moved(reaction, 0, 1), listening, reason)
 
 
@@ -272,14 +272,14 @@ def sample_dialogues(
     tables: tuple[PolicyTables, UserTables],
     profiles: Profiles,
     key: Key[Array, ""],
-    limits: PlayLimits,
+    limits: RolloutLimits,
     *,
-    spec: Spec,
+    spec: RolloutConfig,
 ) -> Dialogues:
     """Plays a batch of dialogues to the end: one XLA program, no host in between.
 
     Args:
-        policy, user: any two Qwen2.5 models with one tokenizer (checked by `players.check_tokenizers`).
+        policy, user: any two Qwen2.5 models with one tokenizer (checked by `agents.check_tokenizers`).
         tables: constants of the two sides.
         profiles: P profiles for B = P x spec.group dialogues.
         key: of the run; each dialogue folds its own id into it, so its course doesn't depend on its batch.
@@ -287,10 +287,10 @@ def sample_dialogues(
     """
     profiles = rules.constrain_rows(profiles)
     count = profiles.active.shape[0]
-    queue, seats = open_queue(profiles.active, spec.rows_of(count))
+    queue, slots = open_queue(profiles.active, spec.rows_of(count))
     opening = read_openings(policy, user, tables, profiles, key, spec, limits)
     game = _Game(policy, user, tables, profiles, key, limits, spec, queue, opening)
-    state = jax.lax.while_loop(lambda state: state.seats.alive.any(), game.play, game.begin(seats))
+    state = jax.lax.while_loop(lambda state: state.slots.alive.any(), game.play, game.begin(slots))
     return _finished(state, game)
 
 

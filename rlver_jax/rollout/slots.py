@@ -18,7 +18,7 @@ class Queue(NamedTuple):
     size: Int[Array, "G"]
 
 
-class Seats(NamedTuple):
+class Slots(NamedTuple):
     """What each row plays."""
 
     dialogue: Int[Array, "R"]  # of a dead row: any of its part's
@@ -27,25 +27,25 @@ class Seats(NamedTuple):
     taken: Int[Array, "G"]  # dialogues that have left each part's queue
 
 
-def open_queue(active: Bool[Array, "N"], rows: int) -> tuple[Queue, Seats]:
+def open_queue(active: Bool[Array, "N"], rows: int) -> tuple[Queue, Slots]:
     """The queue of all active dialogues, and as many empty rows."""
     parts = common_parts(active.shape[0], rows)
     waits = active.reshape(parts, -1)
     order = jnp.argsort(~waits, axis=1, stable=True) + jnp.arange(parts)[:, None] * waits.shape[1]
     queue = Queue(order.astype(jnp.int32), waits.sum(1, dtype=jnp.int32))
     any_of_part = jnp.repeat(queue.dialogues[:, 0], rows // parts)
-    seats = Seats(any_of_part, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), jnp.zeros(parts, jnp.int32))
-    return queue, seats
+    slots = Slots(any_of_part, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), jnp.zeros(parts, jnp.int32))
+    return queue, slots
 
 
-def take_next(queue: Queue, seats: Seats) -> tuple[Seats, Bool[Array, "R"]]:
+def take_next(queue: Queue, slots: Slots) -> tuple[Slots, Bool[Array, "R"]]:
     """Gives each dead row the next dialogue of its part's queue, while there is one; and which rows have got one."""
     parts, size = queue.dialogues.shape
-    free = ~seats.alive.reshape(parts, -1)
-    place = seats.taken[:, None] + jnp.cumsum(free, axis=1) - free
+    free = ~slots.alive.reshape(parts, -1)
+    place = slots.taken[:, None] + jnp.cumsum(free, axis=1) - free
     fresh = free & (place < queue.size[:, None])
     following = jnp.take_along_axis(queue.dialogues, jnp.minimum(place, size - 1), axis=1)
-    taken = seats.taken + fresh.sum(1, dtype=jnp.int32)
+    taken = slots.taken + fresh.sum(1, dtype=jnp.int32)
     following, fresh = following.reshape(-1), fresh.reshape(-1)
-    dialogue = jnp.where(fresh, following, seats.dialogue)
-    return Seats(dialogue, jnp.where(fresh, 0, seats.turn), seats.alive | fresh, taken), fresh
+    dialogue = jnp.where(fresh, following, slots.dialogue)
+    return Slots(dialogue, jnp.where(fresh, 0, slots.turn), slots.alive | fresh, taken), fresh

@@ -13,8 +13,8 @@ from rlver_jax.user.turn import UserLimits
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-    """What a sampler is compiled for. Lengths are maxima; `PlayLimits` may ask for less without compiling again."""
+class RolloutConfig:
+    """What a sampler is compiled for. Lengths are maxima; `RolloutLimits` may ask for less without compiling again."""
 
     mode: str  # think | direct
     enforce_format: bool  # think: keep the policy from ending a message before `</think>` and a visible say
@@ -61,7 +61,7 @@ def check_rows(model: Qwen2Config, name: str, context: int, field: str = "rollou
 
 
 @flax.struct.dataclass
-class PlayLimits:
+class RolloutLimits:
     """What may change between calls without compiling again."""
 
     max_turns: Int[Array, ""]

@@ -1,1 +1,1 @@
-"""A folder that a command writes: its lock, its settings, fingerprints of what was read, files that are always whole."""
+"""A folder that a command writes: lock, settings, fingerprints of what was read, files that are always whole."""

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rlver_jax.serving.engine import Emit, Engine, EngineDown, EngineFull, Piece, Work
+from rlver_jax.serving.engine import Emit, Engine, EngineDown, EngineFull, StreamChunk, Work
 from rlver_jax.serving.errors import ProtocolError, quoted
 from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, check_consistent, parse
 from rlver_jax.serving.request_bodies import MAX_BODY as MAX_BODY
@@ -247,12 +247,12 @@ class _Replies:
 
     def __init__(self, engine: Engine, works: Sequence[Work]):
         """Submits them; raises ProtocolError where the engine takes no more."""
-        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, StreamChunk]] = asyncio.Queue()
         self._open = len(works)
         loop = asyncio.get_running_loop()
 
         def emitter(index: int) -> Emit:
-            def emit(piece: Piece) -> None:
+            def emit(piece: StreamChunk) -> None:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
@@ -265,7 +265,7 @@ class _Replies:
         except EngineDown:
             raise ProtocolError(503, "the server is going down", code="engine_down") from None
 
-    async def pieces(self, request: Request | None = None) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def pieces(self, request: Request | None = None) -> AsyncGenerator[tuple[int, StreamChunk], None]:
         """(choice, piece) until all replies have ended; whoever leaves early, or whose client has, frees the rows."""
         loop = asyncio.get_running_loop()
         look = loop.time() + PATIENCE

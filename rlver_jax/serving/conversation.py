@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, Key
 from rlver_jax.decoding.cache import LM, Cache
 from rlver_jax.dialogues.log import Record, policy_message, user_message
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.sampler import (
     CONTEXT,
@@ -27,7 +27,7 @@ from rlver_jax.rollout.sampler import (
     open_dialogues,
     room_needed,
 )
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
 
@@ -56,27 +56,27 @@ class Conversation:
     A model's words are those of `sample_dialogues` with the same seed and dialogue 0, as long as all words are.
     """
 
-    def __init__(self, players: Players, profile: Profile, limits: PlayLimits, seed: int):
+    def __init__(self, agents: Agents, profile: Profile, limits: RolloutLimits, seed: int):
         """Reads the profile.
 
         Raises:
             ValueError: it leaves no room for a turn.
         """
-        self.players, self.limits = players, limits
-        profiles = players.tokens([profile]).batch([0], [0])
-        self.width = max(typed_tokens(players.spec.context), profiles.first_talk.shape[1], players.spec.user_tokens)
+        self.agents, self.limits = agents, limits
+        profiles = agents.tokens([profile]).batch([0], [0])
+        self.width = max(typed_tokens(agents.spec.context), profiles.first_talk.shape[1], agents.spec.user_tokens)
         key = jax.random.key(seed)
         self._policy, self._user, first, _ = _open(
-            players.policy, players.user, players.tables, profiles, key, limits, spec=players.spec
+            agents.policy, agents.user, agents.tables, profiles, key, limits, spec=agents.spec
         )
         self._first = self._words(np.asarray(first[0][0, : int(first[1][0])]).tolist())
         self._key = dialogue_key(key, jnp.uint32(0))
-        self._room = room_needed(players.tables, players.spec, limits, self.width)
-        self._say, self._heard = self._words([], players.spec.say_tokens), self._words([])
-        self.record = _empty_record(players, profile, seed)
+        self._room = room_needed(agents.tables, agents.spec, limits, self.width)
+        self._say, self._heard = self._words([], agents.spec.say_tokens), self._words([])
+        self.record = _empty_record(agents, profile, seed)
         if self._is_full():
             need = max(int(c.length[0]) + room for c, room in zip((self._policy, self._user), self._room, strict=True))
-            raise ValueError(f"rollout.context is {players.spec.context}, but a turn may need {need}; raise it to that")
+            raise ValueError(f"rollout.context is {agents.spec.context}, but a turn may need {need}; raise it to that")
 
     @property
     def ended(self) -> bool:
@@ -89,8 +89,8 @@ class Conversation:
         Raises:
             ValueError: it is empty, too long, or no text.
         """
-        tokens = self.players.tokenizer.encode(text.strip())
-        most = self.width if side == "user" else self.players.spec.say_tokens
+        tokens = self.agents.tokenizer.encode(text.strip())
+        most = self.width if side == "user" else self.agents.spec.say_tokens
         if not tokens or len(tokens) > most:
             raise ValueError(f"{len(tokens)} tokens; say something of 1 to {most}")
         return tokens
@@ -102,7 +102,7 @@ class Conversation:
     def user_says(self, tokens: Sequence[int]) -> str:
         """A person's words as the user, also in place of the model's last reply."""
         self._heard = self._words(tokens)
-        text, messages = self.players.tokenizer.decode(tokens), self.record["messages"]
+        text, messages = self.agents.tokenizer.decode(tokens), self.record["messages"]
         if messages:
             said: Record = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
             messages[-1] |= said | _UNKNOWN | {f"consideration_{x}": None for x in ("tokens", "stopped", "logprobs")}
@@ -115,11 +115,11 @@ class Conversation:
         """The policy's message; one that breaks the think format ends the dialogue."""
         first = jnp.bool_(self.record["turns"] == 0)
         self._policy, turn = _policy_turn(
-            self.players.policy, self.players.tables[0], self._policy, self._say, self._heard, self._turn_keys(),
-            self.limits, first, spec=self.players.spec,
+            self.agents.policy, self.agents.tables[0], self._policy, self._say, self._heard, self._turn_keys(),
+            self.limits, first, spec=self.agents.spec,
         )  # fmt: skip
         self._say = turn.say, turn.say_count
-        message = policy_message(_first_of(policy=turn), self.players, 0, 0)
+        message = policy_message(_first_of(policy=turn), self.agents, 0, 0)
         self._add_reply(message)
         if message["violation"]:
             self._end(FORMAT)
@@ -127,8 +127,8 @@ class Conversation:
 
     def policy_says(self, tokens: Sequence[int]) -> Record:
         """A person's reply as the policy."""
-        self._say, tokens = self._words(tokens, self.players.spec.say_tokens), list(tokens)
-        said = {"role": "assistant", "thought": None, "content": self.players.tokenizer.decode(tokens)}
+        self._say, tokens = self._words(tokens, self.agents.spec.say_tokens), list(tokens)
+        said = {"role": "assistant", "thought": None, "content": self.agents.tokenizer.decode(tokens)}
         message = said | _UNKNOWN | {"tokens": tokens, "say_tokens": tokens, "violation": False}
         self._add_reply(message)
         return message
@@ -138,14 +138,14 @@ class Conversation:
 
         With `ends` the user answers, unless the dialogue is over; without it only the emotion is wanted.
         """
-        spec, turns = self.players.spec, self.record["turns"]
+        spec, turns = self.agents.spec, self.record["turns"]
         last = turns >= spec.max_turns
         self._user, reaction = _user_turn(
-            self.players.user, self.players.tables[1], self._user, self._heard, self._say,
+            self.agents.user, self.agents.tables[1], self._user, self._heard, self._say,
             jnp.array([self.record["emotion"]], jnp.int32), self._turn_keys(turns - 1), self.limits,
             jnp.bool_(ends and not last), spec=spec,
         )  # fmt: skip
-        message = user_message(_first_of(user=reaction), self.players, 0, 0)
+        message = user_message(_first_of(user=reaction), self.agents, 0, 0)
         self._heard = self._words(message["tokens"])
         self._add_reaction(message)
         emotion = message["emotion"]
@@ -165,7 +165,7 @@ class Conversation:
     def _is_full(self) -> bool:
         """Whether another turn might not fit."""
         lengths = int(self._policy.length[0]), int(self._user.length[0])
-        return any(n + room > self.players.spec.context for n, room in zip(lengths, self._room, strict=True))
+        return any(n + room > self.agents.spec.context for n, room in zip(lengths, self._room, strict=True))
 
     def _turn_keys(self, turn: int | None = None) -> Key[Array, "1"]:
         return jax.random.fold_in(self._key, self.record["turns"] if turn is None else turn)[None]
@@ -193,18 +193,18 @@ class Conversation:
             self.record["reward"] = 0.0
 
 
-def _empty_record(players: Players, profile: Profile, seed: int) -> Record:
+def _empty_record(agents: Agents, profile: Profile, seed: int) -> Record:
     """A dialogue in which nobody has spoken."""
-    initial = players.spec.rules.initial
+    initial = agents.spec.rules.initial
     return {
         "dialogue": 0,
         "profile": profile.id,
         "seed": seed,
-        "mode": players.spec.mode,
-        "language": players.prompts.language,
-        "style": players.style,
-        "scenario": players.scenario,
-        "readout": players.spec.readout,
+        "mode": agents.spec.mode,
+        "language": agents.prompts.language,
+        "style": agents.style,
+        "scenario": agents.scenario,
+        "readout": agents.spec.readout,
         "initial_emotion": initial,
         "hidden_intention": profile.hidden_intention,
         "end_reason": END_REASONS[RUNNING],
@@ -223,14 +223,14 @@ def _first_of(policy: PolicyTurn | None = None, user: UserTurn | None = None) ->
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _open(policy: LM, user: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: PlayLimits, *, spec):
+def _open(policy: LM, user: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits, *, spec):
     return open_dialogues(policy, user, tables, profiles, key, spec, limits)
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
 def _policy_turn(
     lm: LM, tables: PolicyTables, cache: Cache, last_say: Words, heard: Words, keys: Key[Array, "1"],
-    limits: PlayLimits, first: Bool[Array, ""], *, spec: Spec,
+    limits: RolloutLimits, first: Bool[Array, ""], *, spec: RolloutConfig,
 ) -> tuple[Cache, PolicyTurn]:  # fmt: skip
     return policy_turn(
         lm, tables, cache, last_say, heard, keys, spec=spec, limits=limits, active=jnp.ones(1, bool), first=first
@@ -240,7 +240,7 @@ def _policy_turn(
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
 def _user_turn(
     lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "1"],
-    keys: Key[Array, "1"], limits: PlayLimits, may_reply: Bool[Array, ""], *, spec: Spec,
+    keys: Key[Array, "1"], limits: RolloutLimits, may_reply: Bool[Array, ""], *, spec: RolloutConfig,
 ) -> tuple[Cache, UserTurn]:  # fmt: skip
     return user_turn(
         lm, tables, cache, last_reply, say, emotion, keys, rules=spec.rules, readout=spec.readout,

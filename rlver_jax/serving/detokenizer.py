@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rlver_jax.text.tokenizer import Tokenizer
 
 
-class Speech:
+class StreamingDetokenizer:
     """Takes tokens one by one and tells the text that is certain.
 
     A character that is not complete yet, and an end that may become a stop string, are held back until the next token

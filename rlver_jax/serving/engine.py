@@ -17,8 +17,8 @@ import numpy as np
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.grammar import free_text
 from rlver_jax.serving import programs
-from rlver_jax.serving.detokenizer import Speech
-from rlver_jax.serving.programs import Ask, Likeliest, Spoken
+from rlver_jax.serving.detokenizer import StreamingDetokenizer
+from rlver_jax.serving.programs import BlockOutput, Likeliest, SlotRequest
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.text.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class TokenScore:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class StreamChunk:
     """What a reply has come to since the last piece."""
 
     text: str = ""
@@ -60,10 +60,10 @@ class Piece:
     finish: str | None = None  # stop | length | error; None: it goes on
 
 
-Emit = Callable[[Piece], None]  # called from the engine's thread
+Emit = Callable[[StreamChunk], None]  # called from the engine's thread
 
 
-class Ticket:
+class GenerationRequest:
     """A submitted reply; `cancel` when nobody waits for it any more."""
 
     def __init__(self, work: Work, emit: Emit):
@@ -85,8 +85,8 @@ class EngineDown(Exception):
 class _Slot:
     """What one row of the cache is doing."""
 
-    def __init__(self, ticket: Ticket, tokenizer: Tokenizer):
-        self.ticket, self.speech = ticket, Speech(tokenizer, ticket.work.stop)
+    def __init__(self, ticket: GenerationRequest, tokenizer: Tokenizer):
+        self.ticket, self.speech = ticket, StreamingDetokenizer(tokenizer, ticket.work.stop)
         self.length = self.said = 0
         self.prompt: list[TokenScore] = []
 
@@ -115,7 +115,7 @@ class Engine:
         # Bound to where it lies, as every program's result is: else the first call would be compiled once more.
         self._cache = jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache))
         self._slots: list[_Slot | None] = [None] * rows
-        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._waiting: collections.deque[GenerationRequest] = collections.deque()
         self._wake, self._closed = threading.Condition(), False
         self._thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -143,14 +143,14 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
-    def submit(self, wanted: Iterable[tuple[Work, Emit]]) -> list[Ticket]:
+    def submit(self, wanted: Iterable[tuple[Work, Emit]]) -> list[GenerationRequest]:
         """Puts replies in the queue, all or none; their pieces are given to the emitters.
 
         Raises:
             EngineFull: they don't fit in the queue.
             EngineDown: the engine has failed or was closed.
         """
-        tickets = [Ticket(work, emit) for work, emit in wanted]
+        tickets = [GenerationRequest(work, emit) for work, emit in wanted]
         with self._wake:
             if self._closed or self.failure is not None:
                 raise EngineDown("the engine does not run")
@@ -190,7 +190,7 @@ class Engine:
             self._waiting.clear()
         for ticket in left:
             self._counts["failed"] += 1
-            ticket.emit(Piece(finish="error"))
+            ticket.emit(StreamChunk(finish="error"))
 
     def _admit(self) -> bool:
         """Waits for something to do and gives rows to those who wait; False: the engine was closed."""
@@ -235,19 +235,19 @@ class Engine:
         slot.length += len(part)
         self._counts["read"] += len(part)
         if not slot.unread and (slot.prompt or not work.max_tokens):
-            slot.ticket.emit(Piece(prompt=slot.prompt, finish=None if work.max_tokens else "length"))
+            slot.ticket.emit(StreamChunk(prompt=slot.prompt, finish=None if work.max_tokens else "length"))
             if not work.max_tokens:
                 self._free(row, "finished")
 
     def _read(self, row: int, length: int, part: Sequence[int], size: int, score: bool = False) -> Likeliest | None:
         where = np.int32(row), np.int32(length), *pad_rows([part], size)
         if not score:
-            self._cache = programs.read(self.lm, self._cache, *where)
+            self._cache = programs.prefill(self.lm, self._cache, *where)
             return None
         self._cache, scores = programs.read_and_score(self.lm, self._cache, *where)
         return jax.device_get(scores)
 
-    def _ask(self, speaking: Sequence[int]) -> Ask:
+    def _ask(self, speaking: Sequence[int]) -> SlotRequest:
         def column(dtype: Any, value: Callable[[_Slot], Any]) -> Any:
             array = np.zeros(self.rows, dtype)
             for row, slot in enumerate(self._slots):
@@ -255,7 +255,7 @@ class Engine:
                     array[row] = value(slot)
             return array
 
-        return Ask(
+        return SlotRequest(
             length=column(np.int32, lambda s: s.length),  # of rows that read too: what they read must stay
             active=np.isin(np.arange(self.rows), speaking),  # type: ignore[arg-type]
             limit=column(np.int32, lambda s: s.ticket.work.max_tokens - s.said),
@@ -266,7 +266,7 @@ class Engine:
             details=column(bool, lambda s: s.ticket.work.details),
         )
 
-    def _hear(self, row: int, spoken: Spoken) -> None:
+    def _hear(self, row: int, spoken: BlockOutput) -> None:
         """Takes what a row said in a block and tells it."""
         slot = self._slots[row]
         assert slot is not None
@@ -286,7 +286,7 @@ class Engine:
         if finish:
             text += slot.speech.finish()
             finish = "stop" if slot.speech.stopped else finish  # the last character may complete a stop string
-        slot.ticket.emit(Piece(text, scores, said=slot.said, finish=finish))
+        slot.ticket.emit(StreamChunk(text, scores, said=slot.said, finish=finish))
         if finish:
             self._free(row, "finished")
 

@@ -29,7 +29,7 @@ class Likeliest(NamedTuple):
 
 
 @flax.struct.dataclass
-class Ask:
+class SlotRequest:
     """What each row wants next."""
 
     length: Int[Array, "R"]  # slots it has read
@@ -43,7 +43,7 @@ class Ask:
 
 
 @flax.struct.dataclass
-class Spoken:
+class BlockOutput:
     """What every row said in one block of K steps."""
 
     tokens: Int[Array, "R K"]
@@ -67,7 +67,7 @@ def _put_row(cache: Cache, row: Int[Array, ""], one: Cache) -> Cache:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def read(
+def prefill(
     lm: LM,
     cache: Cache,
     row: Int[Array, ""],
@@ -88,7 +88,7 @@ def read_and_score(
     tokens: Int[Array, "1 S"],
     count: Int[Array, "1"],
 ) -> tuple[Cache, Likeliest]:
-    """`read`, and what was expected in place of each token [S]; at length 0 the first one is meaningless."""
+    """`prefill`, and what was expected in place of each token [S]; at length 0 the first one is meaningless."""
     one = _row(cache, row, length)
     positions = one.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, kv = lm.read(tokens, positions, None, one)
@@ -114,11 +114,11 @@ class _Loop(NamedTuple):
     step: Array
     cache: Cache
     alive: Array
-    spoken: Spoken
+    spoken: BlockOutput
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="steps")
-def speak(lm: LM, cache: Cache, grammar: Grammar, ask: Ask, *, steps: int) -> tuple[Cache, Spoken]:
+def speak(lm: LM, cache: Cache, grammar: Grammar, ask: SlotRequest, *, steps: int) -> tuple[Cache, BlockOutput]:
     """Every active row says up to `steps` tokens; leaves when all have ended.
 
     Token number n of a row is drawn with key (its seed, n): neither the other rows nor where blocks begin matter.
@@ -154,9 +154,9 @@ def speak(lm: LM, cache: Cache, grammar: Grammar, ask: Ask, *, steps: int) -> tu
     return last.cache, last.spoken
 
 
-def _silence(rows: int, steps: int, lm: LM) -> Spoken:
+def _silence(rows: int, steps: int, lm: LM) -> BlockOutput:
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-    return Spoken(zeros((rows, steps)), zeros(rows), zeros(rows) > 0, _nothing_likely(lm, rows, steps))
+    return BlockOutput(zeros((rows, steps)), zeros(rows), zeros(rows) > 0, _nothing_likely(lm, rows, steps))
 
 
 def _nothing_likely(lm: LM, *shape: int) -> Likeliest:
@@ -164,10 +164,10 @@ def _nothing_likely(lm: LM, *shape: int) -> Likeliest:
     return Likeliest(jnp.zeros(shape, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
 
 
-def _record(loop: _Loop, token: Array, raw: Array, stopped: Array, expected: tuple[Array, Array]) -> Spoken:
+def _record(loop: _Loop, token: Array, raw: Array, stopped: Array, expected: tuple[Array, Array]) -> BlockOutput:
     spoken, at = loop.spoken, loop.step
     put = lambda array, value: array.at[:, at].set(value)  # noqa: E731
-    return Spoken(
+    return BlockOutput(
         tokens=put(spoken.tokens, token),
         count=spoken.count + loop.alive,
         stopped=spoken.stopped | stopped,
@@ -187,5 +187,5 @@ def empty(lm: LM, rows: int, capacity: int) -> Cache:
 
 def compiled() -> int:
     """Programs compiled in this process so far: a server in service adds none."""
-    jitted: tuple[Any, ...] = (read, read_and_score, speak)
+    jitted: tuple[Any, ...] = (prefill, read_and_score, speak)
     return sum(program._cache_size() for program in jitted)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rlver_jax.serving.engine import Piece, TokenScore
+from rlver_jax.serving.engine import StreamChunk, TokenScore
 from rlver_jax.serving.protocol import finite
 from rlver_jax.text.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ class Choice:
     said: int = 0
     finish: str | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: StreamChunk) -> None:
         """Takes the next piece."""
         self.text += piece.text
         self.scores += piece.scores
@@ -52,7 +52,7 @@ class Answers:
             "usage": usage(prompts, [choice.said for choice in choices]),
         }
 
-    def chunk(self, index: int, piece: Piece, *, offset: int, usage_null: bool) -> dict[str, Any]:
+    def chunk(self, index: int, piece: StreamChunk, *, offset: int, usage_null: bool) -> dict[str, Any]:
         """One piece of a stream, before which `offset` characters were told."""
         logprobs = self._logprobs(piece.scores, offset) if self.top is not None and piece.scores else None
         said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}

@@ -23,7 +23,7 @@ class CollapseError(RuntimeError):
     """A figure is beyond its limit; the message names it, the limit and what may help."""
 
 
-def breach(metrics: Mapping[str, float], limits: Mapping[str, float], step: int) -> str | None:
+def check(metrics: Mapping[str, float], limits: Mapping[str, float], step: int) -> str | None:
     """What is wrong with a step's metrics, if anything: figure, limit, meaning, remedy.
 
     Args:

@@ -21,9 +21,9 @@ from rlver_jax.dialogues.verify_set import Plan, TrainingPlan
 from rlver_jax.dialogues.verify_shape import POLICY, Shape
 from rlver_jax.dialogues.verify_tokens import ALLOWED, Found
 from rlver_jax.models.qwen import Params, Qwen2, stack_layers
-from rlver_jax.rollout.agents import Players, check_tokenizers, load_model
+from rlver_jax.rollout.agents import Agents, check_tokenizers, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.prompts import load_prompts
 
 if TYPE_CHECKING:  # it imports all that reads checkpoints: only where a policy is named
@@ -57,7 +57,7 @@ class Player:
     config: ConfigDict  # its `policy` section says all but where a checkpoint's weights come from
     trained: "TrainedPolicy | None" = None
 
-    def load(self, spec: Spec) -> Policy:
+    def load(self, spec: RolloutConfig) -> Policy:
         """The policy on the device, as one pass over long rows reads it fastest."""
         c = reading(self.config.policy)
         lm, tokenizer = load_model(c, "policy", weights=self._weights if self.trained else None)
@@ -87,7 +87,7 @@ def step_of(record: Mapping[str, Any], plan: Plan) -> int | None:
     return record["dialogue"] // plan.batch + 1 if isinstance(plan, TrainingPlan) else None
 
 
-def players_of(
+def agents_of(
     logged: Iterable[tuple[Mapping[str, Any], Plan]], config: ConfigDict, base: ConfigDict, choice: Choice
 ) -> dict[int | None, Player | NotKeptError]:
     """{training step, None for evaluations: the policy that played it}; nothing is loaded.
@@ -161,28 +161,28 @@ def _check_kept(folder: str, step: int) -> None:
 
 def findings(
     policies: Mapping[int | None, Player | NotKeptError],
-    players: Players,
+    agents: Agents,
     logged: Sequence[tuple[str, Mapping[str, Any], Plan]],
 ) -> Iterator[tuple[str, Found]]:
     """Derives what policies said: (place, what was found) of each dialogue, those of one training step together.
 
     Args:
-        policies: of `players_of`; one is on the device at a time.
-        players: whose tokens the log holds.
+        policies: of `agents_of`; one is on the device at a time.
+        agents: whose tokens the log holds.
         logged: a place for messages, the dialogue, and how it was to be played. What has not the shape of a dialogue
             is passed over.
 
     Raises:
         ValueError, OSError: a policy cannot be loaded, or has another tokenizer.
     """
-    shapes = {plan: Shape.of(players, plan.endpoints) for _, _, plan in logged}
+    shapes = {plan: Shape.of(agents, plan.endpoints) for _, _, plan in logged}
     fine = [(place, record, plan) for place, record, plan in logged if not any(shapes[plan].faults(record))]
     for step, player in policies.items():
         played = [one for one in fine if step_of(*one[1:]) == step]
         if isinstance(player, NotKeptError):
             yield from ((place, Found(faults=[str(player)])) for place, _, _ in played)
             continue
-        policy = player.load(players.spec)
-        check_tokenizers(policy.tokenizer, players.tokenizer)
+        policy = player.load(agents.spec)
+        check_tokenizers(policy.tokenizer, agents.tokenizer)
         found = policy_findings(policy, [Spoken(record, plan.temperature) for _, record, plan in played])
         yield from zip((place for place, _, _ in played), found, strict=True)

@@ -360,4 +360,4 @@ def _reason(error: Exception) -> str:
 
 def _together(action: Callable[[], _T]) -> _T:
     """Returns what `action` does, or fails on every process."""
-    return distributed.together(action, CheckpointError("another process could not read it"))
+    return distributed.all_or_none(action, CheckpointError("another process could not read it"))

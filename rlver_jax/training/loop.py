@@ -21,33 +21,35 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import dialogue_records, write_dialogues
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.evaluation.play import Evaluation
-from rlver_jax.learning.sequences import pack, row_lengths
-from rlver_jax.learning.train_step import TrainState, compile_step, orders
+from rlver_jax.learning.sequences import build_sequences, row_lengths
+from rlver_jax.learning.train_step import TrainState, compile_step, minibatch_order
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.profiles.schema import read_profiles
-from rlver_jax.rollout.agents import Players, sampling_copy
+from rlver_jax.rollout.agents import Agents, sampling_copy
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.rollout.rewards import Rewards, reward
 from rlver_jax.rollout.rollout_metrics import dialogue_metrics, reply_metrics
 from rlver_jax.rollout.sampler import Dialogues
-from rlver_jax.rollout.spec import Spec, check_context
+from rlver_jax.rollout.spec import RolloutConfig, check_context
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.runs.settings import without_secrets
-from rlver_jax.training.alarms import CollapseError, breach
+from rlver_jax.training.alarms import CollapseError, check
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.metrics import MetricsWriter
 from rlver_jax.training.progress import TrainingProgress
-from rlver_jax.training.setup import Run, assemble, folders_of, models_of
+from rlver_jax.training.setup import Run, build_run, folders_of, models_of
 from rlver_jax.training.workdir import Contents, RunFolder
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
 FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows")
 
 
-def score(dialogues: Dialogues, tables: PolicyTables, spec: Spec, how: tuple) -> tuple[Rewards, Int[Array, " B"]]:
+def score(
+    dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, how: tuple
+) -> tuple[Rewards, Int[Array, " B"]]:
     """Rewards of a batch, and the tokens of its packed dialogues; `how` holds the items of `reward_settings`."""
     rewards = reward(emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(how))
     return rewards, row_lengths(dialogues, tables, spec)
@@ -60,7 +62,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 def pack_program(mesh: Mesh) -> Any:
     """`learning.pack.pack`, jitted for rows on the training mesh."""
-    return jax.jit(pack, static_argnums=(2, 4), out_shardings=row_sharding(mesh))
+    return jax.jit(build_sequences, static_argnums=(2, 4), out_shardings=row_sharding(mesh))
 
 
 @dataclasses.dataclass
@@ -84,13 +86,13 @@ class Trainer:
     def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
-        models = (run.players.policy.model, run.players.user.model)
-        self.copy_policy, self.copy_user = (sampling_copy(model, run.players.mesh) for model in models)
+        models = (run.agents.policy.model, run.agents.user.model)
+        self.copy_policy, self.copy_user = (sampling_copy(model, run.agents.mesh) for model in models)
         rows, whole = row_sharding(run.mesh), NamedSharding(run.mesh, PartitionSpec())
-        self.key = distributed.everywhere(jax.random.key(config.train.seed), run.mesh)
+        self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
         self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
         self.pack = pack_program(run.mesh)
-        self.orders = jax.jit(orders, static_argnums=(0, 3), out_shardings=whole)
+        self.orders = jax.jit(minibatch_order, static_argnums=(0, 3), out_shardings=whole)
         self.how = tuple(sorted(reward_settings(config).items()))
         self.checkpoints = Checkpoints(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -130,25 +132,25 @@ class Trainer:
         batch = run.reader.next_batch()
         size = self.config.rollout.batch
         ids = [(number - 1) * size + i for i in range(size)]
-        profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.players.mesh)
-        tables, spec = run.players.tables[0], run.players.spec
-        with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
+        profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.agents.mesh)
+        tables, spec = run.agents.tables[0], run.agents.spec
+        with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
             # The sampler's copies of both models are let go before the update, which has no room for them.
-            dialogues = self.players(state).play(profiles, self.key, run.limits)
+            dialogues = self.agents(state).play(profiles, self.key, run.limits)
             dispatched = time.monotonic()
             rewards, lengths = self.score(dialogues, tables, spec, self.how)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         updates = self.orders(run.setup.schedule, self.key, state.step, size)
-        length, layout = run.arranged(*jax.device_get((lengths, updates)))
-        layout = distributed.everywhere(layout, run.mesh)
+        length, plan = run.arranged(*jax.device_get((lengths, updates)))
+        plan = distributed.replicate(plan, run.mesh)
         began, played = max(started, self.last_finished), time.monotonic()
-        with jax.transfer_guard("disallow"), jax.set_mesh(run.players.mesh):
+        with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
             packed = self.pack(dialogues, tables, spec, run.limits, length)
         with jax.transfer_guard("disallow"), jax.set_mesh(run.mesh):
-            state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference, layout)
+            state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference, plan)
         times = {"time/rollout_s": played - began, "time/dispatch_s": dispatched - started}
-        metrics["tokens/padded"] = jnp.float32(run.places(length, layout))
+        metrics["tokens/padded"] = jnp.float32(run.places(length, plan))
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
         return state
 
@@ -156,11 +158,11 @@ class Trainer:
         """What the policy learns from: the user's own rewards. Experiments put others in their place."""
         return rewards
 
-    def players(self, state: TrainState) -> Players:
-        """The run's players with the policy of this state, both ready to play."""
-        policy, user = self.run.players.policy.model, self.run.players.user
+    def agents(self, state: TrainState) -> Agents:
+        """The run's agents with the policy of this state, both ready to play."""
+        policy, user = self.run.agents.policy.model, self.run.agents.user
         return dataclasses.replace(
-            self.run.players,
+            self.run.agents,
             policy=LM(self.copy_policy(state.params["policy"]), policy),
             user=LM(self.copy_user(user.params), user.model),
         )
@@ -172,12 +174,12 @@ class Trainer:
         step, self.pending = self.pending, None
         metrics, dialogues, rewards = distributed.fetch((step.metrics, step.dialogues, step.rewards))
         self.last_finished = time.monotonic()
-        row = dialogue_metrics(dialogues, rewards.reward) | reply_metrics(dialogues, self.run.players.tokenizer)
+        row = dialogue_metrics(dialogues, rewards.reward) | reply_metrics(dialogues, self.run.agents.tokenizer)
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
         row["time/update_s"] = self.last_finished - step.learning_since - row.get("time/eval_s", 0.0)
         row["tokens/padding"] = 1 - row["tokens/packed"] / row["tokens/padded"]
         every = self.config.log.dialogues_every
-        problem = breach(row, self.config.alarms.to_dict(), step.number)
+        problem = check(row, self.config.alarms.to_dict(), step.number)
         if distributed.is_main() and (problem or (every and (step.number % every == 0 or step.number == 1))):
             self.log_dialogues(step, dialogues, rewards.reward)
         self.write(step.number, row)
@@ -195,7 +197,7 @@ class Trainer:
         """Writes all dialogues of a step, so that `verify` can derive them."""
         profiles = [profile for _, profile in step.batch]
         seed = self.config.train.seed
-        records = dialogue_records(dialogues, self.run.players, profiles, step.ids, seed=seed, rewards=rewards)
+        records = dialogue_records(dialogues, self.run.agents, profiles, step.ids, seed=seed, rewards=rewards)
         self.folder.check()
         write_dialogues(self.folder.dialogues(step.number), records)
 
@@ -204,7 +206,7 @@ class Trainer:
         assert self.held_out is not None
         jax.block_until_ready(state)  # an update that is under way counts as such
         began = time.monotonic()
-        found = self.held_out.metrics(self.players(state))
+        found = self.held_out.metrics(self.agents(state))
         return found | {"time/eval_s": time.monotonic() - began}
 
     def evaluate_untrained(self, state: TrainState) -> None:
@@ -219,14 +221,14 @@ class Trainer:
         """Saves the state with everything that going on needs; its figures are written first."""
         scored = self.pending.evaluated.get("eval/score") if self.pending else None
         self.finish()
-        distributed.together(self.folder.check)
+        distributed.all_or_none(self.folder.check)
         self.checkpoints.save(done, state, {"reader": self.run.reader.state()}, scored)
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or the given one; and its number of steps."""
         if self.checkpoints.steps():
-            state = give_up(state)  # two states at once may not fit the devices
-        distributed.together(self.folder.check)
+            state = free_buffers(state)  # two states at once may not fit the devices
+        distributed.all_or_none(self.folder.check)
         found = self.checkpoints.restore(state, report=self.say)
         if found is None:
             if distributed.is_main():
@@ -256,7 +258,7 @@ class Trainer:
             "resume_step": done,
             "report": self.say,
         }
-        self.writer = distributed.together(
+        self.writer = distributed.all_or_none(
             lambda: MetricsWriter(self.folder.path, **given) if distributed.is_main() else None
         )
         closing = contextlib.closing(self.writer) if self.writer else contextlib.nullcontext()
@@ -265,7 +267,7 @@ class Trainer:
             yield
 
 
-def give_up(state: TrainState) -> TrainState:
+def free_buffers(state: TrainState) -> TrainState:
     """Frees a state's arrays; returns their shapes, dtypes and places, for another state to be read into."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves(state):
@@ -299,12 +301,12 @@ def train(
             workdir, config, free_fields=FREE_FIELDS, contents=contents, check=lock.check, report=say
         )
         with console.status("loading models and profiles"):
-            run, state = assemble(folder.to_load(config), mesh)
+            run, state = build_run(folder.to_load(config), mesh)
             held_out = None
             if config.eval.every:
                 profiles = evaluation.chosen_profiles(config)
                 warn_shared_personas(run.profiles, profiles)
-                held_out = evaluation.of_players(config, run.players, profiles, gold)
+                held_out = evaluation.of_agents(config, run.agents, profiles, gold)
         return trainer(config, folder, run, held_out, console).train(state)
 
 

@@ -1,4 +1,4 @@
-"""From a config to everything that a training run holds beside its state: players, learner, optimizers, profiles."""
+"""From a config to everything that a training run holds beside its state: agents, learner, optimizers, profiles."""
 
 import dataclasses
 from typing import Any
@@ -13,26 +13,26 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import profile_files
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.learning.loss import Learner, Loss, Trained
-from rlver_jax.learning.packing import Layout, arrange
+from rlver_jax.learning.loss import LossConfig, Trained, TrainedModels
+from rlver_jax.learning.packing import PackingPlan, plan_packing
 from rlver_jax.learning.sequences import max_length
 from rlver_jax.learning.train_step import (
-    Advantage,
+    AdvantageConfig,
     Optimizers,
-    Schedule,
-    Setup,
     TrainState,
+    TrainStepConfig,
+    UpdateConfig,
     init_state,
     make_optimizer,
 )
 from rlver_jax.models.qwen import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
-from rlver_jax.parallel.distributed import everywhere
+from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.rollout.agents import Players, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
-from rlver_jax.rollout.spec import PlayLimits, Spec, check_context
+from rlver_jax.rollout.agents import Agents, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.padding import round_up
 
 LENGTH_STEP = 64  # packed rows are multiples of it
@@ -43,18 +43,18 @@ class Run:
     """What stays the same through a run."""
 
     config: ConfigDict
-    mesh: Mesh  # of training; players.mesh is that of sampling
-    players: Players  # with the policy that training starts from
+    mesh: Mesh  # of training; agents.mesh is that of sampling
+    agents: Agents  # with the policy that training starts from
     profiles: list[Profile]
     tokens: ProfileTokens
     reader: ProfileReader
-    limits: PlayLimits
-    setup: Setup
+    limits: RolloutLimits
+    setup: TrainStepConfig
     lengths: tuple[int, ...]  # that packed rows may have, rising
     grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
-    def arranged(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, Layout | None]:
+    def arranged(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, PackingPlan | None]:
         """How to read a batch: the length of packed rows, and the dialogues' places where they share rows.
 
         Args:
@@ -63,17 +63,17 @@ class Run:
         """
         if not self.config.train.share_rows:
             return next(length for length in self.lengths if length >= lengths.max()), None
-        return arrange(lengths, orders, self.lengths, batch_parts(self.mesh), self.config.train.padding)
+        return plan_packing(lengths, orders, self.lengths, batch_parts(self.mesh), self.config.train.padding)
 
-    def places(self, length: int, layout: Layout | None) -> int:
+    def places(self, length: int, plan: PackingPlan | None) -> int:
         """Places of all rows that one pass over a batch reads, padding included."""
-        if layout is None:
+        if plan is None:
             return length * self.config.rollout.batch
-        reads = int(np.sum(layout.updates.reads)) * batch_parts(self.mesh)
+        reads = int(np.sum(plan.updates.reads)) * batch_parts(self.mesh)
         return reads * length // self.config.train.epochs
 
 
-def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
+def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     """Loads everything; returns the run and its state before the first step.
 
     Raises:
@@ -89,21 +89,21 @@ def assemble(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         shuffle=config.data.shuffle,
     )
     spec = rollout_spec(config)
-    players = Players.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
-    tokens = players.tokens(profiles)
-    limits = players.place(players.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    lengths = row_lengths(config, players, tokens.first_talk.shape[1], mesh)
-    trained, trunk = trained_of(config, players, mesh)
-    setup = setup_of(config, players, trunk, "critic" in trained, mesh)
+    agents = Agents.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
+    tokens = agents.tokens(profiles)
+    limits = agents.place(agents.check_limits(limits_of(config, spec, config.rollout.temperature)))
+    lengths = row_lengths(config, agents, tokens.first_talk.shape[1], mesh)
+    trained, trunk = trained_of(config, agents, mesh)
+    setup = setup_of(config, agents, trunk, "critic" in trained, mesh)
     reference = None
     if config.loss.kl:
-        reference = _model(config, "reference", config.policy, mesh, players)[0].params
-    grammar = everywhere(players.tables[0].grammar, mesh)
-    run = Run(config, mesh, players, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
+        reference = _model(config, "reference", config.policy, mesh, agents)[0].params
+    grammar = replicate(agents.tables[0].grammar, mesh)
+    run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
     return run, _placed_state(trained, setup.optimizers, mesh)
 
 
-def rollout_spec(config: ConfigDict) -> Spec:
+def rollout_spec(config: ConfigDict) -> RolloutConfig:
     """What the sampler is compiled for in training."""
     c = config.rollout
     initial = config.emotion.initial
@@ -132,9 +132,9 @@ def folders_of(config: ConfigDict) -> dict[str, tuple[str, bool]]:
     return {name: (config[name].path, like(name).init == "path") for name in models_of(config)}
 
 
-def row_lengths(config: ConfigDict, players: Players, first_width: int, mesh: Mesh) -> tuple[int, ...]:
+def row_lengths(config: ConfigDict, agents: Agents, first_width: int, mesh: Mesh) -> tuple[int, ...]:
     """Lengths of packed rows that may be compiled, rising, so many an octave; the last holds the longest dialogues."""
-    longest = dialogues_a_row(config, mesh) * max_length(players.tables[0], players.spec, first_width)
+    longest = dialogues_a_row(config, mesh) * max_length(agents.tables[0], agents.spec, first_width)
     up = lambda x: round_up(x, LENGTH_STEP)  # noqa: E731
     lengths = [LENGTH_STEP]
     while lengths[-1] < longest:
@@ -160,27 +160,27 @@ def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
     return -(-dialogues // (dialogues_a_row(config, mesh) * batch_parts(mesh)))
 
 
-def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, players: Players):
+def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, agents: Agents):
     """Model of `config.NAME`; an empty path is the policy's. It must share the policy's tokenizer."""
     settings = like.copy_and_resolve_references()
     settings.path = config[name].path or config.policy.path
     lm, tokenizer = load_model(settings, name, mesh)
-    check_tokenizers(players.tokenizer, tokenizer)
+    check_tokenizers(agents.tokenizer, tokenizer)
     return lm, tokenizer
 
 
-def trained_of(config: ConfigDict, players: Players, mesh: Mesh) -> tuple[Trained, Any]:
+def trained_of(config: ConfigDict, agents: Agents, mesh: Mesh) -> tuple[Trained, Any]:
     """All parameters that learn, and the module of the critic's own trunk, if it has one."""
-    policy = players.policy.params
-    if players.user.params is policy:  # one folder for both: the update reuses the policy's buffers, the user keeps its
+    policy = agents.policy.params
+    if agents.user.params is policy:  # one folder for both: the update reuses the policy's buffers, the user keeps its
         policy = jax.tree.map(jnp.copy, policy)
     if config.algorithm.estimator != "gae":
         return {"policy": policy}, None
     head = value_head_of(config)
-    width = players.policy.model.config.hidden_size
+    width = agents.policy.model.config.hidden_size
     trunk, critic = None, {}
     if config.critic.kind == "separate":
-        lm, _ = _model(config, "critic", config.critic, mesh, players)
+        lm, _ = _model(config, "critic", config.critic, mesh, agents)
         width, trunk = lm.model.config.hidden_size, as_trained(lm.model, config.critic)
         critic["trunk"] = lm.params
     critic["head"] = nn.unbox(head.init(jax.random.key(0), jnp.zeros((1, width))))["params"]  # a constant: no draw
@@ -197,16 +197,16 @@ def value_head_of(config: ConfigDict) -> ValueHead:
     return ValueHead(bias_init=config.emotion.initial / 100 if config.reward.kind == "final" else 0.0)
 
 
-def setup_of(config: ConfigDict, players: Players, trunk: Any, has_critic: bool, mesh: Mesh) -> Setup:
+def setup_of(config: ConfigDict, agents: Agents, trunk: Any, has_critic: bool, mesh: Mesh) -> TrainStepConfig:
     """What the update is compiled for; `trunk` is the module of the critic's own."""
     c, t = config.loss, config.train
-    loss = Loss(
+    loss = LossConfig(
         c.ratio, c.clip_low, c.clip_high, c.dual_clip, c.normalization,
-        length=config.rollout.max_turns * players.spec.policy_tokens,
+        length=config.rollout.max_turns * agents.spec.policy_tokens,
         entropy=c.entropy, kl=c.kl, kl_estimator=c.kl_estimator, value=c.value_weight, value_clip=c.value_clip,
     )  # fmt: skip
-    learner = Learner(
-        as_trained(players.policy.model, config.policy),
+    learner = TrainedModels(
+        as_trained(agents.policy.model, config.policy),
         trunk,
         value_head_of(config) if has_critic else None,
         loss,
@@ -216,24 +216,24 @@ def setup_of(config: ConfigDict, players: Players, trunk: Any, has_critic: bool,
     )
     a = config.algorithm
     credit = (a.estimator, a.credit, a.turn_discount)
-    advantage = Advantage(*credit, a.gamma, a.lam, a.whiten, a.scale, config.rollout.group)
-    schedule = Schedule(
+    advantage = AdvantageConfig(*credit, a.gamma, a.lam, a.whiten, a.scale, config.rollout.group)
+    schedule = UpdateConfig(
         t.epochs, t.minibatches, t.microbatches, config.critic.warmup_steps, c.recompute, c.importance_cap
     )
     shared = {"warmup_steps": t.warmup_steps, "grad_clip": t.grad_clip, "beta1": t.beta1, "beta2": t.beta2}
     shared |= {"weight_decay": t.weight_decay, "moment_dtype": t.moment_dtype, "eps": t.adam_eps}
     policy = make_optimizer(learning_rate=t.learning_rate, **shared)
     critic = make_optimizer(learning_rate=config.critic.learning_rate, **shared) if has_critic else None
-    return Setup(learner, advantage, schedule, Optimizers(policy, critic))
+    return TrainStepConfig(learner, advantage, schedule, Optimizers(policy, critic))
 
 
 def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> TrainState:
     """The first state; each of Adam's moments lies where its parameter does."""
     spread = lambda x: len(x.sharding.device_set) == mesh.size  # noqa: E731
-    trained = jax.tree.map(lambda x: x if spread(x) else everywhere(x, mesh), trained)
+    trained = jax.tree.map(lambda x: x if spread(x) else replicate(x, mesh), trained)
     where = state_shardings(trained, optimizers, mesh)
     made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=where.opt_state)(trained)
-    zero = everywhere(jnp.int32(0), mesh)
+    zero = replicate(jnp.int32(0), mesh)
     return TrainState(zero, trained, made, jnp.copy(zero))
 
 

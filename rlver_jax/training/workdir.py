@@ -87,7 +87,7 @@ class RunFolder:
         new = json.loads(json.dumps(without_secrets(flatten(config))))  # tuples become lists, as in the file
         distributed.check_same("the config", {name: value for name, value in new.items() if name not in PATHS})
         distributed.from_main(lambda: folder._take(new, config.train.steps, free_fields, contents, report))
-        distributed.together(folder._check_shared)
+        distributed.all_or_none(folder._check_shared)
         return folder
 
     def _take(

@@ -1,4 +1,4 @@
-"""Derives a simulated user's appraisals, changes and words again, from finished dialogues; see `sampling.rederive`."""
+"""Derives a simulated user's appraisals, changes and words again, from finished dialogues; see `sampling.replay`."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ from rlver_jax.user.emotion import change_readout, sample_noise
 from rlver_jax.user.turn import KEY_READOUT, UserTables, part_keys
 
 
-class Rederived(NamedTuple):
-    """What the user says itself: for each query and each choice of a packed dialogue; see `sampling.Rederived`."""
+class Replayed(NamedTuple):
+    """What the user says itself: for each query and each choice of a packed dialogue; see `sampling.Replayed`."""
 
     margin: np.ndarray  # [Q]
     logprob: np.ndarray  # [Q]
@@ -39,11 +39,11 @@ class _Change:
         return logprobs, change_readout(logprobs, self.readout, keys), noise
 
 
-def rederive(lm: LM, tables: UserTables, dialogues: Sequence[Dialogue], readout: str) -> Iterator[Rederived]:
+def replay(lm: LM, tables: UserTables, dialogues: Sequence[Dialogue], readout: str) -> Iterator[Replayed]:
     """Holds every logged token of the dialogues against the user; one result a dialogue, in their order.
 
     Those that share a prefix should follow each other: it is then read once.
     """
     side = Side(lm, tables.grammar, tables.options, _Change(readout))
-    for margin, logprob, sampled, choices in sampling.rederive(side, dialogues, tie=0.0):
-        yield Rederived(margin, logprob, sampled, *choices)
+    for margin, logprob, sampled, choices in sampling.replay(side, dialogues, tie=0.0):
+        yield Replayed(margin, logprob, sampled, *choices)

@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from rlver_jax.decoding.replay_sequence import ANY_END, DRAWN, GREEDY, OPENING, Choice, Packed, Said, States
+from rlver_jax.decoding.replay_sequence import (
+    ANY_END,
+    DRAWN,
+    GREEDY,
+    OPENING,
+    Choice,
+    Completion,
+    ReplaySequence,
+    States,
+)
 from rlver_jax.decoding.script import Script
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.user.emotion import CHANGES, HIGHEST
@@ -24,9 +33,9 @@ class LoggedTurn:
     emotion_before: int
     emotion_after: int
     say: Sequence[int]
-    appraisal: Sequence[Said]
+    appraisal: Sequence[Completion]
     change: int
-    reply: Sequence[Said]  # the reply script's fields, the reply last; empty if the dialogue ended before
+    reply: Sequence[Completion]  # the reply script's fields, the reply last; empty if the dialogue ended before
 
 
 class Packer:
@@ -50,13 +59,13 @@ class Packer:
         first_talk: Sequence[int],
         turns: Sequence[LoggedTurn],
         made_up: int = 0,
-    ) -> Packed:
+    ) -> ReplaySequence:
         """Packs a dialogue, with what its user had read before the first turn.
 
         Args:
             made_up: most tokens of first words that the user made up itself; 0: they are the profile's.
         """
-        packed, last_reply = Packed(prefix=len(prefix)), list(first_talk)
+        packed, last_reply = ReplaySequence(prefix=len(prefix)), list(first_talk)
         position = packed.add(prefix, 0, 0)
         if made_up:
             self._opening(packed, first_talk, made_up)
@@ -69,12 +78,12 @@ class Packer:
             last_reply = list(turn.reply[-1].text_tokens) if turn.reply else []
         return packed
 
-    def _opening(self, packed: Packed, tokens: Sequence[int], most: int) -> None:
+    def _opening(self, packed: ReplaySequence, tokens: Sequence[int], most: int) -> None:
         """Queries for first words that are about to be read, and for their end, whose token no log holds."""
         ends = [ANY_END] * (len(tokens) < most)
         packed.ask(self._grammar, [*tokens, *ends], 0, OPENING, 0, DRAWN)
 
-    def _branch(self, packed: Packed, turn: LoggedTurn, branch: int, position: int) -> None:
+    def _branch(self, packed: ReplaySequence, turn: LoggedTurn, branch: int, position: int) -> None:
         """The reasoning of one turn: appraisal, options on their twigs, the chosen one, reply script."""
         literals = self._appraisal[turn.emotion_before]
         for i, said in enumerate(turn.appraisal):
@@ -96,7 +105,7 @@ class Packer:
             how = DRAWN if i == last else GREEDY
             position = self._said(packed, said, branch, position, turn.turn, field, KEY_REPLY + i, how)
 
-    def _said(self, packed: Packed, said: Said, branch, position, turn, field, part, how) -> int:
+    def _said(self, packed: ReplaySequence, said: Completion, branch, position, turn, field, part, how) -> int:
         """One line: its text tokens, and a query for each token, the ending one included."""
         packed.ask(self._grammar, said.tokens, part, turn, field, how)
         return packed.add(list(said.text_tokens), branch, position)

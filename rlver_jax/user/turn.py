@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rlver_jax.decoding.cache import LM, Cache, append, join, rollback
+from rlver_jax.decoding.cache import LM, Cache, append, concat_ragged, rollback
 from rlver_jax.decoding.generate import Generated, Options, build_options, choose
 from rlver_jax.decoding.grammar import Grammar, matcher, one_line
 from rlver_jax.decoding.script import Script, compile_script, run_fields
@@ -122,7 +122,7 @@ def user_turn(
     `may_reply` ends, say nothing.
     """
     batch = active.shape[0]
-    base = join(
+    base = concat_ragged(
         batch, last_reply, (tables.close, None), (tables.open_user, None), say, (tables.close, None),
         (tables.open_assistant, None),
     )  # fmt: skip
@@ -191,7 +191,7 @@ def _reply(lm, tables, cache, change, emotion, turn_keys, rules, limits, max_tok
     tokens, counts = tables.reply.render(emotion, rules.band(emotion))
     fields, batch, _ = tokens.shape
     chosen = change - CHANGES[0]
-    first = join(
+    first = concat_ragged(
         batch,
         (tables.options.padded[chosen], tables.options.counts[chosen]),
         (tokens[0], counts[0]),

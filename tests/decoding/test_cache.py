@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlver_jax.decoding.cache import LM, init_cache, join, repeat_rows, restart_rows, rollback
+from rlver_jax.decoding.cache import LM, concat_ragged, init_cache, repeat_rows, restart_rows, rollback
 from rlver_jax.models.qwen import Qwen2, stack_layers
 from tests.conftest import appended, plain, read
 
@@ -124,7 +124,7 @@ def test_cache_takes_the_models_dtype(toy):
 @functools.partial(jax.jit, static_argnums=0)
 def joined(kinds, arrays, counts):
     given_counts = [{"rows": c, "one": c[0], "all": None}[k] for k, c in zip(kinds, counts, strict=True)]
-    return join(3, *zip(arrays, given_counts, strict=True))
+    return concat_ragged(3, *zip(arrays, given_counts, strict=True))
 
 
 @settings(max_examples=40, deadline=None)

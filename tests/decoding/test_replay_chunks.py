@@ -9,18 +9,18 @@ import pytest
 
 from rlver_jax.decoding.cache import LM, init_cache, keep_slots
 from rlver_jax.decoding.replay_chunks import WIDTHS, Sizes, chunks_of, cuts
-from rlver_jax.decoding.replay_sequence import Choice, Packed, Query
+from rlver_jax.decoding.replay_sequence import Choice, Query, ReplaySequence
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.text.padding import pad_rows
 
 PREFIX = 30
 
 
-def dialogue(seed: int, turns: int, prefix: int = PREFIX) -> Packed:
+def dialogue(seed: int, turns: int, prefix: int = PREFIX) -> ReplaySequence:
     """Messages, and in each turn a thought, four options of one to three tokens, and mostly more of the thought."""
     draw = np.random.default_rng(seed)
     some = lambda count: draw.integers(1, 40, count).tolist()  # noqa: E731
-    packed = Packed(prefix=prefix)
+    packed = ReplaySequence(prefix=prefix)
     position = packed.add(np.random.default_rng(99).integers(1, 40, prefix).tolist(), 0, 0)
     for turn in range(turns):
         position = packed.add(some(draw.integers(2, 9)), 0, position)
@@ -36,7 +36,7 @@ def dialogue(seed: int, turns: int, prefix: int = PREFIX) -> Packed:
     return packed
 
 
-def seen(packed: Packed, i: int) -> set[int]:
+def seen(packed: ReplaySequence, i: int) -> set[int]:
     """Places that token i sees: before it, of the messages, of its own branch or of the branch its twig hangs from."""
     own = {0, packed.branch[i], packed.branch[i] // BRANCH_RADIX * BRANCH_RADIX}
     return {j for j in range(i + 1) if packed.branch[j] in own}

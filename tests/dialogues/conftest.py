@@ -13,10 +13,10 @@ from rlver_jax.config.validate import reward_settings
 from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.log import dialogue_records, rewards_of
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.policy_turn import PolicyTurn
 from rlver_jax.rollout.sampler import END_REASONS, Dialogues
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.turn import UserTurn, build_user_tables
 
 GROUP, SEED, TURNS, ROWS, WIDTH = 3, 5, 3, 9, 64  # three rows of padding
@@ -59,7 +59,7 @@ SCRIPT: list[tuple[str, list[Turn]]] = [
 
 class Played(NamedTuple):
     dialogues: Dialogues
-    players: Players
+    agents: Agents
     profiles: list[Profile]
     ids: list[int]
 
@@ -133,11 +133,11 @@ def played_profiles():
 
 @pytest.fixture(scope="session")
 def played(bpe, prompts, played_profiles) -> Played:
-    spec = Spec("think", False, GROUP, TURNS, 640, think_tokens=32, say_tokens=32, user_tokens=32)
+    spec = RolloutConfig("think", False, GROUP, TURNS, 640, think_tokens=32, say_tokens=32, user_tokens=32)
     tables: Any = (None, build_user_tables(bpe, prompts, bpe.vocab_size))
     models: Any = None
-    players = Players(models, models, bpe, prompts, tables, "vanilla", "chit_chat", spec)
-    return Played(written_by_hand(bpe), players, played_profiles, IDS)
+    agents = Agents(models, models, bpe, prompts, tables, "vanilla", "chit_chat", spec)
+    return Played(written_by_hand(bpe), agents, played_profiles, IDS)
 
 
 @pytest.fixture(scope="session")
@@ -148,4 +148,4 @@ def script():
 @pytest.fixture(scope="session")
 def played_records(played):
     rewards = rewards_of(played.dialogues, reward_settings(get_config()))
-    return dialogue_records(played.dialogues, played.players, played.profiles, played.ids, seed=SEED, rewards=rewards)
+    return dialogue_records(played.dialogues, played.agents, played.profiles, played.ids, seed=SEED, rewards=rewards)

@@ -15,9 +15,9 @@ import pytest
 from rlver_jax import verify
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.dialogues.log import write_dialogues
-from rlver_jax.evaluation.play import chosen_profiles, eval_spec, of_players
+from rlver_jax.evaluation.play import chosen_profiles, eval_spec, of_agents
 from rlver_jax.models.hf_weights import save_params
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from tests.test_evaluate import CONFIG
 
 COUNT, REPEATS, TURNS = 6, 2, 4
@@ -57,7 +57,7 @@ def world(policy_lm, user_lm, bpe_folder, prompts, tmp_path_factory):
     (folder / "config.py").write_text(CONFIG)
     flags = [f"--config={folder / 'config.py'}"] + [f"--config.{k}={v}" for k, v in fields_of(folder, prompts).items()]
     config = config_from_flags(flags, "")[0]
-    evaluation = of_players(config, Players.load(config, eval_spec(config)), chosen_profiles(config))
+    evaluation = of_agents(config, Agents.load(config, eval_spec(config)), chosen_profiles(config))
     records = [record for some, _ in evaluation.batches(range(COUNT * REPEATS)) for record in some]
     return json.loads(json.dumps(records)), flags, folder
 

@@ -117,7 +117,7 @@ def test_the_configs_reward_is_used(played):
     """`mixed`: a quarter of the final emotion, three quarters of the changes / 10; a fault counts as emotion 0."""
     config = get_config()
     config.reward.kind, config.reward.final_weight = "mixed", 0.25
-    args = (played.dialogues, played.players, played.profiles, played.ids)
+    args = (played.dialogues, played.agents, played.profiles, played.ids)
     rewards = rewards_of(played.dialogues, reward_settings(config))
     found = [r["reward"] for r in dialogue_records(*args, seed=0, rewards=rewards)]
     expected = [0.105 + 0.15, 0.15 + 1.5, 0.75 * -4, 0.1, 0.75 * -4, 0.1]
@@ -209,7 +209,7 @@ def test_a_missing_file(tmp_path):
 
 def test_another_number_of_ids_is_refused(played):
     with pytest.raises(ValueError, match="5 dialogue ids for 2 profiles in groups of 3"):
-        dialogue_records(played.dialogues, played.players, played.profiles, played.ids[:5], seed=0, rewards=np.zeros(9))
+        dialogue_records(played.dialogues, played.agents, played.profiles, played.ids[:5], seed=0, rewards=np.zeros(9))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_log(played_records, tmp_path):

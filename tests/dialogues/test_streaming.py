@@ -13,7 +13,7 @@ import pytest
 
 from rlver_jax.evaluate import main as evaluate
 from rlver_jax.evaluation.judge_folder import dialogues_fingerprint
-from rlver_jax.evaluation.transcripts import FinishedFiles
+from rlver_jax.evaluation.transcripts import TranscriptFiles
 from tests.evaluation.conftest import result
 from tests.reports.conftest import record, some_records, write_evaluation, write_lines
 
@@ -127,7 +127,7 @@ def as_before(dialogues):
 def check_equal(files, out):
     assert evaluate([f"--from={','.join(map(str, files))}", f"--out={out}"]) == 0
     summary = json.loads((out / "summary.json").read_text())
-    read = FinishedFiles(files)
+    read = TranscriptFiles(files)
     dialogues = [one for _, one in read.scan()]
     figures, fingerprint = as_before(dialogues)
     assert {name: summary[name] for name in figures} == figures, "bit by bit"
@@ -168,7 +168,7 @@ def test_a_pipe_is_read_though_it_can_be_read_only_once(tmp_path):
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
     file = write_evaluation(tmp_path / "seen", some_records(0, 3)) / "dialogues.jsonl"
-    files = FinishedFiles([file])
+    files = TranscriptFiles([file])
     assert len(list(files.scan())) == 3
     file.write_bytes(file.read_bytes().replace(b"say 1", b"SAY 1"))
     with pytest.raises(ValueError, match=r"dialogues.jsonl: was changed while it was read"):

@@ -11,16 +11,16 @@ import pytest
 
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain, some_profiles
-from tests.test_verify import SEED, check, make_players, play
+from tests.test_verify import SEED, check, make_agents, play
 
 REPLY_TOKENS, TEMPERATURE = 16, 0.9  # of test_verify's users
 
 
 @pytest.fixture(scope="module")
 def log(policy_lm, user_lm, bpe, prompts):
-    """(players, profiles, records) of which one profile in three has no first words."""
-    players, profiles = make_players(policy_lm, user_lm, bpe, prompts, "argmax"), some_profiles(3)
-    return players, profiles, play(players, profiles)
+    """(agents, profiles, records) of which one profile in three has no first words."""
+    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, "argmax"), some_profiles(3)
+    return agents, profiles, play(agents, profiles)
 
 
 def made_up(log) -> dict:
@@ -29,8 +29,8 @@ def made_up(log) -> dict:
 
 def drawn(log, record) -> list[int]:
     """What the user says in plain passes, its end included."""
-    players, profiles, _ = log
-    tokenizer, chat = players.tokenizer, ChatTemplate(players.tokenizer)
+    agents, profiles, _ = log
+    tokenizer, chat = agents.tokenizer, ChatTemplate(agents.tokenizer)
     profile = next(p for p in profiles if p.id == record["profile"])
     system = f"{profile.persona}\n{profile.background}\n{profile.hidden_intention}"
     prefix = chat.message("system", system) + chat.message("user", "Go.") + chat.open("assistant")
@@ -42,7 +42,7 @@ def drawn(log, record) -> list[int]:
     pieces = [tokenizer.token_bytes(t) for t in range(tokenizer.vocab_size)]
     said: list[int] = []
     while len(said) < REPLY_TOKENS:
-        scores = plain(players.user, [prefix + said], batch=1)[1][0][-1].astype(np.float64)
+        scores = plain(agents.user, [prefix + said], batch=1)[1][0][-1].astype(np.float64)
         for token in range(len(scores)):
             piece = pieces[token] if token < len(pieces) else b""
             stop = token in tokenizer.stop_ids
@@ -79,16 +79,16 @@ def lines(message):
     ]
 
 
-def another_word(tokens, players):
-    tokens[0] = next(t for t in range(300) if t != tokens[0] and players.tokenizer.token_bytes(t).isalpha())
+def another_word(tokens, agents):
+    tokens[0] = next(t for t in range(300) if t != tokens[0] and agents.tokenizer.token_bytes(t).isalpha())
 
 
-def stops_sooner(tokens, players):
+def stops_sooner(tokens, agents):
     tokens.pop()
 
 
-def goes_on(tokens, players):
-    tokens.append(next(t for t in range(300) if players.tokenizer.token_bytes(t).isalpha()))
+def goes_on(tokens, agents):
+    tokens.append(next(t for t in range(300) if agents.tokenizer.token_bytes(t).isalpha()))
 
 
 @pytest.mark.parametrize("edit", [another_word, stops_sooner, goes_on])

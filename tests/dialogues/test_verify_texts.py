@@ -10,7 +10,7 @@ from rlver_jax.decoding.generate import Generated
 from rlver_jax.decoding.grammar import thought_then_say, whitespace_tokens
 from rlver_jax.dialogues.verify_texts import split_reply
 from rlver_jax.rollout.policy_turn import _split_say
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.spec import RolloutConfig
 
 ROWS, MOST = 400, 24
 
@@ -48,7 +48,7 @@ def on_the_device(tokenizer, rows):
     count = np.array([len(said) for said, _ in rows], np.int32)
     stopped, none = np.array([stopped for _, stopped in rows]), jnp.zeros((len(rows), MOST))
     said = Generated(jnp.asarray(tokens), jnp.asarray(count), none, none, jnp.asarray(found_at), jnp.asarray(stopped))
-    spec = Spec("think", False, 1, 1, 100, think_tokens=MOST, say_tokens=MOST, user_tokens=1)
+    spec = RolloutConfig("think", False, 1, 1, 100, think_tokens=MOST, say_tokens=MOST, user_tokens=1)
     say, say_count = _split_say(said, whitespace, spec)
     violation = (said.found_at < 0) | (say_count == 0)
     return found_at, [row[:n].tolist() for row, n in zip(np.asarray(say), say_count, strict=True)], violation

@@ -21,9 +21,9 @@ from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluate import main
 from rlver_jax.evaluation.forms import LETTERS, load_forms
 from rlver_jax.evaluation.judge_at_endpoint import RemoteJudge, RemoteRater
-from rlver_jax.evaluation.measures import measured
-from rlver_jax.evaluation.score import agreed, judged
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.measures import measure
+from rlver_jax.evaluation.score import judge_transcripts, measure_agreement
+from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.profiles.schema import Profile
 from tests.endpoints.server import ChatServer, digest, one_in_five, rule
 from tests.evaluation.test_transcripts import write
@@ -44,7 +44,7 @@ def config_of(server, **fields):
 
 @pytest.fixture(scope="module")
 def dialogues(results):
-    return [Finished(from_sage(r, i), Profile.from_json(r), r["id"]) for i, r in enumerate(results)]
+    return [Transcript(from_sage(r, i), Profile.from_json(r), r["id"]) for i, r in enumerate(results)]
 
 
 def appraise(judge, dialogues, *, own):
@@ -109,11 +109,11 @@ def test_faults_and_interruptions_change_nothing(dialogues, tmp_path):
     """A fifth of all requests fails; then the endpoint goes away in the middle, and the same judgement goes on."""
     config: dict = {"remote.concurrency": 1}
     with ChatServer() as server:
-        whole = judged(RemoteJudge.load(config_of(server, **config), "far", None), dialogues, None, QUIET)
+        whole = judge_transcripts(RemoteJudge.load(config_of(server, **config), "far", None), dialogues, None, QUIET)
         bodies = {json.dumps(body) for body in server.bodies}
     with ChatServer(fault=one_in_five(3)) as server:
         judge = RemoteJudge.load(config_of(server, **config), "far", tmp_path / "faults")
-        found = judged(judge, dialogues, tmp_path / "faults", QUIET)
+        found = judge_transcripts(judge, dialogues, tmp_path / "faults", QUIET)
         assert server.count > len(server.bodies)
         assert {json.dumps(body) for body in server.bodies} == bodies
     without_url = lambda s: s | {"settings": {k: v for k, v in s["settings"].items() if k != "remote.user.url"}}  # noqa: E731
@@ -122,11 +122,11 @@ def test_faults_and_interruptions_change_nothing(dialogues, tmp_path):
         server.fault = lambda n: "" if n <= 6 else "404 gone"
         folder = tmp_path / "gone"
         with pytest.raises(EndpointError, match="gone"):
-            judged(RemoteJudge.load(config_of(server, **config), "far", folder), dialogues, folder, QUIET)
+            judge_transcripts(RemoteJudge.load(config_of(server, **config), "far", folder), dialogues, folder, QUIET)
         server.fault = lambda n: ""
-        assert judged(RemoteJudge.load(config_of(server, **config), "far", folder), dialogues, folder, QUIET) == (
-            whole | {"settings": found["settings"] | {"remote.user.url": server.url}}
-        )
+        assert judge_transcripts(
+            RemoteJudge.load(config_of(server, **config), "far", folder), dialogues, folder, QUIET
+        ) == (whole | {"settings": found["settings"] | {"remote.user.url": server.url}})
         assert sorted(json.dumps(body) for body in server.bodies) == sorted(bodies), "nothing was asked twice"
 
 
@@ -137,7 +137,7 @@ def test_what_it_cannot_say_is_left_out_of_agreement(dialogues):
         return "well, well" if "person: my sister my sister\n" in body["messages"][0]["content"] else rule(body)
 
     with ChatServer(mostly) as server:
-        found = agreed(RemoteJudge.load(config_of(server), "far", None), dialogues, None, QUIET)
+        found = measure_agreement(RemoteJudge.load(config_of(server), "far", None), dialogues, None, QUIET)
         own = [[change_in(rule(b)) for b in asked_about(server.bodies, dialogues[i])] for i in (0, 2, 3)]
     recorded = [change for i in (0, 2, 3) for change in CHANGES[i]]
     own = list(itertools.chain(*own))
@@ -151,7 +151,7 @@ def test_what_it_cannot_say_is_left_out_of_agreement(dialogues):
         ChatServer(lambda body: "well, well") as server,
         pytest.raises(ValueError, match="far: not one appraisal could be read"),
     ):
-        agreed(RemoteJudge.load(config_of(server), "far", None), dialogues, None, QUIET)
+        measure_agreement(RemoteJudge.load(config_of(server), "far", None), dialogues, None, QUIET)
 
 
 def picks(body):
@@ -217,7 +217,7 @@ def test_choices_are_asked_for_again_and_no_mark_is_made_up(dialogues):
     assert sorted(re.findall(r"^\[(\w+)\]", "\n".join(map(last, again)), re.MULTILINE)) == [
         *("core_insight", "natural", "natural")
     ], "only what is missing"
-    records, _ = measured(Answered(rated), load_forms("en"), dialogues[3:], None, QUIET)
+    records, _ = measure(Answered(rated), load_forms("en"), dialogues[3:], None, QUIET)
     assert records[0]["measures"]["replies"][0]["natural"] is None
     assert records[0]["measures"]["unanswered"] == 1
 
@@ -331,7 +331,9 @@ def test_a_judge_behind_our_own_server(dialogues):
     asked = [load_forms("en").ask(dialogues[3])]
     with served("--rows=4", "--name=m", "--context=4000") as (_, url):
         config = config_of(SimpleNamespace(url=f"{url}/v1"))
-        first, second = (judged(RemoteJudge.load(config, "far", None), dialogues, None, QUIET) for _ in range(2))
+        first, second = (
+            judge_transcripts(RemoteJudge.load(config, "far", None), dialogues, None, QUIET) for _ in range(2)
+        )
         rated = fill(RemoteRater.load(config, "far", None), asked)[0]
     assert first == second
     assert first["remote"]["models"] == ["m"]

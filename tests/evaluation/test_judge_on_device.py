@@ -9,10 +9,10 @@ import pytest
 
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.judge_on_device import DeviceJudge, message_tokens
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits
@@ -24,14 +24,14 @@ LITERALS = SHORT_PROMPTS["appraisal.script"]
 
 
 def make_judge(user_lm, bpe, prompts, readout="argmax"):
-    spec = Spec("direct", False, 1, 4, 900, 16, 12, FIELD, readout, RULES)
-    players = Players.build(user_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
-    return DeviceJudge("tiny", players, UserLimits(jnp.int32(FIELD), jnp.int32(0), jnp.float32(0)), 3, {})
+    spec = RolloutConfig("direct", False, 1, 4, 900, 16, 12, FIELD, readout, RULES)
+    agents = Agents.build(user_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    return DeviceJudge("tiny", agents, UserLimits(jnp.int32(FIELD), jnp.int32(0), jnp.float32(0)), 3, {})
 
 
 @pytest.fixture(scope="module")
 def dialogues(results):
-    return [Finished(from_sage(r, i), Profile.from_json(r), r["id"]) for i, r in enumerate(results)]
+    return [Transcript(from_sage(r, i), Profile.from_json(r), r["id"]) for i, r in enumerate(results)]
 
 
 def appraise(judge, dialogues, own):

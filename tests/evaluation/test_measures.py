@@ -7,9 +7,9 @@ from rich.console import Console
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge import Work
-from rlver_jax.evaluation.measures import measured, strategies, summed_up
+from rlver_jax.evaluation.measures import measure, strategies, summarize
 from rlver_jax.evaluation.rater import Rated
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.transcripts import Transcript
 
 QUIET = Console(quiet=True)
 
@@ -39,11 +39,11 @@ class Person:
 
 @pytest.fixture
 def dialogues(results):
-    return [Finished(from_sage(r, i), None, "") for i, r in enumerate(results)]
+    return [Transcript(from_sage(r, i), None, "") for i, r in enumerate(results)]
 
 
 def test_measures_are_kept_and_taken_up(dialogues, tmp_path):
-    records, asked = measured(Person(), load_forms("en"), dialogues, tmp_path, QUIET)
+    records, asked = measure(Person(), load_forms("en"), dialogues, tmp_path, QUIET)
     assert asked == {}, "no endpoint"
     assert [{k: v for k, v in r.items() if k != "measures"} for r in records] == [d.record for d in dialogues]
     file = tmp_path / "measures.jsonl"
@@ -51,19 +51,19 @@ def test_measures_are_kept_and_taken_up(dialogues, tmp_path):
     assert len(lines) == 4
     file.write_bytes(lines[0] + lines[1] + lines[2][:50])
     person = Person()
-    assert measured(person, load_forms("en"), dialogues, tmp_path, QUIET) == (records, {})
+    assert measure(person, load_forms("en"), dialogues, tmp_path, QUIET) == (records, {})
     assert len(person.asked) == 2, "only what is missing"
-    again = [Finished(record, None, "") for record in records]  # measures of before don't count as another dialogue
+    again = [Transcript(record, None, "") for record in records]  # measures of before don't count as another dialogue
     person = Person()
-    assert measured(person, load_forms("en"), again, tmp_path, QUIET) == (records, {})
+    assert measure(person, load_forms("en"), again, tmp_path, QUIET) == (records, {})
     assert not person.asked
     with pytest.raises(ValueError, match="was made with other settings"):
-        measured(Person(), load_forms("zh"), dialogues, tmp_path, QUIET)
+        measure(Person(), load_forms("zh"), dialogues, tmp_path, QUIET)
 
 
 def test_the_sum_of_measures(dialogues):
-    records, _ = measured(Person(), load_forms("en"), dialogues, None, QUIET)
-    summary = summed_up(records)
+    records, _ = measure(Person(), load_forms("en"), dialogues, None, QUIET)
+    summary = summarize(records)
     depths = [r["measures"]["capabilities"]["empathic_depth"] for r in records]
     assert len(set(depths)) > 1
     assert set(depths) <= {1, 2, 3, 4, 5}
@@ -103,15 +103,15 @@ def test_what_was_not_answered_is_left_out(dialogues):
                         rated.answers[4]["strategy"] = rated.answers[4]["natural"] = {}
                 yield some
 
-    records, _ = measured(Silent(), load_forms("en"), dialogues, None, QUIET)
-    full, _ = measured(Person(), load_forms("en"), dialogues, None, QUIET)
+    records, _ = measure(Silent(), load_forms("en"), dialogues, None, QUIET)
+    full, _ = measure(Person(), load_forms("en"), dialogues, None, QUIET)
     first = records[0]["measures"]
     assert first["unanswered"] == 4
     assert first["capabilities"]["core_insight"] is None
     assert first["relationship"]["facets"]["regard"] is first["relationship"]["total"] is None
     assert first["relationship"]["facets"]["empathy"] is not None
     assert first["replies"][0]["strategy"] is first["replies"][0]["natural"] is None
-    summary, complete = summed_up(records), summed_up(full)
+    summary, complete = summarize(records), summarize(full)
     assert (summary["unanswered"], complete["unanswered"]) == (4, 0)
     assert summary["capabilities/core_insight"]["n"] == 3
     others = [r["measures"]["capabilities"]["core_insight"] for r in full[1:]]

@@ -8,9 +8,9 @@ from scipy import special
 from rlver_jax.decoding.grammar import one_line
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import Asked, Form, Step, load_forms
-from rlver_jax.evaluation.measures import measured
+from rlver_jax.evaluation.measures import measure
 from rlver_jax.evaluation.rater import DeviceRater
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain
 from tests.evaluation.test_judge_on_device import greedy_line
@@ -78,9 +78,9 @@ def test_answers_are_the_models_own(filled, questions, user_lm, bpe):
 @pytest.mark.slow
 def test_our_own_forms_are_filled_in(rater, results):
     """Long ones, in both languages, with the model that will be asked."""
-    dialogues = [Finished(from_sage(r, i), None, "") for i, r in enumerate(results)]
+    dialogues = [Transcript(from_sage(r, i), None, "") for i, r in enumerate(results)]
     for language in ("en", "zh"):
-        records, _ = measured(rater, load_forms(language), dialogues, None, Console(quiet=True))
+        records, _ = measure(rater, load_forms(language), dialogues, None, Console(quiet=True))
         for record in records:
             found = record["measures"]
             assert len(found["replies"]) == record["turns"]

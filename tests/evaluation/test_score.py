@@ -9,8 +9,8 @@ from scipy import stats
 
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.judge import Appraised, Work
-from rlver_jax.evaluation.score import agreed, judged
-from rlver_jax.evaluation.transcripts import Finished, turns_of
+from rlver_jax.evaluation.score import judge_transcripts, measure_agreement
+from rlver_jax.evaluation.transcripts import Transcript, turns_of
 from rlver_jax.profiles.schema import Profile
 
 QUIET = Console(quiet=True)
@@ -37,7 +37,7 @@ class Given:
 
 @pytest.fixture
 def dialogues(results):
-    return [Finished(from_sage(r, i), Profile.from_json(r), r["id"]) for i, r in enumerate(results)]
+    return [Transcript(from_sage(r, i), Profile.from_json(r), r["id"]) for i, r in enumerate(results)]
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def given(dialogues):
 
 
 def test_agreement_of_both_readouts(given, dialogues, tmp_path):
-    found = agreed(given, dialogues, tmp_path, QUIET)
+    found = measure_agreement(given, dialogues, tmp_path, QUIET)
     recorded = np.array([turn.change for d in dialogues for turn in turns_of(d.record)])
     before = np.array([turn.emotion for d in dialogues for turn in turns_of(d.record)])
     logprobs = np.concatenate([np.array(one) for one in given.logprobs])
@@ -72,7 +72,7 @@ def test_agreement_of_both_readouts(given, dialogues, tmp_path):
 
 def test_scores_and_the_gap(given, dialogues, tmp_path):
     """The training user's ends are 42, 100, 5 and 44."""
-    found = judged(given, dialogues, tmp_path, QUIET)
+    found = judge_transcripts(given, dialogues, tmp_path, QUIET)
     ends = [40 + sum(int(np.argmax(one)) - 10 for one in ours) for ours in given.logprobs]
     assert all(0 < end < 100 for end in ends), "no clipping, so the sum is the end"
     assert found["score"] == pytest.approx(np.mean(ends))
@@ -85,16 +85,16 @@ def test_scores_and_the_gap(given, dialogues, tmp_path):
 
 
 def test_an_interrupted_judge_goes_on(given, dialogues, tmp_path):
-    whole = judged(given, dialogues, tmp_path, QUIET)
+    whole = judge_transcripts(given, dialogues, tmp_path, QUIET)
     file = tmp_path / "judges" / "given.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(lines[0] + lines[1] + lines[2][:30])
     given.asked.clear()
-    assert judged(given, dialogues, tmp_path, QUIET) == whole
+    assert judge_transcripts(given, dialogues, tmp_path, QUIET) == whole
     assert given.asked == [2, 3]
     assert file.read_bytes() == b"".join(lines)
     with pytest.raises(ValueError, match="fingerprint.dialogues was"):
-        judged(given, dialogues[:3], tmp_path, QUIET)
+        judge_transcripts(given, dialogues[:3], tmp_path, QUIET)
     file.write_text("[]\n")
     with pytest.raises(ValueError, match="is no work of a judge"):
-        judged(given, dialogues, tmp_path, QUIET)
+        judge_transcripts(given, dialogues, tmp_path, QUIET)

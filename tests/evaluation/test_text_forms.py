@@ -5,7 +5,7 @@ import pytest
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import LETTERS, RATING, TRUTH, Step, load_forms
 from rlver_jax.evaluation.text_forms import read, read_choice, write
-from rlver_jax.evaluation.transcripts import Finished
+from rlver_jax.evaluation.transcripts import Transcript
 
 STEPS = (
     Step("All in all.\nBest and worst:", "evidence", ()),
@@ -98,7 +98,7 @@ def test_only_what_was_answered_is_found():
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_our_own_forms_come_back(language, results):
     """Filled in with the form copied, and with bare marks; no form's heading is taken for another's."""
-    for form in load_forms(language).ask(Finished(from_sage(results[0]), None, "")).forms:
+    for form in load_forms(language).ask(Transcript(from_sage(results[0]), None, "")).forms:
         chosen = {step.name: step.options[i % len(step.options)] for i, step in enumerate(form.steps) if step.options}
         for copied in (True, False):
             lines = []

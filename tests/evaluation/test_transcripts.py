@@ -7,7 +7,7 @@ import pytest
 
 from rlver_jax.dialogues.log import write_dialogues
 from rlver_jax.evaluate import main
-from rlver_jax.evaluation.transcripts import FinishedFiles, faults, read_finished, turns_of
+from rlver_jax.evaluation.transcripts import TranscriptFiles, faults, read_finished, turns_of
 from rlver_jax.report import main as report
 from tests.dialogues.rlver_log import logged
 
@@ -90,7 +90,7 @@ def test_our_own_logs_are_read_too(results, tmp_path):
 
 def test_several_files_are_numbered_over_all(results, tmp_path, capsys):
     a, b = write(tmp_path / "a.jsonl", results[:2]), write(tmp_path / "b.jsonl", results[2:])
-    files = FinishedFiles([str(a), str(b)])
+    files = TranscriptFiles([str(a), str(b)])
     seen = list(files.scan())
     assert [(path, d.record["dialogue"]) for path, d in seen] == [(str(f), i) for i, f in enumerate((a, a, b, b))]
     assert list(files) == [d for _, d in seen], "read again, one by one"

@@ -9,12 +9,12 @@ import pytest
 
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Generated
-from rlver_jax.learning.sequences import PackedBatch, pack
+from rlver_jax.learning.sequences import PackedBatch, build_sequences
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.rollout.policy_turn import PolicyTurn, build_policy_tables
 from rlver_jax.rollout.sampler import Dialogues
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.turn import UserLimits, UserTurn
 from tests.conftest import random_params
 
@@ -22,8 +22,8 @@ LENGTH = 320  # enough for eight turns
 SPARE = 9  # embedding rows without a token
 
 
-def spec_for(mode: str, enforce: bool = False, turns: int = 8) -> Spec:
-    return Spec(
+def spec_for(mode: str, enforce: bool = False, turns: int = 8) -> RolloutConfig:
+    return RolloutConfig(
         mode=mode,
         enforce_format=enforce,
         group=1,
@@ -35,9 +35,9 @@ def spec_for(mode: str, enforce: bool = False, turns: int = 8) -> Spec:
     )
 
 
-def limits_for(spec: Spec) -> PlayLimits:
+def limits_for(spec: RolloutConfig) -> RolloutLimits:
     user = UserLimits(jnp.int32(6), jnp.int32(6), jnp.float32(1))
-    return PlayLimits(
+    return RolloutLimits(
         *map(jnp.int32, (spec.max_turns, spec.think_tokens, spec.say_tokens)), jnp.float32(1), jnp.int32(30), user
     )
 
@@ -51,7 +51,7 @@ class Turn(NamedTuple):
 
 
 class World(NamedTuple):
-    spec: Spec
+    spec: RolloutConfig
     tables: object
     dialogues: Dialogues
     turns: list[list[Turn]]  # of each dialogue
@@ -95,7 +95,7 @@ def make_world(tokenizer, prompts, mode: str, *, seed: int = 0, batch: int = 5, 
     return World(spec, tables, to_arrays(spec, dialogues, draw), dialogues)
 
 
-def to_arrays(spec: Spec, dialogues: list[list[Turn]], draw) -> Dialogues:
+def to_arrays(spec: RolloutConfig, dialogues: list[list[Turn]], draw) -> Dialogues:
     """The sampler's arrays; whatever nobody should look at holds random tokens."""
     batch, turns = len(dialogues), spec.max_turns
     noise = lambda *shape: draw.integers(0, 400, shape).astype(np.int32)  # noqa: E731
@@ -137,7 +137,7 @@ def to_arrays(spec: Spec, dialogues: list[list[Turn]], draw) -> Dialogues:
     return jax.tree.map(jnp.asarray, arrays)
 
 
-_pack = jax.jit(pack, static_argnums=(2, 4))
+_pack = jax.jit(build_sequences, static_argnums=(2, 4))
 
 
 def packed(world: World, length: int = LENGTH) -> PackedBatch:

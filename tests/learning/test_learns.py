@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.learning.loss import Learner, Loss
-from rlver_jax.learning.sequences import pack, row_lengths
+from rlver_jax.learning.loss import LossConfig, TrainedModels
+from rlver_jax.learning.sequences import build_sequences, row_lengths
 from rlver_jax.learning.train_step import (
-    Advantage,
+    AdvantageConfig,
     Optimizers,
-    Schedule,
-    Setup,
+    TrainStepConfig,
+    UpdateConfig,
     compile_step,
     init_state,
     make_optimizer,
 )
 from rlver_jax.models.value_head import ValueHead
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.rewards import Rewards
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.turn import UserLimits
 from tests.conftest import some_profiles
 
@@ -30,12 +30,12 @@ PHRASE, PROFILES, GROUP, BEFORE, STEPS, LENGTH = "my sister said goodbye", 3, 24
 COUNT = PROFILES * GROUP
 
 
-def make_players(policy_lm, user_lm, bpe, prompts, mode):
-    spec = Spec(
+def make_agents(policy_lm, user_lm, bpe, prompts, mode):
+    spec = RolloutConfig(
         mode=mode, enforce_format=False, group=GROUP, max_turns=1, context=512, think_tokens=20, say_tokens=24,
         user_tokens=2,
     )  # fmt: skip
-    return Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    return Agents.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
 
 
 def rewarded(dialogues, tokenizer) -> np.ndarray:
@@ -44,12 +44,14 @@ def rewarded(dialogues, tokenizer) -> np.ndarray:
     return np.array([PHRASE in text for text in texts], np.float32) * ~said.violation[0]
 
 
-def setup_of(policy_lm, estimator) -> Setup:
+def setup_of(policy_lm, estimator) -> TrainStepConfig:
     rate = {"warmup_steps": 0, "grad_clip": 1.0, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0}
     made = make_optimizer(learning_rate=1e-3, moment_dtype="float32", **rate)
     critic = estimator == "gae"
-    learner = Learner(policy_lm.model, None, ValueHead() if critic else None, Loss(), vocab_chunk=512)
-    return Setup(learner, Advantage(estimator, group=GROUP), Schedule(), Optimizers(made, made if critic else None))
+    learner = TrainedModels(policy_lm.model, None, ValueHead() if critic else None, LossConfig(), vocab_chunk=512)
+    return TrainStepConfig(
+        learner, AdvantageConfig(estimator, group=GROUP), UpdateConfig(), Optimizers(made, made if critic else None)
+    )
 
 
 @pytest.mark.slow
@@ -58,19 +60,19 @@ def setup_of(policy_lm, estimator) -> Setup:
     [("grpo", "think"), ("grpo", "direct"), pytest.param("gae", "think", marks=pytest.mark.long), ("gae", "direct")],
 )
 def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, mode, estimator):
-    players, setup = make_players(policy_lm, user_lm, bpe, prompts, mode), setup_of(policy_lm, estimator)
+    agents, setup = make_agents(policy_lm, user_lm, bpe, prompts, mode), setup_of(policy_lm, estimator)
     user = UserLimits(jnp.int32(1), jnp.int32(1), jnp.float32(1))
-    limits = PlayLimits(*map(jnp.int32, (1, 20, 24)), jnp.float32(1), jnp.int32(30), user)
-    tokens, key = players.tokens(some_profiles(PROFILES)), jax.random.key(0)
+    limits = RolloutLimits(*map(jnp.int32, (1, 20, 24)), jnp.float32(1), jnp.int32(30), user)
+    tokens, key = agents.tokens(some_profiles(PROFILES)), jax.random.key(0)
     params = {"policy": jax.tree.map(jnp.copy, policy_lm.params)}
     if estimator == "gae":
         width = policy_lm.model.config.hidden_size
         params["critic"] = {"head": {"kernel": jnp.zeros(width), "bias": jnp.float32(0)}}
     state = jax.device_put(init_state(params, setup.optimizers), jax.devices()[0])
-    learn, packing = compile_step(setup, state), jax.jit(pack, static_argnums=(2, 4))
+    learn, packing = compile_step(setup, state), jax.jit(build_sequences, static_argnums=(2, 4))
     before, rates, ratios = [], [], []
     for step in range(-BEFORE, STEPS):
-        now = dataclasses.replace(players, policy=LM(state.params["policy"], policy_lm.model))
+        now = dataclasses.replace(agents, policy=LM(state.params["policy"], policy_lm.model))
         ids = [(step + BEFORE) * COUNT + i for i in range(COUNT)]
         dialogues = now.play(tokens.batch(range(PROFILES), ids), key, limits)
         reward = rewarded(jax.device_get(dialogues), bpe)
@@ -78,10 +80,10 @@ def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, m
             before.append(reward.mean())
             continue
         rates.append(reward.mean())
-        assert row_lengths(dialogues, players.tables[0], players.spec).max() <= LENGTH
-        batch = packing(dialogues, players.tables[0], players.spec, limits, LENGTH)
+        assert row_lengths(dialogues, agents.tables[0], agents.spec).max() <= LENGTH
+        batch = packing(dialogues, agents.tables[0], agents.spec, limits, LENGTH)
         rewards = Rewards(jnp.asarray(reward), jnp.asarray(reward[:, None]))
-        state, metrics = learn(state, batch, rewards, players.tables[0].grammar, key)
+        state, metrics = learn(state, batch, rewards, agents.tables[0].grammar, key)
         ratios.append(float(metrics["policy/ratio_max_first"]))
     untrained, trained = np.mean(before), np.mean(rates[-3:])
     print(f"{estimator} {mode}: {untrained:.3f} -> {trained:.3f}; largest first ratio {max(ratios)}")

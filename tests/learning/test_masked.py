@@ -12,7 +12,7 @@ from rlver_jax.learning import masked
 # Compiled whole, as training does it, which is also faster than op by op.
 masked_sum, masked_mean = (jax.jit(f, static_argnames="axis") for f in (masked.masked_sum, masked.masked_mean))
 keep, centred, masked_max, masked_var, whiten = map(
-    jax.jit, (masked.keep, masked.centred, masked.masked_max, masked.masked_var, masked.whiten)
+    jax.jit, (masked.zero_outside, masked.centred, masked.masked_max, masked.masked_var, masked.whiten)
 )
 
 MASK = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], bool)

@@ -12,11 +12,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import loss_terms
-from rlver_jax.learning.loss import Learner, Loss, Sample, loss
-from rlver_jax.learning.packing import Places, arrange, bring_back, lay_out, place
+from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
+from rlver_jax.learning.packing import RowAssignment, assign_rows, pack, plan_packing, unpack
 from rlver_jax.learning.sequences import PackedBatch
-from rlver_jax.learning.train_step import Advantage, Optimizers, Schedule, Setup, compile_step, init_state, orders
-from rlver_jax.models.attention import Visibility, visible
+from rlver_jax.learning.train_step import (
+    AdvantageConfig,
+    Optimizers,
+    TrainStepConfig,
+    UpdateConfig,
+    compile_step,
+    init_state,
+    minibatch_order,
+)
+from rlver_jax.models.attention import AttentionMask, visible
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.rewards import Rewards
@@ -30,7 +38,7 @@ from tests.learning.test_train_step import optimizer, trained
 @pytest.mark.parametrize("most", [100, 35, 9])
 def test_every_dialogue_has_its_place(width, most):
     lengths = np.random.default_rng(most).integers(1, most + 1, 41)
-    found = place(lengths, 100, width)
+    found = assign_rows(lengths, 100, width)
     taken = np.zeros((found.reads * width, 100), int)
     for row, start, length in zip(found.row, found.start, lengths, strict=True):
         taken[row, start : start + length] += 1
@@ -46,25 +54,25 @@ def test_every_dialogue_has_its_place(width, most):
 def test_reads_are_as_few_as_first_fit_needs():
     """By hand: six dialogues of 60 and six of 40 fill six rows of 100; with 61 instead of 60 no two fit together."""
     sixty = np.array([60, 40] * 6)
-    assert place(sixty, 100, 1).reads == 6
-    assert place(sixty, 100, 2).reads == 3
-    assert place(sixty, 100, 4).reads == 2
-    assert place(sixty + np.array([1, 0] * 6), 100, 1).reads == 9, "two of 40 in a row"
-    assert place(np.array([3]), 100, 8).reads == 1
-    assert place(np.array([100, 50, 50, 1]), 100, 1).reads == 3
+    assert assign_rows(sixty, 100, 1).reads == 6
+    assert assign_rows(sixty, 100, 2).reads == 3
+    assert assign_rows(sixty, 100, 4).reads == 2
+    assert assign_rows(sixty + np.array([1, 0] * 6), 100, 1).reads == 9, "two of 40 in a row"
+    assert assign_rows(np.array([3]), 100, 8).reads == 1
+    assert assign_rows(np.array([100, 50, 50, 1]), 100, 1).reads == 3
 
 
 def test_the_shortest_rows_with_little_padding_are_taken():
     """Twelve dialogues of 30 take 12 rows of 32 (384 places, 6 % padding), 6 of 61 (366, 2 %) or 4 of 96 (384)."""
-    orders, lengths, ladder = np.arange(12).reshape(2, 6), np.full(12, 30), [16, 32, 61, 96]
-    assert arrange(lengths, orders, ladder, 1, most=0.1)[0] == 32
-    length, layout = arrange(lengths, orders, ladder, 1, most=0.05)
+    minibatch_order, lengths, ladder = np.arange(12).reshape(2, 6), np.full(12, 30), [16, 32, 61, 96]
+    assert plan_packing(lengths, minibatch_order, ladder, 1, most=0.1)[0] == 32
+    length, layout = plan_packing(lengths, minibatch_order, ladder, 1, most=0.05)
     assert (length, layout.updates.reads.tolist(), layout.whole.reads) == (61, [3, 3], 6)
     assert layout.updates.row.shape == (2, 6)
-    assert arrange(lengths, orders, ladder, 1, most=0.0)[0] == 61, "the least there is"
-    assert arrange(lengths, orders, ladder, 4, most=0.1)[0] == 61, "one read of four rows, of 32 two"
+    assert plan_packing(lengths, minibatch_order, ladder, 1, most=0.0)[0] == 61, "the least there is"
+    assert plan_packing(lengths, minibatch_order, ladder, 4, most=0.1)[0] == 61, "one read of four rows, of 32 two"
     with pytest.raises(ValueError, match="a dialogue has 30 tokens, but rows have at most 16"):
-        arrange(lengths, orders, [8, 16], 1, most=0.1)
+        plan_packing(lengths, minibatch_order, [8, 16], 1, most=0.1)
 
 
 # Laid out: on the device.
@@ -72,8 +80,8 @@ def test_the_shortest_rows_with_little_padding_are_taken():
 
 def shared(world, batch, width=2, length=None):
     """(rows flattened to [reads * width, L], places) of a packed batch."""
-    places = place(np.asarray(batch.count), length or batch.mask.shape[1], width)
-    rows = jax.jit(lay_out, static_argnums=3)(batch, places, batch.count, width)
+    places = assign_rows(np.asarray(batch.count), length or batch.mask.shape[1], width)
+    rows = jax.jit(pack, static_argnums=3)(batch, places, batch.count, width)
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), rows), places
 
 
@@ -98,8 +106,8 @@ def test_rows_hold_the_dialogues_and_nothing_else(world):
 def test_a_dialogue_sees_itself_as_if_alone(world):
     batch = packed(world)
     rows, places = shared(world, batch)
-    alone = np.asarray(visible(Visibility(None, batch.branch, batch.branch), LENGTH))
-    see = Visibility(None, rows.branch, rows.branch, None, rows.segment, rows.segment)
+    alone = np.asarray(visible(AttentionMask(None, batch.branch, batch.branch), LENGTH))
+    see = AttentionMask(None, rows.branch, rows.branch, None, rows.segment, rows.segment)
     together = np.asarray(visible(see, LENGTH))
     for b, (row, start) in enumerate(zip(places.row, places.start, strict=True)):
         count = int(batch.count[b])
@@ -110,9 +118,9 @@ def test_a_dialogue_sees_itself_as_if_alone(world):
 
 def test_what_is_laid_out_comes_back(world):
     batch = packed(world)
-    places = place(np.asarray(batch.count), LENGTH, 2)
-    there = lay_out({"logprob": batch.logprob, "turn": batch.turn}, places, batch.count, 2)
-    back = bring_back(there, places, batch.count)
+    places = assign_rows(np.asarray(batch.count), LENGTH, 2)
+    there = pack({"logprob": batch.logprob, "turn": batch.turn}, places, batch.count, 2)
+    back = unpack(there, places, batch.count)
     np.testing.assert_array_equal(back["logprob"], batch.logprob)
     np.testing.assert_array_equal(back["turn"], batch.turn)
     assert back["turn"].dtype == batch.turn.dtype
@@ -121,8 +129,8 @@ def test_what_is_laid_out_comes_back(world):
 def test_empty_dialogues_take_no_place():
     count, x = jnp.array([2, 0, 3]), jnp.array([[1, 2, 0, 0, 0], [0, 0, 0, 0, 0], [3, 4, 5, 0, 0]])
     for row, start in (([0, 0, 0], [3, 3, 0]), ([0, 1, 0], [3, 0, 0])):
-        places = Places(np.array(row), np.array(start), np.int32(1))
-        assert lay_out(x, places, count, 1)[0].tolist() == [[3, 4, 5, 1, 2]]
+        places = RowAssignment(np.array(row), np.array(start), np.int32(1))
+        assert pack(x, places, count, 1)[0].tolist() == [[3, 4, 5, 1, 2]]
 
 
 # Loss and gradients of shared rows against those of one dialogue a row.
@@ -136,11 +144,11 @@ def sample_of(world, options, critic):
     mean = loss_terms.token_weights(batch.mask, "token_mean")
     old = batch.logprob + noise(0.3)
     given = {"value": noise(0.2), "returns": noise(0.5)} if critic else {}
-    return Sample(batch, old, noise(1.0), weight, mean, old + noise(0.1), 1 + 0.1 * noise(1.0), **given)
+    return LossInputs(batch, old, noise(1.0), weight, mean, old + noise(0.1), 1 + 0.1 * noise(1.0), **given)
 
 
-PPO = Loss(clip_high=0.3, dual_clip=3.0, entropy=0.01, kl=0.1)
-GRPO = Loss(ratio="sequence", normalization="dialogue_mean", entropy=0.01)
+PPO = LossConfig(clip_high=0.3, dual_clip=3.0, entropy=0.01, kl=0.1)
+GRPO = LossConfig(ratio="sequence", normalization="dialogue_mean", entropy=0.01)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +166,12 @@ def test_loss_and_gradients_are_those_of_one_dialogue_a_row(world, bpe, options,
     lm, critic = small_lm(bpe, **how), small_lm(bpe, seed=4, **how)
     head = {"kernel": 0.1 * jnp.ones(32), "bias": jnp.float32(0.2)}
     both = {"policy": lm.params, "critic": {"trunk": critic.params, "head": head}}
-    learner = Learner(lm.model, critic.model, ValueHead(), options, vocab_chunk=100)
+    learner = TrainedModels(lm.model, critic.model, ValueHead(), options, vocab_chunk=100)
     sample = sample_of(world, options, critic=options is PPO)
     graded = jax.jit(jax.value_and_grad(lambda t, s: loss(learner, t, s, world.tables.grammar), has_aux=True))
     (want, metrics), want_gradient = graded(both, sample)
-    places = place(np.asarray(sample.batch.count), LENGTH, 1)
-    rows = jax.tree.map(lambda x: x[:, 0], lay_out(sample, places, sample.batch.count, 1))
+    places = assign_rows(np.asarray(sample.batch.count), LENGTH, 1)
+    rows = jax.tree.map(lambda x: x[:, 0], pack(sample, places, sample.batch.count, 1))
     (found, mine), gradient = graded(both, jax.tree.map(lambda x: x[: places.reads], rows))
     assert places.reads < len(sample.batch.count)
     np.testing.assert_allclose(found, want, rtol=1e-6)
@@ -199,10 +207,10 @@ def problem(bpe, prompts):
 def setup_of(bpe, ppo, minibatches, attention):
     model = small_lm(bpe, layers=1, scan_layers=False, attention=attention, attention_chunk=64).model
     options = PPO if ppo else dataclasses.replace(GRPO, normalization="token_mean")
-    learner = Learner(model, model if ppo else None, ValueHead(0.3) if ppo else None, options, vocab_chunk=128)
-    advantage = Advantage(lam=0.9) if ppo else Advantage("grpo", group=4)
-    schedule = Schedule(epochs=minibatches, minibatches=minibatches, recompute=not ppo)
-    return Setup(learner, advantage, schedule, Optimizers(optimizer(1e-3), optimizer(1e-3) if ppo else None))
+    learner = TrainedModels(model, model if ppo else None, ValueHead(0.3) if ppo else None, options, vocab_chunk=128)
+    advantage = AdvantageConfig(lam=0.9) if ppo else AdvantageConfig("grpo", group=4)
+    schedule = UpdateConfig(epochs=minibatches, minibatches=minibatches, recompute=not ppo)
+    return TrainStepConfig(learner, advantage, schedule, Optimizers(optimizer(1e-3), optimizer(1e-3) if ppo else None))
 
 
 def first_step(setup, bpe, problem, width, mesh=None):
@@ -214,8 +222,8 @@ def first_step(setup, bpe, problem, width, mesh=None):
     step, number = compile_step(setup, state), problem.batch.count.shape[0]
 
     def layout(done):
-        order = np.asarray(orders(setup.schedule, key, jnp.int32(done), number))
-        length, found = arrange(np.asarray(problem.batch.count), order, [256], width, most=0.1)
+        order = np.asarray(minibatch_order(setup.schedule, key, jnp.int32(done), number))
+        length, found = plan_packing(np.asarray(problem.batch.count), order, [256], width, most=0.1)
         assert length == 256
         assert found.updates.reads.max() * width < number // setup.schedule.minibatches, "they do share rows"
         return jax.device_put(found, where)

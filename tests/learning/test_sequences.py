@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from rlver_jax.learning import loss_terms
-from rlver_jax.learning.loss import Learner, Loss, Sample, action_logprobs, loss, read
+from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, action_logprobs, forward, loss
 from rlver_jax.learning.sequences import max_length, row_lengths
-from rlver_jax.models.attention import Visibility, visible
+from rlver_jax.models.attention import AttentionMask, visible
 from rlver_jax.models.qwen import logits
 from rlver_jax.models.value_head import ValueHead
 from tests.learning.conftest import LENGTH, make_world, packed, plain_rows, small_lm
@@ -26,7 +26,7 @@ def test_every_action_sees_its_plain_row(world, bpe):
     """Tokens that an action's place may see, in order of position, are the plain row up to that place."""
     batch, rows = jax.device_get(packed(world)), plain_rows(world, bpe)
     assert batch.mask.sum() == sum(len(row.said) for row in rows)
-    see = np.asarray(visible(Visibility(None, batch.branch, batch.branch), LENGTH))
+    see = np.asarray(visible(AttentionMask(None, batch.branch, batch.branch), LENGTH))
     for row in rows:
         b, places = row.dialogue, actions(batch, row.dialogue, row.turn)
         assert batch.target[b, places].tolist() == row.said
@@ -85,7 +85,7 @@ def test_forced_tokens_are_no_actions(bpe, prompts):
 
 # Loss and gradients: the packed rows against one plain row a turn, written out with a whole [rows, L, V] array.
 
-OPTIONS = Loss(clip_low=0.2, clip_high=0.3, dual_clip=3.0, entropy=0.01, value_clip=0.5)
+OPTIONS = LossConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0, entropy=0.01, value_clip=0.5)
 
 
 @functools.cache
@@ -153,11 +153,11 @@ def test_packed_training_is_one_row_per_turn(world, bpe, scan):
 
     distance, advantage, old_value, returns = numbers
     weight = loss_terms.token_weights(batch.mask, "token_mean")
-    sample = Sample(
+    sample = LossInputs(
         batch, spread(np.asarray(new) + distance), spread(advantage), weight, weight,
         value=spread(old_value), returns=spread(returns),
     )  # fmt: skip
-    learner = Learner(lm.model, critic.model, ValueHead(), OPTIONS, vocab_chunk=100)
+    learner = TrainedModels(lm.model, critic.model, ValueHead(), OPTIONS, vocab_chunk=100)
     (found, metrics), gradient = jax.jit(jax.value_and_grad(
         lambda t: loss(learner, t, sample, world.tables.grammar), has_aux=True
     ))(trained)  # fmt: skip
@@ -177,8 +177,8 @@ def test_a_batch_without_any_action_has_no_loss(bpe, prompts):
     empty = world._replace(dialogues=world.dialogues.replace(turns=jnp.zeros_like(world.dialogues.turns)))
     batch, lm = packed(empty), small_lm(bpe)
     weight = loss_terms.token_weights(batch.mask, "token_mean")
-    sample = Sample(batch, batch.logprob, jnp.full(weight.shape, jnp.nan), weight, weight)
-    learner = Learner(lm.model, None, None, OPTIONS)
+    sample = LossInputs(batch, batch.logprob, jnp.full(weight.shape, jnp.nan), weight, weight)
+    learner = TrainedModels(lm.model, None, None, OPTIONS)
     value, gradient = jax.jit(
         jax.value_and_grad(lambda p: loss(learner, {"policy": p}, sample, world.tables.grammar)[0])
     )(lm.params)
@@ -190,8 +190,8 @@ def test_training_reads_no_whole_vocabulary(world, bpe):
     """No [B, L, V] array in the loss and its gradient."""
     batch, lm = packed(world), small_lm(bpe)
     weight = loss_terms.token_weights(batch.mask, "token_mean")
-    sample = Sample(batch, batch.logprob, weight, weight, weight)
-    learner = Learner(lm.model, None, None, OPTIONS, vocab_chunk=64)
+    sample = LossInputs(batch, batch.logprob, weight, weight, weight)
+    learner = TrainedModels(lm.model, None, None, OPTIONS, vocab_chunk=64)
     text = (
         jax.jit(jax.grad(lambda p: loss(learner, {"policy": p}, sample, world.tables.grammar)[0]))
         .lower(lm.params)
@@ -201,5 +201,5 @@ def test_training_reads_no_whole_vocabulary(world, bpe):
     rows = lm.model.config.vocab_size
     assert f",{LENGTH},{rows}]" not in text
     assert f"[{batch.mask.size},{rows}]" not in text
-    hidden = read(lm.model, lm.params, batch)
+    hidden = forward(lm.model, lm.params, batch)
     assert action_logprobs(learner, lm.params, hidden, batch, world.tables.grammar).logprob.shape == batch.mask.shape

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rlver_jax.learning import loss_terms
-from rlver_jax.learning.loss import Learner, Loss, Sample, loss
+from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
 from rlver_jax.learning.train_step import (
-    Advantage,
+    AdvantageConfig,
     Optimizers,
-    Schedule,
-    Setup,
+    TrainStepConfig,
+    UpdateConfig,
     compile_step,
     compute_advantages,
     init_state,
@@ -24,7 +24,7 @@ from rlver_jax.models.value_head import ValueHead
 from rlver_jax.rollout.rewards import Rewards
 from tests.learning.conftest import make_world, packed, small_lm
 
-LENGTH, BATCH, OPTIONS = 192, 8, Loss()
+LENGTH, BATCH, OPTIONS = 192, 8, LossConfig()
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,16 @@ def optimizer(rate=1e-2, warmup=0, clip=1.0):
     )  # fmt: skip
 
 
-PLAIN, GAE, RETURN = Schedule(), Advantage(), Advantage("reinforce_pp")
+PLAIN, GAE, RETURN = UpdateConfig(), AdvantageConfig(), AdvantageConfig("reinforce_pp")
 
 
 def setup_of(bpe, schedule=PLAIN, *, critic=True, advantage=GAE, options=OPTIONS, policy=None):
     model = one_layer(bpe).model
     head = ValueHead(bias_init=0.3) if critic else None
-    learner = Learner(model, model if critic else None, head, options, vocab_chunk=128)
-    return Setup(learner, advantage, schedule, Optimizers(policy or optimizer(), optimizer(2e-2) if critic else None))
+    learner = TrainedModels(model, model if critic else None, head, options, vocab_chunk=128)
+    return TrainStepConfig(
+        learner, advantage, schedule, Optimizers(policy or optimizer(), optimizer(2e-2) if critic else None)
+    )
 
 
 def trained(bpe, critic=True):
@@ -90,7 +92,7 @@ def whole(bpe, problem):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_number_of_microbatches_changes_nothing(bpe, problem, whole, parts):
     """Sums in another order: Adam turns the rounding of tiny gradients into steps, hence gradients are compared too."""
-    state, metrics = run(bpe, problem, setup_of(bpe, Schedule(microbatches=parts)))
+    state, metrics = run(bpe, problem, setup_of(bpe, UpdateConfig(microbatches=parts)))
     for name, value in whole[1].items():
         if name != "policy/update_kl":  # measured on one microbatch
             np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
@@ -101,7 +103,7 @@ def test_the_number_of_microbatches_changes_nothing(bpe, problem, whole, parts):
 
 def test_first_ratios_are_one(bpe, problem):
     """Recomputed log-probs are the trainer's own."""
-    _, metrics = run(bpe, problem, setup_of(bpe, Schedule(recompute=True, importance_cap=2.0), critic=False,
+    _, metrics = run(bpe, problem, setup_of(bpe, UpdateConfig(recompute=True, importance_cap=2.0), critic=False,
                                             advantage=RETURN))  # fmt: skip
     assert metrics["policy/ratio_max_first"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
@@ -115,7 +117,7 @@ def test_the_optimizer_is_adamw_behind_a_clip(bpe, problem, whole):
     learner, mask = setup.learner, batch.mask
     weight = loss_terms.token_weights(mask, "token_mean")
     advantage, _ = compute_advantages(setup.advantage, rewards, batch, whole_values(learner, params, batch))
-    sample = Sample(batch, batch.logprob, advantage, weight, weight)
+    sample = LossInputs(batch, batch.logprob, advantage, weight, weight)
     gradient = jax.jit(jax.grad(lambda p: loss(learner, {"policy": p}, sample, grammar)[0]))(params["policy"])
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(whole[1]["policy/grad_norm"], norm, rtol=1e-4)
@@ -136,8 +138,8 @@ def whole_values(learner, params, batch):
 
 
 @pytest.mark.parametrize(("options", "critic"), [
-    (Loss(entropy=0.02, value_clip=0.3, clip_high=0.3, dual_clip=2.0), True),
-    (Loss(ratio="sequence", normalization="dialogue_mean", kl=0.1, entropy=0.01), False),
+    (LossConfig(entropy=0.02, value_clip=0.3, clip_high=0.3, dual_clip=2.0), True),
+    (LossConfig(ratio="sequence", normalization="dialogue_mean", kl=0.1, entropy=0.01), False),
 ])  # fmt: skip
 def test_gradients_by_finite_differences(bpe, prompts, options, critic):
     """The whole loss, models included, in float64, along random directions."""
@@ -147,11 +149,13 @@ def test_gradients_by_finite_differences(bpe, prompts, options, critic):
         double = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x)
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), trained(bpe, critic))
         model = one_layer(bpe, dtype=jnp.float64, param_dtype=jnp.float64).model
-        learner = Learner(model, model if critic else None, ValueHead() if critic else None, options, vocab_chunk=128)
+        learner = TrainedModels(
+            model, model if critic else None, ValueHead() if critic else None, options, vocab_chunk=128
+        )
         draw, shape = np.random.default_rng(1), batch.mask.shape
         noise = lambda scale: jnp.asarray(draw.normal(0, scale, shape))  # noqa: E731
         weight = loss_terms.token_weights(batch.mask, options.normalization, length=1).astype(jnp.float64)
-        start = Sample(double(batch), noise(1), noise(1), weight, weight)
+        start = LossInputs(double(batch), noise(1), noise(1), weight, weight)
         _, metrics = jax.jit(lambda p: loss(learner, p, start, world.tables.grammar))(params)
         assert metrics["sum"]["policy/loss"].dtype == jnp.float64
         near = jnp.asarray(np.asarray(own_logprobs(learner, params, batch, world.tables.grammar)))
@@ -171,9 +175,11 @@ def test_gradients_by_finite_differences(bpe, prompts, options, critic):
 
 
 def own_logprobs(learner, params, batch, grammar):
-    from rlver_jax.learning.loss import action_logprobs, read
+    from rlver_jax.learning.loss import action_logprobs, forward
 
-    return action_logprobs(learner, params["policy"], read(learner.model, params["policy"], batch), batch, grammar)[0]
+    return action_logprobs(learner, params["policy"], forward(learner.model, params["policy"], batch), batch, grammar)[
+        0
+    ]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bpe, problem):
@@ -189,7 +195,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bpe, problem):
 
 
 def test_in_its_warm_up_only_the_critic_learns(bpe, problem):
-    setup = setup_of(bpe, Schedule(critic_warmup=1))
+    setup = setup_of(bpe, UpdateConfig(critic_warmup=1))
     one, _ = run(bpe, problem, setup)
     start = trained(bpe)
     assert_close(one.params["policy"], start["policy"], 0)
@@ -201,8 +207,8 @@ def test_in_its_warm_up_only_the_critic_learns(bpe, problem):
 def test_minibatches_visit_every_dialogue_once_an_epoch(bpe, problem):
     """A learning rate of 0 makes each minibatch's metrics those of the start: their mean is the whole batch's."""
     still = optimizer(0.0)
-    schedule = Schedule(epochs=2, minibatches=4)
-    advantage, options = RETURN, Loss(normalization="dr_grpo", length=50)
+    schedule = UpdateConfig(epochs=2, minibatches=4)
+    advantage, options = RETURN, LossConfig(normalization="dr_grpo", length=50)
     many = run(bpe, problem, setup_of(bpe, schedule, critic=False, advantage=advantage, options=options, policy=still))
     one = run(bpe, problem, setup_of(bpe, critic=False, advantage=advantage, options=options, policy=still))
     np.testing.assert_allclose(many[1]["policy/loss"], one[1]["policy/loss"], rtol=1e-4)
@@ -237,7 +243,10 @@ def test_both_forms_of_credit_agree_for_one_final_reward(problem):
     last[np.arange(BATCH), count] = rewards.reward
     final = Rewards(rewards.reward, jnp.asarray(last))
     value = jnp.asarray(np.random.default_rng(0).normal(size=batch.mask.shape), jnp.float32)
-    ways = [compute_advantages(Advantage(credit=c, whiten=False), final, batch, value)[0] for c in ("dialogue", "turn")]
+    ways = [
+        compute_advantages(AdvantageConfig(credit=c, whiten=False), final, batch, value)[0]
+        for c in ("dialogue", "turn")
+    ]
     np.testing.assert_allclose(*ways, atol=1e-5)
     np.testing.assert_allclose(ways[0], np.where(batch.mask, rewards.reward[:, None] - value, 0), atol=1e-5)
 
@@ -245,6 +254,6 @@ def test_both_forms_of_credit_agree_for_one_final_reward(problem):
 def test_unknown_names_are_refused(problem):
     batch, rewards, _ = problem
     with pytest.raises(ValueError, match="estimator='vapo'; expected one of gae, grpo, rloo, reinforce_pp"):
-        compute_advantages(Advantage("vapo"), rewards, batch, None)
+        compute_advantages(AdvantageConfig("vapo"), rewards, batch, None)
     with pytest.raises(ValueError, match="credit='token'; expected dialogue or turn"):
-        compute_advantages(Advantage(credit="token"), rewards, batch, batch.logprob)
+        compute_advantages(AdvantageConfig(credit="token"), rewards, batch, batch.logprob)

@@ -45,7 +45,7 @@ class RuleTrainer(Trainer):
         """Rewards of the rule's emotions."""
         played, ids = jax.device_get(dialogues), list(range(rewards.reward.shape[0]))
         profiles = [profile for _, profile in batch]
-        records = dialogue_records(played, self.run.players, profiles, ids, seed=0, rewards=np.zeros(len(ids)))
+        records = dialogue_records(played, self.run.agents, profiles, ids, seed=0, rewards=np.zeros(len(ids)))
         people = {profile.id: Person.of(profile) for profile in profiles}
         turns = rewards.turns.shape[1]
         emotions = np.array([rule_emotions(people[r["profile"]], r, turns) for r in records], np.int32)

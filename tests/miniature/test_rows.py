@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from rlver_jax.decoding.replay_sequence import Said
+from rlver_jax.decoding.replay_sequence import Completion
 from rlver_jax.miniature import assets, rows, rule, texts, world
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.text.tokenizer import train_sentencepiece
@@ -33,7 +33,7 @@ def dialogues():
 def logged(packer, dialogue) -> list[LoggedTurn]:
     """The dialogue as a log would hold it."""
     encode, emotion, turns = packer.tokenizer.encode, dialogue.initial, []
-    said = lambda text: Said(encode(text + "\n"), True)  # noqa: E731
+    said = lambda text: Completion(encode(text + "\n"), True)  # noqa: E731
     for i, turn in enumerate(dialogue.turns):
         fields = [said(text) for text in rule.appraisal(dialogue.person, turn.verdict).values()]
         answer = [] if turn.answer is None else [said(turn.answer)]

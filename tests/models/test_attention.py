@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.attention import BRANCH_RADIX, TWIG_RADIX, Visibility, chunked_attention, dense_attention
+from rlver_jax.models.attention import BRANCH_RADIX, TWIG_RADIX, AttentionMask, chunked_attention, dense_attention
 
 SLOTS = 300  # blocks of 128 slots, the last one begins earlier
 
@@ -54,7 +54,7 @@ def test_the_blocks_that_are_read_hold_all_that_may_be_seen(longest, queries, br
         k_branch[:, 0] = 0  # every query sees something
     wanted = by_hand(q, k, v, slots, q_branch, k_branch)
     branches = (jnp.asarray(q_branch), jnp.asarray(k_branch)) if branched else (None, None)
-    see = Visibility(jnp.asarray(slots), *branches, jnp.int32(filled))
+    see = AttentionMask(jnp.asarray(slots), *branches, jnp.int32(filled))
     for attend in (dense_attention, lambda *args: chunked_attention(*args, chunk=8)):
         if attend is not dense_attention and queries == 1:
             continue
@@ -70,6 +70,6 @@ def test_rows_of_many_chunks(length):
     branch = draw.choice([0, 0, 64, 66, 128], (2, length)).astype(np.int32)
     branch[:, 0] = 0
     slots = np.tile(np.arange(length), (2, 1))
-    see = Visibility(None, jnp.asarray(branch), jnp.asarray(branch))
+    see = AttentionMask(None, jnp.asarray(branch), jnp.asarray(branch))
     found = jax.jit(lambda *args: chunked_attention(*args, chunk=4))(q, k, v, see)
     np.testing.assert_allclose(found, by_hand(q, k, v, slots, branch, branch), atol=2e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from rlver_jax.models import qwen
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.models.attention import BRANCH_RADIX, Visibility, dense_attention, visible
+from rlver_jax.models.attention import BRANCH_RADIX, AttentionMask, dense_attention, visible
 from rlver_jax.models.kv_cache import init_kv_cache
 from rlver_jax.models.qwen import Qwen2, abstract_params, init_params
 from rlver_jax.models.splash import blocks_of, splash_attention
@@ -42,7 +42,7 @@ def problem(dtype, length=LENGTH, rows=2):
     q = jnp.asarray(draw.normal(size=(rows, length, 4, 64)), dtype)
     k, v = (jnp.asarray(draw.normal(size=(rows, 2, length, 64)), dtype) for _ in range(2))
     branch, segment = rows_of(draw, rows, length)
-    return q, k, v, Visibility(None, branch, branch, q_segment=segment, k_segment=segment)
+    return q, k, v, AttentionMask(None, branch, branch, q_segment=segment, k_segment=segment)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_blocks_that_nobody_sees_are_left_out():
     """NaN in the keys and values of one dialogue reaches another one's result, and gradient, only if it is read."""
     q, k, v, _ = problem(jnp.float32, length=384, rows=1)
     segment = jnp.repeat(jnp.array([[0, 128, 256]]), 128, axis=1)
-    see = Visibility(None, q_segment=segment, k_segment=segment)
+    see = AttentionMask(None, q_segment=segment, k_segment=segment)
     mask = visible(see, 384)
     blocks = blocks_of(mask, 128)
     np.testing.assert_array_equal(blocks.forward.block_mask[0, 0], np.eye(3))

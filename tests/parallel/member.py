@@ -41,7 +41,7 @@ def share() -> None:
             raise ValueError(f"disk full on {process}")
         return "fine"
 
-    tell("together", refused(lambda: distributed.together(lambda: fails_on(1))))
+    tell("together", refused(lambda: distributed.all_or_none(lambda: fails_on(1))))
     tell("main_fails", refused(lambda: distributed.from_main(lambda: fails_on(0))))
 
 
@@ -58,7 +58,7 @@ def spread() -> None:
     tell("asked", sorted(asked))
     odd = distributed.rows_on(mesh, 3, lambda some: table[:3][some])
     by_column = jax.jit(lambda x: x * 2.0, out_shardings=NamedSharding(mesh, PartitionSpec(None)))(array)
-    key = distributed.everywhere(jax.random.key(7), mesh)
+    key = distributed.replicate(jax.random.key(7), mesh)
     tell("key", (key.is_fully_replicated, len(key.sharding.device_set)))
     tree = {"rows": array, "odd": odd, "sum": jnp.float32(1) + array.sum(), "whole": by_column, "host": np.arange(2)}
     tell("addressable", array.is_fully_addressable)
@@ -71,7 +71,7 @@ def stop() -> int:
     with distributed.stop_signal(done) as stopped:
         while not stopped(done):
             done += 1
-            distributed.together(lambda: time.sleep(0.05))
+            distributed.all_or_none(lambda: time.sleep(0.05))
             tell("step", done)
     tell("stopped", done)
     return done
@@ -81,19 +81,19 @@ def main() -> int:
     values = flags.FlagValues()
     distributed.define_flags(values)
     values(sys.argv)
-    distributed.join(values, finish_steps=True)
+    distributed.initialize(values, finish_steps=True)
     share()
     spread()
     stop()
     try:
         for step in range(10**6):
-            distributed.together(lambda: time.sleep(0.05))
+            distributed.all_or_none(lambda: time.sleep(0.05))
             if not step:
                 tell("going", "on")
     except jax.errors.JaxRuntimeError as error:
-        tell("lost", distributed.lost(error))
-        return distributed.leave(1)
-    return distributed.leave(0)
+        tell("lost", distributed.peer_failure(error))
+        return distributed.shutdown(1)
+    return distributed.shutdown(0)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlver_jax.decoding.cache import LM, init_cache
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.learning.loss import Learner, Loss
-from rlver_jax.learning.packing import Layout, Places
+from rlver_jax.learning.loss import LossConfig, TrainedModels
+from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.learning.train_step import (
-    Advantage,
+    AdvantageConfig,
     Optimizers,
-    Schedule,
-    Setup,
+    TrainStepConfig,
+    UpdateConfig,
     compile_step,
     init_state,
     make_optimizer,
@@ -67,15 +67,17 @@ def lower_update(
 ):
     """GRPO; or PPO with a critic of its own, and a KL penalty. With `shared`, rows hold several dialogues each."""
     shards = mesh.shape["tensor"]
-    options = Loss(kl=0.1 if ppo else 0.0)
+    options = LossConfig(kl=0.1 if ppo else 0.0)
     trunk, head = (model, ValueHead()) if ppo else (None, None)
-    learner = Learner(model, trunk, head, options, vocab_chunk=VOCAB_CHUNK, vocab_shards=shards)
+    learner = TrainedModels(model, trunk, head, options, vocab_chunk=VOCAB_CHUNK, vocab_shards=shards)
     adam = make_optimizer(
         learning_rate=1e-4, warmup_steps=3, grad_clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0,
         moment_dtype="bfloat16",
     )  # fmt: skip
-    advantage = Advantage() if ppo else Advantage("grpo", group=4)
-    setup = Setup(learner, advantage, Schedule(microbatches=microbatches), Optimizers(adam, adam if ppo else None))
+    advantage = AdvantageConfig() if ppo else AdvantageConfig("grpo", group=4)
+    setup = TrainStepConfig(
+        learner, advantage, UpdateConfig(microbatches=microbatches), Optimizers(adam, adam if ppo else None)
+    )
     params = params_of(model, mesh)
     value_head = {"kernel": whole(mesh, (CONFIG.hidden_size,), jnp.float32), "bias": whole(mesh, (), jnp.float32)}
     trained = {"policy": params} | ({"critic": {"trunk": params, "head": value_head}} if ppo else {})
@@ -91,13 +93,13 @@ def lower_update(
         return compile_step(setup, state).lower(state, packed, rewards, grammar_of(mesh), key_of(), reference, layout)
 
 
-def layout_of(mesh: Mesh, batch: int) -> Layout:
+def layout_of(mesh: Mesh, batch: int) -> PackingPlan:
     """One update of all dialogues."""
 
-    def places(*sizes: int) -> Places:
-        return Places(*(whole(mesh, shape, jnp.int32) for shape in (sizes, sizes, sizes[:-1])))
+    def places(*sizes: int) -> RowAssignment:
+        return RowAssignment(*(whole(mesh, shape, jnp.int32) for shape in (sizes, sizes, sizes[:-1])))
 
-    return Layout(places(batch), places(1, batch))
+    return PackingPlan(places(batch), places(1, batch))
 
 
 def lower_decode(mesh: Mesh, *, batch: int, capacity: int, dtype=jnp.bfloat16):

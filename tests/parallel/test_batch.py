@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlver_jax.parallel.batch import common_parts, put_rows, take_rows
+from rlver_jax.parallel.batch import common_parts, gather_rows, scatter_rows
 from rlver_jax.parallel.mesh import make_mesh
 
 N, R, T = 12, 8, 3
@@ -30,7 +30,7 @@ def arrays(mesh):
 def test_rows_are_taken(mesh, arrays):
     x, _, index = arrays
     with jax.set_mesh(mesh):
-        np.testing.assert_array_equal(jax.jit(take_rows)(x, index), np.asarray(x)[np.asarray(index)])
+        np.testing.assert_array_equal(jax.jit(gather_rows)(x, index), np.asarray(x)[np.asarray(index)])
 
 
 def test_rows_are_put(mesh, arrays):
@@ -42,7 +42,7 @@ def test_rows_are_put(mesh, arrays):
         if r != 3:
             want[int(index[r]), column[r]] = value[r]
     with jax.set_mesh(mesh):
-        np.testing.assert_array_equal(jax.jit(put_rows)(x, index, jnp.asarray(column), value), want)
+        np.testing.assert_array_equal(jax.jit(scatter_rows)(x, index, jnp.asarray(column), value), want)
 
 
 def test_nothing_travels_between_devices():
@@ -52,8 +52,8 @@ def test_nothing_travels_between_devices():
     index = like(R, dtype=jnp.int32)
     with jax.set_mesh(mesh):
         texts = [
-            jax.jit(take_rows).lower(like(16, T), index).compile().as_text(),
-            jax.jit(put_rows).lower(like(16, T, 2), index, index, like(R, 2)).compile().as_text(),
+            jax.jit(gather_rows).lower(like(16, T), index).compile().as_text(),
+            jax.jit(scatter_rows).lower(like(16, T, 2), index, index, like(R, 2)).compile().as_text(),
         ]
     for text in texts:
         assert not [kind for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if kind in text]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlver_jax.parallel.distributed import SILENCE, join
+from rlver_jax.parallel.distributed import SILENCE, initialize
 from tests.parallel.processes import processes
 
 
@@ -88,4 +88,4 @@ def test_flags_that_do_not_belong_together(given, why, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     options = SimpleNamespace(**({"coordinator": None, "processes": None, "process": None} | given))
     with pytest.raises(ValueError, match=why.replace("(", r"\(").replace(")", r"\)")):
-        join(options, finish_steps=True)
+        initialize(options, finish_steps=True)

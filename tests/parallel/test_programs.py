@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlver_jax.models.attention import Visibility, visible
+from rlver_jax.models.attention import AttentionMask, visible
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
@@ -132,7 +132,7 @@ def test_splash_kernels_for_tpu(topology, width, dtype, length):
     mesh = tpu_mesh(topology, 1, 2, 2)
 
     def graded(q, k, v, branch, segment):
-        see = Visibility(None, branch, branch, q_segment=segment, k_segment=segment)
+        see = AttentionMask(None, branch, branch, q_segment=segment, k_segment=segment)
         blocks = blocks_of(visible(see, length))
         total = lambda *x: (splash_attention(*x, blocks).astype(jnp.float32) ** 2).sum()  # noqa: E731
         return jax.value_and_grad(total, (0, 1, 2))(q, k, v)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import debug
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.train_step import compile_step
-from rlver_jax.parallel.distributed import everywhere
+from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.plan_measure import turns_of_loops
 from rlver_jax.perf.plan_programs import Texts, bytes_per_chip, programs_of, shapes_of
@@ -17,7 +17,7 @@ from rlver_jax.rollout.agents import sampling_copy, sampling_params, sampling_pr
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import sample_dialogues
 from rlver_jax.training.loop import row_sharding
-from rlver_jax.training.setup import assemble
+from rlver_jax.training.setup import build_run
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def config():
 def run_and_state(config):
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        return assemble(config, mesh)
+        return build_run(config, mesh)
 
 
 @pytest.fixture(scope="module")
 def planned(config, run_and_state):
     run = run_and_state[0]
     first_talk = run.tokens.first_talk.shape[1]
-    texts = Texts(run.players.tokenizer, config.data.language, run.tokens.prefix.shape[1], first_talk)
+    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix.shape[1], first_talk)
     return shapes_of(config, run.mesh, texts)
 
 
@@ -58,19 +58,19 @@ def test_state_takes_what_it_takes(run_and_state, planned):
 def test_the_sampler(run_and_state, programs):
     """The copies of both models, and the dialogues."""
     run, state = run_and_state
-    players = run.players
-    params = {"policy": state.params["policy"], "user": players.user.params}
+    agents = run.agents
+    params = {"policy": state.params["policy"], "user": agents.user.params}
     ready = {}
     for name, tree in params.items():
-        model = getattr(players, name).model
-        copied = sampling_program(sampling_params(model, players.mesh)).lower(tree)
+        model = getattr(agents, name).model
+        copied = sampling_program(sampling_params(model, agents.mesh)).lower(tree)
         assert programs[f"copy {name}"].lower().as_text() == copied.as_text()
-        ready[name] = LM(sampling_copy(model, players.mesh)(tree), model)
-    batch, count = run.reader.next_batch(), players.spec.group
+        ready[name] = LM(sampling_copy(model, agents.mesh)(tree), model)
+    batch, count = run.reader.next_batch(), agents.spec.group
     profiles = run.tokens.batch([index for index, _ in batch], range(len(batch) * count))
-    given = players.place((profiles, jax.random.key(0), run.limits))
-    with jax.set_mesh(players.mesh):
-        played = sample_dialogues.lower(ready["policy"], ready["user"], players.tables, *given, spec=players.spec)
+    given = agents.place((profiles, jax.random.key(0), run.limits))
+    with jax.set_mesh(agents.mesh):
+        played = sample_dialogues.lower(ready["policy"], ready["user"], agents.tables, *given, spec=agents.spec)
     assert programs["play"].lower().as_text() == played.as_text()
 
 
@@ -85,8 +85,8 @@ def test_the_update(run_and_state, programs):
 def _real_update(run, state, packed):
     rows, size = row_sharding(run.mesh), packed.tokens.shape[0]
     packed = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), rows), packed)
-    zeros = Rewards(jnp.zeros(size), jnp.zeros((size, run.players.spec.max_turns)))
-    layout = everywhere(run.arranged(np.full(size, 9), np.arange(size)[None])[1], run.mesh)
+    zeros = Rewards(jnp.zeros(size), jnp.zeros((size, run.agents.spec.max_turns)))
+    layout = replicate(run.arranged(np.full(size, 9), np.arange(size)[None])[1], run.mesh)
     key = jax.device_put(jax.random.key(0), NamedSharding(run.mesh, PartitionSpec()))
     with jax.set_mesh(run.mesh):
         step = compile_step(run.setup, state)

@@ -13,21 +13,21 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, init_params
-from rlver_jax.rollout.agents import Players, check_tokenizers, limits_of, load_model, spec_of
-from rlver_jax.rollout.spec import Spec
+from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.text.template import FolderTemplate
 from rlver_jax.text.tokenizer import HFTokenizer
 from rlver_jax.user.prompts import load_prompts
 from tests.conftest import SHORT_PROMPTS, Fresh, Row, check_claims, some_profiles
 from tests.text.conftest import ADDED, THINK, write_bpe
 
-SPEC = Spec("direct", False, 2, 3, 704, 24, 16, 16)
+SPEC = RolloutConfig("direct", False, 2, 3, 704, 24, 16, 16)
 HOW = {"style": "vanilla", "scenario": "heart_to_heart"}
 
 
 @pytest.fixture(scope="module")
-def players(policy_lm, user_lm, bpe, prompts) -> Players:
-    return Players.build(policy_lm, user_lm, bpe, prompts, SPEC, **HOW)
+def agents(policy_lm, user_lm, bpe, prompts) -> Agents:
+    return Agents.build(policy_lm, user_lm, bpe, prompts, SPEC, **HOW)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def config_of(policy, user):
     return config
 
 
-def test_encode_pads_profiles_and_rows(players, bpe):
+def test_encode_pads_profiles_and_rows(agents, bpe):
     """Prefix, cue, first talk and padding, against the texts."""
     profiles = some_profiles(3)
-    encoded = players.encode(profiles, [7, 8, 20, 21, 5, 6], count=4)
+    encoded = agents.encode(profiles, [7, 8, 20, 21, 5, 6], count=4)
     assert encoded.prefix.shape[0] == 4
     assert encoded.prefix.shape[1] % 128 == 0
     assert encoded.active.tolist() == [True] * 6 + [False] * 2
@@ -66,33 +66,33 @@ def test_encode_pads_profiles_and_rows(players, bpe):
     assert encoded.prefix_count[3] == encoded.first_count[3] == 0
 
 
-def test_wrong_numbers_of_ids_are_refused(players):
+def test_wrong_numbers_of_ids_are_refused(agents):
     with pytest.raises(ValueError, match="3 dialogue ids for 2 profiles in groups of 2"):
-        players.encode(some_profiles(2), [1, 2, 3])
+        agents.encode(some_profiles(2), [1, 2, 3])
 
 
-def test_a_profile_without_room_is_refused_by_name(players):
+def test_a_profile_without_room_is_refused_by_name(agents):
     long = dataclasses.replace(some_profiles(3)[1], id="the-long-one", persona="felt awful " * 150)
     with pytest.raises(ValueError, match=r"profile the-long-one takes \d+ tokens .* rollout.context is 704; raise it"):
-        players.encode([*some_profiles(2), long], range(6))
-    wider = Players.build(
-        players.policy, players.user, players.tokenizer, players.prompts, dataclasses.replace(SPEC, context=1500), **HOW
+        agents.encode([*some_profiles(2), long], range(6))
+    wider = Agents.build(
+        agents.policy, agents.user, agents.tokenizer, agents.prompts, dataclasses.replace(SPEC, context=1500), **HOW
     )
     assert wider.encode([*some_profiles(2), long], range(6)).prefix_count.max() > 300
 
 
-def test_a_policy_without_room_is_refused(players):
+def test_a_policy_without_room_is_refused(agents):
     spec = dataclasses.replace(SPEC, say_tokens=500)
-    tight = Players.build(players.policy, players.user, players.tokenizer, players.prompts, spec, **HOW)
+    tight = Agents.build(agents.policy, agents.user, agents.tokenizer, agents.prompts, spec, **HOW)
     with pytest.raises(ValueError, match="policy's system prompt takes .* raise it to"):
         tight.encode(some_profiles(1), [0, 1])
 
 
-def test_more_turns_than_compiled_are_refused(players):
+def test_more_turns_than_compiled_are_refused(agents):
     config = config_of("", "")
     limits = dataclasses.replace(limits_of(config, SPEC, 1.0), max_turns=jnp.int32(4))
     with pytest.raises(ValueError, match="limits.max_turns=.* compiled for at most 3"):
-        players.check_limits(limits)
+        agents.check_limits(limits)
 
 
 def test_two_tokenizers_are_refused(bpe, tmp_path):
@@ -111,7 +111,7 @@ def test_two_folders_with_different_tokenizers_are_refused(folder, policy_lm, tm
     config = config_of(folder, tmp_path)
     spec = spec_of(config, group=1, max_turns=2, initial_emotion=30)
     with pytest.raises(ValueError, match="different tokenizers"):
-        Players.load(config, spec)
+        Agents.load(config, spec)
 
 
 @pytest.mark.parametrize("side", ["policy", "user"])
@@ -124,28 +124,28 @@ def test_one_more_special_token_is_no_other_tokenizer(bpe, tmp_path, side):
         write_bpe(tmp_path / name, [*ADDED, "[PAD]"] if name == "more" else ADDED)
     paths = {"policy": "fewer", "user": "fewer"} | {side: "more"}
     config = config_of(*(tmp_path / paths[name] for name in ("policy", "user")))
-    players = Players.load(config, spec_of(config, group=1, max_turns=2, initial_emotion=30))
-    policy, user = players.tables
+    agents = Agents.load(config, spec_of(config, group=1, max_turns=2, initial_emotion=30))
+    policy, user = agents.tables
     for name, grammar in (("policy", policy.grammar), ("user", user.grammar)):
         forbidden = np.asarray(grammar.forbidden)
         assert forbidden.shape[1] == bpe.vocab_size + (name == side)
         assert forbidden[:, bpe.vocab_size :].all()
-    assert players.tokenizer.encode("felt awful") == bpe.encode("felt awful")
+    assert agents.tokenizer.encode("felt awful") == bpe.encode("felt awful")
 
 
 def test_one_folder_for_both_sides_is_loaded_once(folder, policy_lm):
     config = config_of(folder, folder)
     spec = spec_of(config, group=4, max_turns=2, initial_emotion=35)
-    players = Players.load(config, spec)
-    assert players.policy is players.user
-    jax.tree.map(np.testing.assert_array_equal, players.policy.params, policy_lm.params)
+    agents = Agents.load(config, spec)
+    assert agents.policy is agents.user
+    jax.tree.map(np.testing.assert_array_equal, agents.policy.params, policy_lm.params)
     assert (spec.mode, spec.group, spec.max_turns, spec.context, spec.rules.initial) == ("think", 4, 2, 1024, 35)
     assert (spec.think_tokens, spec.say_tokens, spec.user_tokens, spec.policy_tokens) == (50, 40, 33, 90)
     limits = limits_of(config, spec, 0.5)
     assert (int(limits.user.field_tokens), int(limits.user.reply_tokens)) == (21, 33)
     assert float(limits.temperature) == 0.5
     config.user.dtype = "bfloat16"
-    other = Players.load(config, spec)
+    other = Agents.load(config, spec)
     assert other.user.model.dtype == jnp.bfloat16
     assert other.policy.model.dtype == jnp.float32
 
@@ -166,11 +166,11 @@ def test_an_empty_path_is_refused():
 
 
 @pytest.mark.slow
-def test_sides_of_different_dtypes_play(players, bpe):
+def test_sides_of_different_dtypes_play(agents, bpe):
     """A bfloat16 user beside a float32 policy: whole dialogues, log-probabilities as far as bfloat16 goes."""
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), players.user.params)
-    user = LM(half, dataclasses.replace(players.user.model, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
-    mixed = Players.build(players.policy, user, bpe, players.prompts, SPEC, **HOW)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), agents.user.params)
+    user = LM(half, dataclasses.replace(agents.user.model, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    mixed = Agents.build(agents.policy, user, bpe, agents.prompts, SPEC, **HOW)
     profiles = some_profiles(2)
     config = config_of("", "")
     config.rollout.think_tokens = config.rollout.say_tokens = 16
@@ -179,7 +179,7 @@ def test_sides_of_different_dtypes_play(players, bpe):
     d, fresh = jax.device_get(played), Fresh(bpe, False, 9, 100)
     assert (d.end_reason > 0).all()
     for b in range(4):
-        check_claims(players.policy, fresh.policy_rows(d, b))
+        check_claims(agents.policy, fresh.policy_rows(d, b))
         check_claims(user, fresh.user_rows(d, b, profiles[b // 2], 3), atol=0.15)
 
 
@@ -195,13 +195,13 @@ def test_without_a_prompt_of_ours_the_folders_template_speaks(policy_lm, user_lm
     tokenizer = copy.copy(bpe)
     tokenizer.template = FolderTemplate(given + each + start, "here")
     tokenizer.template.check()
-    players = Players.build(policy_lm, user_lm, tokenizer, load_prompts("en", tmp_path), SPEC, **HOW)
-    system = np.asarray(players.tables[0].system).tolist()
+    agents = Agents.build(policy_lm, user_lm, tokenizer, load_prompts("en", tmp_path), SPEC, **HOW)
+    system = np.asarray(agents.tables[0].system).tolist()
     assert bpe.decode(system) == (f"system\n{text}\n" if text else "")
     config = config_of("", "")
     config.rollout.say_tokens = config.user.field_tokens = config.user.reply_tokens = 16
     profiles = some_profiles(2)
-    played = players.play(players.encode(profiles, range(4)), jax.random.key(2), limits_of(config, SPEC, 1.0))
+    played = agents.play(agents.encode(profiles, range(4)), jax.random.key(2), limits_of(config, SPEC, 1.0))
     d, fresh = jax.device_get(played), Fresh(bpe, False, 9, 100)
     assert (d.end_reason > 0).all()
     ours = len(fresh.chat.message("system", SHORT_PROMPTS["policy_direct.j2"]))

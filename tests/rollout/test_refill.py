@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.parallel.distributed import everywhere
+from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.sampler import END_REASONS, sample_dialogues
 from tests.conftest import check_claims, some_profiles
 from tests.rollout.test_sampler import ALONE, DIRECT, HOW, PROFILES, THINK, Table, limits, words
@@ -165,10 +165,10 @@ def test_parts_of_a_mesh_refill_their_own_rows(name, rows, plays, policy_lm, use
     """Four parts: two profiles, whole on each, are no multiple of them; four are, and lie where their rows do."""
     spec, profiles, ids = SPECS[name]
     mesh = make_mesh(2, 2, 2)
-    policy, user = (LM(everywhere(lm.params, mesh), lm.model) for lm in (policy_lm, user_lm))
+    policy, user = (LM(replicate(lm.params, mesh), lm.model) for lm in (policy_lm, user_lm))
     spec = dataclasses.replace(spec, rows=rows)
-    players = Players.build(policy, user, bpe, prompts, spec, mesh, **HOW)
-    found = jax.device_get(players.play(players.encode(profiles, ids), jax.random.key(0), limits(spec)))
+    agents = Agents.build(policy, user, bpe, prompts, spec, mesh, **HOW)
+    found = jax.device_get(agents.play(agents.encode(profiles, ids), jax.random.key(0), limits(spec)))
     want = plays[name][0][0]
     for b in range(len(ids)):
         assert words(found, b) == words(want, b), f"dialogue {b}"

@@ -13,38 +13,38 @@ from rlver_jax.decoding.generate import Truncation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2
-from rlver_jax.rollout.agents import Players
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FORMAT, sample_dialogues
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits
 from tests.conftest import Fresh, check_claims, option_logprobs, plain, some_profiles
 
 HOW = {"style": "vanilla", "scenario": "heart_to_heart"}
 RULES = EmotionRules(initial=30, floor=20, ceiling=42)  # narrow, so that both ends are reached
-THINK = Spec("think", False, 8, 4, 704, 24, 24, 20, "sample", RULES)
+THINK = RolloutConfig("think", False, 8, 4, 704, 24, 24, 20, "sample", RULES)
 ALONE = dataclasses.replace(THINK, group=1)
 DIRECT = dataclasses.replace(THINK, mode="direct", group=2, readout="argmax", context=575)
 
 
-def limits(spec: Spec, **change) -> PlayLimits:
+def limits(spec: RolloutConfig, **change) -> RolloutLimits:
     user = UserLimits(jnp.int32(change.pop("field", 20)), jnp.int32(change.pop("reply", 20)), jnp.float32(1))
     values = {"max_turns": spec.max_turns, "think_tokens": 24, "say_tokens": 24, "initial_emotion": 30} | change
     temperature = jnp.float32(values.pop("temperature", 0.8))
-    return PlayLimits(**{k: jnp.int32(v) for k, v in values.items()}, temperature=temperature, user=user)
+    return RolloutLimits(**{k: jnp.int32(v) for k, v in values.items()}, temperature=temperature, user=user)
 
 
 class Table:
-    """Players that play batches and remember what was played."""
+    """Agents that play batches and remember what was played."""
 
     def __init__(self, policy, user, tokenizer, prompts, spec):
-        self.players = Players.build(policy, user, tokenizer, prompts, spec, **HOW)
+        self.agents = Agents.build(policy, user, tokenizer, prompts, spec, **HOW)
         self.fresh = Fresh(tokenizer, spec.mode == "think", RULES.floor, RULES.ceiling)
         self.spec = spec
 
     def play(self, profiles, ids, seed=0, count=None, **change):
-        encoded = self.players.encode(profiles, ids, count)
-        return jax.device_get(self.players.play(encoded, jax.random.key(seed), limits(self.spec, **change)))
+        encoded = self.agents.encode(profiles, ids, count)
+        return jax.device_get(self.agents.play(encoded, jax.random.key(seed), limits(self.spec, **change)))
 
     def rows(self, d, profiles):
         """(policy rows, user rows) of all dialogues."""
@@ -298,14 +298,14 @@ def test_hardly_a_token_is_read_twice(table, many, bpe):
             tokens = distinct([r.ids for r in mine]) + distinct(
                 [r.ids for r in theirs] + scored + [fresh.opening(profile)]
             )
-            encoded = table(spec).players.encode([profile], range(spec.group))
-            prefix = int(encoded.prefix_count[0]) + table(spec).players.tables[0].system.shape[0]
+            encoded = table(spec).agents.encode([profile], range(spec.group))
+            prefix = int(encoded.prefix_count[0]) + table(spec).agents.tables[0].system.shape[0]
             read = prefix + d.policy.prefilled[:, b].sum() + d.user.prefilled[:, b].sum()
             assert read <= 1.05 * tokens
 
 
 def test_a_group_prefills_its_profile_once(table, think, bpe):
-    prefixes = [table(THINK).players.prefix(p) for p in PROFILES]
+    prefixes = [table(THINK).agents.prefix(p) for p in PROFILES]
     system = table(THINK).fresh.chat.message("system", "Think, say.")
     assert think.prefix_tokens == sum(map(len, prefixes)) + len(system)
     padded = table(THINK).play(PROFILES[:1], range(8), count=2)
@@ -335,9 +335,9 @@ HOST = ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv")
 
 
 def test_no_host_callback_in_the_program(table):
-    players = table(THINK).players
-    encoded = players.encode(PROFILES, range(16))
-    arguments = (players.policy, players.user, players.tables, encoded, jax.random.key(0), limits(THINK))
+    agents = table(THINK).agents
+    encoded = agents.encode(PROFILES, range(16))
+    arguments = (agents.policy, agents.user, agents.tables, encoded, jax.random.key(0), limits(THINK))
     text = sample_dialogues.lower(*arguments, spec=THINK).as_text()
     assert not [word for word in HOST if word in text]
     assert "stablehlo.while" in text
@@ -358,7 +358,7 @@ def test_a_violation_costs_the_emotion_nothing(many):
     assert found
 
 
-REAL = Spec("think", True, 1, 2, 640, 32, 24, 20, "argmax", EmotionRules(50), Truncation(20))
+REAL = RolloutConfig("think", True, 1, 2, 640, 32, 24, 20, "argmax", EmotionRules(50), Truncation(20))
 
 
 def reencoded(chat_tokenizer, tokenizer, ids: list[int]) -> tuple[list[int], list[bool]]:
@@ -383,7 +383,7 @@ def test_a_real_dialogue_equals_its_chat_template(checkpoint, qwen, prompts):
     profiles = some_profiles(2)[:1]
     table = Table(lm, lm, qwen, prompts, REAL)
     limit = dataclasses.replace(limits(REAL), think_tokens=jnp.int32(32), initial_emotion=jnp.int32(50))
-    d = jax.device_get(table.players.play(table.players.encode(profiles, [0]), jax.random.key(0), limit))
+    d = jax.device_get(table.agents.play(table.agents.encode(profiles, [0]), jax.random.key(0), limit))
     fresh = Fresh(qwen, True, 9, 100)
     mine, theirs = fresh.policy_rows(d, 0), fresh.user_rows(d, 0, profiles[0], 2)
     check_claims(lm, [*mine, *theirs], batch=1)

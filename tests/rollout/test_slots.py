@@ -13,38 +13,38 @@ take = jax.jit(take_next)
 
 def by_lists(active, lengths, rows):
     """[(dialogue or None of each row) of each turn]: a free row takes the first dialogue that waits."""
-    waiting, seats, turns = [i for i, plays in enumerate(active) if plays], [None] * rows, []
+    waiting, slots, turns = [i for i, plays in enumerate(active) if plays], [None] * rows, []
     left = list(lengths)
     while True:
         for row in range(rows):
-            if seats[row] is None and waiting:
-                seats[row] = waiting.pop(0)
-        if all(seat is None for seat in seats):
+            if slots[row] is None and waiting:
+                slots[row] = waiting.pop(0)
+        if all(slot is None for slot in slots):
             return turns
-        turns.append(list(seats))
-        for row, dialogue in enumerate(seats):
+        turns.append(list(slots))
+        for row, dialogue in enumerate(slots):
             if dialogue is not None:
                 left[dialogue] -= 1
-                seats[row] = None if left[dialogue] == 0 else dialogue
+                slots[row] = None if left[dialogue] == 0 else dialogue
 
 
 def played(active, lengths, rows):
     """The same with the device's functions; also checks the turn that every row is at."""
-    queue, seats = open_queue(jnp.asarray(active), rows)
+    queue, slots = open_queue(jnp.asarray(active), rows)
     turns, begun = [], {}
     while True:
-        seats, fresh = take(queue, seats)
-        if not seats.alive.any():
+        slots, fresh = take(queue, slots)
+        if not slots.alive.any():
             return turns
-        now = [int(d) if a else None for d, a in zip(seats.dialogue, seats.alive, strict=True)]
+        now = [int(d) if a else None for d, a in zip(slots.dialogue, slots.alive, strict=True)]
         for row, dialogue in enumerate(now):
             if dialogue is not None:
                 assert bool(fresh[row]) == (dialogue not in begun)
                 begun.setdefault(dialogue, len(turns))
-                assert seats.turn[row] == len(turns) - begun[dialogue]
+                assert slots.turn[row] == len(turns) - begun[dialogue]
         turns.append(now)
-        over = jnp.asarray(lengths)[seats.dialogue] <= seats.turn + 1
-        seats = seats._replace(turn=seats.turn + 1, alive=seats.alive & ~over)
+        over = jnp.asarray(lengths)[slots.dialogue] <= slots.turn + 1
+        slots = slots._replace(turn=slots.turn + 1, alive=slots.alive & ~over)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(7, 3), (9, 3), (2, 5), (6, 6), (5, 1)])

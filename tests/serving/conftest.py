@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.spec import PlayLimits, Spec
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.serving.app import Service
 from rlver_jax.serving.connection import make_server
 from rlver_jax.serving.engine import Engine
@@ -66,20 +66,22 @@ def client(url):
 class Played(NamedTuple):
     """Dialogues that the sampler played as one batch, the policy greedily, and with what."""
 
-    players: Players
+    agents: Agents
     profiles: list[Profile]
-    limits: PlayLimits
+    limits: RolloutLimits
     seed: int
     dialogues: Any  # on the host
 
 
 @pytest.fixture(scope="session")
 def played(policy_lm, user_lm, bpe, prompts) -> Played:
-    spec = Spec("think", False, 1, 3, 700, 24, 16, 16, "sample", EmotionRules(initial=40, floor=-1, ceiling=100))
-    players = Players.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    spec = RolloutConfig(
+        "think", False, 1, 3, 700, 24, 16, 16, "sample", EmotionRules(initial=40, floor=-1, ceiling=100)
+    )
+    agents = Agents.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
     user = UserLimits(jnp.int32(8), jnp.int32(12), jnp.float32(1))
-    limits = PlayLimits(jnp.int32(3), jnp.int32(24), jnp.int32(16), jnp.float32(0), jnp.int32(40), user)
+    limits = RolloutLimits(jnp.int32(3), jnp.int32(24), jnp.int32(16), jnp.float32(0), jnp.int32(40), user)
     # Ids all 0: each dialogue is one that a conversation of its own would have.
-    encoded = players.encode(some_profiles(4), [0] * 4)
-    dialogues = jax.device_get(players.play(encoded, jax.random.key(3), limits))
-    return Played(players, some_profiles(4), limits, 3, dialogues)
+    encoded = agents.encode(some_profiles(4), [0] * 4)
+    dialogues = jax.device_get(agents.play(encoded, jax.random.key(3), limits))
+    return Played(agents, some_profiles(4), limits, 3, dialogues)

@@ -14,7 +14,7 @@ def test_the_users_words_typed_again_give_the_same_dialogue(played, tmp_path):
     """The person says what the user said: every reply, appraisal, change and emotion is the sampler's."""
     d, records = played.dialogues, _records(played)
     for b, (profile, record) in enumerate(zip(played.profiles, records, strict=True)):
-        talk = Conversation(played.players, profile, played.limits, played.seed)
+        talk = Conversation(played.agents, profile, played.limits, played.seed)
         heard = record["messages"][0]["tokens"]
         for turn in range(d.turns[b]):
             talk.user_says(heard)
@@ -35,9 +35,9 @@ def test_the_users_words_typed_again_give_the_same_dialogue(played, tmp_path):
 
 def test_the_policys_words_typed_again_give_the_same_dialogue(played):
     """The person says what the policy said: first words, reactions, replies and the end are the sampler's."""
-    players, ended = played.players, set()
+    agents, ended = played.agents, set()
     for profile, record in zip(played.profiles, _records(played), strict=True):
-        talk = Conversation(players, profile, played.limits, played.seed)
+        talk = Conversation(agents, profile, played.limits, played.seed)
         assert talk.user_begins() == record["messages"][0]["content"]
         for theirs, reaction in zip(record["messages"][1::2], record["messages"][2::2], strict=False):
             assert not talk.ended
@@ -55,7 +55,7 @@ def _records(played):
     """The batch as a log has it, by the log's own writer."""
     count = len(played.profiles)
     how = {"seed": played.seed, "rewards": [0.0] * count}
-    return dialogue_records(played.dialogues, played.players, played.profiles, [0] * count, **how)
+    return dialogue_records(played.dialogues, played.agents, played.profiles, [0] * count, **how)
 
 
 def _same(ours, theirs):
@@ -71,22 +71,22 @@ def _same(ours, theirs):
 
 
 def test_what_a_person_types_is_checked(played):
-    talk = Conversation(played.players, played.profiles[0], played.limits, 0)
-    assert talk.encode("  I felt awful ", "user") == talk.players.tokenizer.encode("I felt awful")
+    talk = Conversation(played.agents, played.profiles[0], played.limits, 0)
+    assert talk.encode("  I felt awful ", "user") == talk.agents.tokenizer.encode("I felt awful")
     for text, side in (("", "user"), ("awful " * 300, "user"), ("awful did not " * 20, "policy"), ("\ud800", "user")):
         with pytest.raises(ValueError, match=r"tokens; say something|surrogate"):
             talk.encode(text, side)
 
 
 def test_a_context_without_room_is_refused(played):
-    small = dataclasses.replace(played.players.spec, context=400)
+    small = dataclasses.replace(played.agents.spec, context=400)
     with pytest.raises(ValueError, match=r"rollout.context is 400.* raise it"):
-        Conversation(dataclasses.replace(played.players, spec=small), played.profiles[0], played.limits, 0)
+        Conversation(dataclasses.replace(played.agents, spec=small), played.profiles[0], played.limits, 0)
 
 
 def test_a_full_context_ends_it(played):
     """Long words, until another turn might not fit: it ends by itself, and says so."""
-    talk = Conversation(played.players, played.profiles[0], played.limits, 0)
+    talk = Conversation(played.agents, played.profiles[0], played.limits, 0)
     words = talk.encode("my boss did not listen " * 8, "user")
     while not talk.ended and talk.record["turns"] < 12:
         talk.user_says(words)

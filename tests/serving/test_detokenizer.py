@@ -3,13 +3,13 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlver_jax.serving.detokenizer import Speech
+from rlver_jax.serving.detokenizer import StreamingDetokenizer
 
 TEXTS = st.text(st.sampled_from("ab知👋\n "), max_size=20)
 
 
 def told(tokenizer, tokens, stop) -> tuple[list[str], bool]:
-    speech, pieces = Speech(tokenizer, stop), []
+    speech, pieces = StreamingDetokenizer(tokenizer, stop), []
     for token in tokens:
         pieces.append(speech.add(token))
         if speech.stopped:

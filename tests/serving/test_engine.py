@@ -23,7 +23,7 @@ def asked(engine: Engine, *works: Work):
 
 def test_nothing_is_compiled_once_it_serves(engine, bpe):
     """With weights bound to a device: prompts of every chunk size, scored ones, warm and greedy replies."""
-    for program in (programs.read, programs.read_and_score, programs.speak):
+    for program in (programs.prefill, programs.read_and_score, programs.speak):
         program.clear_cache()
     fresh = Engine(engine.lm, bpe, rows=ROWS, context=CONTEXT, block=BLOCK)
     fresh.warm_up()

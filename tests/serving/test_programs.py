@@ -8,14 +8,14 @@ from scipy.special import softmax
 
 from rlver_jax.decoding.grammar import free_text
 from rlver_jax.serving import programs
-from rlver_jax.serving.programs import Ask
+from rlver_jax.serving.programs import SlotRequest
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain
 
 ROWS, CAPACITY = 3, 96
 
 
-def ask(**columns) -> Ask:
+def ask(**columns) -> SlotRequest:
     """Rows that speak greedily without end, changed by column."""
     zeros = dict.fromkeys(("length", "said"), np.zeros(ROWS, np.int32))
     values = zeros | {
@@ -26,7 +26,7 @@ def ask(**columns) -> Ask:
         "top_p": np.ones(ROWS, np.float32),
         "details": np.zeros(ROWS, bool),
     }
-    return Ask(**values | {name: np.asarray(value, values[name].dtype) for name, value in columns.items()})
+    return SlotRequest(**values | {name: np.asarray(value, values[name].dtype) for name, value in columns.items()})
 
 
 def prompt(bpe, row: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlver_jax.training.alarms import breach
+from rlver_jax.training.alarms import check
 
 LIMITS = {
     "readable_min": 0.5, "reply_tokens_min": 2.0, "reply_tokens_max": 100.0, "entropy_min": 0.1, "entropy_max": 8.0,
@@ -15,8 +15,8 @@ GOOD = {
 
 
 def test_within_its_limits_nothing_is_said():
-    assert breach(GOOD, LIMITS, 3) is None
-    assert breach({}, LIMITS, 3) is None, "a batch without replies has no such figures"
+    assert check(GOOD, LIMITS, 3) is None
+    assert check({}, LIMITS, 3) is None, "a batch without replies has no such figures"
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,15 @@ def test_within_its_limits_nothing_is_said():
     ],
 )
 def test_each_limit(name, value, field, side):
-    text = breach(GOOD | {name: value}, LIMITS, 7)
+    text = check(GOOD | {name: value}, LIMITS, 7)
     assert text.startswith(f"step 7: {name} is {value:.4g}, {side} alarms.{field}=")
     assert "train.learning_rate" in text
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_figure_that_is_no_number_is_a_breach(name):
-    assert f"{name} is nan" in breach(GOOD | {name: float("nan")}, LIMITS, 1)
+    assert f"{name} is nan" in check(GOOD | {name: float("nan")}, LIMITS, 1)
 
 
 def test_an_upper_limit_of_zero_is_none():
-    assert breach(GOOD | {"reply/tokens_mean": 1e6}, LIMITS | {"reply_tokens_max": 0.0}, 1) is None
+    assert check(GOOD | {"reply/tokens_mean": 1e6}, LIMITS | {"reply_tokens_max": 0.0}, 1) is None

@@ -10,9 +10,9 @@ from rlver_jax.learning.sequences import max_length
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.rollout.agents import Players
-from rlver_jax.rollout.spec import Spec
-from rlver_jax.training.setup import assemble, dialogues_a_row, reads_at_most, row_lengths
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.spec import RolloutConfig
+from rlver_jax.training.setup import build_run, dialogues_a_row, reads_at_most, row_lengths
 
 
 def config_of(**fields):
@@ -39,25 +39,25 @@ def test_a_device_never_reads_more_at_a_time_than_it_has_room_for(fields, device
 
 
 def test_lengths_are_spread_up_to_the_longest_row(bpe, prompts):
-    spec = Spec(
+    spec = RolloutConfig(
         mode="think", enforce_format=False, group=1, max_turns=2, context=768, think_tokens=24, say_tokens=12,
         user_tokens=8,
     )  # fmt: skip
     lm = LM({}, Qwen2(Qwen2Config(bpe.vocab_size, 8, 8, 1, num_heads=1, num_kv_heads=1, head_dim=8)))
-    players = Players.build(lm, lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
-    longest = max_length(players.tables[0], spec, 10)
+    agents = Agents.build(lm, lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
+    longest = max_length(agents.tables[0], spec, 10)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for fields, most in (({}, 2 * longest), ({"train__share_rows": False}, longest)):
-        found = np.array(row_lengths(config_of(train__length_buckets=8, **fields), players, 10, one))
+        found = np.array(row_lengths(config_of(train__length_buckets=8, **fields), agents, 10, one))
         assert not (found % 64).any()
         assert most <= found[-1] < most + 64
         assert (found[1:] <= np.maximum(found[:-1] * 9 / 8, found[:-1] + 64)).all(), "an eighth more, or 64"
         assert (np.diff(found) > 0).all()
-    found = row_lengths(config_of(train__length_buckets=1), players, 10, one)
+    found = row_lengths(config_of(train__length_buckets=1), agents, 10, one)
     assert found[:-1] == tuple(64 << i for i in range(len(found) - 1))
 
 
 def test_kernels_for_tpu_are_refused_elsewhere():
     config = config_of(critic__attention="splash")
     with pytest.raises(ValueError, match="critic.attention='splash' is made of kernels for TPU, but the devices are"):
-        assemble(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+        build_run(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
