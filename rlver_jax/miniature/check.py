@@ -56,7 +56,7 @@ class Judged(NamedTuple):
 
     terms: list[str]
     ruled: int
-    judge_reply: int
+    judged: int
 
 
 def judge_reply(person: Person, dialogue: Spoken) -> list[Judged]:
