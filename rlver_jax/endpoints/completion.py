@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlver_jax.config.credentials import Secrets
-from rlver_jax.endpoints.usage import count_of
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line ends
 _LONGEST_NAME = 200  # characters of a model's name
 _MOST_PARTS = 1_000_000  # commas and brackets: each may become an object of some 80 bytes
 _DIGITS = 30  # more are beyond any number that is read, and Python refuses 4,300
+_MOST = 10**9  # no model reads or says as much at once; sums of it fit everywhere
+
+
+def count_of(value: Any) -> int:
+    """A count as a server gave it; 0 where it is none, or beyond reason."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST
+    return int(value) if whole and value == int(value) else 0
 
 
 class NoCompletion(ValueError):

@@ -10,13 +10,6 @@ if TYPE_CHECKING:  # the client needs the extra `remote`; counts don't
     from rlver_jax.endpoints.completion import Answer
 
 COUNTS = ("requests", "asked_again", "prompt_tokens", "completion_tokens")
-_MOST = 10**9  # no model reads or says as much at once; sums of it fit everywhere
-
-
-def count_of(value: Any) -> int:
-    """A count as a server gave it; 0 where it is none, or beyond reason."""
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST
-    return int(value) if whole and value == int(value) else 0
 
 
 @dataclass
