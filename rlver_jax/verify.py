@@ -1,23 +1,23 @@
-"""Derives every reward of a dialogue log again and says where the log is not what the user model would say.
+"""Recomputes every reward of a dialogue log and says where the log differs from what the user model generates.
 
     python -m rlver_jax.verify DIALOGUES.jsonl [FILE…] --config=configs/x.py [--config.a.b=v …]
                                [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]]
                                [--repeats=N] [--partial]
 
-Each profile costs one reading of its prefix by the user, each dialogue one of the rest, where no turn sees what the
-user reasoned in another; nothing is generated. Every appraisal token must be the user's own choice, every
-change the readout of its distribution, every emotion the clipped sum, every reward its formula, every spoken word the
-one that its key draws. Where two candidates lie so close to each other that rounding decides (`ALLOWED`, by the user's
-dtype), that is reported as a tie. Ends, texts, the set of dialogues and all they say of themselves follow from the
+Nothing is generated: the user model replays each dialogue by teacher forcing, in one forward pass (the prefix of a
+profile is prefilled once), in which no turn sees the reasoning of another. Every appraisal token must be the user's own
+choice, every change the readout of its distribution, every emotion the clipped sum, every reward its formula, every
+token of a reply the one that its key draws. Where two candidates lie so close to each other that rounding decides (by
+the user's dtype), that is reported as a tie. Ends, texts, the set of dialogues and their other fields follow from the
 config, which must be the one that they were played with. --partial: the logs lack dialogues on purpose. The last line
-says what was not derived.
+says what was not derived (recomputed from the models).
 
-With --policy every word of the policy is derived, too: each token must be the one that its key draws, with both of its
-log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run an evaluation is held against the
-checkpoint that evaluate would take, or --step; what training step N logs was played by the policy before that step: it
-is held against the checkpoint of step N - 1, for step 1 against the model that training began with.
+With --policy the policy's replies are recomputed, too: each token must be the one that its key draws, with both of its
+log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run, an evaluation is compared with the
+checkpoint that evaluate would take, or --step. The dialogues of training step N were played by the policy before that
+step: they are compared with the checkpoint of step N - 1, for step 1 with the model that training began with.
 
-Exit status: 0 all derived, 1 any fault, 2 bad usage.
+Exit status: 0 no fault, 1 any fault, 2 bad usage.
 """
 
 import dataclasses
@@ -36,15 +36,23 @@ from rich.progress import track
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
 from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
-from rlver_jax.decoding.replay import Dialogue, Keys
+from rlver_jax.decoding.replay import Keys, ReplayInput
 from rlver_jax.decoding.replay_sequence import ReplaySequence
-from rlver_jax.dialogues.faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
+from rlver_jax.dialogues.faults import POLICY_TOKENS, ConsistencyCheck, logged_turns, recomputed_rewards, unchecked
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.trajectory import reactions
-from rlver_jax.dialogues.verify_files import plans_of, read_part
+from rlver_jax.dialogues.verify_files import plans_of, read_log_file
 from rlver_jax.dialogues.verify_set import Plan
-from rlver_jax.dialogues.verify_shape import POLICY, USER, Shape
-from rlver_jax.dialogues.verify_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
+from rlver_jax.dialogues.verify_shape import POLICY, USER, RecordSchema
+from rlver_jax.dialogues.verify_tokens import (
+    TOLERANCES,
+    Speaker,
+    TokenReport,
+    Tolerance,
+    check_tokens,
+    user_fields,
+    user_logprobs,
+)
 from rlver_jax.evaluation.play import chosen_profiles, eval_spec
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.rollout.agents import Agents, load_model
@@ -64,59 +72,61 @@ SHOWN = 50  # faults and ties that are printed
 
 @dataclasses.dataclass
 class Report:
-    """What was derived and what was found."""
+    """The result of verifying dialogues."""
 
     dialogues: int = 0
     turns: int = 0
     tokens: int = 0
-    moved: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
+    logprob_error: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
     ties: list[str] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
-    underived: dict[str, None] = dataclasses.field(default_factory=dict)  # what of the logs nothing was held against
+    unchecked: dict[str, None] = dataclasses.field(
+        default_factory=dict
+    )  # parts of the logs that nothing was compared with
 
-    def take(self, place: str, found: Found) -> None:
-        """Takes in what was found of one side's tokens in the dialogue at `place`."""
-        self.tokens += found.tokens
-        self.moved = max(self.moved, found.moved)
-        self.ties += [f"{place}, {tie}" for tie in found.ties]
-        self.faults += [f"{place}, {fault}" for fault in found.faults]
+    def add_tokens(self, where: str, tokens: TokenReport) -> None:
+        """Adds the result for one model's tokens in the dialogue named `where`."""
+        self.tokens += tokens.tokens
+        self.logprob_error = max(self.logprob_error, tokens.logprob_error)
+        self.ties += [f"{where}, {tie}" for tie in tokens.ties]
+        self.faults += [f"{where}, {fault}" for fault in tokens.faults]
 
     def add(self, other: "Report") -> None:
-        """Takes in what was found in other dialogues."""
+        """Adds the result for other dialogues."""
         self.dialogues += other.dialogues
         self.turns += other.turns
         self.tokens += other.tokens
-        self.moved = max(self.moved, other.moved)
+        self.logprob_error = max(self.logprob_error, other.logprob_error)
         self.ties += other.ties
         self.faults += other.faults
-        self.underived |= other.underived
+        self.unchecked |= other.unchecked
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What of the config decides the derivation."""
+    """Settings of the config that the recomputed values depend on."""
 
     reply_temperature: float
     field_tokens: int
     reply_tokens: int
     readout: str
     reward: Mapping[str, Any]
-    allowed: Allowed = ALLOWED["float32"]
+    tolerance: Tolerance = TOLERANCES["float32"]
 
 
-class Logged(NamedTuple):
-    """A line of a log, the words that name it in a report, how it should have been played, and what is wrong so far."""
+class LoggedDialogue(NamedTuple):
+    """A record of a log, its name in reports, how the config plays it, and its faults so far."""
 
-    place: str
+    where: str
     record: Mapping[str, Any]
     plan: Plan
     faults: Sequence[str] = ()
 
 
 class _Case(NamedTuple):
-    """A dialogue that can be derived."""
+    """A dialogue that can be replayed."""
 
-    place: str
+    where: str
     record: Mapping[str, Any]
     plan: Plan
     profile: Profile
@@ -124,27 +134,27 @@ class _Case(NamedTuple):
     faults: list[str]
 
     @property
-    def made_up(self) -> bool:
-        """Whether the user made up its first words."""
+    def opening_generated(self) -> bool:
+        """Whether the user generated its first words."""
         return not (self.profile.first_talk or "").strip()
 
     @property
-    def of_user(self) -> bool:
-        """Whether there is something that a user on the device has said."""
-        return USER not in self.plan.endpoints and (bool(self.turns) or self.made_up)
+    def has_user_tokens(self) -> bool:
+        """Whether a user on the device generated any token of it."""
+        return USER not in self.plan.endpoints and (bool(self.turns) or self.opening_generated)
 
 
 def verify_records(
-    agents: Agents, profiles: KnownProfiles, logged: Sequence[Logged], settings: Settings
+    agents: Agents, profiles: KnownProfiles, logged: Sequence[LoggedDialogue], settings: Settings
 ) -> Iterator[Report]:
-    """Derives dialogues again, those of one profile after each other: one report each, by dialogue, turn and field.
+    """Verifies dialogues, those of one profile after each other: one report each, by dialogue, turn and field.
 
     Args:
         agents: without models where every user is behind an endpoint; see `load_agents`.
     """
-    cases, shapes = [], {one.plan: Shape.of(agents, one.plan.endpoints) for one in logged}
+    cases, schemas = [], {one.plan: RecordSchema.of(agents, one.plan.endpoints) for one in logged}
     for one in logged:
-        case = _case(one, shapes[one.plan], profiles)
+        case = _case(one, schemas[one.plan], profiles)
         if isinstance(case, Report):
             yield case
         else:
@@ -152,45 +162,47 @@ def verify_records(
     if not cases:
         return
     cases.sort(key=lambda case: (case.profile.id, case.profile.hidden_intention, case.profile.background))
-    found = _derived(agents, [case for case in cases if case.of_user], settings)
-    rewards = derived_rewards([case.record for case in cases], settings.reward)
+    replays = _replays(agents, [case for case in cases if case.has_user_tokens], settings)
+    rewards = recomputed_rewards([case.record for case in cases], settings.reward)
     limits = settings.field_tokens, settings.reply_tokens
-    hosts = {
-        plan: Host.of(agents, plan, limits, settings.reply_temperature, [c.record for c in cases if c.plan is plan])
+    checks = {
+        plan: ConsistencyCheck.of(
+            agents, plan, limits, settings.reply_temperature, [c.record for c in cases if c.plan is plan]
+        )
         for plan in {case.plan for case in cases}
     }
     for case, reward in zip(cases, rewards, strict=True):
-        packed, replayed = next(found) if case.of_user else (None, None)
-        prefix = packed.prefix if packed else 0 if USER in case.plan.endpoints else len(agents.prefix(case.profile))
-        own = hosts[case.plan].faults(case.profile, case.record, reward, prefix)
-        report = Report(dialogues=1, faults=[f"{case.place}: {fault}" for fault in (*case.faults, *own)])
+        sequence, replayed = next(replays) if case.has_user_tokens else (None, None)
+        prefix = sequence.prefix if sequence else 0 if USER in case.plan.endpoints else len(agents.prefix(case.profile))
+        consistency_errors = checks[case.plan].errors(case.profile, case.record, reward, prefix)
+        report = Report(dialogues=1, faults=[f"{case.where}: {fault}" for fault in (*case.faults, *consistency_errors)])
         report.turns = sum(1 for _ in reactions(case.record))
-        report.underived |= dict.fromkeys(underived(case.record, case.plan.endpoints))
-        if packed and replayed:
-            _check(agents, case, packed, replayed, settings, report)
+        report.unchecked |= dict.fromkeys(unchecked(case.record, case.plan.endpoints))
+        if sequence and replayed:
+            _check(agents, case, sequence, replayed, settings, report)
         yield report
 
 
-def _case(one: Logged, shape: Shape, profiles: KnownProfiles) -> _Case | Report:
-    """What can be derived of a line, or a report that says why nothing can."""
-    place, record, plan, faults = one
-    if misfits := list(shape.faults(record)):
-        known = [f"{place}: {fault}" for fault in faults]
-        return Report(dialogues=1, faults=known + [f"{place}, {fault}" for fault in misfits])
+def _case(dialogue: LoggedDialogue, schema: RecordSchema, profiles: KnownProfiles) -> _Case | Report:
+    """The dialogue as it can be replayed, or a report that says why it cannot."""
+    where, record, plan, faults = dialogue
+    if schema_errors := list(schema.errors(record)):
+        known = [f"{where}: {fault}" for fault in faults]
+        return Report(dialogues=1, faults=known + [f"{where}, {error}" for error in schema_errors])
     faults, profile = list(faults), plan.profile(record["dialogue"])
     if profile is None or profile.id != record["profile"]:
-        wanted = "none has that number" if profile is None else f"the config plays {profile.id!r} in it"
-        faults.append(f"profile is {record['profile']!r}, but {wanted} ({plan.fields['num_profiles']})")
+        expected = "none has that number" if profile is None else f"the config plays {profile.id!r} in it"
+        faults.append(f"profile is {record['profile']!r}, but {expected} ({plan.fields['num_profiles']})")
         profile = profiles.of(record)
     if profile is None:
         faults.append(f"profile {record['profile']!r} is not in data.eval or data.train of the config")
-        return Report(dialogues=1, faults=[f"{place}: {fault}" for fault in faults])
+        return Report(dialogues=1, faults=[f"{where}: {fault}" for fault in faults])
     turns = [] if USER in plan.endpoints else logged_turns(record)
-    return _Case(place, record, plan, profile, turns, faults)
+    return _Case(where, record, plan, profile, turns, faults)
 
 
-def _derived(agents: Agents, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[ReplaySequence, Replayed]]:
-    """What the user says of every dialogue."""
+def _replays(agents: Agents, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[ReplaySequence, Replayed]]:
+    """The user's replay of every dialogue."""
     if not cases:
         return iter(())
     tables, packer = agents.tables[1], Packer(agents.tables[1], agents.spec.rules.band)
@@ -198,48 +210,51 @@ def _derived(agents: Agents, cases: Sequence[_Case], settings: Settings) -> Iter
     dialogues = []
     for case in cases:
         prefix, key = prefix_of(case.profile), seed_key(case.record["seed"])
-        own = dialogue_key(key, np.uint32(case.record["dialogue"]))
-        keys = Keys(own, opening_key(key, prefix) if case.made_up else own)
-        most = settings.reply_tokens if case.made_up else 0
-        packed = packer.dialogue(prefix, case.record["messages"][0]["tokens"], case.turns, most)
-        dialogues.append(Dialogue(packed, keys, settings.reply_temperature))
-    found = replay(agents.user, tables, dialogues, settings.readout)
-    return zip((dialogue.packed for dialogue in dialogues), found, strict=True)
+        own_key = dialogue_key(key, np.uint32(case.record["dialogue"]))
+        keys = Keys(own_key, opening_key(key, prefix) if case.opening_generated else own_key)
+        most = settings.reply_tokens if case.opening_generated else 0
+        sequence = packer.dialogue(prefix, case.record["messages"][0]["tokens"], case.turns, most)
+        dialogues.append(ReplayInput(sequence, keys, settings.reply_temperature))
+    results = replay(agents.user, tables, dialogues, settings.readout)
+    return zip((dialogue.sequence for dialogue in dialogues), results, strict=True)
 
 
-def _check(agents, case: _Case, packed: ReplaySequence, found: Replayed, settings, report: Report) -> None:
-    """Holds a dialogue against its derivation."""
-    place, record = case.place, case.record
+def _check(agents, case: _Case, sequence: ReplaySequence, replayed: Replayed, settings, report: Report) -> None:
+    """Compares a dialogue with its replay."""
+    where, record = case.where, case.record
     users = {turn: user for turn, _, user in reactions(record)}
-    user = Speaker("user", users_fields(agents), settings.reply_temperature, settings.allowed)
-    report.take(place, hold(user, packed, found, functools.partial(users_claim, user.fields, users)))
-    for turn, *derived in zip(
-        case.turns, found.change_logprobs, found.change.tolist(), found.change_noise, strict=True
-    ):
-        where = f"{place}, turn {turn.turn + 1}, change"
-        _check_change(users[turn.turn], turn.change, derived, agents.spec.rules, settings, where, report)
+    user = Speaker("user", user_fields(agents), settings.reply_temperature, settings.tolerance)
+    report.add_tokens(
+        where, check_tokens(user, sequence, replayed, functools.partial(user_logprobs, user.fields, users))
+    )
+    changes = zip(case.turns, replayed.change_logprobs, replayed.change.tolist(), replayed.change_noise, strict=True)
+    for turn, *change in changes:
+        name = f"{where}, turn {turn.turn + 1}, change"
+        _check_change(users[turn.turn], turn.change, change, agents.spec.rules, settings, name, report)
 
 
-def _check_change(user, change: int, found: Sequence[Any], rules: EmotionRules, settings, where: str, report: Report):
-    """The change is the readout of the user's distribution over the options, as far as a reply can move an emotion."""
-    logprobs, derived, noise = found
+def _check_change(
+    user, change: int, replayed: Sequence[Any], rules: EmotionRules, settings: Settings, where: str, report: Report
+) -> None:
+    """Checks that the change is the readout of the user's distribution over the options, clipped to the rules."""
+    logprobs, readout, noise = replayed
     with np.errstate(over="ignore"):  # of a number that no float32 holds
-        worst = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
-    if not worst <= settings.allowed.logprob:
-        report.faults.append(f"{where}: logged log-probabilities differ from the derived ones by {worst:.4g}")
-    if rules.clamp(derived) == change:
+        error = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
+    if not error <= settings.tolerance.logprob:
+        report.faults.append(f"{where}: logged log-probabilities differ from the derived ones by {error:.4g}")
+    if rules.clamp(readout) == change:
         return
-    same = [read for read in CHANGES if rules.clamp(read) == change]
-    if any(_is_tie(settings.readout, logprobs + noise, derived, read, settings.allowed.tie) for read in same):
-        report.ties.append(f"{where}: rounding decides between {change:+d} and {rules.clamp(derived):+d}")
+    same = [option for option in CHANGES if rules.clamp(option) == change]
+    if any(_is_tie(settings.readout, logprobs + noise, readout, option, settings.tolerance.tie) for option in same):
+        report.ties.append(f"{where}: rounding decides between {change:+d} and {rules.clamp(readout):+d}")
     else:
-        report.faults.append(f"{where}: logged {change:+d}, but the user's {settings.readout} is {derived:+d}")
+        report.faults.append(f"{where}: logged {change:+d}, but the user's {settings.readout} is {readout:+d}")
 
 
-def _is_tie(readout: str, scores: np.ndarray, derived: int, logged: int, tie: float) -> bool:
-    """Whether `logged` would be the readout of log-probabilities (with noise) that lie within `tie` of the derived."""
+def _is_tie(readout: str, scores: np.ndarray, replayed: int, logged: int, tie: float) -> bool:
+    """Whether `logged` would be the readout of log-probabilities (with noise) within `tie` of the replayed ones."""
     if readout != "mean":
-        return bool(scores[derived - CHANGES[0]] - scores[logged - CHANGES[0]] <= tie)
+        return bool(scores[replayed - CHANGES[0]] - scores[logged - CHANGES[0]] <= tie)
     p, values = np.asarray(jax.nn.softmax(scores)), np.array(CHANGES)
     mean = float((p * values).sum())
     reach = tie * float((p * np.abs(values - mean)).sum())  # d mean / d log p(c) = p(c) (c - mean)
@@ -247,14 +262,14 @@ def _is_tie(readout: str, scores: np.ndarray, derived: int, logged: int, tie: fl
 
 
 def settings_of(config: ConfigDict) -> Settings:
-    """What of a config decides the derivation."""
+    """The settings of a config."""
     return Settings(
         reply_temperature=config.user.reply_temperature,
         field_tokens=config.user.field_tokens,
         reply_tokens=config.user.reply_tokens,
         readout=config.user.readout,
         reward=reward_settings(config),
-        allowed=ALLOWED[config.user.dtype],
+        tolerance=TOLERANCES[config.user.dtype],
     )
 
 
@@ -267,12 +282,12 @@ def verify_logs(
     partial: bool = False,
     policy: behaviour_policy.Choice | None = None,
 ) -> Report:
-    """Derives every dialogue of logs, with a progress bar; the reports are joined.
+    """Verifies every dialogue of logs, with a progress bar; the reports are joined.
 
     Args:
-        repeats: that an evaluation has of each profile; 0: as the logs have.
+        repeats: of each profile in an evaluation; 0: as in the logs.
         partial: the logs are parts, so that dialogues may be missing.
-        policy: that played them; None: nothing of it is derived.
+        policy: that played them; None: its replies are not recomputed.
 
     Raises:
         ConfigError: the logs were played with another config.
@@ -283,11 +298,11 @@ def verify_logs(
     files = dict.fromkeys(profile_files(config.data.eval, config.data.train))
     profiles = KnownProfiles(profile for file in files for profile in read_profiles(file))
     for path in paths:
-        part, name = read_part(path, plans, config), f"{path}, " if len(paths) > 1 else ""
+        part, name = read_log_file(path, plans, config), f"{path}, " if len(paths) > 1 else ""
         total.faults += part.faults
-        logged += [Logged(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
+        logged += [LoggedDialogue(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
     if partial:
-        total.underived["the set of dialogues (--partial)"] = None
+        total.unchecked["the set of dialogues (--partial)"] = None
     if not logged:
         return total
     policies = (
@@ -299,17 +314,17 @@ def verify_logs(
     for one in track(reports, "verifying", len(logged), console=console):
         total.add(one)
     if policies:
-        total.underived.pop(POLICYS_WORDS, None)  # none of it is there where no dialogue could be derived
-        derived = behaviour_policy.findings(policies, agents, [one[:3] for one in logged])
-        for place, found in track(derived, "the policy", len(logged), console=console):
-            total.take(place, found)
+        total.unchecked.pop(POLICY_TOKENS, None)  # absent where no dialogue could be replayed
+        results = behaviour_policy.findings(policies, agents, [one[:3] for one in logged])
+        for where, tokens in track(results, "the policy", len(logged), console=console):
+            total.add_tokens(where, tokens)
     return total
 
 
 def load_agents(config: ConfigDict, endpoints: Collection[str]) -> Agents:
-    """The simulated user alone: no policy is needed to derive a reward, so the user's model stands in its place.
+    """The simulated user alone: recomputing rewards needs no policy, so the user's model fills its field.
 
-    Where users are behind an endpoint there is no model at all, but the policy's tokenizer if that is on the device.
+    Where users are behind an endpoint there is no model at all, only the policy's tokenizer if that is on the device.
     """
     if USER not in endpoints:
         return load_user(config)
@@ -329,8 +344,8 @@ def load_user(config: ConfigDict) -> Agents:
     """See `load_agents`."""
     user, tokenizer = load_model(behaviour_policy.reading(config.user), "user")
     prompts = load_prompts(config.data.language, config.user.prompts or None)
-    how = {"style": config.user.style, "scenario": config.user.scenario}
-    return Agents.build(user, user, tokenizer, prompts, eval_spec(config), **how)
+    options = {"style": config.user.style, "scenario": config.user.scenario}
+    return Agents.build(user, user, tokenizer, prompts, eval_spec(config), **options)
 
 
 def show(report: Report, console: Console) -> None:
@@ -340,16 +355,17 @@ def show(report: Report, console: Console) -> None:
             console.print(f"{kind}: {line}", markup=False, highlight=False)
         if len(lines) > SHOWN:
             console.print(f"… and {len(lines) - SHOWN} more {kind}s")
+    missing = ", ".join(sorted(report.unchecked, key=_is_extra))
     console.print(
-        f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
-        f"{len(report.ties)} ties, {len(report.faults)} faults, log-probabilities within {report.moved:.2g} nats"
-        + (f"; not derived: {', '.join(sorted(report.underived, key=_is_extra))}" if report.underived else ""),
+        f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: {len(report.ties)} ties, "
+        f"{len(report.faults)} faults, log-probabilities within {report.logprob_error:.2g} nats"
+        + (f"; not derived: {missing}" if missing else ""),
         markup=False,
     )
 
 
 def _is_extra(name: str) -> bool:
-    """Fields that others have added are named last."""
+    """Fields that other programs have added come last."""
     return name.startswith("field ")
 
 

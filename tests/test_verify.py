@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.dialogues.faults import derived_rewards, logged_turns
+from rlver_jax.dialogues.faults import logged_turns, recomputed_rewards
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import dialogue_records, rewards_of
 from rlver_jax.dialogues.verify_set import TrainingPlan
 from rlver_jax.dialogues.verify_settings import check_settings
-from rlver_jax.dialogues.verify_tokens import ALLOWED
+from rlver_jax.dialogues.verify_tokens import TOLERANCES
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.rollout import rewards
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.turn import UserLimits
-from rlver_jax.verify import Logged, Report, Settings, _is_tie, verify_records
+from rlver_jax.verify import LoggedDialogue, Report, Settings, _is_tie, verify_records
 from tests.conftest import some_profiles
 
 TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emotion starting at 30
@@ -71,7 +71,7 @@ def check_all(log, records, **settings) -> list[Report]:
     agents, profiles, _ = log
     settings = dataclasses.replace(SETTINGS, readout=records[0]["readout"], **settings)
     plan = plan_of(profiles[:PROFILES])
-    logged = [Logged(f"dialogue {record['dialogue']}", record, plan) for record in records]
+    logged = [LoggedDialogue(f"dialogue {record['dialogue']}", record, plan) for record in records]
     return list(verify_records(agents, KnownProfiles(profiles), logged, settings))
 
 
@@ -225,14 +225,14 @@ EDITS = [value for name, value in list(globals().items()) if name.startswith("ed
 
 @pytest.mark.parametrize("log", ["argmax"], indirect=True)
 @pytest.mark.parametrize("edit", EDITS, ids=lambda e: e.__name__.removeprefix("edit_"))
-@pytest.mark.parametrize("dtype", ALLOWED)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_planted_edits_are_found(log, edit, dtype):
     if dtype == "bfloat16" and edit in (edit_say_tokens, edit_change_distribution):
         pytest.skip("here they move what the user says by less than bfloat16's rounding may")
     record = longest(log)
     assert check(log, record).faults == []
     edit(log[0], record)
-    faults = check(log, record, allowed=ALLOWED[dtype]).faults
+    faults = check(log, record, tolerance=TOLERANCES[dtype]).faults
     assert faults, "the edit was not found"
     assert all(fault.startswith(f"dialogue {record['dialogue']}") for fault in faults)
 
@@ -245,11 +245,11 @@ def test_a_user_that_rounds(log, policy_lm, user_lm, bpe, prompts):
     strict, loose = Report(), Report()
     for report in check_all(log, records):
         strict.add(report)
-    for report in check_all(log, records, allowed=ALLOWED["bfloat16"]):
+    for report in check_all(log, records, tolerance=TOLERANCES["bfloat16"]):
         loose.add(report)
     assert (loose.dialogues, loose.faults) == (COUNT, [])
     assert len(strict.faults) > COUNT
-    assert 1e-3 < loose.moved == strict.moved < 1
+    assert 1e-3 < loose.logprob_error == strict.logprob_error < 1
 
 
 def test_a_dialogue_of_an_unknown_profile(log):
@@ -294,7 +294,7 @@ def test_rewards_of_many_dialogues_are_those_that_small_batches_gave(name, count
         said = [{"role": "user", "emotion": emotion} for emotion in row[: n + 1]]
         messages = [said[0], *(m for one in said[1:] for m in ({"role": "assistant"}, one))]
         rows.append({"messages": messages, "seed": 0, "violation": False, "turns": n})
-    found = derived_rewards(rows, settings)
+    found = recomputed_rewards(rows, settings)
     for row, n, (value, rounding) in zip(emotions / 1.0, turns.tolist(), found, strict=True):
         tenths, weights = np.diff(row[: n + 1]) / 10, 0.9 ** np.arange(n)
         exact = {
@@ -334,8 +334,8 @@ def test_ties_of_means():
     # Each log-probability moved by up to a tenth of a nat, against the readout of what that gives.
     draw = np.random.default_rng(0)
     for logprobs in draw.normal(size=(300, 21), scale=3).astype(np.float32):
-        moved = logprobs + draw.uniform(-0.1, 0.1, 21)
-        derived, logged = (int(change_readout(jnp.asarray(x), "mean")) for x in (logprobs, moved))
+        logprob_error = logprobs + draw.uniform(-0.1, 0.1, 21)
+        derived, logged = (int(change_readout(jnp.asarray(x), "mean")) for x in (logprobs, logprob_error))
         assert _is_tie("mean", logprobs, derived, logged, 0.11)  # the spread itself moves a little, too
         assert not _is_tie("mean", logprobs, derived, logged + 3, 0.11)
 

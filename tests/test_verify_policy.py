@@ -22,10 +22,10 @@ from scipy.special import log_softmax, logsumexp
 from rlver_jax import evaluate, verify
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.decoding.generate import KEEP_ALL, Truncation
-from rlver_jax.decoding.replay import Dialogue, Keys, Side, replay
+from rlver_jax.decoding.replay import Keys, ReplayInput, Sampler, replay
 from rlver_jax.dialogues.log import dialogue_records, read_dialogues, rewards_of, write_dialogues
-from rlver_jax.dialogues.verify_policy import Policy, Spoken, _replies, policy_findings
-from rlver_jax.dialogues.verify_tokens import ALLOWED
+from rlver_jax.dialogues.verify_policy import LoggedReplies, Policy, _replies, verify_replies
+from rlver_jax.dialogues.verify_tokens import TOLERANCES
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.policy_replay_sequence import PolicyPacker
@@ -60,12 +60,12 @@ class Log:
 
     def policy(self, dtype="float32", **changed) -> Policy:
         p = self.agents
-        return Policy(changed.get("lm", p.policy), p.tokenizer, p.tables[0], p.spec, ALLOWED[dtype])
+        return Policy(changed.get("lm", p.policy), p.tokenizer, p.tables[0], p.spec, TOLERANCES[dtype])
 
     def found(self, records=None, temperature=None, **changed):
         heat = self.temperature if temperature is None else temperature
-        spoken = [Spoken(record, heat) for record in (self.records if records is None else records)]
-        return list(policy_findings(self.policy(**changed), spoken))
+        spoken = [LoggedReplies(record, heat) for record in (self.records if records is None else records)]
+        return list(verify_replies(self.policy(**changed), spoken))
 
     def faults(self, *records, **changed) -> list[str]:
         return [fault for one in self.found(records or None, **changed) for fault in one.faults]
@@ -107,7 +107,7 @@ def test_an_honest_log_is_derived_completely(log):
     found = log.found()
     assert [one.faults for one in found] == [[]] * COUNT
     assert sum(one.tokens for one in found) == sum(len(m["tokens"]) for r in log.records for m in replies(r)) > 60
-    assert 0 < max(one.moved for one in found) < 1e-4
+    assert 0 < max(one.logprob_error for one in found) < 1e-4
 
 
 def test_replies_of_all_kinds_are_among_them(thinking, policy_lm, user_lm, bpe, prompts):
@@ -195,8 +195,8 @@ def derived(log, record):
     packer = PolicyPacker(policy.tables, think=spec.mode == "think", think_tokens=spec.think_tokens)
     key = dialogue_key(jax.random.key(record["seed"]), np.uint32(record["dialogue"]))
     packed = packer.dialogue(list(_replies(policy, record)))
-    side = Side(policy.lm, policy.tables.grammar, truncation=spec.truncation)
-    (found,) = replay(side, [Dialogue(packed, Keys(key, key), log.temperature)], 1e-4)
+    side = Sampler(policy.lm, policy.tables.grammar, truncation=spec.truncation)
+    (found,) = replay(side, [ReplayInput(packed, Keys(key, key), log.temperature)], 1e-4)
     return found
 
 
@@ -253,9 +253,9 @@ def test_the_second_best_word_is_found(thinking):
 
 @pytest.mark.parametrize("name", ["logprobs", "raw_logprobs"])
 @pytest.mark.parametrize("moved", [0.01, -0.01, float("nan"), float("inf"), float("-inf")])
-def test_moved_log_probabilities_are_found(log, name, moved):
+def test_moved_log_probabilities_are_found(log, name, logprob_error):
     record = copy.deepcopy(log.records[1])
-    replies(record)[0][name][1] += moved
+    replies(record)[0][name][1] += logprob_error
     assert len(log.faults(record)) == 1
     assert log.faults(record)[0].startswith("turn 1, 'reply of the policy', token 2: logged log-probability")
 

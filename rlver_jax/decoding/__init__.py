@@ -1,1 +1,1 @@
-"""Sampling primitives: a ragged cache, append, generate, choose, rollback, grammars and guided scripts."""
+"""Sampling: a ragged KV cache, generation, choice among options, grammars and guided scripts."""

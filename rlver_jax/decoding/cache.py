@@ -1,4 +1,4 @@
-"""The context of every row of a batch as keys and values: each row has its own length and grows by its own count."""
+"""A ragged KV cache: each row of a batch has its own length and grows by its own count."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from rlver_jax.parallel.batch import gather_rows
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(model: Qwen2, params: Params, *arguments: Any) -> Any:
-    """Traced once for all places of a program that read as many tokens; compiled with the rest of it."""
+    """Traced once for all calls in a program with as many tokens, and compiled with the rest of it."""
     return model.apply({"params": params}, *arguments)
 
 
@@ -48,7 +48,7 @@ class LM:
 
 @flax.struct.dataclass
 class Cache:
-    """What each row has read. Row b's tokens lie in slots 0..length[b]-1; what lies beyond is garbage, never seen."""
+    """The context of each row. Row b's tokens lie in slots 0..length[b]-1; what lies beyond is garbage and masked."""
 
     kv: KVCache
     length: Int[Array, "B"]
@@ -68,10 +68,10 @@ def init_cache(lm: LM, batch: int, capacity: int) -> Cache:
 
 
 def append(lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B"]) -> Cache:
-    """Row b reads its first count[b] tokens (0: nothing changes for it). One forward pass over [B, S].
+    """Prefills the first count[b] tokens of row b (0: nothing changes for it). One forward pass over [B, S].
 
-    Every row that reads must have S free slots, padding included: length + S <= capacity. The caller checks it, once
-    per turn, because a check per step would cost a host sync.
+    Every row that is prefilled must have S free slots, padding included: length + S <= capacity. The caller checks it
+    once per turn, because a check per step would cost a host sync.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, kv = lm.read(tokens, positions, None, cache)
@@ -99,10 +99,10 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
 
 
 def read_one(lm: LM, tokens: Int[Array, "S"]) -> Cache:
-    """A cache of one row that has read these tokens and has room for no more; there may be none of them."""
+    """A cache of one row with these tokens prefilled and no free slot; there may be none of them."""
     count = tokens.shape[0]
-    shown = tokens[None] if count else jnp.zeros((1, 1), jnp.int32)  # no model reads an array of width 0
-    return append(lm, init_cache(lm, 1, shown.shape[1]), shown, jnp.array([count]))
+    padded = tokens[None] if count else jnp.zeros((1, 1), jnp.int32)  # no model reads an array of width 0
+    return append(lm, init_cache(lm, 1, padded.shape[1]), padded, jnp.array([count]))
 
 
 def keep_slots(cache: Cache, slots: Int[Array, "C"], length: Int[Array, "B"]) -> Cache:
@@ -114,46 +114,46 @@ def keep_slots(cache: Cache, slots: Int[Array, "C"], length: Int[Array, "B"]) ->
     return dataclasses.replace(cache, kv=kv, length=length)
 
 
-def restart_rows(cache: Cache, heads: Cache, source: Int[Array, "B"], fresh: Bool[Array, "B"]) -> Cache:
-    """Row b begins anew as row source[b] of `heads` where fresh[b]; the others stay as they are.
+def restart_rows(cache: Cache, prefix_cache: Cache, source: Int[Array, "B"], fresh: Bool[Array, "B"]) -> Cache:
+    """Row b begins anew as row source[b] of `prefix_cache` where fresh[b]; the others stay as they are.
 
-    In place: of every row only the slots that `heads` has are written, one layer after the other.
+    In place: only the slots that `prefix_cache` has are written in each row, one layer after the other.
     """
-    width, mask = heads.capacity, fresh[:, None, None, None]
+    width, mask = prefix_cache.capacity, fresh[:, None, None, None]
 
-    def one(x: Array, head: Array) -> Array:
-        new = jnp.where(mask, gather_rows(head, source), x[:, :, :width])
+    def unstacked(x: Array, prefix: Array) -> Array:
+        new = jnp.where(mask, gather_rows(prefix, source), x[:, :, :width])
         return jax.lax.dynamic_update_slice(x, new, (0, 0, 0, 0))
 
-    def stacked(x: Array, head: Array) -> Array:
+    def stacked(x: Array, prefix: Array) -> Array:
         def layer(i: Array, x: Array) -> Array:
-            kept = jax.lax.dynamic_slice(x, (i, 0, 0, 0, 0), (1, *x.shape[1:3], width, x.shape[4]))
-            new = jnp.where(mask, gather_rows(head[i], source), kept)
+            old = jax.lax.dynamic_slice(x, (i, 0, 0, 0, 0), (1, *x.shape[1:3], width, x.shape[4]))
+            new = jnp.where(mask, gather_rows(prefix[i], source), old)
             return jax.lax.dynamic_update_slice(x, new, (i, 0, 0, 0, 0))
 
         return jax.lax.fori_loop(0, x.shape[0], layer, x)
 
-    kv = jax.tree.map(one if isinstance(cache.kv.k, tuple) else stacked, cache.kv, heads.kv)
-    hidden = jnp.where(fresh[:, None], gather_rows(heads.hidden, source), cache.hidden)
-    length = jnp.where(fresh, gather_rows(heads.length, source), cache.length)
+    kv = jax.tree.map(unstacked if isinstance(cache.kv.k, tuple) else stacked, cache.kv, prefix_cache.kv)
+    hidden = jnp.where(fresh[:, None], gather_rows(prefix_cache.hidden, source), cache.hidden)
+    length = jnp.where(fresh, gather_rows(prefix_cache.length, source), cache.length)
     return Cache(kv, length, hidden)
 
 
 Ragged = tuple[Array, Array | int | None]
 
 
-def concat_ragged(batch: int, *pieces: Ragged) -> tuple[Int[Array, "B S"], Int[Array, "B"]]:
-    """Concatenates ragged pieces row by row, without gaps.
+def concat_ragged(batch: int, *parts: Ragged) -> tuple[Int[Array, "B S"], Int[Array, "B"]]:
+    """Concatenates ragged parts row by row, without gaps.
 
-    Each piece is (tokens [n] or [B, n], count [B] or int or None for all n). Returns (tokens, count); what lies beyond
+    Each part is (tokens [n] or [B, n], count [B] or int or None for all n). Returns (tokens, count); what lies beyond
     a row's count is padding.
     """
     tokens, masks = [], []
-    for piece, count in pieces:
-        wide = jnp.broadcast_to(piece, (batch, piece.shape[-1])).astype(jnp.int32)
-        size = jnp.broadcast_to(jnp.asarray(wide.shape[1] if count is None else count), (batch,))
-        tokens.append(wide)
-        masks.append(jnp.arange(wide.shape[1]) < size[:, None])
+    for part, count in parts:
+        block = jnp.broadcast_to(part, (batch, part.shape[-1])).astype(jnp.int32)
+        size = jnp.broadcast_to(jnp.asarray(block.shape[1] if count is None else count), (batch,))
+        tokens.append(block)
+        masks.append(jnp.arange(block.shape[1]) < size[:, None])
     mask = jnp.concatenate(masks, axis=1)
     order = jnp.argsort(~mask, axis=1, stable=True)
     return jnp.take_along_axis(jnp.concatenate(tokens, axis=1), order, axis=1), mask.sum(axis=1, dtype=jnp.int32)

@@ -1,26 +1,18 @@
-"""Generating tokens and choosing among options, for all rows of a batch at once, on the device."""
+"""Generating tokens for all rows of a batch at once, on the device."""
 
-import dataclasses
-import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlver_jax.decoding.cache import LM, Cache, append
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.models.attention import TWIG_RADIX
-from rlver_jax.models.logprobs import log_normalizer
-from rlver_jax.models.precision import matmul_options
-from rlver_jax.parallel import rules
 
 
 class Truncation(NamedTuple):
-    """What of the distribution is kept (static: sorting the vocabulary is compiled only where it is asked for)."""
+    """Top-k and top-p (static: sorting the vocabulary is compiled only where it is needed)."""
 
     top_k: int = 0  # 0: all
     top_p: float | Float[Array, "B"] = 1.0  # an array is an argument of the program: each row has its own
@@ -31,7 +23,7 @@ KEEP_ALL = Truncation()
 
 @flax.struct.dataclass
 class Generated:
-    """What every row said; positions from count[b] on are 0."""
+    """What each row generated; positions from count[b] on are 0."""
 
     tokens: Int[Array, "B M"]
     count: Int[Array, "B"]  # the stop token included
@@ -46,9 +38,9 @@ class Generated:
         return self.count - self.stopped
 
 
-def gumbel(key: Key[Array, ""], step: Int[Array, ""] | int, rows: int) -> Float[Array, "V"]:
+def gumbel(key: Key[Array, ""], step: Int[Array, ""] | int, vocab_size: int) -> Float[Array, "V"]:
     """The noise of one row at one step of a generation: argmax(log p + noise) is a sample of p."""
-    return jax.random.gumbel(jax.random.fold_in(key, step), (rows,), jnp.float32)
+    return jax.random.gumbel(jax.random.fold_in(key, step), (vocab_size,), jnp.float32)
 
 
 def truncate(log_p: Float[Array, "B V"], truncation: Truncation) -> Float[Array, "B V"]:
@@ -84,7 +76,7 @@ def borders(
         surely, perhaps = log_p > ranked[:, -1:] + tie, log_p >= ranked[:, -2:-1] - tie
     if truncation.top_p < 1:
         nuclei = [
-            _nucleus_borders(jnp.where(kept, log_p, -jnp.inf), truncation.top_p, tie) for kept in (surely, perhaps)
+            _nucleus_borders(jnp.where(mask, log_p, -jnp.inf), truncation.top_p, tie) for mask in (surely, perhaps)
         ]
         surely &= nuclei[0][0] & nuclei[1][0]
         perhaps &= nuclei[0][1] | nuclei[1][1]
@@ -139,14 +131,14 @@ def _sample(logits: Array, keys: Array, step: Array, truncation: Truncation) -> 
 
 
 def likeliest(scores: Float[Array, "*b V"]) -> Int[Array, "*b"]:
-    """The place of the highest score, of equal ones the first.
+    """The index of the highest score, of equal ones the first.
 
-    In two passes, a maximum and the least place that has it: XLA's CPU backend does not vectorize `argmax`, nor what is
+    In two passes, a maximum and the least index that has it: XLA's CPU backend does not vectorize `argmax`, nor what is
     computed for it, such as a row's noise.
     """
-    places = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     best = scores == scores.max(axis=-1, keepdims=True)
-    return jnp.where(best, places, scores.shape[-1] - 1).min(axis=-1)
+    return jnp.where(best, positions, scores.shape[-1] - 1).min(axis=-1)
 
 
 def _greedy(logits: Array) -> tuple[Array, Array]:
@@ -165,7 +157,20 @@ class _Loop(NamedTuple):
     cache: Cache
     state: Array
     alive: Array
-    said: Generated
+    generated: Generated
+
+
+def _nothing(batch: int, max_tokens: int) -> Generated:
+    """The result before the first step."""
+    zeros = jnp.zeros((batch, max_tokens), jnp.float32)
+    return Generated(
+        tokens=jnp.zeros((batch, max_tokens), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        logprob=zeros,
+        raw_logprob=zeros,
+        found_at=jnp.full(batch, -1, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+    )
 
 
 def generate(
@@ -180,41 +185,33 @@ def generate(
     active: Bool[Array, "B"],
     truncation: Truncation = KEEP_ALL,
 ) -> tuple[Cache, Generated]:
-    """Every active row speaks until its grammar stops it or a limit does; the loop leaves when all have ended.
+    """Decodes every active row until its grammar or a limit stops it; the loop ends when all rows have.
 
-    All tokens said, the last one included, are in the returned cache. `max_tokens` is the compiled size of the result;
-    the limits may be anything up to it. Limits, temperature and top_p are one for all rows, or one for each.
+    The returned cache holds all generated tokens, the last one included. `max_tokens` is the compiled size of the
+    result; the limits may be anything up to it. Limits, temperature and top_p are one for all rows, or one for each.
     """
     batch = cache.length.shape[0]
-    zeros = jnp.zeros((batch, max_tokens), jnp.float32)
-    said = Generated(
-        tokens=jnp.zeros((batch, max_tokens), jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
-        logprob=zeros,
-        raw_logprob=zeros,
-        found_at=jnp.full(batch, -1, jnp.int32),
-        stopped=jnp.zeros(batch, bool),
-    )
 
     def body(loop: _Loop) -> _Loop:
         logits = lm.logits(loop.cache.hidden)
         allowed = jnp.where(grammar.forbidden[loop.state], -jnp.inf, logits)
-        token, logprob = _close(loop, grammar, limits, *draw(allowed, keys, loop.step, temperature, truncation))
+        token, logprob = _force_closing(loop, grammar, limits, *draw(allowed, keys, loop.step, temperature, truncation))
         raw = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         state = jnp.where(loop.alive, grammar.table[loop.state, token].astype(jnp.int32), loop.state)
-        said = _record(loop, grammar, token, logprob, raw, state, limits)
-        limit = jnp.where(said.found_at >= 0, said.found_at + 1 + limits.after, limits.before)
-        alive = loop.alive & ~said.stopped & (said.count < jnp.minimum(limit, max_tokens))
+        generated = _record(loop, grammar, token, logprob, raw, state, limits)
+        limit = jnp.where(generated.found_at >= 0, generated.found_at + 1 + limits.after, limits.before)
+        alive = loop.alive & ~generated.stopped & (generated.count < jnp.minimum(limit, max_tokens))
         cache = append(lm, loop.cache, token[:, None], loop.alive.astype(jnp.int32))
-        return _Loop(loop.step + 1, cache, state, alive, said)
+        return _Loop(loop.step + 1, cache, state, alive, generated)
 
+    empty = _nothing(batch, max_tokens)
     start = jnp.full(batch, grammar.begin, jnp.int32)
-    first = _Loop(jnp.int32(0), cache, start, active & (jnp.minimum(limits.before, max_tokens) > 0), said)
+    first = _Loop(jnp.int32(0), cache, start, active & (jnp.minimum(limits.before, max_tokens) > 0), empty)
     last = jax.lax.while_loop(lambda loop: loop.alive.any(), body, first)
-    return last.cache, last.said
+    return last.cache, last.generated
 
 
-def _close(loop: _Loop, grammar: Grammar, limits: Limits, token: Array, logprob: Array) -> tuple[Array, Array]:
+def _force_closing(loop: _Loop, grammar: Grammar, limits: Limits, token: Array, logprob: Array) -> tuple[Array, Array]:
     """Replaces the last tokens before the limit by the grammar's closing, where the pattern has not been found.
 
     What is not drawn has log-probability 0, as a greedy token has.
@@ -222,134 +219,25 @@ def _close(loop: _Loop, grammar: Grammar, limits: Limits, token: Array, logprob:
     size = grammar.closing.shape[0]
     if not size:
         return token, logprob
-    place = loop.said.count - (limits.before - size)
-    forced = (loop.said.found_at < 0) & (place >= 0)
-    return jnp.where(forced, grammar.closing[place], token), jnp.where(forced, 0.0, logprob)
+    index = loop.generated.count - (limits.before - size)
+    forced = (loop.generated.found_at < 0) & (index >= 0)
+    return jnp.where(forced, grammar.closing[index], token), jnp.where(forced, 0.0, logprob)
 
 
 def _record(loop: _Loop, grammar: Grammar, token, logprob, raw, state, limits: Limits) -> Generated:
-    """Writes the step's results of the rows that are still speaking."""
-    said, alive = loop.said, loop.alive
+    """Writes the step's results of the rows that are still alive."""
+    generated, alive = loop.generated, loop.alive
 
     def put(array: Array, value: Array) -> Array:
         return array.at[:, loop.step].set(jnp.where(alive, value, 0).astype(array.dtype))
 
-    newly_found = alive & grammar.found(state) & (said.found_at < 0)
-    found_at = jnp.where(newly_found, loop.step, said.found_at)
+    newly_found = alive & grammar.found(state) & (generated.found_at < 0)
+    found_at = jnp.where(newly_found, loop.step, generated.found_at)
     return Generated(
-        tokens=put(said.tokens, token),
-        count=said.count + alive,
-        logprob=put(said.logprob, logprob),
-        raw_logprob=put(said.raw_logprob, raw),
+        tokens=put(generated.tokens, token),
+        count=generated.count + alive,
+        logprob=put(generated.logprob, logprob),
+        raw_logprob=put(generated.raw_logprob, raw),
         found_at=found_at,
-        stopped=said.stopped | (alive & ((state == grammar.stop) | (newly_found & (limits.after == 0)))),
+        stopped=generated.stopped | (alive & ((state == grammar.stop) | (newly_found & (limits.after == 0)))),
     )
-
-
-@flax.struct.dataclass
-class Options:
-    """Options of a choice, flattened so that one forward pass scores them all: a tree of twigs and leaves.
-
-    N tokens are read to predict those of O options; the C distinct contexts in which a token is predicted are evaluated
-    once each.
-    """
-
-    tokens: Int[Array, "N"]
-    branch: Int[Array, "N"]  # as if they grew from the canonical history (see `models.attention`)
-    offset: Int[Array, "N"]  # place in its option
-    contexts: Int[Array, "C"]  # 0: the cache's last token; j + 1: after token j
-    pair_context: Int[Array, "P"]  # index into contexts
-    pair_token: Int[Array, "P"]
-    pair_option: Int[Array, "P"]
-    padded: Int[Array, "O W"]  # the options again, one a row
-    counts: Int[Array, "O"]
-
-
-def build_options(options: Sequence[Sequence[int]]) -> Options:
-    """Options from their token ids.
-
-    Raises:
-        ValueError: one is empty or the beginning of another, so that it could never be told apart; or there are over
-            63 first tokens, or over 63 ways to go on after one.
-    """
-    tuples = [tuple(o) for o in options]
-    for i, a in enumerate(tuples):
-        for j, b in enumerate(tuples):
-            if i != j and b[: len(a)] == a:
-                raise ValueError(f"option {a} is the beginning of option {b}; end each option with a terminator token")
-    flat, place = _twigs(tuples)
-    contexts: dict[tuple[int, ...], int] = {}
-    where: list[int] = []
-    pairs: list[tuple[int, int, int]] = []
-    for i, option in enumerate(tuples):
-        for j, token in enumerate(option):
-            if option[:j] not in contexts:
-                contexts[option[:j]] = len(where)
-                where.append(place[option[:j]])
-            pairs.append((contexts[option[:j]], token, i))
-    width = max(map(len, tuples))
-    arrays = [
-        *np.array(flat, np.int32).reshape(-1, 3).T,
-        where,
-        *zip(*pairs, strict=True),
-        [o + (0,) * (width - len(o)) for o in tuples],
-        [len(o) for o in tuples],
-    ]
-    return Options(*jax.device_put([np.array(a, np.int32) for a in arrays]))
-
-
-def _twigs(options: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, int, int]], dict[tuple[int, ...], int]]:
-    """What must be read to predict every token: (token, branch, offset) each.
-
-    And behind which of them (from 1; 0: none) each beginning of an option ends. The last token of an option is only
-    predicted. Options with the same first token share a twig with all that they have in common; each goes on on a leaf
-    of its own, or on that of a longer one that begins with it.
-    """
-    heads = dict.fromkeys(option[:-1] for option in options if len(option) > 1)
-    inner = {head[:end] for head in heads for end in range(len(head))}
-    flat: list[tuple[int, int, int]] = []
-    place: dict[tuple[int, ...], int] = {(): 0}
-
-    def grow(path: tuple[int, ...], start: int, branch: int) -> None:
-        for offset in range(start, len(path)):
-            flat.append((path[offset], branch, offset))
-            place.setdefault(path[: offset + 1], len(flat))
-
-    for twig, first in enumerate(dict.fromkeys(head[0] for head in heads), 1):
-        alike = [head for head in heads if head[0] == first]
-        columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*alike, strict=False))
-        common = tuple(column[0] for column in columns)
-        leaves = [head for head in alike if head != common and head not in inner]
-        if max(twig, len(leaves)) >= TWIG_RADIX:
-            raise ValueError(f"more than {TWIG_RADIX - 1} beginnings of options, or of what follows one: give fewer")
-        grow(common, 0, twig * TWIG_RADIX)
-        for leaf, head in enumerate(leaves, 1):
-            grow(head, len(common), twig * TWIG_RADIX + leaf)
-    return flat, place
-
-
-def choose(lm: LM, cache: Cache, options: Options) -> tuple[Cache, Float[Array, "B O"]]:
-    """log p(option | context) of every option, exactly, in one forward pass; the context is left as it was.
-
-    Raw model probabilities at temperature 1; normalize over the options with `log_softmax`. The options' tokens are
-    written beyond each row's length as scratch: N free slots are needed.
-    """
-    batch = cache.length.shape[0]
-    if not options.tokens.size:  # options of one token each
-        return cache, score_options(lm, options, cache.hidden[:, None])
-    tokens, branch = (jnp.broadcast_to(x, (batch, x.shape[0])) for x in (options.tokens, options.branch))
-    positions = cache.length[:, None] + options.offset
-    hidden, kv = lm.read(tokens, positions, branch, cache)
-    contexts = jnp.concatenate([cache.hidden[:, None], hidden], axis=1)[:, options.contexts]
-    return dataclasses.replace(cache, kv=kv), score_options(lm, options, contexts)
-
-
-def score_options(lm: LM, options: Options, contexts: Float[Array, "B C D"]) -> Float[Array, "B O"]:
-    """log p of every option from the hidden states of its contexts."""
-    vocab_shards = rules.parts("vocab")
-    kernel = lm.head[options.pair_token].astype(contexts.dtype)
-    pair_hidden = contexts[:, options.pair_context]
-    logits = jnp.einsum("bpd,pd->bp", pair_hidden, kernel, **matmul_options(kernel.dtype))
-    logprob = logits - log_normalizer(contexts, lm.head, vocab_shards=vocab_shards)[:, options.pair_context]
-    total = jnp.zeros((contexts.shape[0], options.counts.shape[0]), jnp.float32)
-    return total.at[:, options.pair_option].add(logprob)

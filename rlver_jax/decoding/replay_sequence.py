@@ -1,6 +1,6 @@
-"""What one side of a finished dialogue read and said, in one packed row (see `models.attention`).
+"""A finished dialogue as one model read and generated it, in one packed sequence (see `models.attention`).
 
-Plain messages are branch 0; what the side reasoned in turn t is branch (t + 1) * BRANCH_RADIX.
+Plain messages are branch 0; the reasoning of turn t is branch (t + 1) * BRANCH_RADIX.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from rlver_jax.decoding.grammar import Grammar
 
-GREEDY, DRAWN, GIVEN = range(3)  # how a token came about: the likeliest; as its key draws; put there by the sampler
+GREEDY, DRAWN, GIVEN = range(3)  # where a token comes from: the likeliest; drawn with its key; forced by the sampler
 ANY_END = -1  # as a token: whichever ends the generation
 OPENING = -1  # as a turn: the words before the first one
 
@@ -31,16 +31,16 @@ class Completion:
 
 
 class Query(NamedTuple):
-    """A generated token to hold against the distribution it came from."""
+    """A generated token to compare with the distribution it came from."""
 
-    place: int  # index of the token before it; queries are in the order of their places, one a place
+    previous: int  # index of the token before it; queries are ordered by it, and no two share one
     token: int  # an id or ANY_END
     state: int  # of the grammar before it
     part: int  # which key of the turn
     step: int
     turn: int  # from 0, or OPENING
     field: int  # which of the turn's generations, for messages
-    how: int  # GREEDY | DRAWN | GIVEN
+    source: int  # GREEDY | DRAWN | GIVEN
 
 
 class Choice(NamedTuple):
@@ -70,7 +70,7 @@ class States(NamedTuple):
 
 @dataclasses.dataclass
 class Branches:
-    """A packed row under construction (host lists)."""
+    """A packed sequence under construction (host lists)."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
@@ -86,7 +86,7 @@ class Branches:
 
 @dataclasses.dataclass
 class ReplaySequence(Branches):
-    """One packed dialogue, and what to hold against the side that read it."""
+    """One packed dialogue, and the tokens and choices to compare with the model that read it."""
 
     prefix: int = 0  # tokens of the context before the first turn, which dialogues share
     queries: list[Query] = dataclasses.field(default_factory=list)
@@ -94,12 +94,12 @@ class ReplaySequence(Branches):
 
     @property
     def shared(self) -> int:
-        """Tokens of the prefix behind none of which anything is asked."""
-        return min(self.prefix, self.queries[0].place if self.queries else self.prefix)
+        """Tokens of the prefix before the first query."""
+        return min(self.prefix, self.queries[0].previous if self.queries else self.prefix)
 
-    def ask(self, states: States, tokens: Sequence[int], part: int, turn: int, field: int, how: int) -> None:
-        """A query for each token of a generation that begins behind what is packed."""
+    def ask(self, states: States, tokens: Sequence[int], part: int, turn: int, field: int, source: int) -> None:
+        """Adds a query for each token of a generation that follows what is packed."""
         state, before = states.begin, len(self.tokens) - 1
         for step, token in enumerate(tokens):
-            self.queries.append(Query(before + step, token, state, part, step, turn, field, how))
+            self.queries.append(Query(before + step, token, state, part, step, turn, field, source))
             state = int(states.table[state, token])

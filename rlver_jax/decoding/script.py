@@ -50,15 +50,15 @@ def parse_script(text: str, source: str = "<script>", slots: Sequence[str] = SLO
     names: set[str] = set()
     at = 0
     for match in _MARK.finditer(text):
-        place = f"{source}, line {text.count(chr(10), 0, match.start()) + 1}"
+        where = f"{source}, line {text.count(chr(10), 0, match.start()) + 1}"
         if match.start() > at:
             parts.append(Part("text", text[at : match.start()]))
         at = match.end()
         if match["slot"] is not None:
-            parts.append(_slot(match["slot"], place, slots))
+            parts.append(_slot(match["slot"], where, slots))
             continue
-        part = _field(match["mark"], place)
-        _check_place(part, text, match, names, place)
+        part = _field(match["mark"], where)
+        _check_field(part, text, match, names, where)
         parts.append(part)
         names.add(part.value)
         at += 1  # the field owns its line end
@@ -73,7 +73,7 @@ def check_appraisal(parts: tuple[Part, ...], source: str) -> None:
     if choices != ["change"] or parts[-1].kind != "choose":
         raise ValueError(
             f"{source}: an appraisal must end with <<choose:change>> and hold no other choice;"
-            f" it has choices {choices} and ends with {_shown(parts)}"
+            f" it has choices {choices} and ends with {_end_of(parts)}"
         )
 
 
@@ -83,39 +83,39 @@ def check_reply(parts: tuple[Part, ...], source: str) -> None:
     if choices or not parts or parts[-1] != Part("free", "reply"):
         raise ValueError(
             f"{source}: a reply script must end with <<free:reply>> and hold no choices;"
-            f" it has choices {choices} and ends with {_shown(parts)}"
+            f" it has choices {choices} and ends with {_end_of(parts)}"
         )
 
 
-def _shown(parts: tuple[Part, ...]) -> str:
+def _end_of(parts: tuple[Part, ...]) -> str:
     return f"the {parts[-1].kind} {parts[-1].value!r}" if parts else "nothing: it is empty"
 
 
-def _slot(name: str, place: str, slots: Sequence[str]) -> Part:
+def _slot(name: str, where: str, slots: Sequence[str]) -> Part:
     if name not in slots:
         allowed = " and ".join(f"{{{s}}}" for s in slots) or "no slot"
-        raise ValueError(f"{place}: unknown slot {{{name}}}; a script knows {allowed} (for plain text avoid braces)")
+        raise ValueError(f"{where}: unknown slot {{{name}}}; a script knows {allowed} (for plain text avoid braces)")
     return Part("slot", name)
 
 
-def _field(mark: str, place: str) -> Part:
+def _field(mark: str, where: str) -> Part:
     field = _FIELD.fullmatch(mark)
     if field is None:
         raise ValueError(
-            f"{place}: unknown mark <<{mark}>>; a script knows <<free:NAME>> and <<choose:NAME>>,"
+            f"{where}: unknown mark <<{mark}>>; a script knows <<free:NAME>> and <<choose:NAME>>,"
             " NAME in lower-case letters, digits and underscores"
         )
     return Part("free", field[2]) if field[1] == "free" else Part("choose", field[2])
 
 
-def _check_place(part: Part, text: str, match: re.Match[str], names: set[str], place: str) -> None:
+def _check_field(part: Part, text: str, match: re.Match[str], names: set[str], where: str) -> None:
     mark = match[0]
     if part.value in names:
-        raise ValueError(f"{place}: {mark} uses a name that the script already has; give each field its own")
+        raise ValueError(f"{where}: {mark} uses a name that the script already has; give each field its own")
     if text[match.end() : match.end() + 1] not in ("", "\n"):
-        raise ValueError(f"{place}: {mark} must be the last thing on its line; break the line after it")
+        raise ValueError(f"{where}: {mark} must be the last thing on its line; break the line after it")
     if part.kind == "free" and text[: match.start()].endswith((" ", "\t", "\u3000")):
-        raise ValueError(f"{place}: remove the space before {mark}; the tokenizer joins a space to the next word")
+        raise ValueError(f"{where}: remove the space before {mark}; the tokenizer joins a space to the next word")
 
 
 _PAD, _FIRST_SLOT = -1, -2  # in a template: padding, and -2 - index into SLOTS
@@ -152,7 +152,7 @@ class Script:
     def literals(self, emotion: int, band: int) -> list[list[int]]:
         """What `render` gives one row, on the host; of a script that was fetched from the device."""
 
-        def filled(token: int) -> list[int]:
+        def fill(token: int) -> list[int]:
             if token >= 0:
                 return [token]
             if token == _PAD:
@@ -161,7 +161,7 @@ class Script:
             value = (emotion, band)[slot]
             return self.values[slot, value, : self.counts[slot, value]].tolist()
 
-        return [[found for token in row for found in filled(token)] for row in self.template.tolist()]
+        return [[filled for token in row for filled in fill(token)] for row in self.template.tolist()]
 
 
 def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[str, Sequence[str]]) -> Script:
@@ -223,15 +223,15 @@ def run_fields(
     temperatures: Array,
     active: Bool[Array, "B"],
 ) -> tuple[Cache, Generated]:
-    """Literal, field, literal, field, …: one scan, so the model is compiled once for all fields of a script.
+    """Prefills a literal, generates a field, and so on: one scan compiles the model once for all fields of a script.
 
-    Returns the cache after the last field (what ended it rolled back) and the fields, each array with F in front.
+    Returns the cache after the last field (its end rolled back) and the fields, each array with F in front.
     """
 
     def field(cache: Cache, xs: tuple) -> tuple[Cache, Generated]:
         tokens, count, key, limit, temperature = xs
         cache = append(lm, cache, tokens, jnp.where(active, count, 0))
-        cache, said = generate(
+        cache, generated = generate(
             lm,
             cache,
             key,
@@ -241,6 +241,6 @@ def run_fields(
             temperature=temperature,
             active=active,
         )
-        return rollback(cache, cache.length - said.stopped), said
+        return rollback(cache, cache.length - generated.stopped), generated
 
     return jax.lax.scan(field, cache, (*literals, keys, limits, temperatures))

@@ -1,4 +1,4 @@
-"""What is wrong in a log by itself: arithmetic, ends, texts that are not their tokens. No model is needed."""
+"""Consistency errors of a log: arithmetic, ends, texts that are not their decoded tokens. No model is needed."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from rlver_jax.decoding.replay_sequence import Completion
 from rlver_jax.dialogues import verify_texts
 from rlver_jax.dialogues.log import known_fields
 from rlver_jax.dialogues.trajectory import emotion_faults, emotions_of, reactions
-from rlver_jax.dialogues.verify_ends import Ends, Goodbye, Rooms
+from rlver_jax.dialogues.verify_ends import ContextLimits, EndCheck, GoodbyeMatcher
 from rlver_jax.dialogues.verify_set import Plan
 from rlver_jax.dialogues.verify_settings import remote_faults
 from rlver_jax.dialogues.verify_shape import POLICY, USER
@@ -21,13 +21,13 @@ from rlver_jax.rollout import rewards
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.user.replay_sequence import LoggedTurn
 
-POLICYS_WORDS = "the policy's words and log-probs (--policy=…)"  # what isn't derived without it
+POLICY_TOKENS = "the policy's words and log-probs (--policy=…)"  # what isn't checked without it
 
 
 def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
-    """The log's turns as the derivation wants them."""
+    """The log's turns as the packer of a replay takes them."""
     turns, emotion = [], record["messages"][0]["emotion"]
-    for turn, spoken, user in reactions(record):
+    for turn, reply_message, user in reactions(record):
         appraisal = [
             Completion(user["appraisal_tokens"][n], user["appraisal_stopped"][n]) for n in user["appraisal_tokens"]
         ]
@@ -39,38 +39,40 @@ def logged_turns(record: Mapping[str, Any]) -> list[LoggedTurn]:
             reply = []
         else:
             reply.append(Completion(user["all_tokens"], user["stopped"]))
-        turns.append(LoggedTurn(turn, emotion, user["emotion"], spoken["say_tokens"], appraisal, user["change"], reply))
+        turns.append(
+            LoggedTurn(turn, emotion, user["emotion"], reply_message["say_tokens"], appraisal, user["change"], reply)
+        )
         emotion = user["emotion"]
     return turns
 
 
 class Reward(NamedTuple):
-    """A dialogue's reward by its formula, and how far the order of float32 sums may move it."""
+    """A dialogue's reward by its formula, and the rounding error that the order of float32 sums may cause."""
 
     value: float
     rounding: float
 
 
-def derived_rewards(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Reward]:
+def recomputed_rewards(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Reward]:
     """Every dialogue's reward; `settings` are `rewards.reward`'s.
 
-    XLA adds the turns of a batch up in an order that depends on the batch's size, and fuses products with sums: a log
-    of many dialogues would not give the very numbers of the batches that were played.
+    XLA sums over turns in an order that depends on the batch size, and fuses products with sums. So a log of many
+    dialogues does not give exactly the numbers of the batches that were played.
     """
     emotions = [emotions_of(record) for record in records]
     longest = max(max(map(len, emotions)), *(record["turns"] + 1 for record in records))
     padded = np.array([row + row[-1:] * (longest - len(row)) for row in emotions], np.int32)
     turns, violation = (np.array([record[name] for record in records]) for name in ("turns", "violation"))
     formula = jax.jit(functools.partial(rewards.reward, **settings))
-    found = formula(emotions=padded, n_turns=turns, violation=violation)
-    by_turn = np.abs(np.asarray(found.turns, np.float64))
+    rewarded = formula(emotions=padded, n_turns=turns, violation=violation)
+    by_turn = np.abs(np.asarray(rewarded.turns, np.float64))
     rounding = np.finfo(np.float32).eps * (1 + (by_turn > 0).sum(1) * by_turn.sum(1))  # no part of a turn's is above 1
-    return list(map(Reward, np.asarray(found.reward).tolist(), rounding.tolist()))
+    return list(map(Reward, np.asarray(rewarded.reward).tolist(), rounding.tolist()))
 
 
 @dataclasses.dataclass(frozen=True)
-class Host:
-    """What a log must be by the config alone.
+class ConsistencyCheck:
+    """Checks of a log against the config alone.
 
     Attributes:
         plan: of the log's dialogues.
@@ -82,8 +84,8 @@ class Host:
     plan: Plan
     user_limits: tuple[int, int]
     temperature: float
-    ends: Ends
-    rooms: Rooms
+    end_check: EndCheck
+    limits: ContextLimits
 
     @classmethod
     def of(
@@ -93,31 +95,31 @@ class Host:
         user_limits: tuple[int, int],
         temperature: float,
         records: Sequence[Mapping[str, Any]],
-    ) -> "Host":
-        """For these records of one log, all of the right shape."""
+    ) -> "ConsistencyCheck":
+        """For these records of one log, none with a schema error."""
         remote = plan.endpoints
-        ends = Ends(agents, plan.max_turns, plan.fields["max_turns"], Goodbye(agents, remote), remote)
+        end_check = EndCheck(agents, plan.max_turns, plan.fields["max_turns"], GoodbyeMatcher(agents, remote), remote)
         width = plan.opening_width(agents.tokenizer) if len(remote) < 2 else 0
         widest = _widest(agents, records, remote)
-        rooms = Rooms(agents, width, user_limits, remote, widest)
-        return cls(agents, plan, user_limits, temperature, ends, rooms)
+        limits = ContextLimits(agents, width, user_limits, remote, widest)
+        return cls(agents, plan, user_limits, temperature, end_check, limits)
 
-    def faults(self, profile: Profile, record: Mapping[str, Any], reward: Reward, prefix: int) -> Iterator[str]:
-        """Faults of one dialogue.
+    def errors(self, profile: Profile, record: Mapping[str, Any], reward: Reward, prefix: int) -> Iterator[str]:
+        """Consistency errors of one dialogue.
 
         Args:
             profile: that it was played with.
-            reward: the derived one.
-            prefix: tokens that the user had read before its first turn.
+            reward: the recomputed one.
+            prefix: tokens in the user's context before its first turn.
         """
         agents, plan, remote = self.agents, self.plan, self.plan.endpoints
         splits = [] if POLICY in remote else [self._split(message) for message in record["messages"][1::2]]
         violations = [split.violation for split in splits] or [m["violation"] for m in record["messages"][1::2]]
-        yield from self._said_of_itself(profile, record, violations)
+        yield from self._record_errors(profile, record, violations)
         yield from verify_texts.opening_faults(agents, profile, record["messages"][0], self.user_limits[1], remote)
         yield from emotion_faults(record, agents.spec.rules)
-        yield from self.ends.faults(record, violations, self.rooms.of(record, prefix))
-        yield from verify_texts.side_faults(agents, record, splits, plan.temperature, remote)
+        yield from self.end_check.faults(record, violations, self.limits.of(record, prefix))
+        yield from verify_texts.policy_faults(agents, record, splits, plan.temperature, remote)
         if USER in remote:
             yield from verify_texts.remote_user_faults(agents, record)
         else:
@@ -125,13 +127,13 @@ class Host:
         if not abs(record["reward"] - reward.value) <= reward.rounding:
             yield f"reward {record['reward']}, but its formula gives {np.float32(reward.value)}"
 
-    def _split(self, message: Mapping[str, Any]) -> verify_texts.Spoken:
+    def _split(self, message: Mapping[str, Any]) -> verify_texts.SplitReply:
         think = self.agents.spec.mode == "think"
         return verify_texts.split_reply(
             self.agents.tokenizer, message["tokens"], stopped=message["stopped"], think=think
         )
 
-    def _said_of_itself(self, profile: Profile, record: Mapping[str, Any], violations: Sequence[bool]) -> Iterator[str]:
+    def _record_errors(self, profile: Profile, record: Mapping[str, Any], violations: Sequence[bool]) -> Iterator[str]:
         """The record's own fields, by the plan and the profile."""
         plan = self.plan
         if record["hidden_intention"] != profile.hidden_intention:
@@ -151,7 +153,7 @@ class Host:
 
 
 def _widest(agents: Agents, records: Sequence[Mapping[str, Any]], endpoints: Collection[str]) -> int:
-    """Tokens of the longest text from the side behind an endpoint that the one on the device has read."""
+    """Tokens of the longest text from the model behind an endpoint that the one on the device has read."""
     if len(endpoints) != 1:
         return 0
     start = 0 if USER in endpoints else 1  # of the user's messages, or of the policy's
@@ -159,12 +161,12 @@ def _widest(agents: Agents, records: Sequence[Mapping[str, Any]], endpoints: Col
     return max((len(agents.tokenizer.encode(text)) for text in texts), default=0)
 
 
-def underived(record: Mapping[str, Any], endpoints: Collection[str]) -> Iterator[str]:
-    """What of a dialogue nothing is held against, in words: what endpoints said, and fields that others have added."""
+def unchecked(record: Mapping[str, Any], endpoints: Collection[str]) -> Iterator[str]:
+    """What of a dialogue is not checked, in words: texts of endpoints, and fields that other programs have added."""
     if POLICY in endpoints:
         yield "what the policy said at its endpoint"
     else:
-        yield POLICYS_WORDS
+        yield POLICY_TOKENS
     if USER in endpoints:
         yield "what the user said and felt at its endpoint"
     if endpoints:

@@ -21,10 +21,10 @@ class KnownProfiles:
 
     @functools.cached_property
     def _by_id(self) -> dict[str, list[Profile]]:
-        found: dict[str, list[Profile]] = defaultdict(list)
+        by_id: dict[str, list[Profile]] = defaultdict(list)
         for profile in self._profiles:
-            found[profile.id].append(profile)
-        return found
+            by_id[profile.id].append(profile)
+        return by_id
 
     def __len__(self) -> int:
         """How many ids there are."""
@@ -37,5 +37,5 @@ class KnownProfiles:
 
 def _likeness(profile: Profile, record: Mapping[str, Any]) -> int:
     first, talk = record["messages"][0], (profile.first_talk or "").strip()
-    said = first["content"].strip() == talk if talk else bool(first["generated"])
-    return (profile.hidden_intention == record["hidden_intention"]) + said
+    same_opening = first["content"].strip() == talk if talk else bool(first["generated"])
+    return (profile.hidden_intention == record["hidden_intention"]) + same_opening

@@ -1,4 +1,4 @@
-"""Lines of a file that may be larger than memory: all in their order, and some of them again."""
+"""Lines of a file that may be larger than memory: all in their order, then any of them again."""
 
 import abc
 import codecs
@@ -29,11 +29,11 @@ def each_line(file: BinaryIO, *, unfinished: bool = False) -> Iterator[tuple[int
         offset += len(line)
 
 
-class OneByOne(Sequence[T]):
-    """A sequence whose elements are made when they are asked for; slices are lists of them."""
+class ComputedSequence(Sequence[T]):
+    """A sequence whose elements are computed on access; slices are lists of them."""
 
     @abc.abstractmethod
-    def _made(self, index: int) -> T:
+    def _compute(self, index: int) -> T:
         """The element of an index from 0."""
 
     def __getitem__(self, index):
@@ -41,19 +41,19 @@ class OneByOne(Sequence[T]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return self._made(index % len(self))
+        return self._compute(index % len(self))
 
 
-class Lines:
-    """A file whose lines are read once from the first to the last, and then again one by one.
+class IndexedLines:
+    """A file whose lines are read once from the first to the last, and then one by one on access.
 
-    Only where they lie is kept, and a check sum. A pipe, which can be read only once, is copied to disk.
+    Only their offsets and checksums are in memory. A pipe, which can be read only once, is copied to disk.
     """
 
     def __init__(self, path: Path):
         """Opens it; raises OSError where it cannot be read."""
         self.path = path
-        self._places, self._sums = array("q"), array("Q")  # offset and length of each; CRC-32
+        self._spans, self._sums = array("q"), array("Q")  # offset and length of each; CRC-32
         with path.open("rb") as file:
             self._copy = None if file.seekable() else tempfile.TemporaryFile()  # noqa: SIM115
             if self._copy:
@@ -62,29 +62,29 @@ class Lines:
 
     def __iter__(self) -> Iterator[bytes]:
         """All lines, for the first time or again."""
-        self._places, self._sums = array("q"), array("Q")
+        self._spans, self._sums = array("q"), array("Q")
         file = self._open()
         try:
             for offset, line in each_line(file):
-                self._places.extend((offset, len(line)))
+                self._spans.extend((offset, len(line)))
                 self._sums.append(zlib.crc32(line))
                 yield line
         finally:
-            self._leave(file)
+            self._close(file)
 
-    def again(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """A line that has been read before.
 
         Raises:
             ValueError: the file has been changed since.
         """
-        offset, length = self._places[2 * index : 2 * index + 2]
+        offset, length = self._spans[2 * index : 2 * index + 2]
         file = self._open()
         try:
             file.seek(offset)
             line = file.read(length)
         finally:
-            self._leave(file)
+            self._close(file)
         if zlib.crc32(line) != self._sums[index]:
             raise ValueError(f"{self.path}: was changed while it was read; start again when it is finished")
         return line
@@ -95,6 +95,6 @@ class Lines:
         self._copy.seek(0)
         return self._copy
 
-    def _leave(self, file: BinaryIO) -> None:
+    def _close(self, file: BinaryIO) -> None:
         if file is not self._copy:
             file.close()

@@ -1,4 +1,4 @@
-"""Dialogues as JSON lines: whole enough to derive every reward again, plain enough to read.
+"""Dialogues as JSON lines: complete enough to recompute every reward, plain enough to read.
 
 One dialogue a line. `emotions` begins with the initial one. `messages` opens with the user's first words; then each
 turn is the policy's message and, unless it broke the think format, the user's reaction: its appraisal, the change with
@@ -40,7 +40,7 @@ SCRIPT_FIELDS = tuple(
     f"{script}_{what}" for script in ("appraisal", "consideration") for what in ("tokens", "stopped", "logprobs")
 )
 _NUMBER, _TEXT, _NO = (int, float), (str,), (type(None),)
-# What a line must hold. Null is what SAGE's files don't know (`runs.sage`).
+# What a line must hold. Null where SAGE's files have nothing (`sage`).
 _RECORD: dict[str, tuple[type, ...]] = {
     "dialogue": (int,),
     "profile": _TEXT,
@@ -88,13 +88,13 @@ class DialogueLogError(ValueError):
 
 
 class Turns(Protocol):
-    """What is read of `Dialogues`; arrays on the host, with [T, B] in front."""
+    """The part of `Dialogues` that is logged; arrays on the host, with [T, B] in front."""
 
     policy: PolicyTurn
     user: UserTurn
 
 
-class _Said(NamedTuple):
+class _Generation(NamedTuple):
     """One generation of one row, on the host."""
 
     tokens: list[int]
@@ -142,13 +142,13 @@ def rewards_of(dialogues: Dialogues, reward: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(compute_reward(emotions=d.emotions, n_turns=d.turns, violation=d.violation, **reward).reward)
 
 
-def _record(log: Dialogues, agents: Agents, profile: Profile, row: int, **given: Any) -> Record:
+def _record(log: Dialogues, agents: Agents, profile: Profile, row: int, **settings: Any) -> Record:
     turns = int(log.turns[row])
     emotions = log.emotions[row, : turns + 1].tolist()
     return {
-        "dialogue": given["dialogue"],
+        "dialogue": settings["dialogue"],
         "profile": profile.id,
-        "seed": given["seed"],
+        "seed": settings["seed"],
         "mode": agents.spec.mode,
         "language": agents.prompts.language,
         "style": agents.style,
@@ -159,7 +159,7 @@ def _record(log: Dialogues, agents: Agents, profile: Profile, row: int, **given:
         "end_reason": END_REASONS[int(log.end_reason[row])],
         "turns": turns,
         "violation": bool(log.violation[row]),
-        "reward": _floats([given["reward"]])[0],
+        "reward": _floats([settings["reward"]])[0],
         "emotion": emotions[-1],
         "emotions": emotions,
         "messages": list(_messages(log, agents, profile, row)),
@@ -179,18 +179,18 @@ def _messages(log: Dialogues, agents: Agents, profile: Profile, row: int) -> Ite
 
 def policy_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
     """A reply of the policy as it stands in a record."""
-    said = _said(log.policy.said, turn, row)
+    generation = _generation(log.policy.said, turn, row)
     say = log.policy.say[turn, row, : int(log.policy.say_count[turn, row])].tolist()
     think = agents.spec.mode == "think"
     return {
         "role": "assistant",
-        "thought": thought_of(agents.tokenizer, said.tokens[: said.length]) if think else None,
+        "thought": thought_of(agents.tokenizer, generation.tokens[: generation.length]) if think else None,
         "content": agents.tokenizer.decode(say),
-        "tokens": said.tokens,
+        "tokens": generation.tokens,
         "say_tokens": say,
-        "logprobs": said.logprobs,
-        "raw_logprobs": said.raw,
-        "stopped": said.stopped,
+        "logprobs": generation.logprobs,
+        "raw_logprobs": generation.raw,
+        "stopped": generation.stopped,
         "violation": bool(log.policy.violation[turn, row]),
     }
 
@@ -204,8 +204,8 @@ def user_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
     """A reaction of the user as it stands in a record."""
     tables, reaction, decode = agents.tables[1], log.user, agents.tokenizer.decode
 
-    def fields(names: Sequence[str], generated: Generated) -> dict[str, _Said]:
-        return {name: _said(generated, turn, place, row) for place, name in enumerate(names)}
+    def fields(names: Sequence[str], generated: Generated) -> dict[str, _Generation]:
+        return {name: _generation(generated, turn, index, row) for index, name in enumerate(names)}
 
     appraisal = fields(tables.appraisal.names[:-1], reaction.appraisal)  # the last one is the choice
     considered = fields(tables.reply.names, reaction.reply)
@@ -233,11 +233,11 @@ def user_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
     }
 
 
-def _said(generated: Generated, *place: int) -> _Said:
-    count, stopped = int(generated.count[place]), bool(generated.stopped[place])
-    tokens = generated.tokens[place][:count].tolist()
-    logprobs, raw = (_floats(x[place][:count]) for x in (generated.logprob, generated.raw_logprob))
-    return _Said(tokens, count - stopped, stopped, logprobs, raw)
+def _generation(generated: Generated, *index: int) -> _Generation:
+    count, stopped = int(generated.count[index]), bool(generated.stopped[index])
+    tokens = generated.tokens[index][:count].tolist()
+    logprobs, raw = (_floats(x[index][:count]) for x in (generated.logprob, generated.raw_logprob))
+    return _Generation(tokens, count - stopped, stopped, logprobs, raw)
 
 
 def _floats(values: Iterable[Any]) -> list[float]:
@@ -265,7 +265,7 @@ def generated_tokens(record: Record) -> int:
 
 
 def write_dialogues(path: str | os.PathLike[str], records: Iterable[Record], *, append: bool = False) -> None:
-    """Writes records, one a line: a whole new file at once, or behind what the file holds.
+    """Writes records, one a line: a whole new file at once, or after the lines of an old one.
 
     A new file takes the place of an old one only when it is complete. What is appended is flushed to disk; a last line
     that an interrupted process left unfinished is cut off first.
@@ -329,15 +329,15 @@ def lines_of(path: str | os.PathLike[str], *, unfinished: bool = False) -> Itera
         yield from (line for _, line in each_line(file, unfinished=unfinished))
 
 
-def parse_dialogue(line: bytes, place: str, check: Callable[[Record], Iterator[str]] | None = None) -> Record:
+def parse_dialogue(line: bytes, where: str, check: Callable[[Record], Iterator[str]] | None = None) -> Record:
     """The dialogue on a line; DialogueLogError, which names the place, where there is none or `check` finds a fault."""
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DialogueLogError(f"{place}: not a JSON object ({error}); {REMEDY}") from None
+        raise DialogueLogError(f"{where}: not a JSON object ({error}); {REMEDY}") from None
     fault = next(record_faults(record), None) or (check and next(check(record), None))
     if fault:
-        raise DialogueLogError(f"{place}: {fault}; {REMEDY}")
+        raise DialogueLogError(f"{where}: {fault}; {REMEDY}")
     return record
 
 
@@ -359,11 +359,11 @@ def record_faults(record: Any) -> Iterator[str]:
         fields = _OPENING if index == 0 else _ASSISTANT if role == "assistant" else _REACTION
         yield from _field_faults(message, fields, where + ".")
         expected = "assistant" if role == "user" else "user"
-    said = sum(message["role"] == "assistant" for message in record["messages"])
-    if record["turns"] != said or len(record["emotions"]) != said + 1:
+    replies = sum(message["role"] == "assistant" for message in record["messages"])
+    if record["turns"] != replies or len(record["emotions"]) != replies + 1:
         yield (
             f"turns is {record['turns']} with {len(record['emotions'])} emotions, "
-            f"but its messages hold {said} replies of the policy (and so {said + 1} emotions)"
+            f"but its messages hold {replies} replies of the policy (and so {replies + 1} emotions)"
         )
     if record["end_reason"] not in ALL_END_REASONS:
         yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(ALL_END_REASONS)}"
@@ -382,5 +382,5 @@ def _field_faults(obj: dict[str, Any], fields: dict[str, tuple[type, ...]], wher
             yield f"no field {where}{name}"
         # bool is an int in Python, not in a log
         elif not isinstance(obj[name], types) or (isinstance(obj[name], bool) and bool not in types):
-            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            yield f"field {where}{name} holds {type(obj[name]).__name__}, expected {wanted}"
+            expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            yield f"field {where}{name} holds {type(obj[name]).__name__}, expected {expected}"

@@ -148,23 +148,25 @@ def _message(message: Any, index: int, rlver: bool) -> Record:
     if not isinstance(message.get("content"), str):
         raise ValueError(f"{where}.content is {shown(message.get('content'))}, expected a text")
     if role == "assistant":
-        said = {"role": "assistant", "thought": message.get("think"), "content": message["content"]}
-        return said | dict.fromkeys((*_UNKNOWN, "stopped")) | {"say_tokens": None, "violation": False}
+        reply = {"role": "assistant", "thought": message.get("think"), "content": message["content"]}
+        return reply | dict.fromkeys((*_UNKNOWN, "stopped")) | {"say_tokens": None, "violation": False}
     emotion = _whole(message, "emotion-point", f"{where}.")
     if index == 0:
-        known = {"role": "user", "content": message["content"], "emotion": emotion}
-        return known | {"tokens": None, "generated": None}
+        opening = {"role": "user", "content": message["content"], "emotion": emotion}
+        return opening | {"tokens": None, "generated": None}
     planning = message.get("planning")
     if not isinstance(planning, dict):
         raise ValueError(f"{where}.planning is {shown(planning)}, expected an object with an appraisal and its change")
     ours = _OURS_OF_RLVER if rlver else _OURS
-    felt = {ours.get(name, name): _text(planning, name, f"{where}.planning.") for name in planning if name != "change"}
+    appraisal = {
+        ours.get(name, name): _text(planning, name, f"{where}.planning.") for name in planning if name != "change"
+    }
     return {
         "role": "user",
         "content": message["content"] or None,
         **dict.fromkeys((*_UNKNOWN, "stopped")),
         **dict.fromkeys((*SCRIPT_FIELDS, "all_tokens", "change_logprobs")),
-        "appraisal": {name: text for name, text in felt.items() if text},
+        "appraisal": {name: text for name, text in appraisal.items() if text},
         "change": _whole(planning, "change", f"{where}.planning."),
         "considerations": _considerations(_text(message, "thinking", f"{where}.")),
         "emotion": emotion,

@@ -1,4 +1,4 @@
-"""One file of a log for who doesn't trust it: its dialogues, how they were to be played, and which are missing."""
+"""One file of a log, not trusted: its dialogues, how the config plays them, and which are missing."""
 
 import dataclasses
 import re
@@ -19,19 +19,19 @@ from rlver_jax.profiles.schema import Profile, read_profiles
 _OF_STEP = re.compile(r"step_(\d{6,})\.jsonl")  # see `RunFolder.dialogues`
 
 
-class Dialogue(NamedTuple):
-    """A dialogue of a log that can be looked at, and what is wrong with it so far."""
+class PlannedDialogue(NamedTuple):
+    """A dialogue of a log, how the config plays it, and its faults so far."""
 
     record: Record
     plan: Plan
     faults: list[str]
 
 
-class Part(NamedTuple):
-    """A file: faults that are no dialogue's own, and its dialogues."""
+class LogFile(NamedTuple):
+    """A file: faults that belong to no dialogue, and its dialogues."""
 
     faults: list[str]
-    dialogues: list[Dialogue]
+    dialogues: list[PlannedDialogue]
 
 
 def plans_of(config: ConfigDict, held_out: Sequence[Profile], *, repeats: int = 0, partial: bool = False) -> list[Plan]:
@@ -47,8 +47,8 @@ def plans_of(config: ConfigDict, held_out: Sequence[Profile], *, repeats: int = 
     c = config.eval
     fields = {name: f"eval.{name}={c[name]}" for name in ("seed", "initial_emotion", "max_turns")}
     fields["num_profiles"] = f"{len(held_out)} profiles, eval.num_profiles={c.num_profiles}"
-    how = (c.seed, c.initial_emotion, c.max_turns, c.temperature, held_out)
-    plans = [Plan(fields, *how, repeats=repeats, partial=partial)]
+    settings = (c.seed, c.initial_emotion, c.max_turns, c.temperature, held_out)
+    plans = [Plan(fields, *settings, repeats=repeats, partial=partial)]
     c = config.rollout
     count = c.batch // c.group
     profiles = read_profiles(profile_files(config.data.train)) if config.data.train else []
@@ -60,13 +60,13 @@ def plans_of(config: ConfigDict, held_out: Sequence[Profile], *, repeats: int = 
             "max_turns": f"rollout.max_turns={c.max_turns}",
             "num_profiles": f"data.seed={config.data.seed}, rollout.batch={c.batch}, rollout.group={c.group}",
         }
-        trained = (config.train.seed, config.emotion.initial, c.max_turns, c.temperature, profiles)
-        plans.append(TrainingPlan(fields, *trained, reader=reader, batch=c.batch, group=c.group, partial=partial))
+        settings = (config.train.seed, config.emotion.initial, c.max_turns, c.temperature, profiles)
+        plans.append(TrainingPlan(fields, *settings, reader=reader, batch=c.batch, group=c.group, partial=partial))
     return plans
 
 
-def read_part(path: str, plans: Sequence[Plan], config: ConfigDict) -> Part:
-    """What is in a file, as the plan that explains it best has it.
+def read_log_file(path: str, plans: Sequence[Plan], config: ConfigDict) -> LogFile:
+    """The contents of a file, by the plan that explains it best.
 
     Raises:
         ConfigError: none of its dialogues was played with the config's settings.
@@ -76,18 +76,24 @@ def read_part(path: str, plans: Sequence[Plan], config: ConfigDict) -> Part:
     faults = [_unread(path, line.number, line.dialogue, line.fault) for line in lines if line.record is None]
     records = [line.record for line in lines if line.record is not None]
     if not records:
-        return Part([*faults, f"{path}: no dialogue in it"], [])
-    odd, endpoints = check_settings(records, config), endpoints_of(records, config)
-    # A number that no dialogue can have is told with the dialogue.
-    usual = [record for record in records if 0 <= record["dialogue"] < 2**32]
-    plan = dataclasses.replace(best_plan(plans, usual), endpoints=frozenset(endpoints))
+        return LogFile([*faults, f"{path}: no dialogue in it"], [])
+    faults_by_record, endpoints = check_settings(records, config), endpoints_of(records, config)
+    # A number that no dialogue can have is reported with the dialogue.
+    numbered = [record for record in records if 0 <= record["dialogue"] < 2**32]
+    plan = dataclasses.replace(best_plan(plans, numbered), endpoints=frozenset(endpoints))
     unread = [line.dialogue for line in lines if line.record is None and line.dialogue is not None]
-    faults += [f"{path}: {fault}" for fault in set_faults(plan, usual, unread)]
-    named = _OF_STEP.fullmatch(Path(path).name)
-    if named and isinstance(plan, TrainingPlan):
-        steps = sorted({record["dialogue"] // plan.batch + 1 for record in usual} - {int(named[1])})
+    faults += [f"{path}: {fault}" for fault in set_faults(plan, numbered, unread)]
+    step_file = _OF_STEP.fullmatch(Path(path).name)
+    if step_file and isinstance(plan, TrainingPlan):
+        steps = sorted({record["dialogue"] // plan.batch + 1 for record in numbered} - {int(step_file[1])})
         faults += [f"{path}: holds dialogues of step {step}" for step in steps[:3]]
-    return Part(faults, [Dialogue(record, plan, found) for record, found in zip(records, odd, strict=True)])
+    return LogFile(
+        faults,
+        [
+            PlannedDialogue(record, plan, record_faults)
+            for record, record_faults in zip(records, faults_by_record, strict=True)
+        ],
+    )
 
 
 def _unread(path: str, number: int, dialogue: int | None, fault: str) -> str:

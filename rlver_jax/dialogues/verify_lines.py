@@ -1,4 +1,4 @@
-"""Lines of a dialogue log for who doesn't trust it: what cannot be read is told with its place, and reading goes on."""
+"""Lines of a dialogue log that is not trusted: unreadable lines are reported with their number."""
 
 import json
 import os
@@ -13,7 +13,7 @@ _NUMBER = re.compile(rb'\s*\{\s*"dialogue"\s*:\s*(\d{1,10})\s*[,}]')
 
 
 class Line(NamedTuple):
-    """One line: a dialogue, or what keeps it from being one."""
+    """One line: a dialogue, or the fault that keeps it from being one."""
 
     number: int  # in its file, from 1
     record: Record | None
@@ -31,8 +31,8 @@ def read_log(path: str | os.PathLike[str]) -> list[Line]:
 
 
 def _line(line: bytes, number: int) -> Line:
-    found = _NUMBER.match(line)
-    dialogue = int(found[1]) if found else None
+    number_match = _NUMBER.match(line)
+    dialogue = int(number_match[1]) if number_match else None
     if not line.strip():
         return Line(number, None, "is blank, expected a dialogue", None)
     try:
@@ -53,10 +53,10 @@ def _parse(line: bytes) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json would silently keep the last of several fields with one name."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise ValueError(f"field {next(repeats(pairs))[:60]!r} twice in an object")
-    return found
+    return fields
 
 
 def _constant(name: str) -> Any:

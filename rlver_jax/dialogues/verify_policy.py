@@ -1,7 +1,7 @@
-"""Holds what a log says of the policy's replies against the policy itself: every token, and both of its log-probs.
+"""Compares the policy's replies in a log with the policy itself: every token, and both of its log-probs.
 
-Each token must be the one that the dialogue's key draws from the distribution after what the policy had read, so that
-no other reply, no better one of many, and no other model's can stand in its place.
+Each token must be the one that the dialogue's key draws from the policy's distribution in its context. So no edited
+reply, no best of many, and no reply of another model can pass.
 """
 
 import functools
@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.decoding.replay import Dialogue, Keys, Side, replay
+from rlver_jax.decoding.replay import Keys, ReplayInput, Sampler, replay
 from rlver_jax.decoding.replay_sequence import Completion, Query
 from rlver_jax.dialogues.verify_texts import split_reply
-from rlver_jax.dialogues.verify_tokens import Allowed, Claim, Found, Speaker, hold
+from rlver_jax.dialogues.verify_tokens import LoggedLogprobs, Speaker, TokenReport, Tolerance, check_tokens
 from rlver_jax.rollout.policy_replay_sequence import PolicyPacker, Reply
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.rollout.spec import RolloutConfig
@@ -24,50 +24,50 @@ from rlver_jax.user.turn import dialogue_key
 
 
 class Policy(NamedTuple):
-    """A policy on the device, and how it speaks."""
+    """A policy on the device, and how it is sampled."""
 
     lm: LM
     tokenizer: Tokenizer
     tables: PolicyTables
     spec: RolloutConfig
-    allowed: Allowed
+    tolerance: Tolerance
 
 
-class Spoken(NamedTuple):
-    """A dialogue of a log: of the right shape, and with the policy's tokens."""
+class LoggedReplies(NamedTuple):
+    """A dialogue of a log that has the schema of records, with the policy's tokens."""
 
     record: Mapping[str, Any]
     temperature: float  # of the policy
 
 
-def policy_findings(policy: Policy, dialogues: Sequence[Spoken]) -> Iterator[Found]:
-    """Derives all replies of dialogues again; one result each, in their order."""
+def verify_replies(policy: Policy, dialogues: Sequence[LoggedReplies]) -> Iterator[TokenReport]:
+    """Replays all replies of dialogues: one result each, in their order."""
     think = policy.spec.mode == "think"
     packer = PolicyPacker(policy.tables, think=think, think_tokens=policy.spec.think_tokens)
     seed_key = functools.cache(jax.random.key)
-    packed = []
+    sequences = []
     for record, temperature in dialogues:
         key = dialogue_key(seed_key(record["seed"]), np.uint32(record["dialogue"]))
         keys = Keys(key, key)  # the policy says nothing before the first turn
-        packed.append(Dialogue(packer.dialogue(list(_replies(policy, record))), keys, temperature))
-    side = Side(policy.lm, policy.tables.grammar, truncation=policy.spec.truncation)
-    asked = [dialogue for dialogue in packed if dialogue.packed.queries]
-    derived = replay(side, asked, policy.allowed.tie) if asked else iter(())
-    for (record, temperature), dialogue in zip(dialogues, packed, strict=True):
-        if dialogue.packed.queries:
-            speaker = Speaker("policy", ["reply of the policy"], temperature, policy.allowed)
-            yield hold(speaker, dialogue.packed, next(derived), functools.partial(_claim, record))
+        sequences.append(ReplayInput(packer.dialogue(list(_replies(policy, record))), keys, temperature))
+    sampler = Sampler(policy.lm, policy.tables.grammar, truncation=policy.spec.truncation)
+    inputs = [dialogue for dialogue in sequences if dialogue.sequence.queries]
+    results = replay(sampler, inputs, policy.tolerance.tie) if inputs else iter(())
+    for (record, temperature), dialogue in zip(dialogues, sequences, strict=True):
+        if dialogue.sequence.queries:
+            speaker = Speaker("policy", ["reply of the policy"], temperature, policy.tolerance)
+            yield check_tokens(speaker, dialogue.sequence, next(results), functools.partial(_claim, record))
         else:  # it ended before the policy could say anything
-            yield Found()
+            yield TokenReport()
 
 
-def _claim(record: Mapping[str, Any], query: Query) -> Claim:
+def _claim(record: Mapping[str, Any], query: Query) -> LoggedLogprobs:
     message = record["messages"][1 + 2 * query.turn]
-    return Claim(message["raw_logprobs"][query.step], message["logprobs"][query.step])
+    return LoggedLogprobs(message["raw_logprobs"][query.step], message["logprobs"][query.step])
 
 
 def _replies(policy: Policy, record: Mapping[str, Any]) -> Iterator[Reply]:
-    """What the policy heard and said, turn by turn."""
+    """The user's message and the policy's reply of each turn."""
     messages, think = record["messages"], policy.spec.mode == "think"
     for user, message in zip(messages[::2], messages[1::2], strict=False):
         tokens, stopped = message["tokens"], message["stopped"]

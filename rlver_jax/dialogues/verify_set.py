@@ -42,13 +42,13 @@ class Plan:
         """The profile that this dialogue is played with; None: there is no such dialogue."""
         return self.profiles[dialogue % len(self.profiles)]
 
-    def numbers(self, found: Collection[int]) -> Collection[int]:
+    def numbers(self, logged: Collection[int]) -> Collection[int]:
         """The dialogues that a whole log with these numbers has."""
         count = len(self.profiles)
-        return range(count * (self.repeats or -(-len(found) // count)))
+        return range(count * (self.repeats or -(-len(logged) // count)))
 
     def likeness(self, records: Sequence[Mapping[str, Any]]) -> int:
-        """How much of what the records say of themselves is as this plan has it."""
+        """How many of the records' fields agree with this plan."""
         return sum(map(self._likeness, records))
 
     def _likeness(self, record: Mapping[str, Any]) -> int:
@@ -81,16 +81,16 @@ class TrainingPlan(Plan):
 
     def profile(self, dialogue: int) -> Profile | None:
         """The profile that this dialogue is played with; None: there is no such dialogue."""
-        step, place = divmod(dialogue, self.batch)
+        step, offset = divmod(dialogue, self.batch)
         if self.reader is None or step >= MOST_STEPS:
             return None
         epoch, position = divmod(step * self.batch // self.group, len(self.profiles))
         self.reader.restore({"epoch": epoch, "position": position})
-        return self.reader.next_batch()[place // self.group][1]
+        return self.reader.next_batch()[offset // self.group][1]
 
-    def numbers(self, found: Collection[int]) -> Collection[int]:
+    def numbers(self, logged: Collection[int]) -> Collection[int]:
         """Those of every step that appears."""
-        size, steps = self.batch, sorted({number // self.batch for number in found})
+        size, steps = self.batch, sorted({number // self.batch for number in logged})
         return [n for step in steps if step < MOST_STEPS for n in range(step * size, (step + 1) * size)]
 
 
@@ -111,15 +111,15 @@ def set_faults(plan: Plan, records: Sequence[Mapping[str, Any]], unread: Collect
     if twice := sorted(number for number, count in counts.items() if count > 1):
         yield f"dialogues {ranges(twice)} are there more than once"
     planned = set(plan.numbers(counts))
-    strange, absent = sorted(counts.keys() - planned), sorted(planned - counts.keys())
+    unknown, absent = sorted(counts.keys() - planned), sorted(planned - counts.keys())
     if plan.partial and not plan.repeats:
-        strange = []
-    told = f"those that the config plays: {ranges(sorted(planned))} ({plan.fields['num_profiles']})"
+        unknown = []
+    expected = f"those that the config plays: {ranges(sorted(planned))} ({plan.fields['num_profiles']})"
     remedy = "give the fields that they were played with"
-    if strange:
-        yield f"dialogues {ranges(strange)} are none of {told}; {remedy}"
+    if unknown:
+        yield f"dialogues {ranges(unknown)} are none of {expected}; {remedy}"
     if absent and not plan.partial:
-        yield f"dialogues {ranges(absent)} are missing of {told}; {remedy}, or --partial if they were left out"
+        yield f"dialogues {ranges(absent)} are missing of {expected}; {remedy}, or --partial if they were left out"
 
 
 def ranges(numbers: Sequence[int]) -> str:

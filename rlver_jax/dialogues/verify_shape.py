@@ -1,4 +1,4 @@
-"""What keeps a logged dialogue from being derived: values that none can have. What lies behind may rely on the rest."""
+"""The schema of a logged dialogue. A record without schema errors can be replayed; later checks rely on its types."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlver_jax.dialogues.log import SCRIPT_FIELDS, record_faults
+from rlver_jax.dialogues.numbers import short
 from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.user.emotion import CHANGES, HIGHEST, LOWEST
@@ -16,8 +17,8 @@ POLICY, USER = "policy", "user"
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a log has where its two sides are on the device or behind an endpoint.
+class RecordSchema:
+    """The fields of a record whose policy and user are on the device or behind an endpoint.
 
     Attributes:
         appraisal, considerations: names of the fields of the user's scripts, without the change and the reply.
@@ -31,14 +32,14 @@ class Shape:
     endpoints: Collection[str] = ()
 
     @classmethod
-    def of(cls, agents: Agents, endpoints: Collection[str] = ()) -> "Shape":
-        """The shape of these agents' dialogues."""
+    def of(cls, agents: Agents, endpoints: Collection[str] = ()) -> "RecordSchema":
+        """The schema of these agents' dialogues."""
         appraisal, reply = script_names(agents.prompts)
         size = agents.tokenizer.vocab_size if len(endpoints) < 2 else 0
         return cls(appraisal, reply[:-1], size, endpoints)
 
-    def faults(self, record: Any) -> Iterator[str]:
-        """Faults of one dialogue's shape; none: `Record`'s fields have the types and lengths that they should."""
+    def errors(self, record: Any) -> Iterator[str]:
+        """Schema errors of one dialogue; without any, its fields have the right types and lengths."""
         fault = next(record_faults(record), None)
         if fault is not None:
             yield fault
@@ -53,11 +54,11 @@ class Shape:
         for turn, _, user in reactions(record):
             emotion, change = user["emotion"], user["change"]
             if not LOWEST <= emotion <= HIGHEST or not CHANGES[0] <= change <= CHANGES[-1]:
-                yield f"turn {turn + 1}: emotion {_short(emotion)} after {_short(change)}, " + _WANTED
+                yield f"turn {turn + 1}: emotion {short(emotion)} after {short(change)}, " + _EXPECTED
 
     def _opening(self, message: Mapping[str, Any]) -> Iterator[str]:
         if not LOWEST <= message["emotion"] <= HIGHEST:
-            yield f"opening: emotion {_short(message['emotion'])}, " + _WANTED
+            yield f"opening: emotion {short(message['emotion'])}, " + _EXPECTED
         if type(message["generated"]) is not bool:
             yield "opening: generated is null, expected true or false"
         if USER in self.endpoints:
@@ -104,24 +105,24 @@ class Shape:
         parts = {what: message[f"{kind}_{what}"] for what in ("tokens", "stopped", "logprobs")}
         for what, part in parts.items():
             if not isinstance(part, dict) or set(part) != set(names):
-                found = sorted(part) if isinstance(part, dict) else part
-                yield f"{where}{kind}_{what} has the fields {_short(found)}, expected {sorted(names)}"
+                given = sorted(part) if isinstance(part, dict) else part
+                yield f"{where}{kind}_{what} has the fields {short(given)}, expected {sorted(names)}"
                 return
         for name in names:
             if type(parts["stopped"][name]) is not bool:
-                yield f"{where}{kind}_stopped of {name!r} is {_short(parts['stopped'][name])}, expected true or false"
+                yield f"{where}{kind}_stopped of {name!r} is {short(parts['stopped'][name])}, expected true or false"
             yield from self._tokens(parts["tokens"], name, f"{where}{kind} ")
             yield from _logprobs(parts["logprobs"], name, parts["tokens"][name], f"{where}{kind} ")
 
     def _tokens(self, holder: Mapping[str, Any], name: str, where: str) -> Iterator[str]:
         tokens, size = holder[name], self.vocabulary
         if not isinstance(tokens, list):
-            yield f"{where}{name} is {_short(tokens)}, expected a list of tokens"
+            yield f"{where}{name} is {short(tokens)}, expected a list of tokens"
         elif set(map(type, tokens)) - {int} or (tokens and not 0 <= min(tokens) <= max(tokens) < size):
             yield f"{where}tokens of {name!r} are not ids from 0 to {size - 1}"
 
 
-_WANTED = f"expected {LOWEST} to {HIGHEST} after {CHANGES[0]} to +{CHANGES[-1]}"
+_EXPECTED = f"expected {LOWEST} to {HIGHEST} after {CHANGES[0]} to +{CHANGES[-1]}"
 
 
 def script_names(prompts: Prompts) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -136,9 +137,9 @@ def _numbers(record: Mapping[str, Any]) -> Iterator[str]:
     """Numbers that arrays can hold."""
     for name in ("dialogue", "seed"):
         if type(record[name]) is not int or not 0 <= record[name] < 2**32:
-            yield f"{name} is {_short(record[name])}, expected a whole number from 0 to {2**32 - 1}"
+            yield f"{name} is {short(record[name])}, expected a whole number from 0 to {2**32 - 1}"
     if not _is_number(record["reward"]) or not math.isfinite(record["reward"]) or abs(record["reward"]) > MOST:
-        yield f"reward is {_short(record['reward'])}, expected a number"
+        yield f"reward is {short(record['reward'])}, expected a number"
     emotions = [record["initial_emotion"], record["emotion"], *record["emotions"]]
     if not all(type(emotion) is int and LOWEST <= emotion <= HIGHEST for emotion in emotions):
         yield f"initial_emotion, emotion or emotions are no whole numbers from {LOWEST} to {HIGHEST}"
@@ -147,20 +148,20 @@ def _numbers(record: Mapping[str, Any]) -> Iterator[str]:
 def _nulls(message: Mapping[str, Any], names: Sequence[str], where: str, side: str) -> Iterator[str]:
     for name in names:
         if message[name] is not None:
-            yield f"{where}{name} is {_short(message[name])}, but the {side} is behind an endpoint, which gives none"
+            yield f"{where}{name} is {short(message[name])}, but the {side} is behind an endpoint, which gives none"
 
 
-def _texts(found: Mapping[str, Any], names: Sequence[str], what: str, where: str) -> Iterator[str]:
-    if set(found) != set(names):
-        yield f"{where}{what} has the fields {_short(sorted(found))}, expected {sorted(names)}"
-    elif not all(isinstance(text, str) for text in found.values()):
+def _texts(texts: Mapping[str, Any], names: Sequence[str], what: str, where: str) -> Iterator[str]:
+    if set(texts) != set(names):
+        yield f"{where}{what} has the fields {short(sorted(texts))}, expected {sorted(names)}"
+    elif not all(isinstance(text, str) for text in texts.values()):
         yield f"{where}{what} holds something that is no text"
 
 
 def _logprobs(holder: Mapping[str, Any], name: str, tokens: Any, where: str) -> Iterator[str]:
     logprobs, count = holder[name], len(tokens) if isinstance(tokens, Sequence) else 0
     if not isinstance(logprobs, list):
-        yield f"{where}log-probabilities of {name!r} are {_short(logprobs)}, expected a list of numbers"
+        yield f"{where}log-probabilities of {name!r} are {short(logprobs)}, expected a list of numbers"
     elif len(logprobs) != count:
         yield f"{where}{count} tokens, but {len(logprobs)} log-probabilities ({name})"
     elif not all(map(_is_number, logprobs)):
@@ -169,13 +170,3 @@ def _logprobs(holder: Mapping[str, Any], name: str, tokens: Any, where: str) -> 
 
 def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < MOST)
-
-
-def _short(value: Any) -> str:
-    """A value in a message; one that holds others may be deep, so only its kind is told."""
-    if isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(x, str) for x in value)):
-        return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= MOST:
-        return "a number of many digits"
-    text = repr(value)
-    return "null" if value is None else text if len(text) <= 100 else text[:100] + "…"

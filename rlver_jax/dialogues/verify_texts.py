@@ -1,6 +1,6 @@
-"""Where a logged dialogue's texts are not what its tokens say, or its tokens not what either side can have said.
+"""Where a logged dialogue's texts are not its decoded tokens, or its tokens cannot have been generated.
 
-No model is needed: the rules are those of the grammars and of `policy.policy_turn`, on bytes, for one dialogue on the
+No model is needed: these are the rules of the grammars and of `rollout.policy_turn`, on bytes, for one dialogue on the
 host.
 """
 
@@ -20,7 +20,7 @@ from rlver_jax.text.tokenizer import Tokenizer
 ROUNDING = 1e-3  # nats by which a log-probability may lie above 0, or a sampled one below the model's own
 
 
-class Spoken(NamedTuple):
+class SplitReply(NamedTuple):
     """A reply of the policy, split."""
 
     found_at: int  # index of the token that completed `</think>`; -1: none
@@ -28,24 +28,24 @@ class Spoken(NamedTuple):
     violation: bool
 
 
-def split_reply(tokenizer: Tokenizer, tokens: Sequence[int], *, stopped: bool, think: bool) -> Spoken:
-    """What the user hears of a reply, and whether it broke the think format: `policy.policy_turn`'s rule.
+def split_reply(tokenizer: Tokenizer, tokens: Sequence[int], *, stopped: bool, think: bool) -> SplitReply:
+    """The part of a reply that the user reads, and whether it broke the think format (see `rollout.policy_turn`).
 
     Args:
         tokens: as sampled, with the token that ended them if `stopped`.
     """
     end = len(tokens) - stopped
     if not think:
-        return Spoken(-1, tokens[:end], False)
+        return SplitReply(-1, tokens[:end], False)
     found_at, _ = _close_of(tokenizer, tokens)
     say = list(tokens[found_at + 1 : end]) if found_at >= 0 else []
     visible = (i for i, token in enumerate(say) if not _is_blank(tokenizer, token))
     say = say[next(visible, len(say)) :]
-    return Spoken(found_at, say, not say)
+    return SplitReply(found_at, say, not say)
 
 
 def _close_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[int, bytes]:
-    """Index of the token that completes `</think>`, and its bytes behind that; -1: none does."""
+    """Index of the token that completes `</think>`, and its bytes after the tag; -1: none does."""
     read = b""
     for i, token in enumerate(tokens):
         piece = tokenizer.token_bytes(token)
@@ -63,22 +63,22 @@ def _is_blank(tokenizer: Tokenizer, token: int) -> bool:
 def opening_faults(
     agents: Agents, profile: Profile, first: Message, reply_tokens: int, endpoints: Collection[str]
 ) -> Iterator[str]:
-    """The first words are the profile's; where it has none, a line that the user may have made up."""
-    given = (profile.first_talk or "").strip()
-    if first["generated"] == bool(given):
-        yield f"opening: generated is {first['generated']}, but the profile has {'' if given else 'no '}first words"
+    """Checks that the first words are the profile's; where it has none, a line that the user can have generated."""
+    words = (profile.first_talk or "").strip()
+    if first["generated"] == bool(words):
+        yield f"opening: generated is {first['generated']}, but the profile has {'' if words else 'no '}first words"
     if USER in endpoints:
-        if given and first["content"] != given:
+        if words and first["content"] != words:
             yield "the first utterance is not the profile's"
-        if not given and first["content"] != " ".join(first["content"].split()):
+        if not words and first["content"] != " ".join(first["content"].split()):
             yield "opening: the first words are not one line"
         return
     tokens = first["tokens"]
-    if given and tokens != agents.tokenizer.encode(given):
+    if words and tokens != agents.tokenizer.encode(words):
         yield "the first utterance is not the profile's"
     if first["content"] != agents.tokenizer.decode(tokens):
         yield "opening: the text of the first utterance is not what its tokens say"
-    if not given:
+    if not words:
         yield from _made_up_faults(agents.tokenizer, tokens, reply_tokens)
 
 
@@ -95,67 +95,65 @@ def _ends_line(tokenizer: Tokenizer, token: int) -> bool:
     return not piece or LINE_END in piece
 
 
-def reply_faults(agents: Agents, message: Message, spoken: Spoken, temperature: float | None) -> Iterator[str]:
+def reply_faults(agents: Agents, message: Message, reply: SplitReply, temperature: float | None) -> Iterator[str]:
     """Of one reply of a policy on the device."""
     tokenizer, tokens, think = agents.tokenizer, message["tokens"], agents.spec.mode == "think"
     text = tokens[: len(tokens) - message["stopped"]]
     thought = thought_of(tokenizer, text) if think else None
     if message["thought"] != thought:
         yield "the thought is not the one that the policy generated"
-    if message["say_tokens"] != list(spoken.say):
+    if message["say_tokens"] != list(reply.say):
         yield "the say's tokens are not the end of what the policy generated"
-    if message["content"] != tokenizer.decode(spoken.say):
+    if message["content"] != tokenizer.decode(reply.say):
         yield "the text of 'say' is not what its tokens say"
-    if message["violation"] != spoken.violation:
-        broken = "broke the format" if spoken.violation else "kept to the format"
+    if message["violation"] != reply.violation:
+        broken = "broke the format" if reply.violation else "kept to the format"
         yield f"violation is {message['violation']}, but by its tokens the policy {broken}"
-    yield from _length_faults(agents, message, spoken)
+    yield from _length_faults(agents, message, reply)
     if agents.spec.enforce_format and think:
-        yield from _enforced_faults(tokenizer, agents.spec, message, spoken)
+        yield from _enforced_faults(tokenizer, agents.spec, message, reply)
     for name in ("logprobs", "raw_logprobs"):
         yield from _logprob_faults(message[name], name)
     yield from _sampled_faults(message, temperature)
 
 
-def _length_faults(agents: Agents, message: Message, spoken: Spoken) -> Iterator[str]:
-    """The reply ends where a stop token or its limit says, and holds nothing that none can say."""
+def _length_faults(agents: Agents, message: Message, reply: SplitReply) -> Iterator[str]:
+    """Checks that the reply ends at a stop token or its limit, and contains no other special token."""
     spec, tokens, tokenizer = agents.spec, message["tokens"], agents.tokenizer
     end, think = len(tokens) - message["stopped"], spec.mode == "think"
     special = [i for i, token in enumerate(tokens) if not tokenizer.token_bytes(token)]
     if special != [len(tokens) - 1] * message["stopped"]:
         yield f"stopped is {message['stopped']}, but tokens that end a reply stand at {special} of {len(tokens)}"
-    limit = (
-        min(spoken.found_at + 1 + spec.say_tokens, spec.policy_tokens) if spoken.found_at >= 0 else spec.think_tokens
-    )
+    limit = min(reply.found_at + 1 + spec.say_tokens, spec.policy_tokens) if reply.found_at >= 0 else spec.think_tokens
     limit = limit if think else spec.say_tokens
-    late = spoken.found_at >= spec.think_tokens if think else False
+    late = reply.found_at >= spec.think_tokens if think else False
     if late or not 0 < len(tokens) <= limit or (not message["stopped"] and len(tokens) != limit):
         yield f"{len(tokens)} tokens of a reply, stopped {message['stopped']}, which the limits rule out"
     if think and _close_of(tokenizer, tokens[:end])[1].strip():
         yield "the token that ends the thought holds a part of the say, which none may"
 
 
-def _enforced_faults(tokenizer: Tokenizer, spec: RolloutConfig, message: Message, spoken: Spoken) -> Iterator[str]:
-    """policy.enforce_format: a thought is closed at its limit, and no reply ends before something is said."""
+def _enforced_faults(tokenizer: Tokenizer, spec: RolloutConfig, message: Message, reply: SplitReply) -> Iterator[str]:
+    """policy.enforce_format: a thought is closed at its limit, and no reply ends before it has visible text."""
     tokens, closing = message["tokens"], tokenizer.encode(CLOSING)
     start = max(spec.think_tokens - len(closing), 0)
-    end = spoken.found_at + 1 if spoken.found_at >= 0 else min(len(tokens), spec.think_tokens)
+    end = reply.found_at + 1 if reply.found_at >= 0 else min(len(tokens), spec.think_tokens)
     skipped = start - (spec.think_tokens - len(closing))
     if list(tokens[start:end]) != closing[skipped : skipped + max(end - start, 0)]:
         yield "the thought ran into its limit, but was not closed as policy.enforce_format does"
-    if message["stopped"] and spoken.violation:
+    if message["stopped"] and reply.violation:
         yield "the reply ended before something was said, which policy.enforce_format rules out"
 
 
 def _logprob_faults(logprobs: Sequence[float], name: str) -> Iterator[str]:
     wrong = [(i, x) for i, x in enumerate(logprobs, 1) if not -3.4028235e38 <= x <= ROUNDING]  # NaN is wrong
     if wrong:
-        place, value = wrong[0]
-        yield f"log-probability {place} of {len(logprobs)} is {value} ({name}), expected a finite number up to 0"
+        index, value = wrong[0]
+        yield f"log-probability {index} of {len(logprobs)} is {value} ({name}), expected a finite number up to 0"
 
 
 def _sampled_faults(message: Message, temperature: float | None) -> Iterator[str]:
-    """What was drawn greedily has log-probability 0; at temperature 1 none is below the model's own."""
+    """Greedy tokens have log-probability 0; at temperature 1 none is below the model's own."""
     logprobs, raw = message["logprobs"], message["raw_logprobs"]
     if temperature == 0 and any(logprobs):
         yield "log-probabilities that are not 0, though the reply was greedy"
@@ -163,8 +161,8 @@ def _sampled_faults(message: Message, temperature: float | None) -> Iterator[str
         yield "a log-probability below the model's own, though what is ruled out leaves the others likelier"
 
 
-def remote_reply_faults(agents: Agents, message: Message, user_here: bool) -> Iterator[str]:
-    """Of one reply of a policy behind an endpoint: `sides.remote.reply_message`'s rule."""
+def remote_reply_faults(agents: Agents, message: Message, user_on_device: bool) -> Iterator[str]:
+    """Of one reply of a policy behind an endpoint: the rule of `endpoint_agents`."""
     content, thought, think = message["content"], message["thought"], agents.spec.mode == "think"
     if content != content.strip() or (thought or "") != (thought or "").strip():
         yield "white space around what the policy said"
@@ -174,8 +172,8 @@ def remote_reply_faults(agents: Agents, message: Message, user_here: bool) -> It
         yield "a thought in direct mode"
     if message["violation"] != (think and not content):
         yield f"violation is {message['violation']}, but the policy said {'something' if content else 'nothing'}"
-    heard = agents.tokenizer.encode(content) if user_here and not message["violation"] else None
-    if message["say_tokens"] != heard:
+    tokens = agents.tokenizer.encode(content) if user_on_device and not message["violation"] else None
+    if message["say_tokens"] != tokens:
         yield "the say's tokens are not those of its text"
 
 
@@ -189,15 +187,15 @@ def user_faults(agents: Agents, record: Mapping[str, Any], limits: tuple[int, in
     name_of_reply = script_names(agents.prompts)[1][-1]
     for turn, _, user in reactions(record):
         where = f"turn {turn + 1}"
-        yield from (f"{where}: {fault}" for fault in _shown_faults(agents.tokenizer, user))
+        yield from (f"{where}: {fault}" for fault in _reaction_faults(agents.tokenizer, user))
         speaks = user["content"] is not None
         lines = [("appraisal", name, limits[0]) for name in user["appraisal_tokens"]]
         lines += [("consideration", name, limits[0]) for name in user["consideration_tokens"]] * speaks
-        said = [
+        generated = [
             (name, *(user[f"{kind}_{x}"][name] for x in ("tokens", "stopped")), limit) for kind, name, limit in lines
         ]
-        said += [(name_of_reply, user["all_tokens"], user["stopped"], limits[1])] * speaks
-        for name, tokens, stopped, limit in said:
+        generated += [(name_of_reply, user["all_tokens"], user["stopped"], limits[1])] * speaks
+        for name, tokens, stopped, limit in generated:
             yield from (f"{where}, {name!r}: {x}" for x in _line_faults(agents.tokenizer, tokens, stopped, limit))
         for kind, name, _ in lines:
             yield from (f"{where}, {name!r}: {x}" for x in _logprob_faults(user[f"{kind}_logprobs"][name], name))
@@ -206,7 +204,7 @@ def user_faults(agents: Agents, record: Mapping[str, Any], limits: tuple[int, in
         yield from (f"{where}: the user's {fault}" for fault in _sampled_faults(user, temperature))
 
 
-def _shown_faults(tokenizer: Tokenizer, user: Message) -> Iterator[str]:
+def _reaction_faults(tokenizer: Tokenizer, user: Message) -> Iterator[str]:
     """The texts of a reaction, and its reply's two lists of tokens."""
     decode, speaks = tokenizer.decode, user["content"] is not None
     shown = list(user["all_tokens"][: len(user["all_tokens"]) - user["stopped"]])
@@ -246,13 +244,13 @@ def remote_user_faults(agents: Agents, record: Mapping[str, Any]) -> Iterator[st
             yield f"turn {turn + 1}: a reply without what was considered before it, or the other way round"
 
 
-def side_faults(
-    agents: Agents, record: Mapping[str, Any], splits: Sequence[Spoken], temperature: float | None, endpoints
+def policy_faults(
+    agents: Agents, record: Mapping[str, Any], splits: Sequence[SplitReply], temperature: float | None, endpoints
 ) -> Iterator[str]:
     """Of the policy's replies, wherever the policy is; `splits` are those of a policy on the device."""
     for turn, message in enumerate(record["messages"][1::2], 1):
         if POLICY in endpoints:
-            found = remote_reply_faults(agents, message, USER not in endpoints)
+            faults = remote_reply_faults(agents, message, USER not in endpoints)
         else:
-            found = reply_faults(agents, message, splits[turn - 1], temperature)
-        yield from (f"turn {turn}: {fault}" for fault in found)
+            faults = reply_faults(agents, message, splits[turn - 1], temperature)
+        yield from (f"turn {turn}: {fault}" for fault in faults)

@@ -1,4 +1,4 @@
-"""Holds logged tokens and their log-probabilities against a derivation (`sampling.replay`), for either side."""
+"""Compares logged tokens and their log-probabilities with a replay (`decoding.replay`), for the user or the policy."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,19 +11,19 @@ from rlver_jax.dialogues.trajectory import Message
 from rlver_jax.rollout.agents import Agents
 
 
-class Allowed(NamedTuple):
-    """How far rounding may move what many steps have computed from what one pass computes, in nats."""
+class Tolerance(NamedTuple):
+    """How far rounding may move the results of many decode steps from those of one forward pass, in nats."""
 
     tie: float  # of two candidates against each other
     logprob: float
 
 
-# By the model's dtype. What bfloat16 moves has no bound; docs/training.md says what an accelerator was seen to.
-ALLOWED = {"float32": Allowed(1e-4, 1e-3), "bfloat16": Allowed(0.5, 1.0)}
+# By the model's dtype. Errors of bfloat16 have no bound; docs/training.md has what was measured on an accelerator.
+TOLERANCES = {"float32": Tolerance(1e-4, 1e-3), "bfloat16": Tolerance(0.5, 1.0)}
 
 
-class Derived(Protocol):
-    """What is read of a derivation; see `sampling.replay.Replayed`."""
+class ReplayedTokens(Protocol):
+    """The part of `decoding.replay.Replayed` that is compared."""
 
     @property
     def margin(self) -> np.ndarray:
@@ -38,25 +38,25 @@ class Derived(Protocol):
         """[Q, 2]."""
 
 
-class Claim(NamedTuple):
-    """What a log says of one token; None: it says nothing."""
+class LoggedLogprobs(NamedTuple):
+    """Log-probabilities of one token in a log; None: the log has none."""
 
     logprob: float | None  # of the model itself
     sampled: float | None = None  # of the distribution really sampled
 
 
 @dataclasses.dataclass
-class Found:
-    """What was found in one dialogue."""
+class TokenReport:
+    """The result of comparing one dialogue."""
 
     tokens: int = 0
-    moved: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
+    logprob_error: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
     ties: list[str] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
 class Speaker(NamedTuple):
-    """Whose tokens they are.
+    """The model that generated the tokens.
 
     Attributes:
         name: for messages.
@@ -68,23 +68,25 @@ class Speaker(NamedTuple):
     name: str
     fields: Sequence[str]
     temperature: float
-    allowed: Allowed
+    tolerance: Tolerance
 
 
-def hold(speaker: Speaker, packed: ReplaySequence, derived: Derived, claim: Callable[[Query], Claim]) -> Found:
-    """Every generated token is the side's own choice, with the log-probabilities that the log gives it."""
-    found = Found(tokens=len(packed.queries))
+def check_tokens(
+    speaker: Speaker, sequence: ReplaySequence, replayed: ReplayedTokens, logged: Callable[[Query], LoggedLogprobs]
+) -> TokenReport:
+    """Checks that each generated token is the model's own choice, with the log-probabilities in the log."""
+    report = TokenReport(tokens=len(sequence.queries))
     for query, margin, logprob, sampled in zip(
-        packed.queries, derived.margin.tolist(), derived.logprob.tolist(), derived.sampled.tolist(), strict=True
+        sequence.queries, replayed.margin.tolist(), replayed.logprob.tolist(), replayed.sampled.tolist(), strict=True
     ):
         where = _where(speaker, query)
-        if not margin <= speaker.allowed.tie:  # NaN is a fault
-            found.faults.append(f"{where}: not the {speaker.name}'s own choice, which lies {margin:.4g} nats above it")
+        if not margin <= speaker.tolerance.tie:  # NaN is a fault
+            report.faults.append(f"{where}: not the {speaker.name}'s own choice, which lies {margin:.4g} nats above it")
         elif margin > 0:
-            found.ties.append(f"{where}: {margin:.2g} nats")
-        for fault in _claim_faults(speaker, query, claim(query), logprob, sampled, found):
-            found.faults.append(f"{where}: {fault}")
-    return found
+            report.ties.append(f"{where}: {margin:.2g} nats")
+        for fault in _logprob_faults(speaker, query, logged(query), logprob, sampled, report):
+            report.faults.append(f"{where}: {fault}")
+    return report
 
 
 def _where(speaker: Speaker, query: Query) -> str:
@@ -93,38 +95,40 @@ def _where(speaker: Speaker, query: Query) -> str:
     return f"turn {query.turn + 1}, {speaker.fields[query.field]!r}, token {query.step + 1}"
 
 
-def _claim_faults(speaker: Speaker, query: Query, claim: Claim, logprob, sampled, found: Found) -> Iterator[str]:
-    if claim.logprob is not None:
-        moved = abs(claim.logprob - logprob)
-        found.moved = max(found.moved, moved)
-        if not moved <= speaker.allowed.logprob:
-            yield f"logged log-probability {claim.logprob:.5f}, derived {logprob:.5f}"
-    if claim.sampled is None:
+def _logprob_faults(
+    speaker: Speaker, query: Query, logged: LoggedLogprobs, logprob, sampled, report: TokenReport
+) -> Iterator[str]:
+    if logged.logprob is not None:
+        error = abs(logged.logprob - logprob)
+        report.logprob_error = max(report.logprob_error, error)
+        if not error <= speaker.tolerance.logprob:
+            yield f"logged log-probability {logged.logprob:.5f}, derived {logprob:.5f}"
+    if logged.sampled is None:
         return
-    drawn, (low, high) = query.how == DRAWN and speaker.temperature > 0, sampled
-    # A temperature below 1 widens what rounding moves; what was not drawn has 0 and nothing is rounded.
+    drawn, (low, high) = query.source == DRAWN and speaker.temperature > 0, sampled
+    # A temperature below 1 widens rounding errors; what was not drawn has exactly 0.
     scale = min(speaker.temperature, 1.0) if drawn else 1.0
-    moved = max((low - claim.sampled) * scale, (claim.sampled - high) * scale, 0.0, key=lambda x: (x != x, x))
-    found.moved = max(found.moved, moved)
-    if not moved <= (speaker.allowed.logprob if drawn else 0.0):
-        yield f"logged log-probability {claim.sampled:.5f} where it was sampled, derived {high:.5f}"
+    error = max((low - logged.sampled) * scale, (logged.sampled - high) * scale, 0.0, key=lambda x: (x != x, x))
+    report.logprob_error = max(report.logprob_error, error)
+    if not error <= (speaker.tolerance.logprob if drawn else 0.0):
+        yield f"logged log-probability {logged.sampled:.5f} where it was sampled, derived {high:.5f}"
 
 
-def users_fields(agents: Agents) -> list[str]:
+def user_fields(agents: Agents) -> list[str]:
     """Names of a user's generations in a turn, the reply last."""
     return [*agents.tables[1].appraisal.names[:-1], *agents.tables[1].reply.names]
 
 
-def users_claim(fields: Sequence[str], users: Mapping[int, Message], query: Query) -> Claim:
-    """What a log says of a token of the user: of the reply's also where it was sampled, of first words nothing.
+def user_logprobs(fields: Sequence[str], users: Mapping[int, Message], query: Query) -> LoggedLogprobs:
+    """Log-probabilities in a log of a token of the user: both of the reply's, none of the first words.
 
     Args:
         users: the reactions by their turns.
     """
     if query.turn == OPENING:
-        return Claim(None)
+        return LoggedLogprobs(None)
     name, user = fields[query.field], users[query.turn]
     if name == fields[-1]:
-        return Claim(user["raw_logprobs"][query.step], user["logprobs"][query.step])
+        return LoggedLogprobs(user["raw_logprobs"][query.step], user["logprobs"][query.step])
     kind = "appraisal" if name in user["appraisal_logprobs"] else "consideration"
-    return Claim(user[f"{kind}_logprobs"][name][query.step])
+    return LoggedLogprobs(user[f"{kind}_logprobs"][name][query.step])

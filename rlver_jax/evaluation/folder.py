@@ -19,7 +19,7 @@ from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.ranges import PATHS as CONFIG_PATHS
 from rlver_jax.config.validate import endpoint_sides, flatten
 from rlver_jax.dialogues.log import DialogueLogError, Record, read_dialogues, write_dialogues
-from rlver_jax.dialogues.logged import Logged
+from rlver_jax.dialogues.logged import DialogueLog
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.files import write_json
@@ -140,7 +140,7 @@ def read_evaluation(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Seque
     """
     path = Path(path)
     try:
-        return json.loads((path / SUMMARY).read_text(encoding="utf-8")), Logged(path / DIALOGUES)
+        return json.loads((path / SUMMARY).read_text(encoding="utf-8")), DialogueLog(path / DIALOGUES)
     except OSError as error:
         raise ValueError(f"{path}: holds no finished evaluation ({error}); name the --out of one") from error
 

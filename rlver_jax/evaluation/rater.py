@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import LM, Cache, append, rollback
-from rlver_jax.decoding.generate import Generated, Limits, Options, build_options, choose, generate
+from rlver_jax.decoding.choice import Options, build_options, choose
+from rlver_jax.decoding.generate import Generated, Limits, generate
 from rlver_jax.decoding.grammar import Grammar, one_line
 from rlver_jax.evaluation.forms import Answers, Asked, Step
 from rlver_jax.evaluation.judge import Progress, Work

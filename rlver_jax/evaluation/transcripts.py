@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from rlver_jax.config.validate import shown
 from rlver_jax.dialogues.known_profiles import KnownProfiles
-from rlver_jax.dialogues.lines import Lines, OneByOne
+from rlver_jax.dialogues.lines import ComputedSequence, IndexedLines
 from rlver_jax.dialogues.log import REMEDY, DialogueLogError, Record, parse_dialogue, record_faults
 from rlver_jax.dialogues.numbers import number_faults
 from rlver_jax.dialogues.sage import from_sage
@@ -67,7 +67,7 @@ class _File:
 
     def __post_init__(self) -> None:
         try:
-            self._lines = Lines(self.path)
+            self._lines = IndexedLines(self.path)
             first = next((line for line in self._lines if line.strip()), None)
         except OSError as error:
             wanted = "expected a file of dialogues, ours or SAGE's"
@@ -84,7 +84,7 @@ class _File:
 
     def again(self, index: int) -> Transcript:
         """A dialogue that has been read, by its line."""
-        return self._dialogue(self._lines.again(index), index)
+        return self._dialogue(self._lines.read(index), index)
 
     def _dialogue(self, line: bytes, index: int) -> Transcript:
         place = f"{self.path}:{index + 1}"
@@ -108,7 +108,7 @@ def _of_sage(line: bytes, place: str) -> Transcript:
     return Transcript(record, profile, place)
 
 
-class LazySequence(OneByOne[T]):
+class LazySequence(ComputedSequence[T]):
     """What is made of each element of a sequence, anew whenever it is asked for: only one needs to be in memory."""
 
     def __init__(self, of: Sequence[S], make: Callable[[int, S], T]):
@@ -118,7 +118,7 @@ class LazySequence(OneByOne[T]):
     def __len__(self) -> int:
         return len(self._of)
 
-    def _made(self, index: int) -> T:
+    def _compute(self, index: int) -> T:
         return self._make(index, self._of[index])
 
     def __eq__(self, other: object) -> bool:
@@ -127,7 +127,7 @@ class LazySequence(OneByOne[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class TranscriptFiles(OneByOne[Transcript]):
+class TranscriptFiles(ComputedSequence[Transcript]):
     """The dialogues of files: logs of ours, results of SAGE or logs of RLVER's simulator.
 
     `scan` reads and checks them all, and must have come to its end before they are asked for one by one; those are read
@@ -157,7 +157,7 @@ class TranscriptFiles(OneByOne[Transcript]):
     def __len__(self) -> int:
         return len(self._places) // 2
 
-    def _made(self, index: int) -> Transcript:
+    def _compute(self, index: int) -> Transcript:
         file, line = self._places[2 * index : 2 * index + 2]
         return self._numbered(self._files[file].again(line), index)
 

@@ -1,11 +1,12 @@
-"""Architecture of a Qwen2.5 model: read from a Hugging Face folder, or one of the published sizes."""
+"""Architectures of language models: the supported families, read from a Hugging Face folder, or a published size."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rlver_jax.config.hub import local_folder
-from rlver_jax.models.hf_config import ARCHITECTURE, read_config
+from rlver_jax.models.hf_config import read_config
 from rlver_jax.models.rope import Frequencies, RopeScaling, frequencies
 
 MOST_PARAMS = 10**12  # Qwen2.5 has at most 7.3e10
@@ -15,7 +16,9 @@ MOST_PARAMS = 10**12  # Qwen2.5 has at most 7.3e10
 class Qwen2Config:
     """Sizes and constants of a Qwen2 decoder (hashable, so it can be a static argument)."""
 
-    vocab_size: int  # rows of the embedding, V; may exceed the tokenizer's count
+    model_type: ClassVar[str] = "qwen2"  # key of `FAMILIES`
+
+    vocab_size: int  # V, of the embedding; may exceed the tokenizer's count
     hidden_size: int  # D
     intermediate_size: int  # F, of the gated MLP
     num_layers: int
@@ -50,6 +53,11 @@ class Qwen2Config:
         return self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.num_layers * layer + d
 
     @property
+    def family(self) -> "Family":
+        """The model family that it belongs to."""
+        return FAMILIES[self.model_type]
+
+    @property
     def rope(self) -> Frequencies:
         """Of the rotary embedding."""
         return frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
@@ -60,13 +68,13 @@ class Qwen2Config:
         return self.max_positions if self.rope_scaling is None else self.rope_scaling.context(self.max_positions)
 
     def check_context(self, tokens: int, name: str, what: str, remedy: str) -> None:
-        """Refuses rows that are longer than what the model was made for: it would answer, but with ever less sense.
+        """Refuses rows that are longer than the model's context: it would answer, but with ever less sense.
 
         Args:
             tokens: of a row.
-            name: the model's in messages, e.g. "policy".
-            what: asks for so many tokens, e.g. "rollout.context=40000".
-            remedy: what helps beside a scaled RoPE.
+            name: of the model in messages, e.g. "policy".
+            what: the setting that needs so many tokens, e.g. "rollout.context=40000".
+            remedy: what helps besides a scaled RoPE.
 
         Raises:
             ValueError: they are more than `context`.
@@ -78,8 +86,8 @@ class Qwen2Config:
                 f"model card says (rope_scaling in config.json)"
             )
 
-    @classmethod
-    def from_hf(cls, folder: str | Path) -> "Qwen2Config":
+    @staticmethod
+    def from_hf(folder: str | Path) -> "Qwen2Config":
         """Reads `config.json` of a Hugging Face folder, or of a name on the hub (the layouts of transformers 4 and 5).
 
         Raises:
@@ -87,17 +95,17 @@ class Qwen2Config:
             ValueError: it can't be read, or is of a model that is not supported (see `hf_config`).
         """
         folder = local_folder(folder)
-        fields = read_config(folder)
+        model_type, fields = read_config(folder, FAMILIES)
         try:
-            return cls(**fields)
+            return FAMILIES[model_type].config(**fields)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 read."""
         return {
-            "architectures": [ARCHITECTURE],
-            "model_type": "qwen2",
+            "architectures": [self.family.architecture],
+            "model_type": self.model_type,
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -132,6 +140,55 @@ PRESETS: dict[str, Qwen2Config] = {
     "14b": _preset(48, 5120, 13_824, 40, 8),
     "32b": _preset(64, 5120, 27_648, 40, 8),
     "72b": _preset(80, 8192, 29_568, 64, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What distinguishes the checkpoints of one model family. The decoder itself is `qwen.Qwen2`.
+
+    Attributes:
+        architecture: in `architectures` of config.json.
+        models: that belong to it, for messages.
+        config: sizes and constants.
+        transformers_config: name of the class in transformers that reads config.json.
+        outer: Hugging Face tensor of each parameter outside the layers.
+        layer: Hugging Face tensor of each parameter of a layer, without `model.layers.N.`.
+    """
+
+    architecture: str
+    models: str
+    config: type[Qwen2Config]
+    transformers_config: str
+    outer: Mapping[str, str]
+    layer: Mapping[str, str]
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# By `model_type` of config.json. A new family is an entry here, and its differences in `qwen.py`.
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        models="Qwen2, Qwen2.5, and what is fine-tuned from them",
+        config=Qwen2Config,
+        transformers_config="Qwen2Config",
+        outer={"embed/kernel": EMBEDDING, "norm/scale": "model.norm.weight", "lm_head": HEAD},
+        layer={
+            "attn_norm/scale": "input_layernorm.weight",
+            "mlp_norm/scale": "post_attention_layernorm.weight",
+            "attn/q/kernel": "self_attn.q_proj.weight",
+            "attn/k/kernel": "self_attn.k_proj.weight",
+            "attn/v/kernel": "self_attn.v_proj.weight",
+            "attn/q/bias": "self_attn.q_proj.bias",
+            "attn/k/bias": "self_attn.k_proj.bias",
+            "attn/v/bias": "self_attn.v_proj.bias",
+            "attn/o/kernel": "self_attn.o_proj.weight",
+            "gate/kernel": "mlp.gate_proj.weight",
+            "up/kernel": "mlp.up_proj.weight",
+            "down/kernel": "mlp.down_proj.weight",
+        },
+    ),
 }
 
 

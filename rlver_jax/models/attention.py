@@ -1,11 +1,12 @@
 """Grouped-query attention over causal, branched rows: a dense and a query-chunked implementation, equal in result.
 
-Visibility (packed dialogues): query at slot i sees key at slot j iff j <= i and the query's branch is the key's or
-grows from it. Everything grows from branch 0, the canonical history; thoughts are the multiples of `BRANCH_RADIX`. From
-a thought, or from the history itself, grow twigs, multiples of `TWIG_RADIX` beyond it (what the options of a choice
-begin with), and from a twig, 1, 2, … beyond it, its leaves (how they go on). So what grows from a branch are the ids
-from its own up to its next sister's. Without branches this is plain causal attention. Padding needs no mask: it lies
-after every valid token of its row. Where dialogues share a row, a query sees keys of its own segment only.
+The attention mask (a tree mask, for packed dialogues): the query at slot i sees the key at slot j iff j <= i and the
+key's branch is the query's own or an ancestor of it. The root is branch 0, the canonical history. Thoughts are the
+multiples of `BRANCH_RADIX`. A thought, or the history itself, has children at multiples of `CHILD_RADIX` after it (what
+the options of a choice begin with); a child has children of its own, 1, 2, … beyond it (how the options continue). So a
+branch and its descendants have the ids from its own up to its next sibling's. Without branches this is plain causal
+attention. Padding needs no mask: it lies after every valid token of its row. Where dialogues share a row, a query sees
+only keys of its own segment.
 """
 
 from typing import Any, NamedTuple
@@ -17,11 +18,11 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.precision import accum_dtype, matmul_options
 from rlver_jax.models.rope import Frequencies
 
-TWIG_RADIX = 64  # leaves of one twig, the twig itself included
-BRANCH_RADIX = 64 * TWIG_RADIX  # what may grow from one branch, the branch itself included
+CHILD_RADIX = 64  # a child and its own children
+BRANCH_RADIX = 64 * CHILD_RADIX  # a branch and its descendants
 BLOCK, MOST_BLOCKS = 128, 8  # slots of a cache that are read at a time, at least; how often, at most
 PARTS = 8  # of a row without a cache, at most: each is compiled, so their number decides how long that takes
-MASKED = -1e30  # finite, so that a padding row that sees nothing is garbage but never NaN
+MASKED = -1e30  # finite: a padding row that sees nothing is garbage, but never NaN
 
 
 class AttentionMask(NamedTuple):
@@ -36,37 +37,37 @@ class AttentionMask(NamedTuple):
     blocks: Any = None  # the same in blocks, for `splash`
 
 
-def visible(see: AttentionMask, num_keys: int, first: Int[Array, ""] | int = 0) -> Array:
+def visible(mask: AttentionMask, num_keys: int, first: Int[Array, ""] | int = 0) -> Array:
     """Boolean mask [B, Q, C] of the C keys from slot `first` on, to which k_branch and k_segment belong."""
-    slots = jnp.arange(num_keys)[None] if see.q_slot is None else see.q_slot
-    mask = (first + jnp.arange(num_keys))[None, None, :] <= slots[:, :, None]
-    if see.k_branch is not None and see.q_branch is not None:
-        query = see.q_branch[:, :, None]
-        mask &= (query >= see.k_branch[:, None, :]) & (query < _next_sister(see.k_branch)[:, None, :])
-    if see.k_segment is not None and see.q_segment is not None:
-        mask &= see.k_segment[:, None, :] == see.q_segment[:, :, None]
-    return mask
+    slots = jnp.arange(num_keys)[None] if mask.q_slot is None else mask.q_slot
+    seen = (first + jnp.arange(num_keys))[None, None, :] <= slots[:, :, None]
+    if mask.k_branch is not None and mask.q_branch is not None:
+        query = mask.q_branch[:, :, None]
+        seen &= (query >= mask.k_branch[:, None, :]) & (query < _next_sibling(mask.k_branch)[:, None, :])
+    if mask.k_segment is not None and mask.q_segment is not None:
+        seen &= mask.k_segment[:, None, :] == mask.q_segment[:, :, None]
+    return seen
 
 
-def _next_sister(branch: Int[Array, "B C"]) -> Int[Array, "B C"]:
-    """The first id beyond those that grow from a branch."""
-    reach = jnp.where(branch % TWIG_RADIX > 0, 1, jnp.where(branch % BRANCH_RADIX > 0, TWIG_RADIX, BRANCH_RADIX))
+def _next_sibling(branch: Int[Array, "B C"]) -> Int[Array, "B C"]:
+    """The first id after a branch and its descendants."""
+    reach = jnp.where(branch % CHILD_RADIX > 0, 1, jnp.where(branch % BRANCH_RADIX > 0, CHILD_RADIX, BRANCH_RADIX))
     return jnp.where(branch == 0, jnp.iinfo(branch.dtype).max, branch + reach)
 
 
 def dense_attention(
-    q: Float[Array, "B Q H hd"], k: Float[Array, "B K C hd"], v: Float[Array, "B K C hd"], see: AttentionMask
+    q: Float[Array, "B Q H hd"], k: Float[Array, "B K C hd"], v: Float[Array, "B K C hd"], mask: AttentionMask
 ) -> Float[Array, "B Q H hd"]:
     """softmax(q k^T / sqrt(hd)) v with scores and softmax in float32; H/K query heads share a key head.
 
-    Of a cache only the blocks that hold `see.filled` slots are read.
+    Of a cache only the blocks that hold `mask.filled` slots are read.
     """
-    if see.filled is None or k.shape[2] < 2 * BLOCK:
-        return _attend(q, k, v, see)
-    return _in_blocks(q, k, v, see, see.filled)
+    if mask.filled is None or k.shape[2] < 2 * BLOCK:
+        return _attend(q, k, v, mask)
+    return _in_blocks(q, k, v, mask, mask.filled)
 
 
-def _in_blocks(q: Array, k: Array, v: Array, see: AttentionMask, filled: Int[Array, ""]) -> Array:
+def _in_blocks(q: Array, k: Array, v: Array, mask: AttentionMask, filled: Int[Array, ""]) -> Array:
     """`dense_attention` over the filled slots, a block at a time, with the running softmax of arXiv 1805.02867.
 
     A block is small enough to be copied into a core's own memory; a part of the cache of any size could not be read
@@ -81,12 +82,12 @@ def _in_blocks(q: Array, k: Array, v: Array, see: AttentionMask, filled: Int[Arr
         highest, total, out = carry
         first = jnp.minimum(i * size, slots - size)  # the last block begins earlier, where `size` doesn't divide
         keys, values = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
-        branch = None if see.k_branch is None else jax.lax.dynamic_slice_in_dim(see.k_branch, first, size, axis=1)
-        mask = visible(see._replace(k_branch=branch), size, first) & (first + jnp.arange(size) >= i * size)
-        scores = _scores(q, keys, mask)
+        branch = None if mask.k_branch is None else jax.lax.dynamic_slice_in_dim(mask.k_branch, first, size, axis=1)
+        seen = visible(mask._replace(k_branch=branch), size, first) & (first + jnp.arange(size) >= i * size)
+        scores = _scores(q, keys, seen)
         new = jnp.maximum(highest, scores.max(axis=-1))
-        weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
-        return new, total * kept + weights.sum(axis=-1), out * kept[..., None] + _read(weights, values)
+        weights, decay = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
+        return new, total * decay + weights.sum(axis=-1), out * decay[..., None] + _read(weights, values)
 
     shape = (b, kv_heads, heads // kv_heads, length)
     start = (jnp.full(shape, MASKED, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, dim), dtype))
@@ -94,18 +95,18 @@ def _in_blocks(q: Array, k: Array, v: Array, see: AttentionMask, filled: Int[Arr
     return _rows(out / total[..., None], q)
 
 
-def _attend(q: Array, k: Array, v: Array, see: AttentionMask) -> Array:
+def _attend(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
     """`dense_attention` over all keys at once."""
-    weights = jax.nn.softmax(_scores(q, k, visible(see, k.shape[2])), axis=-1)
+    weights = jax.nn.softmax(_scores(q, k, visible(mask, k.shape[2])), axis=-1)
     return _rows(_read(weights, v), q)
 
 
-def _scores(q: Array, k: Array, mask: Array) -> Array:
+def _scores(q: Array, k: Array, seen: Array) -> Array:
     """[B, K, H/K, Q, C] in float32; MASKED where a query doesn't see a key."""
     b, length, heads, dim = q.shape
     grouped = q.reshape(b, length, k.shape[1], heads // k.shape[1], dim)
     scores = jnp.einsum("bqkgd,bkcd->bkgqc", grouped, k, **matmul_options(q.dtype)) * dim**-0.5
-    return jnp.where(mask[:, None, None], scores, MASKED)
+    return jnp.where(seen[:, None, None], scores, MASKED)
 
 
 def _read(weights: Array, v: Array) -> Array:
@@ -114,24 +115,24 @@ def _read(weights: Array, v: Array) -> Array:
 
 
 def _rows(out: Array, q: Array) -> Array:
-    """What `_read` has found, as queries are laid out, and in their dtype.
+    """The result of `_read` in the layout and dtype of the queries.
 
     Transposed after the product: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
     """
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
 
 
-def _up_to(end: int, see: AttentionMask) -> AttentionMask:
+def _up_to(end: int, mask: AttentionMask) -> AttentionMask:
     """Without the keys from `end` on."""
-    branch, segment = (None if x is None else x[:, :end] for x in (see.k_branch, see.k_segment))
-    return see._replace(k_branch=branch, k_segment=segment)
+    branch, segment = (None if x is None else x[:, :end] for x in (mask.k_branch, mask.k_segment))
+    return mask._replace(k_branch=branch, k_segment=segment)
 
 
 def chunked_attention(
     q: Float[Array, "B Q H hd"],
     k: Float[Array, "B K C hd"],
     v: Float[Array, "B K C hd"],
-    see: AttentionMask,
+    mask: AttentionMask,
     chunk: int,
 ) -> Float[Array, "B Q H hd"]:
     """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
@@ -140,32 +141,32 @@ def chunked_attention(
     """
     length = q.shape[1]
     if length <= chunk:
-        return dense_attention(q, k, v, see)
-    if see.q_slot is not None:
-        return _chunks(q, k, v, see, chunk)
+        return dense_attention(q, k, v, mask)
+    if mask.q_slot is not None:
+        return _chunks(q, k, v, mask, chunk)
     size = -(-length // (chunk * PARTS)) * chunk
     outs = []
     for start in range(0, length, size):
         end = min(start + size, length)
         slots = jnp.broadcast_to(jnp.arange(start, end), (q.shape[0], end - start))
-        q_branch, q_segment = (None if x is None else x[:, start:end] for x in (see.q_branch, see.q_segment))
-        part = _up_to(end, see)._replace(q_slot=slots, q_branch=q_branch, q_segment=q_segment)
+        q_branch, q_segment = (None if x is None else x[:, start:end] for x in (mask.q_branch, mask.q_segment))
+        part = _up_to(end, mask)._replace(q_slot=slots, q_branch=q_branch, q_segment=q_segment)
         outs.append(_chunks(q[:, start:end], k[:, :, :end], v[:, :, :end], part, chunk))
     return jnp.concatenate(outs, axis=1)
 
 
-def _chunks(q: Array, k: Array, v: Array, see: AttentionMask, chunk: int) -> Array:
+def _chunks(q: Array, k: Array, v: Array, mask: AttentionMask, chunk: int) -> Array:
     """One chunk of queries after the other, each against all keys given."""
     pad = -q.shape[1] % chunk
-    assert see.q_slot is not None  # the caller has given every query its slot
-    labels = (None if x is None else _split(x, chunk, pad) for x in (see.q_branch, see.q_segment))
-    pieces = (_split(q, chunk, pad), _split(see.q_slot, chunk, pad), *labels)
+    assert mask.q_slot is not None  # the caller has given every query its slot
+    labels = (None if x is None else _split(x, chunk, pad) for x in (mask.q_branch, mask.q_segment))
+    pieces = (_split(q, chunk, pad), _split(mask.q_slot, chunk, pad), *labels)
 
     @jax.checkpoint
     def one(piece: tuple[Array, Array, Array | None, Array | None]) -> Array:
         q_piece, slot, branch, segment = piece
-        filled = None if see.filled is None else slot.max() + 1
-        part = see._replace(q_slot=slot, q_branch=branch, q_segment=segment, filled=filled)
+        filled = None if mask.filled is None else slot.max() + 1
+        part = mask._replace(q_slot=slot, q_branch=branch, q_segment=segment, filled=filled)
         return dense_attention(q_piece, k, v, part)
 
     out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)

@@ -11,9 +11,9 @@ from rlver_jax.models.precision import accum_dtype
 
 
 def late(layer: Any) -> Any:
-    """The same function, nothing of whose backward pass can begin before the cotangent of its result is there.
+    """The same function, whose backward pass cannot begin before the cotangent of its result is known.
 
-    What `jax.checkpoint` computes again depends on nothing but what was kept, and XLA's CPU backend drops the barriers
+    What `jax.checkpoint` recomputes depends only on what was saved, and XLA's CPU backend drops the barriers
     that JAX puts before it. Its scheduler may then run the second forward pass of every layer beside the first, and
     keeps all that it meant to save.
 
@@ -40,7 +40,7 @@ def late(layer: Any) -> Any:
 
 
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """table[tokens]; a row's gradient is summed over the places of its token in float32 and rounded once.
+    """table[tokens]; a row's gradient is summed over the positions of its token in float32 and rounded once.
 
     JAX sums it in the table's dtype: in bfloat16 a frequent token's stops growing after some 256 terms.
     """

@@ -1,23 +1,25 @@
-"""Reads the `config.json` of a Qwen2.5 model as transformers does: what it means there it means here, or it is refused.
+"""Reads the `config.json` of a model as transformers does: a value means here what it means there, or it is refused.
 
-transformers itself fills in defaults and brings the layouts of its versions together; remote code (`auto_map`) is never
-run. A refusal names the file, the field, its value and what was expected.
+transformers itself fills in defaults and reads the layouts of its versions; remote code (`auto_map`) is never run. A
+refusal names the file, the field, its value and what was expected.
 """
 
 import json
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rlver_jax.config.foreign_weights import is_run, policy_of
 from rlver_jax.config.validate import shortened
 from rlver_jax.models.rope import ROPE_TYPES, RopeScaling
 from rlver_jax.text.advice import without_advice
 
+if TYPE_CHECKING:
+    from rlver_jax.models.architecture import Family
+
 _T = TypeVar("_T")
-ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
 MOST = 2**31 - 1  # of a size: tokens and positions are int32
 MOST_LAYERS = 10_000  # transformers makes a list of them
 MOST_THETA = 1e38  # float32
@@ -37,8 +39,11 @@ ROPE_NUMBERS = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The arguments of `config.Qwen2Config` from a Hugging Face folder.
+def read_config(folder: Path, families: Mapping[str, "Family"]) -> tuple[str, dict[str, Any]]:
+    """(model_type, arguments of its family's `config`) from a Hugging Face folder.
+
+    Args:
+        families: that are supported, by model_type.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -51,22 +56,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face folder of a Qwen2.5 model")
     _check_json(file)
     with without_advice():
-        from transformers import PreTrainedConfig, Qwen2Config
-    raw, _ = _read(file, lambda: PreTrainedConfig.get_config_dict(str(folder), local_files_only=True))
+        import transformers
+    raw, _ = _read(file, lambda: transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True))
     raw = {name: value for name, value in raw.items() if name not in STORED}  # transformers looks them up in torch
-    _check_model(file, raw)
+    model_type = _model_type(file, raw, families)
     _check_values(file, raw)
     _check_rope(file, raw)
-    found = _read(file, lambda: Qwen2Config.from_dict(raw))
-    _read(file, found.standardize_rope_params)  # again, as its model does: fields beside the dictionary move in
-    _check_computation(file, found)
-    return _arguments(file, found)
+    config_class = getattr(transformers, families[model_type].transformers_config)
+    config = _read(file, lambda: config_class.from_dict(raw))
+    _read(file, config.standardize_rope_params)  # again, as its model does: fields beside the dictionary move in
+    _check_computation(file, config)
+    return model_type, _arguments(file, config)
 
 
-def _arguments(file: Path, found: Any) -> dict[str, Any]:
-    """Of a `transformers.Qwen2Config` that has passed the checks."""
-    hidden, heads, kv_heads = found.hidden_size, found.num_attention_heads, found.num_key_value_heads
-    head_dim = getattr(found, "head_dim", None)
+def _arguments(file: Path, config: Any) -> dict[str, Any]:
+    """Of a config of transformers that has passed the checks."""
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None)
     if head_dim is None and hidden % heads:
         _refuse(
             file, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}, and there is no head_dim"
@@ -80,26 +86,26 @@ def _arguments(file: Path, found: Any) -> dict[str, Any]:
     head_dim = head_dim or hidden // heads
     if head_dim % 2:
         _refuse(file, f"head_dim={head_dim}: expected an even number, as rotary embedding turns pairs")
-    theta, scaling = _rope(file, found)
+    theta, scaling = _rope(file, config)
     return {
-        "vocab_size": found.vocab_size,
+        "vocab_size": config.vocab_size,
         "hidden_size": hidden,
-        "intermediate_size": found.intermediate_size,
-        "num_layers": found.num_hidden_layers,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.num_hidden_layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "max_positions": found.max_position_embeddings,
+        "max_positions": config.max_position_embeddings,
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rms_norm_eps": found.rms_norm_eps,
-        "tie_embeddings": found.tie_word_embeddings,
-        "init_std": float(found.initializer_range),
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_embeddings": config.tie_word_embeddings,
+        "init_std": float(config.initializer_range),
     }
 
 
-def _rope(file: Path, found: Any) -> tuple[float, RopeScaling | None]:
-    rope = found.rope_parameters
+def _rope(file: Path, config: Any) -> tuple[float, RopeScaling | None]:
+    rope = config.rope_parameters
     kind, theta = rope["rope_type"], rope["rope_theta"]
     least = 1 if kind == "yarn" else 0  # YaRN divides by its logarithm
     if not _is_number(theta) or not least < theta <= MOST_THETA:
@@ -111,7 +117,7 @@ def _rope(file: Path, found: Any) -> tuple[float, RopeScaling | None]:
     if kind in ("yarn", "llama3"):
         original = rope["original_max_position_embeddings"]
         fields["original_max_position_embeddings"] = original
-        fields.setdefault("factor", found.max_position_embeddings / original)  # where it is null
+        fields.setdefault("factor", config.max_position_embeddings / original)  # where it is null
         if fields["factor"] < 1:
             _wrong(file, "factor", None, f"a number: max_position_embeddings / {original} is below 1")
     if kind == "yarn":
@@ -130,17 +136,18 @@ def _check_json(file: Path) -> None:
         raise ValueError(f"{file}: holds {reprlib.repr(raw)}; expected a JSON object, the config of a Qwen2.5 model")
 
 
-def _check_model(file: Path, raw: dict[str, Any]) -> None:
-    """Whether it is a Qwen2 with a head for next tokens, with weights as they were trained."""
+def _model_type(file: Path, raw: dict[str, Any], families: Mapping[str, "Family"]) -> str:
+    """Key of the family that the model belongs to; refuses other models, and quantized weights."""
     kind, named = raw.get("model_type"), raw.get("architectures") or []
     named = named if isinstance(named, list) else [named]
     if not (kind or named) and is_run(file.parent):
         _refuse(file, f"is the config of a training run, not of a model; {policy_of(file.parent)}")
-    if kind not in (None, MODEL_TYPE) or (named and ARCHITECTURE not in named) or not (kind or named):
+    types = [t for t, f in families.items() if kind in (None, t) and (f.architecture in named or not named)]
+    if not types or not (kind or named):
+        supported = " or ".join(f"{f.architecture} of model_type {t!r} ({f.models})" for t, f in families.items())
         _refuse(
             file,
-            f"architecture {named[0] if named else None!r} of model_type {kind!r}, but only {ARCHITECTURE} of "
-            f"model_type {MODEL_TYPE!r} (Qwen2, Qwen2.5, and what is fine-tuned from them) is supported",
+            f"architecture {named[0] if named else None!r} of model_type {kind!r}, but only {supported} is supported",
         )
     for field in ("quantization_config", "compression_config", "quantization"):  # the last one is MLX's
         if raw.get(field):
@@ -149,16 +156,17 @@ def _check_model(file: Path, raw: dict[str, Any]) -> None:
                 f"{field} says that the checkpoint is quantized ({_quantization(field, raw[field])}), which is not "
                 f"supported; use the unquantized model that it was made from, whose weights are bfloat16 or float32",
             )
+    return types[0]
 
 
-def _quantization(field: str, given: Any) -> str:
+def _quantization(field: str, settings: Any) -> str:
     """Its method, such as "awq, 4 bits"."""
-    if not isinstance(given, dict):
-        return reprlib.repr(given)
-    method = given.get("quant_method") or ("mlx" if field == "quantization" else "method not named")
-    bits = next((given[name] for name in ("bits", "w_bit", "nbits") if name in given), None)
-    if given.get("load_in_4bit") or given.get("load_in_8bit"):
-        method, bits = "bitsandbytes", 4 if given.get("load_in_4bit") else 8
+    if not isinstance(settings, dict):
+        return reprlib.repr(settings)
+    method = settings.get("quant_method") or ("mlx" if field == "quantization" else "method not named")
+    bits = next((settings[name] for name in ("bits", "w_bit", "nbits") if name in settings), None)
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        method, bits = "bitsandbytes", 4 if settings.get("load_in_4bit") else 8
     return f"{method}, {bits} bits" if bits else str(method)
 
 
@@ -202,8 +210,8 @@ def _check_rope(file: Path, raw: dict[str, Any]) -> None:
             continue
         if not _is_number(value) or not (least <= value <= MOST_THETA) or value == 0:
             _wrong(file, f"{field}.{name}", value, f"a number of at least {least}" if least else "a number above 0")
-    for place in (raw, rope) if kind in ("yarn", "llama3") else ():
-        value = place.get("original_max_position_embeddings", 1)
+    for fields in (raw, rope) if kind in ("yarn", "llama3") else ():
+        value = fields.get("original_max_position_embeddings", 1)
         if type(value) is not int or not 1 <= value <= MOST:
             _wrong(file, "original_max_position_embeddings", value, f"a whole number from 1 to {MOST}, of tokens")
     low, high = ("beta_slow", "beta_fast") if kind == "yarn" else ("low_freq_factor", "high_freq_factor")
@@ -213,19 +221,19 @@ def _check_rope(file: Path, raw: dict[str, Any]) -> None:
         _wrong(file, f"{field}.truncate", rope["truncate"], "true or false")
 
 
-def _check_computation(file: Path, found: Any) -> None:
-    """Features that transformers has, by its own reading of the fields that turn them on."""
-    other = [i for i, kind in enumerate(found.layer_types) if kind != "full_attention"]
+def _check_computation(file: Path, config: Any) -> None:
+    """Refuses features of transformers that are not supported, by its own reading of the fields that enable them."""
+    other = [i for i, kind in enumerate(config.layer_types) if kind != "full_attention"]
     if other:
         _refuse(
             file,
-            f"layer {other[0]} of {found.num_hidden_layers} has {found.layer_types[other[0]]} (layer_types, or "
-            f"use_sliding_window with max_window_layers={found.max_window_layers} and "
-            f"sliding_window={found.sliding_window}), which is not supported; Qwen2.5 has full attention in all",
+            f"layer {other[0]} of {config.num_hidden_layers} has {config.layer_types[other[0]]} (layer_types, or "
+            f"use_sliding_window with max_window_layers={config.max_window_layers} and "
+            f"sliding_window={config.sliding_window}), which is not supported; Qwen2.5 has full attention in all",
         )
-    if not getattr(found, "is_causal", True):
+    if not getattr(config, "is_causal", True):
         _refuse(file, "is_causal=false is not supported: the model reads text in both directions and can't write any")
-    if found.is_heterogeneous:
+    if config.is_heterogeneous:
         _refuse(file, "per_layer_config is not supported; expected layers of one shape")
 
 
@@ -234,8 +242,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong(file: Path, name: str, value: Any, expected: str) -> NoReturn:
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
-    _refuse(file, f"{name}={shown}: expected {expected}")
+    text = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+    _refuse(file, f"{name}={text}: expected {expected}")
 
 
 def _refuse(file: Path, message: str) -> NoReturn:
@@ -243,9 +251,9 @@ def _refuse(file: Path, message: str) -> NoReturn:
 
 
 def _read(file: Path, call: Callable[[], _T]) -> _T:
-    """What transformers makes of a file that anybody may have written: it raises as many types as there are faults."""
+    """The result of transformers for a file that anybody may have written: it raises many types of errors."""
     try:
         return call()
     except Exception as error:
-        shown = shortened(" ".join(str(error).split()), 400)
-        raise ValueError(f"{file}: transformers can't read it: {shown}") from error
+        reason = shortened(" ".join(str(error).split()), 400)
+        raise ValueError(f"{file}: transformers can't read it: {reason}") from error

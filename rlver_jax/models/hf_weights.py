@@ -1,4 +1,4 @@
-"""Qwen2 weights in Hugging Face safetensors: read slice by slice into sharded arrays, and written back.
+"""Weights in Hugging Face safetensors: read slice by slice into sharded arrays, and written back.
 
 Every device's slice of every parameter is read straight from its file, so no process ever holds the whole model.
 """
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from rlver_jax.config.foreign_weights import INDEX_FILE, SINGLE_FILE
 from rlver_jax.config.hub import TEXT_FILES, local_folder
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.architecture import EMBEDDING, HEAD, Qwen2Config
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.models.safetensors_files import (
     Tensor,
@@ -36,36 +36,15 @@ from rlver_jax.text.template import read_config
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "WeightsError", "load_params", "save_params"]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-_OUTER = {
-    "embed/kernel": EMBEDDING,
-    "norm/scale": "model.norm.weight",
-    "lm_head": HEAD,
-}
-_LAYER = {
-    "attn_norm/scale": "input_layernorm.weight",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-    "attn/q/kernel": "self_attn.q_proj.weight",
-    "attn/k/kernel": "self_attn.k_proj.weight",
-    "attn/v/kernel": "self_attn.v_proj.weight",
-    "attn/q/bias": "self_attn.q_proj.bias",
-    "attn/k/bias": "self_attn.k_proj.bias",
-    "attn/v/bias": "self_attn.v_proj.bias",
-    "attn/o/kernel": "self_attn.o_proj.weight",
-    "gate/kernel": "mlp.gate_proj.weight",
-    "up/kernel": "mlp.up_proj.weight",
-    "down/kernel": "mlp.down_proj.weight",
-}
 
 
 class _Source(NamedTuple):
-    """Where one of our leaves comes from: one tensor, or one for each stacked layer."""
+    """The file tensors of one parameter: one, or one for each stacked layer."""
 
     tensors: tuple[str, ...]
     stacked: bool
-    transposed: bool  # Hugging Face keeps [out, in], Flax [in, out]
+    transposed: bool  # Hugging Face stores [out, in], Flax [in, out]
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each tensor in the file, from the shape of our leaf."""
@@ -73,14 +52,15 @@ class _Source(NamedTuple):
         return shape[::-1] if self.transposed else shape
 
 
-def _source(path: str, num_layers: int) -> _Source:
-    if path in _OUTER:
-        return _Source((_OUTER[path],), False, False)
+def _source(path: str, config: Qwen2Config) -> _Source:
+    outer, layer = config.family.outer, config.family.layer
+    if path in outer:
+        return _Source((outer[path],), False, False)
     first, rest = path.split("/", 1)
     transposed = rest.endswith("kernel")
     if first == "layers":
-        return _Source(tuple(f"model.layers.{i}.{_LAYER[rest]}" for i in range(num_layers)), True, transposed)
-    return _Source((f"model.layers.{first.removeprefix('layer_')}.{_LAYER[rest]}",), False, transposed)
+        return _Source(tuple(f"model.layers.{i}.{layer[rest]}" for i in range(config.num_layers)), True, transposed)
+    return _Source((f"model.layers.{first.removeprefix('layer_')}.{layer[rest]}",), False, transposed)
 
 
 def _leaf_path(path: Any) -> str:
@@ -92,15 +72,15 @@ def _check(tensors: dict[str, Tensor], folder: Path, expected: dict[str, tuple[i
     files = ", ".join(sorted({tensor.file.name for tensor in tensors.values()}))
     for name, shape in expected.items():
         if name not in tensors:
-            head = (
+            hint = (
                 "; config.json says tie_word_embeddings=false, so the model needs a head of its own. Set it to true if "
                 "the embedding is the head, else fetch the weights again"
             )
             raise WeightsError(
-                f"{folder}: tensor {name} of shape {shape} is missing from {files}{head if name == HEAD else ''}"
+                f"{folder}: tensor {name} of shape {shape} is missing from {files}{hint if name == HEAD else ''}"
             )
-        if (found := tensors[name].shape) != shape:
-            raise WeightsError(f"{tensors[name].file}: tensor {name} has shape {found}, expected {shape}")
+        if (actual := tensors[name].shape) != shape:
+            raise WeightsError(f"{tensors[name].file}: tensor {name} has shape {actual}, expected {shape}")
     for name in sorted(set(tensors) - set(expected)):
         raise WeightsError(
             f"{tensors[name].file}: extra tensor {name}, which a model with this config.json does not have"
@@ -145,14 +125,14 @@ def _copy(out: np.ndarray, part: np.ndarray) -> None:
 def load_params(
     folder: str | Path, model: Qwen2, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
 ) -> Params:
-    """Parameters of `model` from a Hugging Face folder, created where the mesh wants them.
+    """Parameters of `model` from a Hugging Face folder, each created with its sharding on the mesh.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json with its shards; or a name on the Hugging
             Face hub. Tensors may be stored in different floating-point dtypes.
         model: decides the tree (scanned or unrolled) and the shapes.
         dtype: of the result; default `model.param_dtype`.
-        mesh: places every leaf by `parallel.rules`; None: on the default device.
+        mesh: every leaf is sharded by `parallel.rules`; None: on the default device.
 
     Raises:
         WeightsError: a tensor is missing, extra, of another shape, cut off, no floats or not finite, or a file is
@@ -172,7 +152,7 @@ def _load(folder: str | Path, model: Qwen2, dtype: DTypeLike | None, mesh: Mesh 
     shapes, axes = abstract_params(model)
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     by_path = {_leaf_path(path): leaf for path, leaf in flat}
-    sources = {path: _source(path, model.config.num_layers) for path in by_path}
+    sources = {path: _source(path, model.config) for path in by_path}
     _check(tensors, folder, {n: s.hf_shape(by_path[p].shape) for p, s in sources.items() for n in s.tensors})
     default = SingleDeviceSharding(jax.local_devices()[0])
     placements = [default] * len(flat) if mesh is None else jax.tree.leaves(rules.tree_shardings(axes, shapes, mesh))
@@ -191,7 +171,7 @@ def _load(folder: str | Path, model: Qwen2, dtype: DTypeLike | None, mesh: Mesh 
 
         return jax.make_array_from_callback(shape, placement, device_slice)
 
-    leaves = [leaf(p, by_path[p].shape, place) for p, place in zip(by_path, placements, strict=True)]
+    leaves = [leaf(p, by_path[p].shape, placement) for p, placement in zip(by_path, placements, strict=True)]
     return jax.tree_util.tree_unflatten(tree, leaves)
 
 
@@ -227,22 +207,26 @@ def save_params(
         raise FileExistsError(f"{folder}: not empty; export into a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
-    saved_dtype = ""
-    total = 0
+    saved_dtype, total = "", 0
+    writes = jax.process_index() == 0
     for shard in _shards(_host_tensors(params, config, dtype), max_shard_bytes):
-        if jax.process_index() == 0:
+        if writes:
             save_file(shard, folder / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(array.nbytes for array in shard.values())
         saved_dtype = str(next(iter(shard.values())).dtype)
-    if jax.process_index() == 0:
+    if writes:
         _finish(folder, shards, total)
-        written = config.to_hf(saved_dtype)
-        if tokenizer_from:
-            source = local_folder(tokenizer_from)
-            written |= _text_ids(source)
-            copy_tokenizer(source, folder)
-        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        _write_settings(folder, config.to_hf(saved_dtype), tokenizer_from)
+
+
+def _write_settings(folder: Path, config: dict[str, Any], tokenizer_from: str | Path | None) -> None:
+    """Writes config.json, and the tokenizer's files with the ids that they use."""
+    if tokenizer_from:
+        source = local_folder(tokenizer_from)
+        config |= _text_ids(source)
+        copy_tokenizer(source, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -255,14 +239,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _text_ids(source: Path) -> dict[str, Any]:
     """What a folder's config.json says of the ids that begin, end and pad a text."""
-    found = read_config(source, "config.json")
-    return {name: found[name] for name in TEXT_IDS if name in found}
+    config = read_config(source, "config.json")
+    return {name: config[name] for name in TEXT_IDS if name in config}
 
 
 def _host_tensors(params: Params, config: Qwen2Config, dtype: DTypeLike | None) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, array as the file holds it), one layer of one parameter on the host at a time."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        source = _source(_leaf_path(path), config.num_layers)
+        source = _source(_leaf_path(path), config)
         for i, name in enumerate(source.tensors):
             part = _fetch(leaf[i] if source.stacked else leaf)
             part = part if dtype is None else part.astype(jnp.dtype(dtype))
@@ -289,6 +273,6 @@ def _finish(folder: Path, shards: list[list[str]], total: int) -> None:
     for i, name in enumerate(names):
         (folder / f"shard-{i}.tmp").rename(folder / name)
     if count > 1:
-        weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
+        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ def init_kv_cache(config: Qwen2Config, batch: int, capacity: int, dtype: jnp.dty
 
 
 def laid_out(cache: KVCache) -> KVCache:
-    """Hints where a cache lies: its rows with the batch, its heads over `tensor`."""
+    """Hints the layout of a cache: rows are split as the batch, heads over `tensor`."""
     axes = ("batch", "kv_heads", "length", "head_dim")
     return jax.tree.map(lambda x: rules.constrain(x, *("layers",) * (x.ndim - 4), *axes), cache)
 
@@ -62,9 +62,9 @@ def write(
         return _scatter(cache, new, start, layer)
 
     def row(b: Array | int, cache: Array) -> Array:
-        piece = jax.lax.dynamic_slice_in_dim(new, b, 1)
-        place = (b, 0, start[b], 0) if layer is None else (layer, b, 0, start[b], 0)
-        return jax.lax.dynamic_update_slice(cache, piece if layer is None else piece[None], place)
+        update = jax.lax.dynamic_slice_in_dim(new, b, 1)
+        index = (b, 0, start[b], 0) if layer is None else (layer, b, 0, start[b], 0)
+        return jax.lax.dynamic_update_slice(cache, update if layer is None else update[None], index)
 
     if new.shape[0] > UNROLLED_ROWS:
         return jax.lax.fori_loop(0, new.shape[0], row, cache)

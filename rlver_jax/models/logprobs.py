@@ -45,7 +45,7 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """log softmax(hidden head^T / temperature)[target] and its entropy, `chunk` logits a position at a time.
 
-    Differentiable in `hidden` and `head` through both results; the backward pass computes each chunk again. Products
+    Differentiable in `hidden` and `head` through both results; the backward pass recomputes each chunk. Products
     accumulate in float32.
 
     Args:
@@ -59,12 +59,12 @@ def token_logprobs(
         forbidden: what the sampler's grammar left out, so that the result belongs to the distribution really sampled;
             a forbidden target's log-probability is -log of the allowed mass (its logit counts as 0): mask it out.
     """
-    rows = head.shape[0]
-    if rows % vocab_shards:
-        raise ValueError(f"head has {rows} rows, which {vocab_shards} vocabulary shards do not divide")
+    vocab_size = head.shape[0]
+    if vocab_size % vocab_shards:
+        raise ValueError(f"head has {vocab_size} rows, which {vocab_shards} vocabulary shards do not divide")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0; greedy decoding has no log-probabilities")
-    static = _Static(min(chunk, rows // vocab_shards), float(temperature), vocab_shards)
+    static = _Static(min(chunk, vocab_size // vocab_shards), float(temperature), vocab_shards)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if forbidden is not None:
         forbidden = Forbidden(forbidden.table, forbidden.state.reshape(-1))
@@ -82,8 +82,8 @@ def log_normalizer(
     return normalizer.reshape(hidden.shape[:-1])
 
 
-def _num_chunks(static: _Static, rows: int) -> int:
-    return -(-(rows // static.vocab_shards) // static.chunk)
+def _num_chunks(static: _Static, vocab_size: int) -> int:
+    return -(-(vocab_size // static.vocab_shards) // static.chunk)
 
 
 def _chunk_logits(
@@ -94,20 +94,20 @@ def _chunk_logits(
     The last chunk is moved back to stay inside the shard; the rows it shares with the one before get logits of -inf,
     as forbidden tokens do.
     """
-    shards, rows = static.vocab_shards, head.shape[0] // static.vocab_shards
-    start = jnp.minimum(i * static.chunk, rows - static.chunk)
-    split = head.reshape(shards, rows, head.shape[1])
+    shards, shard_size = static.vocab_shards, head.shape[0] // static.vocab_shards
+    start = jnp.minimum(i * static.chunk, shard_size - static.chunk)
+    split = head.reshape(shards, shard_size, head.shape[1])
     kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1).astype(hidden.dtype)
     kernel = rules.constrain(kernel, "vocab", None, None)  # of the head, a chunk at a time is gathered over `fsdp`
     logits = jnp.einsum("nd,tcd->ntc", hidden, kernel, **matmul_options(hidden.dtype))
     logits = rules.constrain(logits, "batch", "vocab", None)
     local = start + jnp.arange(static.chunk)
-    ids = jnp.arange(shards)[:, None] * rows + local
-    keep = jnp.broadcast_to(local >= i * static.chunk, (1, *ids.shape))
+    ids = jnp.arange(shards)[:, None] * shard_size + local
+    allowed = jnp.broadcast_to(local >= i * static.chunk, (1, *ids.shape))
     if forbidden is not None:
-        table = forbidden.table.reshape(-1, shards, rows)
-        keep &= ~jax.lax.dynamic_slice_in_dim(table, start, static.chunk, axis=2)[forbidden.state]
-    return jnp.where(keep, logits / static.temperature, -jnp.inf), kernel, ids, start
+        table = forbidden.table.reshape(-1, shards, shard_size)
+        allowed &= ~jax.lax.dynamic_slice_in_dim(table, start, static.chunk, axis=2)[forbidden.state]
+    return jnp.where(allowed, logits / static.temperature, -jnp.inf), kernel, ids, start
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,7 +142,7 @@ def _forward(static: _Static, hidden: Array, head: Array, targets: Array, forbid
 def _backward(static: _Static, saved, cotangents):
     hidden, head, targets, forbidden, normalizer, entropy = saved
     d_logprob, d_entropy = (x[:, None, None] for x in cotangents)
-    shards, rows = static.vocab_shards, head.shape[0] // static.vocab_shards
+    shards, shard_size = static.vocab_shards, head.shape[0] // static.vocab_shards
 
     def body(i, carry):
         d_hidden, d_head = carry
@@ -165,7 +165,7 @@ def _backward(static: _Static, saved, cotangents):
 
     # Each shard's part of d_hidden is added up by itself: they are summed over devices once, not for every chunk.
     d_hidden = rules.constrain(jnp.zeros((shards, *hidden.shape), accum_dtype(hidden.dtype)), "vocab", "batch", None)
-    d_head = rules.constrain(jnp.zeros((shards, rows, head.shape[1]), head.dtype), "vocab", None, "embed")
+    d_head = rules.constrain(jnp.zeros((shards, shard_size, head.shape[1]), head.dtype), "vocab", None, "embed")
     carry = d_hidden, d_head
     d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)
     return d_hidden.sum(0).astype(hidden.dtype), d_head.reshape(head.shape), None, None

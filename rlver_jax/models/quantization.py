@@ -30,30 +30,30 @@ def quantize(params: Params, model: Qwen2, mesh: Mesh | None = None) -> Params:
     scanned), so that beside the model there is room needed for one rounded matrix only. Everything else is passed on.
     """
     shapes, axes = abstract_params(model)
-    places = None if mesh is None else rules.tree_shardings(axes, shapes, mesh)
+    shardings = None if mesh is None else rules.tree_shardings(axes, shapes, mesh)
     return {
-        name: _quantized(tree, places and places[name]) if name.startswith("layer") else tree
+        name: _quantized(tree, shardings and shardings[name]) if name.startswith("layer") else tree
         for name, tree in params.items()
     }
 
 
-def _quantized(tree: Any, places: Any) -> Any:
+def _quantized(tree: Any, shardings: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     if "kernel" not in tree:
-        return {name: _quantized(inner, places and places[name]) for name, inner in tree.items()}
+        return {name: _quantized(inner, shardings and shardings[name]) for name, inner in tree.items()}
     wide = tree["kernel"]
-    where = None if places is None else (places["kernel"], places["scale"])
+    out_shardings = None if shardings is None else (shardings["kernel"], shardings["scale"])
     # A donation would do nothing: no result has the size of what is given. Deleted before it has been read, it would
     # live on until then, and the next matrices' results be allocated meanwhile.
-    kernel, scale = jax.block_until_ready(_program(where)(wide))
+    kernel, scale = jax.block_until_ready(_program(out_shardings)(wide))
     wide.delete()
     return tree | {"kernel": kernel, "scale": scale}
 
 
 @functools.cache
-def _program(where: Any) -> Any:
-    return jax.jit(_rounded, out_shardings=where)
+def _program(out_shardings: Any) -> Any:
+    return jax.jit(_rounded, out_shardings=out_shardings)
 
 
 def _rounded(kernel: Float[Array, "*L I O"]) -> tuple[Int8[Array, "*L I O"], Float[Array, "*L O"]]:

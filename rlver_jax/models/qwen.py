@@ -25,12 +25,12 @@ from rlver_jax.parallel import rules
 Params = dict[str, Any]
 
 WEIGHT_PRODUCT = "weight_product"
-# What the backward pass of a layer keeps; everything else is computed again.
+# What is saved for the backward pass of a layer; everything else is recomputed.
 REMAT_POLICIES = {
-    "none": None,  # keep all activations
-    # Keep the results of weight products, by name: a policy of operations doesn't see into `product`'s own derivative.
+    "none": None,  # save all activations
+    # Save the results of weight products, by name: a policy of operations doesn't see into `product`'s own derivative.
     "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep only the layer's input
+    "full": jax.checkpoint_policies.nothing_saveable,  # save only the layer's input
 }
 ATTENTION = ("dense", "chunked", "splash")
 
@@ -103,7 +103,7 @@ class Attention(nn.Module):
     attention_chunk: int
 
     @nn.compact
-    def __call__(self, x, positions, see: AttentionMask, start, keys, values, layer):
+    def __call__(self, x, positions, mask: AttentionMask, start, keys, values, layer):
         """x [B, S, D]; keys/values None, or caches to write at `start` [B]. Returns (out, keys, values)."""
         c = self.config
         b, s, _ = x.shape
@@ -121,12 +121,12 @@ class Attention(nn.Module):
         if keys is not None:
             keys, values = write(keys, k, start, layer), write(values, v, start, layer)
             k, v = (keys, values) if layer is None else (keys[layer], values[layer])
-        if see.blocks is not None:
-            out = splash_attention(q, k, v, see.blocks)
+        if mask.blocks is not None:
+            out = splash_attention(q, k, v, mask.blocks)
         elif self.attention == "chunked":
-            out = chunked_attention(q, k.astype(q.dtype), v.astype(q.dtype), see, self.attention_chunk)
+            out = chunked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.attention_chunk)
         else:
-            out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), see)
+            out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
         o = Linear(c.hidden_size, ("heads", "embed"), False, *options, name="o")
         return o(out.reshape(b, s, -1)).astype(self.dtype), keys, values
 
@@ -137,7 +137,7 @@ def gathered(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
 
 
 def residual(x: Float[Array, "B S D"], spread: bool) -> Float[Array, "B S D"]:
-    """Hidden states as they lie between layers.
+    """The layout of hidden states between layers.
 
     `spread` over the devices that split heads and MLP columns, where each would keep the same ones for the backward
     pass otherwise (sequence parallelism, arXiv 2205.05198): products gather rows, and their sums are spread again.
@@ -155,7 +155,7 @@ class Block(nn.Module):
     attention_chunk: int
 
     @nn.compact
-    def __call__(self, carry, layer, positions, see: AttentionMask, start):
+    def __call__(self, carry, layer, positions, mask: AttentionMask, start):
         """Returns (carry, None) as `nn.scan` wants it."""
         c = self.config
         x, keys, values = carry
@@ -163,7 +163,7 @@ class Block(nn.Module):
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name=name)  # noqa: E731
         attention = Attention(c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn")
         y = gathered(norm("attn_norm")(x))
-        out, keys, values = attention(y, positions, see, start, keys, values, layer)
+        out, keys, values = attention(y, positions, mask, start, keys, values, layer)
         # Gathered for the backward pass, which would gather weights instead of cotangents.
         x = x + residual(gathered(out), spread)
         x = x + residual(gathered(self.mlp(gathered(norm("mlp_norm")(x)))), spread)
@@ -197,7 +197,7 @@ def _layer(block: type[nn.Module], fields: tuple, params: Params, *arguments: An
 class Embedding(nn.Module):
     """Token embedding [V, D]; also the output head when the model ties them."""
 
-    rows: int
+    vocab_size: int
     features: int
     dtype: Any
     param_dtype: Any
@@ -207,11 +207,13 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Rows of the table in `dtype`."""
         init = partitioned(nn.initializers.normal(self.init_std), "vocab", "embed")
-        table = self.param("kernel", init, (self.rows, self.features), unquantized_dtype(self.param_dtype, self.dtype))
+        table = self.param(
+            "kernel", init, (self.vocab_size, self.features), unquantized_dtype(self.param_dtype, self.dtype)
+        )
         # Each device looks up its part of the model dimension for all rows that share it: tokens travel, not the table.
         tokens = rules.constrain(tokens, "group", "length")
-        rows = lookup(table, tokens)
-        return rules.constrain(rows, "group", "length", "embed").astype(self.dtype)
+        embedded = lookup(table, tokens)
+        return rules.constrain(embedded, "group", "length", "embed").astype(self.dtype)
 
 
 class Qwen2(nn.Module):
@@ -259,12 +261,12 @@ class Qwen2(nn.Module):
                 a cache only.
             held: int32 branches of what the cache already holds; None: all of it is canonical.
         """
-        see = self._visibility(tokens, branch, cache, start, segment, held)
+        mask = self._attention_mask(tokens, branch, cache, start, segment, held)
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, c.init_std, name="embed")
         x = residual(embed(tokens), spread=cache is None)
         keys, values = (None, None) if cache is None else cache
-        x, keys, values = self._layers(x, keys, values, positions, see, start)
+        x, keys, values = self._layers(x, keys, values, positions, mask, start)
         x = RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
         x = gathered(x)
         if not self.config.tie_embeddings:
@@ -273,17 +275,17 @@ class Qwen2(nn.Module):
             self.param("lm_head", init, shape, unquantized_dtype(self.param_dtype, self.dtype))  # read by `head`
         return x, None if cache is None else KVCache(keys, values)
 
-    def _visibility(self, tokens, branch, cache, start, segment, held) -> AttentionMask:
+    def _attention_mask(self, tokens, branch, cache, start, segment, held) -> AttentionMask:
         if (cache is None) != (start is None):
             raise ValueError("cache and start go together: give both or neither")
         if held is not None and (cache is None or branch is None):
             raise ValueError("`held` tells the branches of what a cache holds: give it with a cache and with `branch`")
         if cache is None or start is None:
-            see = AttentionMask(None, branch, branch, q_segment=segment, k_segment=segment)
+            mask = AttentionMask(None, branch, branch, q_segment=segment, k_segment=segment)
             if self.attention != "splash" or self.is_initializing():
-                return see
-            mask = jnp.broadcast_to(visible(see, tokens.shape[1]), (*tokens.shape, tokens.shape[1]))
-            return AttentionMask(None, blocks=blocks_of(mask))
+                return mask
+            seen = jnp.broadcast_to(visible(mask, tokens.shape[1]), (*tokens.shape, tokens.shape[1]))
+            return AttentionMask(None, blocks=blocks_of(seen))
         if self.attention == "splash":
             raise ValueError("attention='splash' reads rows without a cache; sample with 'dense' or 'chunked'")
         if segment is not None:
@@ -297,7 +299,7 @@ class Qwen2(nn.Module):
             held = jnp.zeros((tokens.shape[0], cache.capacity), branch.dtype)
         return AttentionMask(slots, branch, held.at[rows, slots].set(branch, mode="drop"), filled)
 
-    def _layers(self, x, keys, values, positions, see, start):
+    def _layers(self, x, keys, values, positions, mask, start):
         fields = (self.config, self.dtype, self.param_dtype, self.attention, self.attention_chunk)
         block = _block(self.remat, self.scan_layers)
         if self.scan_layers:
@@ -310,12 +312,12 @@ class Qwen2(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             layers = jnp.arange(self.config.num_layers)
-            carry, _ = scanned(*fields, name="layers")((x, keys, values), layers, positions, see, start)
+            carry, _ = scanned(*fields, name="layers")((x, keys, values), layers, positions, mask, start)
             return carry
         new = []
         for i in range(self.config.num_layers):
             cached = (None, None) if keys is None else (keys[i], values[i])
-            arguments = ((x, *cached), None, positions, see, start)
+            arguments = ((x, *cached), None, positions, mask, start)
             if self.is_initializing():
                 (x, *kv), _ = block(*fields, name=f"layer_{i}")(*arguments)
             else:
@@ -366,8 +368,8 @@ def head(params: Params) -> Float[Array, "V D"]:
 def logits(params: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """float32 logits for a few positions (decoding, tests); training uses `token_logprobs`."""
     kernel = head(params).astype(hidden.dtype)
-    found = jnp.einsum("...d,vd->...v", hidden, kernel, **matmul_options(hidden.dtype))
-    return rules.constrain(found, "batch", *("length",) * (found.ndim - 2), "vocab")
+    scores = jnp.einsum("...d,vd->...v", hidden, kernel, **matmul_options(hidden.dtype))
+    return rules.constrain(scores, "batch", *("length",) * (scores.ndim - 2), "vocab")
 
 
 def stack_layers(params: Params) -> Params:

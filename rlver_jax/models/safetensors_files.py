@@ -68,17 +68,17 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
     if not _named(index):
         if not _named(single):
             raise WeightsError(without_safetensors(folder))
-        found = read_header(single)
+        tensors = read_header(single)
     elif not _named(single):
-        found = _indexed(folder, read_index(index))
+        tensors = _indexed(folder, read_index(index))
     else:
-        found = read_header(single)
+        tensors = read_header(single)
         try:
             listed = read_index(index)
         except WeightsError as error:
             raise WeightsError(f"{error}, or remove it if {SINGLE_FILE} beside it is the whole model") from None
-        _check_same(found, folder, listed)
-    return _as_named({name: tensor for name, tensor in found.items() if not _RECOMPUTED.search(name)})
+        _check_same(tensors, folder, listed)
+    return _as_named({name: tensor for name, tensor in tensors.items() if not _RECOMPUTED.search(name)})
 
 
 def _as_named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,8 +89,8 @@ def _as_named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         WeightsError: they begin in another way.
     """
-    place = next((name for name in tensors if name.endswith(_EMBEDDING)), _PREFIX + _EMBEDDING)
-    prefix = place.removesuffix(_EMBEDDING)
+    embedding = next((name for name in tensors if name.endswith(_EMBEDDING)), _PREFIX + _EMBEDDING)
+    prefix = embedding.removesuffix(_EMBEDDING)
     if prefix == _PREFIX:
         return tensors
     if prefix == _PREFIX * 2:
@@ -98,8 +98,8 @@ def _as_named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if prefix == "":
         return {_PREFIX + name if _HEADLESS.match(name) else name: tensor for name, tensor in tensors.items()}
     raise WeightsError(
-        f"{tensors[place].file}: tensor {place} is named as in another model, expected {_PREFIX}{_EMBEDDING}; save the "
-        f"Qwen2ForCausalLM within it (its save_pretrained), or rename the tensors"
+        f"{tensors[embedding].file}: tensor {embedding} is named as in another model, expected "
+        f"{_PREFIX}{_EMBEDDING}; save the Qwen2ForCausalLM within it (its save_pretrained), or rename the tensors"
     )
 
 
@@ -217,11 +217,11 @@ def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> Tensor:
         raise _malformed(file, f"tensor {name} has shape {_short(shape)}, expected a short list of whole numbers")
     if not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _malformed(file, f"tensor {name} has data_offsets {_short(offsets)}, expected two rising whole numbers")
-    wanted = math.prod(shape) * _BITS[dtype]
-    if wanted != (offsets[1] - offsets[0]) * 8:
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != (offsets[1] - offsets[0]) * 8:
         raise _malformed(
             file,
-            f"tensor {name} of shape {_short(tuple(shape))} and dtype {dtype} takes {-(-wanted // 8)} bytes, but its "
+            f"tensor {name} of shape {_short(tuple(shape))} and dtype {dtype} takes {-(-bits // 8)} bytes, but its "
             f"data_offsets {_short(offsets)} hold {offsets[1] - offsets[0]}",
         )
     if start + offsets[1] > size:
@@ -240,37 +240,37 @@ def read_index(file: Path) -> dict[str, str]:
     """
     if _size(file) > _LONGEST:
         raise WeightsError(f"{file}: has {_size(file)} bytes, of {_LONGEST} that are allowed; fetch it again")
-    found = _json(file, file.read_bytes(), "it").get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise _malformed(file, f"weight_map is {_short(found)}, expected an object of tensors and their files")
-    for name, shard in found.items():
+    weight_map = _json(file, file.read_bytes(), "it").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _malformed(file, f"weight_map is {_short(weight_map)}, expected an object of tensors and their files")
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise _malformed(
                 file, f"weight_map places {name} in {_short(shard)}, expected the name of a .safetensors file beside it"
             )
-    return found
+    return weight_map
 
 
 def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
     """Tensors of an index's shards, which must hold what the index says and nothing else."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        wanted = [name for name, file in weight_map.items() if file == shard]
+        names = [name for name, file in weight_map.items() if file == shard]
         if not _named(folder / shard):
             raise WeightsError(
-                f"{folder / shard}: no such file, but {INDEX_FILE} places {len(wanted)} tensors in it, e.g. "
-                f"{wanted[0]}; fetch it (an interrupted download goes on where it was)"
+                f"{folder / shard}: no such file, but {INDEX_FILE} places {len(names)} tensors in it, e.g. "
+                f"{names[0]}; fetch it (an interrupted download goes on where it was)"
             )
-        held = read_header(folder / shard)
-        for name in wanted:
-            if name not in held and not _OPTIONAL.search(name):
+        shard_tensors = read_header(folder / shard)
+        for name in names:
+            if name not in shard_tensors and not _OPTIONAL.search(name):
                 raise WeightsError(f"{folder / shard}: tensor {name} is missing, though {INDEX_FILE} places it here")
-        for name in held:
+        for name in shard_tensors:
             if weight_map.get(name) != shard and not _OPTIONAL.search(name):
                 where = f"places in {weight_map[name]}" if name in weight_map else "does not list"
                 raise WeightsError(f"{folder / shard}: extra tensor {name}, which {INDEX_FILE} {where}")
-        found |= held
-    return found
+        tensors |= shard_tensors
+    return tensors
 
 
 def _check_same(single: dict[str, Tensor], folder: Path, weight_map: dict[str, str]) -> None:
@@ -279,17 +279,17 @@ def _check_same(single: dict[str, Tensor], folder: Path, weight_map: dict[str, s
     remedy = f"so it is unclear which is the model: remove either {SINGLE_FILE}, or {INDEX_FILE} and its shards"
     for shard in shards:
         try:
-            held = read_header(folder / shard)
+            tensors = read_header(folder / shard)
         except WeightsError as error:
             raise WeightsError(f"{error}. There is a {SINGLE_FILE} too, {remedy}") from None
-        for name, tensor in held.items():
+        for name, tensor in tensors.items():
             if name not in single:
                 raise WeightsError(f"{folder / shard}: holds {name}, which {SINGLE_FILE} does not, {remedy}")
             if not same_values(tensor, single[name]):
                 raise WeightsError(f"{folder / shard}: its {name} differs from that in {SINGLE_FILE}, {remedy}")
     whole = set(weight_map.values()) == set(shards)
-    if alone := next((name for name in single if whole and name not in weight_map), None):
-        raise WeightsError(f"{folder / SINGLE_FILE}: holds {alone}, which the shards of {INDEX_FILE} do not, {remedy}")
+    if extra := next((name for name in single if whole and name not in weight_map), None):
+        raise WeightsError(f"{folder / SINGLE_FILE}: holds {extra}, which the shards of {INDEX_FILE} do not, {remedy}")
 
 
 def _named(file: Path) -> bool:
@@ -300,27 +300,27 @@ def _named(file: Path) -> bool:
 def _size(file: Path) -> int:
     """Bytes of a file that is one, so that opening it cannot wait for a pipe's writer."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError as error:
         link = f" (a link to {os.readlink(file)})" if file.is_symlink() else ""
         raise WeightsError(f"{file}{link}: cannot be read ({error.strerror}); fetch it again") from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
         raise WeightsError(f"{file}: is {kind}, expected a file; fetch it again")
-    return found.st_size
+    return status.st_size
 
 
 def _json(file: Path, data: bytes, what: str) -> dict[str, Any]:
     """The object that a file's bytes are; a name twice is a fault, since readers differ in which one they take."""
 
     def single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             raise _malformed(file, f"{_short(next(repeats(pairs)))} stands there twice")
-        return found
+        return fields
 
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=single)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=single)
     except WeightsError:
         raise
     except UnicodeDecodeError as error:
@@ -329,9 +329,9 @@ def _json(file: Path, data: bytes, what: str) -> dict[str, Any]:
         raise _malformed(file, f"{what} is nested too deeply") from None
     except ValueError as error:
         raise _malformed(file, f"{what} is not JSON ({_short(str(error))})") from None
-    if not isinstance(found, dict):
-        raise _malformed(file, f"{what} is {_short(found)}, expected a JSON object")
-    return found
+    if not isinstance(value, dict):
+        raise _malformed(file, f"{what} is {_short(value)}, expected a JSON object")
+    return value
 
 
 def _whole(value: Any) -> bool:

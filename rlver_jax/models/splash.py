@@ -1,8 +1,8 @@
 """Attention of training rows on TPU: JAX's splash kernels, forward and backward, over the blocks that are seen at all.
 
-What a query sees (`attention.visible`: causal, branches, dialogues of a shared row) differs from row to row, so the
-mask is data. It is made once for all layers, a byte a pair of places, and cut in blocks; the kernels leave out every
-block that is wholly masked, in both directions, without reading its keys.
+The attention mask (`attention.visible`: causal, branches, dialogues of a shared row) differs from row to row, so it is
+data. It is computed once for all layers, one byte for each pair of positions, and cut into blocks. The kernels skip
+every block that is wholly masked, forward and backward, without reading its keys.
 """
 
 import functools
@@ -47,11 +47,11 @@ def blocks_of(mask: Array, block: int = BLOCK) -> Blocks:
     mask = rules.constrain(mask, "batch", None, None)
 
     def row(mask: Array) -> Blocks:
-        found = (
+        infos = (
             process(mask[None], (size, size))[0]
             for process in (masks.process_dynamic_mask, masks.process_dynamic_mask_dkv)
         )
-        return Blocks(*(info._replace(is_dynamic_mask=None) for info in found))  # a Python bool is no array
+        return Blocks(*(info._replace(is_dynamic_mask=None) for info in infos))  # a Python bool is no array
 
     return jax.vmap(row)(mask)
 
@@ -81,8 +81,8 @@ def splash_attention(
         _check_division(q, k)
         batch = rules.mesh_axes("batch")
         heads = PartitionSpec(batch, rules.mesh_axes("heads"))
-        where = (PartitionSpec(batch), heads, heads, heads)
-        attend = jax.shard_map(attend, in_specs=where, out_specs=heads, check_vma=False)
+        in_specs = (PartitionSpec(batch), heads, heads, heads)
+        attend = jax.shard_map(attend, in_specs=in_specs, out_specs=heads, check_vma=False)
     return attend(blocks, *inputs)[:, :, :length].swapaxes(1, 2)
 
 
@@ -115,8 +115,8 @@ def _row(blocks: Blocks, q: Array, k: Array, v: Array, *, interpret: bool) -> Ar
         mask_function=None,
         interpret=interpret,
     )
-    found: Any = kernel(q, k, v)
-    return found
+    out: Any = kernel(q, k, v)
+    return out
 
 
 def _check_division(q: Array, k: Array) -> None:

@@ -22,7 +22,7 @@ def gather_rows(x: Array, index: Int[Array, "R"]) -> Array:
     parts = common_parts(x.shape[0], index.shape[0])
     if parts == 1:
         return x[index]
-    taken = jax.vmap(lambda x, i: x[i])(_apart(x, parts), _local(index, x.shape[0], parts))
+    taken = jax.vmap(lambda x, i: x[i])(_split(x, parts), _local(index, x.shape[0], parts))
     return rules.constrain_rows(taken.reshape(index.shape[0], *x.shape[1:]))
 
 
@@ -36,13 +36,13 @@ def scatter_rows(x: Array, index: Int[Array, "R"], column: Int[Array, "R"], valu
     if parts == 1:
         return put(x, index, column, value)
     local = _local(index, x.shape[0], parts)
-    new = jax.vmap(put)(_apart(x, parts), local, _apart(column, parts), _apart(value, parts))
+    new = jax.vmap(put)(_split(x, parts), local, _split(column, parts), _split(value, parts))
     return rules.constrain_rows(new.reshape(x.shape))
 
 
-def _apart(x: Array, parts: int) -> Array:
+def _split(x: Array, parts: int) -> Array:
     return x.reshape(parts, -1, *x.shape[1:])
 
 
 def _local(index: Array, rows: int, parts: int) -> Array:
-    return _apart(index, parts) - jnp.arange(parts)[:, None] * (rows // parts)
+    return _split(index, parts) - jnp.arange(parts)[:, None] * (rows // parts)

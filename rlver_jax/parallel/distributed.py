@@ -62,9 +62,9 @@ def initialize(options: flags.FlagValues, *, finish_steps: bool) -> None:
         return
     jax.config.update("jax_enable_preemption_service", finish_steps)
     limits: dict[str, Any] = {"heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
-    found = _place(options)
-    if found:
-        jax.distributed.initialize(*found, cluster_detection_method="deactivate", **limits)
+    address = _cluster_address(options)
+    if address:
+        jax.distributed.initialize(*address, cluster_detection_method="deactivate", **limits)
     elif _among_tpu_workers():
         try:
             jax.distributed.initialize(**limits)
@@ -78,19 +78,19 @@ def initialize(options: flags.FlagValues, *, finish_steps: bool) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _place(options: flags.FlagValues) -> tuple[str, int, int] | None:
+def _cluster_address(options: flags.FlagValues) -> tuple[str, int, int] | None:
     """(address of process 0, number of processes, index of this one) as given; None where nothing is."""
-    given = {name: getattr(options, name) for name in _ENVIRONMENT}
-    given = {name: os.environ.get(_ENVIRONMENT[name]) if x is None else x for name, x in given.items()}
-    missing = [name for name, x in given.items() if x is None]
-    if len(missing) == len(given):
+    settings = {name: getattr(options, name) for name in _ENVIRONMENT}
+    settings = {name: os.environ.get(_ENVIRONMENT[name]) if x is None else x for name, x in settings.items()}
+    missing = [name for name, x in settings.items() if x is None]
+    if len(missing) == len(settings):
         return None
     if missing:
         raise ValueError(
             f"--{missing[0]} (or {_ENVIRONMENT[missing[0]]}) is missing: --coordinator=HOST:PORT, --processes=N and "
             f"--process=I belong together; give all three, or none for a process alone"
         )
-    address, (count, index) = str(given["coordinator"]), (int(given["processes"]), int(given["process"]))
+    address, (count, index) = str(settings["coordinator"]), (int(settings["processes"]), int(settings["process"]))
     if not address.rpartition(":")[2].isdigit() or ":" not in address:
         raise ValueError(f"--coordinator={address}: expected HOST:PORT of process 0, such as 10.0.0.2:8476")
     if not 0 <= index < count:
@@ -228,15 +228,15 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     leaves, structure = jax.tree.flatten(tree)
-    apart = [
+    spread = [
         i
         for i, x in enumerate(leaves)
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
     ]
-    if apart:
-        whole = NamedSharding(leaves[apart[0]].sharding.mesh, PartitionSpec())
-        gathered = jax.jit(_identity, out_shardings=whole)([leaves[i] for i in apart])  # one program for all
-        for i, x in zip(apart, gathered, strict=True):
+    if spread:
+        whole = NamedSharding(leaves[spread[0]].sharding.mesh, PartitionSpec())
+        gathered = jax.jit(_identity, out_shardings=whole)([leaves[i] for i in spread])  # one program for all
+        for i, x in zip(spread, gathered, strict=True):
             leaves[i] = x
     return jax.device_get(jax.tree.unflatten(structure, leaves))
 

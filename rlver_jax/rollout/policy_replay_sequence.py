@@ -62,4 +62,4 @@ class PolicyPacker:
         """As GIVEN where `decode._close` put the token: the closing, before the limit of a thought that goes on."""
         place = query.step - (self._think_tokens - len(self._closing))
         given = 0 <= place < len(self._closing) and not self._states.found(query.state)
-        return query._replace(how=GIVEN) if given and query.token == self._closing[place] else query
+        return query._replace(source=GIVEN) if given and query.token == self._closing[place] else query

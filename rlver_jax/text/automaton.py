@@ -231,9 +231,9 @@ def _lift(
     for begin in range(0, len(longest_first), _CHUNK):
         tokens = longest_first[begin : begin + _CHUNK]
         state = np.tile(np.arange(first_found), (len(tokens), 1))
-        for place in range(lengths[tokens[0]]):
-            active = int(np.count_nonzero(lengths[tokens] > place))
-            byte = data[starts[tokens[:active]] + place].astype(np.intp)
+        for offset in range(lengths[tokens[0]]):
+            active = int(np.count_nonzero(lengths[tokens] > offset))
+            byte = data[starts[tokens[:active]] + offset].astype(np.intp)
             state[:active] = by_byte.take(byte[:, None] * n_states + state[:active])
         table[:first_found, tokens] = state.T
     return table
@@ -252,12 +252,12 @@ def _completions(
     keys = state.astype(np.int64) * table.shape[1] + token
     left_over = np.empty(len(keys), dtype=np.int64)
     waiting = np.arange(len(keys))
-    place = 0
+    offset = 0
     while len(waiting):  # every pair completes within its token, so each leaves in time
-        state[waiting] = step[state[waiting], data[starts[token[waiting]] + place]]
+        state[waiting] = step[state[waiting], data[starts[token[waiting]] + offset]]
         done = state[waiting] >= first_found
-        left_over[waiting[done]] = lengths[token[waiting[done]]] - place - 1
+        left_over[waiting[done]] = lengths[token[waiting[done]]] - offset - 1
         waiting = waiting[~done]
-        place += 1
+        offset += 1
     smallest = np.result_type(np.min_scalar_type(-1 - int(left_over.max(initial=0))), np.int8)
     return keys, left_over.astype(smallest)

@@ -19,7 +19,7 @@ from rich.segment import Segment
 
 _NARROWEST = 20  # columns
 # What no reader sees but terminals, browsers and searches obey, and what no file in UTF-8 or XML may hold.
-_UNSEEN = re.compile(
+_INVISIBLE = re.compile(
     "["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, escape among them; tab and line end stay
     "\ud800-\udfff"  # half characters
@@ -38,7 +38,7 @@ def plain(text: str) -> str:
     if text.isprintable():
         return text
     lines = text.replace("\r\n", "\n").replace("\u2028", "\n").replace("\u2029", "\n").replace("\t", "    ")
-    return _UNSEEN.sub("", lines)
+    return _INVISIBLE.sub("", lines)
 
 
 def plain_line(text: str) -> str:
@@ -62,15 +62,15 @@ def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
         if stream is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
-            _bear_any_character(stream)
+            _accept_any_character(stream)
             if name != "stdin":
-                setattr(sys, name, _Lasting(stream))
+                setattr(sys, name, _FailSafeStream(stream))
     width, height = _size()
-    how: dict[str, Any] = {"width": width, "height": height, "emoji": False}  # file:x:1 is no picture of an x
-    return _PlainConsole(soft_wrap=soft_wrap, **how), _PlainConsole(stderr=True, soft_wrap=True, **how)
+    options: dict[str, Any] = {"width": width, "height": height, "emoji": False}  # file:x:1 is no picture of an x
+    return _PlainConsole(soft_wrap=soft_wrap, **options), _PlainConsole(stderr=True, soft_wrap=True, **options)
 
 
-class _Lasting:
+class _FailSafeStream:
     """A stream that is written to for nothing once it cannot be written to."""
 
     def __init__(self, stream: IO[str]):
@@ -83,7 +83,7 @@ class _Lasting:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._give_up(error)
+            self._discard(error)
             return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -94,9 +94,9 @@ class _Lasting:
         try:
             self._stream.flush()
         except OSError as error:
-            self._give_up(error)
+            self._discard(error)
 
-    def _give_up(self, error: OSError) -> None:
+    def _discard(self, error: OSError) -> None:
         """Lets what is buffered, and all that comes, go nowhere; Python would fail at its end otherwise."""
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
@@ -118,7 +118,7 @@ def _open_missing() -> None:
                 os.set_blocking(number, True)  # a terminal's other programs may have left it so
 
 
-def _bear_any_character(stream: io.TextIOWrapper) -> None:
+def _accept_any_character(stream: io.TextIOWrapper) -> None:
     if stream.errors not in ("strict", "surrogateescape"):
         return
     if not stream.readable():
@@ -133,7 +133,7 @@ def _bear_any_character(stream: io.TextIOWrapper) -> None:
 
 def _size() -> tuple[int | None, int | None]:
     """Columns and lines; None leaves them to `rich`, which takes COLUMNS and LINES as they are."""
-    given = [os.environ.get(name, "80") for name in ("COLUMNS", "LINES")]
-    sizes = [int(text) if text.isascii() and text.isdigit() else 0 for text in given]
+    texts = [os.environ.get(name, "80") for name in ("COLUMNS", "LINES")]
+    sizes = [int(text) if text.isascii() and text.isdigit() else 0 for text in texts]
     fine = sizes[0] >= _NARROWEST and sizes[1] > 0
     return (None, None) if fine else (80, 25)

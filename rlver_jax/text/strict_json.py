@@ -18,5 +18,5 @@ def repeats(pairs: list[tuple[str, Any]]) -> Iterator[str]:
 
 def half_character(text: str) -> str:
     """The first half of a surrogate pair in a text, which has no UTF-8 and no tokens; empty: there is none."""
-    found = None if text.isascii() else _HALF.search(text)
-    return found[0] if found else ""
+    match = None if text.isascii() else _HALF.search(text)
+    return match[0] if match else ""

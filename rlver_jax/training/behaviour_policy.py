@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.foreign_weights import is_run
 from rlver_jax.config.validate import ConfigError, validate
-from rlver_jax.dialogues.verify_policy import Policy, Spoken, policy_findings
+from rlver_jax.dialogues.verify_policy import LoggedReplies, Policy, verify_replies
 from rlver_jax.dialogues.verify_set import Plan, TrainingPlan
-from rlver_jax.dialogues.verify_shape import POLICY, Shape
-from rlver_jax.dialogues.verify_tokens import ALLOWED, Found
+from rlver_jax.dialogues.verify_shape import POLICY, RecordSchema
+from rlver_jax.dialogues.verify_tokens import TOLERANCES, TokenReport
 from rlver_jax.models.qwen import Params, Qwen2, stack_layers
 from rlver_jax.rollout.agents import Agents, check_tokenizers, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
@@ -63,7 +63,7 @@ class Player:
         lm, tokenizer = load_model(c, "policy", weights=self._weights if self.trained else None)
         prompts = load_prompts(self.config.data.language, self.config.user.prompts or None)
         tables = build_policy_tables(tokenizer, prompts, lm.model.config.vocab_size, spec)
-        return Policy(lm, tokenizer, tables, spec, ALLOWED[c.dtype])
+        return Policy(lm, tokenizer, tables, spec, TOLERANCES[c.dtype])
 
     def _weights(self, model: Qwen2, mesh: Mesh | None) -> Params:
         """Parameters as a run keeps them, stacked."""
@@ -163,7 +163,7 @@ def findings(
     policies: Mapping[int | None, Player | NotKeptError],
     agents: Agents,
     logged: Sequence[tuple[str, Mapping[str, Any], Plan]],
-) -> Iterator[tuple[str, Found]]:
+) -> Iterator[tuple[str, TokenReport]]:
     """Derives what policies said: (place, what was found) of each dialogue, those of one training step together.
 
     Args:
@@ -175,14 +175,14 @@ def findings(
     Raises:
         ValueError, OSError: a policy cannot be loaded, or has another tokenizer.
     """
-    shapes = {plan: Shape.of(agents, plan.endpoints) for _, _, plan in logged}
-    fine = [(place, record, plan) for place, record, plan in logged if not any(shapes[plan].faults(record))]
+    schemas = {plan: RecordSchema.of(agents, plan.endpoints) for _, _, plan in logged}
+    fine = [(place, record, plan) for place, record, plan in logged if not any(schemas[plan].errors(record))]
     for step, player in policies.items():
         played = [one for one in fine if step_of(*one[1:]) == step]
         if isinstance(player, NotKeptError):
-            yield from ((place, Found(faults=[str(player)])) for place, _, _ in played)
+            yield from ((place, TokenReport(faults=[str(player)])) for place, _, _ in played)
             continue
         policy = player.load(agents.spec)
         check_tokenizers(policy.tokenizer, agents.tokenizer)
-        found = policy_findings(policy, [Spoken(record, plan.temperature) for _, record, plan in played])
+        found = verify_replies(policy, [LoggedReplies(record, plan.temperature) for _, record, plan in played])
         yield from zip((place for place, _, _ in played), found, strict=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from rlver_jax.decoding import replay as sampling
 from rlver_jax.decoding.cache import LM
-from rlver_jax.decoding.replay import Dialogue, Side
+from rlver_jax.decoding.replay import ReplayInput, Sampler
 from rlver_jax.user.emotion import change_readout, sample_noise
 from rlver_jax.user.turn import KEY_READOUT, UserTables, part_keys
 
@@ -39,11 +39,11 @@ class _Change:
         return logprobs, change_readout(logprobs, self.readout, keys), noise
 
 
-def replay(lm: LM, tables: UserTables, dialogues: Sequence[Dialogue], readout: str) -> Iterator[Replayed]:
+def replay(lm: LM, tables: UserTables, dialogues: Sequence[ReplayInput], readout: str) -> Iterator[Replayed]:
     """Holds every logged token of the dialogues against the user; one result a dialogue, in their order.
 
     Those that share a prefix should follow each other: it is then read once.
     """
-    side = Side(lm, tables.grammar, tables.options, _Change(readout))
-    for margin, logprob, sampled, choices in sampling.replay(side, dialogues, tie=0.0):
+    sampler = Sampler(lm, tables.grammar, tables.options, _Change(readout))
+    for margin, logprob, sampled, choices in sampling.replay(sampler, dialogues, tie=0.0):
         yield Replayed(margin, logprob, sampled, *choices)

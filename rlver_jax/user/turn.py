@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlver_jax.decoding.cache import LM, Cache, append, concat_ragged, rollback
-from rlver_jax.decoding.generate import Generated, Options, build_options, choose
+from rlver_jax.decoding.choice import Options, build_options, choose
+from rlver_jax.decoding.generate import Generated
 from rlver_jax.decoding.grammar import Grammar, matcher, one_line
 from rlver_jax.decoding.script import Script, compile_script, run_fields
 from rlver_jax.text.automaton import GOODBYES

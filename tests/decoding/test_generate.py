@@ -9,13 +9,12 @@ import pytest
 import scipy.stats
 from scipy.special import log_softmax, softmax
 
+from rlver_jax.decoding.choice import build_options, choose
 from rlver_jax.decoding.generate import (
     KEEP_ALL,
     Limits,
     Truncation,
     borders,
-    build_options,
-    choose,
     draw,
     generate,
     gumbel,

@@ -60,8 +60,8 @@ def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
             assert {packed.branch[place] for place in slots} <= {0, current}, "no turn that has ended"
             assert slots == sorted(slots), "in the order of reading: visibility is causal by slot"
             for query in itertools.starmap(Query, chunk.queries.tolist()):
-                assert 0 <= query.place < len(own)
-                queries.append(query._replace(place=query.place + read))
+                assert 0 <= query.previous < len(own)
+                queries.append(query._replace(previous=query.previous + read))
             for choice in itertools.starmap(Choice, chunk.choices.tolist()):
                 assert 0 < choice.first < choice.end <= len(own), "with the token before it"
                 choices.append(choice._replace(first=choice.first + read, end=choice.end + read))

@@ -180,7 +180,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
     [
         ({"emotions": [40, "x", 45]}, "emotions[1] is 'x', expected a whole number"),
         ({"reward": float("nan")}, "reward is nan, expected a number"),
-        ({"emotion": 10**400}, "emotion is of more than thirty digits, expected a whole number"),
+        ({"emotion": 10**400}, "emotion is a number of many digits, expected a whole number"),
     ],
 )
 def test_numbers_that_are_none_are_named(change, says, tmp_path, capsys):

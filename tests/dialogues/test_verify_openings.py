@@ -68,7 +68,7 @@ def test_honest_first_words_are_those_of_plain_passes(log):
     assert report.faults == []
     queries = sum(len(t) for m in record["messages"][2::2] for t in lines(m))
     assert report.tokens - queries == len(said), "each word and the end"
-    assert report.underived == {"the policy's words and log-probs (--policy=…)": None}
+    assert report.unchecked == {"the policy's words and log-probs (--policy=…)": None}
 
 
 def lines(message):

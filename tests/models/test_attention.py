@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.attention import BRANCH_RADIX, TWIG_RADIX, AttentionMask, chunked_attention, dense_attention
+from rlver_jax.models.attention import BRANCH_RADIX, CHILD_RADIX, AttentionMask, chunked_attention, dense_attention
 
 SLOTS = 300  # blocks of 128 slots, the last one begins earlier
 
 
 def grown_from(branch):
     """(thought, twig, leaf), as far as there are any."""
-    path = [branch // BRANCH_RADIX, branch % BRANCH_RADIX // TWIG_RADIX, branch % TWIG_RADIX]
+    path = [branch // BRANCH_RADIX, branch % BRANCH_RADIX // CHILD_RADIX, branch % CHILD_RADIX]
     while path and path[-1] == 0:
         path.pop()
     return path
