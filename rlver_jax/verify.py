@@ -41,6 +41,7 @@ from rlver_jax.decoding.replay_sequence import ReplaySequence
 from rlver_jax.dialogues.faults import POLICY_TOKENS, ConsistencyCheck, logged_turns, recomputed_rewards, unchecked
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.trajectory import reactions
+from rlver_jax.dialogues.verify_changes import compare_change
 from rlver_jax.dialogues.verify_files import plans_of, read_log_file
 from rlver_jax.dialogues.verify_set import Plan
 from rlver_jax.dialogues.verify_shape import POLICY, USER, RecordSchema
@@ -61,7 +62,6 @@ from rlver_jax.rollout.sampler import opening_key
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training import behaviour_policy
-from rlver_jax.user.emotion import CHANGES, EmotionRules
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.replay import Replayed, replay
 from rlver_jax.user.replay_sequence import LoggedTurn, Packer
@@ -229,36 +229,8 @@ def _check(agents, case: _Case, sequence: ReplaySequence, replayed: Replayed, se
     )
     changes = zip(case.turns, replayed.change_logprobs, replayed.change.tolist(), replayed.change_noise, strict=True)
     for turn, *change in changes:
-        name = f"{where}, turn {turn.turn + 1}, change"
-        _check_change(users[turn.turn], turn.change, change, agents.spec.rules, settings, name, report)
-
-
-def _check_change(
-    user, change: int, replayed: Sequence[Any], rules: EmotionRules, settings: Settings, where: str, report: Report
-) -> None:
-    """Checks that the change is the readout of the user's distribution over the options, clipped to the rules."""
-    logprobs, readout, noise = replayed
-    with np.errstate(over="ignore"):  # of a number that no float32 holds
-        error = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
-    if not error <= settings.tolerance.logprob:
-        report.faults.append(f"{where}: logged log-probabilities differ from the derived ones by {error:.4g}")
-    if rules.clamp(readout) == change:
-        return
-    same = [option for option in CHANGES if rules.clamp(option) == change]
-    if any(_is_tie(settings.readout, logprobs + noise, readout, option, settings.tolerance.tie) for option in same):
-        report.ties.append(f"{where}: rounding decides between {change:+d} and {rules.clamp(readout):+d}")
-    else:
-        report.faults.append(f"{where}: logged {change:+d}, but the user's {settings.readout} is {readout:+d}")
-
-
-def _is_tie(readout: str, scores: np.ndarray, replayed: int, logged: int, tie: float) -> bool:
-    """Whether `logged` would be the readout of log-probabilities (with noise) within `tie` of the replayed ones."""
-    if readout != "mean":
-        return bool(scores[replayed - CHANGES[0]] - scores[logged - CHANGES[0]] <= tie)
-    p, values = np.asarray(jax.nn.softmax(scores)), np.array(CHANGES)
-    mean = float((p * values).sum())
-    reach = tie * float((p * np.abs(values - mean)).sum())  # d mean / d log p(c) = p(c) (c - mean)
-    return abs(mean - logged) <= 0.5 + reach
+        result = compare_change(users[turn.turn], change, agents.spec.rules, settings.readout, settings.tolerance)
+        report.add_tokens(f"{where}, turn {turn.turn + 1}", result)
 
 
 def settings_of(config: ConfigDict) -> Settings:

@@ -11,6 +11,7 @@ import pytest
 from rlver_jax.dialogues.faults import logged_turns, recomputed_rewards
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import dialogue_records, rewards_of
+from rlver_jax.dialogues.verify_changes import is_tie
 from rlver_jax.dialogues.verify_set import TrainingPlan
 from rlver_jax.dialogues.verify_settings import check_settings
 from rlver_jax.dialogues.verify_tokens import TOLERANCES
@@ -20,7 +21,7 @@ from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.turn import UserLimits
-from rlver_jax.verify import LoggedDialogue, Report, Settings, _is_tie, verify_records
+from rlver_jax.verify import LoggedDialogue, Report, Settings, verify_records
 from tests.conftest import some_profiles
 
 TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emotion starting at 30
@@ -320,24 +321,24 @@ def played_rewards(emotions, turns, settings):
 def test_ties(readout):
     logprobs = np.full(21, -9.0, np.float32)
     logprobs[[12, 15]] = -1.0, -1.00005
-    assert _is_tie(readout, logprobs, 2, 5, 1e-4)
+    assert is_tie(readout, logprobs, 2, 5, 1e-4)
     logprobs[15] = -1.001
-    assert not _is_tie(readout, logprobs, 2, 5, 1e-4)
-    assert _is_tie(readout, logprobs, 2, 5, 0.01)
+    assert not is_tie(readout, logprobs, 2, 5, 1e-4)
+    assert is_tie(readout, logprobs, 2, 5, 0.01)
 
 
 def test_ties_of_means():
     even = np.full(21, -np.inf, np.float32)
     even[[12, 13]] = -1.0
-    assert _is_tie("mean", even, 2, 3, 1e-4)
-    assert not _is_tie("mean", even, 2, 4, 1e-4)
+    assert is_tie("mean", even, 2, 3, 1e-4)
+    assert not is_tie("mean", even, 2, 4, 1e-4)
     # Each log-probability moved by up to a tenth of a nat, against the readout of what that gives.
     draw = np.random.default_rng(0)
     for logprobs in draw.normal(size=(300, 21), scale=3).astype(np.float32):
         logprob_error = logprobs + draw.uniform(-0.1, 0.1, 21)
         derived, logged = (int(change_readout(jnp.asarray(x), "mean")) for x in (logprobs, logprob_error))
-        assert _is_tie("mean", logprobs, derived, logged, 0.11)  # the spread itself moves a little, too
-        assert not _is_tie("mean", logprobs, derived, logged + 3, 0.11)
+        assert is_tie("mean", logprobs, derived, logged, 0.11)  # the spread itself moves a little, too
+        assert not is_tie("mean", logprobs, derived, logged + 3, 0.11)
 
 
 def test_another_config_than_the_logs_is_refused(log):

@@ -183,10 +183,10 @@ def expected(log, record):
             yield margin, raw[token], kept[token] - logsumexp(kept)
 
 
-def _merges(said: bytes, piece: bytes) -> bool:
-    whole = said[-7:] + piece
-    at = whole.find(b"</think>")
-    return at >= 0 and bool(whole[at + 8 :].strip())
+def _merges(before: bytes, piece: bytes) -> bool:
+    text = before[-7:] + piece
+    at = text.find(b"</think>")
+    return at >= 0 and bool(text[at + 8 :].strip())
 
 
 def derived(log, record):
@@ -252,10 +252,10 @@ def test_the_second_best_word_is_found(thinking):
 
 
 @pytest.mark.parametrize("name", ["logprobs", "raw_logprobs"])
-@pytest.mark.parametrize("moved", [0.01, -0.01, float("nan"), float("inf"), float("-inf")])
-def test_moved_log_probabilities_are_found(log, name, logprob_error):
+@pytest.mark.parametrize("error", [0.01, -0.01, float("nan"), float("inf"), float("-inf")])
+def test_moved_log_probabilities_are_found(log, name, error):
     record = copy.deepcopy(log.records[1])
-    replies(record)[0][name][1] += logprob_error
+    replies(record)[0][name][1] += error
     assert len(log.faults(record)) == 1
     assert log.faults(record)[0].startswith("turn 1, 'reply of the policy', token 2: logged log-probability")
 

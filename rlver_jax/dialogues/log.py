@@ -31,7 +31,7 @@ from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.turn import UserTurn
 
-Record = dict[str, Any]  # of one dialogue, as it stands on its line
+Record = dict[str, Any]  # of one dialogue, as on its line
 UNREADABLE = "unreadable"  # end reason: an endpoint's answer couldn't be read, however often it was asked for
 ALL_END_REASONS = (*END_REASONS, UNREADABLE)
 
@@ -178,7 +178,7 @@ def _messages(log: Dialogues, agents: Agents, profile: Profile, row: int) -> Ite
 
 
 def policy_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
-    """A reply of the policy as it stands in a record."""
+    """A reply of the policy as in a record."""
     generation = _generation(log.policy.said, turn, row)
     say = log.policy.say[turn, row, : int(log.policy.say_count[turn, row])].tolist()
     think = agents.spec.mode == "think"
@@ -201,7 +201,7 @@ def thought_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 
 def user_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
-    """A reaction of the user as it stands in a record."""
+    """A reaction of the user as in a record."""
     tables, reaction, decode = agents.tables[1], log.user, agents.tokenizer.decode
 
     def fields(names: Sequence[str], generated: Generated) -> dict[str, _Generation]:

@@ -1,12 +1,11 @@
 """Architectures of language models: the supported families, read from a Hugging Face folder, or a published size."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rlver_jax.config.hub import local_folder
-from rlver_jax.models.hf_config import read_config
+from rlver_jax.models.hf_config import Family, read_config
 from rlver_jax.models.rope import Frequencies, RopeScaling, frequencies
 
 MOST_PARAMS = 10**12  # Qwen2.5 has at most 7.3e10
@@ -53,7 +52,7 @@ class Qwen2Config:
         return self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.num_layers * layer + d
 
     @property
-    def family(self) -> "Family":
+    def family(self) -> Family:
         """The model family that it belongs to."""
         return FAMILIES[self.model_type]
 
@@ -141,27 +140,6 @@ PRESETS: dict[str, Qwen2Config] = {
     "32b": _preset(64, 5120, 27_648, 40, 8),
     "72b": _preset(80, 8192, 29_568, 64, 8),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What distinguishes the checkpoints of one model family. The decoder itself is `qwen.Qwen2`.
-
-    Attributes:
-        architecture: in `architectures` of config.json.
-        models: that belong to it, for messages.
-        config: sizes and constants.
-        transformers_config: name of the class in transformers that reads config.json.
-        outer: Hugging Face tensor of each parameter outside the layers.
-        layer: Hugging Face tensor of each parameter of a layer, without `model.layers.N.`.
-    """
-
-    architecture: str
-    models: str
-    config: type[Qwen2Config]
-    transformers_config: str
-    outer: Mapping[str, str]
-    layer: Mapping[str, str]
 
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

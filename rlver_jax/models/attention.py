@@ -156,7 +156,7 @@ def chunked_attention(
 
 
 def _chunks(q: Array, k: Array, v: Array, mask: AttentionMask, chunk: int) -> Array:
-    """One chunk of queries after the other, each against all keys given."""
+    """One chunk of queries after the other, each against all keys."""
     pad = -q.shape[1] % chunk
     assert mask.q_slot is not None  # the caller has given every query its slot
     labels = (None if x is None else _split(x, chunk, pad) for x in (mask.q_branch, mask.q_segment))

@@ -4,20 +4,18 @@ transformers itself fills in defaults and reads the layouts of its versions; rem
 refusal names the file, the field, its value and what was expected.
 """
 
+import dataclasses
 import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rlver_jax.config.foreign_weights import is_run, policy_of
 from rlver_jax.config.validate import shortened
 from rlver_jax.models.rope import ROPE_TYPES, RopeScaling
 from rlver_jax.text.advice import without_advice
-
-if TYPE_CHECKING:
-    from rlver_jax.models.architecture import Family
 
 _T = TypeVar("_T")
 MOST = 2**31 - 1  # of a size: tokens and positions are int32
@@ -39,7 +37,28 @@ ROPE_NUMBERS = {
 }
 
 
-def read_config(folder: Path, families: Mapping[str, "Family"]) -> tuple[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What distinguishes the checkpoints of one model family. The decoder itself is `qwen.Qwen2`.
+
+    Attributes:
+        architecture: in `architectures` of config.json.
+        models: that belong to it, for messages.
+        config: dataclass of sizes and constants.
+        transformers_config: name of the class in transformers that reads config.json.
+        outer: Hugging Face tensor of each parameter outside the layers.
+        layer: Hugging Face tensor of each parameter of a layer, without `model.layers.N.`.
+    """
+
+    architecture: str
+    models: str
+    config: type[Any]
+    transformers_config: str
+    outer: Mapping[str, str]
+    layer: Mapping[str, str]
+
+
+def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[str, dict[str, Any]]:
     """(model_type, arguments of its family's `config`) from a Hugging Face folder.
 
     Args:
@@ -136,7 +155,7 @@ def _check_json(file: Path) -> None:
         raise ValueError(f"{file}: holds {reprlib.repr(raw)}; expected a JSON object, the config of a Qwen2.5 model")
 
 
-def _model_type(file: Path, raw: dict[str, Any], families: Mapping[str, "Family"]) -> str:
+def _model_type(file: Path, raw: dict[str, Any], families: Mapping[str, Family]) -> str:
     """Key of the family that the model belongs to; refuses other models, and quantized weights."""
     kind, named = raw.get("model_type"), raw.get("architectures") or []
     named = named if isinstance(named, list) else [named]

@@ -108,7 +108,7 @@ def _read(tensor: Tensor, index: tuple[slice, ...], transposed: bool, dtype: np.
             part = opened.get_slice(tensor.name)[index[::-1] if transposed else index]
     except SafetensorError as error:
         raise WeightsError(f"{tensor.file}: not a readable safetensors file ({error}); fetch it again") from None
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore"):  # reported below
         out = part.astype(dtype, copy=False)
     if not_finite(out):
         what = "holds NaN or infinity" if not_finite(part) else f"holds numbers too large for {dtype.name}"

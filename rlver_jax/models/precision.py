@@ -1,4 +1,4 @@
-"""The precision that sums and nonlinearities are computed in, whatever a model's activations are kept in."""
+"""The precision that sums and nonlinearities are computed in, whatever the dtype of a model's activations."""
 
 from typing import Any
 

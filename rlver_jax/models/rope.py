@@ -47,10 +47,10 @@ class RopeScaling:
             raise ValueError(f"rope_type={self.rope_type!r}; expected one of {', '.join(ROPE_TYPES[1:])}")
 
     def to_hf(self) -> dict[str, Any]:
-        """The object that transformers reads: what is given, without what is a default."""
-        given = ("rope_type", "factor")
+        """The object that transformers reads, without the fields that have their default."""
+        required = ("rope_type", "factor")
         fields = dataclasses.fields(self)
-        return {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default or f.name in given}
+        return {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default or f.name in required}
 
     def context(self, max_positions: int) -> int:
         """Tokens that a model may read.
@@ -81,20 +81,20 @@ def frequencies(theta: float, dim: int, scaling: RopeScaling | None = None) -> F
 def _yarn(power: np.ndarray, theta: float, dim: int, scaling: RopeScaling) -> np.ndarray:
     """Fast frequencies as they are, slow ones divided by the factor, a ramp in between (arXiv 2309.00071, 3.2)."""
 
-    def place(turns: float) -> float:
+    def dimension(turns: float) -> float:
         """Index of the frequency that makes so many turns within the original context."""
         context = scaling.original_max_position_embeddings
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
-    kept = np.float32(1) - ramp
+    unscaled = np.float32(1) - ramp
     one = np.float32(1)
-    return one / (np.float32(scaling.factor) * power) * (one - kept) + one / power * kept
+    return one / (np.float32(scaling.factor) * power) * (one - unscaled) + one / power * unscaled
 
 
 def yarn_attention_factor(scaling: RopeScaling) -> float:

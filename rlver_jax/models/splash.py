@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 def blocks_of(mask: Array, block: int = BLOCK) -> Blocks:
     """Cuts the masks of rows, bool [B, L, L], in blocks; rows are filled up to whole blocks.
 
-    Every query must see a key; one that fills up sees itself.
+    Every query must see a key; a padding query sees itself.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks  # slow to import
 

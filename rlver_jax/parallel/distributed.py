@@ -1,4 +1,4 @@
-"""Several processes that run one program: how they meet, what they share, and how they end together (design 10).
+"""Several processes that run one program: how they start, what they share, and how they end.
 
 One process a host, the same command on each. On TPU VMs (also in GKE) they find each other by themselves; elsewhere by
 three flags or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Each holds the

@@ -91,8 +91,8 @@ class ChatTemplate:
             _check_role(message["role"])
         template = self.tokenizer.template
         if template is None:
-            given = bool(messages) and messages[0]["role"] == "system"
-            first = [] if given else [{"role": "system", "content": DEFAULT_SYSTEM}]
+            has_system = bool(messages) and messages[0]["role"] == "system"
+            first = [] if has_system else [{"role": "system", "content": DEFAULT_SYSTEM}]
             return self.conversation([*first, *messages], generation_prompt)
         mark = _unused_character([template.source, *(message["content"] for message in messages)])
         hidden = [{"role": m["role"], "content": self._specials_hidden(m["content"], mark)} for m in messages]
@@ -114,7 +114,7 @@ class ChatTemplate:
 
     def _specials_hidden(self, content: str, mark: str) -> str:
         """Content in which no special token is spelt: `mark` stands within each name."""
-        return re.sub(f"(?s)(?={self._names})(.)", lambda found: found[1] + mark, content)
+        return re.sub(f"(?s)(?={self._names})(.)", lambda match: match[1] + mark, content)
 
     def _encode_rendered(self, text: str, mark: str = "") -> list[int]:
         """Ids of rendered text, in which special tokens are spelt; what `mark` is in is plain."""

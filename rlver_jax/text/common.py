@@ -9,7 +9,7 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
     """What keeps two tokenizers from standing for each other; None: nothing does.
 
     Every id must stand for the same text in both, and ChatML's three for themselves. Other special tokens are never
-    said or read, so it doesn't matter which of the two has them. And both must split text alike.
+    generated or read, so it doesn't matter which of the two has them. And both must split text alike.
     """
     if one is other:
         return None
@@ -25,11 +25,11 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
 
 
 def _meanings(tokenizer: Tokenizer) -> list[bytes | str | None]:
-    """Of each id the bytes of text, or the name of a token of ChatML; None for all that is never said."""
-    found: list[bytes | str | None] = [tokenizer.token_bytes(token) or None for token in range(tokenizer.vocab_size)]
+    """Of each id the bytes of text, or the name of a token of ChatML; None for all that is never generated."""
+    texts: list[bytes | str | None] = [tokenizer.token_bytes(token) or None for token in range(tokenizer.vocab_size)]
     for name in CHATML:
-        found[tokenizer.special_ids[name]] = name
-    return found
+        texts[tokenizer.special_ids[name]] = name
+    return texts
 
 
 def _shown(tokenizer: Tokenizer, token: int) -> str:

@@ -77,13 +77,13 @@ def as_tokenizers(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         unk_token=texts[proto.trainer_spec.unk_id],
         byte_fallback=True,
     )
-    found = tokenizers.Tokenizer(model)
-    found.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    converted = tokenizers.Tokenizer(model)
+    converted.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     added = {kinds.CONTROL: True, kinds.UNKNOWN: True, kinds.USER_DEFINED: False}
     for piece, text in zip(proto.pieces, texts, strict=True):
         if piece.type in added:
-            found.add_tokens([tokenizers.AddedToken(text, normalized=False, special=added[piece.type])])
-    return found
+            converted.add_tokens([tokenizers.AddedToken(text, normalized=False, special=added[piece.type])])
+    return converted
 
 
 def _merges(learned: list[tuple[float, str]]) -> list[tuple[str, str]]:

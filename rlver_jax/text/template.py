@@ -109,7 +109,7 @@ class FolderTemplate:
         Raises:
             ValueError: the template is malformed, refuses these messages, or takes longer than `PATIENCE`.
         """
-        found: list[str] = []
+        rendered: list[str] = []
         failed: list[Exception] = []
         render = _renderer()
 
@@ -121,7 +121,7 @@ class FolderTemplate:
                     add_generation_prompt=generation_prompt,
                     **self.variables,
                 )
-                found.extend(texts)
+                rendered.extend(texts)
             except Exception as error:  # a template can raise anything
                 failed.append(error)
 
@@ -130,11 +130,11 @@ class FolderTemplate:
         thread.join(PATIENCE)
         if failed:
             raise ValueError(f"{self.origin}: the chat template can't be rendered: {_said(failed[0])}")
-        if not found:
+        if not rendered:
             raise ValueError(
                 f"{self.origin}: the chat template has not ended after {PATIENCE:g} s; correct or remove it"
             )
-        return found[0]
+        return rendered[0]
 
     def check(self) -> None:
         """Refuses a template that is not ChatML, in which dialogues are put together from token segments.

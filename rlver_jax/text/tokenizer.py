@@ -41,8 +41,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _ends(folder: Path) -> set[int]:
     """Ids at which transformers' `generate` ends a text of the folder's model."""
     files = ("generation_config.json", "config.json")  # the first one that says it
-    found = (read_config(folder, file).get("eos_token_id") for file in files)
-    ids: Any = next((ids for ids in found if ids is not None), [])
+    candidates = (read_config(folder, file).get("eos_token_id") for file in files)
+    ids: Any = next((ids for ids in candidates if ids is not None), [])
     return {token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int}
 
 

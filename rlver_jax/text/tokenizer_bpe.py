@@ -54,10 +54,10 @@ class HFTokenizer(Tokenizer):
             ) from error
         super().__init__(pieces, special, str(path))
         self._spec, self._words = spec, words
-        found = [token | {"lstrip": False, "rstrip": False} for token in added if not token["special"]]
+        unspecial = [token | {"lstrip": False, "rstrip": False} for token in added if not token["special"]]
         model = spec["model"] | {"vocab": spec["model"]["vocab"] | words}  # so each keeps its id
         try:
-            self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": found, "model": model}))
+            self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": unspecial, "model": model}))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path}: the tokenizers library can't read it ({error}); copy it again") from None
         probe = f"  It's 3\r\n\n½ of «再见»\t👋🏽 e\u0301 <|im_end|>\x00 {' '.join(words)}{''.join(words)} "
@@ -175,12 +175,12 @@ def _added_tokens(spec: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """
     config = read_config(path.parent)
     older = {} if "added_tokens_decoder" in config else read_config(path.parent, ADDED)
-    told, side = config.get("added_tokens_decoder") or {}, ADDED if older else CONFIG
+    decoder, side = config.get("added_tokens_decoder") or {}, ADDED if older else CONFIG
     try:
-        listed = [{"id": int(number), **token} for number, token in told.items()]
+        listed = [{"id": int(number), **token} for number, token in decoder.items()]
         listed += [{"id": int(number), "content": content} for content, number in older.items()]
-        found = [token | {"id": int(token["id"])} for token in spec.get("added_tokens") or [] if token["id"] >= 0]
-        tokens = {token["content"]: token for token in found}
+        in_spec = [token | {"id": int(token["id"])} for token in spec.get("added_tokens") or [] if token["id"] >= 0]
+        tokens = {token["content"]: token for token in in_spec}
         assert all(isinstance(token["content"], str) for token in [*listed, *tokens.values()])
     except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise ValueError(
@@ -226,16 +226,16 @@ def _byte_level_pieces(
     absent = [byte for stand_in, byte in table.items() if chr(stand_in) not in vocab]
     if absent:
         raise ValueError(f"{path} is not byte-level: it has no piece for {len(absent)} of 256 bytes, first {absent[0]}")
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for piece, token in vocab.items():
         try:
-            found[piece] = piece.translate(table).encode("latin-1")
+            contents[piece] = piece.translate(table).encode("latin-1")
         except UnicodeEncodeError:
             raise ValueError(f"{path} is not byte-level: piece {piece!r} (id {token}) is not made of bytes") from None
     ids = vocab | words | special
     _check_ids(ids, path)
     pieces = [b""] * (1 + max(ids.values()))
-    for piece, content in found.items():
+    for piece, content in contents.items():
         pieces[vocab[piece]] = content
     for word, token in (words | special).items():
         if pieces[token] and vocab.get(word) != token:

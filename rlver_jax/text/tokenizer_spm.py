@@ -89,17 +89,17 @@ class SentencePieceTokenizer(Tokenizer):
         """The model as SentencePiece's message ModelProto: its pieces with scores and kinds, and how it was trained."""
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which few commands do
 
-        found = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        found.ParseFromString(self._content)
-        return found
+        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        proto.ParseFromString(self._content)
+        return proto
 
     @cached_property
     def rules(self) -> dict[str, str]:
         """See `Tokenizer`."""
         proto, special = self.proto(), set(self.special_ids.values())
         pieces = [(p.piece, p.score, p.type) for i, p in enumerate(proto.pieces) if i not in special]
-        told = repr((proto.trainer_spec.model_type, pieces))
-        return {"scores of their pieces": hashlib.sha256(told.encode("utf-8")).hexdigest()}
+        text = repr((proto.trainer_spec.model_type, pieces))
+        return {"scores of their pieces": hashlib.sha256(text.encode("utf-8")).hexdigest()}
 
 
 def train_sentencepiece(
