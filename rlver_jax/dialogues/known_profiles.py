@@ -1,4 +1,4 @@
-"""Which profile a logged dialogue was played with: a log names it by its id."""
+"""The profile that a logged dialogue was played with; a log has only its id."""
 
 import functools
 from collections import defaultdict

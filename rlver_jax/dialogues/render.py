@@ -1,7 +1,7 @@
-"""A dialogue as a person reads it in the terminal.
+"""A dialogue in the terminal.
 
-Everything that a model or a profile wrote goes into `Text`, which has no markup, and loses what would move the cursor,
-recolour the terminal or reorder the line: a reply can't draw over the emotion that it earned.
+Text of models and profiles goes into `Text`, which has no markup, without characters that move the cursor, recolour the
+terminal or reorder the line: a reply can't draw over the emotion that it earned.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ def change_text(change: int) -> Text:
 
 
 def render_dialogue(record: Record) -> Group:
-    """One dialogue of a log: thoughts and appraisals dim, what was said plain, the emotion after each turn."""
+    """One dialogue of a log: thoughts and appraisals dim, messages plain, the emotion after each turn."""
     profile, mode = plain_line(record["profile"])[:36], plain_line(record["mode"])
     title = f"dialogue {record['dialogue']} · profile {profile} · {mode}"
     hidden = Text.assemble(("hidden intention  ", "dim"), plain(record["hidden_intention"]))
@@ -82,17 +82,17 @@ def _messages(record: Record) -> Iterator[Text | Padding]:
 
 
 def message_lines(message: Record) -> Iterator[Text | Padding]:
-    """One message of a record: what was thought and said, or the user's reaction and its emotion."""
+    """One message of a record: thought and reply, or the user's reaction and its emotion."""
     if message["role"] == "assistant":
         if message["thought"]:
             yield _block("thinks", message["thought"], "dim italic")
-        yield _said("policy", message["content"], "cyan")
+        yield _utterance("policy", message["content"], "cyan")
         if message["violation"]:
             yield Text("broke the think format", "red")
         return
     yield from _reaction(message)
     if message["content"] is not None:
-        yield _said("user", message["content"], "magenta")
+        yield _utterance("user", message["content"], "magenta")
     yield emotion_bar(message["emotion"])
 
 
@@ -105,7 +105,7 @@ def _reaction(message: Record) -> Iterator[Text | Padding]:
         yield _block(name, text, "dim")
 
 
-def _said(who: str, text: str, style: str) -> Text:
+def _utterance(who: str, text: str, style: str) -> Text:
     return Text.assemble((f"{who}  ", f"bold {style}"), plain(text))
 
 

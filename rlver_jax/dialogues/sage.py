@@ -2,7 +2,7 @@
 
 SAGE writes one object a profile: the profile, `emo_point` and `emo_state` at the end, and `history`, in which the
 user's messages carry `emotion-point`, `thinking` (its considerations) and `planning` (its appraisal). It has no tokens
-and no seed: they are null on the way back. It doesn't tell a format violation, nor a reward: that becomes RLVER's own,
+and no seed: they are null on the way back. It has no format violation and no reward: that becomes RLVER's own,
 final emotion / 100. A last reaction without a reply, which it doesn't have either, becomes one with empty content.
 
 RLVER's simulator (arXiv 2507.03112) logs its dialogues alike. They have no `task`: the scene ends with the intention.
@@ -77,7 +77,7 @@ def _thinking(considerations: dict[str, str]) -> str:
 
 
 def from_sage(obj: Any, dialogue: int = 0) -> Record:
-    """A dialogue of SAGE's results, or of RLVER's logs, as a record; what they don't say is null.
+    """A dialogue of SAGE's results, or of RLVER's logs, as a record; what they lack is null.
 
     Its profile is `Profile.from_json(obj)`. `dialogue` becomes the record's number.
 

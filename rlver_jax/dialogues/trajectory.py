@@ -1,4 +1,4 @@
-"""The emotion's course in a logged dialogue, and whether its arithmetic holds; no model is needed."""
+"""The emotions of a logged dialogue, and checks of their arithmetic; no model is needed."""
 
 import itertools
 from collections.abc import Iterator, Mapping

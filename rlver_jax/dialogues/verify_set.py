@@ -1,4 +1,4 @@
-"""Which dialogues a config and its seeds play, and where a log holds others: one twice, none, or another profile's."""
+"""The dialogues that a config and its seeds play, and how a log differs: one twice, one missing, another profile."""
 
 import dataclasses
 from collections import Counter

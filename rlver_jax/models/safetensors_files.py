@@ -1,7 +1,7 @@
-"""Which tensors a model's folder holds, and where: safetensors headers and indices, checked before anything is read.
+"""The tensors of a model's folder: safetensors headers and indices, checked before any weight is read.
 
-A header is a claim about bytes that a stranger has written. Every claim is held against the file's size here, so that
-what is read later is what the header says.
+Headers are not trusted: every offset is compared with the file's size here, so that later reads return what the header
+describes.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Rows of one array from and into those of another, where both are divided over the mesh alike.
+"""Gathers and scatters rows between arrays that are sharded alike.
 
-An index names rows of the whole array, as without a mesh. But where a batch is spread, each of its parts names rows of
-its own part only: the compiler can see that then, and nothing travels between devices.
+An index refers to rows of the whole array, as without a mesh. Where a batch is sharded, each shard refers to rows of
+its own only: written like this, the compiler can see it, and no data moves between devices.
 """
 
 import jax

@@ -1,9 +1,9 @@
 """Several processes that run one program: how they start, what they share, and how they end.
 
-One process a host, the same command on each. On TPU VMs (also in GKE) they find each other by themselves; elsewhere by
+One process per host, the same command on each. On TPU VMs (also in GKE) they find each other by themselves, elsewhere by
 three flags or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Each holds the
-rows and weights of its own devices; process 0 alone writes what is not a checkpoint; a decision that one takes (to
-stop, to refuse) is taken by all, since a process that goes its own way leaves the others waiting in a collective.
+rows and weights of its own devices; only process 0 writes files other than checkpoints. All processes take a decision
+(to stop, to refuse) together: one that leaves alone would keep the others waiting in a collective.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _ENVIRONMENT = {
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """--coordinator, --processes and --process; what they are by default the environment says."""
+    """--coordinator, --processes and --process; the defaults come from the environment."""
     flags.DEFINE_string(
         "coordinator",
         None,
@@ -50,7 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def initialize(options: flags.FlagValues, *, finish_steps: bool) -> None:
-    """Meets the other processes, if there are any; to be called before anything looks at devices.
+    """Connects to the other processes, if there are any; call it before anything uses devices.
 
     Args:
         finish_steps: SIGTERM is left to `stop_signal`; otherwise it ends the process at once.
@@ -130,7 +130,7 @@ def shutdown(status: int) -> int:
 
 
 def peer_failure(error: Exception) -> str | None:
-    """What to say of a runtime error that may come from another process; None where it is this one's own."""
+    """The message for a runtime error that may come from another process; None for this process's own error."""
     if jax.process_count() == 1 or str(error).startswith(_OWN_FAULTS):
         return None
     return (
@@ -146,10 +146,10 @@ def is_main() -> bool:
 
 
 def all_or_none(action: Callable[[], _T], otherwise: Exception | None = None) -> _T:
-    """Returns what `action` does; where it fails on one process it fails on all, so that none waits for another.
+    """The result of `action`; where it fails on one process it fails on all, so that none waits for another.
 
     Args:
-        otherwise: raised where `action` went well here, but not everywhere.
+        otherwise: raised where `action` succeeded here, but not on all processes.
     """
     failure: Exception | None = None
     try:
@@ -177,7 +177,7 @@ def from_main(action: Callable[[], _T]) -> _T:
 
 
 def check_same(what: str, value: Any) -> None:
-    """That all processes were given the same; `value` is of JSON types.
+    """Checks that all processes have the same `value`, of JSON types.
 
     Raises:
         ValueError: on all of them, which names `what` and the first difference.
@@ -197,7 +197,7 @@ def _compare(what: str, mine: Any, theirs: Any) -> None:
 
 
 def rows_on(mesh: Mesh | None, count: int, rows: Callable[[slice], np.ndarray]) -> jax.Array:
-    """An array of `count` rows, spread like a batch; each process makes the rows of its own devices alone.
+    """An array of `count` rows, sharded like a batch; each process makes only the rows of its own devices.
 
     Where they cannot be divided every device gets all of them.
 
@@ -247,7 +247,7 @@ def _identity(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def stop_signal(done: int) -> Iterator[Callable[[int], bool]]:
-    """Whether to stop after a step, because of SIGTERM: pods are taken away with it, and a step is worth finishing.
+    """Whether to stop after a step, because of SIGTERM: pods are removed with it, and a step is worth finishing.
 
     With several processes the signal may come to any of them; all are told to stop after the same step, the one under
     way or the next. Each must ask for every step, the `done` ones of an earlier start are asked for here.

@@ -1,7 +1,7 @@
 """The one table that maps logical axes to mesh axes, and the checks that make its errors readable.
 
-Arrays at rest (parameters, optimizer moments, caches, batches) are placed by `sharding`, which refuses what cannot
-be divided. Activations inside a jitted function are only *hinted* at by `constrain`, which leaves an axis that does
+Arrays at rest (parameters, optimizer moments, caches, batches) are sharded by `sharding`, which refuses what cannot
+be divided. `constrain` only *hints* the sharding of activations inside a jitted function, and leaves an axis that does
 not divide to the compiler.
 """
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LogicalAxes = Sequence[str | None]
 
-# Logical axis -> mesh axes, most significant first. None: kept whole on every device.
+# Logical axis -> mesh axes, most significant first. None: replicated.
 RULES: Mapping[str, tuple[str, ...] | None] = {
     # parameters
     "vocab": ("tensor",),
@@ -39,7 +39,7 @@ class ShardingError(ValueError):
 
 
 def mesh_axes(axis: str | None, rules: Mapping[str, tuple[str, ...] | None] = RULES) -> tuple[str, ...]:
-    """Mesh axes of one logical axis; empty when the axis is kept whole."""
+    """Mesh axes of one logical axis; empty when the axis is replicated."""
     if axis is None:
         return ()
     if axis not in rules:

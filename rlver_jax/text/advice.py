@@ -9,7 +9,7 @@ _VARIABLE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Within it, importing transformers says nothing of PyTorch."""
+    """Within this context importing transformers prints nothing about PyTorch."""
     before = os.environ.get(_VARIABLE)
     os.environ[_VARIABLE] = "1"
     try:

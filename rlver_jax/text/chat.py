@@ -5,7 +5,7 @@
 The pieces around the content are the same for every message. Each message ends in special tokens, which no
 merge crosses, so `conversation` of a list equals the joined `message`s of its members.
 
-What else a folder's own template does (a system message where none is given, thoughts left out of earlier replies, a
+Anything else in a folder's template (a system message where none is given, thoughts left out of earlier replies, a
 thought opened for the next one) is rendered: `as_rendered`, for conversations that come from outside.
 """
 
@@ -34,7 +34,7 @@ class ChatTemplate:
     def open(self, role: str) -> list[int]:
         """Ids that start a message whose content is sampled: `<|im_start|>`, the role, a newline.
 
-        Sampled tokens that follow are kept as they are. They may differ from `message` of the same text: a
+        Sampled tokens that follow stay as they are. They may differ from `message` of the same text: a
         content that starts with a newline has it merged into the one after the role there.
         """
         _check_role(role)
@@ -99,7 +99,7 @@ class ChatTemplate:
         return self._encode_rendered(template.render(hidden, generation_prompt), mark)
 
     def continued(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation whose last message, the assistant's, is left open to go on.
+        """Ids of a conversation whose last message, the assistant's, is left open to be continued.
 
         Its beginning is split as if it had been sampled: apart from the message's start.
 
@@ -113,7 +113,7 @@ class ChatTemplate:
         return before + self.open("assistant") + self.tokenizer.encode(messages[-1]["content"])
 
     def _specials_hidden(self, content: str, mark: str) -> str:
-        """Content in which no special token is spelt: `mark` stands within each name."""
+        """Content in which no special token is spelt: `mark` is inserted into each name."""
         return re.sub(f"(?s)(?={self._names})(.)", lambda match: match[1] + mark, content)
 
     def _encode_rendered(self, text: str, mark: str = "") -> list[int]:

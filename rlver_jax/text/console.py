@@ -1,8 +1,8 @@
 """Standard output and error of the entry points. A run that took hours must not end because its output is not wanted.
 
-A character that the terminal's encoding lacks is written as its escape; a stream that is closed, whose reader has gone,
-or whose disk is full is given up, and the work goes on. What files and models say is only read: nothing that is printed
-moves the cursor, recolours the terminal or turns the direction of a line (`plain`).
+A character that the terminal's encoding lacks is written as its escape. A stream that is closed, whose reader has gone,
+or whose disk is full is discarded, and the work continues. Text of files and models is only displayed: nothing in it
+moves the cursor, recolours the terminal or changes the direction of a line (`plain`).
 """
 
 import codecs
@@ -18,7 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 _NARROWEST = 20  # columns
-# What no reader sees but terminals, browsers and searches obey, and what no file in UTF-8 or XML may hold.
+# Invisible characters that terminals, browsers and searches obey, and those that UTF-8 or XML forbid.
 _INVISIBLE = re.compile(
     "["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, escape among them; tab and line end stay
@@ -31,7 +31,7 @@ _INVISIBLE = re.compile(
 
 
 def plain(text: str) -> str:
-    """The text without what is not read but obeyed: controls of terminals and of direction, half characters, …
+    """The text without invisible characters that control a terminal: escapes, direction, half characters, …
 
     Line ends stay, tabs become spaces.
     """
@@ -55,7 +55,7 @@ class _PlainConsole(Console):
 
 
 def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
-    """Consoles on stdout, with `soft_wrap`, and on stderr; from here on both streams last (see above)."""
+    """Consoles on stdout, with `soft_wrap`, and on stderr; from here on no write to either fails (see above)."""
     _open_missing()
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
@@ -71,7 +71,7 @@ def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
 
 
 class _FailSafeStream:
-    """A stream that is written to for nothing once it cannot be written to."""
+    """A stream that discards what is written once a write has failed."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -97,7 +97,7 @@ class _FailSafeStream:
             self._discard(error)
 
     def _discard(self, error: OSError) -> None:
-        """Lets what is buffered, and all that comes, go nowhere; Python would fail at its end otherwise."""
+        """Sends the buffer and all later writes to /dev/null; Python would fail at exit otherwise."""
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -107,7 +107,7 @@ class _FailSafeStream:
 
 
 def _open_missing() -> None:
-    """Opens /dev/null where a standard stream was closed: the next file would be one, and what XLA says lie in it."""
+    """Opens /dev/null where a standard stream was closed: else the next file opened would receive XLA's messages."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""Rows of tokens of any lengths as one array, in few widths: each new width is compiled anew."""
+"""Rows of tokens as one padded array, in few widths: each new width compiles a new program."""
 
 from collections.abc import Sequence
 
@@ -19,9 +19,9 @@ def longest(rows: Sequence[Sequence[int] | np.ndarray]) -> int:
 def pad_rows(
     rows: Sequence[Sequence[int] | np.ndarray], width: int, height: int | None = None
 ) -> tuple[Int[np.ndarray, "B W"], Int[np.ndarray, "B"]]:
-    """Rows of tokens as one int32 array with zeros behind them, and how long each is.
+    """Rows of tokens as one zero-padded int32 array, and their lengths.
 
-    height: rows of the array, the last ones empty; as many as given by default.
+    height: rows of the array, the last ones empty; by default as many as `rows`.
 
     Raises:
         ValueError: there are more rows than `height`, or one is longer than `width`.

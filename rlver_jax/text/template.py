@@ -1,4 +1,4 @@
-"""The chat template of a model's folder: where it lies, how it is rendered, and whether it is ChatML.
+"""The chat template of a model's folder: where it is, how it is rendered, and whether it is ChatML.
 
 Rendered by `transformers`, as `AutoTokenizer.apply_chat_template` does: Jinja in a sandbox (the template comes with the
 model, from anyone), with the special tokens that tokenizer_config.json names as variables.
@@ -16,7 +16,7 @@ from rlver_jax.text.advice import without_advice
 CONFIG, FILE, FURTHER = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PATIENCE = 10.0  # seconds that a template may take
-FAMILIES = {  # by what they write around a message
+_OTHER_TEMPLATES = {  # by the text around their messages
     "<|start_header_id|>": "Llama 3's",
     "[INST]": "Mistral's or Llama 2's",
     "<start_of_turn>": "Gemma's",
@@ -47,7 +47,7 @@ def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def named_specials(folder: Path) -> set[str]:
-    """Tokens that a folder's files name as special, whatever the tokenizer file says of them."""
+    """Tokens that a folder's files name as special, whatever the tokenizer file says."""
     config = read_config(folder)
     if "added_tokens_decoder" not in config:  # an older layout
         config = config | read_config(folder, "special_tokens_map.json")
@@ -146,7 +146,7 @@ class FolderTemplate:
         messages = [{"role": role, "content": content} for role, content in _PROBE]
         rendered = self._render_as_any(messages)
         if not rendered.startswith(wanted + "<|im_start|>assistant\n"):
-            known = [name for mark, name in FAMILIES.items() if mark in rendered]
+            known = [name for mark, name in _OTHER_TEMPLATES.items() if mark in rendered]
             like = f", but {known[0]}" if known else ""
             raise ValueError(
                 f"{self.origin}: the chat template is not ChatML{like}: it writes {_short(rendered)} where Qwen's "
@@ -159,7 +159,7 @@ class FolderTemplate:
         try:
             return self.render(messages, generation_prompt=True)
         except ValueError as error:
-            known = [name for mark, name in FAMILIES.items() if mark in self.source]
+            known = [name for mark, name in _OTHER_TEMPLATES.items() if mark in self.source]
             raise ValueError(f"{error} (a template like {known[0]}; ChatML is needed)" if known else error) from None
 
     def default_system(self) -> str:
