@@ -265,21 +265,14 @@ def verify_logs(
         ConfigError: the logs were played with another config.
         ValueError, OSError: a file, the model or the profiles cannot be read.
     """
-    total, logged = Report(), []
-    plans = plans_of(config, chosen_profiles(config), repeats=repeats, partial=partial)
+    total = Report(unchecked={"the set of dialogues (--partial)": None} if partial else {})
     files = dict.fromkeys(profile_files(config.data.eval, config.data.train))
     profiles = KnownProfiles(profile for file in files for profile in read_profiles(file))
-    for path in paths:
-        part, name = read_log_file(path, plans, config), f"{path}, " if len(paths) > 1 else ""
-        total.faults += part.faults
-        logged += [LoggedDialogue(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
-    if partial:
-        total.unchecked["the set of dialogues (--partial)"] = None
+    logged = _read_logs(paths, config, total, repeats=repeats, partial=partial)
     if not logged:
         return total
-    policies = (
-        behaviour_policy.agents_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
-    )
+    played = [one[1:3] for one in logged]
+    policies = behaviour_policy.agents_of(played, config, fields.get_config(), policy) if policy else {}
     config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
     agents = load_agents(config, {side for one in logged for side in one.plan.endpoints})
     reports = verify_records(agents, profiles, logged, settings_of(config))
@@ -291,6 +284,19 @@ def verify_logs(
         for where, tokens in track(results, "the policy", len(logged), console=console):
             total.add_tokens(where, tokens)
     return total
+
+
+def _read_logs(
+    paths: Sequence[str], config: ConfigDict, total: Report, *, repeats: int, partial: bool
+) -> list[LoggedDialogue]:
+    """The dialogues of files; faults of the files themselves go to `total`."""
+    plans = plans_of(config, chosen_profiles(config), repeats=repeats, partial=partial)
+    logged = []
+    for path in paths:
+        part, name = read_log_file(path, plans, config), f"{path}, " if len(paths) > 1 else ""
+        total.faults += part.faults
+        logged += [LoggedDialogue(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
+    return logged
 
 
 def load_agents(config: ConfigDict, endpoints: Collection[str]) -> Agents:

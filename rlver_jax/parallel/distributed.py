@@ -1,6 +1,6 @@
 """Several processes that run one program: how they start, what they share, and how they end.
 
-One process per host, the same command on each. On TPU VMs (also in GKE) they find each other by themselves, elsewhere by
+One process per host, same command on each. On TPU VMs (also in GKE) they find each other by themselves, elsewhere by
 three flags or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Each holds the
 rows and weights of its own devices; only process 0 writes files other than checkpoints. All processes take a decision
 (to stop, to refuse) together: one that leaves alone would keep the others waiting in a collective.
