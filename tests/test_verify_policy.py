@@ -1,4 +1,4 @@
-"""Everything a policy said is derived again; whatever else stands in a log is found.
+"""Every token of a policy is recomputed; whatever else is in a log is found.
 
 Held against plain forward passes: for each turn a fresh prompt of plain messages, one pass without a cache, log-softmax
 and the sampler's rules in NumPy float64.
@@ -62,13 +62,13 @@ class Log:
         p = self.agents
         return Policy(changed.get("lm", p.policy), p.tokenizer, p.tables[0], p.spec, TOLERANCES[dtype])
 
-    def found(self, records=None, temperature=None, **changed):
-        heat = self.temperature if temperature is None else temperature
-        spoken = [LoggedReplies(record, heat) for record in (self.records if records is None else records)]
-        return list(verify_replies(self.policy(**changed), spoken))
+    def results(self, records=None, temperature=None, **changed):
+        temperature = self.temperature if temperature is None else temperature
+        logged = [LoggedReplies(record, temperature) for record in (self.records if records is None else records)]
+        return list(verify_replies(self.policy(**changed), logged))
 
     def faults(self, *records, **changed) -> list[str]:
-        return [fault for one in self.found(records or None, **changed) for fault in one.faults]
+        return [fault for one in self.results(records or None, **changed) for fault in one.faults]
 
 
 def play(way, policy_lm, user_lm, bpe, prompts, seed=SEED) -> Log:
@@ -104,7 +104,7 @@ def replies(record) -> list[dict]:
 
 
 def test_an_honest_log_is_derived_completely(log):
-    found = log.found()
+    found = log.results()
     assert [one.faults for one in found] == [[]] * COUNT
     assert sum(one.tokens for one in found) == sum(len(m["tokens"]) for r in log.records for m in replies(r)) > 60
     assert 0 < max(one.logprob_error for one in found) < 1e-4
@@ -194,10 +194,10 @@ def derived(log, record):
     policy, spec = log.policy(), log.agents.spec
     packer = PolicyPacker(policy.tables, think=spec.mode == "think", think_tokens=spec.think_tokens)
     key = dialogue_key(jax.random.key(record["seed"]), np.uint32(record["dialogue"]))
-    packed = packer.dialogue(list(_replies(policy, record)))
-    side = Sampler(policy.lm, policy.tables.grammar, truncation=spec.truncation)
-    (found,) = replay(side, [ReplayInput(packed, Keys(key, key), log.temperature)], 1e-4)
-    return found
+    sequence = packer.dialogue(list(_replies(policy, record)))
+    sampler = Sampler(policy.lm, policy.tables.grammar, truncation=spec.truncation)
+    (result,) = replay(sampler, [ReplayInput(sequence, Keys(key, key), log.temperature)], 1e-4)
+    return result
 
 
 def test_every_figure_is_that_of_plain_forward_passes(log):
@@ -349,30 +349,30 @@ def trained(tmp_path_factory):
 def run_verify(capsys, *argv) -> tuple[int, str]:
     capsys.readouterr()
     status = verify.main(list(map(str, argv)))
-    said = capsys.readouterr()
-    return status, said.out + said.err
+    output = capsys.readouterr()
+    return status, output.out + output.err
 
 
 def test_training_logs_are_held_against_the_policy_before_their_step(trained, capsys):
     run, config = trained
     logs = [run / "dialogues" / f"step_00000{step}.jsonl" for step in (1, 2, 3)]
-    status, said = run_verify(capsys, logs[0], logs[2], config, f"--policy={run}")
-    assert status == 0, said
-    assert "derived 16 dialogues" in said
-    assert " 0 faults" in said
-    assert "--policy" not in said, "nothing of the policy is left out"
+    status, output = run_verify(capsys, logs[0], logs[2], config, f"--policy={run}")
+    assert status == 0, output
+    assert "derived 16 dialogues" in output
+    assert " 0 faults" in output
+    assert "--policy" not in output, "nothing of the policy is left out"
     tokens = sum(
         len(m["tokens"]) for log in (logs[0], logs[2]) for r in read_dialogues(log) for m in r["messages"][1::2]
     )
     users = run_verify(capsys, logs[0], logs[2], config)[1]
     assert "not derived: the policy's words and log-probs (--policy=…)" in users
     count = lambda text: int(re.search(r"(\d+) tokens", text)[1])  # noqa: E731
-    assert count(said) - count(users) == tokens
-    status, said = run_verify(capsys, logs[1], config, f"--policy={run}")
-    assert (status, "there are steps 2, 3" in said, "step 1, of which no checkpoint" in said) == (2, True, True)
-    status, said = run_verify(capsys, logs[0], config, f"--policy={run}", "--step=3")
+    assert count(output) - count(users) == tokens
+    status, output = run_verify(capsys, logs[1], config, f"--policy={run}")
+    assert (status, "there are steps 2, 3" in output, "step 1, of which no checkpoint" in output) == (2, True, True)
+    status, output = run_verify(capsys, logs[0], config, f"--policy={run}", "--step=3")
     assert status == 1, "a policy that has learned is another one"
-    assert "the policy's own choice" in said or "log-probability" in said
+    assert "the policy's own choice" in output or "log-probability" in output
 
 
 def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path, capsys):
@@ -382,13 +382,13 @@ def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path
     for number, step in ((900, 113), (-1, 0)):
         records[3]["dialogue"] = number
         write_dialogues(tmp_path / "log.jsonl", records)
-        status, said = run_verify(capsys, tmp_path / "log.jsonl", config, f"--policy={run}")
-        assert status == 1, said
-        assert f"dialogue {number}" in said
-        assert "dialogues 19" in said, "it is missing"
-        assert "derived 8 dialogues" in said
+        status, output = run_verify(capsys, tmp_path / "log.jsonl", config, f"--policy={run}")
+        assert status == 1, output
+        assert f"dialogue {number}" in output
+        assert "dialogues 19" in output, "it is missing"
+        assert "derived 8 dialogues" in output
         if number >= 0:
-            assert f"training step {step} were played by the policy as it was after step {step - 1}" in said
+            assert f"training step {step} were played by the policy as it was after step {step - 1}" in output
 
 
 def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
@@ -397,9 +397,9 @@ def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
     for record in records:
         record["seed"] = None
     write_dialogues(tmp_path / "log.jsonl", records)
-    status, said = run_verify(capsys, tmp_path / "log.jsonl", config, f"--policy={run}")
-    assert status == 1, said
-    assert "dialogue 16, seed is null" in said
+    status, output = run_verify(capsys, tmp_path / "log.jsonl", config, f"--policy={run}")
+    assert status == 1, output
+    assert "dialogue 16, seed is null" in output
 
 
 def test_a_dialogue_of_another_step_and_lines_that_are_none_are_faults(trained, tmp_path, capsys):
@@ -409,9 +409,9 @@ def test_a_dialogue_of_another_step_and_lines_that_are_none_are_faults(trained, 
     for name, change in (("step", {"dialogue": 80_000}), ("number", {"dialogue": -1}), ("none", {"messages": 1})):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(r) + "\n" for r in [records[0] | change, *records[1:]]))
-        status, said = run_verify(capsys, file, config, f"--policy={run}")
-        assert status == 1, said
-        assert "fault: " in said
+        status, output = run_verify(capsys, file, config, f"--policy={run}")
+        assert status == 1, output
+        assert "fault: " in output
     file.write_text(json.dumps(records[0] | {"emotion": "x"}) + "\n")
     assert run_verify(capsys, file, config, f"--policy={run}")[0] == 1
 
@@ -428,7 +428,7 @@ def test_an_evaluation_is_held_against_the_checkpoint_that_played_it(trained, tm
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "output"),
     [
         (["--step=2"], "add --policy=WORKDIR"),
         (["--policy=/no/such"], "/no/such"),
@@ -436,11 +436,11 @@ def test_an_evaluation_is_held_against_the_checkpoint_that_played_it(trained, tm
         (["--policy=gs://bucket/run"], "gs://bucket"),
     ],
 )
-def test_what_cannot_be_the_policy_is_refused(trained, flags, said, capsys):
+def test_what_cannot_be_the_policy_is_refused(trained, flags, output, capsys):
     run, config = trained
     flags = [flag.replace("RUN", str(run)) for flag in flags]
     status, printed = run_verify(capsys, run / "dialogues" / "step_000003.jsonl", config, *flags)
-    assert (status, said in printed) == (2, True), printed
+    assert (status, output in printed) == (2, True), printed
 
 
 def test_what_reads_checkpoints_is_imported_where_a_policy_is_named():

@@ -19,45 +19,45 @@ PREFIX = 30
 def dialogue(seed: int, turns: int, prefix: int = PREFIX) -> ReplaySequence:
     """Messages, and in each turn a thought, four options of one to three tokens, and mostly more of the thought."""
     draw = np.random.default_rng(seed)
-    some = lambda count: draw.integers(1, 40, count).tolist()  # noqa: E731
-    packed = ReplaySequence(prefix=prefix)
-    position = packed.add(np.random.default_rng(99).integers(1, 40, prefix).tolist(), 0, 0)
+    random_tokens = lambda count: draw.integers(1, 40, count).tolist()  # noqa: E731
+    sequence = ReplaySequence(prefix=prefix)
+    position = sequence.add(np.random.default_rng(99).integers(1, 40, prefix).tolist(), 0, 0)
     for turn in range(turns):
-        position = packed.add(some(draw.integers(2, 9)), 0, position)
+        position = sequence.add(random_tokens(draw.integers(2, 9)), 0, position)
         branch = (turn + 1) * BRANCH_RADIX
-        place = packed.add(some(draw.integers(3, 20)), branch, position)
-        first = len(packed.tokens)
-        for twig in range(1, 5):
-            packed.add(some(draw.integers(1, 4)), branch + twig, place)
-        packed.choices.append(Choice(turn, first, len(packed.tokens)))
-        packed.add(some(draw.integers(0, 20)), branch, place)
-    places = sorted((prefix + draw.choice(len(packed.tokens) - prefix, 8, replace=False)).tolist())
-    packed.queries = [Query(place, packed.tokens[place], 0, 0, 0, 0, 0, False) for place in places]
-    return packed
+        after = sequence.add(random_tokens(draw.integers(3, 20)), branch, position)
+        first = len(sequence.tokens)
+        for child in range(1, 5):
+            sequence.add(random_tokens(draw.integers(1, 4)), branch + child, after)
+        sequence.choices.append(Choice(turn, first, len(sequence.tokens)))
+        sequence.add(random_tokens(draw.integers(0, 20)), branch, after)
+    indices = sorted((prefix + draw.choice(len(sequence.tokens) - prefix, 8, replace=False)).tolist())
+    sequence.queries = [Query(index, sequence.tokens[index], 0, 0, 0, 0, 0, False) for index in indices]
+    return sequence
 
 
-def seen(packed: ReplaySequence, i: int) -> set[int]:
-    """Places that token i sees: before it, of the messages, of its own branch or of the branch its twig hangs from."""
-    own = {0, packed.branch[i], packed.branch[i] // BRANCH_RADIX * BRANCH_RADIX}
-    return {j for j in range(i + 1) if packed.branch[j] in own}
+def seen(sequence: ReplaySequence, i: int) -> set[int]:
+    """Indices that token i sees: before it, of the messages, of its own branch or of that branch's parent."""
+    own = {0, sequence.branch[i], sequence.branch[i] // BRANCH_RADIX * BRANCH_RADIX}
+    return {j for j in range(i + 1) if sequence.branch[j] in own}
 
 
 @pytest.mark.parametrize("width", [16, 23, 64, 1000])
 def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
     for seed in range(20):
-        packed = dialogue(seed, turns=1 + seed % 5)
+        sequence = dialogue(seed, turns=1 + seed % 5)
         read, slots, queries, choices = 0, list[int](), list[Query](), list[Choice]()
-        whole = np.array([packed.tokens, packed.positions, packed.branch])
-        for chunk in chunks_of(packed, width):
+        whole = np.array([sequence.tokens, sequence.positions, sequence.branch])
+        for chunk in chunks_of(sequence, width):
             slots = [slots[slot] for slot in chunk.keep]
-            assert chunk.held.tolist() == [packed.branch[place] for place in slots]
+            assert chunk.held.tolist() == [sequence.branch[index] for index in slots]
             own = range(read, read + chunk.rows.shape[1])
             assert 0 < len(own) <= width
             np.testing.assert_array_equal(chunk.rows, whole[:, own.start : own.stop])
-            needed = set().union(*(seen(packed, i) for i in own))
+            needed = set().union(*(seen(sequence, i) for i in own))
             assert needed <= set(slots) | set(own)
-            current = packed.branch[own.start] // BRANCH_RADIX * BRANCH_RADIX
-            assert {packed.branch[place] for place in slots} <= {0, current}, "no turn that has ended"
+            current = sequence.branch[own.start] // BRANCH_RADIX * BRANCH_RADIX
+            assert {sequence.branch[index] for index in slots} <= {0, current}, "no turn that has ended"
             assert slots == sorted(slots), "in the order of reading: visibility is causal by slot"
             for query in itertools.starmap(Query, chunk.queries.tolist()):
                 assert 0 <= query.previous < len(own)
@@ -66,7 +66,7 @@ def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
                 assert 0 < choice.first < choice.end <= len(own), "with the token before it"
                 choices.append(choice._replace(first=choice.first + read, end=choice.end + read))
             slots, read = slots + list(own), own.stop
-        assert (read, queries, choices) == (len(packed.tokens), packed.queries, packed.choices)
+        assert (read, queries, choices) == (len(sequence.tokens), sequence.queries, sequence.choices)
 
 
 def test_chunks_within_the_prefix_are_those_of_every_dialogue_with_it():
@@ -79,23 +79,23 @@ def test_chunks_within_the_prefix_are_those_of_every_dialogue_with_it():
 
 
 def test_a_choice_longer_than_a_chunk_is_refused():
-    packed = dialogue(0, 1)
-    choice = packed.choices[0]
-    assert cuts(packed, choice.end - choice.first + 1)[-1] == len(packed.tokens)
+    sequence = dialogue(0, 1)
+    choice = sequence.choices[0]
+    assert cuts(sequence, choice.end - choice.first + 1)[-1] == len(sequence.tokens)
     with pytest.raises(ValueError, match="a choice takes"):
-        cuts(packed, choice.end - choice.first)
+        cuts(sequence, choice.end - choice.first)
 
 
 def test_the_width_is_that_of_the_least_padding():
     dialogues = [dialogue(seed, turns, prefix=700) for seed, turns in enumerate((3, 3, 17, 25))]
     sizes = Sizes.of(dialogues)
 
-    def places(width: int) -> int:
+    def positions(width: int) -> int:
         first = sum(chunk.rows.shape[1] == width for chunk in list(chunks_of(dialogues[0], width))[: 700 // width])
         assert first == 700 // width
         return width * (first + sum(len(list(chunks_of(one, width))) - first for one in dialogues))
 
-    assert places(sizes.width) == min(map(places, WIDTHS)) < max(map(places, WIDTHS))
+    assert positions(sizes.width) == min(map(positions, WIDTHS)) < max(map(positions, WIDTHS))
     chunks = [chunk for one in dialogues for chunk in chunks_of(one, sizes.width)]
     assert sizes.capacity == max(len(chunk.keep) for chunk in chunks) + sizes.width
     assert sizes.choices == max(len(chunk.choices) for chunk in chunks)
@@ -104,10 +104,10 @@ def test_the_width_is_that_of_the_least_padding():
 @pytest.mark.parametrize("width", [16, 40])
 def test_hidden_states_are_those_of_one_forward_pass(width, toy):
     """Against the model's own pass over the whole row without a cache, in which nothing was ever forgotten."""
-    packed = dialogue(5, turns=4)
-    rows = (jnp.asarray([row]) for row in (packed.tokens, packed.positions, packed.branch))
+    sequence = dialogue(5, turns=4)
+    rows = (jnp.asarray([row]) for row in (sequence.tokens, sequence.positions, sequence.branch))
     expected, _ = jax.jit(toy.model.apply)({"params": toy.params}, *rows)
-    capacity = len(packed.tokens) + width
+    capacity = len(sequence.tokens) + width
 
     @jax.jit
     def read(lm: LM, cache, keep, held, length, tokens, positions, branch):
@@ -116,7 +116,7 @@ def test_hidden_states_are_those_of_one_forward_pass(width, toy):
         return cache.replace(kv=kv), hidden
 
     cache, found = init_cache(toy, 1, capacity), []
-    for chunk in chunks_of(packed, width):
+    for chunk in chunks_of(sequence, width):
         keep, length = pad_rows([chunk.keep], capacity)
         own = (pad_rows([row], width)[0] for row in chunk.rows)
         cache, hidden = read(toy, cache, keep[0], pad_rows([chunk.held], capacity)[0], length, *own)

@@ -1,4 +1,4 @@
-"""A cache is read in blocks: however many there are, the result is that of a plain softmax over what may be seen."""
+"""Attention over a cache in blocks: for any number of blocks the result is a plain softmax over the unmasked keys."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from rlver_jax.models.attention import BRANCH_RADIX, CHILD_RADIX, AttentionMask,
 SLOTS = 300  # blocks of 128 slots, the last one begins earlier
 
 
-def grown_from(branch):
-    """(thought, twig, leaf), as far as there are any."""
+def tree_path(branch):
+    """(thought, child, grandchild), as far as there are any."""
     path = [branch // BRANCH_RADIX, branch % BRANCH_RADIX // CHILD_RADIX, branch % CHILD_RADIX]
     while path and path[-1] == 0:
         path.pop()
@@ -27,7 +27,7 @@ def by_hand(q, k, v, slots, q_branch, k_branch):
             seen = [
                 j
                 for j in range(min(slots[b, i] + 1, k.shape[2]))
-                if (path := grown_from(k_branch[b, j])) == grown_from(own)[: len(path)]
+                if (path := tree_path(k_branch[b, j])) == tree_path(own)[: len(path)]
             ]
             for head in range(q.shape[2]):
                 shared = head // (q.shape[2] // k.shape[1])
@@ -48,17 +48,17 @@ def test_the_blocks_that_are_read_hold_all_that_may_be_seen(longest, queries, br
     filled = slots.max() + 1
     q_branch, k_branch = np.zeros((2, queries), np.int32), np.zeros((2, SLOTS), np.int32)
     if branched:
-        twigs = [0, 64, 66, 67, 128]
-        some = [*twigs, *(3 * BRANCH_RADIX + x for x in twigs), 4 * BRANCH_RADIX]
-        q_branch[:], k_branch[:] = draw.choice(some, (2, queries)), draw.choice([0] * 9 + some, (2, SLOTS))
+        children = [0, 64, 66, 67, 128]
+        ids = [*children, *(3 * BRANCH_RADIX + x for x in children), 4 * BRANCH_RADIX]
+        q_branch[:], k_branch[:] = draw.choice(ids, (2, queries)), draw.choice([0] * 9 + ids, (2, SLOTS))
         k_branch[:, 0] = 0  # every query sees something
-    wanted = by_hand(q, k, v, slots, q_branch, k_branch)
+    expected = by_hand(q, k, v, slots, q_branch, k_branch)
     branches = (jnp.asarray(q_branch), jnp.asarray(k_branch)) if branched else (None, None)
-    see = AttentionMask(jnp.asarray(slots), *branches, jnp.int32(filled))
+    mask = AttentionMask(jnp.asarray(slots), *branches, jnp.int32(filled))
     for attend in (dense_attention, lambda *args: chunked_attention(*args, chunk=8)):
         if attend is not dense_attention and queries == 1:
             continue
-        np.testing.assert_allclose(jax.jit(attend)(q, k, v, see), wanted, atol=2e-6)
+        np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("length", [33, 75])  # parts of two chunks, the last one of one; of three, the last one shorter
@@ -70,6 +70,6 @@ def test_rows_of_many_chunks(length):
     branch = draw.choice([0, 0, 64, 66, 128], (2, length)).astype(np.int32)
     branch[:, 0] = 0
     slots = np.tile(np.arange(length), (2, 1))
-    see = AttentionMask(None, jnp.asarray(branch), jnp.asarray(branch))
-    found = jax.jit(lambda *args: chunked_attention(*args, chunk=4))(q, k, v, see)
+    mask = AttentionMask(None, jnp.asarray(branch), jnp.asarray(branch))
+    found = jax.jit(lambda *args: chunked_attention(*args, chunk=4))(q, k, v, mask)
     np.testing.assert_allclose(found, by_hand(q, k, v, slots, branch, branch), atol=2e-6)
