@@ -5,9 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlver_jax.config.validate import ConfigError
+from rlver_jax.config.validate import ConfigError, shown
 from rlver_jax.dialogues.log import Record
-from rlver_jax.dialogues.numbers import short
 from rlver_jax.dialogues.verify_shape import POLICY, USER
 
 LONGEST = 60  # characters of a value in a message
@@ -47,7 +46,7 @@ def _expected(name: str, config: ConfigDict) -> Any:
 
 def _mismatch(record: Mapping[str, Any], name: str, config: ConfigDict) -> str:
     expected = _expected(name, config)
-    return "" if record[name] == expected else f"{name} is {short(record[name])}, but the config's is {expected!r}"
+    return "" if record[name] == expected else f"{name} is {shown(record[name])}, but the config's is {expected!r}"
 
 
 def _remedy(record: Mapping[str, Any], name: str, config: ConfigDict) -> str:
@@ -59,12 +58,12 @@ def _remedy(record: Mapping[str, Any], name: str, config: ConfigDict) -> str:
         )
     if expected == TEXT:
         return (
-            f"dialogue {record['dialogue']} was played with a user on the device (readout {short(logged)}), but the "
+            f"dialogue {record['dialogue']} was played with a user on the device (readout {shown(logged)}), but the "
             f"config has remote.user.url={config.remote.user.url!r}; leave it out"
         )
     plain = isinstance(logged, str) and logged.isprintable() and len(logged) <= LONGEST  # what a terminal may be given
     remedy = f"add --config.{field}={logged}" if plain else "give the config that it was played with"
-    played = f"dialogue {record['dialogue']} was played with {field}={short(logged)}"
+    played = f"dialogue {record['dialogue']} was played with {field}={shown(logged)}"
     return f"{played}, but the config has {expected!r}; {remedy}"
 
 
