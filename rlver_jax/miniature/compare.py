@@ -70,7 +70,7 @@ def table(outcomes: Iterable[Outcome]) -> Table:
     kinds: dict[tuple[str, ...], list[Outcome]] = collections.defaultdict(list)
     for one in outcomes:
         kinds[one.kind].append(one)
-    made = Table(
+    result = Table(
         "runs",
         "mode",
         "user",
@@ -83,11 +83,15 @@ def table(outcomes: Iterable[Outcome]) -> Table:
         "gap",
         "minutes",
     )
-    for kind, found in kinds.items():
-        columns = [[f.user[0] for f in found], [f.rule[0] for f in found], [f.user[1] for f in found]]
-        columns += [[f.rule[1] for f in found], [f.user[1] - f.rule[1] for f in found], [f.minutes for f in found]]
-        made.add_row(*kind, str(len(found)), *map(spread, columns))
-    return made
+    for kind, runs in kinds.items():
+        columns = [[run.user[0] for run in runs], [run.rule[0] for run in runs], [run.user[1] for run in runs]]
+        columns += [
+            [run.rule[1] for run in runs],
+            [run.user[1] - run.rule[1] for run in runs],
+            [run.minutes for run in runs],
+        ]
+        result.add_row(*kind, str(len(runs)), *map(spread, columns))
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, workdirs = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, lambda values: None)
         if not workdirs:
             raise ConfigError("expected folders of training runs; --help shows an example")
-        found = [outcome(Path(workdir)) for workdir in local_paths(workdirs)]
+        outcomes = [outcome(Path(workdir)) for workdir in local_paths(workdirs)]
     except (ValueError, OSError) as error:
         errors.print(f"compare: {error}", markup=False, highlight=False)
         return 2
-    console.print(table(found))
+    console.print(table(outcomes))
     return 0
 
 

@@ -13,8 +13,8 @@ from rlver_jax.serving.request_bodies import BODY_S, MAX_BODY
 
 MAX_CONNECTIONS = 512
 MAX_WIRE = 4 * MAX_BODY  # bytes that come in for one request, chunks' frames and what is thrown away included
-PIECE = 1 << 16  # bytes that are parsed in one turn of the event loop
-CHUNKS_PIECE = 1 << 11  # of a body in chunks: they may be hundreds of tiny ones
+BYTES_AT_ONCE = 1 << 16  # that are parsed in one turn of the event loop
+CHUNKED_AT_ONCE = 1 << 11  # of a body in chunks: they may be hundreds of tiny ones
 
 
 class Connection(H11Protocol):
@@ -51,23 +51,23 @@ class Connection(H11Protocol):
             self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Takes bytes piece by piece, so that others' turns come in between."""
+        """Takes bytes part by part, so that others' turns come in between."""
         self._taken += len(data)
         if self._taken > MAX_WIRE:
             self.transport.abort()
             return
-        coming = bool(self._unread)
+        feeding = bool(self._unread)
         self._unread += data
-        if not coming:
+        if not feeding:
             self._feed()
 
     def _feed(self) -> None:
-        chunks = any(name == b"transfer-encoding" for name, _ in self.headers or ())
-        size = CHUNKS_PIECE if chunks else PIECE
-        piece = bytes(self._unread[:size])
+        chunked = any(name == b"transfer-encoding" for name, _ in self.headers or ())
+        size = CHUNKED_AT_ONCE if chunked else BYTES_AT_ONCE
+        part = bytes(self._unread[:size])
         del self._unread[:size]
-        if piece and not self.transport.is_closing():
-            super().data_received(piece)
+        if part and not self.transport.is_closing():
+            super().data_received(part)
             self._look()
         if self._unread:
             self.loop.call_soon(self._feed)

@@ -203,10 +203,10 @@ def parse(kind: type[R], body: bytes) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        said = "this server doesn't know or support it" if first["type"] == "extra_forbidden" else first["msg"]
-        found = "" if first["type"] == "missing" else f" (given: {quoted(first['input'])})"
+        problem = "this server doesn't know or support it" if first["type"] == "extra_forbidden" else first["msg"]
+        given = "" if first["type"] == "missing" else f" (given: {quoted(first['input'])})"
         where = quoted(field)[1:-1] or "the request"
-        raise ProtocolError(400, f"{where}: {said}{found}", param=field or None) from None
+        raise ProtocolError(400, f"{where}: {problem}{given}", param=field or None) from None
 
 
 def check_consistent(request: ChatRequest | CompletionRequest) -> None:

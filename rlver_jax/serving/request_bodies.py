@@ -112,7 +112,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def _check_amount(body: bytes) -> None:
-    """Counts what would be built: its text is looked at slice by slice, as far as it may be read."""
+    """Counts what would be built: its text is looked at slice by slice, as far as it is allowed to go."""
     at, inside, quotes, containers, commas = 0, False, 0, 0, 0
     while at < len(body):
         end = at + SLICE
