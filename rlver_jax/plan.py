@@ -90,7 +90,7 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
 
     Args:
         mesh: of training, over the topology's devices.
-        tell: hears what is being done, and what was found.
+        tell: gets messages: what is being compiled, and the results.
         remats: whether to try every remat policy.
 
     Raises:

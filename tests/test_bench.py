@@ -56,9 +56,9 @@ def measured(suite: str, tmp_path) -> dict:
 
 
 def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
-    """By hand: 3 dialogues of 10 + 2 x 5 tokens heard, 3 x 4 said."""
+    """By hand: 3 dialogues of 10 + 2 x 5 tokens heard, 3 x 4 generated."""
     monkeypatch.setattr(bench_rollout, "SMALL", TINY)
-    monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, said=4, heard=5))
+    monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, reply=4, heard=5))
     monkeypatch.setattr(bench_limits, "COPIED", 1024)
     found = measured("rollout", tmp_path)
     assert (found["generated"], found["prefilled"]) == (36, 60)

@@ -1,4 +1,4 @@
-"""What this machine can do at best: bytes copied and floating-point operations of a matrix product a second."""
+"""What this machine can do at best: bytes copied a second."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 COPIED = 256 * 1024**2  # bytes: far more than any cache of a processor holds
-SIDE = 2048  # of the square matrices
 
 
 def copied_bytes_per_s(repeats: int) -> float:
@@ -16,12 +15,6 @@ def copied_bytes_per_s(repeats: int) -> float:
     array = jnp.zeros(COPIED // 4, jnp.float32)
     # The sum with an argument: XLA would leave out a copy of nothing but a copy.
     return COPIED / _best(jax.jit(lambda x, y: x + y), repeats, array, jnp.float32(1))
-
-
-def product_flops_per_s(repeats: int) -> float:
-    """Operations a second of a float32 matrix product, a multiplication and an addition each, the best of `repeats`."""
-    matrix = jnp.ones((SIDE, SIDE), jnp.float32)
-    return 2 * SIDE**3 / _best(jax.jit(jnp.matmul), repeats, matrix, matrix)
 
 
 def _best(function: Callable, repeats: int, *args: Any) -> float:

@@ -34,14 +34,14 @@ def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
     return {"median": statistics.median(pairs), "least": min(pairs), "most": max(pairs)}
 
 
-def difference(some: Any, others: Any) -> float:
+def difference(tree: Any, other: Any) -> float:
     """The largest difference of any array in two trees of arrays, as a share of the array's largest value."""
-    pairs = zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on beside the program; `load` is the mean number of processes that want a core."""
+    """What times depend on beside the program; `load` is the mean number of processes that want a core."""
     return {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

@@ -90,10 +90,10 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
 
     try:
         with _as_if_on_a_host():
-            found = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores, num_slices=slices)
+            description = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores, num_slices=slices)
     except Exception as error:  # libtpu's errors have no common type
         raise PlanError(f"--topology={topology!r}: the TPU compiler knows no such topology: {error}") from error
-    return list(found.devices)
+    return list(description.devices)
 
 
 @contextlib.contextmanager

@@ -28,11 +28,11 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         """Both, one after the other."""
-        return Work(*(mine + others for mine, others in zip(*map(dataclasses.astuple, (self, other)), strict=True)))
+        return Work(*(a + b for a, b in zip(*map(dataclasses.astuple, (self, other)), strict=True)))
 
     def times(self, n: float) -> "Work":
         """The same n times."""
-        return Work(*(n * mine for mine in dataclasses.astuple(self)))
+        return Work(*(n * value for value in dataclasses.astuple(self)))
 
 
 def layer_flops(c: Qwen2Config, tokens: float) -> float:
@@ -57,11 +57,11 @@ def cache_token_bytes(c: Qwen2Config, itemsize: int) -> int:
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * itemsize
 
 
-def reading(c: Qwen2Config, rows: float, tokens: float, before: float, *, logits: float, passes: float) -> Work:
+def forward_passes(c: Qwen2Config, rows: float, tokens: float, before: float, *, logits: float, passes: float) -> Work:
     """`rows` rows each read `tokens` tokens after `before` others, in `passes` forward passes.
 
     Args:
-        logits: places of each row whose logits are computed.
+        logits: positions of each row whose logits are computed.
     """
     pairs = rows * tokens * (before + (tokens + 1) / 2)
     flops = layer_flops(c, rows * tokens) + attention_flops(c, pairs) + head_flops(c, rows * logits)
@@ -153,24 +153,26 @@ class Play:
 
 def prefill(policy: Qwen2Config, user: Qwen2Config, play: Play) -> Work:
     """Each profile, and the policy's system prompt, once."""
-    own = reading(policy, 1, play.system, 0, logits=0, passes=1)
-    return own + reading(user, play.profiles, play.prefix, 0, logits=0, passes=1)
+    own = forward_passes(policy, 1, play.system, 0, logits=0, passes=1)
+    return own + forward_passes(user, play.profiles, play.prefix, 0, logits=0, passes=1)
 
 
 def policy_turns(c: Qwen2Config, play: Play, spec: RolloutConfig) -> Work:
-    """All replies of the policy: it reads what was said, and generates one token a step."""
+    """All replies of the policy: prefill of the user's words, then one decode step a token."""
     growth = play.heard + spec.say_tokens
     average = play.system + growth * spec.max_turns / 2
-    read = reading(c, play.rows, growth, average, logits=0, passes=1)
-    spoken = reading(c, play.rows, spec.policy_tokens, average, logits=spec.policy_tokens, passes=spec.policy_tokens)
-    return (read + spoken).times(spec.max_turns * play.rounds)
+    prefilled = forward_passes(c, play.rows, growth, average, logits=0, passes=1)
+    decoded = forward_passes(
+        c, play.rows, spec.policy_tokens, average, logits=spec.policy_tokens, passes=spec.policy_tokens
+    )
+    return (prefilled + decoded).times(spec.max_turns * play.rounds)
 
 
 def user_turns(c: Qwen2Config, play: Play, spec: RolloutConfig) -> Work:
     """All reactions of the user: appraisal, choice and reply."""
     growth = play.heard + spec.say_tokens
     average = play.prefix + growth * spec.max_turns / 2
-    read = reading(c, play.rows, growth + play.literals, average, logits=0, passes=play.fields + 3)
+    prefilled = forward_passes(c, play.rows, growth + play.literals, average, logits=0, passes=play.fields + 3)
     steps = play.user_steps
-    spoken = reading(c, play.rows, steps, average + play.literals, logits=steps, passes=steps)
-    return (read + spoken).times(spec.max_turns * play.rounds)
+    decoded = forward_passes(c, play.rows, steps, average + play.literals, logits=steps, passes=steps)
+    return (prefilled + decoded).times(spec.max_turns * play.rounds)

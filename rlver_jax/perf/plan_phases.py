@@ -58,12 +58,12 @@ def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[
     """All phases of a step whose dialogues are as long as their limits allow."""
     works = _sampling(shapes) | _learning(shapes)
     sent = {one.name: one.collectives for one in measured}
-    found = []
+    phases = []
     for name, (work, program) in works.items():
         uses = {kind: use for (phase, kind), use in sent.get(program, {}).items() if phase == name}
         if program in sent:
-            found.append(_phase(name, program, work, uses, shapes, chip))
-    return found
+            phases.append(_phase(name, program, work, uses, shapes, chip))
+    return phases
 
 
 def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Shapes, chip: Chip) -> Phase:
@@ -127,20 +127,20 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
     rows, model = config.rollout.batch, shapes.agents.policy.model
     parts = config.train.minibatches * reads_at_most(config, mesh, rows // config.train.minibatches)
-    moved = _forward(model, rows // parts, length, logits=True, parts=1)
-    given = moved
+    kl_pass = _forward(model, rows // parts, length, logits=True, parts=1)
+    prepared = kl_pass
     if trunk is not None:
-        given += _forward(trunk, rows, length, logits=False, parts=parts)
+        prepared += _forward(trunk, rows, length, logits=False, parts=parts)
     for _ in range(config.loss.recompute + (shapes.reference is not None)):
-        given += _forward(model, rows, length, logits=True, parts=parts)
+        prepared += _forward(model, rows, length, logits=True, parts=parts)
     moment = jnp.dtype(config.train.moment_dtype).itemsize
-    how = {"parts": parts, "moment": moment}
-    update = _update(model, config.policy, rows, length, logits=True, **how).times(config.train.epochs)
-    found = {"values and log-probs": (given, "learn"), "policy update": (update, "learn")}
+    settings = {"parts": parts, "moment": moment}
+    update = _update(model, config.policy, rows, length, logits=True, **settings).times(config.train.epochs)
+    works = {"values and log-probs": (prepared, "learn"), "policy update": (update, "learn")}
     if trunk is not None:
-        critic = _update(trunk, config.critic, rows, length, logits=False, **how).times(config.train.epochs)
-        found["critic update"] = (critic, "learn")
-    return found
+        critic = _update(trunk, config.critic, rows, length, logits=False, **settings).times(config.train.epochs)
+        works["critic update"] = (critic, "learn")
+    return works
 
 
 def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) -> Work:

@@ -49,7 +49,7 @@ def remats_of(
         remake: shapes of a changed config.
     """
     trained = trained_of(config)
-    found = []
+    remats = []
     for remat in LIGHTEST_FIRST:
         fields = {f"{name}.remat": remat for name in trained}
         now, learn = shapes, [one for one in measured if one.name == "learn"]
@@ -60,8 +60,8 @@ def remats_of(
             tell(f"trying {' '.join(f'{name}={value}' for name, value in fields.items())}")
             learn = compile_all([program for program in programs_of(now) if program.name == "learn"], now, tell)
         seconds = sum(phase.seconds for phase in phases_of(now, learn, chip))
-        found.append(Remat(fields, learn[0].memory.total, seconds, over(learn[0], chip) <= 0))
-    return found
+        remats.append(Remat(fields, learn[0].memory.total, seconds, over(learn[0], chip) <= 0))
+    return remats
 
 
 def lightest(remats: Sequence[Remat]) -> Remat | None:

@@ -71,10 +71,10 @@ def find_remedy(
         changed, fields = attempt, fields | step
         programs = [program for program in programs_of(shapes) if program.name in failing]
         tell(f"{', '.join(failing)} too large, trying {', '.join(f'{name}={value}' for name, value in fields.items())}")
-        found = compile_all(programs, shapes, tell)
-        tries += len(found)
-        if all(over(one, chip) <= 0 for one in found):
-            return Remedy(fields, max(one.memory.total for one in found))
+        attempted = compile_all(programs, shapes, tell)
+        tries += len(attempted)
+        if all(over(one, chip) <= 0 for one in attempted):
+            return Remedy(fields, max(one.memory.total for one in attempted))
         if tries >= TRIES:
             return None
     return None
