@@ -11,10 +11,10 @@ from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.perf import (
     bench_compile,
     bench_dialogue,
-    bench_limits,
     bench_load,
     bench_logprob,
     bench_rollout,
+    bench_timing,
     bench_update,
 )
 from rlver_jax.perf.bench_timing import alternate, ratios
@@ -59,7 +59,7 @@ def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
     """By hand: 3 dialogues of 10 + 2 x 5 tokens heard, 3 x 4 generated."""
     monkeypatch.setattr(bench_rollout, "SMALL", TINY)
     monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, reply=4, heard=5))
-    monkeypatch.setattr(bench_limits, "COPIED", 1024)
+    monkeypatch.setattr(bench_timing, "COPIED", 1024)
     found = measured("rollout", tmp_path)
     assert (found["generated"], found["prefilled"]) == (36, 60)
     assert found["generated_tokens_per_s"] == pytest.approx(36 / found["seconds"])
@@ -117,7 +117,7 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
 
 def test_loading_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_load, "MODEL", TINY)
-    monkeypatch.setattr(bench_limits, "COPIED", 1024)
+    monkeypatch.setattr(bench_timing, "COPIED", 1024)
     found = measured("load", tmp_path)
     weights = sum(x.size for x in jax.tree.leaves(init_params(Qwen2(TINY), jax.random.key(0))))
     assert 0 < found["bytes"] - 2 * weights < 8192, "bfloat16, and the file's head"

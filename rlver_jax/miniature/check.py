@@ -71,7 +71,7 @@ def judge_replies(person: Person, dialogue: JudgedDialogue) -> list[JudgedReply]
 def agreement(dialogues: Iterable[tuple[Person, JudgedDialogue]]) -> dict[str, Any]:
     """How the user's changes agree with the rule's, turn by turn; and for each of the rule's terms."""
     pairs = [pair for person, dialogue in dialogues for pair in judge_replies(person, dialogue)]
-    by_rule, by_user = (np.array([getattr(p, name) for p in pairs]) for name in ("by_rule", "by_user"))
+    by_rule, by_user = np.array([p.by_rule for p in pairs]), np.array([p.by_user for p in pairs])
     errors = np.abs(by_rule - by_user)
     names = sorted({name for pair in pairs for name in pair.terms})
     having = {name: np.array([name in pair.terms for pair in pairs]) for name in names}
@@ -119,10 +119,8 @@ def replayed(played: evaluation.Evaluation, replies: dict[str, list[str]]) -> li
     reply = lambda i, turn, heard: scripts[i][turn] if turn < len(scripts[i]) else None  # noqa: E731
     dialogues = play_scripted(played.agents, profiles, played.limits, reply)
     people = [Person.of(profile) for profile in profiles]
-    return [
-        (p, JudgedDialogue(d.replies, d.answers[: len(d.replies)], d.changes))
-        for p, d in zip(people, dialogues, strict=True)
-    ]
+    judged = [JudgedDialogue(d.replies, d.answers[: len(d.replies)], d.changes) for d in dialogues]
+    return list(zip(people, judged, strict=True))
 
 
 def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
@@ -136,10 +134,8 @@ def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
 
 def write_replies(path: Path, records: Sequence[Record]) -> None:
     """A policy's replies in each dialogue, a line each."""
-    lines = (
-        json.dumps({"profile": record["profile"], "says": judged_dialogue(record).replies}) + "\n" for record in records
-    )
-    path.write_text("".join(lines), encoding="utf-8")
+    replies = ({"profile": record["profile"], "says": judged_dialogue(record).replies} for record in records)
+    path.write_text("".join(json.dumps(line) + "\n" for line in replies), encoding="utf-8")
 
 
 def read_replies(path: Path) -> dict[str, list[str]]:
@@ -166,9 +162,8 @@ def gates(measured: dict[str, Any]) -> list[Gate]:
     """The bounds that a miniature must keep to before it is shipped."""
     bounds = [Gate("spearman, base policy", measured["agreement_base"]["spearman"], ">=", SPEARMAN_BASE)]
     if "agreement_trained" in measured:
-        bounds.append(
-            Gate("spearman, trained policy", measured["agreement_trained"]["spearman"], ">=", SPEARMAN_TRAINED)
-        )
+        spearman = measured["agreement_trained"]["spearman"]
+        bounds.append(Gate("spearman, trained policy", spearman, ">=", SPEARMAN_TRAINED))
     for role, who in (("assistant", "policy"), ("user", "user")):
         bounds.append(Gate(f"readable messages of the {who}", measured["readable"][role], ">=", READABLE))
     bound = measured["base"]["score"] + MARGIN
@@ -179,7 +174,6 @@ def table(measured: dict[str, Any]) -> Table:
     """The gates as a person reads them."""
     result = Table("gate", "figure", "", "bound", "holds")
     for gate in gates(measured):
-        result.add_row(
-            gate.name, f"{gate.value:.3f}", gate.relation, f"{gate.bound:.3f}", "yes" if gate.holds else "NO"
-        )
+        cells = f"{gate.value:.3f}", gate.relation, f"{gate.bound:.3f}", "yes" if gate.holds else "NO"
+        result.add_row(gate.name, *cells)
     return result

@@ -70,27 +70,11 @@ def table(outcomes: Iterable[Outcome]) -> Table:
     kinds: dict[tuple[str, ...], list[Outcome]] = collections.defaultdict(list)
     for one in outcomes:
         kinds[one.kind].append(one)
-    result = Table(
-        "runs",
-        "mode",
-        "user",
-        "steps x dialogues",
-        "seeds",
-        "before: user",
-        "rule",
-        "after: user",
-        "rule",
-        "gap",
-        "minutes",
-    )
+    names = ("runs", "mode", "user", "steps x dialogues", "seeds")
+    result = Table(*names, "before: user", "rule", "after: user", "rule", "gap", "minutes")
     for kind, runs in kinds.items():
-        columns = [[run.user[0] for run in runs], [run.rule[0] for run in runs], [run.user[1] for run in runs]]
-        columns += [
-            [run.rule[1] for run in runs],
-            [run.user[1] - run.rule[1] for run in runs],
-            [run.minutes for run in runs],
-        ]
-        result.add_row(*kind, str(len(runs)), *map(spread, columns))
+        values = [(r.user[0], r.rule[0], r.user[1], r.rule[1], r.user[1] - r.rule[1], r.minutes) for r in runs]
+        result.add_row(*kind, str(len(runs)), *map(spread, zip(*values, strict=True)))
     return result
 
 

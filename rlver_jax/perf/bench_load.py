@@ -16,8 +16,7 @@ from safetensors.flax import load_file
 from rlver_jax.models.architecture import preset
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2, init_params
-from rlver_jax.perf.bench_limits import copied_bytes_per_s
-from rlver_jax.perf.bench_timing import Tell, alternate, ratios
+from rlver_jax.perf.bench_timing import Tell, alternate, copied_bytes_per_s, ratios
 
 MODEL = preset("0.5b")
 

@@ -20,8 +20,7 @@ from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
-from rlver_jax.perf.bench_limits import copied_bytes_per_s
-from rlver_jax.perf.bench_timing import Tell, alternate
+from rlver_jax.perf.bench_timing import Tell, alternate, copied_bytes_per_s
 from rlver_jax.rollout.policy_turn import PolicyTables, policy_turn
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.turn import UserLimits

@@ -1,5 +1,6 @@
 """Seconds of several ways to do one thing, measured so that a busy machine treats them alike."""
 
+import functools
 import os
 import platform
 import statistics
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+COPIED = 256 * 1024**2  # bytes: far more than any cache of a processor holds
 Tell = Callable[[str], None]  # hears what is being done
 
 
@@ -51,3 +53,11 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "jax": jax.__version__,
     }
+
+
+def copied_bytes_per_s(repeats: int) -> float:
+    """Bytes of a float32 array that are copied a second (read once, written once), the best of `repeats`."""
+    # The sum with an argument: XLA would leave out a copy of nothing but a copy.
+    copy = functools.partial(jax.jit(lambda x, y: x + y), jnp.zeros(COPIED // 4, jnp.float32), jnp.float32(1))
+    jax.block_until_ready(copy())
+    return COPIED / min(alternate({"copy": copy}, repeats, lambda _: None)["copy"])

@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from rlver_jax.reports.curves import Curve, shares_by_step
-from rlver_jax.reports.group_charts import Marks, boxes, coordinate, group_keys, stacked_shares, trajectories
+from rlver_jax.reports.group_charts import Marks, boxes, coordinate, stacked_shares, trajectories
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.statistics import OUTCOMES, Group, end_shares, outcome_shares, reply_lengths, turn_counts
-from rlver_jax.reports.svg import Figure, Key
+from rlver_jax.reports.svg import Figure
 from rlver_jax.rollout.sampler import END_REASONS
 
 EMOTION_RANGE = (0.0, 100.0)
@@ -31,15 +31,11 @@ class Section:
 
     charts: Sequence[Callable[[Sequence[Run], Sequence[Group]], list[Figure]]]
     text: str = ""
-    legend: bool = False  # of the groups, above the charts
+    group_legend: bool = False
 
     def figures(self, runs: Sequence[Run], groups: Sequence[Group]) -> list[Figure]:
         """What these runs have something to show in."""
         return [figure for chart in self.charts for figure in chart(runs, groups)]
-
-    def keys(self, groups: Sequence[Group]) -> list[Key]:
-        """The entries of its legend."""
-        return group_keys(groups) if self.legend else []
 
 
 CHARTS = {
@@ -69,7 +65,7 @@ CHARTS = {
         (trajectories,),
         "Mean emotion after each turn; area: its quartiles (up to four lines). A dialogue that has ended keeps its "
         "final emotion.",
-        legend=True,
+        group_legend=True,
     ),
     "Dialogues in the logs": Section(
         (

@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,28 +10,8 @@ import numpy as np
 from rlver_jax.dialogues.numbers import is_number
 
 
-class TableRow(Mapping[str, Any]):
-    """One step's metrics: its number, and all else that is a number."""
-
-    def __init__(self, columns: Mapping[str, array], index: int):
-        """`columns` hold NaN where a row has nothing."""
-        self._columns, self._index = columns, index
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._columns[name][self._index]
-        if math.isnan(value):
-            raise KeyError(name)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._columns if not math.isnan(self._columns[name][self._index]))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class MetricsTable(Sequence[TableRow]):
-    """All rows of a run's metrics."""
+class MetricsTable:
+    """All numbers of a run's metrics, a row a step."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
         """Takes one row after another; what is no number is left out, as what a row doesn't have."""
@@ -49,6 +29,11 @@ class MetricsTable(Sequence[TableRow]):
         for column in self._columns.values():
             column.extend([math.nan] * (len(self) - len(column)))
 
+    @property
+    def steps(self) -> list[int]:
+        """Of the rows, rising."""
+        return self._columns["step"].tolist()
+
     def complete(self, names: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
         """(steps, values of each name) of the rows that have all of them."""
         steps = np.array(self._columns["step"])
@@ -60,10 +45,3 @@ class MetricsTable(Sequence[TableRow]):
 
     def __len__(self) -> int:
         return len(self._columns["step"])
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return TableRow(self._columns, index % len(self))

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from rlver_jax.reports import statistics
 from rlver_jax.reports.browser import Packed, pack
 from rlver_jax.reports.charts import CHARTS, EMOTION
+from rlver_jax.reports.group_charts import group_keys
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.svg import Figure
 from rlver_jax.text.console import plain, plain_line
@@ -71,13 +72,13 @@ def _render(runs: Sequence[Run], packed: Packed) -> str:
 
 def _sections(runs: Sequence[Run], groups: Sequence[statistics.Group]) -> list[dict[str, Any]]:
     """Titles and charts, as far as there is something to show."""
-    missing = _missing_metrics(runs)
+    notes = {"Learning": _missing_metrics(runs)}
     sections = []
-    for i, (title, section) in enumerate(CHARTS.items()):
+    for title, section in CHARTS.items():
         figures = [_shown(figure) for figure in section.figures(runs, groups)]
-        text = missing if i == 0 else section.text
-        if figures or (i == 0 and missing):
-            sections.append({"title": title, "text": text, "keys": section.keys(groups), "figures": figures})
+        if figures or notes.get(title):
+            text, keys = notes.get(title, section.text), group_keys(groups) if section.group_legend else []
+            sections.append({"title": title, "text": text, "keys": keys, "figures": figures})
     return sections
 
 
@@ -86,8 +87,11 @@ def _missing_metrics(runs: Sequence[Run]) -> str:
     missing = {}
     for run in runs:
         if run.training:
-            last = max(run.done, run.metrics[-1]["step"] if run.metrics else 0)
-            missing[run.name] = missing_steps(run.metrics, last, last and run.settings.get("eval.every"))
+            steps = run.metrics.steps
+            last = max([run.done, *steps[-1:]])
+            missing[run.name] = missing_steps(
+                [{"step": step} for step in steps], last, last and run.settings.get("eval.every")
+            )
     return " ".join(f"Of {name} the rows of {steps} were lost." for name, steps in missing.items() if steps)
 
 

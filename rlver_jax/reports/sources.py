@@ -42,7 +42,7 @@ class Run:
     path: Path
     training: bool
     settings: dict[str, Any]  # flat
-    metrics: Sequence[Mapping[str, Any]]  # rows of metrics.jsonl, steps rising; an evaluation has none
+    metrics: MetricsTable  # an evaluation has none
     summary: dict[str, Any]  # of summary.json; a training run, or an unfinished evaluation, has none
     logs: list[DialogueLog]  # steps rising
     store: DialogueStore  # of their texts
@@ -104,7 +104,7 @@ def _read(folder: Path, name: str, watch: Watch, store: DialogueStore) -> Run:
     settings = (summary or _object(folder / PROGRESS)).get("settings", {})
     if not isinstance(settings, dict):
         raise ValueError(f"{folder}: its settings are {shown(settings)}, expected a JSON object; evaluate again")
-    return Run(name, folder, False, dict(settings), [], summary, [DialogueLog(None, records)], store)
+    return Run(name, folder, False, dict(settings), MetricsTable([]), summary, [DialogueLog(None, records)], store)
 
 
 def _step(file: Path) -> int:

@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,9 +62,9 @@ def _group_name(run: Run, steps: Sequence[int | None]) -> str:
     return f"{run.name} · step{'s' * (len(steps) > 1)} {steps[0]}" + f"–{steps[-1]}" * (len(steps) > 1)
 
 
-def points(metrics: Iterable[Mapping[str, Any]], keys: Sequence[str], most: int | None = None) -> list[Point]:
+def points(metrics: MetricsTable, keys: Sequence[str], most: int | None = None) -> list[Point]:
     """Table rows that hold all keys, as at most `most` points: beyond that, means of equally many consecutive ones."""
-    steps, values = (metrics if isinstance(metrics, MetricsTable) else MetricsTable(metrics)).complete(keys)
+    steps, values = metrics.complete(keys)
     size = (-(-len(steps) // most) if most else 0) or 1
     means = []
     for start in range(0, len(steps), size):
@@ -140,7 +140,7 @@ def overview(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, li
 def _overview(run: Run, groups: Sequence[Group]) -> dict[str, str]:
     values = {"kind": "training run" if run.training else "evaluation"}
     if run.metrics:
-        values["steps done"] = str(run.metrics[-1]["step"])
+        values["steps done"] = str(run.metrics.steps[-1])
     values["dialogues in its logs"] = str(sum(len(log.records) for log in run.logs))
     if groups:
         if run.training:

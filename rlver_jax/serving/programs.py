@@ -18,6 +18,7 @@ from rlver_jax.decoding.generate import Limits, Truncation, generate
 from rlver_jax.decoding.grammar import Grammar
 
 TOP = 20  # likeliest tokens beside each token where someone asks: the protocol's most
+Scalar = Int[Array, ""]
 
 
 class TokenLogprobs(NamedTuple):
@@ -52,14 +53,14 @@ class BlockOutput:
     logprobs: TokenLogprobs  # each array [R, K, …]
 
 
-def _row(cache: Cache, row: Int[Array, ""], length: Int[Array, ""]) -> Cache:
+def _row(cache: Cache, row: Scalar, length: Scalar) -> Cache:
     """One row as a batch of one."""
     axis = 0 if isinstance(cache.kv.k, tuple) else 1
     kv = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis), cache.kv)
     return Cache(kv, length[None], jax.lax.dynamic_slice_in_dim(cache.hidden, row, 1))
 
 
-def _put_row(cache: Cache, row: Int[Array, ""], one: Cache) -> Cache:
+def _put_row(cache: Cache, row: Scalar, one: Cache) -> Cache:
     axis = 0 if isinstance(cache.kv.k, tuple) else 1
     put = lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, row, at)  # noqa: E731
     kv = jax.tree.map(lambda x, new: put(x, new, axis), cache.kv, one.kv)
@@ -68,12 +69,7 @@ def _put_row(cache: Cache, row: Int[Array, ""], one: Cache) -> Cache:
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def prefill(
-    lm: LM,
-    cache: Cache,
-    row: Int[Array, ""],
-    length: Int[Array, ""],
-    tokens: Int[Array, "1 S"],
-    count: Int[Array, "1"],
+    lm: LM, cache: Cache, row: Scalar, length: Scalar, tokens: Int[Array, "1 S"], count: Int[Array, "1"]
 ) -> Cache:
     """Appends `count` tokens to one row that has `length` so far. Compiled once for every S."""
     return _put_row(cache, row, append(lm, _row(cache, row, length), tokens, count))
@@ -81,12 +77,7 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def prefill_and_score(
-    lm: LM,
-    cache: Cache,
-    row: Int[Array, ""],
-    length: Int[Array, ""],
-    tokens: Int[Array, "1 S"],
-    count: Int[Array, "1"],
+    lm: LM, cache: Cache, row: Scalar, length: Scalar, tokens: Int[Array, "1 S"], count: Int[Array, "1"]
 ) -> tuple[Cache, TokenLogprobs]:
     """`prefill`, and the log-probabilities of each token [S]; at length 0 the first ones are meaningless."""
     one = _row(cache, row, length)

@@ -11,7 +11,7 @@ from tests.reports.conftest import record, row, some_records, write_evaluation, 
 def test_a_training_run_is_read_with_its_steps(small_run):
     (run,) = read_runs([small_run])
     assert (run.name, run.training, run.settings) == ("small", True, {"train.steps": 2})
-    assert [r["step"] for r in run.metrics] == [0, 1, 2]
+    assert run.metrics.steps == [0, 1, 2]
     assert [(log.step, len(log.records)) for log in run.logs] == [(1, 6), (2, 6)]
 
 

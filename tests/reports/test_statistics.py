@@ -7,6 +7,7 @@ import pytest
 
 from rlver_jax.reports import sources
 from rlver_jax.reports.dialogue_store import DialogueStore
+from rlver_jax.reports.metrics_table import MetricsTable
 from rlver_jax.reports.sources import read_runs
 from rlver_jax.reports.statistics import (
     Point,
@@ -26,16 +27,18 @@ from tests.reports.conftest import record, row, some_records, write_evaluation, 
 
 
 def test_rows_become_points_and_many_rows_means():
-    rows = [{"step": 0, "eval": 1.0}, *({"step": s, "x": float(s), "y": None if s == 3 else 1.0} for s in range(1, 8))]
-    assert points(rows, ["x", "y"], 10)[:2] == [Point(1, 1, (1.0, 1.0)), Point(2, 2, (2.0, 1.0))]
+    metrics = MetricsTable(
+        [{"step": 0, "eval": 1.0}, *({"step": s, "x": float(s), "y": None if s == 3 else 1.0} for s in range(1, 8))]
+    )
+    assert points(metrics, ["x", "y"], 10)[:2] == [Point(1, 1, (1.0, 1.0)), Point(2, 2, (2.0, 1.0))]
     # six whole rows (1 2 4 5 6 7) as at most four points: pairs
-    assert points(rows, ["x", "y"], 4) == [
+    assert points(metrics, ["x", "y"], 4) == [
         Point(1, 2, (1.5, 1.0)),
         Point(4, 5, (4.5, 1.0)),
         Point(6, 7, (6.5, 1.0)),
     ]
-    assert points(rows, ["nothing"], 4) == []
-    assert [point.steps for point in points(rows, ["x", "y"], 3)] == [
+    assert points(metrics, ["nothing"], 4) == []
+    assert [point.steps for point in points(metrics, ["x", "y"], 3)] == [
         "steps 1–2",
         "steps 4–5",
         "steps 6–7",
