@@ -1,4 +1,4 @@
-"""Measures this program on this machine, each way of doing something beside the one that it replaces.
+"""Measures this program on this machine, each way of doing something against its alternative.
 
     python -m rlver_jax.bench SUITE [--json=FILE] [--repeats=N]
 

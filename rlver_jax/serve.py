@@ -38,7 +38,7 @@ from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
 TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"
-SWITCH_S = 0.0005  # after which a thread lets the one that answers go on; Python's 5 ms add up to a wait
+SWITCH_S = 0.0005  # after which a thread yields to the one that answers; Python's 5 ms add up
 LOOK_S = 2.0  # between two status lines in a terminal
 
 

@@ -56,9 +56,9 @@ def measured(suite: str, tmp_path) -> dict:
 
 
 def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
-    """By hand: 3 dialogues of 10 + 2 x 5 tokens heard, 3 x 4 generated."""
+    """By hand: 3 dialogues of 10 + 2 x 5 tokens of the user, 3 x 4 generated."""
     monkeypatch.setattr(bench_rollout, "SMALL", TINY)
-    monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, reply=4, heard=5))
+    monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, reply=4, user=5))
     monkeypatch.setattr(bench_timing, "COPIED", 1024)
     found = measured("rollout", tmp_path)
     assert (found["generated"], found["prefilled"]) == (36, 60)
@@ -71,16 +71,16 @@ def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
-    sizes = {"MODEL": TINY, "DIALOGUES": 2, "TURNS": 3, "SYSTEM": 5, "HEARD": 4, "THOUGHT": 6, "SAY": 3}
+    sizes = {"MODEL": TINY, "DIALOGUES": 2, "TURNS": 3, "SYSTEM": 5, "USER": 4, "THOUGHT": 6, "REPLY": 3}
     for name, value in sizes.items():
         monkeypatch.setattr(bench_update, name, value)
     found = measured("update", tmp_path)
     for mode, thought in (("think", 6), ("direct", 0)):
-        places = {name: way["places"] for name, way in found[mode]["ways"].items()}
+        positions = {name: way["positions"] for name, way in found[mode]["ways"].items()}
         turns = [5 + t * 7 + 4 + thought + 2 for t in range(3)]  # of each row: what is predicted last is not read
-        assert places["turns"] == 2 * sum(turns)
-        assert places["padded"] == 2 * 3 * turns[-1]
-        assert places["packed"] == 2 * (5 + 3 * 4 + 2 * 3 + (3 * (thought + 2) if thought else 2))
+        assert positions["turns"] == 2 * sum(turns)
+        assert positions["padded"] == 2 * 3 * turns[-1]
+        assert positions["packed"] == 2 * (5 + 3 * 4 + 2 * 3 + (3 * (thought + 2) if thought else 2))
         assert found[mode]["largest_difference"] < 1e-5
     assert "x as fast as turns" in capsys.readouterr().out
 

@@ -5,12 +5,12 @@
     python -m rlver_jax.miniature.build --check [--out=DIR]
         measures a folder again, without one the shipped models
 
-An interrupted build goes on with the same command.
+The same command resumes an interrupted build.
 
-The simulated user learns to appraise and answer from dialogues of the grammar; the policy to hear hints, then to reply
-in any style as if it didn't know which one helps. Policies are then trained against the user, which learns from their
-text too; what another one says to held-out people is kept, so that the user can be measured on it. Exit status: 0 done,
-and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad usage.
+The simulated user learns to appraise and answer from dialogues of the grammar. The policy learns to follow hints, then
+to reply in any style, so that reinforcement has something to teach. Policies are then trained against the user, which
+learns from their text too. Replies of another policy to held-out people are kept to measure the user on. Exit status:
+0 done, and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad usage.
 """
 
 import functools
@@ -58,9 +58,9 @@ class Steps(NamedTuple):
 
     user: int
     policy: int
-    base: int  # of the policy on what it is to say before reinforcement
+    base: int  # of the policy on its replies before reinforcement
     rl: int  # of each reinforcement run; 0: none
-    again: int  # of the user, on what these said; 0: it doesn't learn from it
+    again: int  # of the user, on the replies of these runs; 0: none
 
 
 def build(out: Path, steps: Steps, console: Console) -> None:
@@ -96,7 +96,7 @@ def save(folder: Path, lm: LM, tokenizer: Tokenizer) -> None:
 
 
 def learn_policy(out: Path, builder: SequenceBuilder, steps: Steps, console: Console) -> None:
-    """A policy that has learned to hear hints, and then to make next to nothing of them."""
+    """A policy that has learned to follow hints, and then to mostly ignore them."""
     model, taught, tokenizer = model_for(builder.tokenizer), out / RUNS / assets.POLICY, builder.tokenizer
     learn = functools.partial(fit, model, console=console, seed=POLICY_SEED)
     if not taught.exists():
@@ -108,7 +108,7 @@ def learn_policy(out: Path, builder: SequenceBuilder, steps: Steps, console: Con
 
 
 def learn_from_rl(out: Path, builder: SequenceBuilder, steps: Steps, console: Console) -> None:
-    """Trains a policy against the user; with `again` the user on what it said, and a policy anew; keeps its replies."""
+    """Trains a policy against the user; with `again` the user on its replies, then a new policy; keeps the replies."""
     run = out / RUNS / "first"
     reinforce(out, run, steps.rl, console)
     if steps.again:
@@ -121,7 +121,7 @@ def learn_from_rl(out: Path, builder: SequenceBuilder, steps: Steps, console: Co
 
 
 def learn_again(out: Path, runs: Sequence[Path], builder: SequenceBuilder, steps: int, console: Console) -> None:
-    """The user learns from the text of runs too; the one that it was before stays beside them."""
+    """Trains the user on the replies of runs too; the earlier user is kept beside them."""
     before = out / RUNS / assets.USER
     if before.exists():
         return
@@ -149,7 +149,7 @@ def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str =
 
 
 def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
-    """What the policy of a run says to held-out people."""
+    """Dialogues of a run's policy with held-out people."""
     config = miniature_config("", out)
     trained = TrainedPolicy.open(workdir, fields.get_config())
     return evaluation.load(config, evaluation.chosen_profiles(config), policy_weights=trained.weights).play_all()

@@ -26,7 +26,7 @@ def small_model(vocab_size: int, *, hidden: int = 128, mlp: int = 384, layers: i
     return Qwen2(config, scan_layers=False, attention="chunked", attention_chunk=112)
 
 
-LEARNED = 0.45  # largest share of a batch's positions that may have a target: the vocabulary is walked for these only
+LEARNED = 0.45  # largest share of a batch's positions that may have a target: logits are computed for these only
 
 
 def target_positions(target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

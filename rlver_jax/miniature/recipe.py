@@ -1,4 +1,4 @@
-"""What the miniature's tokenizer and its two models learn from: the streams of training batches of a build."""
+"""Training data of the miniature's tokenizer and its two models: streams of batches."""
 
 import random
 from collections.abc import Callable, Sequence

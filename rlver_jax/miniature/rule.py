@@ -84,7 +84,7 @@ def sentences(text: str) -> list[str]:
 
 
 def judge(person: Person, reply: str, before: Sequence[str] = (), heard: str = "") -> Verdict:
-    """What a reply is to a person.
+    """Judges a reply to a person.
 
     Args:
         reply: of the policy.
@@ -124,8 +124,8 @@ def topic_of(topic: Topic, mentions: Sequence[str]) -> str:
 
 
 def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
-    """The verdict as the person thinks it: what was said, what is wished for, how the two meet."""
-    # With the person's own names beside those that were heard: comparing them is what the user learns last.
+    """The verdict as the person's appraisal: the reply, the wish, and how well they match."""
+    # The person's own names beside those of the reply: comparing them is what the user learns last.
     wish = f"I wish for {STYLES[person.intention]} about my {person.topic.who} and the {person.topic.what}."
     if verdict.kind in FAULTS:
         return {"heard": _FAULT_TEXTS[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}

@@ -125,7 +125,7 @@ class SequenceBuilder:
 
 
 def stack(sequences: Sequence[TrainingSequence], length: int) -> SequenceBatch:
-    """SequenceBatch of equal length; longer ones are cut."""
+    """Sequences padded to one length; longer ones are cut."""
     batch = SequenceBatch(*(np.zeros((len(sequences), length), np.int32) for _ in SequenceBatch._fields))
     batch.target[:] = -1
     for i, sequence in enumerate(sequences):

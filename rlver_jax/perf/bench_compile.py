@@ -44,7 +44,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def _start(folder: Path, name: str) -> dict[str, float]:
-    """One run, watched from outside."""
+    """One run as a process; its times are read from its metrics."""
     workdir, log = folder / name, folder / f"{name}.log"
     command = [sys.executable, "-m", "rlver_jax.train", f"--config={CONFIG}", "--config.train.steps=2", *FLAGS]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}

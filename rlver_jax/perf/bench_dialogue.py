@@ -1,4 +1,4 @@
-"""Whole dialogues of the miniature, of one to eight turns: rows that are filled again against rows that wait.
+"""Whole dialogues of the miniature, of one to eight turns: rows that are refilled against rows that wait.
 
 Three ways to play the same dialogues: on a few rows that take the next dialogue when theirs has ended (`refill`), in
 batches of that size, each played to its end (`waiting`), and all at once on as many rows as there are dialogues

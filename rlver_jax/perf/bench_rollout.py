@@ -33,16 +33,16 @@ class Shape(NamedTuple):
     prefix: int  # tokens before the first turn
     turns: int
     reply: int  # tokens a turn
-    heard: int  # tokens between turns
+    user: int  # tokens between replies
 
     @property
     def context(self) -> int:
-        """Slots of a row."""
-        return self.prefix + self.turns * (self.reply + self.heard)
+        """Capacity of a row of the cache."""
+        return self.prefix + self.turns * (self.reply + self.user)
 
 
 SMALL = Qwen2Config(32_000, 512, 1408, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64, tie_embeddings=True)
-SHAPE = Shape(batch=16, prefix=512, turns=6, reply=48, heard=32)
+SHAPE = Shape(batch=16, prefix=512, turns=6, reply=48, user=32)
 
 
 def measure(repeats: int, tell: Tell) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     model = Qwen2(SMALL, scan_layers=False)
     lm = LM(init_params(model, jax.random.key(0)), model)
     tables, keys = _tables(SMALL.vocab_size), jax.random.split(jax.random.key(1), SHAPE.batch)
-    prefix, heard = _texts(SHAPE, SMALL.vocab_size)
+    prefix, user = _texts(SHAPE, SMALL.vocab_size)
     tell("compiling")
     began = time.perf_counter()
-    play = functools.partial(_play, lm, tables, prefix, heard, keys)
+    play = functools.partial(_play, lm, tables, prefix, user, keys)
     cache = jax.block_until_ready(play())
     compiled = time.perf_counter() - began
     # A turn from half of the context on: what a step reads on average.
@@ -88,7 +88,7 @@ def _results(lm: LM, half: Cache, seconds: dict[str, list[float]], compiled: flo
         "seconds": whole,
         "compile_s": compiled - whole,
         "generated": generated,
-        "prefilled": SHAPE.batch * (SHAPE.prefix + (SHAPE.turns - 1) * SHAPE.heard),
+        "prefilled": SHAPE.batch * (SHAPE.prefix + (SHAPE.turns - 1) * SHAPE.user),
         "generated_tokens_per_s": generated / whole,
         "decode_tokens_per_s": SHAPE.batch * SHAPE.reply / decode,
         "step_ms": decode / SHAPE.reply * 1e3,
@@ -117,19 +117,19 @@ def free_grammar(vocabulary: int) -> Grammar:
 def _texts(shape: Shape, vocabulary: int) -> tuple[Array, Array]:
     draw = np.random.default_rng(0)
     prefix = draw.integers(3, vocabulary, (shape.batch, shape.prefix))
-    heard = draw.integers(3, vocabulary, (shape.turns, shape.batch, shape.heard))
-    return jnp.asarray(prefix, jnp.int32), jnp.asarray(heard, jnp.int32)
+    user = draw.integers(3, vocabulary, (shape.turns, shape.batch, shape.user))
+    return jnp.asarray(prefix, jnp.int32), jnp.asarray(user, jnp.int32)
 
 
 @jax.jit
-def _play(lm: LM, tables: PolicyTables, prefix: Int[Array, "B P"], heard: Int[Array, "T B H"], keys: Key[Array, "B"]):
-    spec = RolloutConfig("direct", False, 1, SHAPE.turns, SHAPE.context, 0, SHAPE.reply, SHAPE.heard)
+def _play(lm: LM, tables: PolicyTables, prefix: Int[Array, "B P"], user: Int[Array, "T B H"], keys: Key[Array, "B"]):
+    spec = RolloutConfig("direct", False, 1, SHAPE.turns, SHAPE.context, 0, SHAPE.reply, SHAPE.user)
     everyone, whole = jnp.ones(SHAPE.batch, bool), jnp.full(SHAPE.batch, SHAPE.prefix, jnp.int32)
     limits = _limits()
     cache = append(lm, init_cache(lm, SHAPE.batch, SHAPE.context), prefix, whole)
 
     def turn(i: Array, cache: Cache) -> Cache:
-        count = jnp.where(i > 0, SHAPE.heard, 0) * everyone
+        count = jnp.where(i > 0, SHAPE.user, 0) * everyone
         turn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         last = (jnp.zeros((SHAPE.batch, SHAPE.reply), jnp.int32), jnp.zeros(SHAPE.batch, jnp.int32))
         cache, _ = policy_turn(
@@ -137,7 +137,7 @@ def _play(lm: LM, tables: PolicyTables, prefix: Int[Array, "B P"], heard: Int[Ar
             tables,
             cache,
             last,
-            (heard[i], count),
+            (user[i], count),
             turn_keys,
             spec=spec,
             limits=limits,
@@ -151,8 +151,8 @@ def _play(lm: LM, tables: PolicyTables, prefix: Int[Array, "B P"], heard: Int[Ar
 
 def _limits() -> RolloutLimits:
     none, one = jnp.int32(0), jnp.float32(1)
-    user = UserLimits(field_tokens=none, reply_tokens=none, reply_temperature=one)
-    return RolloutLimits(jnp.int32(SHAPE.turns), none, jnp.int32(SHAPE.reply), one, jnp.int32(40), user)
+    user_limits = UserLimits(field_tokens=none, reply_tokens=none, reply_temperature=one)
+    return RolloutLimits(jnp.int32(SHAPE.turns), none, jnp.int32(SHAPE.reply), one, jnp.int32(40), user_limits)
 
 
 def _half(cache: Cache) -> Cache:

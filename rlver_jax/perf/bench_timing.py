@@ -1,4 +1,4 @@
-"""Seconds of several ways to do one thing, measured so that a busy machine treats them alike."""
+"""Times of several ways to do one thing, measured so that a busy machine slows them alike."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 COPIED = 256 * 1024**2  # bytes: far more than any cache of a processor holds
-Tell = Callable[[str], None]  # hears what is being done
+Tell = Callable[[str], None]  # shows progress
 
 
 def alternate(ways: Mapping[str, Callable[[], Any]], repeats: int, tell: Tell) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ from rlver_jax.perf.bench_timing import Tell, alternate, difference, ratios
 
 MODEL = Qwen2Config(8_000, 256, 704, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, tie_embeddings=True)
 DIALOGUES, TURNS = 4, 8
-SYSTEM, HEARD, THOUGHT, SAY = 100, 50, 120, 60  # tokens; what is heard has its template around it
+SYSTEM, USER, THOUGHT, REPLY = 100, 50, 120, 60  # tokens; those of the user include its template
 
 
 class Row(NamedTuple):
@@ -50,7 +50,11 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
         tokens = {name: sum(g.tokens.size for g in groups) for name, groups in forms.items()}
         results[mode] = {
             "ways": {
-                name: {"s_per_dialogue": statistics.median(times) / DIALOGUES, "places": tokens[name], "seconds": times}
+                name: {
+                    "s_per_dialogue": statistics.median(times) / DIALOGUES,
+                    "positions": tokens[name],
+                    "seconds": times,
+                }
                 for name, times in seconds.items()
             },
             "turns_over_packed": ratios(seconds["turns"], seconds["packed"]),
@@ -67,7 +71,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         measured = results[mode]
         text.append(f"{mode}: {results['dialogues']} dialogues of {results['turns']} turns")
         for name, way in measured["ways"].items():
-            text.append(f"  {name:7} {way['places']:6} places, {way['s_per_dialogue']:6.2f} s a dialogue")
+            text.append(f"  {name:7} {way['positions']:6} positions, {way['s_per_dialogue']:6.2f} s a dialogue")
         for other in ("turns", "padded"):
             r = measured[f"{other}_over_packed"]
             text.append(f"  packed is {r['median']:.2f} x as fast as {other} ({r['least']:.2f} to {r['most']:.2f})")
@@ -87,18 +91,18 @@ def _forms(thought: int) -> dict[str, list[Row]]:
 
 
 def _dialogue(draw: np.random.Generator, thought: int):
-    """(system tokens, [(heard, thought, reply) of each turn])."""
+    """(system tokens, [(user, thought, reply) of each turn])."""
     words = lambda n: draw.integers(0, MODEL.vocab_size, n).tolist()  # noqa: E731
-    return words(SYSTEM), [(words(HEARD), words(thought), words(SAY)) for _ in range(TURNS)]
+    return words(SYSTEM), [(words(USER), words(thought), words(REPLY)) for _ in range(TURNS)]
 
 
 def _turn_row(system: list[int], turns: list[tuple[list[int], ...]]) -> Row:
     """The last turn as a row of its own; thoughts of earlier ones are not in its context."""
     history = list(system)
-    for heard, _, reply in turns[:-1]:
-        history += heard + reply
-    heard, thought, reply = turns[-1]
-    history += heard
+    for user, _, reply in turns[:-1]:
+        history += user + reply
+    user, thought, reply = turns[-1]
+    history += user
     tokens = history + thought + reply[:-1]
     return _row(tokens, range(len(tokens)), [0] * len(tokens), [(len(history), thought + reply)])
 
@@ -113,9 +117,9 @@ def _packed_row(system: list[int], turns: list[tuple[list[int], ...]], think: bo
         positions.extend(range(position, position + len(more)))
         branch.extend([of] * len(more))
 
-    for turn, (heard, thought, reply) in enumerate(turns):
-        add(heard, 0, history)
-        history += len(heard)
+    for turn, (user, thought, reply) in enumerate(turns):
+        add(user, 0, history)
+        history += len(user)
         actions.append((len(tokens), thought + reply))
         if think:
             add(thought + reply[:-1], (turn + 1) * BRANCH_RADIX, history)
@@ -161,7 +165,7 @@ def _add_gradients(model: Qwen2, params: Params, rows: Row, total: Params) -> Pa
         zeros, none = jnp.zeros(mask.shape), jnp.zeros_like(target)
         count = jnp.full(1, target.shape[1], jnp.int32)
         batch = PackedBatch(tokens, positions, branch, count, mask, target, zeros, none, none)
-        weight = mask / (DIALOGUES * TURNS * SAY)
+        weight = mask / (DIALOGUES * TURNS * REPLY)
         inputs = LossInputs(batch, jnp.full(mask.shape, -9.0), jnp.ones(mask.shape), weight, weight)
         gradient = jax.grad(loss, argnums=1, has_aux=True)(trained, {"policy": params}, inputs, grammar)[0]["policy"]
         return jax.tree.map(jnp.add, total, gradient), None

@@ -1,4 +1,4 @@
-"""TPU chips: what each has, with the source of every number; and the devices of a topology that nobody owns."""
+"""TPU chips: their limits, with the source of every number; and devices of a topology without the hardware."""
 
 import contextlib
 import dataclasses
@@ -98,7 +98,7 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
 
 @contextlib.contextmanager
 def _as_if_on_a_host() -> Iterator[None]:
-    """What libtpu reads once, when it is loaded; gone afterwards, since other programs tell a TPU's host by it."""
+    """Sets what libtpu reads once, when it is loaded; removed afterwards: other programs detect TPU hosts by it."""
     missing = {name: value for name, value in _HOST.items() if name not in os.environ}
     os.environ.update(missing)
     try:

@@ -43,7 +43,7 @@ def layer_flops(c: Qwen2Config, tokens: float) -> float:
 
 
 def attention_flops(c: Qwen2Config, pairs: float) -> float:
-    """Scores and weighted values of all layers for so many pairs of a query and a key that it sees."""
+    """Scores and weighted values of all layers for so many pairs of a query and a key in its attention mask."""
     return 4.0 * pairs * c.num_heads * c.head_dim * c.num_layers
 
 
@@ -58,21 +58,22 @@ def cache_token_bytes(c: Qwen2Config, itemsize: int) -> int:
 
 
 def forward_passes(c: Qwen2Config, rows: float, tokens: float, before: float, *, logits: float, passes: float) -> Work:
-    """`rows` rows each read `tokens` tokens after `before` others, in `passes` forward passes.
+    """Forward passes over `tokens` tokens of each of `rows` rows, whose caches hold `before` others.
 
     Args:
+        passes: so many, for all tokens together.
         logits: positions of each row whose logits are computed.
     """
     pairs = rows * tokens * (before + (tokens + 1) / 2)
     flops = layer_flops(c, rows * tokens) + attention_flops(c, pairs) + head_flops(c, rows * logits)
-    item = 2  # bytes of bfloat16: what the sampler's copy and its caches are in
+    item = 2  # bytes of bfloat16: of the sampler's copy and its caches
     context = before + tokens / 2
     cache = rows * cache_token_bytes(c, item) * (passes * context + tokens)
     return Work(flops, flops, passes * item * c.num_params, cache)
 
 
 def packed_forward(c: Qwen2Config, rows: int, length: int, *, logits: bool, itemsize: int, parts: int) -> Work:
-    """Hidden states of packed rows, and their log-probs; each of `parts` parts of the batch reads the weights."""
+    """Hidden states of packed rows, and their log-probs; each of `parts` parts of the batch reads the weights once."""
     pairs = rows * length * (length + 1) / 2
     flops = layer_flops(c, rows * length) + attention_flops(c, pairs) + logits * head_flops(c, rows * length)
     return Work(flops, flops, parts * itemsize * c.num_params)

@@ -1,4 +1,4 @@
-"""Compiles the programs of a training step and measures them: memory of a chip, collectives, what should not exist."""
+"""Compiles the programs of a training step and measures them: memory of a chip, collectives, forbidden arrays."""
 
 import dataclasses
 import math
@@ -97,7 +97,7 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
         if re.search(r"[/(]reads[/)]", op_name):
             return reads["prepare" not in op_name]
         if re.search(r"[/(]attn/while", op_name):
-            return MOST_BLOCKS  # of a cache, whatever reads it
+            return MOST_BLOCKS  # of a cache
         if "policy_turn" in op_name:
             return spec.policy_tokens
         if "appraise" in op_name:
@@ -105,7 +105,7 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
         if "/reply/" in op_name:
             return reply
         if "open_dialogues" in op_name:
-            return 0  # profiles bring their first utterance
+            return 0  # profiles hold their first utterance
         return spec.max_turns * rounds if "sample_dialogues" in op_name else 1
 
     return turns
@@ -210,7 +210,7 @@ def logits_among(
 
 
 def compile_all(programs: Sequence[Program], shapes: Shapes, tell: Callable[[str], None]) -> list[Measured]:
-    """All programs, two at a time; `tell` hears what is being compiled, and what each takes.
+    """All programs, two at a time; `tell` gets messages on progress and results.
 
     The compiler works on one core for the most part, and takes up to 5 GiB of memory for a program of 7B.
     """

@@ -115,14 +115,14 @@ def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
 
 
 def _copied(model: Qwen2) -> Work:
-    """Read as it is stored, and written as the sampler reads it."""
+    """Reads the stored dtype, and writes the sampler's."""
     stored = model.param_dtype
     played = stored if stored == jnp.int8 else model.dtype
     return Work(0, 0, 0, model.config.num_params * float(stored.itemsize + played.itemsize))
 
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
-    """Of dialogues at their limits, whether they share rows or not: they see nothing of each other."""
+    """Of dialogues at their limits; sharing a row changes nothing, as the mask keeps them apart."""
     config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.learner.trunk
     length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
     rows, model = config.rollout.batch, shapes.agents.policy.model

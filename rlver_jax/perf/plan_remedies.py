@@ -81,7 +81,7 @@ def find_remedy(
 
 
 def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Changes in the order of what they cost: nothing learned changes before the last ones."""
+    """Changes, the cheapest first: only the last ones change what is learned."""
     trained = trained_of(config)
     if "learn" in failing:
         full = {f"{name}.remat": "full" for name in trained if config[name].remat != "full"}

@@ -97,7 +97,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The whole plan; `fits`, `hbm_gib_per_chip`, `hbm_capacity_gib` and `phases` are relied on elsewhere."""
+        """The whole plan; `fits`, `hbm_gib_per_chip`, `hbm_capacity_gib` and `phases` are a stable interface."""
         return {
             "topology": self.topology,
             "slices": self.slices,

@@ -34,7 +34,7 @@ class Section:
     group_legend: bool = False
 
     def figures(self, runs: Sequence[Run], groups: Sequence[Group]) -> list[Figure]:
-        """What these runs have something to show in."""
+        """The charts for which these runs have data."""
         return [figure for chart in self.charts for figure in chart(runs, groups)]
 
 

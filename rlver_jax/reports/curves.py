@@ -85,7 +85,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _add_tips(chart: Chart, lines: Sequence[_Line]) -> None:
-    """What each step says when it is touched: the values of all lines."""
+    """The text of each step when it is touched: the values of all lines."""
     texts: dict[float, list[str]] = {}
     for line in lines:
         name = line.run + " (dashed)" * ("early" in line.classes) + ": " if len(lines) > 1 else ""

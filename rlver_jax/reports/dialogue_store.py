@@ -29,7 +29,7 @@ class StoredDialogue(NamedTuple):
 
 
 class DialogueStore:
-    """Dialogues that are kept for the page's dialogue browser."""
+    """Compressed dialogues for the page's dialogue browser."""
 
     def __init__(self) -> None:
         """An empty store."""
@@ -80,7 +80,7 @@ def _message(message: Record) -> dict[str, Any]:
     if message["role"] == "assistant":
         shown = {"thought": message["thought"], "say": message["content"], "violation": message["violation"]}
         return _present(shown)
-    answered = message["content"] is not None  # else its considerations are of a reply that there was no need for
+    answered = message["content"] is not None  # else its considerations are of a reply that was never asked for
     return _present(
         {
             "user": message["content"] or "",

@@ -14,7 +14,7 @@ class MetricsTable:
     """All numbers of a run's metrics, a row a step."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
-        """Takes one row after another; what is no number is left out, as what a row doesn't have."""
+        """Reads rows one by one; anything but a number counts as absent."""
         self._columns: dict[str, array] = {"step": array("q")}
         for index, row in enumerate(rows):
             for name, value in row.items():

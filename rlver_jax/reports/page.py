@@ -71,7 +71,7 @@ def _render(runs: Sequence[Run], packed: Packed) -> str:
 
 
 def _sections(runs: Sequence[Run], groups: Sequence[statistics.Group]) -> list[dict[str, Any]]:
-    """Titles and charts, as far as there is something to show."""
+    """Titles and charts of the sections that have data."""
     notes = {"Learning": _missing_metrics(runs)}
     sections = []
     for title, section in CHARTS.items():

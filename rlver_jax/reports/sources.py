@@ -22,7 +22,7 @@ from rlver_jax.training.workdir import RunFolder
 
 MOST_RUNS = 8  # colours that can be told apart
 
-Outline = dict[str, Any]  # of a dialogue, see `_outline`: without what only its reader in the browser sees
+Outline = dict[str, Any]  # of a dialogue, see `_outline`: without the texts that only the dialogue browser shows
 Watch = Callable[[Sequence[Path], str], Iterable[Path]]  # goes through files, showing progress
 
 
@@ -50,7 +50,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[str | Path], watch: Watch = lambda files, _: files) -> list[Run]:
-    """Reads folders in the order given; a run that is being written is read up to where it is.
+    """Reads folders in the order given; of a run in progress all that is written so far is read.
 
     Args:
         watch: wraps the files of one folder while they are read; the second argument is the run's name.
@@ -84,7 +84,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, watch: Watch, store: DialogueStore) -> Run:
     run = RunFolder(folder)
     if run.metrics.exists():
-        done = run.done()  # before the metrics are read: a run that goes on writes them first
+        done = run.done()  # before the metrics are read: a run in progress writes them first
         files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"), key=_step)
         logs = [DialogueLog(_step(file), _outlines(file, store)) for file in watch(files, name)]
         metrics = MetricsTable(iter_metrics(run.metrics))

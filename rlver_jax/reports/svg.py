@@ -155,7 +155,7 @@ class Chart:
         self._text(self.px(x), self.py(y), text, f"label {anchor}")
 
     def tips(self, xs: Sequence[float], texts: Sequence[str]) -> None:
-        """What the page says about the column around each x (rising) when it is touched."""
+        """Texts that the page shows when the column around an x (rising) is touched."""
         middles = [(a + b) / 2 for a, b in itertools.pairwise(xs)]
         edges = [self.x[0], *middles, self.x[1]]
         for left, right, text in zip(edges, edges[1:], texts, strict=False):
