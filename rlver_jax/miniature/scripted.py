@@ -46,19 +46,17 @@ def play_scripted(
     keys = jax.vmap(lambda i: dialogue_key(jax.random.key(seed), i))(tokens.dialogue_ids)
     dialogues = [ScriptedDialogue([int(limits.initial_emotion)], [], [], [p.first_talk or ""]) for p in profiles]
     last = (tokens.first_talk, tokens.first_count)
-    turns, rules = int(limits.max_turns), agents.spec.rules
+    turns, spec, rules = int(limits.max_turns), agents.spec, agents.spec.rules
+    static = {"rules": rules, "readout": spec.readout, "max_tokens": spec.user_tokens}
+    user_step = functools.partial(_turn, user, agents.tables[1], **static)
     for turn in range(turns):
         unfinished = [len(d.changes) == turn and not rules.ended(d.emotions[-1]) for d in dialogues]
         texts = [reply(i, turn, d.answers[-1]) if unfinished[i] else None for i, d in enumerate(dialogues)]
         active, replies = np.array([text is not None for text in texts]), [text or "" for text in texts]
         emotion = jnp.asarray([d.emotions[-1] for d in dialogues], jnp.int32)
         turn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
-        flags = (jnp.asarray(active), jnp.asarray(turn + 1 < turns))
-        static = {"rules": rules, "readout": agents.spec.readout, "max_tokens": agents.spec.user_tokens}
-        reply_tokens = _padded(agents, replies)
-        cache, result = _turn(
-            user, agents.tables[1], cache, last, reply_tokens, emotion, turn_keys, limits.user, *flags, **static
-        )
+        inputs = (last, _padded(agents, replies), emotion, turn_keys, limits.user)
+        cache, result = user_step(cache, *inputs, jnp.asarray(active), jnp.asarray(turn + 1 < turns))
         answer = jax.tree.map(lambda x: x[-1], result.reply)
         last = (answer.tokens, answer.text_count)
         for i, d in enumerate(dialogues):
@@ -71,9 +69,9 @@ def play_scripted(
 
 
 @functools.partial(jax.jit, static_argnames=("rules", "readout", "max_tokens"))
-def _turn(lm, tables, cache, last, say, emotion, keys, limits, active, may_reply, *, rules, readout, max_tokens):
+def _turn(lm, tables, cache, last, reply, emotion, keys, limits, active, may_reply, *, rules, readout, max_tokens):
     return user_turn(
-        lm, tables, cache, last, say, emotion, keys, rules=rules, readout=readout, limits=limits,
+        lm, tables, cache, last, reply, emotion, keys, rules=rules, readout=readout, limits=limits,
         max_tokens=max_tokens, active=active, may_reply=may_reply,
     )  # fmt: skip
 
