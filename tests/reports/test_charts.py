@@ -4,8 +4,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from rlver_jax.reports import statistics
-from rlver_jax.reports.charts import CHARTS
+from rlver_jax.reports import page, statistics
+from rlver_jax.reports.charts import CHARTS, Section
+from rlver_jax.reports.curves import Curve
 from rlver_jax.reports.group_charts import coordinate
 from rlver_jax.reports.sources import read_runs
 from tests.reports.conftest import record, row, some_records, write_evaluation, write_run
@@ -130,3 +131,11 @@ def test_many_runs_are_lines_without_areas(tmp_path, count, bands):
     classes = [e.get("class") for e in ET.fromstring(learning(runs)[0].chart.markup()).iter("path")]
     assert len([one for one in classes if one.startswith("band")]) == bands
     assert len([one for one in classes if one.startswith("line")]) == count
+
+
+def test_a_new_chart_is_one_entry(small_run, monkeypatch):
+    seconds = Curve("Seconds of a rollout", "Of a step.", {"time/rollout_s": ""}, starts_at_zero=True)
+    monkeypatch.setitem(CHARTS, "Speed", Section((seconds,)))
+    runs = read_runs([small_run])
+    assert tips(CHARTS["Speed"].figures(runs, [])[0]) == ["step 1 · 2.00", "step 2 · 2.00"]
+    assert "<h3>Seconds of a rollout</h3>" in page.render(runs, 5_000_000)[0]

@@ -13,16 +13,17 @@ import numpy as np
 import openai
 import pytest
 import transformers
+from starlette.testclient import TestClient
 
 from rlver_jax.serving import programs
-from rlver_jax.serving.app import Service
+from rlver_jax.serving.app import ROUTES, Service
 from rlver_jax.serving.engine import Engine
 from rlver_jax.serving.errors import ProtocolError
 from rlver_jax.serving.protocol import ChatRequest
 from rlver_jax.serving.request_bodies import MAX_BODY
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import load_tokenizer
-from tests.conftest import SHORT_PROMPTS, plain
+from tests.conftest import ROOT, SHORT_PROMPTS, plain
 from tests.serving.conftest import CONTEXT, QUEUE, ROWS, serving
 from tests.text.conftest import as_published, write_bpe
 
@@ -338,3 +339,15 @@ def test_an_engine_that_fails_says_so(engine, bpe, monkeypatch):
             chat(client)
         assert post(url, "/health", b"", method="GET")[0] == 503
         assert isinstance(engine.failure, RuntimeError)
+
+
+def test_every_route_is_documented_and_asks_for_the_token_but_health(engine):
+    client = TestClient(Service(engine, "tiny", 0, token="secret").app())
+    manual = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for route in ROUTES:
+        path = route.path.replace("{name:path}", "tiny")
+        assert client.request(route.method, path).status_code == (200 if path == "/health" else 401), path
+        assert f"{route.method} {path.removesuffix('/tiny')}`" in manual
+    header = {"Authorization": "Bearer secret"}
+    assert client.get("/v1/models/tiny", headers=header).json()["id"] == "tiny"
+    assert client.post("/v1/models", headers=header).status_code == 405
