@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str]) -> tuple[str, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
-        define_path("json", "", "file for all figures", values, new="file")
+        define_path("json", "", "file for all results", values, new="file")
         flags.DEFINE_integer("repeats", 3, "runs of each way", 1, flag_values=values)
 
     options, suites = parse_flags(argv, __doc__, define)

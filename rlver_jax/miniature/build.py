@@ -198,7 +198,7 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
         what = "folder to be written, or to be measured (default: the shipped one)"
         define_path("out", "", what, values)
         flags.DEFINE_boolean("check", False, "measure the folder instead of building it", flag_values=values)
-        define_path("json", "", "file for all figures", values, new="file")
+        define_path("json", "", "file for all results", values, new="file")
         for field, count, what in (
             ("user", 2000, "of the simulated user"),
             ("policy", 1200, "of the policy on dialogues in which hints are met"),

@@ -58,10 +58,10 @@ def _start(folder: Path, name: str) -> dict[str, float]:
     finally:
         run.kill()
         run.wait()
-    rows = read_metrics(workdir / "metrics.jsonl")
-    steps = [row["time/rollout_s"] + row["time/update_s"] for row in rows]
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    steps = [step["time/rollout_s"] + step["time/update_s"] for step in metrics]
     return {
-        "begins_s": first - steps[0] + rows[0]["time/dispatch_s"],
+        "begins_s": first - steps[0] + metrics[0]["time/dispatch_s"],
         "start_s": first - (second - first),
         "first_step_s": steps[0],
         "second_step_s": steps[1],

@@ -87,7 +87,7 @@ def _on_all_rows(evaluation: Evaluation) -> Any:
 
 
 def _player(evaluation: Evaluation, dialogues: int) -> Callable[[], list[Dialogues]]:
-    """Plays all dialogues, batch by batch; nothing waits for a batch to end before the next is on its way."""
+    """Plays all dialogues, batch by batch; each batch is dispatched without waiting for the one before."""
     key, size = jax.random.key(0), evaluation.batch
     numbers = [list(range(i, i + size)) for i in range(0, dialogues, size)]
     batches = [evaluation.tokens.batch(ids, ids, size, evaluation.agents.mesh) for ids in numbers]

@@ -93,7 +93,7 @@ def play_of(shapes: Shapes) -> flops.Play:
         rows=shapes.agents.spec.rows_of(batch),
         system=policy.system.shape[0],
         prefix=shapes.profiles.prefix.shape[1],
-        heard=config.user.reply_tokens,
+        user_reply=config.user.reply_tokens,
         fields=sum(len(script.names) for script in scripts) - 2,  # without the change and the reply
         literals=sum(script.template.shape[0] * script.template.shape[1] for script in scripts),
         field_tokens=config.user.field_tokens,

@@ -117,7 +117,7 @@ def _packed(runs: Sequence[Run], selection: Selection, count: int) -> Packed:
     profiles: dict[bytes, int] = {}
     cut = 0
 
-    def pieces() -> Iterator[bytes]:
+    def parts() -> Iterator[bytes]:
         nonlocal cut
         head = {"runs": [plain_line(run.name) for run in runs], "intentions": labels, "outcomes": OUTCOMES}
         yield as_json(head)[:-1] + b',"dialogues":['
@@ -134,7 +134,7 @@ def _packed(runs: Sequence[Run], selection: Selection, count: int) -> Packed:
             yield b"," * (i > 0) + as_json(front)[:-1] + b"," + text[1:]
         yield b"]}"
 
-    data = _compressed(pieces())
+    data = _compressed(parts())
     return Packed(data, len(selection.chosen), count, cut)
 
 
@@ -154,7 +154,7 @@ def _text(store: DialogueStore, outline: Outline, most: float) -> tuple[bytes, b
     return data, False
 
 
-def _compressed(pieces: Iterable[bytes]) -> str:
+def _compressed(parts: Iterable[bytes]) -> str:
     packer = zlib.compressobj(9, wbits=_GZIP)
-    data = b"".join([*(packer.compress(piece) for piece in pieces), packer.flush()])
+    data = b"".join([*(packer.compress(part) for part in parts), packer.flush()])
     return base64.b64encode(data).decode("ascii")
