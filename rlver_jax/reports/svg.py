@@ -126,14 +126,12 @@ class Chart:
 
     def dot(self, x: float, y: float, classes: str, radius: float = 4, tip: str = "") -> None:
         """A dot."""
-        attributes = {"data-tip": plain_line(tip)} if tip else {}
-        self._add("circle", f"dot {classes}", attributes, cx=self.px(x), cy=self.py(y), r=radius)
+        self._add("circle", f"dot {classes}", tip, cx=self.px(x), cy=self.py(y), r=radius)
 
     def bar(self, x: tuple[float, float], y: tuple[float, float], classes: str, tip: str = "") -> None:
         """A rectangle between two corners."""
         (left, right), (low, high) = map(self.px, x), map(self.py, y)
-        attributes = {"data-tip": plain_line(tip)} if tip else {}
-        self._add("rect", f"bar {classes}", attributes, x=left, width=right - left, y=high, height=low - high)
+        self._add("rect", f"bar {classes}", tip, x=left, width=right - left, y=high, height=low - high)
 
     def row_name(self, y: float, name: str) -> None:
         """A name left of the plot, its middle left out where there is no room."""
@@ -159,8 +157,8 @@ class Chart:
         middles = [(a + b) / 2 for a, b in itertools.pairwise(xs)]
         edges = [self.x[0], *middles, self.x[1]]
         for left, right, text in zip(edges, edges[1:], texts, strict=False):
-            at = {"x": self.px(left), "width": self.px(right) - self.px(left)}
-            self._add("rect", "hit", {"data-tip": plain_line(text)}, y=self.top, height=self.bottom - self.top, **at)
+            x, width = self.px(left), self.px(right) - self.px(left)
+            self._add("rect", "hit", text, y=self.top, height=self.bottom - self.top, x=x, width=width)
 
     def markup(self) -> str:
         """The `<svg>` element, for a page."""
@@ -179,9 +177,10 @@ class Chart:
         positions = [f"{self.px(x):.1f} {self.py(min(max(y, low), high)):.1f}" for x, y in points]
         return "M" + "L".join(positions)
 
-    def _add(self, tag: str, classes: str, attributes: dict[str, str] | None = None, **at: float | str) -> Element:
+    def _add(self, tag: str, classes: str, tip: str = "", **at: float | str) -> Element:
         shown = {name: value if isinstance(value, str) else f"{value:.1f}" for name, value in at.items()}
-        return ElementTree.SubElement(self.root, tag, {"class": classes} | shown | (attributes or {}))
+        shown |= {"data-tip": plain_line(tip)} if tip else {}
+        return ElementTree.SubElement(self.root, tag, {"class": classes} | shown)
 
     def _text(self, x: float, y: float, text: str, classes: str) -> Element | None:
         if not text:
