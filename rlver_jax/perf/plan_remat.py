@@ -10,7 +10,7 @@ from rlver_jax.perf.chips import Chip
 from rlver_jax.perf.plan_measure import Measured, compile_all
 from rlver_jax.perf.plan_phases import phases_of
 from rlver_jax.perf.plan_programs import Shapes, programs_of
-from rlver_jax.perf.plan_remedies import flags_of, over, trained_of
+from rlver_jax.perf.plan_remedies import flags_of, over, trained_of, with_fields
 
 LIGHTEST_FIRST = ("none", "dots", "full")
 
@@ -54,9 +54,7 @@ def remats_of(
         fields = {f"{name}.remat": remat for name in trained}
         now, learn = shapes, [one for one in measured if one.name == "learn"]
         if any(config[name].remat != remat for name in trained):
-            changed = config.copy_and_resolve_references()
-            changed.update_from_flattened_dict(fields)
-            now = remake(changed)
+            now = remake(with_fields(config, fields))
             tell(f"trying {' '.join(f'{name}={value}' for name, value in fields.items())}")
             learn = compile_all([program for program in programs_of(now) if program.name == "learn"], now, tell)
         seconds = sum(phase.seconds for phase in phases_of(now, learn, chip))

@@ -31,6 +31,13 @@ def flags_of(fields: dict[str, Any]) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
+def with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy of a config with fields changed, their names in full."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(fields)
+    return changed
+
+
 def trained_of(config: ConfigDict) -> list[str]:
     """Sections of the config whose layers an update differentiates."""
     return ["policy"] + ["critic"] * (config.algorithm.estimator == "gae" and config.critic.kind == "separate")
@@ -57,18 +64,16 @@ def find_remedy(
         remake: shapes of a changed config.
     """
     failing = [one.name for one in measured if over(one, chip) > 0]
-    changed = config.copy_and_resolve_references()
     fields: dict[str, Any] = {}
     tries = 0
     for step in candidates(config, failing):
-        attempt = changed.copy_and_resolve_references()
-        attempt.update_from_flattened_dict(step)
+        attempt = with_fields(config, fields | step)
         try:
             validate(attempt, base, mesh.size)
             shapes = remake(attempt)
         except (ConfigError, ValueError):
             continue
-        changed, fields = attempt, fields | step
+        fields |= step
         programs = [program for program in programs_of(shapes) if program.name in failing]
         tell(f"{', '.join(failing)} too large, trying {', '.join(f'{name}={value}' for name, value in fields.items())}")
         attempted = compile_all(programs, shapes, tell)
