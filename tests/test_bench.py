@@ -1,10 +1,12 @@
 """`bench` as a user runs it, and how it compares."""
 
+import importlib
 import json
 
 import jax
 import pytest
 
+from rlver_jax import bench
 from rlver_jax.bench import SUITES, main
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
@@ -48,6 +50,14 @@ def test_bad_usage_is_refused(arguments, parts, capsys):
     message = capsys.readouterr().err
     for part in parts:
         assert part in message, message
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_has_its_module_and_is_in_the_help(suite):
+    module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
+    assert callable(module.measure)
+    assert callable(module.lines)
+    assert f"\n    {suite} " in bench.__doc__
 
 
 def measured(suite: str, tmp_path) -> dict:
