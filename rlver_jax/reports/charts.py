@@ -10,7 +10,7 @@ from rlver_jax.reports.figures import OUTCOMES, Group, Point
 from rlver_jax.reports.shorten import evenly
 from rlver_jax.reports.sources import Run, intention_label, intention_labels
 from rlver_jax.reports.svg import WIDTH, Chart, Key, ticks
-from rlver_jax.rollout.sampler import END_REASONS
+from rlver_jax.rollout.end_reason import END_REASONS
 
 MOST_POINTS, MOST_BARS, MOST_DOTS = 240, 60, 500
 MOST_INTENTIONS = 12
