@@ -121,12 +121,20 @@ def shortened(text: str, most: int = 300) -> str:
 def _choices_and_ranges(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, fault) of each field that is wrong by itself."""
     for name, value in values.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            close = difflib.get_close_matches(value, CHOICES[name], 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            yield name, f"{name}={shown(value)}: expected one of {', '.join(CHOICES[name])}{hint}"
+        if name in CHOICES and (fault := choice_fault(name, value, CHOICES[name])):
+            yield name, fault
         if isinstance(value, int | float) and (expected := _beyond(name, value)):
             yield name, f"{name}={shown(value)}: expected {expected}"
+
+
+def choice_fault(name: str, value: str, choices: Iterable[str]) -> str:
+    """What is wrong with a field that holds a name of several; empty: nothing."""
+    names = list(choices)
+    if value in names:
+        return ""
+    close = difflib.get_close_matches(value, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{name}={shown(value)}: expected one of {', '.join(names)}{hint}"
 
 
 def _beyond(name: str, value: float) -> str:
@@ -176,12 +184,7 @@ def _lengths(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _learning(values: dict[str, Any]) -> Iterator[str]:
-    estimator, group, batch = values["algorithm.estimator"], values["rollout.group"], values["rollout.batch"]
-    if estimator in ("grpo", "rloo") and group < 2:
-        yield (
-            f"algorithm.estimator={estimator!r} compares dialogues of one profile, but rollout.group={group}; raise "
-            f"rollout.group (RLVER: 4 with GRPO), or use gae or reinforce_pp"
-        )
+    batch = values["rollout.batch"]
     parts = values["train.minibatches"] * values["train.microbatches"]
     if batch % parts:
         yield (

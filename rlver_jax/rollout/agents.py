@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
+from rlver_jax.config.sections import keywords
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
 from rlver_jax.models.architecture import Qwen2Config
@@ -155,25 +156,21 @@ def _is_matrix(path: Any) -> bool:
 
 def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
     """The emotion's rules of a config, starting from `initial`."""
-    c = config.emotion
-    return EmotionRules(initial, c.floor, c.ceiling, c.max_change, tuple(c.thresholds))
+    fields = keywords(EmotionRules, config.emotion) | {
+        "initial": initial,
+        "thresholds": tuple(config.emotion.thresholds),
+    }
+    return EmotionRules(**fields)
 
 
 def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int, rows: int = 0) -> RolloutConfig:
     """What the sampler is compiled for, from a config."""
     return RolloutConfig(
-        mode=config.policy.mode,
-        enforce_format=config.policy.enforce_format,
-        group=group,
-        max_turns=max_turns,
-        context=config.rollout.context,
-        think_tokens=config.rollout.think_tokens,
-        say_tokens=config.rollout.say_tokens,
+        **keywords(RolloutConfig, config.policy, config.user, config.rollout)
+        | {"group": group, "max_turns": max_turns, "rows": rows},
         user_tokens=max(config.user.field_tokens, config.user.reply_tokens),
-        readout=config.user.readout,
         rules=emotion_rules(config, initial_emotion),
         truncation=Truncation(config.rollout.top_k, config.rollout.top_p),
-        rows=rows,
     )
 
 
@@ -260,19 +257,22 @@ class Agents:
         spec: RolloutConfig,
         mesh: Mesh | None = None,
         user_tokenizer: Tokenizer | None = None,
-        **how: str,
+        *,
+        style: str,
+        scenario: str,
     ) -> "Agents":
-        """Agents from loaded models; `how` holds the user's `style` and `scenario`.
+        """Agents from loaded models.
 
         Args:
+            style, scenario: of the user's prompts.
             user_tokenizer: the user's own; it may lack special tokens of the policy's, or have more of them.
         """
         tables = (
             build_policy_tables(tokenizer, prompts, policy.model.config.vocab_size, spec),
             build_user_tables(user_tokenizer or tokenizer, prompts, user.model.config.vocab_size),
         )
-        found = cls(policy, user, tokenizer, prompts, tables, spec=spec, mesh=mesh, **how)
-        return dataclasses.replace(found, tables=found.place(tables))
+        agents = cls(policy, user, tokenizer, prompts, tables, style=style, scenario=scenario, spec=spec, mesh=mesh)
+        return dataclasses.replace(agents, tables=agents.replicate(tables))
 
     @classmethod
     def load(
@@ -282,30 +282,32 @@ class Agents:
         mesh: Mesh | None = None,
         policy_weights: Weights | None = None,
         rest: Mesh | None = None,
+        load: Callable[..., tuple[LM, Tokenizer]] = load_model,
     ) -> "Agents":
         """Agents of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
 
         Args:
             mesh: that dialogues are played on; both models are loaded onto it.
             rest: that they are loaded onto instead, for training; `sampling_copy` brings them over.
+            load: of each model; a plan's makes shapes.
 
         Raises:
             ValueError: the two models have different tokenizers, one of them cannot be loaded, or reads fewer tokens
                 than rollout.context.
         """
         check_context(config, "policy", "user")
-        policy, tokenizer = load_model(config.policy, "policy", rest or mesh, policy_weights)
+        policy, tokenizer = load(config.policy, "policy", rest or mesh, policy_weights)
         shared = [name for name in config.user if name in config.policy]
         same = (
             policy_weights is None
             and config.user.init == "path"
             and all(config.policy[name] == config.user[name] for name in shared)
         )
-        user, other = (policy, tokenizer) if same else load_model(config.user, "user", rest or mesh)
+        user, other = (policy, tokenizer) if same else load(config.user, "user", rest or mesh)
         check_tokenizers(tokenizer, other)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
-        how = {"style": config.user.style, "scenario": config.user.scenario}
-        return cls.build(policy, user, tokenizer, prompts, spec, mesh, other, **how)
+        told = {"style": config.user.style, "scenario": config.user.scenario}
+        return cls.build(policy, user, tokenizer, prompts, spec, mesh, other, **told)
 
     def prefix(self, profile: Profile) -> list[int]:
         """What the user reads before the first turn: its system prompt, the cue, the opening of its message."""
@@ -359,11 +361,11 @@ class Agents:
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits) -> Dialogues:
         """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
-        key, limits = self.place((key, limits))
+        key, limits = self.replicate((key, limits))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
 
-    def place(self, tree: _T) -> _T:
+    def replicate(self, tree: _T) -> _T:
         """Small arrays, whole on every device of the mesh."""
         return tree if self.mesh is None else replicate(tree, self.mesh)
 

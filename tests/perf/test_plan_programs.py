@@ -68,7 +68,7 @@ def test_the_sampler(run_and_state, programs):
         ready[name] = LM(sampling_copy(model, agents.mesh)(tree), model)
     batch, count = run.reader.next_batch(), agents.spec.group
     profiles = run.tokens.batch([index for index, _ in batch], range(len(batch) * count))
-    given = agents.place((profiles, jax.random.key(0), run.limits))
+    given = agents.replicate((profiles, jax.random.key(0), run.limits))
     with jax.set_mesh(agents.mesh):
         played = sample_dialogues.lower(ready["policy"], ready["user"], agents.tables, *given, spec=agents.spec)
     assert programs["play"].lower().as_text() == played.as_text()
