@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from rlver_jax.learning import loss_terms
-from rlver_jax.learning.advantages import AdvantageConfig, EstimatorInputs, compute_advantages
+from rlver_jax.learning.advantages import (
+    ESTIMATORS,
+    AdvantageConfig,
+    Advantages,
+    Estimator,
+    EstimatorInputs,
+    broadcast,
+    compute_advantages,
+)
 from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
 from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.train_step import TrainStepConfig, UpdateConfig, compile_step, init_state
@@ -254,3 +262,15 @@ def test_unknown_names_are_refused(problem):
         compute_advantages(AdvantageConfig(credit="token"), earned(rewards, batch, batch.logprob))
     with pytest.raises(ValueError, match="estimator='gae' needs a critic's values"):
         compute_advantages(AdvantageConfig(), earned(rewards, batch, None))
+
+
+def test_a_new_estimator_trains_by_its_name(bpe, problem, monkeypatch):
+    """An entry of the table is all: a step with it equals one with the advantages that it computes by hand."""
+    plain = Estimator(lambda config, inputs: Advantages(broadcast(inputs.rewards.reward, inputs.mask), None))
+    monkeypatch.setitem(ESTIMATORS, "plain", plain)
+    _, metrics = run(bpe, problem, setup_of(bpe, critic=False, advantage=AdvantageConfig("plain")))
+    batch, rewards, _ = problem
+    mask = np.asarray(batch.mask)
+    by_hand = np.broadcast_to(np.asarray(rewards.reward, np.float64)[:, None], mask.shape)[mask]
+    assert metrics["advantage/mean"] == pytest.approx(by_hand.mean(), rel=1e-5)
+    assert metrics["advantage/std"] == pytest.approx(by_hand.std(), rel=1e-4)
