@@ -121,7 +121,7 @@ def loss(
     """The part of a minibatch's loss that these rows make, and its metrics.
 
     Losses and metrics under "sum" of all parts add up to those of the minibatch; of those under "max" the largest
-    counts. So the result doesn't depend on how the minibatch is divided.
+    counts. So the result doesn't depend on the way in which the minibatch is divided.
 
     Args:
         trained: trees whose loss is wanted: all, or one of `split_trainables`.

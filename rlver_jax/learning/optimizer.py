@@ -36,7 +36,7 @@ def make_optimizer(
     """AdamW behind a gradient clip (0: none); the learning rate rises linearly over `warmup_steps` updates and stays.
 
     The first update already moves: its rate is learning_rate / (warmup_steps + 1). Everything is computed in float32,
-    whatever the parameters are kept in, and so is the second moment kept; the first one is rounded to `moment_dtype`
+    whatever the parameters are kept in, and so is the second moment; the first one is rounded to `moment_dtype`
     once an update.
     """
     rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)

@@ -42,7 +42,7 @@ class UpdateConfig:
 
     epochs: int = 1
     minibatches: int = 1  # optimizer steps an epoch
-    microbatches: int = 1  # parts of a minibatch whose gradients are summed, where no plan is given
+    microbatches: int = 1  # parts of a minibatch whose gradients are summed, without a packing plan
     critic_warmup_steps: int = 0  # training steps in which only the critic learns
     recompute: bool = False  # ratios start from the trainer's own log-probs rather than the sampler's
     importance_cap: float = 0.0  # with recompute: truncated importance weights; 0: none

@@ -67,13 +67,13 @@ class Program:
 
     Attributes:
         lower: what the trainer calls, lowered for the arguments that it gets.
-        given: its large arguments, by name.
+        arguments: its large arguments, by name.
         idle: trees that stay in memory beside it, by name.
     """
 
     name: str
     lower: Callable[[], Any]
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     idle: dict[str, Any]
 
 

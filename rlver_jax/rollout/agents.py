@@ -1,4 +1,4 @@
-"""Both sides of the table, ready to play: models, one tokenizer, prompts, and profiles in tokens."""
+"""The two agents, ready to play: models, one tokenizer, prompts, and profiles in tokens."""
 
 import contextlib
 import dataclasses
@@ -45,10 +45,10 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
     Raises:
         ValueError: an id of text means something else in the other, or they split text in two ways; see `difference`.
     """
-    if (found := difference(policy, user)) is not None:
+    if (reason := difference(policy, user)) is not None:
         raise ValueError(
             f"policy and user have different tokenizers ({policy.vocab_size} and {user.vocab_size} tokens), but they "
-            f"exchange token ids: {found}; choose two models of one family, e.g. two Qwen2.5 sizes"
+            f"exchange token ids: {reason}; choose two models of one family, e.g. two Qwen2.5 sizes"
         )
 
 
@@ -85,7 +85,7 @@ def load_model(
         ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
     """
     model = make_model(config, name)
-    tokenizer = load_tokenizer(config.path)  # first: what can't be used is said before the weights are read
+    tokenizer = load_tokenizer(config.path)  # first: a bad one is refused before the weights are read
     rounded = model.param_dtype == jnp.int8
     stored = unrounded(model) if rounded else model
     if weights is not None:
@@ -101,16 +101,16 @@ def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
     """What the sampler reads at every token, as ShapeDtypeStructs: weight matrices in the dtype of its products.
 
     Args:
-        mesh: that dialogues are played on; None: the structs say nothing of where.
+        mesh: that dialogues are played on; None: the structs have no shardings.
     """
     shapes, axes = abstract_params(model)
-    places = jax.tree.map(lambda _: None, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
+    shardings = jax.tree.map(lambda _: None, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
 
-    def one(path: Any, x: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
+    def one(path: Any, x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         dtype = model.dtype if _is_matrix(path) and x.dtype != jnp.int8 else x.dtype
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(one, shapes, places)
+    return jax.tree_util.tree_map_with_path(one, shapes, shardings)
 
 
 def sampling_program(like: Params) -> Callable[[Params], Params]:
@@ -123,17 +123,17 @@ def sampling_program(like: Params) -> Callable[[Params], Params]:
 
 
 def cast_and_reshard(path: Any, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A weight rounded and at its place; stacked ones layer by layer: a gather then needs room for one layer only."""
+    """A weight rounded and resharded; stacked ones layer by layer: a gather then needs room for one layer only."""
     if path[0].key != "layers" or not isinstance(like.sharding, NamedSharding):
         return x.astype(like.dtype)
-    place = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
-    return jax.lax.map(lambda one: jax.lax.with_sharding_constraint(one.astype(like.dtype), place), x)
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
+    return jax.lax.map(lambda one: jax.lax.with_sharding_constraint(one.astype(like.dtype), sharding), x)
 
 
 def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], Params]:
     """What makes a model's parameters ready for the sampler; see `sampling_params`.
 
-    The model would round weight matrices at every token anyway, so nothing that it says changes. Parameters that are
+    The model would round weight matrices at every token anyway, so no output changes. Parameters that are
     ready already are returned themselves: no second copy of a model.
     """
     like = sampling_params(model, mesh)
@@ -142,7 +142,7 @@ def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], 
 
 
 def is_ready(params: Params, like: Params) -> bool:
-    """Whether parameters, or shapes with places, are what `sampling_params` describes, so that none need be copied."""
+    """Whether parameters, or shapes with shardings, are as `sampling_params` describes: none need be copied."""
 
     def same(x: Any, y: jax.ShapeDtypeStruct) -> bool:
         return x.dtype == y.dtype and (y.sharding is None or y.sharding.is_equivalent_to(x.sharding, x.ndim))
@@ -206,7 +206,7 @@ class ProfileTokens:
         count: int | None = None,
         mesh: Mesh | None = None,
     ) -> Profiles:
-        """The given profiles' rows, padded to `count` of them with rows that don't play.
+        """A batch of these profiles, padded to `count` of them with rows that don't play.
 
         Args:
             dialogue_ids: below 2**32; equally many for each profile, those of one profile together.
@@ -223,9 +223,9 @@ class ProfileTokens:
         ids[: len(dialogue_ids)] = dialogue_ids
         active = np.arange(count * group) < len(dialogue_ids)
         real = np.arange(count) < len(indices)
-        read = lambda table: rows_on(mesh, count, lambda some: table[rows[some]])  # noqa: E731
-        read_count = lambda table: rows_on(mesh, count, lambda some: table[rows[some]] * real[some])  # noqa: E731
-        each = lambda x: rows_on(mesh, len(x), lambda some: x[some])  # noqa: E731
+        read = lambda table: rows_on(mesh, count, lambda part: table[rows[part]])  # noqa: E731
+        read_count = lambda table: rows_on(mesh, count, lambda part: table[rows[part]] * real[part])  # noqa: E731
+        each = lambda x: rows_on(mesh, len(x), lambda part: x[part])  # noqa: E731
         prefix, first = (
             (read(self.prefix), read_count(self.prefix_count)),
             (read(self.first_talk), read_count(self.first_count)),
@@ -360,7 +360,7 @@ class Agents:
             )
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits) -> Dialogues:
-        """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
+        """Plays a batch; see `sampler.sample_dialogues`. The limits must have passed `check_limits`."""
         key, limits = self.replicate((key, limits))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)

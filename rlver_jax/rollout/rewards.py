@@ -2,7 +2,7 @@
 
 Notation: e_0 is the initial emotion, e_t the emotion after turn t, n the number of turns played.
 
-    final:    R = max(e_n / 100, 0), given at turn n
+    final:    R = max(e_n / 100, 0), earned at turn n
     per_turn: r_t = (e_t - e_{t-1}) / 10
     mixed:    r_t = gamma^(t-1) * ((1 - weight) * [t = n] * e_n / 100 + weight * (e_t - e_{t-1}) / 10)
 
