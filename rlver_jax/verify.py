@@ -291,7 +291,7 @@ def verify_logs(
     if not logged:
         return total
     policies = (
-        behaviour_policy.agents_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
+        behaviour_policy.players_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
     )
     config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
     agents = load_agents(config, {side for one in logged for side in one.plan.endpoints})

@@ -1,4 +1,4 @@
-"""A finished dialogue as its policy read it, as one packed sequence: no thought sees an earlier one."""
+"""A finished dialogue as its policy read it, in one packed row: no thought sees an earlier one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from rlver_jax.user.turn import KEY_POLICY
 
 
 class Reply(NamedTuple):
-    """One turn of the policy, as logged."""
+    """What a log says of one turn of the policy."""
 
-    heard: Sequence[int]  # the user's words before it
+    heard: Sequence[int]  # what the user had said
     said: Completion  # as sampled
     say: Sequence[int]  # what the user hears of it
 
@@ -22,8 +22,8 @@ class Reply(NamedTuple):
 class PolicyPacker:
     """Packs dialogues; holds the policy's tables on the host.
 
-    What `policy_turn` keeps in its cache is branch 0: plain messages. In think mode each reply, thought and say, is a
-    branch of its own, and its say follows once more as a message.
+    What the engine keeps in its context (`policy.policy_turn`) is the row's branch 0: plain messages. In think mode
+    each reply, thought and say, is a branch of its own, and its say is read again as a message.
     """
 
     def __init__(self, tables: PolicyTables, *, think: bool, think_tokens: int):
@@ -44,14 +44,14 @@ class PolicyPacker:
             position = packed.add(heard, 0, position)
             if self._think:
                 branch = (turn + 1) * BRANCH_RADIX
-                self._add_reply(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
+                self._said(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
                 last = [*reply.say, *self._close]
             else:
-                position = self._add_reply(packed, reply, turn, 0, position)
+                position = self._said(packed, reply, turn, 0, position)
                 last = self._close
         return packed
 
-    def _add_reply(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
+    def _said(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
         """A reply with a query for each of its tokens; returns the position after its text."""
         first = len(packed.queries)
         packed.ask(self._states, reply.said.tokens, KEY_POLICY, turn, 0, DRAWN)
@@ -59,7 +59,7 @@ class PolicyPacker:
         return packed.add(reply.said.text_tokens, branch, position)
 
     def _marked(self, query: Query) -> Query:
-        """As GIVEN where decoding forced the token: the closing of a thought that reaches its limit."""
-        index = query.step - (self._think_tokens - len(self._closing))
-        forced = 0 <= index < len(self._closing) and not self._states.found(query.state)
-        return query._replace(how=GIVEN) if forced and query.token == self._closing[index] else query
+        """As GIVEN where `decode._close` put the token: the closing, before the limit of a thought that goes on."""
+        place = query.step - (self._think_tokens - len(self._closing))
+        given = 0 <= place < len(self._closing) and not self._states.found(query.state)
+        return query._replace(how=GIVEN) if given and query.token == self._closing[place] else query

@@ -207,7 +207,7 @@ class Trainer:
             self.writer.write(step, row)
 
     def log_dialogues(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> None:
-        """Writes all dialogues of a step, so that `verify` can derive them."""
+        """Writes all dialogues of a step, so that `verify` can recompute them."""
         profiles = [profile for _, profile in step.batch]
         seed = self.config.train.seed
         records = dialogue_records(dialogues, self.run.agents, profiles, step.ids, seed=seed, rewards=rewards)
@@ -238,7 +238,7 @@ class Trainer:
         self.checkpoints.save(done, state, {"reader": self.run.reader.state()}, scored)
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
-        """The newest state saved, or the given one; and its number of steps."""
+        """The newest state saved, or this one; and its number of steps."""
         if self.checkpoints.steps():
             state = free_buffers(state)  # two states at once may not fit the devices
         distributed.all_or_none(self.folder.check)

@@ -1,4 +1,4 @@
-"""From a config to everything that a training run holds: agents, profiles, what is trained and how, the first state."""
+"""From a config to everything that a training run holds: agents, profiles, what is trained, the first state."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -61,7 +61,7 @@ LOADED = Weights(load_model, lambda function, shardings, *args: jax.jit(function
 
 
 class Learning(NamedTuple):
-    """What is trained, and how."""
+    """What is trained, and the update that trains it."""
 
     setup: TrainStepConfig
     state: TrainState  # before the first step
@@ -131,7 +131,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
 
 
 def build_learning(config: ConfigDict, agents: Agents, first_width: int, mesh: Mesh, weights: Weights) -> Learning:
-    """What is trained, and how, from agents on the training mesh.
+    """What is trained, and the update that trains it, from agents on the training mesh.
 
     Args:
         first_width: of the profiles' first utterances, in tokens.

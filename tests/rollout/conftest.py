@@ -1,5 +1,3 @@
-"""The dialogues that a script plays are those of tests/dialogues."""
+"""The dialogues of tests/dialogues, for what is counted of them."""
 
-from tests.dialogues.conftest import played, played_profiles, played_records
-
-__all__ = ["played", "played_profiles", "played_records"]
+from tests.dialogues.conftest import *  # noqa: F403 - fixtures
