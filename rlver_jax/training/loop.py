@@ -94,7 +94,7 @@ class Step:
 
 
 class Trainer:
-    """One run in its folder. `train` is the whole story; the other methods are its sentences."""
+    """One run in its folder: `train` is the loop, the other methods are its steps."""
 
     def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
         self.config, self.folder, self.run, self.console = config, folder, run, console
@@ -155,7 +155,7 @@ class Trainer:
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         updates = self.order(run.setup.update, self.key, state.step, size)
-        length, plan = run.arranged(*jax.device_get((lengths, updates)))
+        length, plan = run.plan_rows(*jax.device_get((lengths, updates)))
         plan = distributed.replicate(plan, run.mesh)
         began, played = max(started, self.last_finished), time.monotonic()
         with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):

@@ -86,8 +86,8 @@ class Run:
     grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
-    def arranged(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, PackingPlan | None]:
-        """How to read a batch: the length of packed rows, and which dialogue lies where if they share rows.
+    def plan_rows(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, PackingPlan | None]:
+        """The length of packed rows for a batch, and which dialogue lies where if they share rows.
 
         Args:
             lengths: [B] tokens of the dialogues.

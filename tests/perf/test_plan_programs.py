@@ -86,7 +86,7 @@ def _real_update(run, state, packed):
     rows, size = row_sharding(run.mesh), packed.tokens.shape[0]
     packed = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), rows), packed)
     zeros = Rewards(jnp.zeros(size), jnp.zeros((size, run.agents.spec.max_turns)))
-    layout = replicate(run.arranged(np.full(size, 9), np.arange(size)[None])[1], run.mesh)
+    layout = replicate(run.plan_rows(np.full(size, 9), np.arange(size)[None])[1], run.mesh)
     key = jax.device_put(jax.random.key(0), NamedSharding(run.mesh, PartitionSpec()))
     with jax.set_mesh(run.mesh):
         step = compile_step(run.setup, state)
