@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from rlver_jax.profiles.indexed import IndexedProfiles
 from rlver_jax.profiles.schema import Profile
 
 Batch = list[tuple[int, Profile]]
@@ -188,16 +189,15 @@ def evaluation_batches(
 
 def shared_personas(train: Sequence[Profile], test: Sequence[Profile]) -> list[str]:
     """Persona texts that stand, to the letter, in both sets; each once, in the order of `test`."""
-    known = {profile.persona for profile in train}
-    return list(dict.fromkeys(profile.persona for profile in test if profile.persona in known))
+    known = train.has_persona if isinstance(train, IndexedProfiles) else {one.persona for one in train}.__contains__
+    return list(dict.fromkeys(profile.persona for profile in test if known(profile.persona)))
 
 
 def warn_shared_personas(train: Sequence[Profile], test: Sequence[Profile]) -> list[str]:
     """Warns (UserWarning) if training has seen personas of the test set; returns those personas.
 
     RLVER's published test set of 100 (SAGE's) shares 47 personas, those of 54 profiles, with its training
-    set: a score on it is not one on
-    strangers.
+    set: a score on it is not one on strangers.
     """
     shared = shared_personas(train, test)
     if shared:

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from rlver_jax.config.hub import local_folder
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
+from rlver_jax.profiles.fingerprint import profiles_fingerprint
+from rlver_jax.profiles.indexed import IndexedProfiles
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
 from rlver_jax.text.template import read_config
 from rlver_jax.user.prompts import Prompts, load_prompts
@@ -177,8 +179,9 @@ def run_fingerprints(
         "prompts.policy": _digest(prompts.policy_system(config.policy.mode).encode()),
         "prompts.user": _digest(json.dumps(user).encode()),
     }
-    for name, some in profiles.items():
-        found[f"profiles.{name}"] = _digest(json.dumps([profile.to_json() for profile in some]).encode())
+    for name, source in profiles.items():
+        stored = source.fingerprint if isinstance(source, IndexedProfiles) else None
+        found[f"profiles.{name}"] = stored or profiles_fingerprint(source)
     read: dict[tuple[Path, bool], dict[str, str]] = {}
     for name, (folder, weights) in models.items():
         place = (folder.resolve(), weights)

@@ -1,6 +1,7 @@
 """From a config to everything that a training run holds beside its state: agents, learner, optimizers, profiles."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rlver_jax.config.validate import profile_files
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning.loss import LossConfig, Trained, TrainedModels
 from rlver_jax.learning.packing import PackingPlan, plan_packing
@@ -30,8 +30,10 @@ from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.profiles.reader import ProfileReader
-from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.rollout.agents import Agents, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_profiles
+from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.rollout.profile_tokens import ProfileTokens
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.padding import round_up
 
@@ -45,7 +47,7 @@ class Run:
     config: ConfigDict
     mesh: Mesh  # of training; agents.mesh is that of sampling
     agents: Agents  # with the policy that training starts from
-    profiles: list[Profile]
+    profiles: Sequence[Profile]
     tokens: ProfileTokens
     reader: ProfileReader
     limits: RolloutLimits
@@ -81,7 +83,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     """
     _check_attention(config, mesh)
     check_context(config, *models_of(config))
-    profiles = read_profiles(profile_files(config.data.train))
+    profiles = open_profiles(config, "data.train")
     reader = ProfileReader(
         profiles,
         seed=config.data.seed,
@@ -92,7 +94,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     agents = Agents.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
     tokens = agents.tokens(profiles)
     limits = agents.place(agents.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    lengths = row_lengths(config, agents, tokens.first_talk.shape[1], mesh)
+    lengths = row_lengths(config, agents, tokens.first_width, mesh)
     trained, trunk = trained_of(config, agents, mesh)
     setup = setup_of(config, agents, trunk, "critic" in trained, mesh)
     reference = None
