@@ -1,6 +1,7 @@
-"""Prepared TFDS data sets as fields of a config name them: `tfds:rlver_profiles[:VERSION][?split=NAME]`.
+"""What data.train and data.eval name: JSONL files, or a split of a prepared TFDS data set.
 
-Only folders and `dataset_info.json` are looked at, so that a config is checked without importing TFDS.
+Files are separated by commas, a data set is `tfds:rlver_profiles[:VERSION][?split=NAME]`. Of the latter only folders and
+`dataset_info.json` are looked at, so that a config is checked without importing TFDS.
 """
 
 import difflib
@@ -31,6 +32,11 @@ class PreparedSplit(NamedTuple):
 
     folder: Path  # that holds dataset_info.json
     split: str
+
+
+def profile_files(*fields: str) -> list[str]:
+    """The files that comma-separated fields such as `data.train` name, in order."""
+    return [file for field in fields for file in field.split(",") if file]
 
 
 def is_dataset(value: str) -> bool:

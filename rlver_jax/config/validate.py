@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import hub, paths
 from rlver_jax.config.credentials import without_credentials
-from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate
+from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate, profile_files
 from rlver_jax.config.ranges import CHOICES, PATHS, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
@@ -353,11 +353,6 @@ def check_training(config: ConfigDict) -> None:
         )
     if faults:
         raise ConfigError("the config cannot be trained with:\n" + "\n".join(f"  - {fault}" for fault in faults))
-
-
-def profile_files(*fields: str) -> list[str]:
-    """The files that comma-separated fields such as `data.train` name, in order."""
-    return [file for field in fields for file in field.split(",") if file]
 
 
 def reward_settings(config: ConfigDict) -> dict[str, Any]:

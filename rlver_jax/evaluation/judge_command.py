@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import track
 
 from rlver_jax.config import fields
+from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.flags import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config.hub import is_name, short_name
-from rlver_jax.config.validate import ConfigError, endpoint_sides, profile_files, validate
+from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import REMEDY, Record, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError, Unavailable

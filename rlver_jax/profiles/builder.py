@@ -28,9 +28,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
-from rlver_jax.config.datasets import NAME, SCHEME, default_data_dir
+from rlver_jax.config.datasets import NAME, SCHEME, default_data_dir, profile_files
 from rlver_jax.config.flags import define_path, define_paths, parse_flags
-from rlver_jax.config.validate import ConfigError, profile_files
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.profiles.fingerprint import ListDigest, json_of
 from rlver_jax.profiles.prepared import (
     INDEXED,
@@ -86,7 +86,7 @@ class ProfilesConfig(tfds.core.BuilderConfig):
             raise
 
 
-class Profiles(tfds.core.GeneratorBasedBuilder):
+class Profiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # of a name that `python -m` would take twice
     """TFDS builder of profiles; `prepare` is the simple way to it. Needs a `ProfilesConfig`."""
 
     name = NAME
@@ -298,4 +298,6 @@ def _summary(folder: Path, counts: Mapping[str, int], data_dir: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from rlver_jax.profiles import builder  # TFDS asks for the package of a builder's module, and __main__ has none
+
+    sys.exit(builder.main())

@@ -378,7 +378,7 @@ class _Taker:
         elif not value.strip():
             self.faults.append(f"found an empty text in {where}, expected at least one visible character")
         elif half_character(value):
-            self.faults.append(f"found half of a surrogate pair (\\ud800-\\udfff) in {where}, expected whole characters")
+            self.faults.append(f"found half of a surrogate pair (\\ud800-dfff) in {where}, expected whole characters")
         else:
             return value
         return ""

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
-from rlver_jax.config.datasets import DEFAULT_SPLITS, is_dataset, locate
-from rlver_jax.config.validate import profile_files
+from rlver_jax.config.datasets import DEFAULT_SPLITS, is_dataset, locate, profile_files
 from rlver_jax.profiles.schema import Profile, read_profiles
 
 

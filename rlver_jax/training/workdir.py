@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.ranges import PATHS
-from rlver_jax.config.validate import ConfigError, flatten, profile_files, unflatten
+from rlver_jax.config.validate import ConfigError, flatten, unflatten
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.lock import LOCK
