@@ -62,7 +62,10 @@ def measure(folder: Path, count: int) -> dict:
     file = folder / "profiles.jsonl"
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
-            persona, scene = f"Person {number}. " + "quiet, tired " * 20, f"It rained on day {number}. " + "And on. " * 40
+            persona, scene = (
+                f"Person {number}. " + "quiet, tired " * 20,
+                f"It rained on day {number}. " + "And on. " * 40,
+            )
             intention = "You want to be heard"
             row = {"id": f"id{number}", "player": persona, "scene": scene, "main_cha": "calm", "cha_group": ["a", "b"]}
             stream.write(json.dumps(row | {"task": intention, "first_talk": f"Hello {number}"}) + "\n")

@@ -274,7 +274,9 @@ def logs_of(workdir, steps):
     rows = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
     files = sorted((workdir / "dialogues").glob("*.jsonl"))
     assert len(files) == steps
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows], [f.read_bytes() for f in files]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows], [
+        f.read_bytes() for f in files
+    ]
 
 
 def test_a_stranger_is_in_no_set(world):
