@@ -1,7 +1,7 @@
 """What data.train and data.eval name: JSONL files, or a split of a prepared TFDS data set.
 
-Files are separated by commas, a data set is `tfds:rlver_profiles[:VERSION][?split=NAME]`. Of the latter only folders and
-`dataset_info.json` are looked at, so that a config is checked without importing TFDS.
+Files are separated by commas, a data set is `tfds:rlver_profiles[:VERSION][?split=NAME]`. Of a data set only folders
+and `dataset_info.json` are looked at, so that a config is checked without importing TFDS.
 """
 
 import difflib

@@ -86,7 +86,8 @@ class ProfilesConfig(tfds.core.BuilderConfig):
             raise
 
 
-class Profiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # of a name that `python -m` would take twice
+# Not registered by name: `python -m` defines it twice.
+class Profiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder of profiles; `prepare` is the simple way to it. Needs a `ProfilesConfig`."""
 
     name = NAME

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -282,9 +283,17 @@ class Agents:
         Raises:
             ValueError: a profile leaves no room for a turn in the context.
         """
-        tokens, longest, length = measure_profiles(profiles, self._encoded)
+        tokens, longest, length = measure_profiles(profiles, self._encoded, self._context())
         self._check_room(longest, length, tokens.first_width)
         return tokens
+
+    def _context(self) -> list[str]:
+        """All that decides the tokens of a profile: tokenizer, prompts as they are written, and a user's own files."""
+        wishes = [name for known in self.prompts.intentions.values() for name in (known.sentence, *known.aliases)]
+        probes = [self.prefix(Profile("", "persona", "scene", wish, "")) for wish in (*wishes, "wish")]
+        files = [Path(file) for _, file in sorted(self.prompts.origins.items())]
+        own = [file.read_text(encoding="utf-8") for file in files if file.is_file()]  # ours are named, not located
+        return [self.tokenizer.fingerprint, self.style, self.scenario, repr(self.spec.rules), repr(probes), *own]
 
     def _encoded(self, profile: Profile) -> EncodedProfile:
         talk = self.tokenizer.encode(profile.first_talk.strip()) if profile.first_talk else []

@@ -1,21 +1,29 @@
 """Profiles in tokens: encoded when a batch needs them, in arrays of one shape whatever their number."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from rlver_jax.config.paths import cache_folder
 from rlver_jax.parallel.distributed import rows_on
+from rlver_jax.profiles.indexed import IndexedProfiles
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.sampler import Profiles
 from rlver_jax.text.padding import pad_rows, round_up
 
 WIDTH_STEP = 128  # widths are multiples of it, so that other profiles rarely mean another compilation
 KEPT = 4096  # profiles that stay in tokens; some 10 kB each
+_log = logging.getLogger(__name__)
 
 
 class EncodedProfile(NamedTuple):
@@ -73,20 +81,62 @@ class ProfileTokens:
         return Profiles(*prefix, *first, each(ids), each(active))
 
 
+class Widths(NamedTuple):
+    """What is known of all profiles' tokens together: the most of each kind, and which profile has the most in all."""
+
+    prefix: int
+    first_talk: int
+    total: int
+    longest: int
+
+
 def measure_profiles(
-    profiles: Sequence[Profile], encode: Callable[[Profile], EncodedProfile]
+    profiles: Sequence[Profile], encode: Callable[[Profile], EncodedProfile], context: Sequence[str] = ()
 ) -> tuple[ProfileTokens, Profile, int]:
-    """The tokens of profiles, the longest profile, and its length; goes through them once and keeps `KEPT` of them."""
+    """The tokens of profiles, the longest profile, and its length.
+
+    All profiles are encoded once, and `KEPT` of them stay. Of `IndexedProfiles`, which may be a million, the widths are
+    kept in the user's cache, so that the next start encodes none.
+
+    Args:
+        context: all that decides tokens beside the profiles.
+    """
 
     @functools.lru_cache(KEPT)
     def encoded(index: int) -> EncodedProfile:
         return encode(profiles[index])
 
-    prefix = first = length = longest = 0
-    for index in range(len(profiles)):
-        prefix_count, talk_count = map(len, encoded(index))
-        prefix, first = max(prefix, prefix_count), max(first, talk_count)
-        if prefix_count + talk_count > length:
-            longest, length = index, prefix_count + talk_count
-    widths = round_up(prefix, WIDTH_STEP), round_up(max(first, 1), WIDTH_STEP)
-    return ProfileTokens(encoded, len(profiles), *widths), profiles[longest], length
+    lengths = (tuple(map(len, encoded(index))) for index in range(len(profiles)))
+    if isinstance(profiles, IndexedProfiles):
+        widths = _kept_widths(json.dumps([profiles.fingerprint, *context]), len(profiles), lengths)
+    else:
+        widths = _widths(lengths)
+    first_width = round_up(max(widths.first_talk, 1), WIDTH_STEP)
+    tokens = ProfileTokens(encoded, len(profiles), round_up(widths.prefix, WIDTH_STEP), first_width)
+    return tokens, profiles[widths.longest], widths.total
+
+
+def _widths(lengths: Iterable[tuple[int, ...]]) -> Widths:
+    prefix = first_talk = total = longest = 0
+    for index, (prefix_length, talk_length) in enumerate(lengths):
+        prefix, first_talk = max(prefix, prefix_length), max(first_talk, talk_length)
+        if prefix_length + talk_length > total:
+            total, longest = prefix_length + talk_length, index
+    return Widths(prefix, first_talk, total, longest)
+
+
+def _kept_widths(key: str, count: int, lengths: Iterable[tuple[int, ...]]) -> Widths:
+    folder = cache_folder("profile_widths")
+    file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    if file and file.exists():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Widths(**json.loads(file.read_text(encoding="utf-8")))
+    if count > KEPT:
+        _log.warning("encoding %s profiles to find the longest, which later starts need not do", f"{count:,}")
+    widths = _widths(lengths)
+    if file:
+        with contextlib.suppress(OSError):
+            own = file.with_name(f"{file.name}.{os.getpid()}")
+            own.write_text(json.dumps(widths._asdict()), encoding="utf-8")
+            own.replace(file)
+    return widths

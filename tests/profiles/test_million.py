@@ -42,8 +42,9 @@ for _ in range(batches // 4):
     assert step == resumed.next_batch() and all(profile.id == f"id{{index}}" for index, profile in step)
 assert source.with_id(f"id{{len(source) - 1}}") == source[-1] and source.with_id("nobody") is None
 assert shared_personas(source, [source[7], Profile("x", "stranger", "s", "w", "c")]) == [source[7].persona]
-print(json.dumps({{"profiles": len(source), "fingerprint": source.fingerprint, "opened": opened, "hwm_mb": ({HWM})(),
-                   "seconds": time.monotonic() - began, "modules": sorted({{"jax", "tensorflow"}} & set(sys.modules))}}))
+modules = sorted({{"jax", "tensorflow"}} & set(sys.modules))
+print(json.dumps({{"profiles": len(source), "opened": opened, "hwm_mb": ({HWM})(), "seconds": time.monotonic() - began,
+                   "modules": modules}}))
 """
 
 JSONL = f"""
@@ -62,11 +63,8 @@ def measure(folder: Path, count: int) -> dict:
     file = folder / "profiles.jsonl"
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
-            persona, scene = (
-                f"Person {number}. " + "quiet, tired " * 20,
-                f"It rained on day {number}. " + "And on. " * 40,
-            )
-            intention = "You want to be heard"
+            persona = f"Person {number}. " + "quiet, tired " * 20
+            scene, intention = f"It rained on day {number}. " + "And on. " * 40, "You want to be heard"
             row = {"id": f"id{number}", "player": persona, "scene": scene, "main_cha": "calm", "cha_group": ["a", "b"]}
             stream.write(json.dumps(row | {"task": intention, "first_talk": f"Hello {number}"}) + "\n")
     prepared = run(PREPARE, file, folder / "sets") | {"jsonl_mb": file.stat().st_size / 2**20}

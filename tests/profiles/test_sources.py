@@ -255,8 +255,9 @@ def test_bad_usage_of_the_command(world, tmp_path, capsys):
     assert "--data_dir" in capsys.readouterr().out
 
 
-def test_training_from_the_data_set_is_training_from_its_files(tmp_path):
+def test_training_from_the_data_set_is_training_from_its_files(tmp_path, monkeypatch):
     """Two steps of debug.py: dialogues byte for byte, metrics but for times; then each goes on with the other's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     profiles = debug.WORLD / "profiles.jsonl"
     prepare({"train": profiles, "eval": profiles}, tmp_path / "data")
     common = {"log.dialogues_every": 1, "checkpoint.every": 1, "data.dir": str(tmp_path / "data")}
