@@ -27,7 +27,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # How published scenes end: a heading, then `***` and the hidden intention.
 _SCENE_ENDING = re.compile(
-    r"\n?####[ \t]*(?:隐藏主题|hidden (?:theme|intention))[ \t]*[:：]?[ \t]*\n\*\*\*(?P<said>[^\n]*)\s*\Z",
+    r"\n?####[ \t]*(?:隐藏主题|hidden (?:theme|intention))[ \t]*[:：]?[ \t]*\n\*\*\*(?P<intention>[^\n]*)\s*\Z",
     re.IGNORECASE,
 )
 
@@ -155,10 +155,10 @@ class Profile:
             topic=taker.optional_text("topic") if not sage or obj.get("topic") else None,
             first_talk=taker.opening("history") if sage else taker.optional_text("first_talk"),
         )
-        said = _SCENE_ENDING.search(profile.scene)
-        if said and profile.hidden_intention and said["said"].strip() != profile.hidden_intention.strip():
+        ending = _SCENE_ENDING.search(profile.scene)
+        if ending and profile.hidden_intention and ending["intention"].strip() != profile.hidden_intention.strip():
             taker.faults.append(
-                f"field 'scene' ends with the hidden intention {_short(said['said'])} but field 'task' says "
+                f"field 'scene' ends with the hidden intention {_short(ending['intention'])} but field 'task' says "
                 f"{_short(profile.hidden_intention)}, expected the same sentence in both"
             )
         if taker.faults:
@@ -202,8 +202,8 @@ def known_intention(sentence: str) -> HiddenIntention | None:
 
 def intention_at_end(scene: object) -> str | None:
     """The hidden intention that a published scene ends with; None where there is none."""
-    said = _SCENE_ENDING.search(scene) if isinstance(scene, str) else None
-    return said["said"].strip() or None if said else None
+    ending = _SCENE_ENDING.search(scene) if isinstance(scene, str) else None
+    return ending["intention"].strip() or None if ending else None
 
 
 def read_profiles(paths: Paths) -> list[Profile]:
@@ -302,7 +302,7 @@ def _unreadable(path: Path, error: OSError) -> ProfileError:
 
 
 def parse_line(line: bytes) -> Any:
-    """The JSON value of one line; raises ProfileError with faults that don't yet name the place."""
+    """The JSON value of one line; raises ProfileError with faults that don't yet name the line."""
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_repeats)
     except ProfileError:
@@ -343,8 +343,8 @@ class _Taker:
 
     def intention(self, name: str, scene: str) -> str:
         """A required text, or where the field is absent or null, the hidden intention that the scene ends with."""
-        if self.obj.get(name) is None and (said := intention_at_end(self.obj.get(scene))):
-            return said
+        if self.obj.get(name) is None and (stated := intention_at_end(self.obj.get(scene))):
+            return stated
         return self.text(name)
 
     def optional_text(self, name: str) -> str | None:
@@ -356,8 +356,8 @@ class _Taker:
         """A required list of texts, which may be empty."""
         value = self.obj.get(name)
         if not isinstance(value, list):
-            found = f"{_found(value)} in field {name!r}" if name in self.obj else f"no field {name!r}"
-            self.faults.append(f"found {found}, expected a list of texts")
+            instead = f"{_found(value)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            self.faults.append(f"found {instead}, expected a list of texts")
             return ()
         return tuple(self._checked(f"item {i} of field {name!r}", item) for i, item in enumerate(value, start=1))
 
@@ -366,8 +366,8 @@ class _Taker:
         messages = self.obj.get(name)
         first = messages[0] if isinstance(messages, list) and messages else None
         if not isinstance(first, dict) or first.get("role") != "user" or "content" not in first:
-            found = f"{_found(messages)} in field {name!r}" if name in self.obj else f"no field {name!r}"
-            self.faults.append(f"found {found}, expected a list of messages opened by one of role 'user'")
+            instead = f"{_found(messages)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            self.faults.append(f"found {instead}, expected a list of messages opened by one of role 'user'")
             return None
         return self._checked(f"the first message of field {name!r}", first["content"])
 
