@@ -1,7 +1,8 @@
 """One folder, one process group: a lock that holds across hosts, network folders and mounted buckets.
 
 FOLDER/lock holds `owner.json`, made by whoever comes first, and `beat-TOKEN-N`, an empty file with which the owner
-replaces the last one every few seconds. That the owner lives is told by its process id where it runs here, and elsewhere by the beat's name, which changes: names are not cached where contents are. There is no flock, which buckets
+replaces the last one every few seconds. That the owner lives is told by its process id where it runs here, and
+elsewhere by the beat's name, which changes: names are not cached where contents are. There is no flock, which buckets
 and some network folders don't have. Every change of `owner.json` but its making needs the `claim-TOKEN` of the owner
 that it holds: of two newcomers one takes a stale lock away, and none takes away a fresh one.
 """
