@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path
-from rlver_jax.config.validate import ConfigError, profile_files, validate
+from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.miniature.assets import POLICY, shipped
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.chips import chip_of, topology_devices
@@ -36,7 +36,7 @@ from rlver_jax.perf.plan_programs import Shapes, Texts, abstract_agents, program
 from rlver_jax.perf.plan_remat import remats_of
 from rlver_jax.perf.plan_remedies import find_remedy, over
 from rlver_jax.perf.plan_report import Plan, show
-from rlver_jax.profiles.schema import read_profiles
+from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
@@ -131,9 +131,8 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
             "prompts: the English ones under the miniature's tokenizer, a little longer than under Qwen2.5's"
         )
     prefix, first = PREFIX, FIRST_TALK
-    files = profile_files(config.data.train)
-    if config.policy.path and files:
-        prefix, first = _widths(config, tokenizer, files)
+    if config.policy.path and config.data.train:
+        prefix, first = _widths(config, tokenizer)
     else:
         assumed.append(
             f"profiles: {prefix} tokens of prefix and {first} of first words, as RLVER's published ones have"
@@ -141,10 +140,10 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
     return Texts(tokenizer, language, prefix, first), assumed
 
 
-def _widths(config: ConfigDict, tokenizer: Any, files: list[str]) -> tuple[int, int]:
+def _widths(config: ConfigDict, tokenizer: Any) -> tuple[int, int]:
     agents = abstract_agents(config, tokenizer, config.data.language, rollout_spec(config))
-    tokens = agents.tokens(read_profiles(files))
-    return tokens.prefix.shape[1], tokens.first_talk.shape[1]
+    tokens = agents.tokens(open_profiles(config, "data.train"))
+    return tokens.prefix_width, tokens.first_width
 
 
 if __name__ == "__main__":

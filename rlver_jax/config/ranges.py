@@ -122,5 +122,5 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
 # Fields that say where things lie; the hosts of a run may keep the same things in different places.
 PATHS = (
     *("policy.path", "user.path", "critic.path", "reference.path", "user.prompts", "data.train", "data.eval"),
-    "remote.cache",
+    *("data.dir", "remote.cache"),
 )

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import hub, paths
 from rlver_jax.config.credentials import without_credentials
+from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate, profile_files
 from rlver_jax.config.ranges import CHOICES, PATHS, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
@@ -253,10 +254,16 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
             yield f"{name}={shown(values[name])}: {fault}"
     if values["user.prompts"] and not is_folder(values["user.prompts"]):
         yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
-    for name in ("data.train", "data.eval"):
+    for name, split in DEFAULT_SPLITS.items():
+        if is_dataset(values[name]):
+            try:
+                locate(values[name], values["data.dir"], split)
+            except DatasetSpecError as error:
+                yield f"{name}={shown(values[name])}: {error}"
+            continue
         for file in profile_files(values[name]):
             if not _is(Path.is_file, file):
-                wanted = "is not a file; expected JSONL profiles, comma-separated"
+                wanted = "is not a file; expected JSONL profiles, comma-separated, or a data set"
                 yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
 
 
@@ -349,11 +356,6 @@ def check_training(config: ConfigDict) -> None:
         )
     if faults:
         raise ConfigError("the config cannot be trained with:\n" + "\n".join(f"  - {fault}" for fault in faults))
-
-
-def profile_files(*fields: str) -> list[str]:
-    """The files that comma-separated fields such as `data.train` name, in order."""
-    return [file for field in fields for file in field.split(",") if file]
 
 
 def reward_settings(config: ConfigDict) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 from rlver_jax.dialogues.log import UNREADABLE
 from rlver_jax.dialogues.trajectory import Message
 from rlver_jax.dialogues.verify_shape import POLICY, USER
-from rlver_jax.rollout.agents import WIDTH_STEP, Agents
+from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS, FORMAT, GOODBYE, RUNNING, end_reason
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.automaton import GOODBYES

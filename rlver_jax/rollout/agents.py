@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -21,14 +22,14 @@ from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
-from rlver_jax.parallel.distributed import replicate, rows_on
+from rlver_jax.parallel.distributed import replicate
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.policy_turn import PolicyTables, build_policy_tables
+from rlver_jax.rollout.profile_tokens import EncodedProfile, ProfileTokens, measure_profiles
 from rlver_jax.rollout.sampler import Dialogues, Profiles, room_needed, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.common import difference
-from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import Prompts, load_prompts
@@ -36,7 +37,6 @@ from rlver_jax.user.turn import UserLimits, UserTables, build_user_tables
 
 _T = TypeVar("_T")
 Weights = Callable[[Qwen2, Mesh | None], Params]  # where a model's parameters come from
-WIDTH_STEP = 128  # prefix widths are multiples of it, so that other profiles rarely mean another compilation
 
 
 def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
@@ -191,49 +191,6 @@ def limits_of(config: ConfigDict, spec: RolloutConfig, temperature: float) -> Ro
 
 
 @dataclasses.dataclass(frozen=True)
-class ProfileTokens:
-    """Profiles in tokens, on the host; all as wide as the longest, so that every batch of them has one shape."""
-
-    prefix: np.ndarray  # int32 [N, L]
-    prefix_count: np.ndarray  # int32 [N]
-    first_talk: np.ndarray  # int32 [N, R]
-    first_count: np.ndarray  # int32 [N]
-
-    def batch(
-        self,
-        indices: Sequence[int],
-        dialogue_ids: Sequence[int],
-        count: int | None = None,
-        mesh: Mesh | None = None,
-    ) -> Profiles:
-        """A batch of these profiles, padded to `count` of them with rows that don't play.
-
-        Args:
-            dialogue_ids: below 2**32; equally many for each profile, those of one profile together.
-            mesh: over which the rows are spread; each process reads those of its own devices alone.
-
-        Raises:
-            ValueError: another number of ids.
-        """
-        count, group = count or len(indices), max(len(dialogue_ids) // len(indices), 1)
-        if len(dialogue_ids) != len(indices) * group:
-            raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(indices)} profiles: expected groups of a size")
-        rows = np.resize(np.asarray(indices), count)
-        ids = np.zeros(count * group, np.uint32)
-        ids[: len(dialogue_ids)] = dialogue_ids
-        active = np.arange(count * group) < len(dialogue_ids)
-        real = np.arange(count) < len(indices)
-        read = lambda table: rows_on(mesh, count, lambda part: table[rows[part]])  # noqa: E731
-        read_count = lambda table: rows_on(mesh, count, lambda part: table[rows[part]] * real[part])  # noqa: E731
-        each = lambda x: rows_on(mesh, len(x), lambda part: x[part])  # noqa: E731
-        prefix, first = (
-            (read(self.prefix), read_count(self.prefix_count)),
-            (read(self.first_talk), read_count(self.first_count)),
-        )
-        return Profiles(*prefix, *first, each(ids), each(active))
-
-
-@dataclasses.dataclass(frozen=True)
 class Agents:
     """Two models with one tokenizer, and everything that is compiled or looked up for them."""
 
@@ -328,12 +285,21 @@ class Agents:
         Raises:
             ValueError: a profile leaves no room for a turn in the context.
         """
-        prefixes = [self.prefix(p) for p in profiles]
-        talks = [self.tokenizer.encode(p.first_talk.strip()) if p.first_talk else [] for p in profiles]
-        prefix, prefix_count = pad_rows(prefixes, round_up(longest(prefixes), WIDTH_STEP))
-        talk, talk_count = pad_rows(talks, round_up(max(longest(talks), 1), WIDTH_STEP))
-        self._check_room(profiles, prefix_count + talk_count, talk.shape[1])
-        return ProfileTokens(prefix, prefix_count, talk, talk_count)
+        tokens, longest, length = measure_profiles(profiles, self._encoded, self._context())
+        self._check_room(longest, length, tokens.first_width)
+        return tokens
+
+    def _context(self) -> list[str]:
+        """All that decides the tokens of a profile: tokenizer, prompts as they are written, and a user's own files."""
+        wishes = [name for known in self.prompts.intentions.values() for name in (known.sentence, *known.aliases)]
+        probes = [self.prefix(Profile("", "persona", "scene", wish, "")) for wish in (*wishes, "wish")]
+        files = [Path(file) for _, file in sorted(self.prompts.origins.items())]
+        own = [file.read_text(encoding="utf-8") for file in files if file.is_file()]  # ours are named, not located
+        return [self.tokenizer.fingerprint, self.style, self.scenario, repr(self.spec.rules), repr(probes), *own]
+
+    def _encoded(self, profile: Profile) -> EncodedProfile:
+        talk = self.tokenizer.encode(profile.first_talk.strip()) if profile.first_talk else []
+        return EncodedProfile(np.array(self.prefix(profile), np.int32), np.array(talk, np.int32))
 
     def encode(self, profiles: Sequence[Profile], dialogue_ids: Sequence[int], count: int | None = None) -> Profiles:
         """A batch of these profiles alone; see `ProfileTokens.batch`."""
@@ -342,7 +308,7 @@ class Agents:
             raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
         return self.tokens(profiles).batch(range(len(profiles)), dialogue_ids, count, self.mesh)
 
-    def _check_room(self, profiles: Sequence[Profile], lengths: np.ndarray, first_width: int) -> None:
+    def _check_room(self, longest: Profile, length: int, first_width: int) -> None:
         limits = UserLimits(self.spec.user_tokens, self.spec.user_tokens, 0.0)  # type: ignore[arg-type]
         full = RolloutLimits(0, 0, 0, 0.0, 0, limits)  # type: ignore[arg-type]
         policy_room, room = room_needed(self.tables, self.spec, full, first_width)
@@ -352,11 +318,10 @@ class Agents:
                 f"the policy's system prompt takes {system} tokens and a turn may take {policy_room} more, but "
                 f"rollout.context is {self.spec.context}; raise it to {system + policy_room} for one turn at least"
             )
-        worst = int(np.argmax(lengths))
-        if lengths[worst] + room > self.spec.context:
+        if length + room > self.spec.context:
             raise ValueError(
-                f"profile {profiles[worst].id} takes {lengths[worst]} tokens and a turn may take {room} more, but "
-                f"rollout.context is {self.spec.context}; raise it to {lengths[worst] + room} for one turn at least"
+                f"profile {longest.id} takes {length} tokens and a turn may take {room} more, but rollout.context is "
+                f"{self.spec.context}; raise it to {length + room} for one turn at least"
             )
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits) -> Dialogues:

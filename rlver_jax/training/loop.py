@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlver_jax.config.hub import local_folder
-from rlver_jax.config.validate import flatten, profile_files, reward_settings
+from rlver_jax.config.validate import flatten, reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import dialogue_records, write_dialogues
 from rlver_jax.evaluation import play as evaluation
@@ -26,7 +26,7 @@ from rlver_jax.learning.train_step import TrainState, minibatch_order
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
-from rlver_jax.profiles.schema import read_profiles
+from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.rollout.agents import Agents, sampling_copy
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.rollout.rewards import Rewards, reward
@@ -330,7 +330,7 @@ def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str,
     Args:
         gone: models whose folders are not at hand, nor needed.
     """
-    profiles = {"data.train": read_profiles(profile_files(config.data.train))}
+    profiles = {"data.train": open_profiles(config, "data.train")}
     if config.eval.every:
         profiles["data.eval"] = evaluation.chosen_profiles(config)
     models = {}

@@ -1,7 +1,7 @@
 """From a config to everything that a training run holds: agents, profiles, what is trained, the first state."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax.config.sections import keywords
-from rlver_jax.config.validate import ConfigError, choice_fault, profile_files
+from rlver_jax.config.validate import ConfigError, choice_fault
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig
@@ -28,8 +28,10 @@ from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.profiles.reader import ProfileReader
-from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.rollout.agents import Agents, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_profiles
+from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.rollout.profile_tokens import ProfileTokens
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
@@ -76,7 +78,7 @@ class Run:
     config: ConfigDict
     mesh: Mesh  # of training; agents.mesh is that of sampling
     agents: Agents  # with the policy that training starts from
-    profiles: list[Profile]
+    profiles: Sequence[Profile]
     tokens: ProfileTokens
     reader: ProfileReader
     limits: RolloutLimits
@@ -113,7 +115,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     """
     _check_attention(config, mesh)
     check_context(config, *models_of(config))
-    profiles = read_profiles(profile_files(config.data.train))
+    profiles = open_profiles(config, "data.train")
     reader = ProfileReader(
         profiles,
         seed=config.data.seed,
@@ -124,7 +126,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     agents = Agents.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
     tokens = agents.tokens(profiles)
     limits = agents.replicate(agents.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    setup, state, lengths, reference = build_learning(config, agents, tokens.first_talk.shape[1], mesh, LOADED)
+    setup, state, lengths, reference = build_learning(config, agents, tokens.first_width, mesh, LOADED)
     grammar, learn = replicate(agents.tables[0].grammar, mesh), compile_step(setup, state)
     run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, learn, lengths, grammar, reference)
     return run, state

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.ranges import PATHS
-from rlver_jax.config.validate import ConfigError, flatten, profile_files, unflatten
+from rlver_jax.config.validate import ConfigError, flatten, unflatten
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.lock import LOCK
-from rlver_jax.runs.settings import SHOWN, compare, listed, without_secrets
+from rlver_jax.runs.settings import SHOWN, check_same, listed, without_secrets
 from rlver_jax.training.checkpoints import saved_steps
 from rlver_jax.training.kept_model import base_folder, check_same_model, keep_model, kept_model
 from rlver_jax.training.metrics import iter_metrics
@@ -126,15 +127,16 @@ class RunFolder:
         sections = tuple(f"{name}." for name in free)
         old = without_secrets(self.config())
         old |= {name: new[name] for name in PATHS if _same_places(old.get(name), new[name])}
-        found = compare(old, new, lambda name: f"{name}.".startswith(sections))
-        if found.differences:
-            raise ValueError(
-                f"{self.path}: holds a run with another config ({found.differences}); name another --workdir, or give "
-                f"the same config to go on with it (only {', '.join(named)} may change"
-                f"{'' if self.fingerprints() else ', not even paths: no fingerprints tell what lay there'})"
-            )
-        if found.defaults:
-            report(f"{self.path}: begun by an older version of rlver_jax, whose config lacks {found.defaults}: as here")
+        check_same(
+            self.path,
+            old,
+            new,
+            lambda name: f"{name}.".startswith(sections),
+            fault="holds a run with another config",
+            remedy=f"name another --workdir, or give the same config to go on with it (only {', '.join(named)} may "
+            f"change{'' if self.fingerprints() else ', not even paths: no fingerprints tell what lay there'})",
+            report=report,
+        )
 
     def _same_contents(
         self, new: dict[str, Any], known: dict[str, str], contents: Contents, report: Callable[[str], None]

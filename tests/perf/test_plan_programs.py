@@ -38,8 +38,8 @@ def run_and_state(config):
 @pytest.fixture(scope="module")
 def planned(config, run_and_state):
     run = run_and_state[0]
-    first_talk = run.tokens.first_talk.shape[1]
-    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix.shape[1], first_talk)
+    first_talk = run.tokens.first_width
+    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix_width, first_talk)
     return shapes_of(config, run.mesh, texts)
 
 
