@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
     """An entry point in a process with one device."""
-    command = [sys.executable, "-m", f"rlver_jax.{module}", *flags]
+    code = f"import sys\nfrom rlver_jax.miniature import assets, check\nfrom rlver_jax.{module} import main\n"
+    code += "assets.EVAL_COUNT, check.ATTACKED = 16, 8\nsys.exit(main())"  # measured on few people
+    command = [sys.executable, "-c", code, *flags]
     environ = os.environ | {"XLA_FLAGS": ""}
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1800, check=False)
 
