@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         suite, options = _arguments(sys.argv[1:] if argv is None else argv)
         found = {"suite": suite, "repeats": options.repeats, "machine": machine()}
-        module = importlib.import_module(f"rlver_jax.perf.{suite}")
+        module = importlib.import_module(f"rlver_jax.perf.bench_{suite}")
         with errors.status(suite) as status:
 
             def tell(text: str) -> None:

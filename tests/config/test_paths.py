@@ -14,7 +14,7 @@ from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write,
 from rlver_jax.config.ranges import CHOICES, PATHS, REGISTERED
 from rlver_jax.config.validate import ConfigError, flatten, validate
 
-PACKAGE = Path(command_line.__file__).parent
+PACKAGE = Path(command_line.__file__).parents[1]
 COMMANDS = sorted(
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
     for file in PACKAGE.rglob("*.py")
