@@ -16,6 +16,7 @@ from rlver_jax.user.prompts import Prompts
 from rlver_jax.user.turn import KEY_POLICY, part_keys
 
 THINK_OPEN = "<think>\n"
+Words = tuple[Int[Array, "B _"], Int[Array, "B"]]  # tokens, padded on the right, and how many of each row count
 
 
 @flax.struct.dataclass
@@ -68,8 +69,8 @@ def policy_turn(
     lm: LM,
     tables: PolicyTables,
     cache: Cache,
-    last_say: tuple[Int[Array, "B S"], Int[Array, "B"]],
-    heard: tuple[Int[Array, "B R"], Int[Array, "B"]],
+    last_say: Words,
+    heard: Words,
     turn_keys: Key[Array, "B"],
     *,
     spec: RolloutConfig,
@@ -83,18 +84,8 @@ def policy_turn(
     words; in direct mode the reply is already in the cache. Either way the context is that of a fresh prompt of plain
     messages.
     """
-    batch, think = active.shape[0], spec.mode == "think"
-    tokens, count = concat_ragged(
-        batch,
-        *([last_say] if think else []),
-        (tables.close, jnp.where(first, 0, tables.close.shape[0])),
-        (tables.open_user, None),
-        heard,
-        (tables.close, None),
-        (tables.open_assistant, None),
-        (tables.think_open, None),
-    )
-    count = jnp.where(active, count, 0)
+    think = spec.mode == "think"
+    tokens, count = _heard_tokens(tables, [last_say] if think else [], heard, active, first)
     cache = append(lm, cache, tokens, count)
     opened = cache.length
     cache, reply = generate(
@@ -112,6 +103,23 @@ def policy_turn(
     violation = active & think & ((reply.found_at < 0) | (say_count == 0))
     keep = opened - tables.think_open.shape[0] * active if think else opened + say_count
     return rollback(cache, keep), PolicyTurn(reply, say, say_count, violation, count)
+
+
+def _heard_tokens(
+    tables: PolicyTables, last_say: list[Words], heard: Words, active: Bool[Array, "B"], first: Bool[Array, "*B"]
+) -> Words:
+    """What a turn prefills: the last reply where the cache lacks it, the user's words, the opening of a reply."""
+    tokens, count = concat_ragged(
+        active.shape[0],
+        *last_say,
+        (tables.close, jnp.where(first, 0, tables.close.shape[0])),
+        (tables.open_user, None),
+        heard,
+        (tables.close, None),
+        (tables.open_assistant, None),
+        (tables.think_open, None),
+    )
+    return tokens, jnp.where(active, count, 0)
 
 
 def _split_say(reply: Generated, whitespace: Array, spec: RolloutConfig) -> tuple[Array, Array]:
