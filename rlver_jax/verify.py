@@ -35,7 +35,7 @@ from rich.progress import track
 
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
-from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
+from rlver_jax.config.validate import ConfigError, reward_settings, validate
 from rlver_jax.decoding.replay import Dialogue, Keys
 from rlver_jax.decoding.replay_sequence import ReplaySequence
 from rlver_jax.dialogues.faults import POLICYS_WORDS, Host, derived_rewards, logged_turns, underived
@@ -46,7 +46,8 @@ from rlver_jax.dialogues.verify_set import Plan
 from rlver_jax.dialogues.verify_shape import POLICY, USER, Shape
 from rlver_jax.dialogues.verify_tokens import ALLOWED, Allowed, Found, Speaker, hold, users_claim, users_fields
 from rlver_jax.evaluation.play import chosen_profiles, eval_spec
-from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.sampler import opening_key
@@ -280,8 +281,7 @@ def verify_logs(
     """
     total, logged = Report(), []
     plans = plans_of(config, chosen_profiles(config), repeats=repeats, partial=partial)
-    files = dict.fromkeys(profile_files(config.data.eval, config.data.train))
-    profiles = KnownProfiles(profile for file in files for profile in read_profiles(file))
+    profiles = KnownProfiles.of_sets(open_each(config))
     for path in paths:
         part, name = read_part(path, plans, config), f"{path}, " if len(paths) > 1 else ""
         total.faults += part.faults
@@ -291,7 +291,7 @@ def verify_logs(
     if not logged:
         return total
     policies = (
-        behaviour_policy.agents_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
+        behaviour_policy.players_of([one[1:3] for one in logged], config, fields.get_config(), policy) if policy else {}
     )
     config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
     agents = load_agents(config, {side for one in logged for side in one.plan.endpoints})

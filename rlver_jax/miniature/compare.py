@@ -54,7 +54,7 @@ def outcome(workdir: Path) -> Outcome:
 
 def kind_of(config: dict[str, Any]) -> tuple[str, ...]:
     """Estimator, mode, user, size of a run."""
-    name = _NAMES[config["algorithm.estimator"]]
+    name = _NAMES.get(config["algorithm.estimator"], config["algorithm.estimator"])
     size = f"{config['train.steps']} x {config['rollout.batch']}"
     return name, config["policy.mode"], config["user.style"], size
 

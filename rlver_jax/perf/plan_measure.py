@@ -148,7 +148,7 @@ def _memory(compiled: Any, idle: int) -> Memory:
 def _replicated(program: Program, shapes: Shapes) -> list[str]:
     """Large arguments that every chip holds whole."""
     warnings = []
-    for path, x in jax.tree_util.tree_leaves_with_path(program.given):
+    for path, x in jax.tree_util.tree_leaves_with_path(program.arguments):
         size = array_bytes(x.dtype.name, x.shape)
         if shapes.mesh.size > 1 and size >= LARGE and x.sharding.is_fully_replicated:
             name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -123,7 +123,7 @@ def _copied(model: Qwen2) -> Work:
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     """Of dialogues at their limits; sharing a row changes nothing, as the mask keeps them apart."""
-    config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.learner.trunk
+    config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.models.trunk
     length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
     rows, model = config.rollout.batch, shapes.agents.policy.model
     parts = config.train.minibatches * reads_at_most(config, mesh, rows // config.train.minibatches)

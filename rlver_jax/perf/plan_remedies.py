@@ -11,6 +11,7 @@ from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.perf.chips import Chip
 from rlver_jax.perf.plan_measure import GIB, Measured, compile_all
 from rlver_jax.perf.plan_programs import Shapes, programs_of
+from rlver_jax.training.setup import has_critic
 
 TRIES = 6  # compilations
 
@@ -40,7 +41,7 @@ def with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
 
 def trained_of(config: ConfigDict) -> list[str]:
     """Sections of the config whose layers an update differentiates."""
-    return ["policy"] + ["critic"] * (config.algorithm.estimator == "gae" and config.critic.kind == "separate")
+    return ["policy"] + ["critic"] * (has_critic(config) and config.critic.kind == "separate")
 
 
 def over(measured: Measured, chip: Chip) -> int:

@@ -11,7 +11,7 @@ from rlver_jax.reports.group_charts import Marks, boxes, coordinate, stacked_sha
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.statistics import OUTCOMES, Group, end_shares, outcome_shares, reply_lengths, turn_counts
 from rlver_jax.reports.svg import Figure
-from rlver_jax.rollout.sampler import END_REASONS
+from rlver_jax.rollout.end_reason import END_REASONS
 
 EMOTION_RANGE = (0.0, 100.0)
 _SPREAD = "Mean over a step's dialogues, and one standard deviation around it."

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.statistics import OUTCOMES, Group, Point, points
 from rlver_jax.reports.svg import Chart, Figure, Key, ticks
-from rlver_jax.rollout.sampler import END_REASONS
+from rlver_jax.rollout.end_reason import END_REASONS
 
 MOST_POINTS, MOST_BARS = 240, 60
 MOST_BANDS = 4  # more of them on one chart hide each other

@@ -11,7 +11,7 @@ from rlver_jax.config.validate import shortened
 from rlver_jax.dialogues.numbers import is_number
 from rlver_jax.reports.metrics_table import MetricsTable
 from rlver_jax.reports.sources import Outline, Run
-from rlver_jax.rollout.sampler import END_REASONS
+from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.user.emotion import SAGE
 
 OUTCOMES = ("success", "neither", "failure")  # by SAGE's borders: 100, and below 10

@@ -49,7 +49,9 @@ class RuleTrainer(Trainer):
         people = {profile.id: Person.of(profile) for profile in profiles}
         turns = rewards.turns.shape[1]
         emotions = np.array([rule_emotions(people[r["profile"]], r, turns) for r in records], np.int32)
-        found = reward(emotions=emotions, n_turns=played.turns, violation=played.violation, **dict(self.how))
+        found = reward(
+            emotions=emotions, n_turns=played.turns, violation=played.violation, **dict(self.reward_settings)
+        )
         return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, rewards)
 
 

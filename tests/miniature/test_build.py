@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
     """An entry point in a process with one device."""
-    command = [sys.executable, "-m", f"rlver_jax.{module}", *flags]
+    code = f"import sys\nfrom rlver_jax.miniature import assets, check\nfrom rlver_jax.{module} import main\n"
+    code += "assets.EVAL_COUNT, check.ATTACKED = 16, 8\nsys.exit(main())"  # measured on few people
+    command = [sys.executable, "-c", code, *flags]
     environ = os.environ | {"XLA_FLAGS": ""}
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1800, check=False)
 
@@ -32,7 +34,7 @@ def run(module: str, *flags: str) -> subprocess.CompletedProcess:
 def built(tmp_path_factory):
     """(folder, flags that it was built with)."""
     folder = tmp_path_factory.mktemp("miniature") / "built"
-    flags = [f"--out={folder}", "--user_steps=20", "--policy_steps=10", "--base_steps=5", "--rl_steps=0"]
+    flags = [f"--out={folder}", "--user_steps=20", "--policy_steps=40", "--base_steps=5", "--rl_steps=0"]
     result = run("miniature.build", *flags, f"--json={folder.parent / 'figures.json'}")
     assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
     return folder, flags
