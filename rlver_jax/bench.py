@@ -1,4 +1,4 @@
-"""Measures this program on this machine, each way of doing something beside the one that it replaces.
+"""Measures this program on this machine, each way of doing something against its alternative.
 
     python -m rlver_jax.bench SUITE [--json=FILE] [--repeats=N]
 
@@ -10,7 +10,7 @@ Suites:
     load       weights of the size of Qwen2.5-0.5B onto the device, against the file as it is
     compile    the miniature from the command to its first step, with nothing compiled before and once more
 
-Each way runs once first, for compilation, then all of them in turn, N times. Figures are medians. Where other programs
+Each way runs once first, for compilation, then all of them in turn, N times. Times are medians. Where other programs
 share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage.
 """
 
@@ -27,8 +27,15 @@ from rlver_jax.perf.bench_timing import machine
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.console import consoles
 
-# Each is a module with `measure(repeats, tell)`, which returns figures, and `lines(figures)`, which says them.
-SUITES = ("dialogue", "rollout", "update", "logprob", "load", "compile")
+# Suite -> its module in perf/, which has `measure(repeats, tell)`, returning results, and `lines(results)`, their text.
+SUITES = {
+    "dialogue": "bench_dialogue",
+    "rollout": "bench_rollout",
+    "update": "bench_update",
+    "logprob": "bench_logprob",
+    "load": "bench_load",
+    "compile": "bench_compile",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         suite, options = _arguments(sys.argv[1:] if argv is None else argv)
-        found = {"suite": suite, "repeats": options.repeats, "machine": machine()}
-        module = importlib.import_module(f"rlver_jax.perf.{suite}")
+        results = {"suite": suite, "repeats": options.repeats, "machine": machine()}
+        module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
         with errors.status(suite) as status:
 
             def tell(text: str) -> None:
@@ -45,20 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not errors.is_terminal:
                     errors.print(f"{suite}: {text}", markup=False, highlight=False)
 
-            found |= module.measure(options.repeats, tell)
+            results |= module.measure(options.repeats, tell)
         if options.json:
-            write_json(Path(options.json), found)
+            write_json(Path(options.json), results)
     except (ValueError, OSError) as error:
         errors.print(f"bench: {error}", markup=False, highlight=False)
         return 2
-    for line in module.lines(found):
+    for line in module.lines(results):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def _arguments(argv: Sequence[str]) -> tuple[str, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
-        define_path("json", "", "file for all figures", values, new="file")
+        define_path("json", "", "file for all results", values, new="file")
         flags.DEFINE_integer("repeats", 3, "runs of each way", 1, flag_values=values)
 
     options, suites = parse_flags(argv, __doc__, define)

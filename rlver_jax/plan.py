@@ -26,21 +26,21 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path
-from rlver_jax.config.validate import ConfigError, profile_files, validate
+from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.miniature.assets import POLICY, shipped
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.chips import chip_of, topology_devices
 from rlver_jax.perf.plan_measure import compile_all
 from rlver_jax.perf.plan_phases import phases_of
-from rlver_jax.perf.plan_programs import Shapes, Texts, programs_of, shapes_of, unplaced_agents
+from rlver_jax.perf.plan_programs import Shapes, Texts, abstract_agents, programs_of, shapes_of
 from rlver_jax.perf.plan_remat import remats_of
 from rlver_jax.perf.plan_remedies import find_remedy, over
 from rlver_jax.perf.plan_report import Plan, show
-from rlver_jax.profiles.schema import read_profiles
+from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.console import consoles
 from rlver_jax.text.tokenizer import load_tokenizer
-from rlver_jax.training.setup import rollout_spec
+from rlver_jax.training.setup import check_learning, rollout_spec
 
 PREFIX, FIRST_TALK = 2688, 128  # tokens: RLVER's 500 published training profiles under Qwen2.5's tokenizer
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         devices = topology_devices(options.topology, options.slices)
         validate(config, fields.get_config(), len(devices))
+        check_learning(config)
         mesh = make_mesh(**config.mesh, devices=devices)
         # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -90,7 +91,7 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
 
     Args:
         mesh: of training, over the topology's devices.
-        tell: hears what is being done, and what was found.
+        tell: gets messages: what is being compiled, and the results.
         remats: whether to try every remat policy.
 
     Raises:
@@ -130,9 +131,8 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
             "prompts: the English ones under the miniature's tokenizer, a little longer than under Qwen2.5's"
         )
     prefix, first = PREFIX, FIRST_TALK
-    files = profile_files(config.data.train)
-    if config.policy.path and files:
-        prefix, first = _widths(config, tokenizer, files)
+    if config.policy.path and config.data.train:
+        prefix, first = _widths(config, tokenizer)
     else:
         assumed.append(
             f"profiles: {prefix} tokens of prefix and {first} of first words, as RLVER's published ones have"
@@ -140,10 +140,10 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
     return Texts(tokenizer, language, prefix, first), assumed
 
 
-def _widths(config: ConfigDict, tokenizer: Any, files: list[str]) -> tuple[int, int]:
-    agents = unplaced_agents(config, tokenizer, config.data.language, rollout_spec(config))
-    tokens = agents.tokens(read_profiles(files))
-    return tokens.prefix.shape[1], tokens.first_talk.shape[1]
+def _widths(config: ConfigDict, tokenizer: Any) -> tuple[int, int]:
+    agents = abstract_agents(config, tokenizer, config.data.language, rollout_spec(config))
+    tokens = agents.tokens(open_profiles(config, "data.train"))
+    return tokens.prefix_width, tokens.first_width
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
 TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"
-SWITCH_S = 0.0005  # after which a thread lets the one that answers go on; Python's 5 ms add up to a wait
-LOOK_S = 2.0  # between two lines of figures in a terminal
+SWITCH_S = 0.0005  # after which a thread yields to the one that answers; Python's 5 ms add up
+LOOK_S = 2.0  # between two status lines in a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,9 +116,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine:
     context = options.context or config.rollout.context
-    reads = make_model(config.policy, "policy").config
+    model_config = make_model(config.policy, "policy").config
     field = "--context" if options.context else "--config.rollout.context"
-    reads.check_context(context, "policy", f"{field}={context}", f"set {field}={reads.context} or lower")
+    model_config.check_context(context, "policy", f"{field}={context}", f"set {field}={model_config.context} or lower")
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     lm, tokenizer = load_model(config.policy, "policy", mesh, weights)
     lm = LM(sampling_copy(lm.model, mesh)(lm.params), lm.model)
@@ -126,7 +126,7 @@ def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine
 
 
 def _system(config: ConfigDict) -> str:
-    """What the policy was trained under."""
+    """The system prompt that the policy was trained with."""
     return load_prompts(config.data.language, config.user.prompts or None).policy_system(config.policy.mode)
 
 
@@ -146,19 +146,19 @@ def _serve(engine: Engine, name: str, system: str, listening: socket.socket, con
     # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    shown = f"[{host}]" if ":" in host else host
-    console.print(f"{name} at http://{shown}:{port}/v1 · {engine.rows} rows of {engine.context} tokens", markup=False)
+    address = f"[{host}]" if ":" in host else host
+    console.print(f"{name} at http://{address}:{port}/v1 · {engine.rows} rows of {engine.context} tokens", markup=False)
     if not token and not ipaddress.ip_address(host).is_loopback:
         console.print(f"anyone who reaches {host} can use it; set {TOKEN_VARIABLE} to ask for a token", markup=False)
     threading.Thread(target=_watch, args=(engine, server, console), daemon=True).start()
     server.run(sockets=[listening])
     stats = engine.stats()
     engine.close()
-    console.print(_figures(stats, stats["uptime_s"], 0), markup=False, highlight=False, soft_wrap=True)
+    console.print(_status_line(stats, stats["uptime_s"], 0), markup=False, highlight=False, soft_wrap=True)
 
 
 def _watch(engine: Engine, server: Any, console: Console) -> None:
-    """Figures in a terminal while it works; stops the server when the engine has failed."""
+    """Shows a status line in a terminal; stops the server when the engine has failed."""
     status = console.status("waiting for requests") if console.is_terminal else None
     if status is not None:
         status.start()
@@ -167,14 +167,14 @@ def _watch(engine: Engine, server: Any, console: Console) -> None:
         time.sleep(LOOK_S)
         stats = engine.stats()
         if status is not None:
-            status.update(_figures(stats, LOOK_S, before))
+            status.update(_status_line(stats, LOOK_S, before))
         before = stats["tokens"]["generated"]
         server.should_exit |= engine.failure is not None
     if status is not None:
         status.stop()
 
 
-def _figures(stats: dict[str, Any], seconds: float, before: int) -> str:
+def _status_line(stats: dict[str, Any], seconds: float, before: int) -> str:
     rate = (stats["tokens"]["generated"] - before) / max(seconds, 1e-9)
     return (
         f"{stats['replies']['finished']} replies · {stats['busy']} of {stats['rows']} rows busy · {stats['waiting']} "

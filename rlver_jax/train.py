@@ -32,7 +32,7 @@ from rlver_jax.text.console import consoles
 from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import missing_steps, read_metrics
-from rlver_jax.training.setup import folders_of
+from rlver_jax.training.setup import check_learning, folders_of
 from rlver_jax.training.workdir import RunFolder
 
 
@@ -85,6 +85,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
     validate(config, fields.get_config(), jax.device_count(), needs)
     check_training(config)
+    check_learning(config)
     fetch({name: found for name, found in folders_of(config).items() if name in needs})
     return config, options.workdir
 

@@ -35,7 +35,7 @@ from rich.progress import track
 
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
-from rlver_jax.config.validate import ConfigError, profile_files, reward_settings, validate
+from rlver_jax.config.validate import ConfigError, reward_settings, validate
 from rlver_jax.decoding.replay import Keys, ReplayInput
 from rlver_jax.decoding.replay_sequence import ReplaySequence
 from rlver_jax.dialogues.faults import POLICY_TOKENS, ConsistencyCheck, logged_turns, recomputed_rewards, unchecked
@@ -55,7 +55,8 @@ from rlver_jax.dialogues.verify_tokens import (
     user_logprobs,
 )
 from rlver_jax.evaluation.play import chosen_profiles, eval_spec
-from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.sampler import opening_key
@@ -266,13 +267,12 @@ def verify_logs(
         ValueError, OSError: a file, the model or the profiles cannot be read.
     """
     total = Report(unchecked={"the set of dialogues (--partial)": None} if partial else {})
-    files = dict.fromkeys(profile_files(config.data.eval, config.data.train))
-    profiles = KnownProfiles(profile for file in files for profile in read_profiles(file))
+    profiles = KnownProfiles.of_sets(open_each(config))
     logged = _read_logs(paths, config, total, repeats=repeats, partial=partial)
     if not logged:
         return total
     played = [one[1:3] for one in logged]
-    policies = behaviour_policy.agents_of(played, config, fields.get_config(), policy) if policy else {}
+    policies = behaviour_policy.players_of(played, config, fields.get_config(), policy) if policy else {}
     config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
     agents = load_agents(config, {side for one in logged for side in one.plan.endpoints})
     reports = verify_records(agents, profiles, logged, settings_of(config))

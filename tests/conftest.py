@@ -1,7 +1,7 @@
 """Shared fixtures. Eight fake CPU devices are made before JAX starts, so that every test can build a mesh.
 
-Also the agents of the dialogue tests: two tiny models, trained for seconds, that write think-then-say replies and
-short lines, and `Fresh`, which assembles contexts from logged ids by plain concatenation (no cache, no tables).
+Also the agents of the dialogue tests: two tiny models, trained by `make_tiny_models.py`, that write think-then-say
+replies and short lines, and `Fresh`, which assembles contexts from logged ids by plain concatenation (no cache).
 """
 
 import os
@@ -17,16 +17,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # this run's processes, worke
 
 import dataclasses
 import functools
-import random
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+import safetensors.numpy
 
 from rlver_jax.decoding.cache import LM, append, init_cache
 from rlver_jax.models.architecture import Qwen2Config
@@ -39,6 +39,12 @@ from tests.quick import QUICK, free_programs
 from tests.text.conftest import sentences, write_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+TINY = {
+    "policy": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    "user": {"hidden_size": 48, "intermediate_size": 96, "num_layers": 1, "num_heads": 3, "num_kv_heads": 1},
+}
+TINY["policy"] |= {"tie_embeddings": True}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -129,39 +135,6 @@ def some_profiles(count: int) -> list[Profile]:
     ]
 
 
-PHRASES = ["felt awful", "did not listen", "said goodbye", "my boss", "I", "my sister", "and she", "2024", "知道", "不"]
-
-
-def _phrase(draw: random.Random, most: int) -> str:
-    return " ".join(draw.choices(PHRASES, k=draw.randint(1, most))) + draw.choice([".", "", "。"])
-
-
-def _policy_text(tokenizer, draw: random.Random) -> list[int]:
-    chat, think = ChatTemplate(tokenizer), draw.random() < 0.7
-    tokens = chat.message("system", SHORT_PROMPTS["policy_think.j2" if think else "policy_direct.j2"])
-    for _ in range(2):
-        tokens += chat.message("user", _phrase(draw, 3)) + chat.open("assistant")
-        if think:
-            close = draw.choice(["\n</think>\n\n", "</think>\n", "\n</think>"])
-            tokens += tokenizer.encode("<think>\n") + tokenizer.encode(_phrase(draw, 1) + close)
-        tokens += tokenizer.encode(_phrase(draw, 4)) + chat.close
-    return tokens
-
-
-def _user_text(tokenizer, draw: random.Random) -> list[int]:
-    chat = ChatTemplate(tokenizer)
-    tokens = chat.message("system", _phrase(draw, 3)) + chat.message("user", "Go.") + chat.open("assistant")
-    tokens += tokenizer.encode(_phrase(draw, 3)) + chat.close + chat.message("user", _phrase(draw, 4))
-    tokens += chat.open("assistant")
-    fill = lambda s: s.replace("{emotion}", str(draw.randint(0, 100))).replace("{band}", draw.choice("SABCF"))  # noqa: E731
-    script = SHORT_PROMPTS["appraisal.script"] + "\n" + SHORT_PROMPTS["reply.script"]
-    script = re.sub("<<free:.*>>", lambda _: _phrase(draw, 3), fill(script))
-    change = draw.randint(-10, 10)
-    script = script.replace("<<choose:change>>", f"{change:+d}" if change else "0")
-    bye = "\n" if draw.random() < 0.8 else " goodbye.\n"
-    return tokens + tokenizer.encode(script + bye)
-
-
 def random_params(model: Qwen2, seed: int):
     """Initial parameters from NumPy: compiles nothing."""
     draw = np.random.default_rng(seed)
@@ -174,49 +147,39 @@ def random_params(model: Qwen2, seed: int):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def train_tiny(tokenizer, text, *, seed: int, steps: int = 60, width: int = 144, **sizes) -> LM:
-    """A tiny model fitted to what `text(tokenizer, random)` writes. Some embedding rows have no token."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2} | sizes
+def vocabulary(tokenizer) -> np.ndarray:
+    """Checksum of all tokens' bytes."""
+    return np.array(zlib.crc32(b"\n".join(tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))), np.int64)
+
+
+def golden_lm(name: str, tokenizer) -> LM:
+    """A tiny model that `make_tiny_models.py` has fitted to this tokenizer's texts."""
+    sizes = TINY[name]
     config = Qwen2Config(tokenizer.vocab_size + 9, head_dim=16, rope_theta=1e4, **sizes)
     model = Qwen2(config, scan_layers=False)
-    draw = random.Random(seed)
-    batches = np.zeros((steps, 8, width), np.int32)
-    for row in batches.reshape(-1, width):
-        tokens = text(tokenizer, draw)[:width]
-        row[: len(tokens)] = tokens
-    optimizer = optax.adam(optax.linear_schedule(1e-2, 1e-3, steps))
+    weights = safetensors.numpy.load_file(GOLDEN / f"{name}.safetensors")
+    assert weights.pop("vocabulary") == vocabulary(tokenizer), "other merges: run python -m tests.make_tiny_models"
+    shapes, _ = abstract_params(model)
 
-    def loss(params, tokens):
-        hidden, _ = model.apply({"params": params}, tokens, jnp.broadcast_to(jnp.arange(width), tokens.shape))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, hidden[:, :-1]), tokens[:, 1:])
-        return (losses * (tokens[:, 1:] > 0)).mean()
+    def leaf(path, x):
+        array = weights.pop("/".join(key.key for key in path))
+        assert array.shape == x.shape
+        return jnp.asarray(array)
 
-    def step(carry, tokens):
-        params, state = carry
-        value, gradient = jax.value_and_grad(loss)(params, tokens)
-        updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(params, updates), state), value
-
-    params = random_params(model, seed)
-    state, losses, step = (params, optimizer.init(params)), [], jax.jit(step)
-    for batch in batches:
-        state, value = step(state, batch)
-        losses.append(value)
-    params = state[0]
-    assert losses[-1] < 0.5 * losses[0], "the tiny model has learned nothing"
+    params = jax.tree_util.tree_map_with_path(leaf, shapes)
+    assert not weights, f"left over: {list(weights)}"
     return LM(params, model)
 
 
 @pytest.fixture(scope="session")
 def policy_lm(bpe) -> LM:
-    return train_tiny(bpe, _policy_text, seed=0, steps=130, width=104, tie_embeddings=True)
+    return golden_lm("policy", bpe)
 
 
 @pytest.fixture(scope="session")
 def user_lm(bpe) -> LM:
     """Smaller than the policy in every size (one layer also halves what the dialogue tests wait for XLA)."""
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_layers": 1, "num_heads": 3, "num_kv_heads": 1}
-    return train_tiny(bpe, _user_text, seed=1, **sizes)
+    return golden_lm("user", bpe)
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,22 @@
 """`bench` as a user runs it, and how it compares."""
 
+import importlib
 import json
 
 import jax
 import pytest
 
+from rlver_jax import bench
 from rlver_jax.bench import SUITES, main
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.perf import (
     bench_compile,
     bench_dialogue,
-    bench_limits,
     bench_load,
     bench_logprob,
     bench_rollout,
+    bench_timing,
     bench_update,
 )
 from rlver_jax.perf.bench_timing import alternate, ratios
@@ -50,16 +52,24 @@ def test_bad_usage_is_refused(arguments, parts, capsys):
         assert part in message, message
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_has_its_module_and_is_in_the_help(suite):
+    module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
+    assert callable(module.measure)
+    assert callable(module.lines)
+    assert f"\n    {suite} " in bench.__doc__
+
+
 def measured(suite: str, tmp_path) -> dict:
     assert main([suite, f"--json={tmp_path / 'f.json'}", "--repeats=2"]) == 0
     return json.loads((tmp_path / "f.json").read_text())
 
 
 def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
-    """By hand: 3 dialogues of 10 + 2 x 5 tokens heard, 3 x 4 said."""
+    """By hand: 3 dialogues of 10 + 2 x 5 tokens of the user, 3 x 4 generated."""
     monkeypatch.setattr(bench_rollout, "SMALL", TINY)
-    monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, said=4, heard=5))
-    monkeypatch.setattr(bench_limits, "COPIED", 1024)
+    monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, reply=4, user=5))
+    monkeypatch.setattr(bench_timing, "COPIED", 1024)
     found = measured("rollout", tmp_path)
     assert (found["generated"], found["prefilled"]) == (36, 60)
     assert found["generated_tokens_per_s"] == pytest.approx(36 / found["seconds"])
@@ -71,16 +81,16 @@ def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
-    sizes = {"MODEL": TINY, "DIALOGUES": 2, "TURNS": 3, "SYSTEM": 5, "HEARD": 4, "THOUGHT": 6, "SAY": 3}
+    sizes = {"MODEL": TINY, "DIALOGUES": 2, "TURNS": 3, "SYSTEM": 5, "USER": 4, "THOUGHT": 6, "REPLY": 3}
     for name, value in sizes.items():
         monkeypatch.setattr(bench_update, name, value)
     found = measured("update", tmp_path)
     for mode, thought in (("think", 6), ("direct", 0)):
-        places = {name: way["places"] for name, way in found[mode]["ways"].items()}
+        positions = {name: way["positions"] for name, way in found[mode]["ways"].items()}
         turns = [5 + t * 7 + 4 + thought + 2 for t in range(3)]  # of each row: what is predicted last is not read
-        assert places["turns"] == 2 * sum(turns)
-        assert places["padded"] == 2 * 3 * turns[-1]
-        assert places["packed"] == 2 * (5 + 3 * 4 + 2 * 3 + (3 * (thought + 2) if thought else 2))
+        assert positions["turns"] == 2 * sum(turns)
+        assert positions["padded"] == 2 * 3 * turns[-1]
+        assert positions["packed"] == 2 * (5 + 3 * 4 + 2 * 3 + (3 * (thought + 2) if thought else 2))
         assert found[mode]["largest_difference"] < 1e-5
     assert "x as fast as turns" in capsys.readouterr().out
 
@@ -117,7 +127,7 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
 
 def test_loading_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_load, "MODEL", TINY)
-    monkeypatch.setattr(bench_limits, "COPIED", 1024)
+    monkeypatch.setattr(bench_timing, "COPIED", 1024)
     found = measured("load", tmp_path)
     weights = sum(x.size for x in jax.tree.leaves(init_params(Qwen2(TINY), jax.random.key(0))))
     assert 0 < found["bytes"] - 2 * weights < 8192, "bfloat16, and the file's head"

@@ -68,8 +68,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.language = "zh"  # of the prompts: zh (RLVER's published profiles) | en
-    c.data.train = ""  # JSONL file(s) of profiles in RLVER's or SAGE's schema, comma-separated
+    c.data.train = ""  # JSONL file(s) of profiles, comma-separated, or tfds:rlver_profiles[:VERSION][?split=NAME]
     c.data.eval = ""  # the same, held out; empty: data.train
+    c.data.dir = ""  # TFDS's data_dir, of prepared data sets (docs/data.md); empty: TFDS's default
     c.data.seed = 0  # of the order of profiles
     c.data.shuffle = True  # False: profiles come in the order of the files
 

@@ -3,6 +3,8 @@
 from rlver_jax.parallel.mesh import AXES
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
+# Names in registries of learning/, which lies above: training.setup.check_learning checks these fields.
+REGISTERED = ("algorithm.estimator", "loss.ratio", "loss.normalization", "loss.kl_estimator")
 SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
 CHOICES: dict[str, tuple[str, ...]] = {
     "policy.size": SIZES,
@@ -29,11 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "critic.attention": ("dense", "chunked", "splash"),
     "critic.remat": ("none", "dots", "full"),
     "critic.kind": ("separate", "shared"),
-    "algorithm.estimator": ("gae", "grpo", "rloo", "reinforce_pp"),
     "algorithm.credit": ("dialogue", "turn"),
-    "loss.ratio": ("token", "sequence"),
-    "loss.normalization": ("token_mean", "dialogue_mean", "dr_grpo"),
-    "loss.kl_estimator": ("k1", "k2", "k3"),
     "train.moment_dtype": ("bfloat16", "float32"),
     "eval.gold": ("", "miniature"),
 }
@@ -124,5 +122,5 @@ RANGES: dict[str, tuple[float, float | None, str]] = {
 # Fields that say where things lie; the hosts of a run may keep the same things in different places.
 PATHS = (
     *("policy.path", "user.path", "critic.path", "reference.path", "user.prompts", "data.train", "data.eval"),
-    "remote.cache",
+    *("data.dir", "remote.cache"),
 )

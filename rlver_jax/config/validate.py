@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config import hub, paths
 from rlver_jax.config.credentials import without_credentials
+from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate, profile_files
 from rlver_jax.config.ranges import CHOICES, PATHS, RANGES
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
@@ -121,12 +122,20 @@ def shortened(text: str, most: int = 300) -> str:
 def _choices_and_ranges(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, fault) of each field that is wrong by itself."""
     for name, value in values.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            close = difflib.get_close_matches(value, CHOICES[name], 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            yield name, f"{name}={shown(value)}: expected one of {', '.join(CHOICES[name])}{hint}"
+        if name in CHOICES and (fault := choice_fault(name, value, CHOICES[name])):
+            yield name, fault
         if isinstance(value, int | float) and (expected := _beyond(name, value)):
             yield name, f"{name}={shown(value)}: expected {expected}"
+
+
+def choice_fault(name: str, value: str, choices: Iterable[str]) -> str:
+    """What is wrong with a field that holds a name of several; empty: nothing."""
+    names = list(choices)
+    if value in names:
+        return ""
+    close = difflib.get_close_matches(value, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{name}={shown(value)}: expected one of {', '.join(names)}{hint}"
 
 
 def _beyond(name: str, value: float) -> str:
@@ -176,12 +185,7 @@ def _lengths(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _learning(values: dict[str, Any]) -> Iterator[str]:
-    estimator, group, batch = values["algorithm.estimator"], values["rollout.group"], values["rollout.batch"]
-    if estimator in ("grpo", "rloo") and group < 2:
-        yield (
-            f"algorithm.estimator={estimator!r} compares dialogues of one profile, but rollout.group={group}; raise "
-            f"rollout.group (RLVER: 4 with GRPO), or use gae or reinforce_pp"
-        )
+    batch = values["rollout.batch"]
     parts = values["train.minibatches"] * values["train.microbatches"]
     if batch % parts:
         yield (
@@ -250,10 +254,16 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
             yield f"{name}={shown(values[name])}: {fault}"
     if values["user.prompts"] and not is_folder(values["user.prompts"]):
         yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
-    for name in ("data.train", "data.eval"):
+    for name, split in DEFAULT_SPLITS.items():
+        if is_dataset(values[name]):
+            try:
+                locate(values[name], values["data.dir"], split)
+            except DatasetSpecError as error:
+                yield f"{name}={shown(values[name])}: {error}"
+            continue
         for file in profile_files(values[name]):
             if not _is(Path.is_file, file):
-                wanted = "is not a file; expected JSONL profiles, comma-separated"
+                wanted = "is not a file; expected JSONL profiles, comma-separated, or a data set"
                 yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
 
 
@@ -346,11 +356,6 @@ def check_training(config: ConfigDict) -> None:
         )
     if faults:
         raise ConfigError("the config cannot be trained with:\n" + "\n".join(f"  - {fault}" for fault in faults))
-
-
-def profile_files(*fields: str) -> list[str]:
-    """The files that comma-separated fields such as `data.train` name, in order."""
-    return [file for field in fields for file in field.split(",") if file]
 
 
 def reward_settings(config: ConfigDict) -> dict[str, Any]:

@@ -16,15 +16,11 @@ from jaxtyping import Array, Bool, Int, Key
 from rlver_jax.decoding.cache import LM, Cache, read_one, repeat_rows
 from rlver_jax.dialogues.log import policy_message, user_message
 from rlver_jax.dialogues.turn_by_turn import Row
-from rlver_jax.rollout.agents import WIDTH_STEP, Agents, ProfileTokens
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
-from rlver_jax.rollout.sampler import (
-    CONTEXT,
-    END_REASONS,
-    Profiles,
-    open_dialogues,
-    room_needed,
-)
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP, ProfileTokens
+from rlver_jax.rollout.sampler import Profiles, open_dialogues, room_needed
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
@@ -116,7 +112,7 @@ class DeviceUser(_Batch):
     ):
         super().__init__(agents, limits, batch, rows, seed)
         numbers = [row.number for row in rows]
-        count = len(tokens.prefix_count)
+        count = tokens.count
         profiles = tokens.batch([number % count for number in numbers], numbers, batch)
         self._cache, self._reply = _open_users(agents.user, agents.tables, profiles, self.key, limits, spec=agents.spec)
 

@@ -23,9 +23,10 @@ from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.lines import each_line
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.rollout.policy_turn import PolicyTurn
 from rlver_jax.rollout.rewards import reward as compute_reward
-from rlver_jax.rollout.sampler import END_REASONS, Dialogues
+from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.runs.files import json_line
 from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer

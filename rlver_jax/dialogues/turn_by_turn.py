@@ -12,7 +12,7 @@ from rlver_jax.dialogues.log import UNREADABLE, Record
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FAILURE, FORMAT, GOODBYE, SUCCESS, TURN_LIMIT
+from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS, FORMAT, RUNNING, end_reason
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.text_forms import Unreadable
 
@@ -107,13 +107,9 @@ def _conclude(row: Row, rules: EmotionRules, *, last: bool) -> None:
     if row.messages[-1]["role"] == "assistant":  # no reaction came: the row has ended, its emotion stays
         return
     emotion = row.emotions[-1] = row.messages[-1]["emotion"]
-    reasons = (
-        (rules.succeeded(emotion), SUCCESS),
-        (rules.failed(emotion), FAILURE),
-        (row.goodbye, GOODBYE),
-        (last, TURN_LIMIT),
-    )
-    row.end = row.end or next((END_REASONS[why] for holds, why in reasons if holds), "")
+    reason = end_reason(emotion, rules, goodbye=row.goodbye, last=last)
+    if not row.end and reason != RUNNING:
+        row.end = END_REASONS[reason]
 
 
 def record_of(row: Row, *, reward: float, **how: Any) -> Record:

@@ -10,8 +10,10 @@ import numpy as np
 from rlver_jax.dialogues.log import UNREADABLE
 from rlver_jax.dialogues.trajectory import Message
 from rlver_jax.dialogues.verify_shape import POLICY, USER
-from rlver_jax.rollout.agents import WIDTH_STEP, Agents
-from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FAILURE, FORMAT, GOODBYE, SUCCESS, TURN_LIMIT, room_needed
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS, FORMAT, GOODBYE, RUNNING, end_reason
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP
+from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.text.padding import round_up
@@ -186,17 +188,12 @@ class EndCheck:
             return {END_REASONS[FORMAT]}, "the policy broke the format"
         if reaction is None:
             return self._unappraised(number, lengths), "the user doesn't react to the last reply"
-        rules, emotion = self.agents.spec.rules, reaction["emotion"]
-        reasons = (
-            (rules.succeeded(emotion), SUCCESS),
-            (rules.failed(emotion), FAILURE),
-            (reaction["content"] is not None and number < self.max_turns and self.goodbye(reaction), GOODBYE),
-            (number >= self.max_turns, TURN_LIMIT),
-        )
+        emotion, last = reaction["emotion"], number >= self.max_turns
+        goodbye = not last and reaction["content"] is not None and bool(self.goodbye(reaction))
+        reason = end_reason(emotion, self.agents.spec.rules, goodbye=goodbye, last=last)
         words = f"emotion {emotion} after {number} turns, {self.limit}"
-        for holds, reason in reasons:
-            if holds:
-                return {END_REASONS[reason]}, words + ", with a goodbye" * (reason == GOODBYE)
+        if reason != RUNNING:
+            return {END_REASONS[reason]}, words + ", with a goodbye" * (reason == GOODBYE)
         if reaction["content"] is None:
             return {UNREADABLE} if USER in self.endpoints else set(), f"{words}, and no reply"
         return None, words

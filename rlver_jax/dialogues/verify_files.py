@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlver_jax.config.validate import profile_files
 from rlver_jax.dialogues.log import Record
 from rlver_jax.dialogues.verify_lines import read_log
 from rlver_jax.dialogues.verify_set import Plan, TrainingPlan, best_plan, set_faults
 from rlver_jax.dialogues.verify_settings import check_settings, endpoints_of
 from rlver_jax.profiles.reader import ProfileReader
-from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_profiles
 
 _OF_STEP = re.compile(r"step_(\d{6,})\.jsonl")  # see `RunFolder.dialogues`
 
@@ -51,7 +51,7 @@ def plans_of(config: ConfigDict, held_out: Sequence[Profile], *, repeats: int = 
     plans = [Plan(fields, *settings, repeats=repeats, partial=partial)]
     c = config.rollout
     count = c.batch // c.group
-    profiles = read_profiles(profile_files(config.data.train)) if config.data.train else []
+    profiles = open_profiles(config, "data.train") if config.data.train else []
     if 0 < count <= len(profiles):  # else it cannot train
         reader = ProfileReader(profiles, seed=config.data.seed, batch_size=count, shuffle=config.data.shuffle)
         fields = {

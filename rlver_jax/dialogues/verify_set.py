@@ -7,7 +7,7 @@ from typing import Any
 
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import WIDTH_STEP
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
 
@@ -63,11 +63,10 @@ class Plan:
     def opening_width(self, tokenizer: Tokenizer) -> int:
         """Columns of the first utterances as `Agents.tokens` pads them: those of all profiles are as wide."""
         widest = 1
-        talks = (profile.first_talk.strip() for profile in self.profiles if profile.first_talk)
-        for talk in sorted(talks, key=lambda talk: -len(talk.encode())):
-            if len(talk.encode()) <= round_up(widest, WIDTH_STEP):  # a token has a byte at least
-                break
-            widest = max(widest, len(tokenizer.encode(talk)))
+        for profile in self.profiles:
+            talk = (profile.first_talk or "").strip()
+            if len(talk.encode()) > round_up(widest, WIDTH_STEP):  # a token has a byte at least
+                widest = max(widest, len(tokenizer.encode(talk)))
         return round_up(widest, WIDTH_STEP)
 
 

@@ -27,7 +27,8 @@ from rlver_jax.endpoints.usage import priced, summed
 from rlver_jax.evaluation.play import Batch, Gold, eval_spec, scores
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import WIDTH_STEP, Agents, Weights, emotion_rules, limits_of, load_model
+from rlver_jax.rollout.agents import Agents, Weights, emotion_rules, limits_of, load_model
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP
 from rlver_jax.rollout.rewards import reward
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import check_context

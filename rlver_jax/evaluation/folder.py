@@ -24,7 +24,7 @@ from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.fingerprints import model_fingerprint, texts_fingerprint
-from rlver_jax.runs.settings import compare, without_secrets
+from rlver_jax.runs.settings import check_same, without_secrets
 
 PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json"
 # Sections whose fields decide a score, and the fields in them that don't.
@@ -125,7 +125,15 @@ def _taken_up(path: Path, settings: dict[str, Any], repeats: int, report: Callab
             )
         return {"records": [], "played": []}
     found = _read_progress(progress)
-    _check_same(path, without_secrets(found["settings"]), settings, report)
+    check_same(
+        path,
+        without_secrets(found["settings"]),
+        settings,
+        PATHS.__contains__,
+        fault="holds an evaluation with other settings",
+        remedy="name another --out, or give the same settings to go on with it",
+        report=report,
+    )
     log = path / DIALOGUES
     records = read_dialogues(log, unfinished=True) if log.exists() else []
     _check_records(log, records, settings["eval.num_profiles"] * repeats)
@@ -176,17 +184,6 @@ def at_endpoint(flat: dict[str, Any], config: ConfigDict, side: str) -> dict[str
     named = {f"remote.{side}.{name}": config.remote[side][name] for name in _OF_ENDPOINT}
     named = without_secrets(named, [os.environ.get(config.remote[side].key_env, "")])
     return kept | named | {"remote.asks": config.remote.asks}
-
-
-def _check_same(path: Path, found: dict[str, Any], settings: dict[str, Any], report: Callable[[str], None]) -> None:
-    compared = compare(found, settings, PATHS.__contains__)
-    if compared.differences:
-        raise ValueError(
-            f"{path}: holds an evaluation with other settings ({compared.differences}); name another --out, or give "
-            f"the same settings to go on with it"
-        )
-    if compared.defaults:
-        report(f"{path}: begun by an older version of rlver_jax, whose settings lack {compared.defaults}: as here")
 
 
 def _check_records(log: Path, records: Sequence[Record], count: int) -> None:

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import track
 
 from rlver_jax.config import fields
+from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.flags import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config.hub import is_name, short_name
-from rlver_jax.config.validate import ConfigError, endpoint_sides, profile_files, validate
+from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import REMEDY, Record, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
@@ -45,7 +46,8 @@ from rlver_jax.evaluation.transcripts import (
     with_profiles,
 )
 from rlver_jax.parallel.mesh import make_sampling_mesh
-from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_each
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.console import consoles, plain_line
@@ -119,14 +121,15 @@ class Judges:
         return summary, records
 
     @property
-    def profiles(self) -> list[Profile]:
-        """Of all configs, where a log of ours finds its own."""
-        return [p for config in self.users.values() for p in _profiles(config)]
+    def profiles(self) -> Iterator[Sequence[Profile]]:
+        """Sets of all configs, where a log of ours finds its own."""
+        return (one for config in self.users.values() for one in open_each(config))
 
 
-def _profiles(config: ConfigDict | None) -> list[Profile]:
-    files = profile_files(config.data.eval, config.data.train) if config else []
-    return [profile for file in dict.fromkeys(files) for profile in read_profiles(file)]
+def _sets(config: ConfigDict | None, judges: Judges) -> Iterator[Sequence[Profile]]:
+    """Profiles of the config and of the judges', opened when one is asked for."""
+    yield from open_each(config) if config else ()
+    yield from judges.profiles
 
 
 def _split(text: str) -> list[str]:
@@ -237,7 +240,7 @@ def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Conso
     """Scores finished dialogues, has them judged, and checks their arithmetic."""
     paths = profile_files(options["from"].value or "")
     judges, files = Judges.of_flags(options, config), TranscriptFiles(paths)
-    known = KnownProfiles([*_profiles(config), *judges.profiles]) if judges.users else None
+    known = KnownProfiles.of_sets(_sets(config, judges)) if judges.users else None
     seen = _Seen(paths)
     for path, one in track(files.scan(), "reading", console=console, transient=True, disable=not console.is_terminal):
         if judges.users or judges.measurer:
@@ -320,7 +323,7 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
         _check_texts(one)
         counts.append(len(turns_of(one.record)))
     wanted = chosen(counts, options.contexts, config.eval.seed)
-    dialogues = with_profiles(LazySequence(wanted, lambda _, i: files[i]), _profiles(config))
+    dialogues = with_profiles(LazySequence(wanted, lambda _, i: files[i]), KnownProfiles.of_sets(open_each(config)))
     found = faults(dialogues)
     with _folder(options, console) as (folder, check):
         results = {

@@ -10,7 +10,7 @@ from typing import Any
 from rlver_jax.evaluation.folder import PATHS
 from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.runs.files import write_json
-from rlver_jax.runs.settings import compare, without_secrets
+from rlver_jax.runs.settings import check_same, without_secrets
 
 _log = logging.getLogger(__name__)
 Line = dict[str, Any]
@@ -36,23 +36,18 @@ class WorkFile:
         settings = json.loads(json.dumps(settings | {"fingerprint.dialogues": dialogues_fingerprint(dialogues)}))
         noted = self.path.with_suffix(".settings.json")
         if noted.exists():
-            self._check(without_secrets(json.loads(noted.read_text(encoding="utf-8"))), settings)
+            check_same(
+                self.path,
+                without_secrets(json.loads(noted.read_text(encoding="utf-8"))),
+                settings,
+                PATHS.__contains__,
+                fault="was made with other settings",
+                remedy="name another --out, or remove it",
+                report=_log.warning,
+            )
             self.done = self._read(len(dialogues))
         else:
             write_json(noted, settings)
-
-    def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        compared = compare(found, settings, PATHS.__contains__)
-        if compared.differences:
-            raise ValueError(
-                f"{self.path}: was made with other settings ({compared.differences}); name another --out, or remove it"
-            )
-        if compared.defaults:
-            _log.warning(
-                "%s: made by an older version of rlver_jax, whose settings lack %s: as here",
-                self.path,
-                compared.defaults,
-            )
 
     def _read(self, count: int) -> dict[int, Line]:
         assert self.path is not None

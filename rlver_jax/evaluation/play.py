@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlver_jax.config.validate import ConfigError, profile_files, reward_settings
+from rlver_jax.config.validate import ConfigError, reward_settings
 from rlver_jax.dialogues.log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
-from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.rollout.agents import Agents, ProfileTokens, Weights, limits_of, spec_of
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_profiles
+from rlver_jax.rollout.agents import Agents, Weights, limits_of, spec_of
+from rlver_jax.rollout.profile_tokens import ProfileTokens
 from rlver_jax.rollout.rollout_metrics import prefilled_count
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
@@ -99,16 +101,16 @@ class Evaluation:
         )
 
 
-def chosen_profiles(config: ConfigDict) -> list[Profile]:
+def chosen_profiles(config: ConfigDict) -> Sequence[Profile]:
     """The first `eval.num_profiles` of data.eval, or of data.train where that is empty.
 
     Raises:
         ValueError: neither is set, or a file is not one of profiles.
     """
-    files = config.data.eval or config.data.train
-    if not files:
+    field = "data.eval" if config.data.eval else "data.train"
+    if not (config.data.eval or config.data.train):
         raise ConfigError("data.eval and data.train are empty; set --config.data.eval to a JSONL file of profiles")
-    return read_profiles(profile_files(files))[: config.eval.num_profiles]
+    return open_profiles(config, field)[: config.eval.num_profiles]
 
 
 def load(

@@ -188,13 +188,12 @@ def with_profile(one: Transcript, known: KnownProfiles) -> Transcript:
     return one if one.profile else dataclasses.replace(one, profile=profile)
 
 
-def with_profiles(dialogues: Sequence[Transcript], profiles: Sequence[Profile]) -> Sequence[Transcript]:
+def with_profiles(dialogues: Sequence[Transcript], known: KnownProfiles) -> Sequence[Transcript]:
     """All dialogues with their profiles; raises as `with_profile`."""
-    known = KnownProfiles(profiles)
-    found = LazySequence(dialogues, lambda _, one: with_profile(one, known))
-    for _ in found:
+    completed = LazySequence(dialogues, lambda _, one: with_profile(one, known))
+    for _ in completed:
         pass
-    return found
+    return completed
 
 
 def faults(dialogues: Iterable[Transcript], rules: EmotionRules = SAGE) -> list[str]:

@@ -1,9 +1,13 @@
-"""From rewards to advantages at the places where action tokens are predicted.
+"""From rewards to advantages at the positions where action tokens are predicted.
 
-B dialogues, L packed tokens, T turns. `mask` is true where an action token is predicted: only these places count.
+B dialogues, L packed tokens, T turns. `mask` is true where an action token is predicted: only these positions count.
 A group is `group` neighbouring dialogues of one profile: whole dialogues, never turns, so long ones weigh no more.
+
+A new estimator is a function and an entry of `ESTIMATORS`, at the end; nothing else needs to know its name.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,26 +15,74 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from rlver_jax.learning.masked import whiten, zero_outside
+from rlver_jax.rollout.rewards import Rewards
 
 # Rewards nearer to each other than this (relative to the largest, if above 1) differ by float rounding only: eight
 # changes summed in another order. Divided by the standard deviation of that they would be advantages of up to 0.4.
 _SAME = 1e-5
 
 
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+    """How rewards become advantages: the fields of `config.algorithm`, and `rollout.group`."""
+
+    estimator: str = "gae"  # a name in ESTIMATORS
+    credit: str = "dialogue"  # gae, grpo: over the dialogue | turn (see rlver_jax/config/fields.py)
+    turn_discount: float = 1.0  # grpo with credit=turn
+    gamma: float = 1.0
+    lam: float = 1.0
+    whiten: bool = True  # gae: to zero mean and unit deviation over the batch's action tokens
+    scale: bool = True  # grpo: by the group's standard deviation
+    group: int = 1
+
+
 class Advantages(NamedTuple):
     """advantage: weight of each action's log-prob; returns: the critic's target. Both float32, 0 without action."""
 
     advantage: Float[Array, "B L"]
-    returns: Float[Array, "B L"]
+    returns: Float[Array, "B L"] | None  # None: an estimator without a critic
+
+
+class EstimatorInputs(NamedTuple):
+    """What an estimator may read of a batch."""
+
+    rewards: Rewards  # by dialogue and by turn
+    turn: Int[Array, "B L"]  # of each action
+    mask: Bool[Array, "B L"]
+    value: Float[Array, "B L"] | None  # the critic's, before the update; None without a critic
+
+
+class Estimator(NamedTuple):
+    """An advantage estimator, by its name in ESTIMATORS."""
+
+    compute: Callable[[AdvantageConfig, EstimatorInputs], Advantages]
+    needs_critic: bool = False
+    needs_group: bool = False  # compares dialogues of one profile: rollout.group must be 2 or more
+
+
+def compute_advantages(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
+    """Advantages of the action tokens, and the critic's targets where there is a critic.
+
+    Raises:
+        ValueError: an unknown estimator or form of credit, or an estimator that lacks its critic.
+    """
+    if config.credit not in ("dialogue", "turn"):
+        raise ValueError(f"credit={config.credit!r}; expected dialogue or turn")
+    if config.estimator not in ESTIMATORS:
+        raise ValueError(f"estimator={config.estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+    estimator = ESTIMATORS[config.estimator]
+    if estimator.needs_critic and inputs.value is None:
+        raise ValueError(f"estimator={config.estimator!r} needs a critic's values, and there are none")
+    return estimator.compute(config, inputs)
 
 
 def token_rewards(
     turn_rewards: Num[Array, "B T"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B L"]:
-    """Each turn's reward at that turn's last action place, 0 elsewhere.
+    """Each turn's reward at that turn's last action, 0 elsewhere.
 
     turn[b, l] is the turn, 0..T-1, of the action predicted at l (ignored without action); a turn's actions follow
-    each other, with any gaps of no action. A turn without action has no place for its reward, which is left out. An
+    each other, with any gaps of no action. A turn without action has no position for its reward, which is left out. An
     index past T gives NaN, so that it is noticed.
     """
     rewards = turn_rewards.astype(jnp.promote_types(turn_rewards.dtype, jnp.float32))
@@ -40,7 +92,7 @@ def token_rewards(
 def terminal_on_every_turn(
     reward: Num[Array, " B"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B L"]:
-    """The dialogue's reward at the last action place of every turn, 0 elsewhere (arguments as in `token_rewards`).
+    """The dialogue's reward at the last action of every turn, 0 elsewhere (arguments as in `token_rewards`).
 
     RLVER's own form (arXiv 2507.03112): each turn is a sample of its own that earns what the dialogue earned. It goes
     with `gae(..., segment=turn)`.
@@ -77,8 +129,8 @@ def gae(
         return tuple(jnp.where(is_action, x, y) for x, y in zip(carry, following, strict=True)), advantage
 
     nothing = jnp.zeros_like(rewards[:, 0])
-    places = (rewards.T, values.T, mask.T, segment.T)
-    _, advantage = jax.lax.scan(step, (nothing, nothing, segment[:, -1]), places, reverse=True)
+    columns = (rewards.T, values.T, mask.T, segment.T)
+    _, advantage = jax.lax.scan(step, (nothing, nothing, segment[:, -1]), columns, reverse=True)
     advantage = zero_outside(advantage.T, mask)
     return Advantages(advantage, advantage + values)
 
@@ -132,7 +184,7 @@ def turn_advantages(
 
 
 def at_turns(values: Float[Array, "B T"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
-    """Each turn's number at all its action places, 0 elsewhere; an index past T gives NaN, so that it is noticed."""
+    """Each turn's number at all its actions, 0 elsewhere; an index past T gives NaN, so that it is noticed."""
     return zero_outside(jnp.take_along_axis(values, turn, axis=1, mode="fill", fill_value=jnp.nan), mask)
 
 
@@ -152,8 +204,8 @@ def reinforce_pp(
 ) -> Float[Array, "B L"]:
     """REINFORCE++ (arXiv 2501.03262): R, less the group's mean if group > 1, normalized over all action tokens.
 
-    Each dialogue's number stands at all its action places; mean and (population) std are taken over the action
-    places of the whole batch, so longer dialogues weigh more in both. Raises ValueError if group doesn't divide B.
+    Each dialogue's number stands at all its actions; mean and (population) std are taken over the actions
+    of the whole batch, so longer dialogues weigh more in both. Raises ValueError if group doesn't divide B.
     """
     if group != 1:
         reward = _deviation(reward, group).reshape(-1)
@@ -161,14 +213,14 @@ def reinforce_pp(
 
 
 def broadcast(advantage: Num[Array, " B"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
-    """A dialogue's number at each of its action places, 0 elsewhere."""
+    """A dialogue's number at each of its actions, 0 elsewhere."""
     return zero_outside(jnp.broadcast_to(advantage[:, None], (*advantage.shape, mask.shape[1])), mask)
 
 
 def _last_of_turn(turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
     length = mask.shape[1]
-    place = jnp.where(mask, jnp.arange(length), length)
-    onward = jax.lax.cummin(place, axis=1, reverse=True)  # the first action place from here on
+    position = jnp.where(mask, jnp.arange(length), length)
+    onward = jax.lax.cummin(position, axis=1, reverse=True)  # the first action from here on
     following = jnp.pad(onward[:, 1:], ((0, 0), (0, 1)), constant_values=length)
     next_turn = jnp.take_along_axis(turn, jnp.minimum(following, length - 1), axis=1)
     return mask & ((following == length) | (next_turn != turn))
@@ -189,3 +241,42 @@ def _deviation(reward: Num[Array, " B"], group: int) -> Float[Array, "G n"]:
     size = jnp.abs(rewards).max(axis=1, keepdims=True)
     equal = spread <= _SAME * jnp.maximum(size, 1.0)
     return jnp.where(equal, 0.0, rewards - rewards.mean(axis=1, keepdims=True))
+
+
+def _gae(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
+    """PPO's: rewards by turn, or with credit=turn each turn a sample of its own that earns the dialogue's reward."""
+    rewards, turn, mask, value = inputs
+    assert value is not None
+    if config.credit == "turn":
+        per_token, segment = terminal_on_every_turn(rewards.reward, turn, mask), turn
+    else:
+        per_token, segment = token_rewards(rewards.turns, turn, mask), None
+    estimate = gae(per_token, value, mask, gamma=config.gamma, lam=config.lam, segment=segment)
+    return estimate._replace(advantage=whiten(estimate.advantage, mask)) if config.whiten else estimate
+
+
+def _grpo(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
+    rewards, turn, mask, _ = inputs
+    if config.credit == "turn":
+        played = turns_played(rewards.turns.shape[1], turn, mask)
+        by_turn = turn_advantages(
+            rewards.turns, played, config.group, discount=config.turn_discount, scale=config.scale
+        )
+        return Advantages(at_turns(by_turn, turn, mask), None)
+    return Advantages(broadcast(group_advantages(rewards.reward, config.group, scale=config.scale), mask), None)
+
+
+def _rloo(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
+    return Advantages(broadcast(rloo(inputs.rewards.reward, config.group), inputs.mask), None)
+
+
+def _reinforce_pp(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
+    return Advantages(reinforce_pp(inputs.rewards.reward, inputs.mask, config.group), None)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": Estimator(_gae, needs_critic=True),
+    "grpo": Estimator(_grpo, needs_group=True),
+    "rloo": Estimator(_rloo, needs_group=True),
+    "reinforce_pp": Estimator(_reinforce_pp),
+}

@@ -1,7 +1,8 @@
 """What one minibatch is trained for: the policy's and the critic's loss as one function of both parameter trees."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -17,25 +18,24 @@ from rlver_jax.models.qwen import Params, Qwen2, abstract_params, head
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel import rules
 
-Trained = dict[
-    str, Any
-]  # {"policy": Qwen2 parameters, "critic": {"trunk": Qwen2 parameters, "head": …}}, as far as had
+# {"policy": Qwen2 parameters, "critic": {"trunk": Qwen2 parameters, "head": …}}; those that there are
+Trained = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Options of the loss; see `losses` for the equations, `configs/base.py` for what they mean and their sources."""
+    """The fields of `config.loss` by their names; `loss_terms` has the equations, `config.fields` their sources."""
 
-    ratio: str = "token"  # token | sequence
+    ratio: str = "token"  # a name in loss_terms.RATIOS
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 0.0
-    normalization: str = "token_mean"
+    normalization: str = "token_mean"  # a name in loss_terms.NORMALIZATIONS
     length: int = 1  # constant of normalization="dr_grpo", in tokens
     entropy: float = 0.0
     kl: float = 0.0
-    kl_estimator: str = "k3"
-    value: float = 1.0  # weight of the critic's loss beside the policy's
+    kl_estimator: str = "k3"  # a name in loss_terms.KL_ESTIMATORS
+    value_weight: float = 1.0  # of the critic's loss beside the policy's
     value_clip: float = 0.5
 
 
@@ -43,7 +43,7 @@ class LossConfig:
 class TrainedModels:
     """The models and options that an update is compiled for (static and hashable)."""
 
-    model: Qwen2
+    model: Qwen2  # the policy
     trunk: Qwen2 | None  # the critic's own; None: it shares the policy's, or there is no critic
     value_head: ValueHead | None
     loss: LossConfig
@@ -54,7 +54,7 @@ class TrainedModels:
 
 @flax.struct.dataclass
 class LossInputs:
-    """A minibatch, or a part of one, with all that its loss takes as given; arrays [B, L], 0 where no action is."""
+    """A minibatch, or a part of one, with all constants of its loss; arrays [B, L], 0 where there is no action."""
 
     batch: PackedBatch
     old: Float[Array, "B L"]  # log-probs that the ratio starts from
@@ -78,50 +78,50 @@ def _segment(batch: PackedBatch) -> Int[Array, "B L"] | None:
 
 
 def action_logprobs(
-    learner: TrainedModels, params: Params, hidden: Float[Array, "B L D"], batch: PackedBatch, grammar: Grammar
+    models: TrainedModels, params: Params, hidden: Float[Array, "B L D"], batch: PackedBatch, grammar: Grammar
 ) -> TokenLogprobs:
-    """log p(action) and entropy of the distribution that was sampled from; 0 where no action is."""
-    found = token_logprobs(
+    """log p(action) and entropy of the distribution that was sampled from; 0 where there is no action."""
+    logprobs = token_logprobs(
         hidden,
         head(params),
         batch.target,
-        chunk=learner.vocab_chunk,
-        temperature=learner.temperature,
-        vocab_shards=learner.vocab_shards,
+        chunk=models.vocab_chunk,
+        temperature=models.temperature,
+        vocab_shards=models.vocab_shards,
         forbidden=Forbidden(grammar.forbidden, batch.state),
     )
-    return TokenLogprobs(*(jnp.where(batch.mask, x, 0.0) for x in found))
+    return TokenLogprobs(*(jnp.where(batch.mask, x, 0.0) for x in logprobs))
 
 
-def as_params(learner: TrainedModels, gradients: Trained) -> Trained:
-    """Hints that gradients lie where their parameters do, so that devices sum parts of them and none holds all."""
-    found = dict(gradients)
+def as_params(models: TrainedModels, gradients: Trained) -> Trained:
+    """Shards gradients like their parameters, so that devices sum parts of them and none holds all."""
+    sharded = dict(gradients)
     if "policy" in gradients:
-        found["policy"] = rules.constrain_tree(gradients["policy"], abstract_params(learner.model)[1])
-    if "critic" in gradients and learner.trunk is not None:
-        trunk = rules.constrain_tree(gradients["critic"]["trunk"], abstract_params(learner.trunk)[1])
-        found["critic"] = gradients["critic"] | {"trunk": trunk}
-    return found
+        sharded["policy"] = rules.constrain_tree(gradients["policy"], abstract_params(models.model)[1])
+    if "critic" in gradients and models.trunk is not None:
+        trunk = rules.constrain_tree(gradients["critic"]["trunk"], abstract_params(models.trunk)[1])
+        sharded["critic"] = gradients["critic"] | {"trunk": trunk}
+    return sharded
 
 
 def values(
-    learner: TrainedModels, critic: Params, hidden: Float[Array, "B L D"] | None, batch: PackedBatch
+    models: TrainedModels, critic: Params, hidden: Float[Array, "B L D"] | None, batch: PackedBatch
 ) -> Float[Array, "B L"]:
     """The critic's values; `hidden` are the policy's, for a critic without a trunk of its own."""
-    assert learner.value_head is not None
-    if learner.trunk is not None:
-        hidden = forward(learner.trunk, critic["trunk"], batch)
-    found: Any = learner.value_head.apply({"params": critic["head"]}, hidden)
-    return jnp.where(batch.mask, found, 0.0)
+    assert models.value_head is not None
+    if models.trunk is not None:
+        hidden = forward(models.trunk, critic["trunk"], batch)
+    value: Any = models.value_head.apply({"params": critic["head"]}, hidden)
+    return jnp.where(batch.mask, value, 0.0)
 
 
 def loss(
-    learner: TrainedModels, trained: Trained, inputs: LossInputs, grammar: Grammar
+    models: TrainedModels, trained: Trained, inputs: LossInputs, grammar: Grammar
 ) -> tuple[Array, dict[str, dict]]:
     """The part of a minibatch's loss that these rows make, and its metrics.
 
     Losses and metrics under "sum" of all parts add up to those of the minibatch; of those under "max" the largest
-    counts. So the result doesn't depend on how the minibatch is divided.
+    counts. So the result doesn't depend on the way in which the minibatch is divided.
 
     Args:
         trained: trees whose loss is wanted: all, or one of `split_trainables`.
@@ -130,53 +130,74 @@ def loss(
     metrics: dict[str, dict] = {"sum": {}, "max": {}}
     hidden = None
     if "policy" in trained:
-        hidden = forward(learner.model, trained["policy"], inputs.batch)
-        total, metrics = _policy_loss(learner, trained["policy"], hidden, inputs, grammar)
+        hidden = forward(models.model, trained["policy"], inputs.batch)
+        total, metrics = _policy_loss(models, trained["policy"], hidden, inputs, grammar)
     if "critic" in trained and inputs.value is not None:
-        value_loss = _value_loss(learner, trained["critic"], hidden, inputs)
+        value_loss = _value_loss(models, trained["critic"], hidden, inputs)
         metrics["sum"]["critic/loss"] = value_loss
-        total = total + learner.loss.value * value_loss
+        total = total + models.loss.value_weight * value_loss
     return total, metrics
 
 
-def split_trainables(learner: TrainedModels, trained: Trained) -> list[Trained]:
-    """Trees whose losses have nothing in common, so that one can be differentiated after the other."""
-    return [trained] if learner.trunk is None else [{name: tree} for name, tree in trained.items()]
+def split_trainables(models: TrainedModels, trained: Trained) -> list[Trained]:
+    """Trees whose losses share no parameters, so that one can be differentiated after the other."""
+    return [trained] if models.trunk is None else [{name: tree} for name, tree in trained.items()]
+
+
+class Term(NamedTuple):
+    """A term of the policy's loss beside the clipped objective: weight * sum(token weights * per_token).
+
+    weight: of the term, from the options of the loss.
+    per_token: [B, L], 0 where there is no action; None: not part of this run.
+    """
+
+    weight: Callable[[LossConfig], float]
+    per_token: Callable[[LossConfig, LossInputs, TokenLogprobs], Float[Array, "B L"] | None]
+
+
+def _reference_kl(config: LossConfig, inputs: LossInputs, new: TokenLogprobs) -> Float[Array, "B L"] | None:
+    if inputs.reference is None:
+        return None
+    return loss_terms.kl_penalty(new.logprob, inputs.reference, inputs.batch.mask, estimator=config.kl_estimator)
+
+
+# {metric, the term's mean over action tokens: the term}
+TERMS: dict[str, Term] = {
+    "policy/entropy": Term(lambda config: -config.entropy, lambda config, inputs, new: new.entropy),
+    "policy/reference_kl": Term(lambda config: config.kl, _reference_kl),
+}
 
 
 def _policy_loss(
-    learner: TrainedModels, params: Params, hidden: Array, inputs: LossInputs, grammar: Grammar
+    models: TrainedModels, params: Params, hidden: Array, inputs: LossInputs, grammar: Grammar
 ) -> tuple[Array, dict[str, dict]]:
-    batch, mask, options = inputs.batch, inputs.batch.mask, learner.loss
-    new, entropy = action_logprobs(learner, params, hidden, batch, grammar)
-    if options.ratio == "sequence":
-        ratio = loss_terms.sequence_ratio(new, inputs.old, mask, _segment(batch))
-    else:
-        ratio = loss_terms.token_ratio(new, inputs.old, mask)
+    batch, mask, config = inputs.batch, inputs.batch.mask, models.loss
+    new = action_logprobs(models, params, hidden, batch, grammar)
+    ratio = loss_terms.RATIOS[config.ratio](new.logprob, inputs.old, mask, _segment(batch))
     objective = loss_terms.clipped_objective(
         ratio,
         inputs.advantage,
         mask,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        dual_clip=options.dual_clip,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
     )
     importance = 1.0 if inputs.importance is None else inputs.importance
-    policy_loss = (inputs.weight * importance * objective.loss).sum()
-    metrics = loss_terms.ratio_metrics(new, inputs.old, objective.clipped, mask, inputs.mean)
-    metrics["sum"] |= {"policy/loss": policy_loss, "policy/entropy": (inputs.mean * entropy).sum()}
-    total = policy_loss - options.entropy * (inputs.weight * entropy).sum()
-    if inputs.reference is not None:
-        penalty = loss_terms.kl_penalty(new, inputs.reference, mask, estimator=options.kl_estimator)
-        metrics["sum"]["policy/reference_kl"] = (inputs.mean * penalty).sum()
-        total = total + options.kl * (inputs.weight * penalty).sum()
+    total = (inputs.weight * importance * objective.loss).sum()
+    metrics = loss_terms.ratio_metrics(new.logprob, inputs.old, objective.clipped, mask, inputs.mean)
+    metrics["sum"]["policy/loss"] = total
+    for metric, term in TERMS.items():
+        per_token = term.per_token(config, inputs, new)
+        if per_token is not None:
+            metrics["sum"][metric] = (inputs.mean * per_token).sum()
+            total = total + term.weight(config) * (inputs.weight * per_token).sum()
     return total, metrics
 
 
 @jax.named_scope("critic")
-def _value_loss(learner: TrainedModels, critic: Params, hidden: Array | None, inputs: LossInputs) -> Array:
-    value = values(learner, critic, hidden, inputs.batch)
-    clip = learner.loss.value_clip
+def _value_loss(models: TrainedModels, critic: Params, hidden: Array | None, inputs: LossInputs) -> Array:
+    value = values(models, critic, hidden, inputs.batch)
+    clip = models.loss.value_clip
     assert inputs.value is not None
     assert inputs.returns is not None
     per_token = loss_terms.value_loss(value, inputs.value, inputs.returns, inputs.batch.mask, clip=clip)

@@ -6,6 +6,7 @@ everything else is a constant of the loss. Log-probs are in nats.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.learning.masked import masked_max, masked_mean, zero_outside
-
-NORMALIZATIONS = ("token_mean", "dialogue_mean", "dr_grpo")
-KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # exp is continued along its tangent from here on, so that no log-ratio makes inf: even where the clip doesn't take the
 # ratio, inf would be 0 * inf = NaN in the gradient. Clamping instead would stop the gradient of the worst tokens.
@@ -40,17 +38,34 @@ def token_weights(mask: Bool[Array, "B L"], kind: str, *, length: int = 0) -> Fl
     however many there are. In dialogue_mean a dialogue without action is not counted; in dr_grpo it is one of the B.
     Raises ValueError for an unknown kind, and for dr_grpo without a length.
     """
+    if kind not in NORMALIZATIONS:
+        raise ValueError(f"normalization {kind!r} is unknown: use one of {', '.join(NORMALIZATIONS)}")
+    return NORMALIZATIONS[kind](mask, length)
+
+
+def _token_mean(mask: Bool[Array, "B L"], length: int) -> Float[Array, "B L"]:
     actions = mask.astype(jnp.float32)
-    if kind == "token_mean":
-        return actions / jnp.maximum(actions.sum(), 1)
-    if kind == "dialogue_mean":
-        dialogues = jnp.maximum(mask.any(axis=1).sum(), 1)
-        return actions / jnp.maximum(actions.sum(axis=1, keepdims=True), 1) / dialogues
-    if kind == "dr_grpo":
-        if length <= 0:
-            raise ValueError(f"dr_grpo divides by a constant length: length={length} must be above 0")
-        return actions / float(mask.shape[0] * length)
-    raise ValueError(f"normalization {kind!r} is unknown: use one of {', '.join(NORMALIZATIONS)}")
+    return actions / jnp.maximum(actions.sum(), 1)
+
+
+def _dialogue_mean(mask: Bool[Array, "B L"], length: int) -> Float[Array, "B L"]:
+    actions = mask.astype(jnp.float32)
+    dialogues = jnp.maximum(mask.any(axis=1).sum(), 1)
+    return actions / jnp.maximum(actions.sum(axis=1, keepdims=True), 1) / dialogues
+
+
+def _dr_grpo(mask: Bool[Array, "B L"], length: int) -> Float[Array, "B L"]:
+    if length <= 0:
+        raise ValueError(f"dr_grpo divides by a constant length: length={length} must be above 0")
+    return mask.astype(jnp.float32) / float(mask.shape[0] * length)
+
+
+# {name: weights from the mask and the constant length}
+NORMALIZATIONS: dict[str, Callable[[Bool[Array, "B L"], int], Float[Array, "B L"]]] = {
+    "token_mean": _token_mean,
+    "dialogue_mean": _dialogue_mean,
+    "dr_grpo": _dr_grpo,
+}
 
 
 def token_ratio(new: Float[Array, "B L"], old: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
@@ -64,11 +79,11 @@ def sequence_ratio(
     mask: Bool[Array, "B L"],
     segment: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B L"]:
-    """GSPO (arXiv 2507.18071): exp(mean over the dialogue's action tokens of new - old), at each of its action places.
+    """GSPO (arXiv 2507.18071): exp(mean over the dialogue's action tokens of new - old), at each of its actions.
 
-    Every place passes a gradient to all of its dialogue's tokens: with one advantage a dialogue and the weights of
-    dialogue_mean, the clipped objective is then GSPO's. Where dialogues share a row, `segment` is the number of each
-    place's dialogue, from 0 to L - 1.
+    Every position passes a gradient to all of its dialogue's tokens: with one advantage a dialogue and the weights of
+    dialogue_mean, the clipped objective is then GSPO's. Where dialogues share a row, `segment` numbers the dialogue of
+    each position, from 0 to L - 1.
     """
     log_ratio = _log_ratio(new, old, mask)
     if segment is None:
@@ -78,6 +93,13 @@ def sequence_ratio(
         total, count = (jnp.zeros_like(log_ratio).at[rows, segment].add(x) for x in (log_ratio, mask))
         mean = jnp.take_along_axis(total / jnp.maximum(count, 1), segment, axis=1)
     return zero_outside(jnp.broadcast_to(_exp(mean), mask.shape), mask)
+
+
+# {name: ratio by token from new and old log-probs, mask, and segment}
+RATIOS: dict[str, Callable[..., Float[Array, "B L"]]] = {
+    "token": lambda new, old, mask, segment: token_ratio(new, old, mask),
+    "sequence": sequence_ratio,
+}
 
 
 def clipped_objective(
@@ -140,14 +162,9 @@ def kl_penalty(
     As a loss k1 teaches nothing: the mean gradient of a log-prob is 0. It belongs into rewards. k3 never overflows (see
     `_exp`). Raises ValueError for an unknown estimator.
     """
-    d = -_log_ratio(new, reference, mask)
-    if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return 0.5 * d**2
-    if estimator == "k3":
-        return _k3(d)
-    raise ValueError(f"KL estimator {estimator!r} is unknown: use one of {', '.join(KL_ESTIMATORS)}")
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"KL estimator {estimator!r} is unknown: use one of {', '.join(KL_ESTIMATORS)}")
+    return KL_ESTIMATORS[estimator](-_log_ratio(new, reference, mask))
 
 
 def importance_weights(
@@ -194,3 +211,11 @@ def _exp(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 def _k3(d: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """exp(d) - 1 - d, exact for small d (expm1), with exp as in `_exp`; 0 at d = 0."""
     return jnp.expm1(jnp.minimum(d, _TANGENT)) + math.exp(_TANGENT) * jnp.maximum(d - _TANGENT, 0.0) - d
+
+
+# {name: estimate from d = reference - new}
+KL_ESTIMATORS: dict[str, Callable[[Float[Array, "*s"]], Float[Array, "*s"]]] = {
+    "k1": lambda d: -d,
+    "k2": lambda d: 0.5 * d**2,
+    "k3": _k3,
+}

@@ -1,4 +1,4 @@
-"""The one place of masked reductions. What stands outside a mask, NaN and inf too, reaches no value and no gradient.
+"""Masked reductions. What stands outside a mask, NaN and inf too, reaches no value and no gradient.
 
 Results are float32 (float64 for float64 arrays, which the gradient checks use), whatever the input's precision.
 """

@@ -1,9 +1,9 @@
-"""Several dialogues in one row: where each lies, and arrays moved from one dialogue a row to shared rows and back.
+"""Sequence packing: which row holds which dialogues, and arrays moved from one dialogue a row to shared rows and back.
 
-What is computed of a dialogue alone (rewards, advantages, weights in the loss) stays in the form of `pack`, [N, L], one
-dialogue a row. Models read shared rows, [reads, width, L]: `width` rows at a time, one for each device that rows are
-spread over, as often as dialogues need. Dialogues in a row follow each other, see nothing of each other and count their
-positions from 0. How many reads there are is data: another batch compiles nothing.
+What is computed of a dialogue alone (rewards, advantages, weights in the loss) stays as `build_sequences` makes it,
+[N, L], one dialogue a row. Models read shared rows, [reads, width, L]: `width` rows at a time, one for each device that
+rows are spread over, as often as dialogues need. Dialogues in a row follow each other, see nothing of each other and
+count their positions from 0. How many reads there are is data: another batch compiles nothing.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class RowAssignment:
 
 @flax.struct.dataclass
 class PackingPlan:
-    """Places of all B dialogues of a batch, and of those of each of its U updates."""
+    """Row assignments of all B dialogues of a batch, and of those of each of its U updates."""
 
     whole: RowAssignment
     updates: RowAssignment  # [U, B / minibatches]
@@ -41,7 +41,7 @@ class PackingPlan:
 class SharedRows(PackedBatch):
     """Rows that dialogues share; `count` holds the tokens of all of a row's."""
 
-    segment: Int[Array, "B L"]  # place at which the dialogue of a token begins; of padding, the first place of padding
+    segment: Int[Array, "B L"]  # position at which the dialogue of a token begins; of padding, the first of padding
 
 
 def plan_packing(
@@ -57,7 +57,7 @@ def plan_packing(
         most: share of padding in the rows of all updates that is little; where no length has less, the least it is.
 
     Returns:
-        The length of rows, and where dialogues lie in them.
+        The length of rows, and the assignments of dialogues to them.
 
     Raises:
         ValueError: a dialogue is longer than any row.
@@ -65,18 +65,18 @@ def plan_packing(
     if lengths.max() > ladder[-1]:
         raise ValueError(f"a dialogue has {lengths.max()} tokens, but rows have at most {ladder[-1]}")
     tokens = int(lengths[orders].sum())
-    found: tuple[float, int, list[RowAssignment]] | None = None
+    best: tuple[float, int, list[RowAssignment]] | None = None
     for length in ladder:
         if length < lengths.max():
             continue
         updates = [assign_rows(lengths[order], length, width) for order in orders]
-        padding = 1 - tokens / (sum(int(places.reads) for places in updates) * width * length)
-        if found is None or padding < found[0]:
-            found = (padding, length, updates)
+        padding = 1 - tokens / (sum(int(assignment.reads) for assignment in updates) * width * length)
+        if best is None or padding < best[0]:
+            best = (padding, length, updates)
         if padding <= most:
             break
-    assert found is not None
-    _, length, updates = found
+    assert best is not None
+    _, length, updates = best
     return length, PackingPlan(assign_rows(lengths, length, width), jax.tree.map(lambda *x: np.stack(x), *updates))
 
 
@@ -112,12 +112,12 @@ def _fill(
     return row, start
 
 
-def pack(tree: Any, places: RowAssignment, count: Int[Array, " N"], width: int) -> Any:
+def pack(tree: Any, assignment: RowAssignment, count: Int[Array, " N"], width: int) -> Any:
     """Arrays of dialogues, [N, L], in shared rows, [reads, width, L]: 0 in padding. A PackedBatch becomes SharedRows.
 
     Every device gets all of the arrays (a few bytes a token) and keeps its rows.
     """
-    at = _Source.of(places, count, _length(tree), width)
+    at = _Source.of(assignment, count, _length(tree), width)
 
     def batch(x: PackedBatch) -> SharedRows:
         fields = {f.name: at.take(getattr(x, f.name)) for f in dataclasses.fields(PackedBatch) if f.name != "count"}
@@ -127,14 +127,14 @@ def pack(tree: Any, places: RowAssignment, count: Int[Array, " N"], width: int) 
     return jax.tree.map(lambda x: batch(x) if is_batch(x) else at.take(x), tree, is_leaf=is_batch)
 
 
-def unpack(tree: Any, places: RowAssignment, count: Int[Array, " N"]) -> Any:
+def unpack(tree: Any, assignment: RowAssignment, count: Int[Array, " N"]) -> Any:
     """Undoes `pack` for arrays [reads, width, L]: [N, L], 0 beyond a dialogue's end."""
 
     def back(x: Array) -> Array:
         length = x.shape[2]
-        source = (places.row * length + places.start)[:, None] + jnp.arange(length)
-        found = jnp.take(rules.constrain(x, None, None, None).reshape(-1), source, mode="clip")
-        return rules.constrain_rows(jnp.where(jnp.arange(length) < count[:, None], found, 0))
+        source = (assignment.row * length + assignment.start)[:, None] + jnp.arange(length)
+        values = jnp.take(rules.constrain(x, None, None, None).reshape(-1), source, mode="clip")
+        return rules.constrain_rows(jnp.where(jnp.arange(length) < count[:, None], values, 0))
 
     return jax.tree.map(back, tree)
 
@@ -145,7 +145,7 @@ def _length(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Of each place of shared rows: which token of which dialogue stands there."""
+    """Of each position of shared rows: which token of which dialogue stands there."""
 
     index: Int[Array, "P w L"]  # in the flat [N * L] arrays
     inside: Array  # [P, w, L] whether one does
@@ -153,13 +153,13 @@ class _Source:
     filled: Int[Array, "P w"]
 
     @classmethod
-    def of(cls, places: RowAssignment, count: Int[Array, " N"], length: int, width: int) -> "_Source":
+    def of(cls, assignment: RowAssignment, count: Int[Array, " N"], length: int, width: int) -> "_Source":
         """By marking where dialogues begin."""
         number = count.shape[0]
         reads = -(-number // width)
-        row = jnp.where(count > 0, places.row, reads * width)  # an empty dialogue begins nowhere
+        row = jnp.where(count > 0, assignment.row, reads * width)  # an empty dialogue begins nowhere
         begins = jnp.zeros((reads * width, length), jnp.int32)
-        begins = begins.at[row, places.start].set(jnp.arange(1, number + 1), mode="drop")
+        begins = begins.at[row, assignment.start].set(jnp.arange(1, number + 1), mode="drop")
         here = jnp.arange(length)
         first = jax.lax.cummax(jnp.where(begins > 0, here, 0), axis=1)
         dialogue = jnp.take_along_axis(begins, first, axis=1) - 1

@@ -1,4 +1,4 @@
-"""Finished dialogues -> packed rows, on the device: the training format (design 8).
+"""Finished dialogues -> packed sequences, on the device: the training format (docs/architecture.md).
 
 Each dialogue becomes one row. What history keeps is branch 0; in think mode each turn's whole reply, its thought
 included, is a branch of its own right after the prefix that it was generated from, and the say follows once more as
@@ -22,21 +22,21 @@ from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 
 @flax.struct.dataclass
 class PackedBatch:
-    """B dialogues in rows of L places. What belongs to an action stands at the place that predicts it."""
+    """B dialogues in rows of L positions. What belongs to an action stands at the position that predicts it."""
 
     tokens: Int[Array, "B L"]  # 0 beyond a row's count
-    positions: Int[Array, "B L"]  # rotary; a branch goes on from its prefix
-    branch: Int[Array, "B L"]  # 0: history; (turn + 1) * BRANCH_RADIX: what was said in that turn, thought included
+    positions: Int[Array, "B L"]  # rotary; a branch continues its prefix
+    branch: Int[Array, "B L"]  # 0: history; (turn + 1) * BRANCH_RADIX: the reply of that turn, thought included
     count: Int[Array, "B"]  # tokens of each row
-    mask: Bool[Array, "B L"]  # an action was drawn from what this place predicts
+    mask: Bool[Array, "B L"]  # an action was drawn from what this position predicts
     target: Int[Array, "B L"]  # that action
     logprob: Float[Array, "B L"]  # its behaviour log-prob
     state: Int[Array, "B L"]  # of the policy's grammar before it
     turn: Int[Array, "B L"]  # its turn, from 0; 0 where there is no action
 
 
-class _Piece(NamedTuple):
-    """Tokens that every turn of every row has in this place: the first `width` of them."""
+class _Segment(NamedTuple):
+    """Tokens that every turn of every row has at this point: the first `width` of them."""
 
     tokens: Int[Array, "B T S"]
     width: Int[Array, "B T"]
@@ -47,7 +47,7 @@ def max_length(tables: PolicyTables, spec: RolloutConfig, first_width: int) -> i
     """Tokens that the longest possible row may have.
 
     Args:
-        first_width: of the first utterances, as given to the sampler.
+        first_width: of the first utterances, as the sampler gets them.
     """
     heard = max(first_width, spec.user_tokens)
     marks = tables.open_user.shape[0] + 2 * tables.close.shape[0] + tables.open_assistant.shape[0]
@@ -59,21 +59,21 @@ def max_length(tables: PolicyTables, spec: RolloutConfig, first_width: int) -> i
 
 def row_lengths(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -> Int[Array, "B"]:
     """Tokens of each dialogue's row: what decides how long the packed rows must be."""
-    counts = jnp.stack([piece.width for piece in _pieces(dialogues, tables, spec)])
+    counts = jnp.stack([segment.width for segment in _segments(dialogues, tables, spec)])
     return tables.system.shape[0] + counts.sum((0, 2))
 
 
 def build_sequences(
     dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, limits: RolloutLimits, length: int
 ) -> PackedBatch:
-    """Packs dialogues into rows of `length` places, at least the longest of `row_lengths`.
+    """Packs dialogues into rows of `length` positions, at least the longest of `row_lengths`.
 
     Tokens that the grammar forced on the policy (the closing of a thought at its limit) are no actions.
     """
-    pieces = _pieces(dialogues, tables, spec)
+    segments = _segments(dialogues, tables, spec)
     batch = dialogues.turns.shape[0]
     system = jnp.broadcast_to(tables.system, (batch, tables.system.shape[0]))
-    tokens, valid, branched = _side_by_side(pieces, system)
+    tokens, valid, branched = _side_by_side(segments, system)
     turn = jnp.repeat(jnp.arange(spec.max_turns), tokens.shape[1] // spec.max_turns)
     pad = ((0, 0), (system.shape[1], 0))
     tokens = jnp.concatenate([system, tokens], axis=1)
@@ -88,40 +88,40 @@ def build_sequences(
         x = jnp.where(jnp.arange(x.shape[1]) < count[:, None], x, 0)
         return jnp.pad(x, ((0, 0), (0, length - x.shape[1])))
 
-    place = jnp.cumsum(valid, axis=1) - valid
-    said_at = system.shape[1] + sum(piece.tokens.shape[2] for piece in pieces[:-2])
-    width = sum(piece.tokens.shape[2] for piece in pieces)
-    first = place[:, said_at::width][:, : spec.max_turns]  # place of each turn's first action
+    position = jnp.cumsum(valid, axis=1) - valid
+    reply_at = system.shape[1] + sum(segment.tokens.shape[2] for segment in segments[:-2])
+    width = sum(segment.tokens.shape[2] for segment in segments)
+    first = position[:, reply_at::width][:, : spec.max_turns]  # position of each turn's first action
     actions = _actions(dialogues, tables.grammar, spec, limits, first, length)
     return rules.constrain_rows(PackedBatch(dense(tokens), dense(positions), dense(branch), count, **actions))
 
 
-def _pieces(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -> list[_Piece]:
+def _segments(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -> list[_Segment]:
     """What one turn adds to a row, in order. The reply stands next to last, the say as history last."""
     d, think = dialogues, spec.mode == "think"
     batch, turns = d.turns.shape[0], spec.max_turns
     played = jnp.arange(turns) < d.turns[:, None]
-    said = d.policy.said
+    reply = d.policy.said
     heard, heard_count = _heard(d)
 
-    def constant(tokens: Array, where: Array = played, branched: bool = False) -> _Piece:
+    def constant(tokens: Array, where: Array = played, branched: bool = False) -> _Segment:
         shape = (batch, turns, tokens.shape[0])
-        return _Piece(jnp.broadcast_to(tokens, shape), where * tokens.shape[0], branched)
+        return _Segment(jnp.broadcast_to(tokens, shape), where * tokens.shape[0], branched)
 
     later = played & (jnp.arange(turns) > 0)
     followed = played & (jnp.arange(turns) + 1 < d.turns[:, None])
     by_row = lambda x: jnp.moveaxis(x, 0, 1)  # noqa: E731
     # Of a branch, the last token is predicted but never read; in direct mode the text is also the history.
-    read = jnp.maximum(said.count - 1, 0) if think else said.text_count
+    read = jnp.maximum(reply.count - 1, 0) if think else reply.text_count
     return [
         constant(tables.close, later),
         constant(tables.open_user),
-        _Piece(heard, heard_count * played),
+        _Segment(heard, heard_count * played),
         constant(tables.close),
         constant(tables.open_assistant),
         constant(tables.think_open, branched=think),
-        _Piece(by_row(said.tokens), by_row(read) * played, branched=think),
-        _Piece(by_row(d.policy.say), by_row(d.policy.say_count) * (followed & think)),
+        _Segment(by_row(reply.tokens), by_row(read) * played, branched=think),
+        _Segment(by_row(d.policy.say), by_row(d.policy.say_count) * (followed & think)),
     ]
 
 
@@ -135,12 +135,12 @@ def _heard(dialogues: Dialogues) -> tuple[Int[Array, "B T R"], Int[Array, "B T"]
     return jnp.concatenate([pad(first), pad(tokens)], axis=1), count
 
 
-def _side_by_side(pieces: list[_Piece], system: Array) -> tuple[Array, Array, Array]:
-    """(tokens, valid) [B, T * W] with gaps, and [T * W] whether a place belongs to a branch."""
-    batch, turns = system.shape[0], pieces[0].tokens.shape[1]
-    tokens = jnp.concatenate([piece.tokens for piece in pieces], axis=2).reshape(batch, -1)
-    masks = [jnp.arange(piece.tokens.shape[2]) < piece.width[:, :, None] for piece in pieces]
-    branched = jnp.concatenate([jnp.full(piece.tokens.shape[2], piece.branched) for piece in pieces])
+def _side_by_side(segments: list[_Segment], system: Array) -> tuple[Array, Array, Array]:
+    """(tokens, valid) [B, T * W] with gaps, and [T * W] whether a position belongs to a branch."""
+    batch, turns = system.shape[0], segments[0].tokens.shape[1]
+    tokens = jnp.concatenate([segment.tokens for segment in segments], axis=2).reshape(batch, -1)
+    masks = [jnp.arange(segment.tokens.shape[2]) < segment.width[:, :, None] for segment in segments]
+    branched = jnp.concatenate([jnp.full(segment.tokens.shape[2], segment.branched) for segment in segments])
     return tokens, jnp.concatenate(masks, axis=2).reshape(batch, -1), jnp.tile(branched, turns)
 
 
@@ -150,7 +150,7 @@ def _positions(valid: Bool[Array, "B W"], branch: Int[Array, "W"]) -> Int[Array,
     before = jnp.cumsum(history, axis=1) - history
     inside = valid & (branch > 0)
     total = jnp.cumsum(inside, axis=1) - inside
-    # What earlier branches held: `total` where this branch began, the last place outside any branch.
+    # What earlier branches held: `total` where this branch began, the last position outside any branch.
     begun = jax.lax.cummax(jnp.where(branch == 0, total, 0), axis=1)
     return before + jnp.where(branch > 0, total - begun, 0)
 
@@ -163,26 +163,26 @@ def _actions(
     first: Int[Array, "B T"],
     length: int,
 ) -> dict[str, Array]:
-    """The fields of the actions, each at the place before its token's."""
-    said = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), dialogues.policy.said)
-    batch, turns, width = said.tokens.shape
+    """The fields of the actions, each at the position before its token's."""
+    reply = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), dialogues.policy.said)
+    batch, turns, width = reply.tokens.shape
     step = jnp.arange(width)
-    drawn = (step < said.count[:, :, None]) & (jnp.arange(turns) < dialogues.turns[:, None])[:, :, None]
+    drawn = (step < reply.count[:, :, None]) & (jnp.arange(turns) < dialogues.turns[:, None])[:, :, None]
     if grammar.closing.shape[0] and spec.mode == "think":
         forced = step >= limits.think_tokens - grammar.closing.shape[0]
-        drawn &= ~(forced & (step <= said.found_at[:, :, None]))
-    place = jnp.where(drawn, first[:, :, None] - 1 + step, length).reshape(batch, -1)
+        drawn &= ~(forced & (step <= reply.found_at[:, :, None]))
+    position = jnp.where(drawn, first[:, :, None] - 1 + step, length).reshape(batch, -1)
     rows = jnp.arange(batch)[:, None]
 
     def put(x: Array) -> Array:
-        x = jnp.broadcast_to(x, said.tokens.shape).reshape(batch, -1)
-        return jnp.zeros((batch, length), x.dtype).at[rows, place].set(x, mode="drop")
+        x = jnp.broadcast_to(x, reply.tokens.shape).reshape(batch, -1)
+        return jnp.zeros((batch, length), x.dtype).at[rows, position].set(x, mode="drop")
 
     return {
         "mask": put(drawn),
-        "target": put(said.tokens),
-        "logprob": put(said.logprob),
-        "state": put(_states(grammar, said.tokens)),
+        "target": put(reply.tokens),
+        "logprob": put(reply.logprob),
+        "state": put(_states(grammar, reply.tokens)),
         "turn": put(jnp.arange(turns)[:, None]),
     }
 

@@ -79,5 +79,5 @@ def changed_files(folder: Path) -> list[str]:
         OSError: there is no manifest.
     """
     named = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    found = checksums(folder)
-    return sorted(name for name in {**named, **found} if named.get(name) != found.get(name))
+    sums = checksums(folder)
+    return sorted(name for name in {**named, **sums} if named.get(name) != sums.get(name))

@@ -5,12 +5,12 @@
     python -m rlver_jax.miniature.build --check [--out=DIR]
         measures a folder again, without one the shipped models
 
-An interrupted build goes on with the same command.
+The same command resumes an interrupted build.
 
-The simulated user learns to appraise and answer from dialogues of the grammar; the policy to hear hints, then to reply
-in any style as if it didn't know which one helps. Policies are then trained against the user, which learns from their
-text too; what another one says to held-out people is kept, so that the user can be measured on it. Exit status: 0 done,
-and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad usage.
+The simulated user learns to appraise and answer from dialogues of the grammar. The policy learns to follow hints, then
+to reply in any style, so that reinforcement has something to teach. Policies are then trained against the user, which
+learns from their text too. Replies of another policy to held-out people are kept to measure the user on. Exit status:
+0 done, and every gate holds; 1 a gate doesn't, or a file is not the manifest's; 2 bad usage.
 """
 
 import functools
@@ -33,7 +33,7 @@ from rlver_jax.dialogues.log import Record, read_dialogues
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.miniature import assets, check, recipe, texts
 from rlver_jax.miniature.fit import fit, small_model
-from rlver_jax.miniature.rows import Packer
+from rlver_jax.miniature.sequences import SequenceBuilder
 from rlver_jax.miniature.settings import STEPS, miniature_config
 from rlver_jax.miniature.world import people
 from rlver_jax.models.hf_weights import load_params, save_params
@@ -58,27 +58,27 @@ class Steps(NamedTuple):
 
     user: int
     policy: int
-    base: int  # of the policy on what it is to say before reinforcement
+    base: int  # of the policy on its replies before reinforcement
     rl: int  # of each reinforcement run; 0: none
-    again: int  # of the user, on what these said; 0: it doesn't learn from it
+    again: int  # of the user, on the replies of these runs; 0: none
 
 
 def build(out: Path, steps: Steps, console: Console) -> None:
     """Writes models and profiles into a folder; what an interrupted build has finished there is kept."""
     prompts = load_prompts("en", assets.PROMPTS)
     tokenizer = recipe.train_tokenizer(out / "tokenizer.model", prompts)
-    packer = Packer(tokenizer, prompts)
+    builder = SequenceBuilder(tokenizer, prompts)
     assets.write_config(out)
     for name, count, held_out in ((assets.TRAIN, assets.TRAIN_COUNT, False), (assets.EVAL, assets.EVAL_COUNT, True)):
         assets.write_profiles(out / name, people(count, seed=assets.SEED, held_out=held_out))
     if not (out / assets.USER).exists():
-        source = recipe.user_batches(packer, USER_SEED)
+        source = recipe.user_batches(builder, USER_SEED)
         lm, _ = fit(model_for(tokenizer), source, steps.user, console=console, name=assets.USER, seed=USER_SEED)
         save(out / assets.USER, lm, tokenizer)
     if not (out / assets.POLICY).exists():
-        learn_policy(out, packer, steps, console)
+        learn_policy(out, builder, steps, console)
     if steps.rl and not (out / assets.TRAINED).exists():
-        learn_from_rl(out, packer, steps, console)
+        learn_from_rl(out, builder, steps, console)
 
 
 def model_for(tokenizer: Tokenizer) -> Qwen2:
@@ -95,45 +95,45 @@ def save(folder: Path, lm: LM, tokenizer: Tokenizer) -> None:
     new.rename(folder)
 
 
-def learn_policy(out: Path, packer: Packer, steps: Steps, console: Console) -> None:
-    """A policy that has learned to hear hints, and then to make next to nothing of them."""
-    model, taught, tokenizer = model_for(packer.tokenizer), out / RUNS / assets.POLICY, packer.tokenizer
+def learn_policy(out: Path, builder: SequenceBuilder, steps: Steps, console: Console) -> None:
+    """A policy that has learned to follow hints, and then to mostly ignore them."""
+    model, taught, tokenizer = model_for(builder.tokenizer), out / RUNS / assets.POLICY, builder.tokenizer
     learn = functools.partial(fit, model, console=console, seed=POLICY_SEED)
     if not taught.exists():
-        source = recipe.policy_batches(packer, POLICY_SEED, texts.TAUGHT)
+        source = recipe.policy_batches(builder, POLICY_SEED, texts.TAUGHT)
         save(taught, learn(source, steps.policy, name=assets.POLICY)[0], tokenizer)
-    source, start = recipe.policy_batches(packer, POLICY_SEED + 1, texts.BASE), load_params(taught, model)
+    source, start = recipe.policy_batches(builder, POLICY_SEED + 1, texts.BASE), load_params(taught, model)
     name = f"{assets.POLICY}, as it begins"
     save(out / assets.POLICY, learn(source, steps.base, name=name, learning_rate=5e-4, params=start)[0], tokenizer)
 
 
-def learn_from_rl(out: Path, packer: Packer, steps: Steps, console: Console) -> None:
-    """Trains a policy against the user; with `again` the user on what it said, and a policy anew; keeps its replies."""
+def learn_from_rl(out: Path, builder: SequenceBuilder, steps: Steps, console: Console) -> None:
+    """Trains a policy against the user; with `again` the user on its replies, then a new policy; keeps the replies."""
     run = out / RUNS / "first"
     reinforce(out, run, steps.rl, console)
     if steps.again:
         direct = out / RUNS / "first_direct"
         reinforce(out, direct, steps.rl, console, "direct")
-        learn_again(out, (run, direct), packer, steps.again, console)
+        learn_again(out, (run, direct), builder, steps.again, console)
         run = out / RUNS / "second"
         reinforce(out, run, steps.rl, console)
     check.write_replies(out / assets.TRAINED, held_out_dialogues(out, run))
 
 
-def learn_again(out: Path, runs: Sequence[Path], packer: Packer, steps: int, console: Console) -> None:
-    """The user learns from the text of runs too; the one that it was before stays beside them."""
+def learn_again(out: Path, runs: Sequence[Path], builder: SequenceBuilder, steps: int, console: Console) -> None:
+    """Trains the user on the replies of runs too; the earlier user is kept beside them."""
     before = out / RUNS / assets.USER
     if before.exists():
         return
     files = [file for run in runs for file in sorted(RunFolder(run).dialogues(0).parent.iterdir())]
     crowd = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
     heard = [dialogue for file in files for dialogue in recipe.rl_dialogues(read_dialogues(file), crowd)]
-    source = recipe.user_batches(packer, USER_SEED, heard)
-    model = model_for(packer.tokenizer)
+    source = recipe.user_batches(builder, USER_SEED, heard)
+    model = model_for(builder.tokenizer)
     start = load_params(out / assets.USER, model)
     name = f"{assets.USER}, on a run's text"
     lm, _ = fit(model, source, steps, console=console, name=name, learning_rate=1e-3, params=start)
-    save(out / "user.again", lm, packer.tokenizer)
+    save(out / "user.again", lm, builder.tokenizer)
     (out / assets.USER).rename(before)
     (out / "user.again").rename(out / assets.USER)
 
@@ -149,19 +149,19 @@ def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str =
 
 
 def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
-    """What the policy of a run says to held-out people."""
+    """Dialogues of a run's policy with held-out people."""
     config = miniature_config("", out)
     trained = TrainedPolicy.open(workdir, fields.get_config())
     return evaluation.load(config, evaluation.chosen_profiles(config), policy_weights=trained.weights).play_all()
 
 
-def show(found: dict[str, Any], strangers: Sequence[str], console: Console) -> int:
-    """Prints figures and gates; returns the exit status."""
-    console.print(json.dumps({k: v for k, v in found.items() if k != "attacks"}, indent=1), highlight=False)
-    console.print(check.table(found))
+def show(measured: dict[str, Any], strangers: Sequence[str], console: Console) -> int:
+    """Prints measurements and gates; returns the exit status."""
+    console.print(json.dumps({k: v for k, v in measured.items() if k != "attacks"}, indent=1), highlight=False)
+    console.print(check.table(measured))
     for name in strangers:
         console.print(f"{name}: is not the file that the manifest names", markup=False, highlight=False)
-    return 0 if all(gate.holds for gate in check.gates(found)) and not strangers else 1
+    return 0 if all(gate.holds for gate in check.gates(measured)) and not strangers else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps = Steps(*(int(options[f"{field}_steps"].value or 0) for field in Steps._fields))
             build(folder, steps, console)
         with console.status("measuring"):
-            found = check.measure(folder)
+            measured = check.measure(folder)
         if not options.check:
-            assets.write_manifest(folder, {"steps": steps._asdict(), "quality": found})
+            assets.write_manifest(folder, {"steps": steps._asdict(), "quality": measured})
     except (ValueError, OSError) as error:
         errors.print(f"build: {error}", markup=False, highlight=False)
         return 2
@@ -189,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"build: a run against the user was stopped by an alarm at {alarm}", highlight=False)
         return 1
     if options.json:
-        write_json(Path(options.json), found)
-    return show(found, strangers, console)
+        write_json(Path(options.json), measured)
+    return show(measured, strangers, console)
 
 
 def _arguments(argv: Sequence[str]) -> flags.FlagValues:
@@ -198,7 +198,7 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
         what = "folder to be written, or to be measured (default: the shipped one)"
         define_path("out", "", what, values)
         flags.DEFINE_boolean("check", False, "measure the folder instead of building it", flag_values=values)
-        define_path("json", "", "file for all figures", values, new="file")
+        define_path("json", "", "file for all results", values, new="file")
         for field, count, what in (
             ("user", 2000, "of the simulated user"),
             ("policy", 1200, "of the policy on dialogues in which hints are met"),

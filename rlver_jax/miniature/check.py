@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from rlver_jax.dialogues.log import Record
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.miniature import assets, rule, texts
-from rlver_jax.miniature.gold import Spoken, gold_judge, spoken
+from rlver_jax.miniature.gold import JudgedDialogue, gold_judge, judged_dialogue
 from rlver_jax.miniature.scripted import play_scripted
 from rlver_jax.miniature.settings import miniature_config
 from rlver_jax.miniature.world import REPLIES, Person
@@ -51,33 +51,33 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
-class Judged(NamedTuple):
+class JudgedReply(NamedTuple):
     """One reply, by the rule and by the neural user."""
 
     terms: list[str]
-    ruled: int
-    judged: int
+    by_rule: int
+    by_user: int
 
 
-def judge_reply(person: Person, dialogue: Spoken) -> list[Judged]:
+def judge_replies(person: Person, dialogue: JudgedDialogue) -> list[JudgedReply]:
     """Every reply of a dialogue that the user appraised."""
-    found = []
+    judged = []
     for turn, judged_change in enumerate(dialogue.changes):
-        verdict = rule.judge(person, dialogue.says[turn], dialogue.says[:turn], dialogue.heard[turn])
-        found.append(Judged(rule.terms(person, verdict), verdict.change, judged_change))
-    return found
+        verdict = rule.judge(person, dialogue.replies[turn], dialogue.replies[:turn], dialogue.heard[turn])
+        judged.append(JudgedReply(rule.terms(person, verdict), verdict.change, judged_change))
+    return judged
 
 
-def agreement(dialogues: Iterable[tuple[Person, Spoken]]) -> dict[str, Any]:
+def agreement(dialogues: Iterable[tuple[Person, JudgedDialogue]]) -> dict[str, Any]:
     """How the user's changes agree with the rule's, turn by turn; and for each of the rule's terms."""
-    pairs = [pair for person, dialogue in dialogues for pair in judge_reply(person, dialogue)]
-    ruled, found = np.array([p.ruled for p in pairs]), np.array([p.judged for p in pairs])
-    errors = np.abs(ruled - found)
+    pairs = [pair for person, dialogue in dialogues for pair in judge_replies(person, dialogue)]
+    by_rule, by_user = np.array([p.by_rule for p in pairs]), np.array([p.by_user for p in pairs])
+    errors = np.abs(by_rule - by_user)
     names = sorted({name for pair in pairs for name in pair.terms})
     having = {name: np.array([name in pair.terms for pair in pairs]) for name in names}
     return {
         "turns": len(pairs),
-        "spearman": round(float(spearmanr(ruled, found).statistic), 4),
+        "spearman": round(float(spearmanr(by_rule, by_user).statistic), 4),
         "mean_error": round(float(errors.mean()), 3),
         "same": round(float((errors == 0).mean()), 4),
         "by_term": {
@@ -88,38 +88,39 @@ def agreement(dialogues: Iterable[tuple[Person, Spoken]]) -> dict[str, Any]:
 
 def readable_share(records: Sequence[Record], tokenizer: Tokenizer, role: str) -> float:
     """Share of the messages of a role that can be read, among those that were generated."""
-    said = [m for r in records for m in r["messages"][1:] if m["role"] == role and m["content"] is not None]
-    tokens = [m["tokens"] if role == "assistant" else m["all_tokens"] for m in said]
-    return float(np.mean([is_readable(tokenizer, t, m["stopped"]) for t, m in zip(tokens, said, strict=True)]))
+    messages = [m for r in records for m in r["messages"][1:] if m["role"] == role and m["content"] is not None]
+    tokens = [m["tokens"] if role == "assistant" else m["all_tokens"] for m in messages]
+    return float(np.mean([is_readable(tokenizer, t, m["stopped"]) for t, m in zip(tokens, messages, strict=True)]))
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """All figures of the miniature in a folder."""
+    """All measurements of the miniature in a folder."""
     config = miniature_config("", folder)
     profiles = evaluation.chosen_profiles(config)
     people = {profile.id: Person.of(profile) for profile in profiles}
     played = evaluation.load(config, profiles, gold=gold_judge(config))
     records, tokenizer = played.play_all(), played.agents.tokenizer
     scores = played.scores(records)
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "base": {name: round(scores[name], 2) for name in ("score", "rule_score", "turns_mean")},
-        "agreement_base": agreement((people[record["profile"]], spoken(record)) for record in records),
+        "agreement_base": agreement((people[record["profile"]], judged_dialogue(record)) for record in records),
         "readable": {role: round(readable_share(records, tokenizer, role), 4) for role in ("assistant", "user")},
     }
     if (folder / assets.TRAINED).exists():
-        found["agreement_trained"] = agreement(replayed(played, read_replies(folder / assets.TRAINED)))
-    found["attacks"] = {name: round(attacked(played, attack), 2) for name, attack in ATTACKS.items()}
-    return found
+        measured["agreement_trained"] = agreement(replayed(played, read_replies(folder / assets.TRAINED)))
+    measured["attacks"] = {name: round(attacked(played, attack), 2) for name, attack in ATTACKS.items()}
+    return measured
 
 
-def replayed(played: evaluation.Evaluation, replies: dict[str, list[str]]) -> list[tuple[Person, Spoken]]:
+def replayed(played: evaluation.Evaluation, replies: dict[str, list[str]]) -> list[tuple[Person, JudgedDialogue]]:
     """The user on replies that were recorded, {profile id: replies}, its appraisals and answers its own."""
     profiles = [profile for profile in played.profiles if profile.id in replies]
-    given = [replies[profile.id] for profile in profiles]
-    reply = lambda i, turn, heard: given[i][turn] if turn < len(given[i]) else None  # noqa: E731
-    heard = play_scripted(played.agents, profiles, played.limits, reply)
+    scripts = [replies[profile.id] for profile in profiles]
+    reply = lambda i, turn, heard: scripts[i][turn] if turn < len(scripts[i]) else None  # noqa: E731
+    dialogues = play_scripted(played.agents, profiles, played.limits, reply)
     people = [Person.of(profile) for profile in profiles]
-    return [(p, Spoken(h.says, h.answers[: len(h.says)], h.changes)) for p, h in zip(people, heard, strict=True)]
+    judged = [JudgedDialogue(d.replies, d.answers[: len(d.replies)], d.changes) for d in dialogues]
+    return list(zip(people, judged, strict=True))
 
 
 def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
@@ -127,14 +128,14 @@ def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
     profiles, draw = played.profiles[:ATTACKED], random.Random(0)
     people = [Person.of(profile) for profile in profiles]
     reply = lambda i, turn, heard: attack(people[i], turn, heard, draw)  # noqa: E731
-    heard = play_scripted(played.agents, profiles, played.limits, reply)
-    return float(np.mean([h.emotions[-1] for h in heard]))
+    dialogues = play_scripted(played.agents, profiles, played.limits, reply)
+    return float(np.mean([d.emotions[-1] for d in dialogues]))
 
 
 def write_replies(path: Path, records: Sequence[Record]) -> None:
-    """What a policy said in each dialogue, a line each."""
-    lines = (json.dumps({"profile": record["profile"], "says": spoken(record).says}) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+    """A policy's replies in each dialogue, a line each."""
+    replies = ({"profile": record["profile"], "says": judged_dialogue(record).replies} for record in records)
+    path.write_text("".join(json.dumps(line) + "\n" for line in replies), encoding="utf-8")
 
 
 def read_replies(path: Path) -> dict[str, list[str]]:
@@ -144,33 +145,35 @@ def read_replies(path: Path) -> dict[str, list[str]]:
 
 
 class Gate(NamedTuple):
-    """A bound on a figure."""
+    """A bound on a measurement."""
 
     name: str
-    figure: float
+    value: float
     relation: str  # >= | <
     bound: float
 
     @property
     def holds(self) -> bool:
-        """Whether the figure keeps to it."""
-        return self.figure >= self.bound if self.relation == ">=" else self.figure < self.bound
+        """Whether the value keeps to it."""
+        return self.value >= self.bound if self.relation == ">=" else self.value < self.bound
 
 
-def gates(found: dict[str, Any]) -> list[Gate]:
+def gates(measured: dict[str, Any]) -> list[Gate]:
     """The bounds that a miniature must keep to before it is shipped."""
-    made = [Gate("spearman, base policy", found["agreement_base"]["spearman"], ">=", SPEARMAN_BASE)]
-    if "agreement_trained" in found:
-        made.append(Gate("spearman, trained policy", found["agreement_trained"]["spearman"], ">=", SPEARMAN_TRAINED))
+    bounds = [Gate("spearman, base policy", measured["agreement_base"]["spearman"], ">=", SPEARMAN_BASE)]
+    if "agreement_trained" in measured:
+        spearman = measured["agreement_trained"]["spearman"]
+        bounds.append(Gate("spearman, trained policy", spearman, ">=", SPEARMAN_TRAINED))
     for role, who in (("assistant", "policy"), ("user", "user")):
-        made.append(Gate(f"readable messages of the {who}", found["readable"][role], ">=", READABLE))
-    bound = found["base"]["score"] + MARGIN
-    return made + [Gate(f"attack: {name}", score, "<", bound) for name, score in found["attacks"].items()]
+        bounds.append(Gate(f"readable messages of the {who}", measured["readable"][role], ">=", READABLE))
+    bound = measured["base"]["score"] + MARGIN
+    return bounds + [Gate(f"attack: {name}", score, "<", bound) for name, score in measured["attacks"].items()]
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(measured: dict[str, Any]) -> Table:
     """The gates as a person reads them."""
-    made = Table("gate", "figure", "", "bound", "holds")
-    for gate in gates(found):
-        made.add_row(gate.name, f"{gate.figure:.3f}", gate.relation, f"{gate.bound:.3f}", "yes" if gate.holds else "NO")
-    return made
+    result = Table("gate", "figure", "", "bound", "holds")
+    for gate in gates(measured):
+        cells = f"{gate.value:.3f}", gate.relation, f"{gate.bound:.3f}", "yes" if gate.holds else "NO"
+        result.add_row(gate.name, *cells)
+    return result

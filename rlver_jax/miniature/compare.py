@@ -43,18 +43,18 @@ def outcome(workdir: Path) -> Outcome:
         ValueError, OSError: it is no run, or was not evaluated by both judges.
     """
     run = RunFolder(workdir)
-    config, rows = run.config(), read_metrics(run.metrics)
-    judged = [row for row in rows if USER in row and RULE in row]
+    config, metrics = run.config(), read_metrics(run.metrics)
+    judged = [row for row in metrics if USER in row and RULE in row]
     if len(judged) < 2:
         raise ConfigError(f"{workdir}: found {len(judged)} evaluations by user and rule, expected two or more")
-    minutes = sum(row.get("time/rollout_s", 0.0) + row.get("time/update_s", 0.0) for row in rows) / 60
+    minutes = sum(row.get("time/rollout_s", 0.0) + row.get("time/update_s", 0.0) for row in metrics) / 60
     user, rule = ((judged[0][name], judged[-1][name]) for name in (USER, RULE))
     return Outcome(kind_of(config), config["train.seed"], user, rule, minutes)
 
 
 def kind_of(config: dict[str, Any]) -> tuple[str, ...]:
     """Estimator, mode, user, size of a run."""
-    name = _NAMES[config["algorithm.estimator"]]
+    name = _NAMES.get(config["algorithm.estimator"], config["algorithm.estimator"])
     size = f"{config['train.steps']} x {config['rollout.batch']}"
     return name, config["policy.mode"], config["user.style"], size
 
@@ -70,24 +70,12 @@ def table(outcomes: Iterable[Outcome]) -> Table:
     kinds: dict[tuple[str, ...], list[Outcome]] = collections.defaultdict(list)
     for one in outcomes:
         kinds[one.kind].append(one)
-    made = Table(
-        "runs",
-        "mode",
-        "user",
-        "steps x dialogues",
-        "seeds",
-        "before: user",
-        "rule",
-        "after: user",
-        "rule",
-        "gap",
-        "minutes",
-    )
-    for kind, found in kinds.items():
-        columns = [[f.user[0] for f in found], [f.rule[0] for f in found], [f.user[1] for f in found]]
-        columns += [[f.rule[1] for f in found], [f.user[1] - f.rule[1] for f in found], [f.minutes for f in found]]
-        made.add_row(*kind, str(len(found)), *map(spread, columns))
-    return made
+    names = ("runs", "mode", "user", "steps x dialogues", "seeds")
+    result = Table(*names, "before: user", "rule", "after: user", "rule", "gap", "minutes")
+    for kind, runs in kinds.items():
+        values = [(r.user[0], r.rule[0], r.user[1], r.rule[1], r.user[1] - r.rule[1], r.minutes) for r in runs]
+        result.add_row(*kind, str(len(runs)), *map(spread, zip(*values, strict=True)))
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, workdirs = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, lambda values: None)
         if not workdirs:
             raise ConfigError("expected folders of training runs; --help shows an example")
-        found = [outcome(Path(workdir)) for workdir in local_paths(workdirs)]
+        outcomes = [outcome(Path(workdir)) for workdir in local_paths(workdirs)]
     except (ValueError, OSError) as error:
         errors.print(f"compare: {error}", markup=False, highlight=False)
         return 2
-    console.print(table(found))
+    console.print(table(outcomes))
     return 0
 
 

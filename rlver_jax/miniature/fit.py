@@ -1,4 +1,4 @@
-"""Fits a small Qwen2.5 to packed rows (next-token cross-entropy), with a progress bar."""
+"""Fits a small Qwen2.5 to training sequences (next-token cross-entropy), with a progress bar."""
 
 import functools
 from collections.abc import Callable
@@ -11,42 +11,42 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.miniature.rows import Rows
+from rlver_jax.miniature.sequences import SequenceBatch
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Params, Qwen2, init_params, logits
 
 
-def small_model(rows: int, *, hidden: int = 128, mlp: int = 384, layers: int = 4) -> Qwen2:
+def small_model(vocab_size: int, *, hidden: int = 128, mlp: int = 384, layers: int = 4) -> Qwen2:
     """The miniature's architecture: 4 query heads, 2 key heads, float32, unrolled for CPU."""
     config = Qwen2Config(
-        rows, hidden, mlp, num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=hidden // 4, rope_theta=1e4,
+        vocab_size, hidden, mlp, num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=hidden // 4, rope_theta=1e4,
         tie_embeddings=True,
     )  # fmt: skip
     # Chunks of queries: scores that stay in the cores' caches cost a fifth less a step.
     return Qwen2(config, scan_layers=False, attention="chunked", attention_chunk=112)
 
 
-LEARNED = 0.45  # largest share of a batch's places that may have a target: the vocabulary is walked for these only
+LEARNED = 0.45  # largest share of a batch's positions that may have a target: logits are computed for these only
 
 
-def learned_places(target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(place, token) of all targets in flattened rows, padded to LEARNED of the places with token -1.
+def target_positions(target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(position, token) of all targets in the flattened batch, padded to LEARNED of the positions with token -1.
 
     Raises:
         ValueError: there are more.
     """
     flat = target.reshape(-1)
-    found, size = np.flatnonzero(flat >= 0), int(flat.size * LEARNED)
-    if len(found) > size:
-        raise ValueError(f"{len(found)} of {flat.size} places have a target; raise fit.LEARNED above {LEARNED}")
-    places, tokens = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-    places[: len(found)], tokens[: len(found)] = found, flat[found]
-    return places, tokens
+    nonzero, size = np.flatnonzero(flat >= 0), int(flat.size * LEARNED)
+    if len(nonzero) > size:
+        raise ValueError(f"{len(nonzero)} of {flat.size} positions have a target; raise fit.LEARNED above {LEARNED}")
+    positions, tokens = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+    positions[: len(nonzero)], tokens[: len(nonzero)] = nonzero, flat[nonzero]
+    return positions, tokens
 
 
 def fit(
     model: Qwen2,
-    batch_of: Callable[[int], Rows],
+    batch_of: Callable[[int], SequenceBatch],
     steps: int,
     *,
     console: Console,
@@ -70,8 +70,8 @@ def fit(
     with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=steps, loss="")
         for i in range(steps):
-            rows = batch_of(i)
-            params, state, loss = step(params, state, rows, *learned_places(rows.target))
+            batch = batch_of(i)
+            params, state, loss = step(params, state, batch, *target_positions(batch.target))
             losses.append(loss)
             if i % 20 == 19 or i == steps - 1:
                 shown = float(jnp.stack(losses[-20:]).mean())
@@ -83,15 +83,15 @@ def fit(
 
 @functools.cache
 def _compiled(model: Qwen2, optimizer: optax.GradientTransformation):
-    def loss_of(params: Params, rows: Rows, places, tokens):
-        hidden = model.apply({"params": params}, rows.tokens, rows.positions, rows.branch)[0]
-        scores = logits(params, hidden.reshape(-1, hidden.shape[-1])[places])
+    def loss_of(params: Params, batch: SequenceBatch, positions, tokens):
+        hidden = model.apply({"params": params}, batch.tokens, batch.positions, batch.branch)[0]
+        scores = logits(params, hidden.reshape(-1, hidden.shape[-1])[positions])
         losses = optax.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(tokens, 0))
         return jnp.where(tokens >= 0, losses, 0).sum() / jnp.maximum((tokens >= 0).sum(), 1)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state, rows: Rows, places, tokens):
-        loss, gradient = jax.value_and_grad(loss_of)(params, rows, places, tokens)
+    def step(params: Params, state, batch: SequenceBatch, positions, tokens):
+        loss, gradient = jax.value_and_grad(loss_of)(params, batch, positions, tokens)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 

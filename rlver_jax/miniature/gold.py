@@ -11,25 +11,25 @@ from rlver_jax.miniature.world import Person
 from rlver_jax.profiles.schema import Profile
 
 
-class Spoken(NamedTuple):
+class JudgedDialogue(NamedTuple):
     """A finished dialogue as a judge needs it."""
 
-    says: list[str]  # of the policy
-    heard: list[str]  # what the person said before each
+    replies: list[str]  # of the policy
+    heard: list[str]  # the person's words before each
     changes: list[int]  # by which the neural user moved; one fewer after a violation of the format
 
 
-def spoken(record: Mapping[str, Any]) -> Spoken:
+def judged_dialogue(record: Mapping[str, Any]) -> JudgedDialogue:
     """A logged dialogue's turns."""
-    found, last = Spoken([], [], []), ""
+    dialogue, last = JudgedDialogue([], [], []), ""
     for message in record["messages"]:
         if message["role"] == "assistant":
-            found.says.append(message["content"] or "")
-            found.heard.append(last)
+            dialogue.replies.append(message["content"] or "")
+            dialogue.heard.append(last)
         elif "change" in message:
-            found.changes.append(message["change"])
+            dialogue.changes.append(message["change"])
         last = message["content"] or ""
-    return found
+    return dialogue
 
 
 def gold_judge(config: ConfigDict) -> Gold | None:
@@ -47,5 +47,5 @@ def gold_judge(config: ConfigDict) -> Gold | None:
 
 def rule_emotion(person: Person, record: Mapping[str, Any], floor: int, ceiling: int) -> int:
     """The emotion at which the rule would have left the person of a logged dialogue."""
-    says, heard, _ = spoken(record)
-    return rule.score(person, says, heard, initial=record["emotions"][0], floor=floor, ceiling=ceiling)
+    replies, heard, _ = judged_dialogue(record)
+    return rule.score(person, replies, heard, initial=record["emotions"][0], floor=floor, ceiling=ceiling)

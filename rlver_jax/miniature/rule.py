@@ -29,7 +29,7 @@ WRONG_TOPIC, NO_TOPIC, AGAIN = -6, -3, -6  # what is added to it
 FAULTS = {"empty": -8, "garbled": -8, "spliced": -6, "flattery": -5, "platitude": -5, "echo": -7, "injected": -10}
 ALIKE = 0.8  # share of words in common from which a sentence counts as one of the grammar's
 
-_SAID = {
+_FAULT_TEXTS = {
     "empty": "They say nothing.",
     "garbled": "They talk nonsense.",
     "spliced": "They jump between things.",
@@ -83,32 +83,32 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.?!])\s+", text.strip()) if part]
 
 
-def judge(person: Person, said: str, before: Sequence[str] = (), heard: str = "") -> Verdict:
-    """What a reply is to a person.
+def judge(person: Person, reply: str, before: Sequence[str] = (), heard: str = "") -> Verdict:
+    """Judges a reply to a person.
 
     Args:
-        said: the reply.
+        reply: of the policy.
         before: the policy's earlier replies in the dialogue.
-        heard: what the person said last.
+        heard: the person's last words.
     """
-    mentions = tuple(sorted(set(_NAMED.findall(said.lower())), key=lambda name: (name not in WHO, name)))
-    parts = [masked(part) for part in sentences(said)]
-    fault = _fault(said, parts, heard)
+    mentions = tuple(sorted(set(_NAMED.findall(reply.lower())), key=lambda name: (name not in WHO, name)))
+    parts = [masked(part) for part in sentences(reply)]
+    fault = _fault(reply, parts, heard)
     if fault:
         return Verdict(fault, mentions, False, FAULTS[fault])
     style = kind_of(parts[0])
-    again = any(masked(said) == masked(earlier) for earlier in before[-2:])
+    again = any(masked(reply) == masked(earlier) for earlier in before[-2:])
     change = LEVELS[_level(person, style)]
     change += {"right": 0, "wrong": WRONG_TOPIC, "none": NO_TOPIC}[topic_of(person.topic, mentions)] + again * AGAIN
     return Verdict(style, mentions, again, max(-10, min(10, change)))
 
 
-def _fault(said: str, parts: Sequence[str], heard: str) -> str | None:
+def _fault(reply: str, parts: Sequence[str], heard: str) -> str | None:
     if not any(parts):
         return "empty"
-    if _INJECTED.search(said):
+    if _INJECTED.search(reply):
         return "injected"
-    if heard and difflib.SequenceMatcher(None, masked(said).split(), masked(heard).split()).ratio() >= ALIKE:
+    if heard and difflib.SequenceMatcher(None, masked(reply).split(), masked(heard).split()).ratio() >= ALIKE:
         return "echo"
     kinds = {kind_of(part) for part in parts}
     for fault in ("garbled", "flattery", "platitude"):
@@ -124,16 +124,16 @@ def topic_of(topic: Topic, mentions: Sequence[str]) -> str:
 
 
 def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
-    """The verdict as the person thinks it: what was said, what is wished for, how the two meet."""
-    # With the person's own names beside those that were heard: comparing them is what the user learns last.
+    """The verdict as the person's appraisal: the reply, the wish, and how well they match."""
+    # The person's own names beside those of the reply: comparing them is what the user learns last.
     wish = f"I wish for {STYLES[person.intention]} about my {person.topic.who} and the {person.topic.what}."
     if verdict.kind in FAULTS:
-        return {"heard": _SAID[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
+        return {"heard": _FAULT_TEXTS[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
     names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)
     heard = f"They gave {STYLES[verdict.kind]} about {names or 'nothing'}{' again' * verdict.again}."
     topic = {"right": "and my topic", "wrong": "but not my topic", "none": "without a topic"}
-    how = f"{FEELINGS[_level(person, verdict.kind)]} {topic[topic_of(person.topic, verdict.mentions)]}"
-    return {"heard": heard, "wish": wish, "feeling": f"So {how}{', said twice' * verdict.again}."}
+    feeling = f"{FEELINGS[_level(person, verdict.kind)]} {topic[topic_of(person.topic, verdict.mentions)]}"
+    return {"heard": heard, "wish": wish, "feeling": f"So {feeling}{', said twice' * verdict.again}."}
 
 
 def _level(person: Person, style: str) -> str:
@@ -153,15 +153,17 @@ def terms(person: Person, verdict: Verdict) -> list[str]:
     return [_level(person, verdict.kind), *topic, *(["again"] if verdict.again else [])]
 
 
-def score(person: Person, says: Sequence[str], heard: Sequence[str], *, initial: int, floor: int, ceiling: int) -> int:
+def score(
+    person: Person, replies: Sequence[str], heard: Sequence[str], *, initial: int, floor: int, ceiling: int
+) -> int:
     """The emotion at which the judge would have left a person after these replies, ends included.
 
     Args:
-        heard: what the person said before each reply.
+        heard: the person's words before each reply.
     """
     emotion = initial
-    for turn, (said, last) in enumerate(zip(says, heard, strict=True)):
-        emotion = max(0, min(100, emotion + judge(person, said, says[:turn], last).change))
+    for turn, (reply, last) in enumerate(zip(replies, heard, strict=True)):
+        emotion = max(0, min(100, emotion + judge(person, reply, replies[:turn], last).change))
         if emotion >= ceiling or emotion <= floor:
             break
     return emotion

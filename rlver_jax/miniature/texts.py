@@ -117,15 +117,15 @@ def _partly_other(person: Person, draw: random.Random):
 
 def garbled(text: str, draw: random.Random) -> str:
     """Words shuffled, dropped, doubled or mixed with those of other sentences."""
-    words, how = text.split(), draw.randrange(5)
-    if how == 0:
+    words, kind = text.split(), draw.randrange(5)
+    if kind == 0:
         draw.shuffle(words)
-    elif how == 1:
+    elif kind == 1:
         words = words[: max(1, draw.randrange(len(words) * 2 // 3))]
-    elif how == 2:
+    elif kind == 2:
         start = draw.randrange(len(words))
         words = words[:start] + words[start : start + 2] * draw.randint(3, 5)
-    elif how == 3:
+    elif kind == 3:
         words = [word for word in words if draw.random() < 0.5] or words[:1]
     else:
         others = " ".join(sentence for style in REPLIES.values() for sentence in style).split()
@@ -167,7 +167,7 @@ def play(
 
     Args:
         shares: of the kinds of replies; without effect beside `replies`.
-        replies: says what the policy says instead, from its earlier replies and the person's last words.
+        replies: gives the policy's replies instead, from its earlier replies and the person's last words.
     """
     emotion, heard = initial, person.first_talk
     before: list[Reply] = []

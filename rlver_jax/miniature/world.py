@@ -281,12 +281,12 @@ def is_held_out(name: str, topic: Topic) -> tuple[bool, bool]:
 
 def people(count: int, *, seed: int, held_out: bool) -> list[Person]:
     """Seeded people, the eight intentions in turn; held-out ones have names and topics that the others never have."""
-    draw, found = random.Random(f"{seed} {held_out}"), []
+    draw, crowd = random.Random(f"{seed} {held_out}"), []
     topics = [Topic(*pair) for pair in itertools.product(WHO, TROUBLES)]
     names = [name for name in NAMES if is_held_out(name, topics[0])[0] == held_out]
     topics = [topic for topic in topics if is_held_out(NAMES[0], topic)[1] == held_out]
     for number in range(count):
-        found.append(
+        crowd.append(
             Person(
                 number,
                 name=draw.choice(names),
@@ -298,7 +298,7 @@ def people(count: int, *, seed: int, held_out: bool) -> list[Person]:
                 intention=INTENTIONS[number % len(INTENTIONS)],
             )
         )
-    return found
+    return crowd
 
 
 def by_change(table: Mapping[int, T], change: int) -> T:

@@ -27,24 +27,24 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory(prefix="rlver_jax_bench_") as folder:
-            for name, some in starts.items():
+            for name, measured in starts.items():
                 tell(f"a {name} start, {repeat + 1} of {repeats}")
-                some.append(_start(Path(folder), name))
-    return {"ways": {name: _medians(some) | {"all": some} for name, some in starts.items()}}
+                measured.append(_start(Path(folder), name))
+    return {"ways": {name: _medians(measured) | {"all": measured} for name, measured in starts.items()}}
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The figures, to be read."""
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results as text."""
     text = [f"{'':5} first step begins s  start s  first step s  second step s  compiling s"]
-    for name, f in found["ways"].items():
-        steps = f"{f['first_step_s']:12.1f}  {f['second_step_s']:13.1f}  {f['compile_s']:11.1f}"
-        text.append(f"{name:5} {f['begins_s']:19.1f}  {f['start_s']:7.1f}  {steps}")
+    for name, start in results["ways"].items():
+        steps = f"{start['first_step_s']:12.1f}  {start['second_step_s']:13.1f}  {start['compile_s']:11.1f}"
+        text.append(f"{name:5} {start['begins_s']:19.1f}  {start['start_s']:7.1f}  {steps}")
     text.append("begins: from the command until the first dialogues are being played")
     return [*text, "start: from the command to the end of the first step, less the time of the second step"]
 
 
 def _start(folder: Path, name: str) -> dict[str, float]:
-    """One run, watched from outside."""
+    """One run as a process; its times are read from its metrics."""
     workdir, log = folder / name, folder / f"{name}.log"
     command = [sys.executable, "-m", "rlver_jax.train", f"--config={CONFIG}", "--config.train.steps=2", *FLAGS]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
@@ -58,10 +58,10 @@ def _start(folder: Path, name: str) -> dict[str, float]:
     finally:
         run.kill()
         run.wait()
-    rows = read_metrics(workdir / "metrics.jsonl")
-    steps = [row["time/rollout_s"] + row["time/update_s"] for row in rows]
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    steps = [step["time/rollout_s"] + step["time/update_s"] for step in metrics]
     return {
-        "begins_s": first - steps[0] + rows[0]["time/dispatch_s"],
+        "begins_s": first - steps[0] + metrics[0]["time/dispatch_s"],
         "start_s": first - (second - first),
         "first_step_s": steps[0],
         "second_step_s": steps[1],
@@ -79,9 +79,9 @@ def _until(run: subprocess.Popen, metrics: Path, steps: int, log: Path) -> float
 
 
 def _failure(run: subprocess.Popen, log: Path) -> str:
-    said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-    return f"the training run ended with exit status {run.returncode}: {said}"
+    output = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    return f"the training run ended with exit status {run.returncode}: {output}"
 
 
-def _medians(some: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(one[name] for one in some) for name in some[0]}
+def _medians(starts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(start[name] for start in starts) for name in starts[0]}

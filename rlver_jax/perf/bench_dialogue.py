@@ -1,4 +1,4 @@
-"""Whole dialogues of the miniature, of one to eight turns: rows that are filled again against rows that wait.
+"""Whole dialogues of the miniature, of one to eight turns: rows that are refilled against rows that wait.
 
 Three ways to play the same dialogues: on a few rows that take the next dialogue when theirs has ended (`refill`), in
 batches of that size, each played to its end (`waiting`), and all at once on as many rows as there are dialogues
@@ -26,7 +26,7 @@ FLOOR, CEILING = 36, 52  # near enough to the beginning, 40, that emotions end d
 
 
 def measure(repeats: int, tell: Tell) -> dict[str, Any]:
-    """Figures of the three ways, and how many times as fast `refill` is as the others."""
+    """Results of the three ways, and how many times as fast `refill` is as the others."""
     dialogues, rows = DIALOGUES, ROWS
     tell("loading the models")
     refill = _evaluation(dialogues, rows)
@@ -42,32 +42,32 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
         played[name] = jax.device_get(play())
         compiled[name] = time.perf_counter() - began
     seconds = alternate(ways, repeats, tell)
-    found = {name: _figures(e, played[name], seconds[name], compiled[name]) for name, e in evaluations.items()}
+    measured = {name: _results(e, played[name], seconds[name], compiled[name]) for name, e in evaluations.items()}
     turns = np.concatenate([d.turns for d in played["refill"]])
     return {
         "dialogues": dialogues,
         "rows": rows,
         "turns": {str(n): int((turns == n).sum()) for n in range(1, TURNS + 1)},
         "same": {name: _same(played[name], played["refill"]) for name in ways},
-        "ways": found,
+        "ways": measured,
         "refill_over_waiting": ratios(seconds["waiting"], seconds["refill"]),
         "refill_over_wide": ratios(seconds["wide"], seconds["refill"]),
     }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The figures, to be read."""
-    lengths = ", ".join(f"{count} of {n}" for n, count in found["turns"].items())
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results as text."""
+    lengths = ", ".join(f"{count} of {n}" for n, count in results["turns"].items())
     text = [
-        f"{found['dialogues']} dialogues, {min(found['same'].values())} the same token for token; turns: {lengths}",
+        f"{results['dialogues']} dialogues, {min(results['same'].values())} the same token for token; turns: {lengths}",
         f"{'':8} rows  dialogues/s  tokens/s  occupancy  of steps  compile s",
     ]
-    for name, f in found["ways"].items():
-        speed = f"{f['dialogues_per_s']:11.2f}  {f['generated_tokens_per_s']:8.0f}"
-        shares = f"{f['occupancy']:9.1%}  {f['step_occupancy']:8.1%}"
-        text.append(f"{name:8} {f['rows']:4}  {speed}  {shares}  {f['compile_s']:9.1f}")
+    for name, way in results["ways"].items():
+        speed = f"{way['dialogues_per_s']:11.2f}  {way['generated_tokens_per_s']:8.0f}"
+        shares = f"{way['occupancy']:9.1%}  {way['step_occupancy']:8.1%}"
+        text.append(f"{name:8} {way['rows']:4}  {speed}  {shares}  {way['compile_s']:9.1f}")
     for other in ("waiting", "wide"):
-        r = found[f"refill_over_{other}"]
+        r = results[f"refill_over_{other}"]
         text.append(f"refill is {r['median']:.2f} x as fast as {other} ({r['least']:.2f} to {r['most']:.2f})")
     return text
 
@@ -87,20 +87,20 @@ def _on_all_rows(evaluation: Evaluation) -> Any:
 
 
 def _player(evaluation: Evaluation, dialogues: int) -> Callable[[], list[Dialogues]]:
-    """Plays all dialogues, batch by batch; nothing waits for a batch to end before the next is on its way."""
+    """Plays all dialogues, batch by batch; each batch is dispatched without waiting for the one before."""
     key, size = jax.random.key(0), evaluation.batch
     numbers = [list(range(i, i + size)) for i in range(0, dialogues, size)]
-    batches = [evaluation.tokens.batch(some, some, size, evaluation.agents.mesh) for some in numbers]
+    batches = [evaluation.tokens.batch(ids, ids, size, evaluation.agents.mesh) for ids in numbers]
     return lambda: [evaluation.agents.play(profiles, key, evaluation.limits) for profiles in batches]
 
 
-def _same(some: list[Dialogues], others: list[Dialogues]) -> int:
-    """Dialogues in which the policy says the same tokens: all, unless two tokens are as likely as float32 can tell."""
-    a, b = (np.concatenate([d.policy.said.tokens for d in played], axis=1) for played in (some, others))
+def _same(first: list[Dialogues], second: list[Dialogues]) -> int:
+    """Dialogues with the same tokens of the policy: all, unless two tokens are as likely as float32 can tell."""
+    a, b = (np.concatenate([d.policy.said.tokens for d in played], axis=1) for played in (first, second))
     return int((a == b).all(axis=(0, 2)).sum())
 
 
-def _figures(evaluation: Evaluation, played: list[Dialogues], seconds: list[float], first: float) -> dict[str, Any]:
+def _results(evaluation: Evaluation, played: list[Dialogues], seconds: list[float], first: float) -> dict[str, Any]:
     median = statistics.median(seconds)
     generated, turns = sum(map(generated_count, played)), sum(int(d.turns.sum()) for d in played)
     return {

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder onto the device: as a run loads them, beside the file as it is.
+"""Weights from a Hugging Face folder onto the device: as a run loads them, against the file as it is.
 
 A model of the size of Qwen2.5-0.5B with random weights, in bfloat16 as published, is written to a temporary folder, and
 read from there while the file is still in memory: what is measured is the work, not the disk.
@@ -16,8 +16,7 @@ from safetensors.flax import load_file
 from rlver_jax.models.architecture import preset
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2, init_params
-from rlver_jax.perf.bench_limits import copied_bytes_per_s
-from rlver_jax.perf.bench_timing import Tell, alternate, ratios
+from rlver_jax.perf.bench_timing import Tell, alternate, copied_bytes_per_s, ratios
 
 MODEL = preset("0.5b")
 
@@ -46,23 +45,23 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
         "bytes": size,
         "ways": {
             name: {
-                "seconds": statistics.median(some),
-                "all_seconds": some,
-                "bytes_per_s": size / statistics.median(some),
+                "seconds": statistics.median(times),
+                "all_seconds": times,
+                "bytes_per_s": size / statistics.median(times),
             }
-            for name, some in seconds.items()
+            for name, times in seconds.items()
         },
         "over_safetensors": {name: ratios(seconds[name], seconds["safetensors"]) for name in ("float32", "bfloat16")},
         "copied_bytes_per_s": copied,
     }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The figures, to be read."""
-    copied = f"memory copies {found['copied_bytes_per_s'] / 1e9:.2f} GB/s"
-    text = [f"{found['bytes'] / 1e6:.0f} MB of weights, float32 twice as much; {copied}"]
-    for name, f in found["ways"].items():
-        text.append(f"{name:11} {f['seconds']:6.2f} s  {f['bytes_per_s'] / 1e9:5.2f} GB/s of the file")
-    for name, r in found["over_safetensors"].items():
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results as text."""
+    copied = f"memory copies {results['copied_bytes_per_s'] / 1e9:.2f} GB/s"
+    text = [f"{results['bytes'] / 1e6:.0f} MB of weights, float32 twice as much; {copied}"]
+    for name, way in results["ways"].items():
+        text.append(f"{name:11} {way['seconds']:6.2f} s  {way['bytes_per_s'] / 1e9:5.2f} GB/s of the file")
+    for name, r in results["over_safetensors"].items():
         text.append(f"{name} takes {r['median']:.2f} x as long as safetensors ({r['least']:.2f} to {r['most']:.2f})")
     return text

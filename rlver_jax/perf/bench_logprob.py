@@ -18,7 +18,7 @@ ROWS, LENGTH, VOCABULARY, HIDDEN = 2, 512, 151_936, 896
 
 
 def measure(repeats: int, tell: Tell) -> dict[str, Any]:
-    """Seconds and peak extra memory of both ways, and how far their gradients are apart."""
+    """Seconds and peak extra memory of both ways, and by how much their gradients differ."""
     tell("compiling")
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (ROWS, LENGTH, HIDDEN))
@@ -48,17 +48,18 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The figures, to be read."""
-    text = [
-        f"{found['tokens']} tokens, vocabulary {found['vocabulary']}: values and gradients of log-probs and entropies"
-    ]
-    for name, f in found["ways"].items():
-        text.append(f"{name:8} {f['seconds']:7.2f} s  {f['extra_bytes'] / 1e6:7.0f} MB beside arguments and results")
-    r = found["chunked_over_full_time"]
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results as text."""
+    size = f"{results['tokens']} tokens, vocabulary {results['vocabulary']}"
+    text = [f"{size}: values and gradients of log-probs and entropies"]
+    for name, way in results["ways"].items():
+        text.append(
+            f"{name:8} {way['seconds']:7.2f} s  {way['extra_bytes'] / 1e6:7.0f} MB beside arguments and results"
+        )
+    r = results["chunked_over_full_time"]
     text.append(
-        f"chunked needs 1/{found['full_over_chunked_memory']:.1f} of the memory and {r['median']:.2f} x the time "
-        f"({r['least']:.2f} to {r['most']:.2f}); gradients differ by {found['largest_difference']:.1e} of the largest"
+        f"chunked needs 1/{results['full_over_chunked_memory']:.1f} of the memory and {r['median']:.2f} x the time "
+        f"({r['least']:.2f} to {r['most']:.2f}); gradients differ by {results['largest_difference']:.1e} of the largest"
     )
     return text
 

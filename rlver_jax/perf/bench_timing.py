@@ -1,5 +1,6 @@
-"""Seconds of several ways to do one thing, measured so that a busy machine treats them alike."""
+"""Times of several ways to do one thing, measured so that a busy machine slows them alike."""
 
+import functools
 import os
 import platform
 import statistics
@@ -10,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Tell = Callable[[str], None]  # hears what is being done
+COPIED = 256 * 1024**2  # bytes: far more than any cache of a processor holds
+Tell = Callable[[str], None]  # shows progress
 
 
 def alternate(ways: Mapping[str, Callable[[], Any]], repeats: int, tell: Tell) -> dict[str, list[float]]:
@@ -34,14 +36,14 @@ def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
     return {"median": statistics.median(pairs), "least": min(pairs), "most": max(pairs)}
 
 
-def difference(some: Any, others: Any) -> float:
+def difference(tree: Any, other: Any) -> float:
     """The largest difference of any array in two trees of arrays, as a share of the array's largest value."""
-    pairs = zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on beside the program; `load` is the mean number of processes that want a core."""
+    """What times depend on beside the program; `load` is the mean number of processes that want a core."""
     return {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
@@ -51,3 +53,11 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "jax": jax.__version__,
     }
+
+
+def copied_bytes_per_s(repeats: int) -> float:
+    """Bytes of a float32 array that are copied a second (read once, written once), the best of `repeats`."""
+    # The sum with an argument: XLA would leave out a copy of nothing but a copy.
+    copy = functools.partial(jax.jit(lambda x, y: x + y), jnp.zeros(COPIED // 4, jnp.float32), jnp.float32(1))
+    jax.block_until_ready(copy())
+    return COPIED / min(alternate({"copy": copy}, repeats, lambda _: None)["copy"])

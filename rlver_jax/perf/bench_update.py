@@ -23,7 +23,7 @@ from rlver_jax.perf.bench_timing import Tell, alternate, difference, ratios
 
 MODEL = Qwen2Config(8_000, 256, 704, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, tie_embeddings=True)
 DIALOGUES, TURNS = 4, 8
-SYSTEM, HEARD, THOUGHT, SAY = 100, 50, 120, 60  # tokens; what is heard has its template around it
+SYSTEM, USER, THOUGHT, REPLY = 100, 50, 120, 60  # tokens; those of the user include its template
 
 
 class Row(NamedTuple):
@@ -33,14 +33,14 @@ class Row(NamedTuple):
     positions: Any
     branch: Any
     target: Any
-    mask: Any  # at the places that predict an action
+    mask: Any  # at the positions that predict an action
 
 
 def measure(repeats: int, tell: Tell) -> dict[str, Any]:
-    """Seconds a dialogue of each form in both modes, and how far the gradients are apart."""
+    """Seconds a dialogue of each form in both modes, and by how much the gradients differ."""
     model = Qwen2(MODEL, scan_layers=False, attention="chunked", attention_chunk=128)
     params = init_params(model, jax.random.key(0))
-    found: dict[str, Any] = {"dialogues": DIALOGUES, "turns": TURNS}
+    results: dict[str, Any] = {"dialogues": DIALOGUES, "turns": TURNS}
     for mode, thought in (("think", THOUGHT), ("direct", 0)):
         forms = _forms(thought)
         ways = {name: functools.partial(_gradients, model, params, groups) for name, groups in forms.items()}
@@ -48,31 +48,34 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
         gradients = {name: jax.block_until_ready(way()) for name, way in ways.items()}
         seconds = alternate(ways, repeats, tell)
         tokens = {name: sum(g.tokens.size for g in groups) for name, groups in forms.items()}
-        found[mode] = {
+        results[mode] = {
             "ways": {
-                name: {"s_per_dialogue": statistics.median(some) / DIALOGUES, "places": tokens[name], "seconds": some}
-                for name, some in seconds.items()
+                name: {
+                    "s_per_dialogue": statistics.median(times) / DIALOGUES,
+                    "positions": tokens[name],
+                    "seconds": times,
+                }
+                for name, times in seconds.items()
             },
             "turns_over_packed": ratios(seconds["turns"], seconds["packed"]),
             "padded_over_packed": ratios(seconds["padded"], seconds["packed"]),
             "largest_difference": max(difference(gradients[name], gradients["packed"]) for name in ways),
         }
-    return found
+    return results
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The figures, to be read."""
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results as text."""
     text = []
     for mode in ("think", "direct"):
-        f = found[mode]
-        text.append(f"{mode}: {found['dialogues']} dialogues of {found['turns']} turns")
-        text += [
-            f"  {n:7} {w['places']:6} places, {w['s_per_dialogue']:6.2f} s a dialogue" for n, w in f["ways"].items()
-        ]
+        measured = results[mode]
+        text.append(f"{mode}: {results['dialogues']} dialogues of {results['turns']} turns")
+        for name, way in measured["ways"].items():
+            text.append(f"  {name:7} {way['positions']:6} positions, {way['s_per_dialogue']:6.2f} s a dialogue")
         for other in ("turns", "padded"):
-            r = f[f"{other}_over_packed"]
+            r = measured[f"{other}_over_packed"]
             text.append(f"  packed is {r['median']:.2f} x as fast as {other} ({r['least']:.2f} to {r['most']:.2f})")
-        text.append(f"  gradients differ by {f['largest_difference']:.1e} of the largest")
+        text.append(f"  gradients differ by {measured['largest_difference']:.1e} of the largest")
     return text
 
 
@@ -88,52 +91,52 @@ def _forms(thought: int) -> dict[str, list[Row]]:
 
 
 def _dialogue(draw: np.random.Generator, thought: int):
-    """(system tokens, [(heard, thought, say) of each turn])."""
+    """(system tokens, [(user, thought, reply) of each turn])."""
     words = lambda n: draw.integers(0, MODEL.vocab_size, n).tolist()  # noqa: E731
-    return words(SYSTEM), [(words(HEARD), words(thought), words(SAY)) for _ in range(TURNS)]
+    return words(SYSTEM), [(words(USER), words(thought), words(REPLY)) for _ in range(TURNS)]
 
 
 def _turn_row(system: list[int], turns: list[tuple[list[int], ...]]) -> Row:
     """The last turn as a row of its own; thoughts of earlier ones are not in its context."""
     history = list(system)
-    for heard, _, say in turns[:-1]:
-        history += heard + say
-    heard, thought, say = turns[-1]
-    history += heard
-    tokens = history + thought + say[:-1]
-    return _row(tokens, range(len(tokens)), [0] * len(tokens), [(len(history), thought + say)])
+    for user, _, reply in turns[:-1]:
+        history += user + reply
+    user, thought, reply = turns[-1]
+    history += user
+    tokens = history + thought + reply[:-1]
+    return _row(tokens, range(len(tokens)), [0] * len(tokens), [(len(history), thought + reply)])
 
 
 def _packed_row(system: list[int], turns: list[tuple[list[int], ...]], think: bool) -> Row:
-    """A whole dialogue: in think mode each reply is a branch, and its say follows once more as history."""
+    """A whole dialogue: in think mode each reply is a branch, and its text follows once more as history."""
     tokens, positions, branch = list(system), list(range(len(system))), [0] * len(system)
-    said, history = [], len(system)
+    actions, history = [], len(system)
 
     def add(more: list[int], of: int, position: int) -> None:
         tokens.extend(more)
         positions.extend(range(position, position + len(more)))
         branch.extend([of] * len(more))
 
-    for turn, (heard, thought, say) in enumerate(turns):
-        add(heard, 0, history)
-        history += len(heard)
-        said.append((len(tokens), thought + say))
+    for turn, (user, thought, reply) in enumerate(turns):
+        add(user, 0, history)
+        history += len(user)
+        actions.append((len(tokens), thought + reply))
         if think:
-            add(thought + say[:-1], (turn + 1) * BRANCH_RADIX, history)
+            add(thought + reply[:-1], (turn + 1) * BRANCH_RADIX, history)
         last = turn + 1 == len(turns)
-        add(say if not last else [] if think else say[:-1], 0, history)
-        history += len(say)
-    return _row(tokens, positions, branch, said)
+        add(reply if not last else [] if think else reply[:-1], 0, history)
+        history += len(reply)
+    return _row(tokens, positions, branch, actions)
 
 
-def _row(tokens, positions, branch, said: list[tuple[int, list[int]]]) -> Row:
-    """With actions: (place of the first one's token, tokens), each predicted at the place before its own."""
+def _row(tokens, positions, branch, actions: list[tuple[int, list[int]]]) -> Row:
+    """`actions`: (position of the first token, tokens), each predicted at the position before its own."""
     target, mask = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), bool)
-    for first, actions in said:
-        at = slice(first - 1, first - 1 + len(actions))
-        target[at], mask[at] = actions, True
-    read = [np.asarray(list(x), np.int32) for x in (tokens, positions, branch)]
-    return Row(read[0], read[1], read[2], target, mask)
+    for first, action_tokens in actions:
+        at = slice(first - 1, first - 1 + len(action_tokens))
+        target[at], mask[at] = action_tokens, True
+    tokens, positions, branch = (np.asarray(list(x), np.int32) for x in (tokens, positions, branch))
+    return Row(tokens, positions, branch, target, mask)
 
 
 def _padded(row: Row, length: int) -> Row:
@@ -155,16 +158,16 @@ def _gradients(model: Qwen2, params: Params, groups: list[Row]) -> Params:
 @functools.partial(jax.jit, static_argnums=0)
 def _add_gradients(model: Qwen2, params: Params, rows: Row, total: Params) -> Params:
     unclipped = LossConfig(clip_low=1.0, clip_high=float("inf"))
-    learner, grammar = TrainedModels(model, None, None, unclipped), free_grammar(model.config.vocab_size)
+    trained, grammar = TrainedModels(model, None, None, unclipped), free_grammar(model.config.vocab_size)
 
     def one(total: Params, row: Row) -> tuple[Params, None]:
         tokens, positions, branch, target, mask = (x[None] for x in row)
         zeros, none = jnp.zeros(mask.shape), jnp.zeros_like(target)
         count = jnp.full(1, target.shape[1], jnp.int32)
         batch = PackedBatch(tokens, positions, branch, count, mask, target, zeros, none, none)
-        weight = mask / (DIALOGUES * TURNS * SAY)
-        sample = LossInputs(batch, jnp.full(mask.shape, -9.0), jnp.ones(mask.shape), weight, weight)
-        gradient = jax.grad(loss, argnums=1, has_aux=True)(learner, {"policy": params}, sample, grammar)[0]["policy"]
+        weight = mask / (DIALOGUES * TURNS * REPLY)
+        inputs = LossInputs(batch, jnp.full(mask.shape, -9.0), jnp.ones(mask.shape), weight, weight)
+        gradient = jax.grad(loss, argnums=1, has_aux=True)(trained, {"policy": params}, inputs, grammar)[0]["policy"]
         return jax.tree.map(jnp.add, total, gradient), None
 
     return jax.lax.scan(one, total, rows)[0]

@@ -1,4 +1,4 @@
-"""TPU chips: what each has, with the source of every number; and the devices of a topology that nobody owns."""
+"""TPU chips: their limits, with the source of every number; and devices of a topology without the hardware."""
 
 import contextlib
 import dataclasses
@@ -90,15 +90,15 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
 
     try:
         with _as_if_on_a_host():
-            found = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores, num_slices=slices)
+            description = topologies.get_topology_desc(topology, "tpu", chip_config_name=chip.cores, num_slices=slices)
     except Exception as error:  # libtpu's errors have no common type
         raise PlanError(f"--topology={topology!r}: the TPU compiler knows no such topology: {error}") from error
-    return list(found.devices)
+    return list(description.devices)
 
 
 @contextlib.contextmanager
 def _as_if_on_a_host() -> Iterator[None]:
-    """What libtpu reads once, when it is loaded; gone afterwards, since other programs tell a TPU's host by it."""
+    """Sets what libtpu reads once, when it is loaded; removed afterwards: other programs detect TPU hosts by it."""
     missing = {name: value for name, value in _HOST.items() if name not in os.environ}
     os.environ.update(missing)
     try:

@@ -53,13 +53,13 @@ class Instruction(NamedTuple):
     @property
     def op_name(self) -> str:
         """Where in the program it comes from: names of functions and scopes, joined by slashes."""
-        found = _OP_NAME.search(self.rest)
-        return found[1] if found else ""
+        match = _OP_NAME.search(self.rest)
+        return match[1] if match else ""
 
     def attribute(self, name: str) -> str:
         """The computation that an attribute names."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
-        return found[1] if found else ""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return match[1] if match else ""
 
     @property
     def elements(self) -> list[tuple[Shape, ...]]:
@@ -97,10 +97,10 @@ class Module:
                 current = computations.setdefault(head[2], [])
                 entry = head[2] if head[1] else entry
                 continue
-            found = _RESULT.match(line)
-            if found:
-                shapes = shapes_in(found[3])
-                current.append(Instruction(found[2], found[4], shapes, found[5], bool(found[1]), found[3]))
+            match = _RESULT.match(line)
+            if match:
+                shapes = shapes_in(match[3])
+                current.append(Instruction(match[2], match[4], shapes, match[5], bool(match[1]), match[3]))
         devices = math.prod(int(count) for _, count in _DEVICES.findall(text[: text.find("\n")]))
         return cls(computations, entry, devices)
 
@@ -123,8 +123,8 @@ class Module:
     def arrays(self) -> dict[tuple[str, tuple[int, ...]], Instruction]:
         """Every array that gets memory of its own, by dtype and shape: what lies inside a fusion does not."""
         inside = {
-            found for body in self.computations.values() for op in body if op.kind == "fusion"
-            for found in _CALLS.findall(op.rest)
+            called for body in self.computations.values() for op in body if op.kind == "fusion"
+            for called in _CALLS.findall(op.rest)
         }  # fmt: skip
         return {
             shape: op
@@ -150,11 +150,11 @@ class _Walk:
         total: Uses = {}
         for op in self.module.computations.get(name, ()):
             here = self.phase_of(op.op_name) or phase
-            found = transfer(op, self.module.devices)
-            if found:
-                if found.name not in seen:
-                    _add(total, {(here, found.kind): Use(1, found.bytes)})
-                seen.add(found.name)
+            moved = transfer(op, self.module.devices)
+            if moved:
+                if moved.name not in seen:
+                    _add(total, {(here, moved.kind): Use(1, moved.bytes)})
+                seen.add(moved.name)
             elif op.kind == "while":
                 known = trip_count(self.module, op)
                 turns = self.trips_of(op.op_name) if known is None else known
@@ -188,7 +188,7 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
     ops += [
         op for outer in list(ops) for name in _CALLS.findall(outer.rest) for op in module.computations.get(name, ())
     ]
-    constants = [int(found[1]) for op in ops if op.kind == "constant" and (found := re.match(r"(\d+)\)", op.rest))]
+    constants = [int(match[1]) for op in ops if op.kind == "constant" and (match := re.match(r"(\d+)\)", op.rest))]
     counts = Counter(op.kind for op in ops)
     if counts["compare"] != 1 or counts["all-reduce"] or counts["reduce"] or len(constants) != 1:
         return None
@@ -198,15 +198,15 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 def _start(module: Module, loop: Instruction, condition: list[Instruction]) -> int:
     """What a loop counts from, where that is a constant; else 0."""
-    places = {found[1] for op in condition if op.kind == "get-tuple-element" and (found := _INDEX.search(op.rest))}
+    indices = {match[1] for op in condition if op.kind == "get-tuple-element" and (match := _INDEX.search(op.rest))}
     op = module.by_name.get(_operand(loop, 0))
-    if len(places) != 1 or op is None or op.kind != "tuple":
+    if len(indices) != 1 or op is None or op.kind != "tuple":
         return 0
-    op = module.by_name.get(_operand(op, int(places.pop())))
+    op = module.by_name.get(_operand(op, int(indices.pop())))
     while op is not None and op.kind in ("copy", "bitcast", "copy-start", "copy-done"):
         op = module.by_name.get(_operand(op, 0))
-    found = re.match(r"(\d+)\)", op.rest) if op is not None and op.kind == "constant" else None
-    return int(found[1]) if found else 0
+    match = re.match(r"(\d+)\)", op.rest) if op is not None and op.kind == "constant" else None
+    return int(match[1]) if match else 0
 
 
 def _operand(op: Instruction, number: int) -> str:
@@ -267,8 +267,8 @@ def transfer(op: Instruction, devices: int = 1) -> Transfer | None:
 
 def _sent(op: Instruction, name: str) -> Transfer:
     """A send or a receive: to chips of other slices, to the host itself, or to a chip of the slice."""
-    size, how, where = float(_size(op.elements[0])), _TRANSFER.search(op.rest), _RENDEZVOUS.search(op.rest)
-    if not how:
+    size, kind_match, name_match = float(_size(op.elements[0])), _TRANSFER.search(op.rest), _RENDEZVOUS.search(op.rest)
+    if not kind_match:
         if "is_host_transfer=true" in op.rest:
             return Transfer(name, HOST + op.kind, size)
         return Transfer(name.replace(op.kind, "send"), "send", size)  # one channel for both ends
@@ -280,8 +280,8 @@ def _sent(op: Instruction, name: str) -> Transfer:
         "ALL_TO_ALL": ("all-to-all", (n - 1) / n * size),
         "ONE_TO_ONE": ("collective-permute", size),
     }
-    kind, volume = volumes.get(how[1], (how[1].lower().replace("_", "-") + UNKNOWN, size))
-    return Transfer(f"{DCN}{where[1]}" if where else name, DCN + kind, volume)
+    kind, volume = volumes.get(kind_match[1], (kind_match[1].lower().replace("_", "-") + UNKNOWN, size))
+    return Transfer(f"{DCN}{name_match[1]}" if name_match else name, DCN + kind, volume)
 
 
 def _slices(attributes: str) -> int:
@@ -318,12 +318,12 @@ def _bytes_received(op: Instruction, kind: str, devices: int) -> float:
 @functools.lru_cache(maxsize=1024)
 def group_size(attributes: str) -> int:
     """Chips that a collective goes over; 0: it names none, which means all."""
-    found = _GROUPS.search(attributes)
-    if not found:
+    match = _GROUPS.search(attributes)
+    if not match:
         return 0
-    if found[1] is not None:
-        return max(len(found[1].split(",")), 1)
-    if found[3] is not None:
-        return int(found[3])
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[4])}
-    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[5]))
+    if match[1] is not None:
+        return max(len(match[1].split(",")), 1)
+    if match[3] is not None:
+        return int(match[3])
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[4])}
+    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match[5]))

@@ -1,4 +1,4 @@
-"""Compiles the programs of a training step and measures them: memory of a chip, collectives, what should not exist."""
+"""Compiles the programs of a training step and measures them: memory of a chip, collectives, forbidden arrays."""
 
 import dataclasses
 import math
@@ -97,7 +97,7 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
         if re.search(r"[/(]reads[/)]", op_name):
             return reads["prepare" not in op_name]
         if re.search(r"[/(]attn/while", op_name):
-            return MOST_BLOCKS  # of a cache, whatever reads it
+            return MOST_BLOCKS  # of a cache
         if "policy_turn" in op_name:
             return spec.policy_tokens
         if "appraise" in op_name:
@@ -105,7 +105,7 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
         if "/reply/" in op_name:
             return reply
         if "open_dialogues" in op_name:
-            return 0  # profiles bring their first utterance
+            return 0  # profiles hold their first utterance
         return spec.max_turns * rounds if "sample_dialogues" in op_name else 1
 
     return turns
@@ -123,10 +123,10 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        found = _EXCEEDED.search(str(error))
-        if not found:
+        match = _EXCEEDED.search(str(error))
+        if not match:
             raise
-        used = int(float(found[1] or found[3]) * _UNITS[found[2] or found[4]])
+        used = int(float(match[1] or match[3]) * _UNITS[match[2] or match[4]])
         memory = Memory(0, 0, 0, 0, sum(idle.values()), used)
         return Measured(program.name, memory, idle, {}, [], warnings, time.monotonic() - began)
     seconds = time.monotonic() - began
@@ -139,21 +139,23 @@ def measure(program: Program, shapes: Shapes) -> Measured:
 
 
 def _memory(compiled: Any, idle: int) -> Memory:
-    found = compiled.memory_analysis()
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    parts = (found.argument_size_in_bytes, outputs, found.temp_size_in_bytes, found.generated_code_size_in_bytes)
+    sizes = compiled.memory_analysis()
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    parts = (sizes.argument_size_in_bytes, outputs, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
     return Memory(*parts, idle, sum(parts))
 
 
 def _replicated(program: Program, shapes: Shapes) -> list[str]:
     """Large arguments that every chip holds whole."""
-    found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(program.given):
+    warnings = []
+    for path, x in jax.tree_util.tree_leaves_with_path(program.arguments):
         size = array_bytes(x.dtype.name, x.shape)
         if shapes.mesh.size > 1 and size >= LARGE and x.sharding.is_fully_replicated:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            found.append(f"{name} {x.shape}: {size / GIB:.1f} GiB, whole on every chip; split it in parallel/rules.py")
-    return found
+            warnings.append(
+                f"{name} {x.shape}: {size / GIB:.1f} GiB, whole on every chip; split it in parallel/rules.py"
+            )
+    return warnings
 
 
 def _gathered(module: Module) -> list[str]:
@@ -169,29 +171,31 @@ def _gathered(module: Module) -> list[str]:
 
 def uncounted(uses: Uses) -> list[str]:
     """Transfers whose volume or time this version doesn't know."""
-    found = []
+    warnings = []
     for (phase, kind), use in sorted(uses.items()):
         size = f"{kind.removesuffix(UNKNOWN)} in {phase}: {use.times:,.0f} of {use.bytes / 1e9:.2f} GB"
         if kind.endswith(UNKNOWN):
-            found.append(f"{size} in all; this version doesn't know what it sends and counts the bytes of its result")
+            warnings.append(
+                f"{size} in all; this version doesn't know what it sends and counts the bytes of its result"
+            )
         elif kind.startswith(HOST):
-            found.append(f"{size} in all, over the link of chip and host, whose time is not counted")
-    return found
+            warnings.append(f"{size} in all, over the link of chip and host, whose time is not counted")
+    return warnings
 
 
 def _logits(module: Module, shapes: Shapes) -> list[str]:
     """Arrays of the size of one microbatch's logits: [B, L, V], however they are cut and laid out."""
     config, mesh = shapes.config, shapes.mesh
     model = shapes.agents.policy.model.config
-    apart = config.rollout.batch // (config.train.minibatches * config.train.microbatches) // batch_parts(mesh)
-    places = (1 if config.train.share_rows else apart) * shapes.lengths[-1]
-    return logits_among(module.arrays(), places, model.vocab_size, mesh.shape["tensor"], model.hidden_size)
+    dialogues = config.rollout.batch // (config.train.minibatches * config.train.microbatches) // batch_parts(mesh)
+    positions = (1 if config.train.share_rows else dialogues) * shapes.lengths[-1]
+    return logits_among(module.arrays(), positions, model.vocab_size, mesh.shape["tensor"], model.hidden_size)
 
 
 def logits_among(
-    arrays: dict[tuple[str, tuple[int, ...]], Instruction], places: int, vocab: int, shards: int, width: int
+    arrays: dict[tuple[str, tuple[int, ...]], Instruction], positions: int, vocab: int, shards: int, width: int
 ) -> list[str]:
-    """Float arrays with an axis of the vocabulary, or of a shard of it, for `places` or more tokens.
+    """Float arrays with an axis of the vocabulary, or of a shard of it, for `positions` or more tokens.
 
     Args:
         width: of the model: the head and its gradient have a vocabulary axis, too.
@@ -200,23 +204,23 @@ def logits_among(
     for (dtype, sizes), op in arrays.items():
         axes = [n for n in (vocab, vocab // shards) if n in sizes]
         rest = math.prod(sizes) // max(axes) if axes else 0
-        if axes and "f" in dtype and rest >= places and width % (rest or 1) and rest != width:
+        if axes and "f" in dtype and rest >= positions and width % (rest or 1) and rest != width:
             faults.append(f"{dtype}{list(sizes)} holds logits of every token, in {op.op_name or op.name}")
     return faults
 
 
 def compile_all(programs: Sequence[Program], shapes: Shapes, tell: Callable[[str], None]) -> list[Measured]:
-    """All programs, two at a time; `tell` hears what is being compiled, and what each takes.
+    """All programs, two at a time; `tell` gets messages on progress and results.
 
     The compiler works on one core for the most part, and takes up to 5 GiB of memory for a program of 7B.
     """
 
     def one(program: Program) -> Measured:
         tell(f"compiling {program.name}")
-        found = measure(program, shapes)
-        total, seconds = found.memory.total / GIB, found.compile_s
+        measured = measure(program, shapes)
+        total, seconds = measured.memory.total / GIB, measured.compile_s
         tell(f"{program.name}: {total:.2f} GiB a chip with all that is alive beside it (compiled in {seconds:.0f} s)")
-        return found
+        return measured
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(one, programs))

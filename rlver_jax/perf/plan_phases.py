@@ -58,12 +58,12 @@ def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[
     """All phases of a step whose dialogues are as long as their limits allow."""
     works = _sampling(shapes) | _learning(shapes)
     sent = {one.name: one.collectives for one in measured}
-    found = []
+    phases = []
     for name, (work, program) in works.items():
         uses = {kind: use for (phase, kind), use in sent.get(program, {}).items() if phase == name}
         if program in sent:
-            found.append(_phase(name, program, work, uses, shapes, chip))
-    return found
+            phases.append(_phase(name, program, work, uses, shapes, chip))
+    return phases
 
 
 def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Shapes, chip: Chip) -> Phase:
@@ -93,7 +93,7 @@ def play_of(shapes: Shapes) -> flops.Play:
         rows=shapes.agents.spec.rows_of(batch),
         system=policy.system.shape[0],
         prefix=shapes.profiles.prefix.shape[1],
-        heard=config.user.reply_tokens,
+        user_reply=config.user.reply_tokens,
         fields=sum(len(script.names) for script in scripts) - 2,  # without the change and the reply
         literals=sum(script.template.shape[0] * script.template.shape[1] for script in scripts),
         field_tokens=config.user.field_tokens,
@@ -115,32 +115,32 @@ def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
 
 
 def _copied(model: Qwen2) -> Work:
-    """Read as it is stored, and written as the sampler reads it."""
+    """Reads the stored dtype, and writes the sampler's."""
     stored = model.param_dtype
     played = stored if stored == jnp.int8 else model.dtype
     return Work(0, 0, 0, model.config.num_params * float(stored.itemsize + played.itemsize))
 
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
-    """Of dialogues at their limits, whether they share rows or not: they see nothing of each other."""
-    config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.learner.trunk
+    """Of dialogues at their limits; sharing a row changes nothing, as the mask keeps them apart."""
+    config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.models.trunk
     length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
     rows, model = config.rollout.batch, shapes.agents.policy.model
     parts = config.train.minibatches * reads_at_most(config, mesh, rows // config.train.minibatches)
-    moved = _forward(model, rows // parts, length, logits=True, parts=1)
-    given = moved
+    kl_pass = _forward(model, rows // parts, length, logits=True, parts=1)
+    prepared = kl_pass
     if trunk is not None:
-        given += _forward(trunk, rows, length, logits=False, parts=parts)
+        prepared += _forward(trunk, rows, length, logits=False, parts=parts)
     for _ in range(config.loss.recompute + (shapes.reference is not None)):
-        given += _forward(model, rows, length, logits=True, parts=parts)
+        prepared += _forward(model, rows, length, logits=True, parts=parts)
     moment = jnp.dtype(config.train.moment_dtype).itemsize
-    how = {"parts": parts, "moment": moment}
-    update = _update(model, config.policy, rows, length, logits=True, **how).times(config.train.epochs)
-    found = {"values and log-probs": (given, "learn"), "policy update": (update, "learn")}
+    settings = {"parts": parts, "moment": moment}
+    update = _update(model, config.policy, rows, length, logits=True, **settings).times(config.train.epochs)
+    works = {"values and log-probs": (prepared, "learn"), "policy update": (update, "learn")}
     if trunk is not None:
-        critic = _update(trunk, config.critic, rows, length, logits=False, **how).times(config.train.epochs)
-        found["critic update"] = (critic, "learn")
-    return found
+        critic = _update(trunk, config.critic, rows, length, logits=False, **settings).times(config.train.epochs)
+        works["critic update"] = (critic, "learn")
+    return works
 
 
 def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) -> Work:

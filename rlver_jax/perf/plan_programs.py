@@ -1,7 +1,7 @@
-"""The programs of a training step on arrays that don't exist: shapes, dtypes and places only, on any topology.
+"""The programs of a training step on arrays that don't exist: shapes, dtypes and shardings only, on any topology.
 
-Everything is made by the functions that the trainer calls itself; only where these would load or create arrays there
-are `ShapeDtypeStruct`s.
+Everything is made by the functions that the trainer calls itself (`training.setup.build_learning`); where these would
+load or create arrays, `abstract_weights` gives `ShapeDtypeStruct`s.
 """
 
 import dataclasses
@@ -9,17 +9,15 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.learning.loss import Trained
 from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
-from rlver_jax.learning.train_step import TrainState, TrainStepConfig, compile_step, init_state
+from rlver_jax.learning.train_step import TrainState, TrainStepConfig, compile_step
 from rlver_jax.models.architecture import Qwen2Config, preset
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
@@ -29,9 +27,8 @@ from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.training import setup as assembly
 from rlver_jax.training.loop import pack_program, row_sharding
-from rlver_jax.user.prompts import load_prompts
+from rlver_jax.training.setup import Weights, build_learning, rollout_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What a run holds, as shapes; fields as in `assembly.Run`."""
+    """What a run holds, as shapes; fields as in `training.setup.Run`."""
 
     config: ConfigDict
     mesh: Mesh
@@ -70,23 +67,23 @@ class Program:
 
     Attributes:
         lower: what the trainer calls, lowered for the arguments that it gets.
-        given: its large arguments, by name.
+        arguments: its large arguments, by name.
         idle: trees that stay in memory beside it, by name.
     """
 
     name: str
     lower: Callable[[], Any]
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     idle: dict[str, Any]
 
 
-def placed(shapes: Any, places: Any) -> Any:
-    """Shapes with their places."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Bytes of a tree of shapes on each chip; what has no place is whole on each."""
+    """Bytes of a tree of shapes on each chip; what has no sharding is whole on each."""
     part = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
     return sum(math.prod(part(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -100,23 +97,39 @@ def architecture(config: ConfigDict, name: str, otherwise: ConfigDict | None = N
     """
     for c in (config[name], otherwise):
         if c is not None and (c.get("path") or c.get("size")):
-            found = Qwen2Config.from_hf(c.path) if c.get("path") else preset(c.size)
-            check_rows(found, name, config.rollout.context)
-            return found
+            qwen = Qwen2Config.from_hf(c.path) if c.get("path") else preset(c.size)
+            check_rows(qwen, name, config.rollout.context)
+            return qwen
     raise ValueError(
         f"{name}.path and {name}.size are empty; set --config.{name}.size to a published size of Qwen2.5, e.g. 7b, or "
         f"--config.{name}.path to a model's folder, of which a plan reads config.json and the tokenizer"
     )
 
 
-def params_of(model: Qwen2, mesh: Mesh) -> Params:
-    """A model's parameters as shapes with their places on a mesh."""
+def params_of(model: Qwen2, mesh: Mesh | None) -> Params:
+    """A model's parameters as shapes with their shardings; without a mesh they have none."""
     shapes, axes = abstract_params(model)
-    return placed(shapes, rules.tree_shardings(axes, shapes, mesh))
+    return shapes if mesh is None else placed(shapes, rules.tree_shardings(axes, shapes, mesh))
+
+
+def abstract_weights(config: ConfigDict, tokenizer: Tokenizer) -> Weights:
+    """Models and initial values as shapes; models that have neither path nor size are as large as the policy."""
+
+    def load(section: ConfigDict, name: str, mesh: Mesh | None, weights: None = None) -> tuple[LM, Tokenizer]:
+        otherwise = config.policy if name in ("critic", "reference") else None
+        model = make_model(section, name, architecture(config, name, otherwise))
+        return LM(params_of(model, mesh), model), tokenizer
+
+    def make(function: Callable, shardings: Any, *args: Any) -> Any:
+        shapes = jax.eval_shape(function, *args)
+        one = isinstance(shardings, jax.sharding.Sharding)
+        return placed(shapes, jax.tree.map(lambda _: shardings, shapes) if one else shardings)
+
+    return Weights(load, make)
 
 
 def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
-    """What `assembly.assemble` makes, as shapes.
+    """What `training.setup.build_run` makes, as shapes.
 
     Args:
         mesh: of training.
@@ -124,61 +137,32 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     Raises:
         ValueError: an array can't be divided over the mesh, or a model is not named.
     """
-    spec = assembly.rollout_spec(config)
     playing = sampling_mesh(mesh, config.mesh_sampling)
-    agents = unplaced_agents(config, texts.tokenizer, texts.language, spec)
-    policy, user = agents.policy.model, agents.user.model
-    agents = dataclasses.replace(
-        agents, policy=LM(params_of(policy, mesh), policy), user=LM(params_of(user, mesh), user), mesh=playing,
-        tables=_whole(agents.tables, playing),
-    )  # fmt: skip
-    trained, trunk = _trained(config, agents, mesh)
-    setup = assembly.setup_of(config, agents, trunk, "critic" in trained, mesh)
-    places = assembly.state_shardings(trained, setup.optimizers, mesh)
-    state = placed(jax.eval_shape(lambda p: init_state(p, setup.optimizers), trained), places)
-    reference = None
-    if config.loss.kl:
-        reference = params_of(
-            make_model(config.policy, "reference", architecture(config, "reference", config.policy)), mesh
-        )
-    lengths = assembly.row_lengths(config, agents, texts.first_talk, mesh)
+    agents = abstract_agents(config, texts.tokenizer, texts.language, rollout_spec(config), mesh)
+    agents = dataclasses.replace(agents, mesh=playing, tables=_whole(agents.tables, playing))
+    weights = abstract_weights(config, texts.tokenizer)
+    setup, state, lengths, reference = build_learning(config, agents, texts.first_talk, mesh, weights)
     profiles = _whole(_profiles(config, texts), playing)
     return Shapes(config, mesh, agents, profiles, state, setup, lengths, reference)
 
 
-def unplaced_agents(config: ConfigDict, tokenizer: Tokenizer, language: str, spec: RolloutConfig) -> Agents:
-    """Agents without parameters, whose tables are arrays.
+def abstract_agents(
+    config: ConfigDict, tokenizer: Tokenizer, language: str, spec: RolloutConfig, mesh: Mesh | None = None
+) -> Agents:
+    """Agents whose parameters are shapes, on a mesh or on none, and whose tables are arrays.
 
     Raises:
         ValueError, OSError: as `architecture`.
     """
-    policy, user = (LM({}, make_model(config[name], name, architecture(config, name))) for name in ("policy", "user"))
-    prompts = load_prompts(language, config.user.prompts or None)
-    how = {"style": config.user.style, "scenario": config.user.scenario}
-    return Agents.build(policy, user, tokenizer, prompts, spec, **how)
+    config = config.copy_and_resolve_references()
+    config.data.language = language
+    return Agents.load(config, spec, rest=mesh, load=abstract_weights(config, tokenizer).load)
 
 
 def _whole(tree: Any, mesh: Mesh | None) -> Any:
     assert mesh is not None, "a plan is for a mesh"
-    place = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
-
-def _trained(config: ConfigDict, agents: Agents, mesh: Mesh) -> tuple[Trained, Qwen2 | None]:
-    """`assembly.trained_of`, as shapes."""
-    trained: Trained = {"policy": agents.policy.params}
-    if config.algorithm.estimator != "gae":
-        return trained, None
-    trunk, critic = None, {}
-    width = agents.policy.model.config.hidden_size
-    if config.critic.kind == "separate":
-        found = architecture(config, "critic", config.policy)
-        trunk = assembly.as_trained(make_model(config.critic, "critic", found), config.critic)
-        width, critic["trunk"] = found.hidden_size, params_of(trunk, mesh)
-    head = assembly.value_head_of(config)
-    made = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, width))))
-    critic["head"] = _whole(nn.unbox(made)["params"], mesh)
-    return trained | {"critic": critic}, trunk
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _profiles(config: ConfigDict, texts: Texts) -> Profiles:
@@ -192,21 +176,21 @@ def _profiles(config: ConfigDict, texts: Texts) -> Profiles:
 
 
 def programs_of(shapes: Shapes) -> list[Program]:
-    """The programs of one step, in order; see `trainer.Trainer.step`."""
+    """The programs of one step, in order; see `training.loop.Trainer.step`."""
     resident = _resident(shapes)
-    found: list[Program] = []
+    programs: list[Program] = []
     ready: dict[str, Params] = {}
     copies: dict[str, Params] = {}
     for name in ("policy", "user"):
         ready[name] = resident[name]
         like = sampling_params(getattr(shapes.agents, name).model, shapes.agents.mesh)
         if not is_ready(resident[name], like):  # otherwise the sampler reads the model itself
-            found.append(_copy(name, like, resident, copies))
+            programs.append(_copy(name, like, resident, copies))
             ready[name] = copies[f"{name}'s copy"] = like
     read = {name: tree for name, tree in resident.items() if ready.get(name) is tree}
     user = {"user": resident["user"]}
     return [
-        *found,
+        *programs,
         Program("play", lambda: _lower_play(shapes, ready), read | copies, _without(resident, read)),
         Program("pack", lambda: _lower_pack(shapes, ready), {}, resident),
         Program("learn", lambda: _lower_learn(shapes), _without(resident, user), user),
@@ -220,12 +204,12 @@ def _without(trees: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def _resident(shapes: Shapes) -> dict[str, Any]:
     """What is there from the beginning of a run to its end, by name."""
     state = shapes.state
-    found = {"policy": state.params["policy"], "policy's moments": state.opt_state["policy"]}
+    trees = {"policy": state.params["policy"], "policy's moments": state.opt_state["policy"]}
     if "critic" in state.params:
-        found |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
+        trees |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
     if shapes.reference:
-        found["reference"] = shapes.reference
-    return found | {"user": shapes.agents.user.params}
+        trees["reference"] = shapes.reference
+    return trees | {"user": shapes.agents.user.params}
 
 
 def _copy(name: str, like: Params, resident: dict[str, Any], made: dict[str, Any]) -> Program:
@@ -250,20 +234,20 @@ def _ready(shapes: Shapes, params: dict[str, Params]) -> tuple[LM, LM]:
 
 def _lower_play(shapes: Shapes, params: dict[str, Params]) -> Any:
     agents = shapes.agents
-    given = (agents.tables, shapes.profiles, _key(agents.mesh), _limits(shapes))
+    args = (agents.tables, shapes.profiles, _key(agents.mesh), _limits(shapes))
     with jax.set_mesh(agents.mesh):
-        return sample_dialogues.lower(*_ready(shapes, params), *given, spec=agents.spec)
+        return sample_dialogues.lower(*_ready(shapes, params), *args, spec=agents.spec)
 
 
 def _dialogues(shapes: Shapes, params: dict[str, Params]) -> Dialogues:
-    """What play returns. Where its parts lie is the compiler's choice; whole on every chip is the most they take."""
+    """What play returns. Its shardings are the compiler's choice; whole on every chip is the most they take."""
     agents, mesh = shapes.agents, shapes.agents.mesh
     with jax.set_mesh(mesh):
-        found = jax.eval_shape(
+        dialogues = jax.eval_shape(
             lambda *args: sample_dialogues(*args, spec=agents.spec),
             *_ready(shapes, params), agents.tables, shapes.profiles, _key(mesh), _limits(shapes),
         )  # fmt: skip
-    return _whole(found, mesh)
+    return _whole(dialogues, mesh)
 
 
 def _lower_pack(shapes: Shapes, params: dict[str, Params]) -> Any:
@@ -286,18 +270,18 @@ def _lower_learn(shapes: Shapes) -> Any:
     packed = PackedBatch(count=array(jnp.int32, rows), **arrays)
     rewards = Rewards(array(jnp.float32, rows), array(jnp.float32, rows, config.rollout.max_turns))
     grammar = _whole(shapes.agents.tables[0].grammar, mesh)
-    layout = _whole(_layout(config), mesh) if config.train.share_rows else None
+    plan = _whole(_packing_plan(config), mesh) if config.train.share_rows else None
     with jax.set_mesh(mesh):
         step = compile_step(shapes.setup, shapes.state)
-        return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference, layout)  # type: ignore[attr-defined]
+        return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference, plan)  # type: ignore[attr-defined]
 
 
-def _layout(config: ConfigDict) -> PackingPlan:
-    """Where dialogues lie: data, whatever it says."""
+def _packing_plan(config: ConfigDict) -> PackingPlan:
+    """Which dialogue lies where is data: any plan has these shapes."""
 
-    def places(*sizes: int) -> RowAssignment:
+    def assignment(*sizes: int) -> RowAssignment:
         shape: Any = jax.ShapeDtypeStruct
         return RowAssignment(shape(sizes, jnp.int32), shape(sizes, jnp.int32), shape(sizes[:-1], jnp.int32))
 
     rows, minibatches = config.rollout.batch, config.train.minibatches
-    return PackingPlan(places(rows), places(config.train.epochs * minibatches, rows // minibatches))
+    return PackingPlan(assignment(rows), assignment(config.train.epochs * minibatches, rows // minibatches))

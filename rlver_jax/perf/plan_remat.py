@@ -10,7 +10,7 @@ from rlver_jax.perf.chips import Chip
 from rlver_jax.perf.plan_measure import Measured, compile_all
 from rlver_jax.perf.plan_phases import phases_of
 from rlver_jax.perf.plan_programs import Shapes, programs_of
-from rlver_jax.perf.plan_remedies import flags_of, over, trained_of
+from rlver_jax.perf.plan_remedies import flags_of, over, trained_of, with_fields
 
 LIGHTEST_FIRST = ("none", "dots", "full")
 
@@ -49,19 +49,17 @@ def remats_of(
         remake: shapes of a changed config.
     """
     trained = trained_of(config)
-    found = []
+    remats = []
     for remat in LIGHTEST_FIRST:
         fields = {f"{name}.remat": remat for name in trained}
         now, learn = shapes, [one for one in measured if one.name == "learn"]
         if any(config[name].remat != remat for name in trained):
-            changed = config.copy_and_resolve_references()
-            changed.update_from_flattened_dict(fields)
-            now = remake(changed)
+            now = remake(with_fields(config, fields))
             tell(f"trying {' '.join(f'{name}={value}' for name, value in fields.items())}")
             learn = compile_all([program for program in programs_of(now) if program.name == "learn"], now, tell)
         seconds = sum(phase.seconds for phase in phases_of(now, learn, chip))
-        found.append(Remat(fields, learn[0].memory.total, seconds, over(learn[0], chip) <= 0))
-    return found
+        remats.append(Remat(fields, learn[0].memory.total, seconds, over(learn[0], chip) <= 0))
+    return remats
 
 
 def lightest(remats: Sequence[Remat]) -> Remat | None:

@@ -11,6 +11,7 @@ from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.perf.chips import Chip
 from rlver_jax.perf.plan_measure import GIB, Measured, compile_all
 from rlver_jax.perf.plan_programs import Shapes, programs_of
+from rlver_jax.training.setup import has_critic
 
 TRIES = 6  # compilations
 
@@ -31,9 +32,16 @@ def flags_of(fields: dict[str, Any]) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
+def with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy of a config with fields changed, their names in full."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(fields)
+    return changed
+
+
 def trained_of(config: ConfigDict) -> list[str]:
     """Sections of the config whose layers an update differentiates."""
-    return ["policy"] + ["critic"] * (config.algorithm.estimator == "gae" and config.critic.kind == "separate")
+    return ["policy"] + ["critic"] * (has_critic(config) and config.critic.kind == "separate")
 
 
 def over(measured: Measured, chip: Chip) -> int:
@@ -57,31 +65,29 @@ def find_remedy(
         remake: shapes of a changed config.
     """
     failing = [one.name for one in measured if over(one, chip) > 0]
-    changed = config.copy_and_resolve_references()
     fields: dict[str, Any] = {}
     tries = 0
     for step in candidates(config, failing):
-        attempt = changed.copy_and_resolve_references()
-        attempt.update_from_flattened_dict(step)
+        attempt = with_fields(config, fields | step)
         try:
             validate(attempt, base, mesh.size)
             shapes = remake(attempt)
         except (ConfigError, ValueError):
             continue
-        changed, fields = attempt, fields | step
+        fields |= step
         programs = [program for program in programs_of(shapes) if program.name in failing]
         tell(f"{', '.join(failing)} too large, trying {', '.join(f'{name}={value}' for name, value in fields.items())}")
-        found = compile_all(programs, shapes, tell)
-        tries += len(found)
-        if all(over(one, chip) <= 0 for one in found):
-            return Remedy(fields, max(one.memory.total for one in found))
+        attempted = compile_all(programs, shapes, tell)
+        tries += len(attempted)
+        if all(over(one, chip) <= 0 for one in attempted):
+            return Remedy(fields, max(one.memory.total for one in attempted))
         if tries >= TRIES:
             return None
     return None
 
 
 def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Changes in the order of what they cost: nothing learned changes before the last ones."""
+    """Changes, the cheapest first: only the last ones change what is learned."""
     trained = trained_of(config)
     if "learn" in failing:
         full = {f"{name}.remat": "full" for name in trained if config[name].remat != "full"}

@@ -18,12 +18,12 @@ from rlver_jax.perf.plan_remedies import Remedy, over
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that was found; sizes in bytes of one chip, times in seconds.
+    """The whole result; sizes in bytes of one chip, times in seconds.
 
     Attributes:
         mesh, sampling: sizes of the meshes by axis.
         rows, length: dialogues of a step, and tokens of a packed row.
-        assumed: what the plan takes for given, in sentences.
+        assumed: assumptions, in sentences.
         host_gib: most memory that planning took on this machine.
         seconds: that planning took.
     """
@@ -97,7 +97,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The whole plan; `fits`, `hbm_gib_per_chip`, `hbm_capacity_gib` and `phases` are relied on elsewhere."""
+        """The whole plan; `fits`, `hbm_gib_per_chip`, `hbm_capacity_gib` and `phases` are a stable interface."""
         return {
             "topology": self.topology,
             "slices": self.slices,

@@ -1,42 +1,64 @@
-"""Profiles as a TensorFlow Datasets dataset (array_record, random access), without TensorFlow installed.
+"""Prepares JSONL files of profiles as a TFDS data set, for data.train and data.eval (docs/data.md).
 
-A dataset's identity is the content of the files it was made from: unchanged files are prepared once and
-reused, changed ones make another dataset beside the old. Processes may prepare the same dataset at once, on
-one host or on several that share the folder: each works in a folder of its own, and one rename decides whose
-result stays.
+    python -m rlver_jax.profiles.builder --profiles=FILE,… [--eval=FILE,…] [--data_dir=DIR]
+
+The data set has the split `train`, of --profiles, and `eval`, of --eval; the last line says how a config names it.
+Profiles are read by index from array_record files, so that a million of them take no memory. A set that is prepared
+already is found by the contents of its files. DIR is TFDS's data_dir; default: TFDS_DATA_DIR or ~/tensorflow_datasets.
+Exit status: 0 done, 2 bad usage or files that cannot be used, 130 interrupted.
 """
 
-import contextlib
+# A data set's identity is the content of the files it was made from: unchanged files are prepared once and reused,
+# changed ones make another beside the old. Processes may prepare one set at once, on one host or on several that share
+# the folder: each works in a folder of its own, and one rename decides whose result stays. TensorFlow is not needed.
+
+import array
 import dataclasses
-import functools
 import hashlib
-import io
-import operator
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import flags, logging
 
-from rlver_jax.config.paths import cache_folder
+from rlver_jax.config.datasets import NAME, SCHEME, default_data_dir, profile_files
+from rlver_jax.config.flags import define_path, define_paths, parse_flags
+from rlver_jax.config.validate import ConfigError
+from rlver_jax.profiles.fingerprint import ListDigest, json_of
+from rlver_jax.profiles.prepared import (
+    INDEXED,
+    DatasetError,
+    PreparedProfiles,
+    check_whole,
+    hash_of,
+    index_path,
+    quiet,
+    write_index,
+)
 from rlver_jax.profiles.schema import (
+    BYTE_ORDER_MARK,
     PathLike,
     Paths,
     Profile,
     ProfileError,
     as_paths,
-    read_file,
+    empty_file,
+    iter_profiles,
+    open_file,
     read_profiles,
 )
+from rlver_jax.text.console import consoles
 
-
-class DatasetError(RuntimeError, ValueError):
-    """The folder of prepared profiles cannot be written, or has lost files."""
+_BLOCK = 1 << 20  # bytes of a file that are hashed at a time
+_EVERY = 1000  # profiles between two reports
+Progress = Callable[[str, int, int], None]  # what is done, of how many profiles (0: not known yet)
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,15 +82,20 @@ class ProfilesConfig(tfds.core.BuilderConfig):
         try:
             return cls(name=fingerprint(paths), files=paths)
         except ProfileError:
-            _read_all(paths)  # a file can't be read: raises that, with the faults in all the other files
+            _raise_faults(paths)  # a file can't be read: raises that, with the faults in all the other files
             raise
 
 
-class Profiles(tfds.core.GeneratorBasedBuilder):
+# Not registered by name: `python -m` defines it twice.
+class Profiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder of profiles; `prepare` is the simple way to it. Needs a `ProfilesConfig`."""
 
-    name = "rlver_profiles"
+    name = NAME
     VERSION = tfds.core.Version("1.0.0")  # of the stored form: raise it with any change of the features below
+
+    def __init__(self, *, progress: Progress = lambda what, done, total: None, **kwargs: Any):
+        self._progress = progress
+        super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
@@ -77,79 +104,80 @@ class Profiles(tfds.core.GeneratorBasedBuilder):
             description="Profiles of simulated users (RLVER, arXiv 2507.03112; SAGE, arXiv 2505.02847).",
             features=tfds.features.FeaturesDict(features | {"traits": tfds.features.Sequence(text)}),
             disable_shuffling=True,  # index i is the i-th profile of the files; the reader shuffles
+            metadata=tfds.core.MetadataDict(),  # {split: `profiles_fingerprint`}
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        config = self.builder_config
-        profiles = _read_all(config.files)
-        if fingerprint(config.files) != config.name:
-            raise RuntimeError("the files of profiles changed while they were being read; run the command again")
-        return {split: self._generate_examples(rows) for split, rows in profiles.items()}
+        files = self.builder_config.files
+        sizes = {split: self._check(files, split) for split in files}
+        return {split: self._generate_examples(split, sizes[split]) for split in files}
 
-    def _generate_examples(self, profiles: Sequence[Profile]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, profile in enumerate(profiles):
+    def _check(self, files: Mapping[str, Sequence[Path]], split: str) -> array.array:
+        """Reads a split once; returns the size of each profile's JSON. Raises ProfileError with the faults of all."""
+        sizes, ids = array.array("I"), array.array("Q")
+        try:
+            for profile in iter_profiles(files[split]):
+                sizes.append(len(json_of(profile)))
+                ids.append(hash_of(profile.id))
+                if len(sizes) % _EVERY == 0:
+                    self._progress(f"checking {split}", len(sizes), 0)
+        except ProfileError:
+            _raise_faults(files)
+            raise
+        if len(np.unique(np.frombuffer(ids, np.uint64))) < len(ids):
+            _raise_faults(files)  # unless two ids have one hash by chance
+        return sizes
+
+    def _generate_examples(self, split: str, sizes: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        digest = ListDigest(sizes)
+        hashes = {index: array.array("Q") for index in INDEXED}
+        for number, profile in enumerate(iter_profiles(self.builder_config.files[split])):
+            digest.add(json_of(profile))
+            for index, field in INDEXED.items():
+                hashes[index].append(hash_of(getattr(profile, field)))
             values = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
             # The files hold no empty text (schema.py sees to it), so an empty one can stand for "not known".
-            yield index, {name: "" if value is None else value for name, value in values.items()}
+            yield number, {name: "" if value is None else value for name, value in values.items()}
+            if (number + 1) % _EVERY == 0:
+                self._progress(f"writing {split}", number + 1, len(sizes))
+        for index in INDEXED:
+            write_index(index_path(Path(self.data_path), split, index), hashes[index])
+        self.info.metadata[split] = digest.finish()
 
 
-class ProfileSource(Sequence[Profile]):
-    """Random access to the prepared profiles of one split, in the order of the files."""
-
-    def __init__(self, records: Sequence[Mapping[str, Any]]):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> Profile: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Profile]: ...
-    def __getitem__(self, index: int | slice) -> Profile | list[Profile]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = operator.index(index)
-        if not -len(self) <= at < len(self):
-            raise IndexError(f"profile {at} was asked for, expected an index below {len(self)}")
-        record = self._records[at % len(self)]
-        texts = {name: value.decode() for name, value in record.items() if name != "traits"}
-        texts |= {name: texts[name] or None for name in ("topic", "first_talk")}
-        return Profile(**texts, traits=tuple(trait.decode() for trait in record["traits"]))
-
-
-def prepare(files: Mapping[str, Paths], data_dir: PathLike | None = None) -> dict[str, ProfileSource]:
-    """Prepares JSONL files of profiles as a dataset, or finds them prepared, and opens each split.
+def prepare(
+    files: Mapping[str, Paths],
+    data_dir: PathLike | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, PreparedProfiles]:
+    """Prepares JSONL files of profiles as a data set, or finds them prepared, and opens each split.
 
     `files` names one path or several for each split, in RLVER's or SAGE's schema; ids must be unique within a
-    split. `data_dir` is a local folder (default: `default_data_dir()`); datasets of earlier contents stay in
-    it and may be deleted at will.
+    split. `data_dir` is a local folder (default: TFDS's own); data sets of earlier contents stay in it and may be
+    deleted at will.
 
     Raises ProfileError with every fault of every file (nothing is left behind then), ValueError for a bad
-    split name, and DatasetError if the folder can't be written or a prepared dataset in it has lost files.
+    split name, and DatasetError if the folder can't be written or a prepared data set in it has lost files.
     """
-    config = ProfilesConfig.of(files)
-    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-    with _quiet():
-        builder = _builder(config, root)
-        if not builder.data_path.exists():
-            _build(config, root, Path(builder.data_path))
-            builder = _builder(config, root)  # reads what is on disk now, whoever wrote it
-        _check_whole(builder)
-        sources = {split: ProfileSource(builder.as_data_source(split=split)) for split in config.files}
+    folder = prepared_folder(files, data_dir, progress)
+    sources = {split: PreparedProfiles.open(folder, split) for split in files}
     counts = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
-    logging.info("profiles: %s, in %s", counts, builder.data_path)
+    logging.info("profiles: %s, in %s", counts, folder)
     return sources
 
 
-def default_data_dir() -> Path:
-    """`paths.cache_folder`, or where there is none a folder that goes with the process."""
-    return cache_folder() or Path(_temporary().name)
-
-
-@functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="rlver_jax_")
+def prepared_folder(files: Mapping[str, Paths], data_dir: PathLike | None, progress: Progress) -> Path:
+    """`prepare` without opening: the folder that holds dataset_info.json."""
+    config = ProfilesConfig.of(files)
+    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    with quiet():
+        builder = _builder(config, root)
+        if not builder.data_path.exists():
+            _build(config, root, Path(builder.data_path), progress)
+            builder = _builder(config, root)  # reads what is on disk now, whoever wrote it
+        for split in config.files:
+            check_whole(builder, split)
+        return Path(builder.data_path)
 
 
 def fingerprint(files: Mapping[str, Sequence[Path]]) -> str:
@@ -162,46 +190,57 @@ def fingerprint(files: Mapping[str, Sequence[Path]]) -> str:
     for split in sorted(files):
         for path in files[split]:
             try:
-                data = read_file(path)
+                _add_file(digest, split, path)
             except ProfileError as error:
                 faults += error.faults
-                continue
-            digest.update(f"{split} {len(data)}\n".encode())
-            digest.update(data)
     if faults:
         raise ProfileError(faults)
     return f"sha256_{digest.hexdigest()[:32]}"
 
 
-def _read_all(files: Mapping[str, Sequence[Path]]) -> dict[str, list[Profile]]:
-    """The profiles of each split; raises ProfileError with the faults of all splits together."""
-    profiles: dict[str, list[Profile]] = {}
+def _add_file(digest: Any, split: str, path: Path) -> None:
+    """Adds a file's length and contents to a digest, both without a byte order mark."""
+    with open_file(path) as stream:
+        mark = len(BYTE_ORDER_MARK) * (stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK)
+        digest.update(f"{split} {stream.seek(0, os.SEEK_END) - mark}\n".encode())
+        stream.seek(mark)
+        blank = True
+        while block := stream.read(_BLOCK):
+            blank = blank and not block.strip()
+            digest.update(block)
+    if blank:
+        raise empty_file(path)
+
+
+def _raise_faults(files: Mapping[str, Sequence[Path]]) -> None:
+    """Raises ProfileError with the faults of all splits together, if there are any."""
     faults: list[str] = []
-    for split, paths in files.items():
+    for paths in files.values():
         try:
-            profiles[split] = read_profiles(paths)
+            read_profiles(paths)
         except ProfileError as error:
             faults += error.faults
     if faults:
         raise ProfileError(faults)
-    return profiles
 
 
-def _builder(config: ProfilesConfig, root: Path) -> Profiles:
-    return Profiles(config=config, data_dir=root, file_format="array_record")
+def _builder(config: ProfilesConfig, root: Path, progress: Progress = lambda what, done, total: None) -> Profiles:
+    return Profiles(config=config, data_dir=root, file_format="array_record", progress=progress)
 
 
-def _build(config: ProfilesConfig, root: Path, target: Path) -> None:
-    """Writes the dataset in a folder of this process's own, then renames it to `target` in one step."""
+def _build(config: ProfilesConfig, root: Path, target: Path, progress: Progress) -> None:
+    """Writes the data set in a folder of this process's own, then renames it to `target` in one step."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         own = Path(tempfile.mkdtemp(prefix=".preparing-", dir=root))
     except OSError as error:
-        remedy = "name a folder that can be written, as data_dir or in XDG_CACHE_HOME"
-        raise DatasetError(f"can't write the dataset of profiles in {root} ({error.strerror}); {remedy}") from error
+        remedy = "name a folder that can be written, as data_dir or in TFDS_DATA_DIR"
+        raise DatasetError(f"can't write the data set of profiles in {root} ({error.strerror}); {remedy}") from error
     try:
-        builder = _builder(config, own)
+        builder = _builder(config, own, progress)
         builder.download_and_prepare()
+        if fingerprint(config.files) != config.name:
+            raise DatasetError("the files of profiles changed while they were being read; run the command again")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(builder.data_path, target)
@@ -213,25 +252,53 @@ def _build(config: ProfilesConfig, root: Path, target: Path) -> None:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _check_whole(builder: Profiles) -> None:
-    """Raises DatasetError if a prepared dataset lacks a split or one of its files."""
-    for split in builder.builder_config.files:
-        info = builder.info.splits.get(split)
-        if info is None or not all(Path(path).exists() for path in info.filepaths):
-            raise DatasetError(
-                f"the prepared profiles in {builder.data_path} lack files of split {split!r}; delete that "
-                "folder, and the next run prepares it again"
-            )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """TFDS without its progress bars, notices on stdout, and warning that our config is a custom one."""
-    verbosity = logging.get_verbosity()
-    tfds.disable_progress_bar()
-    logging.set_verbosity(logging.ERROR)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    console, errors = consoles(soft_wrap=True)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # stdout belongs to the command's own summary
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+        options = _arguments(sys.argv[1:] if argv is None else argv)
+        splits = {"train": options.profiles, "eval": options.eval}
+        files = {split: profile_files(value) for split, value in splits.items() if value}
+        with errors.status("reading") as status:
+            report = lambda what, done, total: status.update(  # noqa: E731
+                f"{what}: {done:,}{f' of {total:,}' if total else ''} profiles"
+            )
+            folder = prepared_folder(files, options.data_dir or None, report)
+        counts = {split: len(PreparedProfiles.open(folder, split)) for split in files}
+    except (ValueError, OSError) as error:
+        errors.print(f"profiles.builder: {error}", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("profiles.builder: interrupted; nothing is left of it", markup=False, highlight=False)
+        return 130
+    console.print(_summary(folder, counts, options.data_dir), markup=False, highlight=False)
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> flags.FlagValues:
+    def define(values: flags.FlagValues) -> None:
+        define_paths("profiles", "", "JSONL files of profiles, comma-separated: the split train", values)
+        define_paths("eval", "", "the same, held out: the split eval", values)
+        define_path("data_dir", "", "TFDS's data_dir; default: TFDS_DATA_DIR or ~/tensorflow_datasets", values)
+
+    options, rest = parse_flags(argv, __doc__, define)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --profiles=FILE; --help lists them")
+    if not profile_files(options.profiles):
+        raise ConfigError("no --profiles was given; name a JSONL file of profiles, or several, comma-separated")
+    return options
+
+
+def _summary(folder: Path, counts: Mapping[str, int], data_dir: str) -> str:
+    """How many profiles lie where, and the fields of a config that name them."""
+    spec = f"{SCHEME}{NAME}/{folder.parent.name}:{folder.name}"
+    fields = [f"--config.data.{split}={spec}" for split in counts]
+    fields += [f"--config.data.dir={data_dir}"] * bool(data_dir)
+    listed = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    return f"{listed} profiles in {folder}\n{' '.join(fields)}"
+
+
+if __name__ == "__main__":
+    from rlver_jax.profiles import builder  # TFDS asks for the package of a builder's module, and __main__ has none
+
+    sys.exit(builder.main())

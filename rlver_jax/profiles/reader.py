@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from rlver_jax.profiles.indexed import IndexedProfiles
 from rlver_jax.profiles.schema import Profile
 
 Batch = list[tuple[int, Profile]]
@@ -78,13 +79,13 @@ class ProfileReader:
     def state(self) -> dict[str, int]:
         """Where the stream stands, for a checkpoint: the same on every process.
 
-        `epoch` and `position` (profiles of that epoch already given out) are the place; `seed`, `size` and
+        `epoch` and `position` (profiles of that epoch already given out) say where it is; `seed`, `size` and
         `batch_size` let `restore` refuse a reader that would give another sequence.
         """
         return {"epoch": self._epoch, "position": self._position} | self._identity()
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Goes on from a `state()`, also one saved under another number of processes.
+        """Resumes from a `state()`, also one saved under another number of processes.
 
         Keys other than `epoch` and `position` may be absent. Raises ValueError, and moves nothing, if the
         state is malformed or belongs to another seed, number of profiles or batch size.
@@ -133,21 +134,21 @@ class ProfileReader:
         """The order of an epoch: as drawn, but its head avoids what the batch across the boundary has
         already.
 
-        Only the first `batch_size` places can change, so with two batches or more an epoch, the tail of the
+        Only the first `batch_size` positions can change, so with two batches or more an epoch, the tail of the
         epoch before is as drawn and one look back is enough; smaller sources walk from the last order known,
         or epoch 0.
         """
         size, batch_size = len(self._source), self._batch_size
-        at, order = self._known
-        if at > epoch:
-            at, order = 0, self._drawn(0)
-        if size >= 2 * batch_size and at < epoch - 1:
-            at, order = epoch - 1, self._drawn(epoch - 1)
-        while at < epoch:
-            at += 1
-            open_tail = at * size % batch_size  # profiles that the batch across the boundary takes from before it
-            order = _avoid(self._drawn(at), order[size - open_tail :], (batch_size - open_tail) % batch_size)
-        self._known = (at, order)
+        known, order = self._known
+        if known > epoch:
+            known, order = 0, self._drawn(0)
+        if size >= 2 * batch_size and known < epoch - 1:
+            known, order = epoch - 1, self._drawn(epoch - 1)
+        while known < epoch:
+            known += 1
+            open_tail = known * size % batch_size  # profiles that the batch across the boundary takes from before it
+            order = _avoid(self._drawn(known), order[size - open_tail :], (batch_size - open_tail) % batch_size)
+        self._known = (known, order)
         return order
 
 
@@ -188,16 +189,15 @@ def evaluation_batches(
 
 def shared_personas(train: Sequence[Profile], test: Sequence[Profile]) -> list[str]:
     """Persona texts that stand, to the letter, in both sets; each once, in the order of `test`."""
-    known = {profile.persona for profile in train}
-    return list(dict.fromkeys(profile.persona for profile in test if profile.persona in known))
+    known = train.has_persona if isinstance(train, IndexedProfiles) else {one.persona for one in train}.__contains__
+    return list(dict.fromkeys(profile.persona for profile in test if known(profile.persona)))
 
 
 def warn_shared_personas(train: Sequence[Profile], test: Sequence[Profile]) -> list[str]:
     """Warns (UserWarning) if training has seen personas of the test set; returns those personas.
 
     RLVER's published test set of 100 (SAGE's) shares 47 personas, those of 54 profiles, with its training
-    set: a score on it is not one on
-    strangers.
+    set: a score on it is not one on strangers.
     """
     shared = shared_personas(train, test)
     if shared:

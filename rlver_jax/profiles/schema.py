@@ -12,9 +12,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from rlver_jax.text.strict_json import half_character, repeats
 
@@ -23,10 +23,11 @@ Paths = PathLike | Iterable[PathLike]
 Kind = Literal["rational", "emotional"]
 
 MAX_FAULTS_SHOWN = 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # How published scenes end: a heading, then `***` and the hidden intention.
 _SCENE_ENDING = re.compile(
-    r"\n?####[ \t]*(?:隐藏主题|hidden (?:theme|intention))[ \t]*[:：]?[ \t]*\n\*\*\*(?P<said>[^\n]*)\s*\Z",
+    r"\n?####[ \t]*(?:隐藏主题|hidden (?:theme|intention))[ \t]*[:：]?[ \t]*\n\*\*\*(?P<intention>[^\n]*)\s*\Z",
     re.IGNORECASE,
 )
 
@@ -154,10 +155,10 @@ class Profile:
             topic=taker.optional_text("topic") if not sage or obj.get("topic") else None,
             first_talk=taker.opening("history") if sage else taker.optional_text("first_talk"),
         )
-        said = _SCENE_ENDING.search(profile.scene)
-        if said and profile.hidden_intention and said["said"].strip() != profile.hidden_intention.strip():
+        ending = _SCENE_ENDING.search(profile.scene)
+        if ending and profile.hidden_intention and ending["intention"].strip() != profile.hidden_intention.strip():
             taker.faults.append(
-                f"field 'scene' ends with the hidden intention {_short(said['said'])} but field 'task' says "
+                f"field 'scene' ends with the hidden intention {_short(ending['intention'])} but field 'task' says "
                 f"{_short(profile.hidden_intention)}, expected the same sentence in both"
             )
         if taker.faults:
@@ -179,9 +180,7 @@ class Profile:
 
     @property
     def background(self) -> str:
-        """The scene without its closing section, which states the hidden intention (the scene if it has
-        none).
-        """
+        """The scene without its closing section, which states the hidden intention (the scene if it has none)."""
         return _SCENE_ENDING.sub("", self.scene)
 
     @property
@@ -203,18 +202,17 @@ def known_intention(sentence: str) -> HiddenIntention | None:
 
 def intention_at_end(scene: object) -> str | None:
     """The hidden intention that a published scene ends with; None where there is none."""
-    said = _SCENE_ENDING.search(scene) if isinstance(scene, str) else None
-    return said["said"].strip() or None if said else None
+    ending = _SCENE_ENDING.search(scene) if isinstance(scene, str) else None
+    return ending["intention"].strip() or None if ending else None
 
 
 def read_profiles(paths: Paths) -> list[Profile]:
     """Reads one JSONL file, or several in the order given, in RLVER's or SAGE's schema (or mixed).
 
-    Every line is checked. Lines of white space alone hold no profile and are passed over, but count in line
-    numbers; any other line becomes a profile or a fault. Ids must be unique over all files.
+    Lines of white space alone are passed over, but count in line numbers; any other line becomes a profile or a fault.
+    Ids must be unique over all files.
 
-    Raises `ProfileError` that lists every fault of every file as `file:line: what was found, what is
-    expected`.
+    Raises `ProfileError` that lists every fault of every file as `file:line: what was found, what is expected`.
     """
     files = as_paths(paths)
     profiles: list[Profile] = []
@@ -222,27 +220,36 @@ def read_profiles(paths: Paths) -> list[Profile]:
     first_seen: dict[str, str] = {}
     for path in files:
         try:
-            data = read_file(path)
-        except ProfileError as error:
+            for number, line in read_lines(path):
+                where = f"{path}:{number}"
+                try:
+                    profile = Profile.from_json(parse_line(line))
+                except ProfileError as error:
+                    faults += [f"{where}: {fault}" for fault in error.faults]
+                    continue
+                if profile.id in first_seen:
+                    repeated = f"found id {_short(profile.id)} again, which {first_seen[profile.id]} has already"
+                    faults.append(f"{where}: {repeated}, expected ids that differ")
+                first_seen.setdefault(profile.id, where)
+                profiles.append(profile)
+        except ProfileError as error:  # of the file as a whole
             faults += error.faults
-            continue
-        for number, line in enumerate(data.split(b"\n"), start=1):  # not splitlines: U+2028 may stand inside a string
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                profile = Profile.from_json(parse_line(line))
-            except ProfileError as error:
-                faults += [f"{place}: {fault}" for fault in error.faults]
-                continue
-            if profile.id in first_seen:
-                found = f"found id {_short(profile.id)} again, which {first_seen[profile.id]} has already"
-                faults.append(f"{place}: {found}, expected ids that differ")
-            first_seen.setdefault(profile.id, place)
-            profiles.append(profile)
     if faults:
         raise ProfileError(faults)
     return profiles
+
+
+def iter_profiles(paths: Paths) -> Iterator[Profile]:
+    """Profiles one after another, which need not fit into memory together; ids are not compared.
+
+    Raises `ProfileError` with the faults of the first line, or file, that can't be used.
+    """
+    for path in as_paths(paths):
+        for number, line in read_lines(path):
+            try:
+                yield Profile.from_json(parse_line(line))
+            except ProfileError as error:
+                raise ProfileError([f"{path}:{number}: {fault}" for fault in error.faults]) from None
 
 
 def as_paths(paths: Paths) -> tuple[Path, ...]:
@@ -252,25 +259,50 @@ def as_paths(paths: Paths) -> tuple[Path, ...]:
     return tuple(Path(path) for path in paths)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of one file of profiles, without a byte order mark.
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each line of a file of profiles that is not blank, without a byte order mark.
 
     Raises `ProfileError` that says what to do if the file is missing, unreadable or empty.
     """
+    empty = True
+    with open_file(path) as stream:
+        try:
+            for number, line in enumerate(stream, start=1):  # ends at \n alone: U+2028 may stand inside a string
+                line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                if line.strip():
+                    empty = False
+                    yield number, line.removesuffix(b"\n")
+        except OSError as error:
+            raise _unreadable(path, error) from None
+    if empty:
+        raise empty_file(path)
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A file of profiles, opened.
+
+    Raises `ProfileError` that says what to do if the file is missing or unreadable.
+    """
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        return path.open("rb")
     except FileNotFoundError:
         remedy = "check the path, or download RLVER's train_profile.jsonl from its public repository"
         raise ProfileError([f"{path}: found no such file, expected a JSONL file of profiles; {remedy}"]) from None
     except OSError as error:
-        raise ProfileError([f"{path}: found {error.strerror}, expected a readable JSONL file of profiles"]) from None
-    if not data.strip():
-        raise ProfileError([f"{path}:1: found an empty file, expected one JSON object a line"])
-    return data
+        raise _unreadable(path, error) from None
+
+
+def empty_file(path: Path) -> ProfileError:
+    """The error for a file without profiles."""
+    return ProfileError([f"{path}:1: found an empty file, expected one JSON object a line"])
+
+
+def _unreadable(path: Path, error: OSError) -> ProfileError:
+    return ProfileError([f"{path}: found {error.strerror}, expected a readable JSONL file of profiles"])
 
 
 def parse_line(line: bytes) -> Any:
-    """The JSON value of one line; raises ProfileError with faults that don't yet name the place."""
+    """The JSON value of one line; raises ProfileError with faults that don't yet name the line."""
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_repeats)
     except ProfileError:
@@ -311,8 +343,8 @@ class _Taker:
 
     def intention(self, name: str, scene: str) -> str:
         """A required text, or where the field is absent or null, the hidden intention that the scene ends with."""
-        if self.obj.get(name) is None and (said := intention_at_end(self.obj.get(scene))):
-            return said
+        if self.obj.get(name) is None and (stated := intention_at_end(self.obj.get(scene))):
+            return stated
         return self.text(name)
 
     def optional_text(self, name: str) -> str | None:
@@ -324,8 +356,8 @@ class _Taker:
         """A required list of texts, which may be empty."""
         value = self.obj.get(name)
         if not isinstance(value, list):
-            found = f"{_found(value)} in field {name!r}" if name in self.obj else f"no field {name!r}"
-            self.faults.append(f"found {found}, expected a list of texts")
+            instead = f"{_found(value)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            self.faults.append(f"found {instead}, expected a list of texts")
             return ()
         return tuple(self._checked(f"item {i} of field {name!r}", item) for i, item in enumerate(value, start=1))
 
@@ -334,8 +366,8 @@ class _Taker:
         messages = self.obj.get(name)
         first = messages[0] if isinstance(messages, list) and messages else None
         if not isinstance(first, dict) or first.get("role") != "user" or "content" not in first:
-            found = f"{_found(messages)} in field {name!r}" if name in self.obj else f"no field {name!r}"
-            self.faults.append(f"found {found}, expected a list of messages opened by one of role 'user'")
+            instead = f"{_found(messages)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            self.faults.append(f"found {instead}, expected a list of messages opened by one of role 'user'")
             return None
         return self._checked(f"the first message of field {name!r}", first["content"])
 
@@ -346,9 +378,7 @@ class _Taker:
         elif not value.strip():
             self.faults.append(f"found an empty text in {where}, expected at least one visible character")
         elif half_character(value):
-            self.faults.append(
-                f"found half of a surrogate pair (\\ud800–\\udfff) in {where}, expected whole characters"
-            )
+            self.faults.append(f"found half of a surrogate pair (\\ud800-dfff) in {where}, expected whole characters")
         else:
             return value
         return ""

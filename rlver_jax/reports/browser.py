@@ -1,4 +1,4 @@
-"""The dialogues of a page's browser: compressed JSON, as many as the page may weigh.
+"""The data of the page's dialogue browser: compressed JSON, as many as the page may weigh.
 
 Compressed and in base 64, what models wrote cannot close the element that it lies in; the page's script unpacks it and
 shows it as text only.
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlver_jax.reports.figures import OUTCOMES, outcome
+from rlver_jax.reports.dialogue_store import DialogueStore, as_json, page_size
 from rlver_jax.reports.shorten import MOST_CHARACTERS, evenly, level, shortened
 from rlver_jax.reports.sources import Outline, Run, intention_label, intention_labels
-from rlver_jax.reports.texts import Texts, as_json, page_size
+from rlver_jax.reports.statistics import OUTCOMES, outcome
 from rlver_jax.text.console import plain_line
 
 # Shares of the page below which nothing is taken from: a dialogue is whole, a profile has all its dialogues.
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     shortened: int  # of those kept
 
 
-class One(NamedTuple):
+class Candidate(NamedTuple):
     """A dialogue that may be in the page."""
 
     run: int
@@ -41,10 +41,10 @@ class One(NamedTuple):
     outline: Outline
 
 
-class Choice(NamedTuple):
-    """Which of them are, and how large one may be."""
+class Selection(NamedTuple):
+    """The dialogues that are in the page, and how large one may be."""
 
-    some: Sequence[One]
+    chosen: Sequence[Candidate]
     most_bytes: float
 
 
@@ -55,11 +55,11 @@ def pack(runs: Sequence[Run], most_bytes: int) -> Packed:
     that is not enough, profiles are left out, evenly over their first appearances: a profile's dialogues stay together,
     so that before and after can be compared, unless they alone would take more than a quarter of the page.
     """
-    everything = [One(i, played.step, r) for i, run in enumerate(runs) for played in run.played for r in played.records]
+    everything = [Candidate(i, log.step, r) for i, run in enumerate(runs) for log in run.logs for r in log.records]
     best, room, seen = Packed("", 0, len(everything), 0), float(most_bytes), set()
     for _ in range(_TRIES if everything else 0):
-        choice = _choose(everything, room)
-        packed = _packed(runs, choice, len(everything))
+        selection = _select(everything, room)
+        packed = _packed(runs, selection, len(everything))
         if len(packed.text) <= most_bytes and packed.kept >= best.kept:
             best = packed
         whole = packed.kept == packed.all and not packed.shortened
@@ -72,77 +72,77 @@ def pack(runs: Sequence[Run], most_bytes: int) -> Packed:
     return best
 
 
-def _choose(everything: Sequence[One], room: float) -> Choice:
+def _select(everything: Sequence[Candidate], room: float) -> Selection:
     """What fits into about `room` bytes."""
     sizes = np.array([one.outline["text"].size for one in everything], np.float64)
     most = max(level(sizes, room), room * _DIALOGUE)
     sizes = np.minimum(sizes, most)
     numbers: dict[bytes, int] = {}
-    whose = np.array([numbers.setdefault(one.outline["who"], len(numbers)) for one in everything])
-    taken = _thinned(sizes, whose, room)
-    totals = np.bincount(whose[taken], sizes[taken], minlength=len(numbers))
+    profile_of = np.array([numbers.setdefault(one.outline["profile_key"], len(numbers)) for one in everything])
+    taken = _thinned(sizes, profile_of, room)
+    totals = np.bincount(profile_of[taken], sizes[taken], minlength=len(numbers))
     chosen = _fitting(totals, room)
-    return Choice([everything[i] for i in taken if chosen[whose[i]]], most)
+    return Selection([everything[i] for i in taken if chosen[profile_of[i]]], most)
 
 
-def _thinned(sizes: np.ndarray, whose: np.ndarray, room: float) -> np.ndarray:
+def _thinned(sizes: np.ndarray, profile_of: np.ndarray, room: float) -> np.ndarray:
     """Indices of the dialogues that profiles may show, rising: all, but for those whose dialogues take too much."""
-    totals = np.bincount(whose, sizes)
+    totals = np.bincount(profile_of, sizes)
     most = max(level(totals, room), room * _PROFILE)
     taken = np.ones(len(sizes), bool)
     for profile in np.flatnonzero(totals > most):
-        mine = np.flatnonzero(whose == profile)
-        count = len(mine)
-        while count > 1 and sizes[kept := np.array(evenly(mine.tolist(), max(count, 2)))].sum() > most:
+        own = np.flatnonzero(profile_of == profile)
+        count = len(own)
+        while count > 1 and sizes[kept := np.array(evenly(own.tolist(), max(count, 2)))].sum() > most:
             count = int(count * min(most / sizes[kept].sum(), 0.99))
-        taken[mine] = False
-        taken[kept if count > 1 else mine[-1:]] = True
+        taken[own] = False
+        taken[kept if count > 1 else own[-1:]] = True
     return np.flatnonzero(taken)
 
 
 def _fitting(totals: np.ndarray, room: float) -> np.ndarray:
     """Bool [profiles]: as many as fit, evenly."""
-    places, keep = np.arange(len(totals)), len(totals)
+    index, keep = np.arange(len(totals)), len(totals)
     while True:
-        chosen = (places + 1) * keep // len(totals) > places * keep // len(totals)
+        chosen = (index + 1) * keep // len(totals) > index * keep // len(totals)
         total = totals[chosen].sum()
         if total <= room or keep == 0:
             return chosen
         keep = min(keep - 1, int(keep * room / total))
 
 
-def _packed(runs: Sequence[Run], choice: Choice, count: int) -> Packed:
+def _packed(runs: Sequence[Run], selection: Selection, count: int) -> Packed:
     """These dialogues, cut where they are larger than they may be."""
-    labels = intention_labels(one.outline for one in choice.some)
-    people: dict[bytes, int] = {}
+    labels = intention_labels(one.outline for one in selection.chosen)
+    profiles: dict[bytes, int] = {}
     cut = 0
 
-    def pieces() -> Iterator[bytes]:
+    def parts() -> Iterator[bytes]:
         nonlocal cut
         head = {"runs": [plain_line(run.name) for run in runs], "intentions": labels, "outcomes": OUTCOMES}
         yield as_json(head)[:-1] + b',"dialogues":['
-        for place, (run, step, outline) in enumerate(choice.some):
-            text, whole = _text(runs[run].texts, outline, choice.most_bytes)
+        for i, (run, step, outline) in enumerate(selection.chosen):
+            text, whole = _text(runs[run].store, outline, selection.most_bytes)
             cut += not whole
             front = {
                 "run": run,
                 "step": step,
-                "who": people.setdefault(outline["who"], len(people)),
+                "who": profiles.setdefault(outline["profile_key"], len(profiles)),
                 "intention": labels.index(intention_label(outline["hidden_intention"])),
                 "outcome": OUTCOMES.index(outcome(outline["emotion"])),
             }
-            yield b"," * (place > 0) + as_json(front)[:-1] + b"," + text[1:]
+            yield b"," * (i > 0) + as_json(front)[:-1] + b"," + text[1:]
         yield b"]}"
 
-    data = _compressed(pieces())
-    return Packed(data, len(choice.some), count, cut)
+    data = _compressed(parts())
+    return Packed(data, len(selection.chosen), count, cut)
 
 
-def _text(texts: Texts, outline: Outline, most: float) -> tuple[bytes, bool]:
+def _text(store: DialogueStore, outline: Outline, most: float) -> tuple[bytes, bool]:
     """(a dialogue as JSON, whether it is whole) in about `most` bytes of a page."""
-    kept = outline["text"]
-    data = texts.get(kept)
-    if kept.size <= most and kept.characters <= MOST_CHARACTERS:
+    stored = outline["text"]
+    data = store.get(stored)
+    if stored.size <= most and stored.characters <= MOST_CHARACTERS:
         return data, True
     dialogue, characters = json.loads(data), MOST_CHARACTERS
     for _ in range(_TRIES * 2):
@@ -154,7 +154,7 @@ def _text(texts: Texts, outline: Outline, most: float) -> tuple[bytes, bool]:
     return data, False
 
 
-def _compressed(pieces: Iterable[bytes]) -> str:
+def _compressed(parts: Iterable[bytes]) -> str:
     packer = zlib.compressobj(9, wbits=_GZIP)
-    data = b"".join([*(packer.compress(piece) for piece in pieces), packer.flush()])
+    data = b"".join([*(packer.compress(part) for part in parts), packer.flush()])
     return base64.b64encode(data).decode("ascii")

@@ -12,11 +12,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rlver_jax.reports import charts, figures
+from rlver_jax.reports import statistics
 from rlver_jax.reports.browser import Packed, pack
-from rlver_jax.reports.charts import Figure
-from rlver_jax.reports.measures import measure_charts
+from rlver_jax.reports.charts import CHARTS, EMOTION
+from rlver_jax.reports.group_charts import group_keys
 from rlver_jax.reports.sources import Run
+from rlver_jax.reports.svg import Figure
 from rlver_jax.text.console import plain, plain_line
 from rlver_jax.training.metrics import missing_steps
 
@@ -44,62 +45,54 @@ def curve(runs: Sequence[Run]) -> str:
     Raises:
         ValueError: none of the runs has trained.
     """
-    figure = charts.emotion_curve(runs, "emotion at the end of a dialogue, mean ± deviation")
-    if figure is None:
+    figures = EMOTION(runs, y_label="emotion at the end of a dialogue, mean ± deviation")
+    if not figures:
         raise ValueError("--curve needs a training run with at least one step; evaluations have no curve")
-    return figure.chart.document(_asset("chart.css"))
+    return figures[0].chart.document(_asset("chart.css"))
 
 
 def _render(runs: Sequence[Run], packed: Packed) -> str:
-    how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(autoescape=True, finalize=_plain, **how)
+    settings: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(autoescape=True, finalize=_plain, **settings)
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    found = figures.groups(runs)
+    groups = statistics.groups(runs)
     return environment.from_string(_asset("page.html.j2")).render(
         title=plain_line(", ".join(run.name for run in runs)),
         names=[plain_line(run.name) for run in runs],
         style=Markup(_asset("chart.css") + _asset("page.css")),
         script=Markup(script),
         script_hash=digest,
-        table=figures.table(runs, found),
-        settings=figures.settings_table(runs),
-        sections=_sections(runs, found),
+        table=statistics.overview(runs, groups),
+        settings=statistics.settings_table(runs),
+        sections=_sections(runs, groups),
         packed=packed,
     )
 
 
-def _sections(runs: Sequence[Run], found: Sequence[figures.Group]) -> list[dict[str, Any]]:
-    """Titles and charts, as far as there is something to show."""
-    coordinate, lost = charts.coordinate_chart(found), _lost_rows(runs)
-    keys = charts.group_keys(found)
-    sections: list[tuple[str, str, list[Figure], list[Any]]] = [
-        ("Learning", lost, charts.curves(runs), []),
-        ("Outcomes by step", "", charts.shares_by_step(runs), []),
-        (
-            "Emotion over the turns, by hidden intention",
-            "Mean emotion after each turn; area: its quartiles (up to four lines). A dialogue that has ended keeps its "
-            "final emotion.",
-            charts.trajectories(found),
-            keys,
-        ),
-        ("Dialogues in the logs", "", charts.group_charts(found), []),
-        ("Manner", "", [*([coordinate] if coordinate else []), *measure_charts(found)], []),
-    ]
-    return [
-        {"title": title, "text": text, "keys": legend, "figures": [_shown(figure) for figure in some]}
-        for title, text, some, legend in sections
-        if some or (lost and text == lost)
-    ]
+def _sections(runs: Sequence[Run], groups: Sequence[statistics.Group]) -> list[dict[str, Any]]:
+    """Titles and charts of the sections that have data."""
+    notes = {"Learning": _missing_metrics(runs)}
+    sections = []
+    for title, section in CHARTS.items():
+        figures = [_shown(figure) for figure in section.figures(runs, groups)]
+        if figures or notes.get(title):
+            text, keys = notes.get(title, section.text), group_keys(groups) if section.group_legend else []
+            sections.append({"title": title, "text": text, "keys": keys, "figures": figures})
+    return sections
 
 
-def _lost_rows(runs: Sequence[Run]) -> str:
-    """Which steps of which run have no figures, though they are done."""
-    found = {}
+def _missing_metrics(runs: Sequence[Run]) -> str:
+    """Which steps of which run have no metrics, though they are done."""
+    missing = {}
     for run in runs:
-        last = max(run.done, run.rows[-1]["step"] if run.rows else 0)
-        found[run.name] = missing_steps(run.rows, last, last and run.settings.get("eval.every")) if run.training else ""
-    return " ".join(f"Of {name} the rows of {steps} were lost." for name, steps in found.items() if steps)
+        if run.training:
+            steps = run.metrics.steps
+            last = max([run.done, *steps[-1:]])
+            missing[run.name] = missing_steps(
+                [{"step": step} for step in steps], last, last and run.settings.get("eval.every")
+            )
+    return " ".join(f"Of {name} the rows of {steps} were lost." for name, steps in missing.items() if steps)
 
 
 def _shown(figure: Figure) -> dict[str, Any]:

@@ -10,7 +10,7 @@ _LEAST_TEXT, _MARK = 60, 40  # characters: of a text that is cut, and of what sa
 _PER_MESSAGE = 300  # characters that a message takes at least, its notes included
 _NOTES = 12  # of a message whose dialogue is cut, at most
 
-Dialogue = dict[str, Any]  # as the page's script reads it, see `reports.texts`
+Dialogue = dict[str, Any]  # as the page's script reads it, see `reports.dialogue_store`
 
 
 def level(sizes: Sequence[int] | np.ndarray, room: float) -> float:
@@ -33,11 +33,11 @@ def shortened(dialogue: Dialogue, most: int) -> Dialogue:
     return _mapped(cut, max(int(min(height, most)), _LEAST_TEXT + _MARK))
 
 
-def evenly(some: Sequence[Any], most: int) -> Sequence[Any]:
+def evenly(items: Sequence[Any], most: int) -> Sequence[Any]:
     """At most `most` (2 or more), the first and the last among them."""
-    if len(some) <= most:
-        return some
-    return [some[i] for i in np.unique(np.linspace(0, len(some) - 1, most).round().astype(int)).tolist()]
+    if len(items) <= most:
+        return items
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).round().astype(int)).tolist()]
 
 
 def _fewer(messages: list[Dialogue], most: int) -> list[Dialogue]:

@@ -14,20 +14,20 @@ from rlver_jax.dialogues.log import Record, iter_dialogues
 from rlver_jax.dialogues.numbers import is_number, number_faults
 from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, known_intention
-from rlver_jax.reports.rows import Rows
-from rlver_jax.reports.texts import Texts
+from rlver_jax.reports.dialogue_store import DialogueStore
+from rlver_jax.reports.metrics_table import MetricsTable
 from rlver_jax.text.console import plain_line
 from rlver_jax.training.metrics import iter_metrics
 from rlver_jax.training.workdir import RunFolder
 
 MOST_RUNS = 8  # colours that can be told apart
 
-Outline = dict[str, Any]  # of a dialogue, see `_outline`: without what only its reader in the browser sees
+Outline = dict[str, Any]  # of a dialogue, see `_outline`: without the texts that only the dialogue browser shows
 Watch = Callable[[Sequence[Path], str], Iterable[Path]]  # goes through files, showing progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Dialogues:
+class DialogueLog:
     """Finished dialogues of one policy: those of a training step, or an evaluation's."""
 
     step: int | None  # of training; None: an evaluation
@@ -42,15 +42,15 @@ class Run:
     path: Path
     training: bool
     settings: dict[str, Any]  # flat
-    rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl, steps rising; an evaluation has none
+    metrics: MetricsTable  # an evaluation has none
     summary: dict[str, Any]  # of summary.json; a training run, or an unfinished evaluation, has none
-    played: list[Dialogues]  # steps rising
-    texts: Texts  # of the dialogues
+    logs: list[DialogueLog]  # steps rising
+    store: DialogueStore  # of their texts
     done: int = 0  # the last step of a training run that is known to be done, whether it has a row or not
 
 
 def read_runs(paths: Sequence[str | Path], watch: Watch = lambda files, _: files) -> list[Run]:
-    """Reads folders in the order given; a run that is being written is read up to where it is.
+    """Reads folders in the order given; of a run in progress all that is written so far is read.
 
     Args:
         watch: wraps the files of one folder while they are read; the second argument is the run's name.
@@ -67,8 +67,8 @@ def read_runs(paths: Sequence[str | Path], watch: Watch = lambda files, _: files
         if folder.resolve() in seen:
             raise ValueError(f"{folder}: is the same folder as {seen[folder.resolve()]}; name each once")
         seen[folder.resolve()] = folder
-    texts = Texts()
-    return [_read(folder, name, watch, texts) for folder, name in zip(folders, _names(folders), strict=True)]
+    store = DialogueStore()
+    return [_read(folder, name, watch, store) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -81,30 +81,30 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(folder: Path, name: str, watch: Watch, texts: Texts) -> Run:
+def _read(folder: Path, name: str, watch: Watch, store: DialogueStore) -> Run:
     run = RunFolder(folder)
     if run.metrics.exists():
-        done = run.done()  # before the rows are read: a run that goes on writes them first
+        done = run.done()  # before the metrics are read: a run in progress writes them first
         files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"), key=_step)
-        played = [Dialogues(_step(file), _outlines(file, texts)) for file in watch(files, name)]
-        rows = Rows(iter_metrics(run.metrics))
-        if not rows and not played:
+        logs = [DialogueLog(_step(file), _outlines(file, store)) for file in watch(files, name)]
+        metrics = MetricsTable(iter_metrics(run.metrics))
+        if not metrics and not logs:
             raise ValueError(f"{folder}: its {run.metrics.name} holds no step yet; wait for the first one")
-        return Run(name, folder, True, run.config(), rows, {}, played, texts, done)
+        return Run(name, folder, True, run.config(), metrics, {}, logs, store, done)
     log = folder / DIALOGUES
     if not log.exists():
         raise ValueError(
             f"{folder}: holds neither {run.metrics.name} nor {DIALOGUES}; expected the --workdir of a training run or "
             f"the --out of an evaluation"
         )
-    records = [record for file in watch([log], name) for record in _outlines(file, texts)]
+    records = [record for file in watch([log], name) for record in _outlines(file, store)]
     if not records:
         raise ValueError(f"{log}: holds no dialogue; expected at least one")
     summary = _object(folder / SUMMARY)
     settings = (summary or _object(folder / PROGRESS)).get("settings", {})
     if not isinstance(settings, dict):
         raise ValueError(f"{folder}: its settings are {shown(settings)}, expected a JSON object; evaluate again")
-    return Run(name, folder, False, dict(settings), [], summary, [Dialogues(None, records)], texts)
+    return Run(name, folder, False, dict(settings), MetricsTable([]), summary, [DialogueLog(None, records)], store)
 
 
 def _step(file: Path) -> int:
@@ -124,14 +124,14 @@ def _object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is no JSON object ({error}); restore it, or evaluate again") from error
 
 
-def _outlines(path: Path, texts: Texts) -> list[Outline]:
-    return [_outline(record, texts) for record in iter_dialogues(path, unfinished=True, check=number_faults)]
+def _outlines(path: Path, store: DialogueStore) -> list[Outline]:
+    return [_outline(record, store) for record in iter_dialogues(path, unfinished=True, check=number_faults)]
 
 
-def _outline(record: Record, texts: Texts) -> Outline:
+def _outline(record: Record, store: DialogueStore) -> Outline:
     """What tables and charts show of a dialogue, small: there may be a hundred thousand of them."""
     first = record["messages"][0]
-    who = record["profile"], record["hidden_intention"], None if first["generated"] else first["content"]
+    profile_key = record["profile"], record["hidden_intention"], None if first["generated"] else first["content"]
     replies = [len(message["content"]) for message in record["messages"] if message["role"] == "assistant"]
     outline = {
         "dialogue": record["dialogue"],
@@ -142,8 +142,8 @@ def _outline(record: Record, texts: Texts) -> Outline:
         "emotion": record["emotion"],
         "emotions": record["emotions"],
         "replies": array("Q", replies),
-        "who": hashlib.blake2b(repr(who).encode(), digest_size=8).digest(),
-        "text": texts.add(record),
+        "profile_key": hashlib.blake2b(repr(profile_key).encode(), digest_size=8).digest(),
+        "text": store.add(record),
     }
     measures = _shown_measures(record.get("measures"))
     return outline | ({"measures": measures} if measures else {})
@@ -155,8 +155,8 @@ def _shown_measures(measures: Any) -> dict[str, Any]:
         return {}
     relationship = measures.get("relationship")
     facets = relationship.get("facets") if isinstance(relationship, dict) else None
-    found = {name: _marks(measures.get(name)) for name in ("capabilities", "coordinate")}
-    return found | {"relationship": {"facets": _marks(facets)}}
+    marks = {name: _marks(measures.get(name)) for name in ("capabilities", "coordinate")}
+    return marks | {"relationship": {"facets": _marks(facets)}}
 
 
 def _marks(part: Any) -> dict[str, float]:
@@ -175,6 +175,6 @@ def intention_label(sentence: str) -> str:
 
 def intention_labels(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """The labels that occur: the published ones in their order, then others by name."""
-    found = {intention_label(record["hidden_intention"]) for record in records}
+    labels = {intention_label(record["hidden_intention"]) for record in records}
     published = [one.key.replace("_", " ") for one in HIDDEN_INTENTIONS]
-    return [label for label in published if label in found] + sorted(found - set(published))
+    return [label for label in published if label in labels] + sorted(labels - set(published))

@@ -1,5 +1,7 @@
 """Charts as SVG: axes, lines with a band, stacked bars, boxes and dots.
 
+Drawn here and not by a library: the page runs no script for them, they follow dark mode by CSS alone, tests and readers
+of screens find their text in the markup, and the same code writes a picture file (docs/report.md compares libraries).
 A chart is drawn 360 units wide, which is a phone; a wide screen puts several beside each other. Colours are classes of
 chart.css, so that they change with dark mode. ElementTree writes the markup and escapes every text.
 """
@@ -27,6 +29,15 @@ class Key:
     classes: str
     name: str
     shape: str = "line"  # line | box
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A chart with the text around it."""
+
+    title: str
+    caption: str
+    chart: "Chart"
 
 
 def ticks(low: float, high: float, most: int = 6, whole: bool = False) -> list[float]:
@@ -68,23 +79,23 @@ class Chart:
         """
         self.x, self.y, self.left = x, y, left
         self.width, self.height = size
-        rows = _legend_rows(legend, self.width - 2)
-        self.top = 8 + _LINE * len(rows) + 4 * bool(rows) + 20 * bool(labels[1])
+        lines = _legend_lines(legend, self.width - 2)
+        self.top = 8 + _LINE * len(lines) + 4 * bool(lines) + 20 * bool(labels[1])
         self.bottom = self.height - (_BOTTOM if labels[0] else _BOTTOM - 13)
         box = f"0 0 {self.width} {self.height}"
         self.root = Element("svg", {"viewBox": box, "role": "img", "aria-label": plain_line(title), "class": "chart"})
-        for line, row in enumerate(rows):
-            self._legend(row, 8 + _LINE * line)
+        for i, line in enumerate(lines):
+            self._legend(line, 8 + _LINE * i)
         middle = (self.left + self.width - _RIGHT) / 2
         self._text(middle, self.height - 3, labels[0], "label middle")
         self._text(2, self.top - 12, labels[1], "label")
 
     def px(self, x: float) -> float:
-        """Horizontal place of a value."""
+        """Horizontal position of a value."""
         return self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.width - _RIGHT - self.left)
 
     def py(self, y: float) -> float:
-        """Vertical place of a value."""
+        """Vertical position of a value."""
         return self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - self.top)
 
     def x_axis(self, values: Sequence[float], *, grid: bool = False, percent: bool = False) -> None:
@@ -115,14 +126,12 @@ class Chart:
 
     def dot(self, x: float, y: float, classes: str, radius: float = 4, tip: str = "") -> None:
         """A dot."""
-        known = {"data-tip": plain_line(tip)} if tip else {}
-        self._add("circle", f"dot {classes}", known, cx=self.px(x), cy=self.py(y), r=radius)
+        self._add("circle", f"dot {classes}", tip, cx=self.px(x), cy=self.py(y), r=radius)
 
     def bar(self, x: tuple[float, float], y: tuple[float, float], classes: str, tip: str = "") -> None:
         """A rectangle between two corners."""
         (left, right), (low, high) = map(self.px, x), map(self.py, y)
-        known = {"data-tip": plain_line(tip)} if tip else {}
-        self._add("rect", f"bar {classes}", known, x=left, width=right - left, y=high, height=low - high)
+        self._add("rect", f"bar {classes}", tip, x=left, width=right - left, y=high, height=low - high)
 
     def row_name(self, y: float, name: str) -> None:
         """A name left of the plot, its middle left out where there is no room."""
@@ -139,17 +148,17 @@ class Chart:
         if y is not None:
             self._add("line", "rule", x1=self.left, x2=self.width - _RIGHT, y1=self.py(y), y2=self.py(y))
 
-    def note(self, x: float, y: float, text: str, place: str = "middle") -> None:
+    def note(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
         """A word within the plot."""
-        self._text(self.px(x), self.py(y), text, f"label {place}")
+        self._text(self.px(x), self.py(y), text, f"label {anchor}")
 
     def tips(self, xs: Sequence[float], texts: Sequence[str]) -> None:
-        """What the page says about the column around each x (rising) when it is touched."""
+        """Texts that the page shows when the column around an x (rising) is touched."""
         middles = [(a + b) / 2 for a, b in itertools.pairwise(xs)]
         edges = [self.x[0], *middles, self.x[1]]
         for left, right, text in zip(edges, edges[1:], texts, strict=False):
-            at = {"x": self.px(left), "width": self.px(right) - self.px(left)}
-            self._add("rect", "hit", {"data-tip": plain_line(text)}, y=self.top, height=self.bottom - self.top, **at)
+            x, width = self.px(left), self.px(right) - self.px(left)
+            self._add("rect", "hit", text, y=self.top, height=self.bottom - self.top, x=x, width=width)
 
     def markup(self) -> str:
         """The `<svg>` element, for a page."""
@@ -165,12 +174,13 @@ class Chart:
 
     def _path(self, points: Sequence[tuple[float, float]]) -> str:
         low, high = sorted(self.y)
-        places = [f"{self.px(x):.1f} {self.py(min(max(y, low), high)):.1f}" for x, y in points]
-        return "M" + "L".join(places)
+        positions = [f"{self.px(x):.1f} {self.py(min(max(y, low), high)):.1f}" for x, y in points]
+        return "M" + "L".join(positions)
 
-    def _add(self, tag: str, classes: str, known: dict[str, str] | None = None, **at: float | str) -> Element:
+    def _add(self, tag: str, classes: str, tip: str = "", **at: float | str) -> Element:
         shown = {name: value if isinstance(value, str) else f"{value:.1f}" for name, value in at.items()}
-        return ElementTree.SubElement(self.root, tag, {"class": classes} | shown | (known or {}))
+        shown |= {"data-tip": plain_line(tip)} if tip else {}
+        return ElementTree.SubElement(self.root, tag, {"class": classes} | shown)
 
     def _text(self, x: float, y: float, text: str, classes: str) -> Element | None:
         if not text:
@@ -179,8 +189,8 @@ class Chart:
         element.text = plain_line(text)
         return element
 
-    def _legend(self, row: Sequence[tuple[float, Key, str]], y: float) -> None:
-        for x, key, name in row:
+    def _legend(self, line: Sequence[tuple[float, Key, str]], y: float) -> None:
+        for x, key, name in line:
             if key.shape == "line":
                 self._add("line", f"line {key.classes}", x1=x, x2=x + 14, y1=y, y2=y)
             else:
@@ -188,16 +198,16 @@ class Chart:
             self._text(x + 18, y + 3.5, name, "label")
 
 
-def _legend_rows(keys: Sequence[Key], width: float) -> list[list[tuple[float, Key, str]]]:
-    """(place, key, name cut short) of the legend's entries, line by line."""
-    rows: list[list[tuple[float, Key, str]]] = []
+def _legend_lines(keys: Sequence[Key], width: float) -> list[list[tuple[float, Key, str]]]:
+    """(x, key, name cut short) of the legend's entries, line by line."""
+    lines: list[list[tuple[float, Key, str]]] = []
     x = math.inf
     for key in keys:
         name = key.name if len(key.name) <= 44 else key.name[:43] + "…"
         needs = 26 + _CHARACTER * cell_len(name)
         if x + needs > width:
-            rows.append([])
+            lines.append([])
             x = 2.0
-        rows[-1].append((x, key, name))
+        lines[-1].append((x, key, name))
         x += needs
-    return rows
+    return lines

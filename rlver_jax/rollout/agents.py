@@ -1,9 +1,10 @@
-"""Both sides of the table, ready to play: models, one tokenizer, prompts, and profiles in tokens."""
+"""The two agents, ready to play: models, one tokenizer, prompts, and profiles in tokens."""
 
 import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
+from rlver_jax.config.sections import keywords
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
 from rlver_jax.models.architecture import Qwen2Config
@@ -20,14 +22,14 @@ from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
-from rlver_jax.parallel.distributed import replicate, rows_on
+from rlver_jax.parallel.distributed import replicate
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.policy_turn import PolicyTables, build_policy_tables
+from rlver_jax.rollout.profile_tokens import EncodedProfile, ProfileTokens, measure_profiles
 from rlver_jax.rollout.sampler import Dialogues, Profiles, room_needed, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.common import difference
-from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import Prompts, load_prompts
@@ -35,7 +37,6 @@ from rlver_jax.user.turn import UserLimits, UserTables, build_user_tables
 
 _T = TypeVar("_T")
 Weights = Callable[[Qwen2, Mesh | None], Params]  # where a model's parameters come from
-WIDTH_STEP = 128  # prefix widths are multiples of it, so that other profiles rarely mean another compilation
 
 
 def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
@@ -44,10 +45,10 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
     Raises:
         ValueError: an id of text means something else in the other, or they split text in two ways; see `difference`.
     """
-    if (found := difference(policy, user)) is not None:
+    if (reason := difference(policy, user)) is not None:
         raise ValueError(
             f"policy and user have different tokenizers ({policy.vocab_size} and {user.vocab_size} tokens), but they "
-            f"exchange token ids: {found}; choose two models of one family, e.g. two Qwen2.5 sizes"
+            f"exchange token ids: {reason}; choose two models of one family, e.g. two Qwen2.5 sizes"
         )
 
 
@@ -84,7 +85,7 @@ def load_model(
         ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
     """
     model = make_model(config, name)
-    tokenizer = load_tokenizer(config.path)  # first: what can't be used is said before the weights are read
+    tokenizer = load_tokenizer(config.path)  # first: a bad one is refused before the weights are read
     rounded = model.param_dtype == jnp.int8
     stored = unrounded(model) if rounded else model
     if weights is not None:
@@ -100,16 +101,16 @@ def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
     """What the sampler reads at every token, as ShapeDtypeStructs: weight matrices in the dtype of its products.
 
     Args:
-        mesh: that dialogues are played on; None: the structs say nothing of where.
+        mesh: that dialogues are played on; None: the structs have no shardings.
     """
     shapes, axes = abstract_params(model)
-    places = jax.tree.map(lambda _: None, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
+    shardings = jax.tree.map(lambda _: None, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
 
-    def one(path: Any, x: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
+    def one(path: Any, x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         dtype = model.dtype if _is_matrix(path) and x.dtype != jnp.int8 else x.dtype
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(one, shapes, places)
+    return jax.tree_util.tree_map_with_path(one, shapes, shardings)
 
 
 def sampling_program(like: Params) -> Callable[[Params], Params]:
@@ -122,17 +123,17 @@ def sampling_program(like: Params) -> Callable[[Params], Params]:
 
 
 def cast_and_reshard(path: Any, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A weight rounded and at its place; stacked ones layer by layer: a gather then needs room for one layer only."""
+    """A weight rounded and resharded; stacked ones layer by layer: a gather then needs room for one layer only."""
     if path[0].key != "layers" or not isinstance(like.sharding, NamedSharding):
         return x.astype(like.dtype)
-    place = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
-    return jax.lax.map(lambda one: jax.lax.with_sharding_constraint(one.astype(like.dtype), place), x)
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
+    return jax.lax.map(lambda one: jax.lax.with_sharding_constraint(one.astype(like.dtype), sharding), x)
 
 
 def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], Params]:
     """What makes a model's parameters ready for the sampler; see `sampling_params`.
 
-    The model would round weight matrices at every token anyway, so nothing that it says changes. Parameters that are
+    The model would round weight matrices at every token anyway, so no output changes. Parameters that are
     ready already are returned themselves: no second copy of a model.
     """
     like = sampling_params(model, mesh)
@@ -141,7 +142,7 @@ def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], 
 
 
 def is_ready(params: Params, like: Params) -> bool:
-    """Whether parameters, or shapes with places, are what `sampling_params` describes, so that none need be copied."""
+    """Whether parameters, or shapes with shardings, are as `sampling_params` describes: none need be copied."""
 
     def same(x: Any, y: jax.ShapeDtypeStruct) -> bool:
         return x.dtype == y.dtype and (y.sharding is None or y.sharding.is_equivalent_to(x.sharding, x.ndim))
@@ -155,25 +156,21 @@ def _is_matrix(path: Any) -> bool:
 
 def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
     """The emotion's rules of a config, starting from `initial`."""
-    c = config.emotion
-    return EmotionRules(initial, c.floor, c.ceiling, c.max_change, tuple(c.thresholds))
+    fields = keywords(EmotionRules, config.emotion) | {
+        "initial": initial,
+        "thresholds": tuple(config.emotion.thresholds),
+    }
+    return EmotionRules(**fields)
 
 
 def spec_of(config: ConfigDict, *, group: int, max_turns: int, initial_emotion: int, rows: int = 0) -> RolloutConfig:
     """What the sampler is compiled for, from a config."""
     return RolloutConfig(
-        mode=config.policy.mode,
-        enforce_format=config.policy.enforce_format,
-        group=group,
-        max_turns=max_turns,
-        context=config.rollout.context,
-        think_tokens=config.rollout.think_tokens,
-        say_tokens=config.rollout.say_tokens,
+        **keywords(RolloutConfig, config.policy, config.user, config.rollout)
+        | {"group": group, "max_turns": max_turns, "rows": rows},
         user_tokens=max(config.user.field_tokens, config.user.reply_tokens),
-        readout=config.user.readout,
         rules=emotion_rules(config, initial_emotion),
         truncation=Truncation(config.rollout.top_k, config.rollout.top_p),
-        rows=rows,
     )
 
 
@@ -191,49 +188,6 @@ def limits_of(config: ConfigDict, spec: RolloutConfig, temperature: float) -> Ro
             jnp.float32(config.user.reply_temperature),
         ),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class ProfileTokens:
-    """Profiles in tokens, on the host; all as wide as the longest, so that every batch of them has one shape."""
-
-    prefix: np.ndarray  # int32 [N, L]
-    prefix_count: np.ndarray  # int32 [N]
-    first_talk: np.ndarray  # int32 [N, R]
-    first_count: np.ndarray  # int32 [N]
-
-    def batch(
-        self,
-        indices: Sequence[int],
-        dialogue_ids: Sequence[int],
-        count: int | None = None,
-        mesh: Mesh | None = None,
-    ) -> Profiles:
-        """The given profiles' rows, padded to `count` of them with rows that don't play.
-
-        Args:
-            dialogue_ids: below 2**32; equally many for each profile, those of one profile together.
-            mesh: over which the rows are spread; each process reads those of its own devices alone.
-
-        Raises:
-            ValueError: another number of ids.
-        """
-        count, group = count or len(indices), max(len(dialogue_ids) // len(indices), 1)
-        if len(dialogue_ids) != len(indices) * group:
-            raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(indices)} profiles: expected groups of a size")
-        rows = np.resize(np.asarray(indices), count)
-        ids = np.zeros(count * group, np.uint32)
-        ids[: len(dialogue_ids)] = dialogue_ids
-        active = np.arange(count * group) < len(dialogue_ids)
-        real = np.arange(count) < len(indices)
-        read = lambda table: rows_on(mesh, count, lambda some: table[rows[some]])  # noqa: E731
-        read_count = lambda table: rows_on(mesh, count, lambda some: table[rows[some]] * real[some])  # noqa: E731
-        each = lambda x: rows_on(mesh, len(x), lambda some: x[some])  # noqa: E731
-        prefix, first = (
-            (read(self.prefix), read_count(self.prefix_count)),
-            (read(self.first_talk), read_count(self.first_count)),
-        )
-        return Profiles(*prefix, *first, each(ids), each(active))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,19 +214,22 @@ class Agents:
         spec: RolloutConfig,
         mesh: Mesh | None = None,
         user_tokenizer: Tokenizer | None = None,
-        **how: str,
+        *,
+        style: str,
+        scenario: str,
     ) -> "Agents":
-        """Agents from loaded models; `how` holds the user's `style` and `scenario`.
+        """Agents from loaded models.
 
         Args:
+            style, scenario: of the user's prompts.
             user_tokenizer: the user's own; it may lack special tokens of the policy's, or have more of them.
         """
         tables = (
             build_policy_tables(tokenizer, prompts, policy.model.config.vocab_size, spec),
             build_user_tables(user_tokenizer or tokenizer, prompts, user.model.config.vocab_size),
         )
-        found = cls(policy, user, tokenizer, prompts, tables, spec=spec, mesh=mesh, **how)
-        return dataclasses.replace(found, tables=found.place(tables))
+        agents = cls(policy, user, tokenizer, prompts, tables, style=style, scenario=scenario, spec=spec, mesh=mesh)
+        return dataclasses.replace(agents, tables=agents.replicate(tables))
 
     @classmethod
     def load(
@@ -282,30 +239,32 @@ class Agents:
         mesh: Mesh | None = None,
         policy_weights: Weights | None = None,
         rest: Mesh | None = None,
+        load: Callable[..., tuple[LM, Tokenizer]] = load_model,
     ) -> "Agents":
         """Agents of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
 
         Args:
             mesh: that dialogues are played on; both models are loaded onto it.
             rest: that they are loaded onto instead, for training; `sampling_copy` brings them over.
+            load: of each model; a plan's makes shapes.
 
         Raises:
             ValueError: the two models have different tokenizers, one of them cannot be loaded, or reads fewer tokens
                 than rollout.context.
         """
         check_context(config, "policy", "user")
-        policy, tokenizer = load_model(config.policy, "policy", rest or mesh, policy_weights)
+        policy, tokenizer = load(config.policy, "policy", rest or mesh, policy_weights)
         shared = [name for name in config.user if name in config.policy]
         same = (
             policy_weights is None
             and config.user.init == "path"
             and all(config.policy[name] == config.user[name] for name in shared)
         )
-        user, other = (policy, tokenizer) if same else load_model(config.user, "user", rest or mesh)
+        user, other = (policy, tokenizer) if same else load(config.user, "user", rest or mesh)
         check_tokenizers(tokenizer, other)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
-        how = {"style": config.user.style, "scenario": config.user.scenario}
-        return cls.build(policy, user, tokenizer, prompts, spec, mesh, other, **how)
+        told = {"style": config.user.style, "scenario": config.user.scenario}
+        return cls.build(policy, user, tokenizer, prompts, spec, mesh, other, **told)
 
     def prefix(self, profile: Profile) -> list[int]:
         """What the user reads before the first turn: its system prompt, the cue, the opening of its message."""
@@ -326,12 +285,21 @@ class Agents:
         Raises:
             ValueError: a profile leaves no room for a turn in the context.
         """
-        prefixes = [self.prefix(p) for p in profiles]
-        talks = [self.tokenizer.encode(p.first_talk.strip()) if p.first_talk else [] for p in profiles]
-        prefix, prefix_count = pad_rows(prefixes, round_up(longest(prefixes), WIDTH_STEP))
-        talk, talk_count = pad_rows(talks, round_up(max(longest(talks), 1), WIDTH_STEP))
-        self._check_room(profiles, prefix_count + talk_count, talk.shape[1])
-        return ProfileTokens(prefix, prefix_count, talk, talk_count)
+        tokens, longest, length = measure_profiles(profiles, self._encoded, self._context())
+        self._check_room(longest, length, tokens.first_width)
+        return tokens
+
+    def _context(self) -> list[str]:
+        """All that decides the tokens of a profile: tokenizer, prompts as they are written, and a user's own files."""
+        wishes = [name for known in self.prompts.intentions.values() for name in (known.sentence, *known.aliases)]
+        probes = [self.prefix(Profile("", "persona", "scene", wish, "")) for wish in (*wishes, "wish")]
+        files = [Path(file) for _, file in sorted(self.prompts.origins.items())]
+        own = [file.read_text(encoding="utf-8") for file in files if file.is_file()]  # ours are named, not located
+        return [self.tokenizer.fingerprint, self.style, self.scenario, repr(self.spec.rules), repr(probes), *own]
+
+    def _encoded(self, profile: Profile) -> EncodedProfile:
+        talk = self.tokenizer.encode(profile.first_talk.strip()) if profile.first_talk else []
+        return EncodedProfile(np.array(self.prefix(profile), np.int32), np.array(talk, np.int32))
 
     def encode(self, profiles: Sequence[Profile], dialogue_ids: Sequence[int], count: int | None = None) -> Profiles:
         """A batch of these profiles alone; see `ProfileTokens.batch`."""
@@ -340,7 +308,7 @@ class Agents:
             raise ValueError(f"{len(dialogue_ids)} dialogue ids for {len(profiles)} profiles in groups of {group}")
         return self.tokens(profiles).batch(range(len(profiles)), dialogue_ids, count, self.mesh)
 
-    def _check_room(self, profiles: Sequence[Profile], lengths: np.ndarray, first_width: int) -> None:
+    def _check_room(self, longest: Profile, length: int, first_width: int) -> None:
         limits = UserLimits(self.spec.user_tokens, self.spec.user_tokens, 0.0)  # type: ignore[arg-type]
         full = RolloutLimits(0, 0, 0, 0.0, 0, limits)  # type: ignore[arg-type]
         policy_room, room = room_needed(self.tables, self.spec, full, first_width)
@@ -350,20 +318,19 @@ class Agents:
                 f"the policy's system prompt takes {system} tokens and a turn may take {policy_room} more, but "
                 f"rollout.context is {self.spec.context}; raise it to {system + policy_room} for one turn at least"
             )
-        worst = int(np.argmax(lengths))
-        if lengths[worst] + room > self.spec.context:
+        if length + room > self.spec.context:
             raise ValueError(
-                f"profile {profiles[worst].id} takes {lengths[worst]} tokens and a turn may take {room} more, but "
-                f"rollout.context is {self.spec.context}; raise it to {lengths[worst] + room} for one turn at least"
+                f"profile {longest.id} takes {length} tokens and a turn may take {room} more, but rollout.context is "
+                f"{self.spec.context}; raise it to {length + room} for one turn at least"
             )
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits) -> Dialogues:
-        """Plays a batch; see `dialogue.sample_dialogues`. The limits must have passed `check_limits`."""
-        key, limits = self.place((key, limits))
+        """Plays a batch; see `sampler.sample_dialogues`. The limits must have passed `check_limits`."""
+        key, limits = self.replicate((key, limits))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
 
-    def place(self, tree: _T) -> _T:
+    def replicate(self, tree: _T) -> _T:
         """Small arrays, whole on every device of the mesh."""
         return tree if self.mesh is None else replicate(tree, self.mesh)
 

@@ -1,4 +1,4 @@
-"""The policy's side on the device: it hears what the user said, and replies."""
+"""The policy's turn on the device: prefill the user's words, decode a reply."""
 
 import flax.struct
 import jax
@@ -16,11 +16,12 @@ from rlver_jax.user.prompts import Prompts
 from rlver_jax.user.turn import KEY_POLICY, part_keys
 
 THINK_OPEN = "<think>\n"
+Words = tuple[Int[Array, "B _"], Int[Array, "B"]]  # tokens, padded on the right, and how many of each row count
 
 
 @flax.struct.dataclass
 class PolicyTables:
-    """All constants of the policy's side, on the device."""
+    """All constants of the policy's turn, on the device."""
 
     system: Int[Array, "_"]
     open_user: Int[Array, "_"]
@@ -39,13 +40,16 @@ class PolicyTurn:
     say: Int[Array, "B S"]  # what the user hears: after `</think>` and the white space that follows, before the end
     say_count: Int[Array, "B"]
     violation: Bool[Array, "B"]  # think mode: no `</think>`, or nothing after it
-    prefilled: Int[Array, "B"]  # tokens read, not generated
+    prefilled: Int[Array, "B"]  # tokens prefilled, not generated
 
 
-def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec: RolloutConfig) -> PolicyTables:
-    """Tables for a policy with `rows` embedding rows."""
+def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, vocab_size: int, spec: RolloutConfig) -> PolicyTables:
+    """Tables for a policy whose embedding has `vocab_size` rows."""
     chat, think = ChatTemplate(tokenizer), spec.mode == "think"
-    grammar = thought_then_say(tokenizer, rows, enforce=spec.enforce_format) if think else free_text(tokenizer, rows)
+    if think:
+        grammar = thought_then_say(tokenizer, vocab_size, enforce=spec.enforce_format)
+    else:
+        grammar = free_text(tokenizer, vocab_size)
     think_open = tokenizer.encode(THINK_OPEN) if think else []
     system = prompts.policy_system(spec.mode)
     tokens = (
@@ -56,7 +60,7 @@ def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int, spec:
         chat.close,
     )
     system, open_user, open_assistant, opener, close = jax.device_put([np.array(t, np.int32) for t in tokens])
-    whitespace = jax.device_put(whitespace_tokens(tokenizer, rows))
+    whitespace = jax.device_put(whitespace_tokens(tokenizer, vocab_size))
     return PolicyTables(system, open_user, open_assistant, opener, close, grammar, whitespace)
 
 
@@ -65,8 +69,8 @@ def policy_turn(
     lm: LM,
     tables: PolicyTables,
     cache: Cache,
-    last_say: tuple[Int[Array, "B S"], Int[Array, "B"]],
-    heard: tuple[Int[Array, "B R"], Int[Array, "B"]],
+    last_say: Words,
+    heard: Words,
     turn_keys: Key[Array, "B"],
     *,
     spec: RolloutConfig,
@@ -74,26 +78,17 @@ def policy_turn(
     active: Bool[Array, "B"],
     first: Bool[Array, "*B"],
 ) -> tuple[Cache, PolicyTurn]:
-    """One reply: read what the user said, speak, and keep only what later turns may see.
+    """One reply: prefill the user's words, decode, and keep in the cache only what later turns may see.
 
-    In think mode the whole reply is forgotten again and `last_say` is read with the user's next words; in direct mode
-    the say is already in the cache. Either way the context is what a fresh prompt of plain messages would be.
+    In think mode the cache is rolled back to before the reply, and the next turn prefills `last_say` with the user's
+    words; in direct mode the reply is already in the cache. Either way the context is that of a fresh prompt of plain
+    messages.
     """
-    batch, think = active.shape[0], spec.mode == "think"
-    tokens, count = concat_ragged(
-        batch,
-        *([last_say] if think else []),
-        (tables.close, jnp.where(first, 0, tables.close.shape[0])),
-        (tables.open_user, None),
-        heard,
-        (tables.close, None),
-        (tables.open_assistant, None),
-        (tables.think_open, None),
-    )
-    count = jnp.where(active, count, 0)
+    think = spec.mode == "think"
+    tokens, count = _heard_tokens(tables, [last_say] if think else [], heard, active, first)
     cache = append(lm, cache, tokens, count)
     opened = cache.length
-    cache, said = generate(
+    cache, reply = generate(
         lm,
         cache,
         part_keys(turn_keys, KEY_POLICY, 1)[0],
@@ -104,20 +99,37 @@ def policy_turn(
         active=active,
         truncation=spec.truncation,
     )
-    say, say_count = _split_say(said, tables.whitespace, spec) if think else (said.tokens, said.text_count)
-    violation = active & think & ((said.found_at < 0) | (say_count == 0))
+    say, say_count = _split_say(reply, tables.whitespace, spec) if think else (reply.tokens, reply.text_count)
+    violation = active & think & ((reply.found_at < 0) | (say_count == 0))
     keep = opened - tables.think_open.shape[0] * active if think else opened + say_count
-    return rollback(cache, keep), PolicyTurn(said, say, say_count, violation, count)
+    return rollback(cache, keep), PolicyTurn(reply, say, say_count, violation, count)
 
 
-def _split_say(said: Generated, whitespace: Array, spec: RolloutConfig) -> tuple[Array, Array]:
+def _heard_tokens(
+    tables: PolicyTables, last_say: list[Words], heard: Words, active: Bool[Array, "B"], first: Bool[Array, "*B"]
+) -> Words:
+    """What a turn prefills: the last reply where the cache lacks it, the user's words, the opening of a reply."""
+    tokens, count = concat_ragged(
+        active.shape[0],
+        *last_say,
+        (tables.close, jnp.where(first, 0, tables.close.shape[0])),
+        (tables.open_user, None),
+        heard,
+        (tables.close, None),
+        (tables.open_assistant, None),
+        (tables.think_open, None),
+    )
+    return tokens, jnp.where(active, count, 0)
+
+
+def _split_say(reply: Generated, whitespace: Array, spec: RolloutConfig) -> tuple[Array, Array]:
     """Tokens after the one that completed `</think>`, leading white space and the stop token left out."""
-    ended = said.text_count * (said.found_at >= 0)
-    places = jnp.arange(said.tokens.shape[1])
-    after = (places > said.found_at[:, None]) & (places < ended[:, None])
-    visible = after & ~whitespace[said.tokens]
+    ended = reply.text_count * (reply.found_at >= 0)
+    positions = jnp.arange(reply.tokens.shape[1])
+    after = (positions > reply.found_at[:, None]) & (positions < ended[:, None])
+    visible = after & ~whitespace[reply.tokens]
     start = jnp.where(visible.any(1), jnp.argmax(visible, axis=1), ended)
-    index = jnp.minimum(start[:, None] + jnp.arange(spec.say_tokens), said.tokens.shape[1] - 1)
+    index = jnp.minimum(start[:, None] + jnp.arange(spec.say_tokens), reply.tokens.shape[1] - 1)
     count = jnp.maximum(ended - start, 0)
-    say = jnp.take_along_axis(said.tokens, index, axis=1)
+    say = jnp.take_along_axis(reply.tokens, index, axis=1)
     return jnp.where(jnp.arange(spec.say_tokens) < count[:, None], say, 0), count

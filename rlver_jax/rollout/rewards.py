@@ -1,8 +1,8 @@
-"""From a dialogue's emotions to its reward (design 9; RLVER, arXiv 2507.03112, section 2).
+"""From a dialogue's emotions to its reward (RLVER, arXiv 2507.03112, section 2).
 
 Notation: e_0 is the initial emotion, e_t the emotion after turn t, n the number of turns played.
 
-    final:    R = max(e_n / 100, 0), given at turn n
+    final:    R = max(e_n / 100, 0), earned at turn n
     per_turn: r_t = (e_t - e_{t-1}) / 10
     mixed:    r_t = gamma^(t-1) * ((1 - weight) * [t = n] * e_n / 100 + weight * (e_t - e_{t-1}) / 10)
 
@@ -14,12 +14,12 @@ A think-format violation earns nothing: the dialogue counts as one that ended wi
 would be the way out of one that goes badly, which a policy whose replies cost more than they earn finds in few steps.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
-
-REWARDS = ("final", "per_turn", "mixed")
 
 # Divided once, on the host, and looked up: XLA compiles x / 100 as x * (1 / 100), which is another float32
 # for 30 of the 101 emotions, and a reward has to be the same number in a log, under jit and in a check.
@@ -98,13 +98,19 @@ def reward(
 
     Raises ValueError for an unknown name, and as `final` and `mixed` do.
     """
-    if name == "final":
-        return final(emotions, n_turns, violation)
-    if name == "per_turn":
-        return per_turn(emotions, n_turns, violation)
-    if name == "mixed":
-        return mixed(emotions, n_turns, violation, gamma=gamma, weight=weight)
-    raise ValueError(f"reward {name!r} is unknown: use one of {', '.join(REWARDS)}")
+    if name not in REWARDS:
+        raise ValueError(f"reward {name!r} is unknown: use one of {', '.join(REWARDS)}")
+    return REWARDS[name](emotions, n_turns, violation, gamma, weight)
+
+
+# {name: reward from emotions, number of turns, violation, gamma and weight}
+REWARDS: dict[str, Callable[..., Rewards]] = {
+    "final": lambda emotions, n_turns, violation, gamma, weight: final(emotions, n_turns, violation),
+    "per_turn": lambda emotions, n_turns, violation, gamma, weight: per_turn(emotions, n_turns, violation),
+    "mixed": lambda emotions, n_turns, violation, gamma, weight: mixed(
+        emotions, n_turns, violation, gamma=gamma, weight=weight
+    ),
+}
 
 
 def _final_fraction(emotions: Int[Array, "B T+1"], last: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -116,8 +122,8 @@ def _change_tenths(
     emotions: Int[Array, "B T+1"], last: Int[Array, " B"], violation: Bool[Array, " B"]
 ) -> Float[Array, "B T"]:
     emotions = emotions.astype(jnp.int32)
-    lost = violation[:, None] & (jnp.arange(emotions.shape[1]) == last[:, None])
-    change = jnp.clip(jnp.diff(jnp.where(lost, 0, emotions), axis=1), -100, 100)
+    broken = violation[:, None] & (jnp.arange(emotions.shape[1]) == last[:, None])
+    change = jnp.clip(jnp.diff(jnp.where(broken, 0, emotions), axis=1), -100, 100)
     tenths = jnp.asarray(_TENTHS)[change + 100]
     played = jnp.arange(change.shape[1]) < last[:, None]
     return jnp.where(played, tenths, 0.0)

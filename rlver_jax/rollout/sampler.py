@@ -3,7 +3,7 @@
 One jitted function plays everything: profiles are prefilled once each, a `lax.while_loop` runs over turns, and both
 models' contexts stay on the device. With fewer rows than dialogues, a row whose dialogue has ended takes the next one
 before the next turn: its profile's keys and values are copied from where they were prefilled. Rows without a dialogue
-read and say nothing; the loop leaves when all dialogues have ended.
+prefill and decode nothing; the loop leaves when all dialogues have ended.
 """
 
 import dataclasses
@@ -20,16 +20,12 @@ from rlver_jax.decoding.cache import LM, Cache, append, init_cache, read_one, re
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.batch import gather_rows, scatter_rows
+from rlver_jax.rollout.end_reason import RUNNING, end_reason
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.slots import Queue, Slots, open_queue, take_next
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import pad_rows, round_up
-from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
-
-# Why a dialogue ended; a Dialogues' end_reason indexes it.
-END_REASONS = ("running", "success", "failure", "goodbye", "turn_limit", "format", "context")
-RUNNING, SUCCESS, FAILURE, GOODBYE, TURN_LIMIT, FORMAT, CONTEXT = range(7)
 
 
 @flax.struct.dataclass
@@ -64,10 +60,10 @@ class Dialogues:
 
 def _opening_keys(key: Key[Array, ""], prefix: Int[Array, "P L"], prefix_count: Int[Array, "P"]) -> Key[Array, "P"]:
     """Keys of made-up first utterances: each depends on its profile's prefix, not on who shares the batch."""
-    place = jnp.arange(prefix.shape[1])
-    weights = jnp.cumprod(jnp.full(place.shape, 0x01000193, jnp.uint32))
+    position = jnp.arange(prefix.shape[1])
+    weights = jnp.cumprod(jnp.full(position.shape, 0x01000193, jnp.uint32))
     terms = (prefix.astype(jnp.uint32) + 1) * weights
-    fingerprint = jnp.where(place < prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
+    fingerprint = jnp.where(position < prefix_count[:, None], terms, 0).sum(axis=1, dtype=jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1), fingerprint)
 
 
@@ -81,7 +77,7 @@ def opening_key(key: Key[Array, ""], prefix: Sequence[int]) -> Key[Array, ""]:
 
 
 class Opening(NamedTuple):
-    """What is read before the first turn: each profile once, and the policy's system prompt once."""
+    """What is prefilled before the first turn: each profile once, and the policy's system prompt once."""
 
     policy: Cache  # one row
     user: Cache  # P rows
@@ -93,16 +89,16 @@ class Opening(NamedTuple):
 def read_openings(policy, user, tables, profiles: Profiles, key, spec: RolloutConfig, limits: RolloutLimits) -> Opening:
     """Prefills all profiles and makes up the first utterances that they lack."""
     policy_tables, user_tables = tables
-    one = read_one(policy, policy_tables.system)
+    system = read_one(policy, policy_tables.system)
     count, width = profiles.prefix.shape
     wanted = profiles.active[:: spec.group]
-    heads = init_cache(user, count, width + spec.user_tokens + 1)
-    heads = append(user, heads, profiles.prefix, jnp.where(wanted, profiles.prefix_count, 0))
-    prefix = heads.length
+    prefix_cache = init_cache(user, count, width + spec.user_tokens + 1)
+    prefix_cache = append(user, prefix_cache, profiles.prefix, jnp.where(wanted, profiles.prefix_count, 0))
+    prefix = prefix_cache.length
     keys = _opening_keys(key, profiles.prefix, profiles.prefix_count)
-    heads, made = generate(
+    prefix_cache, made = generate(
         user,
-        heads,
+        prefix_cache,
         keys,
         user_tables.grammar,
         max_tokens=spec.user_tokens,
@@ -110,21 +106,22 @@ def read_openings(policy, user, tables, profiles: Profiles, key, spec: RolloutCo
         temperature=limits.user.reply_temperature,
         active=wanted & (profiles.first_count == 0),
     )
-    given = profiles.first_count > 0
+    known = profiles.first_count > 0
     size = max(profiles.first_talk.shape[1], spec.user_tokens)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, size - x.shape[1])))  # noqa: E731
-    first = jnp.where(given[:, None], pad(profiles.first_talk), pad(made.tokens))
-    first_count = jnp.where(given, profiles.first_count, made.text_count)
-    return Opening(one, rollback(heads, prefix), (first, first_count), prefix.sum() + policy_tables.system.shape[0])
+    first = jnp.where(known[:, None], pad(profiles.first_talk), pad(made.tokens))
+    first_count = jnp.where(known, profiles.first_count, made.text_count)
+    tokens = prefix.sum() + policy_tables.system.shape[0]
+    return Opening(system, rollback(prefix_cache, prefix), (first, first_count), tokens)
 
 
 def open_dialogues(policy, user, tables, profiles: Profiles, key, spec: RolloutConfig, limits: RolloutLimits):
-    """Both caches with a row for every dialogue, the first utterances, and how many tokens were read."""
+    """Both caches with a row for every dialogue, the first utterances, and how many tokens were prefilled."""
     opening = read_openings(policy, user, tables, profiles, key, spec, limits)
-    one = repeat_rows(opening.policy, profiles.active.shape[0], spec.context)
-    heads = repeat_rows(opening.user, spec.group, spec.context)
+    policy_cache = repeat_rows(opening.policy, profiles.active.shape[0], spec.context)
+    user_cache = repeat_rows(opening.user, spec.group, spec.context)
     reply = jax.tree.map(lambda x: jnp.repeat(x, spec.group, axis=0), opening.first)
-    return one, heads, reply, opening.tokens
+    return policy_cache, user_cache, reply, opening.tokens
 
 
 def room_needed(tables: tuple[PolicyTables, UserTables], spec: RolloutConfig, limits: RolloutLimits, first_width: int):
@@ -136,8 +133,8 @@ def room_needed(tables: tuple[PolicyTables, UserTables], spec: RolloutConfig, li
     scripts = (user.appraisal, user.reply)
     literals = sum(s.template.shape[0] * (s.template.shape[1] + 2 * s.values.shape[2]) for s in scripts)
     fields = sum(s.template.shape[0] for s in scripts) - 2
-    said = fields * limits.user.field_tokens + limits.user.reply_tokens
-    user_room = heard + marks + spec.policy_tokens + literals + user.options.padded.shape[1] + said + user.scratch
+    lines = fields * limits.user.field_tokens + limits.user.reply_tokens
+    user_room = heard + marks + spec.policy_tokens + literals + user.options.padded.shape[1] + lines + user.scratch
     return policy_room, user_room
 
 
@@ -207,13 +204,13 @@ class _Game:
         )
 
     def play(self, state: _State) -> _State:
-        """One turn of all rows, and its place in the log."""
+        """One turn of all rows, and its entry in the log."""
         slots, count = state.slots, self.profiles.active.shape[0]
         state, turn = self.turn(state)
         dialogue = jnp.where(slots.alive, slots.dialogue, count)  # a dead row writes nothing
         log = jax.tree.map(lambda x, new: scatter_rows(x, dialogue, slots.turn, new), state.log, turn)
-        said = (turn.policy.said, turn.user.appraisal, turn.user.reply)
-        steps = sum(x.count.max(axis=0).sum() for x in said)  # each generation ends with its longest row
+        generated = (turn.policy.said, turn.user.appraisal, turn.user.reply)
+        steps = sum(x.count.max(axis=0).sum() for x in generated)  # each generation ends with its longest row
         rows = slots.alive.shape[0]
         state = state._replace(log=log, cost=(state.cost[0] + rows, state.cost[1] + rows * steps))
         return self.refill(state) if rows < count else state
@@ -226,42 +223,31 @@ class _Game:
         active, last = slots.alive & fits, slots.turn + 1 >= limits.max_turns
         dialogues = gather_rows(self.profiles.dialogue_ids, slots.dialogue)
         keys = jax.vmap(lambda i, turn: jax.random.fold_in(dialogue_key(self.key, i), turn))(dialogues, slots.turn)
-        policy, spoken = policy_turn(
+        policy, replied = policy_turn(
             self.policy, self.tables[0], state.policy, state.say, state.reply, keys, spec=spec, limits=limits,
             active=active, first=slots.turn == 0,
         )  # fmt: skip
-        listening = active & ~spoken.violation
-        say = spoken.say, spoken.say_count
+        listening = active & ~replied.violation
+        say = replied.say, replied.say_count
         user, reaction = user_turn(
             self.user, self.tables[1], state.user, state.reply, say, state.emotion, keys, rules=spec.rules,
             readout=spec.readout, limits=limits.user, max_tokens=spec.user_tokens, active=listening, may_reply=~last,
         )  # fmt: skip
-        reason = _end_reason(slots.alive, fits, listening, last, reaction, spec.rules)
-        said = jax.tree.map(lambda x: x[-1], reaction.reply)
+        reason = end_reason(
+            reaction.emotion, spec.rules, goodbye=reaction.goodbye, last=last, violation=replied.violation, fits=fits
+        )
+        reason = jnp.where(slots.alive, reason, RUNNING)
+        answer = jax.tree.map(lambda x: x[-1], reaction.reply)
         size = state.reply[0].shape[1]
-        reply = jnp.pad(said.tokens, ((0, 0), (0, size - said.tokens.shape[1]))), said.text_count
+        reply = jnp.pad(answer.tokens, ((0, 0), (0, size - answer.tokens.shape[1]))), answer.text_count
         slots = slots._replace(turn=slots.turn + 1, alive=active & (reason == RUNNING))
         state = state._replace(slots=slots, policy=policy, user=user, emotion=reaction.emotion, say=say, reply=reply)
-        return state, _Turn(spoken, _fields_moved(reaction, 0, 1), listening, reason)
-
-
-def _end_reason(alive, fits, listening, last, reaction: UserTurn, rules: EmotionRules) -> Int[Array, "R"]:
-    """Why a dialogue ends with this turn; RUNNING for those that go on, and for rows without one."""
-    reason = jnp.where(fits, FORMAT, CONTEXT)
-    for condition, why in (
-        (listening, RUNNING),
-        (last, TURN_LIMIT),
-        (reaction.goodbye, GOODBYE),
-        (rules.failed(reaction.emotion), FAILURE),
-        (rules.succeeded(reaction.emotion), SUCCESS),
-    ):
-        reason = jnp.where(listening & condition, why, reason)
-    return jnp.where(alive, reason, RUNNING)
+        return state, _Turn(replied, _fields_moved(reaction, 0, 1), listening, reason)
 
 
 def _fields_moved(user: UserTurn, of: int, to: int) -> UserTurn:
-    """The axis of the scripts' fields moved from place `of` to place `to`."""
-    move = lambda said: jax.tree.map(lambda x: jnp.moveaxis(x, of, to), said)  # noqa: E731
+    """The axis of the scripts' fields moved from position `of` to position `to`."""
+    move = lambda lines: jax.tree.map(lambda x: jnp.moveaxis(x, of, to), lines)  # noqa: E731
     return dataclasses.replace(user, appraisal=move(user.appraisal), reply=move(user.reply))
 
 

@@ -42,9 +42,9 @@ def take_next(queue: Queue, slots: Slots) -> tuple[Slots, Bool[Array, "R"]]:
     """Gives each dead row the next dialogue of its part's queue, while there is one; and which rows have got one."""
     parts, size = queue.dialogues.shape
     free = ~slots.alive.reshape(parts, -1)
-    place = slots.taken[:, None] + jnp.cumsum(free, axis=1) - free
-    fresh = free & (place < queue.size[:, None])
-    following = jnp.take_along_axis(queue.dialogues, jnp.minimum(place, size - 1), axis=1)
+    index = slots.taken[:, None] + jnp.cumsum(free, axis=1) - free
+    fresh = free & (index < queue.size[:, None])
+    following = jnp.take_along_axis(queue.dialogues, jnp.minimum(index, size - 1), axis=1)
     taken = slots.taken + fresh.sum(1, dtype=jnp.int32)
     following, fresh = following.reshape(-1), fresh.reshape(-1)
     dialogue = jnp.where(fresh, following, slots.dialogue)

@@ -17,7 +17,7 @@ class RolloutConfig:
     """What a sampler is compiled for. Lengths are maxima; `RolloutLimits` may ask for less without compiling again."""
 
     mode: str  # think | direct
-    enforce_format: bool  # think: keep the policy from ending a message before `</think>` and a visible say
+    enforce_format: bool  # think: keep the policy from ending a message before `</think>` and a visible reply
     group: int  # dialogues of one profile
     max_turns: int
     context: int  # slots of each row, policy and user alike

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 
-def json_line(value: Any, **how: Any) -> bytes:
-    """JSON in UTF-8 with a line end; half characters, as names of files may hold, stand as JSON's escapes for them."""
-    return (json.dumps(value, ensure_ascii=False, **how) + "\n").encode("utf-8", "backslashreplace")
+def json_line(value: Any, **options: Any) -> bytes:
+    """JSON in UTF-8 with a line end; half characters, as names of files may hold, become JSON's escapes.
+
+    Args:
+        options: of `json.dumps`.
+    """
+    return (json.dumps(value, ensure_ascii=False, **options) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from rlver_jax.config.hub import local_folder
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
+from rlver_jax.profiles.fingerprint import profiles_fingerprint
+from rlver_jax.profiles.indexed import IndexedProfiles
 from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
 from rlver_jax.text.template import read_config
 from rlver_jax.user.prompts import Prompts, load_prompts
@@ -29,15 +31,15 @@ _ROWS, _LAST_ROWS = ("embed_tokens.weight", "lm_head.weight"), 4 << 20  # whose 
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # of each file, in the first form of a model's fingerprint
 
 
-def same(found: object, new: object) -> bool:
-    """Whether two fingerprints are of one content; `found` may be of an older version.
+def same(old: object, new: object) -> bool:
+    """Whether two fingerprints are of one content; `old` may be of an older version.
 
     A model's has two parts, FIRST.SECOND, in two forms. Older versions wrote the first one alone.
     """
-    if not isinstance(found, str) or not isinstance(new, str) or "." not in new:
-        return found == new
+    if not isinstance(old, str) or not isinstance(new, str) or "." not in new:
+        return old == new
     first, _, second = new.partition(".")
-    return found.partition(".")[2] == second if "." in found else found == first
+    return old.partition(".")[2] == second if "." in old else old == first
 
 
 def model_fingerprint(config: ConfigDict, name: str) -> str:
@@ -76,35 +78,35 @@ def model_parts(folder: Path, *, weights: bool) -> dict[str, str]:
     known = {name: value for name, value in architecture.items() if value != default[name] and name != "max_positions"}
     ends = [read_config(folder, name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
     files = sorted(file for kind in _TOKENIZER for file in folder.glob(kind))
-    read = [piece for file in files for piece in (file.name.encode(), file.read_bytes())]
-    found = {
+    contents = [data for file in files for data in (file.name.encode(), file.read_bytes())]
+    parts = {
         "config": _digest(json.dumps(known, sort_keys=True, default=repr).encode()),
-        "tokenizer": _digest(json.dumps(next((e for e in ends if e is not None), None)).encode(), *read),
+        "tokenizer": _digest(json.dumps(next((e for e in ends if e is not None), None)).encode(), *contents),
     }
-    return found | ({"weights": _weights(folder)} if weights else {})
+    return parts | ({"weights": _weights(folder)} if weights else {})
 
 
 def _weights(folder: Path) -> str:
     tensors = find_tensors(folder)
     whole = sum(tensor.end - tensor.begin for tensor in tensors.values()) <= _WHOLE
     with concurrent.futures.ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:  # network folders wait
-        digests = pool.map(lambda tensor: _tensor(tensor, whole), tensors.values())
-        found = dict(zip(tensors, digests, strict=True))
-    return _digest(*(f"{name} {found[name]}".encode() for name in sorted(found)))
+        hashed = pool.map(lambda tensor: _tensor(tensor, whole), tensors.values())
+        digests = dict(zip(tensors, hashed, strict=True))
+    return _digest(*(f"{name} {digests[name]}".encode() for name in sorted(digests)))
 
 
 def _tensor(tensor: Tensor, whole: bool) -> str:
     shape = f"{tensor.dtype} {tensor.shape}".encode()
     with tensor.file.open("rb") as stream:
-        return _digest(shape, *(_read(stream.fileno(), *place) for place in _places(tensor, whole)))
+        return _digest(shape, *(_read(stream.fileno(), *part) for part in _byte_ranges(tensor, whole)))
 
 
-def _places(tensor: Tensor, whole: bool) -> Iterator[tuple[int, int]]:
+def _byte_ranges(tensor: Tensor, whole: bool) -> Iterator[tuple[int, int]]:
     """(first byte, number of bytes) of what is read of a tensor."""
     size = tensor.end - tensor.begin
     if whole or size <= _WHOLE_TENSOR:
-        for at in range(tensor.begin, tensor.end, _WHOLE_TENSOR):
-            yield at, min(_WHOLE_TENSOR, tensor.end - at)
+        for begin in range(tensor.begin, tensor.end, _WHOLE_TENSOR):
+            yield begin, min(_WHOLE_TENSOR, tensor.end - begin)
         return
     for i in range(_PIECES):
         yield tensor.begin + (size - _PIECE) * i // (_PIECES - 1), _PIECE
@@ -113,15 +115,15 @@ def _places(tensor: Tensor, whole: bool) -> Iterator[tuple[int, int]]:
         yield tensor.end - last, last
 
 
-def _read(file: int, at: int, size: int) -> bytes:
-    return os.pread(file, size, at)
+def _read(file: int, offset: int, size: int) -> bytes:
+    return os.pread(file, size, offset)
 
 
 def _sampled(folder: Path, weights: bool) -> str:
     """The first form: 64 pieces of each large file, every other whole. Evaluations of older versions have it."""
     files = sorted(file for kind in ("*.safetensors", "*.model", "*.json") for file in folder.glob(kind))
     files = [file for file in files if weights or file.suffix != ".safetensors"]
-    return _digest(*(piece for file in files for piece in (file.name.encode(), *_samples(file))))
+    return _digest(*(data for file in files for data in (file.name.encode(), *_samples(file))))
 
 
 def _samples(file: Path) -> Iterable[bytes]:
@@ -139,7 +141,7 @@ def _samples(file: Path) -> Iterable[bytes]:
 def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
     """Of all prompts as the models read them, and of the profiles in their order."""
     prompts = load_prompts(config.data.language, config.user.prompts or None)
-    texts = [prompts.policy_system(config.policy.mode), *_said_to_user(prompts)]
+    texts = [prompts.policy_system(config.policy.mode), *_texts_for_user(prompts)]
     if config.remote.user.url:
         texts += [prompts.form("", say=""), *(prompts.form("", missing=missing) for missing in ("change", "reply"))]
     for p in profiles:
@@ -147,13 +149,18 @@ def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
     return _digest(json.dumps(texts).encode())
 
 
-def _said_to_user(prompts: Prompts) -> list[str]:
+def _texts_for_user(prompts: Prompts) -> list[str]:
     return [prompts.opening, repr(prompts.appraisal), repr(prompts.reply)]
 
 
 def _system(prompts: Prompts, profile: Profile, config: ConfigDict) -> str:
-    how = {"style": config.user.style, "scenario": config.user.scenario}
-    return prompts.user_system(profile.persona, profile.background, profile.hidden_intention, **how)
+    return prompts.user_system(
+        profile.persona,
+        profile.background,
+        profile.hidden_intention,
+        style=config.user.style,
+        scenario=config.user.scenario,
+    )
 
 
 def run_fingerprints(
@@ -172,19 +179,20 @@ def run_fingerprints(
     # The user's system prompt as it is written for each known wish, and for another one.
     wishes = [one.chinese for one in HIDDEN_INTENTIONS] + [one.sentence for one in prompts.intentions.values()]
     probes = [Profile("", "persona", "scene", wish, "") for wish in (*wishes, "wish")]
-    user = [*_said_to_user(prompts), *(_system(prompts, probe, config) for probe in probes)]
-    found = {
+    user = [*_texts_for_user(prompts), *(_system(prompts, probe, config) for probe in probes)]
+    fingerprints = {
         "prompts.policy": _digest(prompts.policy_system(config.policy.mode).encode()),
         "prompts.user": _digest(json.dumps(user).encode()),
     }
-    for name, some in profiles.items():
-        found[f"profiles.{name}"] = _digest(json.dumps([profile.to_json() for profile in some]).encode())
+    for name, source in profiles.items():
+        stored = source.fingerprint if isinstance(source, IndexedProfiles) else None
+        fingerprints[f"profiles.{name}"] = stored or profiles_fingerprint(source)
     read: dict[tuple[Path, bool], dict[str, str]] = {}
     for name, (folder, weights) in models.items():
-        place = (folder.resolve(), weights)
-        read[place] = read.get(place) or model_parts(folder, weights=weights)
-        found |= {f"{name}.{part}": digest for part, digest in read[place].items()}
-    return found
+        key = (folder.resolve(), weights)
+        read[key] = read.get(key) or model_parts(folder, weights=weights)
+        fingerprints |= {f"{name}.{part}": digest for part, digest in read[key].items()}
+    return fingerprints
 
 
 def described(name: str, config: ConfigDict) -> str:
@@ -192,16 +200,16 @@ def described(name: str, config: ConfigDict) -> str:
     what, _, part = name.partition(".")
     if what == "profiles":
         kind = "training" if part == "data.train" else "held-out"
-        files = config.data.train if part == "data.train" else config.data.eval or config.data.train
-        return f"the {kind} profiles ({part}={files!r})"
+        value = config.data.train if part == "data.train" else config.data.eval or config.data.train
+        return f"the {kind} profiles ({part}={value!r})"
     if what == "prompts":
         return f"the prompts of the {part} (user.prompts={config.user.prompts!r}, data.language={config.data.language})"
     path = config[what].path or config.policy.path
     return f"the {part} of the {what} model ({what}.path={path!r})"
 
 
-def _digest(*pieces: bytes) -> str:
+def _digest(*parts: bytes) -> str:
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(len(piece).to_bytes(8, "big") + piece)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """One folder, one process group: a lock that holds across hosts, network folders and mounted buckets.
 
-FOLDER/lock holds `owner.json`, made by whoever comes first, and `beat-TOKEN-N`, an empty file that the owner puts in
-place of the last one every few seconds. That the owner lives is told by its process id where it runs here, and
+FOLDER/lock holds `owner.json`, made by whoever comes first, and `beat-TOKEN-N`, an empty file with which the owner
+replaces the last one every few seconds. That the owner lives is told by its process id where it runs here, and
 elsewhere by the beat's name, which changes: names are not cached where contents are. There is no flock, which buckets
 and some network folders don't have. Every change of `owner.json` but its making needs the `claim-TOKEN` of the owner
 that it holds: of two newcomers one takes a stale lock away, and none takes away a fresh one.
@@ -143,8 +143,8 @@ class Lock:
 
     def _is_ours(self) -> bool:
         assert self.owner
-        found = _read_owner(self.folder)
-        return found == self.owner and self._name(self._beats).name in _beats(self.folder, self.owner.token)
+        owner = _read_owner(self.folder)
+        return owner == self.owner and self._name(self._beats).name in _beats(self.folder, self.owner.token)
 
 
 @contextlib.contextmanager
@@ -191,35 +191,35 @@ class _Newcomer:
             if self._before:
                 self.report(f"{self.folder}: taken over from {self._before}")
             return True
-        found = _read_owner(self.folder)
-        if found is None and not _owner_file(self.folder).exists():
+        holder = _read_owner(self.folder)
+        if holder is None and not _owner_file(self.folder).exists():
             return False  # given back a moment ago
-        token = found.token if found else ""
+        token = holder.token if holder else ""
         beats = _beats(self.folder, token)
-        lives = found.lives(self.owner, _last_beat(self.folder, beats)) if found else None
+        lives = holder.lives(self.owner, _last_beat(self.folder, beats)) if holder else None
         if lives is None:
-            lives = self._watched(found, token, beats)
+            lives = self._watched(holder, token, beats)
         if lives:
             raise LockedError(
-                f"{self.folder}: is in use by {found}; wait until that has ended, end it, or name another {self.flag}"
+                f"{self.folder}: is in use by {holder}; wait until that has ended, end it, or name another {self.flag}"
             )
         if lives is None:
             time.sleep(_PAUSE)
         elif _taken_away(self.folder, token):
-            how = f"gave no sign of life for {WATCH:.0f} s" if token in self._seen else "has ended"
-            self._before = f"{found}, which {how}" if found else "a process that ended before it had written its name"
+            end = f"gave no sign of life for {WATCH:.0f} s" if token in self._seen else "has ended"
+            self._before = f"{holder}, which {end}" if holder else "a process that ended before it had written its name"
         else:
             self._pass_claim(token)
         return False
 
-    def _watched(self, found: Owner | None, token: str, beats: list[str]) -> bool | None:
+    def _watched(self, holder: Owner | None, token: str, beats: list[str]) -> bool | None:
         """Whether an owner that cannot be asked from here lives; None as long as that is open."""
-        if found and token not in self._seen:
-            self.report(f"{self.folder}: locked by {found}; watching for {WATCH:.0f} s whether it still runs")
+        if holder and token not in self._seen:
+            self.report(f"{self.folder}: locked by {holder}; watching for {WATCH:.0f} s whether it still runs")
         before, since = self._seen.setdefault(token, (beats, time.monotonic()))
-        if found and before != beats:
+        if holder and before != beats:
             return True
-        return False if time.monotonic() - since > (WATCH if found else _CLAIM) else None
+        return False if time.monotonic() - since > (WATCH if holder else _CLAIM) else None
 
     def _pass_claim(self, token: str) -> None:
         """Waits for another newcomer that is about to take the lock away; removes what one that was killed left."""
@@ -257,8 +257,8 @@ def _taken_away(folder: Path, token: str) -> bool:
     except FileNotFoundError:  # gone already
         return True
     try:
-        found = _read_owner(folder)  # again: another may have been here
-        if (found.token if found else "") == token:
+        holder = _read_owner(folder)  # again: another may have been here
+        if (holder.token if holder else "") == token:
             _remove_beats(folder, token)
             _owner_file(folder).unlink(missing_ok=True)
     finally:

@@ -1,8 +1,9 @@
-"""Settings that something was begun with against those that it shall go on with, of this version or an older one."""
+"""Whether a run, an evaluation or a judgement resumes with the settings that it was begun with, by any version."""
 
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlver_jax.config import fields
@@ -21,33 +22,61 @@ class Compared(NamedTuple):
     defaults: str  # what an older version did not write down, with the values taken; empty: nothing
 
 
-def compare(found: Mapping[str, Any], new: Mapping[str, Any], free: Callable[[str], bool]) -> Compared:
+def check_same(
+    path: Path,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    free: Callable[[str], bool],
+    *,
+    fault: str,
+    remedy: str,
+    report: Callable[[str], None],
+) -> None:
+    """Refuses to resume what lies at `path` with other settings than it was begun with.
+
+    Args:
+        old, new: flat settings, both as JSON has them.
+        free: whether a field may differ.
+        fault, remedy: what is wrong where they differ, and what to do.
+        report: is told what an older version did not write down, and what is taken for it.
+
+    Raises:
+        ValueError: they differ.
+    """
+    compared = compare(old, new, free)
+    if compared.differences:
+        raise ValueError(f"{path}: {fault} ({compared.differences}); {remedy}")
+    if compared.defaults:
+        report(f"{path}: begun by an older version of rlver_jax, whose settings lack {compared.defaults}: as here")
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any], free: Callable[[str], bool]) -> Compared:
     """Compares flat settings, both as JSON has them.
 
-    A field of the config that `found` lacks came with a newer version: until then what its default says was done.
+    A field of the config that `old` lacks came with a newer version: until then what its default says was done.
 
     Args:
         free: whether a field may differ.
     """
-    fields, differ, taken = _defaults(), [], []
-    for name in (n for n in {**found, **new} if not free(n)):
-        if name not in found and name in fields:
+    fields, differences, defaults = _defaults(), [], []
+    for name in (n for n in {**old, **new} if not free(n)):
+        if name not in old and name in fields:
             if new[name] == fields[name]:
-                taken.append(f"{name}={fields[name]!r}")
+                defaults.append(f"{name}={fields[name]!r}")
             else:
-                differ.append(f"{name} did not exist, which was as {fields[name]!r}, is {new[name]!r}")
+                differences.append(f"{name} did not exist, which was as {fields[name]!r}, is {new[name]!r}")
         elif name not in new and name not in fields and "." in name and not name.startswith("fingerprint."):
-            differ.append(f"{name} was {found[name]!r}, but this version of rlver_jax has no such field")
-        elif not _equal(name, found.get(name), new.get(name)):
-            was, now = (repr(some[name]) if name in some else "no field" for some in (found, new))
-            differ.append(f"{name} was {was}, is {now}")
-        elif found.get(name) != new.get(name):
-            taken.append(f"{name} in its present form")
-    return Compared(listed(differ, "; "), listed(taken, ", "))
+            differences.append(f"{name} was {old[name]!r}, but this version of rlver_jax has no such field")
+        elif not _equal(name, old.get(name), new.get(name)):
+            was, now = (repr(settings[name]) if name in settings else "no field" for settings in (old, new))
+            differences.append(f"{name} was {was}, is {now}")
+        elif old.get(name) != new.get(name):
+            defaults.append(f"{name} in its present form")
+    return Compared(listed(differences, "; "), listed(defaults, ", "))
 
 
-def _equal(name: str, found: object, new: object) -> bool:
-    return same(found, new) if name.startswith("fingerprint.") else found == new
+def _equal(name: str, old: object, new: object) -> bool:
+    return same(old, new) if name.startswith("fingerprint.") else old == new
 
 
 def without_secrets(settings: dict[str, Any], keys: Iterable[str] = ()) -> dict[str, Any]:
@@ -57,8 +86,8 @@ def without_secrets(settings: dict[str, Any], keys: Iterable[str] = ()) -> dict[
         keys: that are hidden wherever they stand.
     """
     secrets = Secrets(keys)
-    found = {name: settings[name] for name in _MAY_HOLD_KEYS if isinstance(settings.get(name), str)}
-    return settings | {name: redacted(value, secrets) for name, value in found.items()}
+    texts = {name: settings[name] for name in _MAY_HOLD_KEYS if isinstance(settings.get(name), str)}
+    return settings | {name: redacted(text, secrets) for name, text in texts.items()}
 
 
 def listed(texts: Sequence[str], separator: str) -> str:

@@ -1,4 +1,4 @@
-"""Connections: uvicorn's, with a limit on how long each may take for what it owes, and on how many there are."""
+"""Connections: uvicorn's, with time limits for all that a client must do, and a limit on their number."""
 
 import asyncio
 import json
@@ -13,12 +13,12 @@ from rlver_jax.serving.request_bodies import BODY_S, MAX_BODY
 
 MAX_CONNECTIONS = 512
 MAX_WIRE = 4 * MAX_BODY  # bytes that come in for one request, chunks' frames and what is thrown away included
-PIECE = 1 << 16  # bytes that are parsed in one turn of the event loop
-CHUNKS_PIECE = 1 << 11  # of a body in chunks: they may be hundreds of tiny ones
+BYTES_AT_ONCE = 1 << 16  # that are parsed in one turn of the event loop
+CHUNKED_AT_ONCE = 1 << 11  # of a body in chunks: they may be hundreds of tiny ones
 
 
 class Connection(H11Protocol):
-    """One client's connection. It is cut when its client keeps it waiting."""
+    """One client's connection; closed when the client takes too long."""
 
     # Seconds for: all headers; the body (the application says 408 before that); the answer's next 64 KiB to be read;
     # the next request; the last bytes before it is closed.
@@ -41,7 +41,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             self.app = _too_many
-        self._look()
+        self._reset_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops it."""
@@ -51,44 +51,44 @@ class Connection(H11Protocol):
             self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Takes bytes piece by piece, so that others' turns come in between."""
+        """Takes bytes part by part, so that others' turns come in between."""
         self._taken += len(data)
         if self._taken > MAX_WIRE:
             self.transport.abort()
             return
-        coming = bool(self._unread)
+        feeding = bool(self._unread)
         self._unread += data
-        if not coming:
+        if not feeding:
             self._feed()
 
     def _feed(self) -> None:
-        chunks = any(name == b"transfer-encoding" for name, _ in self.headers or ())
-        size = CHUNKS_PIECE if chunks else PIECE
-        piece = bytes(self._unread[:size])
+        chunked = any(name == b"transfer-encoding" for name, _ in self.headers or ())
+        size = CHUNKED_AT_ONCE if chunked else BYTES_AT_ONCE
+        part = bytes(self._unread[:size])
         del self._unread[:size]
-        if piece and not self.transport.is_closing():
-            super().data_received(piece)
-            self._look()
+        if part and not self.transport.is_closing():
+            super().data_received(part)
+            self._reset_clock()
         if self._unread:
             self.loop.call_soon(self._feed)
 
     def on_response_complete(self) -> None:
-        """The next request's turn."""
+        """Starts the clock for the next request."""
         self._taken = len(self._unread)
         super().on_response_complete()
-        self._look()
+        self._reset_clock()
 
     def pause_writing(self) -> None:
         """The client doesn't read what it asked for."""
         super().pause_writing()
         self._writes = False
-        self._look()
+        self._reset_clock()
 
     def resume_writing(self) -> None:
         """It does again."""
         super().resume_writing()
         self._writes = True
-        self._look()
+        self._reset_clock()
 
     def send_400_response(self, msg: str) -> None:
         """What isn't HTTP gets the protocol's error object too, unless an answer has begun."""
@@ -103,9 +103,9 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _look(self) -> None:
-        """Sets the clock anew where the client owes something else than before."""
-        stage = self._owed(), self.cycle
+    def _reset_clock(self) -> None:
+        """Restarts the clock where something else is awaited of the client than before."""
+        stage = self._awaited(), self.cycle
         if stage == self._stage:
             return
         self._stage = stage
@@ -114,7 +114,7 @@ class Connection(H11Protocol):
         seconds = self.patience.get(stage[0])
         self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
-    def _owed(self) -> str:
+    def _awaited(self) -> str:
         if self.transport.is_closing():
             return "closing"
         if not self._writes:

@@ -13,20 +13,9 @@ from rlver_jax.decoding.cache import LM, Cache
 from rlver_jax.dialogues.log import Record, policy_message, user_message
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS, FORMAT, RUNNING, end_reason
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
-from rlver_jax.rollout.sampler import (
-    CONTEXT,
-    END_REASONS,
-    FAILURE,
-    FORMAT,
-    GOODBYE,
-    RUNNING,
-    SUCCESS,
-    TURN_LIMIT,
-    Profiles,
-    open_dialogues,
-    room_needed,
-)
+from rlver_jax.rollout.sampler import Profiles, open_dialogues, room_needed
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
@@ -148,15 +137,8 @@ class Conversation:
         message = user_message(_first_of(user=reaction), self.agents, 0, 0)
         self._heard = self._words(message["tokens"])
         self._add_reaction(message)
-        emotion = message["emotion"]
-        reasons = (
-            (spec.rules.succeeded(emotion), SUCCESS),
-            (spec.rules.failed(emotion), FAILURE),
-            (bool(reaction.goodbye[0]), GOODBYE),
-            (last, TURN_LIMIT),
-        )
-        reason = next((why for holds, why in reasons if holds), RUNNING) if ends else RUNNING
-        if reason != RUNNING:
+        reason = end_reason(message["emotion"], spec.rules, goodbye=bool(reaction.goodbye[0]), last=last)
+        if ends and reason != RUNNING:
             self._end(reason)
         elif self._is_full():
             self._end(CONTEXT)

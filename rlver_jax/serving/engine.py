@@ -1,7 +1,7 @@
-"""Continuous batching: requests come and go while the rows of one cache keep speaking.
+"""Continuous batching: requests come and go while the rows of one KV cache keep decoding.
 
-One thread owns the device. In each round it gives free rows to waiting requests, lets every row that is still reading
-its prompt read one chunk, and lets all others speak one block together. Everything is compiled by `warm_up`.
+One thread owns the device. In each round it gives free rows to waiting requests, prefills one chunk of every prompt
+that isn't whole yet, and decodes one block of all others together. `warm_up` compiles everything.
 """
 
 import collections
@@ -18,17 +18,17 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.grammar import free_text
 from rlver_jax.serving import programs
 from rlver_jax.serving.detokenizer import StreamingDetokenizer
-from rlver_jax.serving.programs import BlockOutput, Likeliest, SlotRequest
+from rlver_jax.serving.programs import BlockOutput, SlotRequest, TokenLogprobs
 from rlver_jax.text.padding import pad_rows
 from rlver_jax.text.tokenizer import Tokenizer
 
-CHUNKS = (32, 256)  # tokens of a prompt read at a time
+CHUNKS = (32, 256)  # tokens of a prompt prefilled at a time
 FEW_CALLS = 4  # calls of the small chunk rather than one of the large one
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """One reply that is wanted."""
+class GenerationParams:
+    """One reply that is wanted: its prompt, and how it is sampled."""
 
     tokens: Sequence[int]  # the prompt, at least one
     max_tokens: int
@@ -36,8 +36,8 @@ class Work:
     top_p: float = 1.0
     stop: Sequence[str] = ()
     seed: int = 0  # below 2**32
-    details: bool = False  # tell the likeliest tokens beside each token said
-    score_prompt: bool = False  # tell log-probabilities of the prompt's tokens
+    details: bool = False  # return the likeliest tokens beside each generated one
+    score_prompt: bool = False  # return log-probabilities of the prompt's tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ class TokenScore:
 
 @dataclasses.dataclass(frozen=True)
 class StreamChunk:
-    """What a reply has come to since the last piece."""
+    """What a reply has gained since the last chunk."""
 
     text: str = ""
     scores: Sequence[TokenScore] = ()
-    prompt: Sequence[TokenScore] = ()  # with score_prompt, before anything is said
-    said: int = 0  # tokens so far, a stop token included
+    prompt: Sequence[TokenScore] = ()  # with score_prompt, before the first generated token
+    generated: int = 0  # tokens so far, a stop token included
     finish: str | None = None  # stop | length | error; None: it goes on
 
 
@@ -66,8 +66,8 @@ Emit = Callable[[StreamChunk], None]  # called from the engine's thread
 class GenerationRequest:
     """A submitted reply; `cancel` when nobody waits for it any more."""
 
-    def __init__(self, work: Work, emit: Emit):
-        self.work, self.emit, self.cancelled = work, emit, False
+    def __init__(self, params: GenerationParams, emit: Emit):
+        self.params, self.emit, self.cancelled = params, emit, False
 
     def cancel(self) -> None:
         """Frees its row before the next block."""
@@ -83,16 +83,16 @@ class EngineDown(Exception):
 
 
 class _Slot:
-    """What one row of the cache is doing."""
+    """The request that one row of the cache works on."""
 
-    def __init__(self, ticket: GenerationRequest, tokenizer: Tokenizer):
-        self.ticket, self.speech = ticket, StreamingDetokenizer(tokenizer, ticket.work.stop)
-        self.length = self.said = 0
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer):
+        self.request, self.detokenizer = request, StreamingDetokenizer(tokenizer, request.params.stop)
+        self.length = self.generated = 0
         self.prompt: list[TokenScore] = []
 
     @property
     def unread(self) -> int:
-        return len(self.ticket.work.tokens) - self.length if not self.said else 0
+        return len(self.request.params.tokens) - self.length if not self.generated else 0
 
 
 class Engine:
@@ -102,16 +102,16 @@ class Engine:
         """An engine that is not running yet: `warm_up`, then `start`.
 
         Args:
-            rows: requests that are answered at once.
+            rows: of the cache: requests that are answered at once.
             context: tokens of a prompt and its reply together.
-            block: tokens that all rows say between two looks at the host.
+            block: tokens that all rows decode between two looks at the host.
             queue: requests that may wait for a row.
         """
         self.lm, self.tokenizer = lm, tokenizer
         self.rows, self.context, self.block, self.queue = rows, context, block, queue
         self._grammar = free_text(tokenizer, lm.model.config.vocab_size)
-        # Padding is written too: a chunk beyond the last token must not reach back over what was read.
-        cache = programs.empty(lm, rows, context + max(CHUNKS))
+        # Padding is written too: a chunk at the end of the context must not reach back over earlier tokens.
+        cache = programs.empty_cache(lm, rows, context + max(CHUNKS))
         # Bound to where it lies, as every program's result is: else the first call would be compiled once more.
         self._cache = jax.device_put(cache, jax.tree.map(lambda x: x.sharding, cache))
         self._slots: list[_Slot | None] = [None] * rows
@@ -125,9 +125,9 @@ class Engine:
         """Compiles everything that will run."""
         for _ in range(2):  # on several devices once more, with a cache that lies where the programs put it
             for size in CHUNKS:
-                self._read(0, 0, [self.tokenizer.pad_id], size)
-            self._read(0, 0, [self.tokenizer.pad_id], CHUNKS[0], score=True)
-            self._cache, _ = programs.speak(self.lm, self._cache, self._grammar, self._ask([]), steps=self.block)
+                self._prefill(0, 0, [self.tokenizer.pad_id], size)
+            self._prefill(0, 0, [self.tokenizer.pad_id], CHUNKS[0], score=True)
+            self._decode([])
         jax.block_until_ready(self._cache)
 
     def start(self) -> None:
@@ -143,26 +143,26 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
-    def submit(self, wanted: Iterable[tuple[Work, Emit]]) -> list[GenerationRequest]:
-        """Puts replies in the queue, all or none; their pieces are given to the emitters.
+    def submit(self, wanted: Iterable[tuple[GenerationParams, Emit]]) -> list[GenerationRequest]:
+        """Puts replies in the queue, all or none; their chunks go to the emitters.
 
         Raises:
             EngineFull: they don't fit in the queue.
             EngineDown: the engine has failed or was closed.
         """
-        tickets = [GenerationRequest(work, emit) for work, emit in wanted]
+        requests = [GenerationRequest(params, emit) for params, emit in wanted]
         with self._wake:
             if self._closed or self.failure is not None:
                 raise EngineDown("the engine does not run")
-            if len(self._waiting) + len(tickets) > self.queue:
+            if len(self._waiting) + len(requests) > self.queue:
                 raise EngineFull(f"{len(self._waiting)} replies are waiting, at most {self.queue} may")
-            self._waiting += tickets
-            self._counts["accepted"] += len(tickets)
+            self._waiting += requests
+            self._counts["accepted"] += len(requests)
             self._wake.notify()
-        return tickets
+        return requests
 
     def stats(self) -> dict[str, Any]:
-        """Figures since the start; `occupancy` is the mean share of rows that spoke in a decoding step."""
+        """Counts since the start; `occupancy` is the mean share of rows that were active in a decode step."""
         counts, busy = self._counts, sum(slot is not None for slot in self._slots)
         steps = counts["steps"]
         return {
@@ -170,10 +170,10 @@ class Engine:
             "busy": busy,
             "waiting": len(self._waiting),
             "replies": {name: counts[name] for name in ("accepted", "finished", "cancelled", "failed")},
-            "tokens": {"prompt": counts["read"], "generated": counts["said"]},
+            "tokens": {"prompt": counts["prefilled"], "generated": counts["generated"]},
             "steps": steps,
-            "occupancy": counts["said"] / (steps * self.rows) if steps else 0.0,
-            "rows_mean": counts["said"] / steps if steps else 0.0,
+            "occupancy": counts["generated"] / (steps * self.rows) if steps else 0.0,
+            "rows_mean": counts["generated"] / steps if steps else 0.0,
             "programs_compiled": programs.compiled(),
             "uptime_s": round(time.monotonic() - self._began, 3),
         }
@@ -186,11 +186,11 @@ class Engine:
             self.failure = error
         with self._wake:
             self._closed = True
-            left = [slot.ticket for slot in self._slots if slot is not None] + list(self._waiting)
+            left = [slot.request for slot in self._slots if slot is not None] + list(self._waiting)
             self._waiting.clear()
-        for ticket in left:
+        for request in left:
             self._counts["failed"] += 1
-            ticket.emit(StreamChunk(finish="error"))
+            request.emit(StreamChunk(finish="error"))
 
     def _admit(self) -> bool:
         """Waits for something to do and gives rows to those who wait; False: the engine was closed."""
@@ -199,55 +199,60 @@ class Engine:
                 self._wake.wait()
             for row, slot in enumerate(self._slots):
                 while slot is None and self._waiting:
-                    ticket = self._waiting.popleft()
-                    if ticket.cancelled:
+                    request = self._waiting.popleft()
+                    if request.cancelled:
                         self._counts["cancelled"] += 1
                         continue
-                    slot = self._slots[row] = _Slot(ticket, self.tokenizer)
+                    slot = self._slots[row] = _Slot(request, self.tokenizer)
             return not self._closed
 
     def _round(self) -> None:
         for row, slot in enumerate(self._slots):
-            if slot is not None and slot.ticket.cancelled:
+            if slot is not None and slot.request.cancelled:
                 self._free(row, "cancelled")
         for row, slot in enumerate(self._slots):
             if slot is not None and slot.unread:
-                self._read_some(row, slot)
-        speaking = [row for row, slot in enumerate(self._slots) if slot is not None and not slot.unread]
-        if not speaking:
+                self._prefill_chunk(row, slot)
+        decoding = [row for row, slot in enumerate(self._slots) if slot is not None and not slot.unread]
+        if not decoding:
             return
-        ask = self._ask(speaking)
-        self._cache, spoken = programs.speak(self.lm, self._cache, self._grammar, ask, steps=self.block)
-        spoken = jax.device_get(spoken)
-        self._counts["steps"] += int(spoken.count.max())
-        self._counts["said"] += int(spoken.count.sum())
-        for row in speaking:
-            self._hear(row, spoken)
+        output = jax.device_get(self._decode(decoding))
+        self._counts["steps"] += int(output.count.max())
+        self._counts["generated"] += int(output.count.sum())
+        for row in decoding:
+            self._take(row, output)
 
-    def _read_some(self, row: int, slot: _Slot) -> None:
-        """One chunk of a prompt; with the last one the scores of the prompt are told."""
-        work = slot.ticket.work
-        size = CHUNKS[0] if work.score_prompt or slot.unread <= FEW_CALLS * CHUNKS[0] else CHUNKS[-1]
-        part = list(work.tokens[slot.length : slot.length + size])
-        scores = self._read(row, slot.length, part, size, work.score_prompt)
+    def _decode(self, decoding: Sequence[int]) -> BlockOutput:
+        requests = self._slot_requests(decoding)
+        self._cache, output = programs.decode_block(self.lm, self._cache, self._grammar, requests, steps=self.block)
+        return output
+
+    def _prefill_chunk(self, row: int, slot: _Slot) -> None:
+        """Prefills one chunk of a prompt; after the last one the scores of the prompt are emitted."""
+        params = slot.request.params
+        size = CHUNKS[0] if params.score_prompt or slot.unread <= FEW_CALLS * CHUNKS[0] else CHUNKS[-1]
+        part = list(params.tokens[slot.length : slot.length + size])
+        scores = self._prefill(row, slot.length, part, size, params.score_prompt)
         if scores is not None:
             slot.prompt += [_score(part[i], scores, i, first=slot.length + i == 0) for i in range(len(part))]
         slot.length += len(part)
-        self._counts["read"] += len(part)
-        if not slot.unread and (slot.prompt or not work.max_tokens):
-            slot.ticket.emit(StreamChunk(prompt=slot.prompt, finish=None if work.max_tokens else "length"))
-            if not work.max_tokens:
+        self._counts["prefilled"] += len(part)
+        if not slot.unread and (slot.prompt or not params.max_tokens):
+            slot.request.emit(StreamChunk(prompt=slot.prompt, finish=None if params.max_tokens else "length"))
+            if not params.max_tokens:
                 self._free(row, "finished")
 
-    def _read(self, row: int, length: int, part: Sequence[int], size: int, score: bool = False) -> Likeliest | None:
-        where = np.int32(row), np.int32(length), *pad_rows([part], size)
+    def _prefill(
+        self, row: int, length: int, part: Sequence[int], size: int, score: bool = False
+    ) -> TokenLogprobs | None:
+        prompt = np.int32(row), np.int32(length), *pad_rows([part], size)
         if not score:
-            self._cache = programs.prefill(self.lm, self._cache, *where)
+            self._cache = programs.prefill(self.lm, self._cache, *prompt)
             return None
-        self._cache, scores = programs.read_and_score(self.lm, self._cache, *where)
+        self._cache, scores = programs.prefill_and_score(self.lm, self._cache, *prompt)
         return jax.device_get(scores)
 
-    def _ask(self, speaking: Sequence[int]) -> SlotRequest:
+    def _slot_requests(self, decoding: Sequence[int]) -> SlotRequest:
         def column(dtype: Any, value: Callable[[_Slot], Any]) -> Any:
             array = np.zeros(self.rows, dtype)
             for row, slot in enumerate(self._slots):
@@ -256,47 +261,47 @@ class Engine:
             return array
 
         return SlotRequest(
-            length=column(np.int32, lambda s: s.length),  # of rows that read too: what they read must stay
-            active=np.isin(np.arange(self.rows), speaking),  # type: ignore[arg-type]
-            limit=column(np.int32, lambda s: s.ticket.work.max_tokens - s.said),
-            said=column(np.int32, lambda s: s.said),
-            seed=column(np.uint32, lambda s: s.ticket.work.seed),
-            temperature=column(np.float32, lambda s: s.ticket.work.temperature),
-            top_p=column(np.float32, lambda s: s.ticket.work.top_p),
-            details=column(bool, lambda s: s.ticket.work.details),
+            length=column(np.int32, lambda s: s.length),  # of rows in prefill too: their tokens must stay
+            active=np.isin(np.arange(self.rows), decoding),  # type: ignore[arg-type]
+            limit=column(np.int32, lambda s: s.request.params.max_tokens - s.generated),
+            generated=column(np.int32, lambda s: s.generated),
+            seed=column(np.uint32, lambda s: s.request.params.seed),
+            temperature=column(np.float32, lambda s: s.request.params.temperature),
+            top_p=column(np.float32, lambda s: s.request.params.top_p),
+            details=column(bool, lambda s: s.request.params.details),
         )
 
-    def _hear(self, row: int, spoken: BlockOutput) -> None:
-        """Takes what a row said in a block and tells it."""
+    def _take(self, row: int, output: BlockOutput) -> None:
+        """Takes what a row generated in a block and emits it."""
         slot = self._slots[row]
         assert slot is not None
-        count, text, scores = int(spoken.count[row]), "", []
+        count, text, scores = int(output.count[row]), "", []
         slot.length += count
-        for place in range(count - int(spoken.stopped[row])):
-            token = int(spoken.tokens[row, place])
-            text += slot.speech.add(token)
-            likeliest = Likeliest(*(array[row] for array in spoken.likeliest))
-            scores.append(_score(token, likeliest, place, top=slot.ticket.work.details))
-            if slot.speech.stopped:
-                count = place + 1
+        for i in range(count - int(output.stopped[row])):
+            token = int(output.tokens[row, i])
+            text += slot.detokenizer.add(token)
+            logprobs = TokenLogprobs(*(array[row] for array in output.logprobs))
+            scores.append(_score(token, logprobs, i, top=slot.request.params.details))
+            if slot.detokenizer.stopped:
+                count = i + 1
                 break
-        slot.said += count
-        ended = slot.speech.stopped or bool(spoken.stopped[row])
-        finish = "stop" if ended else "length" if slot.said >= slot.ticket.work.max_tokens else None
+        slot.generated += count
+        ended = slot.detokenizer.stopped or bool(output.stopped[row])
+        finish = "stop" if ended else "length" if slot.generated >= slot.request.params.max_tokens else None
         if finish:
-            text += slot.speech.finish()
-            finish = "stop" if slot.speech.stopped else finish  # the last character may complete a stop string
-        slot.ticket.emit(StreamChunk(text, scores, said=slot.said, finish=finish))
+            text += slot.detokenizer.finish()
+            finish = "stop" if slot.detokenizer.stopped else finish  # the last character may complete a stop string
+        slot.request.emit(StreamChunk(text, scores, generated=slot.generated, finish=finish))
         if finish:
             self._free(row, "finished")
 
-    def _free(self, row: int, how: str) -> None:
+    def _free(self, row: int, outcome: str) -> None:
         self._slots[row] = None
-        self._counts[how] += 1
+        self._counts[outcome] += 1
 
 
-def _score(token: int, likeliest: Likeliest, place: int, *, first: bool = False, top: bool = True) -> TokenScore:
+def _score(token: int, logprobs: TokenLogprobs, i: int, *, first: bool = False, top: bool = True) -> TokenScore:
     if first:
         return TokenScore(token, None)
-    pairs = zip(likeliest.top[place].tolist(), likeliest.top_logprob[place].tolist(), strict=True) if top else ()
-    return TokenScore(token, float(likeliest.logprob[place]), tuple(pairs))
+    pairs = zip(logprobs.top[i].tolist(), logprobs.top_logprob[i].tolist(), strict=True) if top else ()
+    return TokenScore(token, float(logprobs.logprob[i]), tuple(pairs))

@@ -1,7 +1,7 @@
 """Requests of OpenAI's protocol, checked.
 
-What would change a reply and isn't supported is refused, never ignored; so is a field that the protocol doesn't know.
-A field that is null asks for nothing, wherever it stands, and so does one that says what holds anyway.
+An unsupported field that would change a reply is refused, never ignored; so is a field unknown to the protocol.
+A null field counts as absent everywhere, and so does one that states the default.
 """
 
 import math
@@ -33,7 +33,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _only(*values: Any) -> Any:
-    """A field that is taken where it says one of `values`, which ask for nothing, and means nothing then."""
+    """A field that is accepted, without effect, where it has one of `values`."""
 
     def check(value: Any) -> None:
         if value is not None and not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values):
@@ -131,7 +131,7 @@ class Message(_Strict):
 
 
 class ChatRequest(_Common):
-    """POST /v1/chat/completions. `continue_final_message` goes on with the last message, the assistant's."""
+    """POST /v1/chat/completions. `continue_final_message` continues the last message, the assistant's."""
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1)
@@ -171,7 +171,7 @@ class ChatRequest(_Common):
 
 
 class CompletionRequest(_Common):
-    """POST /v1/completions. Without a prompt a text is begun."""
+    """POST /v1/completions. Without a prompt a new text begins."""
 
     prompt: Annotated[Any, PlainValidator(_prompts)] = ("",)
     max_tokens: int | None = Field(None, ge=0)
@@ -203,10 +203,10 @@ def parse(kind: type[R], body: bytes) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        said = "this server doesn't know or support it" if first["type"] == "extra_forbidden" else first["msg"]
-        found = "" if first["type"] == "missing" else f" (given: {quoted(first['input'])})"
+        problem = "this server doesn't know or support it" if first["type"] == "extra_forbidden" else first["msg"]
+        given = "" if first["type"] == "missing" else f" (given: {quoted(first['input'])})"
         where = quoted(field)[1:-1] or "the request"
-        raise ProtocolError(400, f"{where}: {said}{found}", param=field or None) from None
+        raise ProtocolError(400, f"{where}: {problem}{given}", param=field or None) from None
 
 
 def check_consistent(request: ChatRequest | CompletionRequest) -> None:

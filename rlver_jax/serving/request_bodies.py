@@ -1,4 +1,4 @@
-"""Bodies of requests: how they are read, how much of them is taken, and where the work on them is done.
+"""Bodies of requests: reading them, limits on them, and the threads that parse them.
 
 The event loop has to answer others meanwhile. So work on a body runs in a thread, on one large body at a time, and no
 single call of it may hold Python's lock for long: what JSON holds is counted before any of it is built.
@@ -31,7 +31,7 @@ _REST_OF_ESCAPE = re.compile(rb"\\*.?", re.DOTALL)
 
 
 class Bodies:
-    """The bodies that a server has in hand."""
+    """The request bodies that a server holds at the moment."""
 
     def __init__(self):
         self._held = 0
@@ -65,7 +65,7 @@ class Bodies:
             self._held -= len(body)
 
     async def work(self, size: int, call: Callable[[], T]) -> T:
-        """What `call` makes of a body of so many bytes, in a thread; large ones one after the other."""
+        """The result of `call` on a body of `size` bytes, in a thread; large bodies one after the other."""
         if size <= SMALL:
             return await asyncio.to_thread(call)
         async with self._large:
@@ -80,7 +80,7 @@ def _too_large() -> ProtocolError:
 
 
 def _check_headers(request: Request) -> None:
-    """What can be said before the body is read. Another web page's form can't send JSON to this machine."""
+    """Refuses what the headers already rule out. Another web page's form can't send JSON to this machine."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         given = quoted(kind) if kind else "missing"
@@ -112,7 +112,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def _check_amount(body: bytes) -> None:
-    """Counts what would be built: its text is looked at slice by slice, as far as it may be read."""
+    """Counts what would be built: its text is looked at slice by slice, as far as it is allowed to go."""
     at, inside, quotes, containers, commas = 0, False, 0, 0, 0
     while at < len(body):
         end = at + SLICE

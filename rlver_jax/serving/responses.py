@@ -15,30 +15,30 @@ from rlver_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class Choice:
-    """A whole reply, gathered from its pieces."""
+    """A whole reply, gathered from its chunks."""
 
     text: str = ""
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
     prompt: Sequence[TokenScore] = ()
-    said: int = 0
+    generated: int = 0
     finish: str | None = None
 
-    def add(self, piece: StreamChunk) -> None:
-        """Takes the next piece."""
-        self.text += piece.text
-        self.scores += piece.scores
-        self.prompt = self.prompt or piece.prompt
-        self.said, self.finish = piece.said, piece.finish
+    def add(self, chunk: StreamChunk) -> None:
+        """Takes the next chunk."""
+        self.text += chunk.text
+        self.scores += chunk.scores
+        self.prompt = self.prompt or chunk.prompt
+        self.generated, self.finish = chunk.generated, chunk.finish
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """Writes the answers to one request."""
+class ResponseWriter:
+    """Writes the responses to one request."""
 
     tokenizer: Tokenizer
     model: str
     chat: bool
-    top: int | None  # likeliest tokens told with each token; None: no log-probabilities at all
+    top: int | None  # likeliest tokens beside each token; None: no log-probabilities at all
     echo: bool = False
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -46,28 +46,28 @@ class Answers:
     def whole(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The response to a request that is not streamed; `prompts` in tokens, each with its share of the choices."""
         each = len(choices) // len(prompts)
-        written = [self._choice(i, choice, prompts[i // each]) for i, choice in enumerate(choices)]
+        entries = [self._choice(i, choice, prompts[i // each]) for i, choice in enumerate(choices)]
         return self._head("chat.completion" if self.chat else "text_completion") | {
-            "choices": written,
-            "usage": usage(prompts, [choice.said for choice in choices]),
+            "choices": entries,
+            "usage": usage(prompts, [choice.generated for choice in choices]),
         }
 
-    def chunk(self, index: int, piece: StreamChunk, *, offset: int, usage_null: bool) -> dict[str, Any]:
-        """One piece of a stream, before which `offset` characters were told."""
-        logprobs = self._logprobs(piece.scores, offset) if self.top is not None and piece.scores else None
-        said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": piece.finish}
+    def chunk(self, index: int, chunk: StreamChunk, *, offset: int, usage_null: bool) -> dict[str, Any]:
+        """One chunk of a stream; `offset` characters were sent before it."""
+        logprobs = self._logprobs(chunk.scores, offset) if self.top is not None and chunk.scores else None
+        reply = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
+        choice = {"index": index, **reply, "logprobs": logprobs, "finish_reason": chunk.finish}
         return self._chunk_head() | {"choices": [choice]} | ({"usage": None} if usage_null else {})
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The first chunk of a chat's stream: who speaks."""
+        """The first chunk of a chat's stream: the role."""
         delta = {"role": "assistant", "content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._chunk_head() | {"choices": [choice]}
 
-    def usage_chunk(self, prompts: Sequence[Sequence[int]], said: Iterable[int]) -> dict[str, Any]:
+    def usage_chunk(self, prompts: Sequence[Sequence[int]], generated: Iterable[int]) -> dict[str, Any]:
         """The last chunk, where usage was asked for."""
-        return self._chunk_head() | {"choices": [], "usage": usage(prompts, said)}
+        return self._chunk_head() | {"choices": [], "usage": usage(prompts, generated)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.chat else "cmpl"
@@ -80,10 +80,10 @@ class Answers:
         scores = [*choice.prompt, *choice.scores]
         logprobs = None if self.top is None else self._logprobs(scores)
         if self.chat:
-            said: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+            reply: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
         else:
-            said = {"text": (self.tokenizer.decode(prompt) if self.echo else "") + choice.text}
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish}
+            reply = {"text": (self.tokenizer.decode(prompt) if self.echo else "") + choice.text}
+        return {"index": index, **reply, "logprobs": logprobs, "finish_reason": choice.finish}
 
     def _logprobs(self, scores: Sequence[TokenScore], offset: int = 0) -> dict[str, Any]:
         if not self.chat:
@@ -112,7 +112,7 @@ class Answers:
         return {number: name for name, number in self.tokenizer.special_ids.items()}
 
     def _arrays(self, scores: Sequence[TokenScore], at: int) -> dict[str, Any]:
-        """The older form, of completions; offsets count characters of the text that is told."""
+        """The older form, of completions; offsets count characters of the text that is sent."""
         names, offsets = [self._name(score.token) for score in scores], []
         characters = codecs.getincrementaldecoder("utf-8")("replace")
         for score in scores:
@@ -130,7 +130,7 @@ class Answers:
         }
 
 
-def usage(prompts: Sequence[Sequence[int]], said: Iterable[int]) -> dict[str, int]:
+def usage(prompts: Sequence[Sequence[int]], generated: Iterable[int]) -> dict[str, int]:
     """Tokens read and generated (a stop token counts)."""
-    read, generated = sum(map(len, prompts)), sum(said)
-    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+    prompt, completion = sum(map(len, prompts)), sum(generated)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,11 +1,11 @@
-"""Figures that tell when a policy collapses, and the limits at which a run stops.
+"""Metrics that tell when a policy collapses, and the limits at which a run stops.
 
-RLVER's published training met garbage replies from step 2 on and went on without a word.
+In RLVER's published training replies were garbage from step 2 on, and nothing stopped it.
 """
 
 from collections.abc import Mapping
 
-# metric: (field of config.alarms, whether a figure above the limit is the fault, what it may mean)
+# metric: (field of config.alarms, whether a value above the limit is the fault, what it may mean)
 _WATCHED = {
     "reply/readable_share": ("readable_min", False, "replies are garbled, repeat themselves or don't end"),
     "reply/tokens_mean": ("reply_tokens_min", False, "replies shrink to nothing"),
@@ -20,14 +20,14 @@ _WATCHED_ABOVE = {
 
 
 class CollapseError(RuntimeError):
-    """A figure is beyond its limit; the message names it, the limit and what may help."""
+    """A metric is beyond its limit; the message names it, the limit and what may help."""
 
 
 def check(metrics: Mapping[str, float], limits: Mapping[str, float], step: int) -> str | None:
-    """What is wrong with a step's metrics, if anything: figure, limit, meaning, remedy.
+    """What is wrong with a step's metrics, if anything: metric, limit, meaning, remedy.
 
     Args:
-        limits: the fields of config.alarms; an upper limit of 0 is none. A figure that is no number is a breach.
+        limits: the fields of config.alarms; an upper limit of 0 is none. A value that is no number is beyond its limit.
     """
     for watched in (_WATCHED, _WATCHED_ABOVE):
         for name, (field, above, meaning) in watched.items():

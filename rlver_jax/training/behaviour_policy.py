@@ -37,7 +37,7 @@ class NotKeptError(ConfigError):
 
 
 class Choice(NamedTuple):
-    """What the command line says of the policy.
+    """The policy that the command line names.
 
     Attributes:
         checkpoint: a training run's folder, or a Hugging Face folder.
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
 class Player:
     """A policy to be loaded."""
 
-    config: ConfigDict  # its `policy` section says all but where a checkpoint's weights come from
+    config: ConfigDict  # its `policy` section holds all but where a checkpoint's weights come from
     trained: "TrainedPolicy | None" = None
 
     def load(self, spec: RolloutConfig) -> Policy:
@@ -87,13 +87,13 @@ def step_of(record: Mapping[str, Any], plan: Plan) -> int | None:
     return record["dialogue"] // plan.batch + 1 if isinstance(plan, TrainingPlan) else None
 
 
-def agents_of(
+def players_of(
     logged: Iterable[tuple[Mapping[str, Any], Plan]], config: ConfigDict, base: ConfigDict, choice: Choice
 ) -> dict[int | None, Player | NotKeptError]:
     """{training step, None for evaluations: the policy that played it}; nothing is loaded.
 
-    A few dialogues of a step that has no checkpoint don't keep the others from being derived: their number may be a
-    forged one. In their policy's place stands an error that says why there is none.
+    A few dialogues of a step that has no checkpoint don't keep the others from being recomputed: their number may be a
+    forged one. An error stands for their policy and says why there is none.
 
     Args:
         logged: dialogues, by their number at least.
@@ -115,17 +115,17 @@ def agents_of(
         step = step_of(record, plan)
         steps[step] += 1
         whole[step] = plan.batch if isinstance(plan, TrainingPlan) and not plan.partial else 1
-    found: dict[int | None, Player | NotKeptError] = {}
+    players: dict[int | None, Player | NotKeptError] = {}
     for step in steps:
         try:
-            found[step] = _player(config.copy_and_resolve_references(), base, choice, step)
+            players[step] = _player(config.copy_and_resolve_references(), base, choice, step)
         except NotKeptError as error:
-            found[step] = error
-    absent = {step: one for step, one in found.items() if isinstance(one, NotKeptError)}
+            players[step] = error
+    absent = {step: one for step, one in players.items() if isinstance(one, NotKeptError)}
     for step, reason in absent.items():
-        if len(absent) == len(found) or steps[step] >= whole[step]:
+        if len(absent) == len(players) or steps[step] >= whole[step]:
             raise reason
-    return found
+    return players
 
 
 def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | None) -> Player:
@@ -167,22 +167,22 @@ def findings(
     """Derives what policies said: (place, what was found) of each dialogue, those of one training step together.
 
     Args:
-        policies: of `agents_of`; one is on the device at a time.
+        policies: of `players_of`; one is on the device at a time.
         agents: whose tokens the log holds.
-        logged: a place for messages, the dialogue, and how it was to be played. What has not the shape of a dialogue
-            is passed over.
+        logged: a position for messages, the dialogue, and the plan that it was played by. What has not the shape of a
+            dialogue is passed over.
 
     Raises:
         ValueError, OSError: a policy cannot be loaded, or has another tokenizer.
     """
     schemas = {plan: RecordSchema.of(agents, plan.endpoints) for _, _, plan in logged}
-    fine = [(place, record, plan) for place, record, plan in logged if not any(schemas[plan].errors(record))]
+    sound = [(position, record, plan) for position, record, plan in logged if not any(schemas[plan].errors(record))]
     for step, player in policies.items():
-        played = [one for one in fine if step_of(*one[1:]) == step]
+        played = [one for one in sound if step_of(*one[1:]) == step]
         if isinstance(player, NotKeptError):
-            yield from ((place, TokenReport(faults=[str(player)])) for place, _, _ in played)
+            yield from ((position, TokenReport(faults=[str(player)])) for position, _, _ in played)
             continue
         policy = player.load(agents.spec)
         check_tokenizers(policy.tokenizer, agents.tokenizer)
-        found = verify_replies(policy, [LoggedReplies(record, plan.temperature) for _, record, plan in played])
-        yield from zip((place for place, _, _ in played), found, strict=True)
+        replies = verify_replies(policy, [LoggedReplies(record, plan.temperature) for _, record, plan in played])
+        yield from zip((position for position, _, _ in played), replies, strict=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run's state (Orbax): written while training goes on, checked whenever they are read.
+"""Checkpoints of a run's state (Orbax): written while training continues, checked whenever they are read.
 
 A state is stored flat, {"params/policy/…": array}, without the containers it came in (optax's may be empty): `like`
 gives those back, and a part can be read alone. Beside it stands a record: each leaf's shape, dtype and checksum, the
@@ -68,8 +68,8 @@ class _Keep(PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Whether each checkpoint stays."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        kept = {*steps[-self.last :], *self.ranked(steps)[: self.best]}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        preserved = {*steps[-self.last :], *self.ranked(steps)[: self.best]}
+        return [checkpoint.step in preserved for checkpoint in checkpoints]
 
     def ranked(self, steps: Sequence[int]) -> list[int]:
         """Steps with a score, the best one first; of equals the newer one."""
@@ -103,7 +103,7 @@ class Checkpoints:
         self._handler = ocp.PyTreeCheckpointHandler()
         for step in self.steps():
             try:
-                score = _together(functools.partial(self._record, step))["score"]
+                score = _on_all(functools.partial(self._record, step))["score"]
             except Exception:  # a broken one has no score; `restore` tells why
                 continue
             if score is not None:
@@ -133,7 +133,7 @@ class Checkpoints:
 
         Args:
             state: pytree of arrays, without typed keys.
-            extra: whatever else going on needs; of JSON types.
+            extra: whatever else is needed to resume; of JSON types.
             score: of an evaluation; without one (or with NaN) the step is no candidate for the best.
 
         Raises:
@@ -158,10 +158,10 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True)
 
     def restore(self, like: Any, *, report: Callable[[str], None] = _log.warning) -> Restored | None:
-        """The newest checkpoint that is whole; newer ones that are not are moved aside, and said so.
+        """The newest checkpoint that is whole; newer ones that are not are moved aside, and reported.
 
         Args:
-            like: pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays; says where each leaf shall lie.
+            like: pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays; gives the sharding of each leaf.
             report: is told which checkpoints cannot be used, why, and which one is used.
 
         Returns:
@@ -174,16 +174,16 @@ class Checkpoints:
         self.wait()
         broken: dict[int, str] = {}
         for step in reversed(self.steps()):
-            found = self._try(step, flatten(like))
-            if isinstance(found, str):
-                broken[step] = found
+            loaded = self._try(step, flatten(like))
+            if isinstance(loaded, str):
+                broken[step] = loaded
                 continue
             for other, why in broken.items():
                 report(f"checkpoint of step {other} cannot be used ({why}){self._set_aside(other)}")
             if broken:
                 report(f"using the checkpoint of step {step} instead")
                 self._manager.reload()
-            flat, record = found
+            flat, record = loaded
             return Restored(step, jax.tree.unflatten(jax.tree.structure(like), flat.values()), record["extra"])
         if broken:
             faults = "\n".join(f"  - step {step}: {why}" for step, why in broken.items())
@@ -207,12 +207,12 @@ class Checkpoints:
         self.wait()
         number = self._number(step)
         like = {f"{key}/{name}" if name else key: leaf for name, leaf in flatten(like_part).items()}
-        found = self._try(number, like, key)
-        if isinstance(found, str):
+        loaded = self._try(number, like, key)
+        if isinstance(loaded, str):
             raise CheckpointError(
-                f"{self.folder}: the checkpoint of step {number} cannot be used ({found}); {self._there()}"
+                f"{self.folder}: the checkpoint of step {number} cannot be used ({loaded}); {self._there()}"
             )
-        return jax.tree.unflatten(jax.tree.structure(like_part), found[0].values())
+        return jax.tree.unflatten(jax.tree.structure(like_part), loaded[0].values())
 
     def fingerprint(self, step: int) -> str:
         """Of a checkpoint's contents: of every leaf's checksum."""
@@ -246,10 +246,10 @@ class Checkpoints:
         return f"there are steps {', '.join(map(str, self.steps())) or '(none)'}"
 
     def _record(self, step: int) -> dict[str, Any]:
-        found = json.loads((self.folder / _name(step) / "record" / "metadata").read_text(encoding="utf-8"))
-        if _crc32(found["record"]) != found["crc32"]:
+        sealed = json.loads((self.folder / _name(step) / "record" / "metadata").read_text(encoding="utf-8"))
+        if _crc32(sealed["record"]) != sealed["crc32"]:
             raise CheckpointError("its record was changed after it was saved")
-        return found["record"]
+        return sealed["record"]
 
     def _try(self, step: int, like: dict[str, Any], key: str = "") -> tuple[dict[str, Array], dict[str, Any]] | str:
         """What `_read` returns, or why it cannot."""
@@ -265,13 +265,13 @@ class Checkpoints:
 
     def _read(self, step: int, like: dict[str, Any], key: str = "") -> tuple[dict[str, Array], dict[str, Any]]:
         """Leaves under `key`, checked, in the order of `like`; and the record."""
-        record = _together(lambda: self._record(step))
+        record = _on_all(lambda: self._record(step))
         saved = {name: leaf for name, leaf in record["leaves"].items() if not key or f"{name}/".startswith(f"{key}/")}
         _check_same(self.folder / _name(step), saved, like)
         narrow = {name: saved[name]["dtype"] for name, leaf in like.items() if _was_narrow(name, saved[name], leaf)}
-        arrays = _together(lambda: self._arrays(step, like, narrow))
-        found = describe(arrays)
-        wrong = [name for name in like if found[name] != saved[name]]
+        arrays = _on_all(lambda: self._arrays(step, like, narrow))
+        read = describe(arrays)
+        wrong = [name for name in like if read[name] != saved[name]]
         if wrong:
             raise CheckpointError(f"{len(wrong)} of {len(like)} leaves are not what was saved, such as {wrong[0]}")
         return {name: x.astype(like[name].dtype) if name in narrow else x for name, x in arrays.items()}, record
@@ -283,10 +283,10 @@ class Checkpoints:
             name: shape(x.shape, dtypes.get(name, x.dtype), sharding=getattr(x, "sharding", None) or here)
             for name, x in like.items()
         }
-        where = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=where, partial_restore=True)
-        found = self._handler.restore(epath.Path(self.folder / _name(step) / "state"), args=args)
-        return {name: found[name] for name in like}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        leaves = self._handler.restore(epath.Path(self.folder / _name(step) / "state"), args=args)
+        return {name: leaves[name] for name in like}
 
     def _set_aside(self, step: int) -> str:
         """Makes room for a new checkpoint of a step; what to add to the report."""
@@ -295,8 +295,8 @@ class Checkpoints:
         self._keep.scores.pop(step, None)
         old = self.folder / _name(step)
         names = (old.with_suffix(f".broken{suffix}") for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
-        new = _together(lambda: next(name for name in names if not name.exists()))
-        _together(lambda: old.rename(new) if distributed.is_main() else None)
+        new = _on_all(lambda: next(name for name in names if not name.exists()))
+        _on_all(lambda: old.rename(new) if distributed.is_main() else None)
         return f"; it is now {new.name}"
 
 
@@ -310,19 +310,19 @@ def _name(step: int) -> str:
     return f"{step:0{_DIGITS}d}"
 
 
-def _check_same(place: Path, saved: dict[str, Any], like: dict[str, Any]) -> None:
+def _check_same(folder: Path, saved: dict[str, Any], like: dict[str, Any]) -> None:
     """That a checkpoint has the leaves of `like`, in their shapes and dtypes."""
     remedy = "it is of another model or optimizer: give the settings it was made with, or name another folder"
     for name in sorted(saved.keys() ^ like.keys()):
         holds, expected = ("no", "one") if name in like else ("a", "none")
-        raise MismatchError(f"{place}: holds {holds} leaf {name}, expected {expected}; {remedy}")
+        raise MismatchError(f"{folder}: holds {holds} leaf {name}, expected {expected}; {remedy}")
     for name, leaf in like.items():
         if _was_narrow(name, saved[name], leaf):
             continue
-        found = f"{saved[name]['dtype']}{saved[name]['shape']}"
+        actual = f"{saved[name]['dtype']}{saved[name]['shape']}"
         expected = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        if found != expected:
-            raise MismatchError(f"{place}: {name} is {found}, expected {expected}; {remedy}")
+        if actual != expected:
+            raise MismatchError(f"{folder}: {name} is {actual}, expected {expected}; {remedy}")
 
 
 def _was_narrow(name: str, saved: dict[str, Any], leaf: Any) -> bool:
@@ -358,6 +358,6 @@ def _reason(error: Exception) -> str:
     return kind + (text if len(text) <= 200 else text[:200] + "…")
 
 
-def _together(action: Callable[[], _T]) -> _T:
+def _on_all(action: Callable[[], _T]) -> _T:
     """Returns what `action` does, or fails on every process."""
     return distributed.all_or_none(action, CheckpointError("another process could not read it"))

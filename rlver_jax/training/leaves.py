@@ -50,10 +50,10 @@ def checksum(x: Array) -> UInt32[Array, ""]:
     """
     if x.dtype != jnp.bool_:
         x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")  # 8 bytes become two of 4
-    place, stride = jnp.uint32(0), 1
+    position, stride = jnp.uint32(0), 1
     for axis in reversed(range(x.ndim)):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        position = position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]
-    place = place * jnp.uint32(0x9E3779B1)
-    place = (place ^ (place >> 15)) * jnp.uint32(0x85EBCA6B)
-    return jnp.sum(x.astype(jnp.uint32) * ((place ^ (place >> 13)) | 1), dtype=jnp.uint32)
+    position = position * jnp.uint32(0x9E3779B1)
+    position = (position ^ (position >> 15)) * jnp.uint32(0x85EBCA6B)
+    return jnp.sum(x.astype(jnp.uint32) * ((position ^ (position >> 13)) | 1), dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""The training loop: play, reward, advantages, update, log, checkpoint (RLVER, arXiv 2507.03112, section 2)."""
+"""The training loop: rollout, reward, update, log, checkpoint (RLVER, arXiv 2507.03112, section 2)."""
 
 import contextlib
 import dataclasses
@@ -16,21 +16,21 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlver_jax.config.hub import local_folder
-from rlver_jax.config.validate import flatten, profile_files, reward_settings
+from rlver_jax.config.validate import flatten, reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import dialogue_records, write_dialogues
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.learning.sequences import build_sequences, row_lengths
-from rlver_jax.learning.train_step import TrainState, compile_step, minibatch_order
+from rlver_jax.learning.train_step import TrainState, minibatch_order
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
-from rlver_jax.profiles.schema import read_profiles
+from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.rollout.agents import Agents, sampling_copy
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.rollout.rewards import Rewards, reward
-from rlver_jax.rollout.rollout_metrics import dialogue_metrics, reply_metrics
+from rlver_jax.rollout.rollout_metrics import rollout_metrics
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_context
 from rlver_jax.runs.fingerprints import described, run_fingerprints
@@ -40,7 +40,7 @@ from rlver_jax.training.alarms import CollapseError, check
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.metrics import MetricsWriter
 from rlver_jax.training.progress import TrainingProgress
-from rlver_jax.training.setup import Run, build_run, folders_of, models_of
+from rlver_jax.training.setup import Run, build_run, check_learning, folders_of, models_of
 from rlver_jax.training.workdir import Contents, RunFolder
 
 # Fields that may change between the parts of an interrupted run: none of them changes what is computed.
@@ -48,26 +48,39 @@ FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampl
 
 
 def score(
-    dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, how: tuple
+    dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, settings: tuple
 ) -> tuple[Rewards, Int[Array, " B"]]:
-    """Rewards of a batch, and the tokens of its packed dialogues; `how` holds the items of `reward_settings`."""
-    rewards = reward(emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(how))
+    """Rewards of a batch, and the tokens of its packed dialogues; `settings` holds the items of `reward_settings`."""
+    rewards = reward(
+        emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(settings)
+    )
     return rewards, row_lengths(dialogues, tables, spec)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Where rows lie on the training mesh: what is played on the sampling mesh comes out there."""
+    """Of rows on the training mesh, onto which the outputs of the sampling mesh are resharded."""
     return NamedSharding(mesh, PartitionSpec(mesh_axes("batch")))
 
 
+def score_program(mesh: Mesh) -> Any:
+    """`score`, jitted: rewards on the training mesh, lengths whole on each of its devices."""
+    shardings = (row_sharding(mesh), NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(score, static_argnames=("spec", "settings"), out_shardings=shardings)
+
+
 def pack_program(mesh: Mesh) -> Any:
-    """`learning.pack.pack`, jitted for rows on the training mesh."""
+    """`learning.sequences.build_sequences`, jitted for rows on the training mesh."""
     return jax.jit(build_sequences, static_argnums=(2, 4), out_shardings=row_sharding(mesh))
+
+
+def order_program(mesh: Mesh) -> Any:
+    """`learning.train_step.minibatch_order`, jitted."""
+    return jax.jit(minibatch_order, static_argnums=(0, 3), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @dataclasses.dataclass
 class Step:
-    """A step whose figures have not been fetched yet: the device is left alone until the next one is under way."""
+    """A step whose metrics have not been fetched yet: the device is left alone until the next one is under way."""
 
     number: int
     batch: Batch
@@ -81,23 +94,24 @@ class Step:
 
 
 class Trainer:
-    """One run in its folder. `train` is the whole story; the other methods are its sentences."""
+    """One run in its folder: `train` is the loop, the other methods are its steps."""
 
     def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
         models = (run.agents.policy.model, run.agents.user.model)
         self.copy_policy, self.copy_user = (sampling_copy(model, run.agents.mesh) for model in models)
-        rows, whole = row_sharding(run.mesh), NamedSharding(run.mesh, PartitionSpec())
         self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
-        self.score = jax.jit(score, static_argnames=("spec", "how"), out_shardings=(rows, whole))
-        self.pack = pack_program(run.mesh)
-        self.orders = jax.jit(minibatch_order, static_argnums=(0, 3), out_shardings=whole)
-        self.how = tuple(sorted(reward_settings(config).items()))
+        self.score, self.pack, self.order = score_program(run.mesh), pack_program(run.mesh), order_program(run.mesh)
+        self.reward_settings = tuple(sorted(reward_settings(config).items()))
         self.checkpoints = Checkpoints(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
         )
         self.pending: Step | None = None
+        self.last_finished = time.monotonic()
+        # Opened by `writers`, when it is known after which step the run resumes.
+        self.writer: MetricsWriter | None = None
+        self.progress = TrainingProgress(console, config.train.steps, 0)
 
     def train(self, state: TrainState) -> int:
         """Trains to the last step or until SIGTERM; returns the number of steps done.
@@ -105,9 +119,8 @@ class Trainer:
         Raises:
             CollapseError: an alarm; what was saved before stays.
         """
-        # 1. Newest whole checkpoint, if there is one  2. the reader's place  3. metrics and dialogues up to there
+        # 1. Newest whole checkpoint, if there is one  2. the reader's position  3. metrics and dialogues up to there
         state, done = self.resume(state)
-        self.learn = compile_step(self.run.setup, state)
         steps = self.config.train.steps
         with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints):
             if not done:
@@ -138,24 +151,24 @@ class Trainer:
             # The sampler's copies of both models are let go before the update, which has no room for them.
             dialogues = self.agents(state).play(profiles, self.key, run.limits)
             dispatched = time.monotonic()
-            rewards, lengths = self.score(dialogues, tables, spec, self.how)
+            rewards, lengths = self.score(dialogues, tables, spec, self.reward_settings)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
-        updates = self.orders(run.setup.schedule, self.key, state.step, size)
-        length, plan = run.arranged(*jax.device_get((lengths, updates)))
+        updates = self.order(run.setup.update, self.key, state.step, size)
+        length, plan = run.plan_rows(*jax.device_get((lengths, updates)))
         plan = distributed.replicate(plan, run.mesh)
         began, played = max(started, self.last_finished), time.monotonic()
         with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
             packed = self.pack(dialogues, tables, spec, run.limits, length)
         with jax.transfer_guard("disallow"), jax.set_mesh(run.mesh):
-            state, metrics = self.learn(state, packed, rewards, run.grammar, self.key, run.reference, plan)
+            state, metrics = run.learn(state, packed, rewards, run.grammar, self.key, run.reference, plan)
         times = {"time/rollout_s": played - began, "time/dispatch_s": dispatched - started}
-        metrics["tokens/padded"] = jnp.float32(run.places(length, plan))
+        metrics["tokens/padded"] = jnp.float32(run.padded_tokens(length, plan))
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
         return state
 
     def judge(self, dialogues: Dialogues, rewards: Rewards, batch: Batch) -> Rewards:
-        """What the policy learns from: the user's own rewards. Experiments put others in their place."""
+        """What the policy learns from: the user's own rewards. Experiments override it."""
         return rewards
 
     def agents(self, state: TrainState) -> Agents:
@@ -168,13 +181,13 @@ class Trainer:
         )
 
     def finish(self) -> None:
-        """Fetches, checks and writes the figures of the pending step; every process checks, one writes."""
+        """Fetches, checks and writes the metrics of the pending step; every process checks, one writes."""
         if self.pending is None:
             return
         step, self.pending = self.pending, None
         metrics, dialogues, rewards = distributed.fetch((step.metrics, step.dialogues, step.rewards))
         self.last_finished = time.monotonic()
-        row = dialogue_metrics(dialogues, rewards.reward) | reply_metrics(dialogues, self.run.agents.tokenizer)
+        row = rollout_metrics(dialogues, rewards.reward, self.run.agents.tokenizer)
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
         row["time/update_s"] = self.last_finished - step.learning_since - row.get("time/eval_s", 0.0)
         row["tokens/padding"] = 1 - row["tokens/packed"] / row["tokens/padded"]
@@ -188,13 +201,13 @@ class Trainer:
             raise CollapseError(f"{problem}. The dialogues are in {self.folder.dialogues(step.number)}")
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Appends a step's figures to the metrics."""
+        """Appends a step's row to the metrics."""
         if self.writer is not None:
             self.folder.check()
             self.writer.write(step, row)
 
     def log_dialogues(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> None:
-        """Writes all dialogues of a step, so that `verify` can derive them."""
+        """Writes all dialogues of a step, so that `verify` can recompute them."""
         profiles = [profile for _, profile in step.batch]
         seed = self.config.train.seed
         records = dialogue_records(dialogues, self.run.agents, profiles, step.ids, seed=seed, rewards=rewards)
@@ -206,43 +219,43 @@ class Trainer:
         assert self.held_out is not None
         jax.block_until_ready(state)  # an update that is under way counts as such
         began = time.monotonic()
-        found = self.held_out.metrics(self.agents(state))
-        return found | {"time/eval_s": time.monotonic() - began}
+        metrics = self.held_out.metrics(self.agents(state))
+        return metrics | {"time/eval_s": time.monotonic() - began}
 
     def evaluate_untrained(self, state: TrainState) -> None:
         """Row 0 of the metrics: what the policy scores before any step."""
         if self.config.eval.every:
             self.progress.note("evaluating the untrained policy")
-            found = self.evaluate(state)
-            self.write(0, found)
-            self.progress.note(f"untrained policy: eval/score {found['eval/score']:.2f}")
+            metrics = self.evaluate(state)
+            self.write(0, metrics)
+            self.progress.note(f"untrained policy: eval/score {metrics['eval/score']:.2f}")
 
     def save(self, state: TrainState, done: int) -> None:
-        """Saves the state with everything that going on needs; its figures are written first."""
+        """Saves the state with everything needed to resume; its metrics are written first."""
         scored = self.pending.evaluated.get("eval/score") if self.pending else None
         self.finish()
         distributed.all_or_none(self.folder.check)
         self.checkpoints.save(done, state, {"reader": self.run.reader.state()}, scored)
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
-        """The newest state saved, or the given one; and its number of steps."""
+        """The newest state saved, or this one; and its number of steps."""
         if self.checkpoints.steps():
             state = free_buffers(state)  # two states at once may not fit the devices
         distributed.all_or_none(self.folder.check)
-        found = self.checkpoints.restore(state, report=self.say)
-        if found is None:
+        restored = self.checkpoints.restore(state, report=self.notify)
+        if restored is None:
             if distributed.is_main():
                 self.folder.drop_after(0)
                 if self.folder.has_rows():
-                    self.say("no checkpoint is there to go on from: begins again at step 1, and so do the metrics")
+                    self.notify("no checkpoint is there to go on from: begins again at step 1, and so do the metrics")
             return state, 0
-        self.run.reader.restore(found.extra["reader"])
+        self.run.reader.restore(restored.extra["reader"])
         if distributed.is_main():
-            self.folder.drop_after(found.step)
-        self.say(f"going on after step {found.step} of {self.config.train.steps}")
-        return found.state, found.step
+            self.folder.drop_after(restored.step)
+        self.notify(f"going on after step {restored.step} of {self.config.train.steps}")
+        return restored.state, restored.step
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """A line on the console."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -251,15 +264,15 @@ class Trainer:
         """Metrics and progress, open; metrics on process 0 alone."""
         log = self.config.log
         self.last_finished = time.monotonic()
-        given = {
+        settings = {
             "tensorboard": log.tensorboard,
             "wandb": log.wandb,
             "config": without_secrets(flatten(self.config)),
             "resume_step": done,
-            "report": self.say,
+            "report": self.notify,
         }
         self.writer = distributed.all_or_none(
-            lambda: MetricsWriter(self.folder.path, **given) if distributed.is_main() else None
+            lambda: MetricsWriter(self.folder.path, **settings) if distributed.is_main() else None
         )
         closing = contextlib.closing(self.writer) if self.writer else contextlib.nullcontext()
         with closing, TrainingProgress(self.console, self.config.train.steps, done) as progress:
@@ -268,7 +281,7 @@ class Trainer:
 
 
 def free_buffers(state: TrainState) -> TrainState:
-    """Frees a state's arrays; returns their shapes, dtypes and places, for another state to be read into."""
+    """Frees a state's arrays; returns their shapes, dtypes and shardings, for another state to be read into."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves(state):
         leaf.delete()
@@ -283,7 +296,7 @@ def train(
     gold: evaluation.Gold | None = None,
     trainer: type[Trainer] = Trainer,
 ) -> int:
-    """Trains in `workdir`, or goes on there; returns the number of steps done.
+    """Trains in `workdir`, or resumes there; returns the number of steps done.
 
     Args:
         gold: judges evaluations beside the user.
@@ -291,14 +304,15 @@ def train(
 
     Raises:
         ValueError, OSError: bad input, before anything is compiled.
-        CollapseError: a figure went beyond the limits of config.alarms.
+        CollapseError: a metric went beyond the limits of config.alarms.
     """
-    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    check_learning(config)
+    notify = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     check_context(RunFolder(Path(workdir)).to_load(config), *models_of(config))  # before weights are looked at
-    with hold(workdir, "--workdir", say) as lock:
+    with hold(workdir, "--workdir", notify) as lock:
         contents = Contents(lambda gone: fingerprints_of(config, gone), lambda name: described(name, config))
         folder = RunFolder.open(
-            workdir, config, free_fields=FREE_FIELDS, contents=contents, check=lock.check, report=say
+            workdir, config, free_fields=FREE_FIELDS, contents=contents, check=lock.check, report=notify
         )
         with console.status("loading models and profiles"):
             run, state = build_run(folder.to_load(config), mesh)
@@ -316,7 +330,7 @@ def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str,
     Args:
         gone: models whose folders are not at hand, nor needed.
     """
-    profiles = {"data.train": read_profiles(profile_files(config.data.train))}
+    profiles = {"data.train": open_profiles(config, "data.train")}
     if config.eval.every:
         profiles["data.eval"] = evaluation.chosen_profiles(config)
     models = {}

@@ -108,7 +108,7 @@ class MetricsWriter:
         self._wandb = _open_wandb(folder, wandb, config) if wandb else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends a step's figures; one that is no number becomes null.
+        """Appends a step's metrics; a value that is no number becomes null.
 
         Raises:
             ValueError: the step is not after the last one.

@@ -18,7 +18,7 @@ from rlver_jax.training.workdir import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class TrainedPolicy:
-    """What `open` found."""
+    """The policy of a checkpoint, as `open` chose it."""
 
     folder: RunFolder
     config: ConfigDict  # of the run; its policy.path is where config and tokenizer lie now
@@ -53,15 +53,15 @@ class TrainedPolicy:
             checkpoints.close()
 
     def weights(self, model: Qwen2, mesh: Mesh | None = None) -> Params:
-        """The policy's parameters, each leaf where `parallel.rules` places it.
+        """The policy's parameters, each leaf sharded by `parallel.rules`.
 
         Raises:
             CheckpointError: they are not those of such a model, or damaged.
         """
         shapes, axes = abstract_params(model)
         one = SingleDeviceSharding(jax.local_devices()[0])
-        where = jax.tree.map(lambda _: one, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
-        like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where)
+        shardings = jax.tree.map(lambda _: one, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         checkpoints = Checkpoints.reader(self.folder.checkpoints)
         try:
             return checkpoints.restore_part(self.step, like, "params/policy")
@@ -74,7 +74,7 @@ class TrainedPolicy:
 def take_checkpoint(
     config: ConfigDict, checkpoint: str, step: str, base: ConfigDict, path: str = ""
 ) -> TrainedPolicy | None:
-    """Puts `--checkpoint` in the place of the config's policy; empty: leaves it.
+    """Replaces the config's policy by `--checkpoint`; empty: leaves it.
 
     Args:
         config: its `policy.path` and `policy.init` are changed.
@@ -98,20 +98,20 @@ def take_checkpoint(
     return trained
 
 
-def _model_folder(run: RunFolder, trained_from: str, given: str) -> str:
-    """Where config and tokenizer of a run's policy lie: in the given folder, in the run's, or in the base model's."""
+def _model_folder(run: RunFolder, trained_from: str, named: str) -> str:
+    """Where config and tokenizer of a run's policy lie: in the folder named, in the run's, or in the base model's."""
     kept = kept_model(run.path)
     known = str(kept) if kept else trained_from if base_folder(trained_from) else ""
-    if not (given or known):
+    if not (named or known):
         raise ValueError(
             f"{run.path}: keeps no config and tokenizer, since an older version began it, and its policy.path="
             f"{trained_from!r} is gone; give the base model's folder with --config.policy.path=FOLDER"
         )
-    if given and (what := fault(given)):
-        raise ValueError(f"policy.path={given!r}: {what}; leave it out to take the run's own ({known})")
-    if given and known and Path(given).resolve() != Path(known).resolve():
-        check_same_model(given, known)
-    return given or known
+    if named and (what := fault(named)):
+        raise ValueError(f"policy.path={named!r}: {what}; leave it out to take the run's own ({known})")
+    if named and known and Path(named).resolve() != Path(known).resolve():
+        check_same_model(named, known)
+    return named or known
 
 
 def _held(folder: Path) -> str:

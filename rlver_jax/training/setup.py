@@ -1,7 +1,8 @@
-"""From a config to everything that a training run holds beside its state: agents, learner, optimizers, profiles."""
+"""From a config to everything that a training run holds: agents, profiles, what is trained, the first state."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,31 +12,63 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rlver_jax.config.validate import profile_files
+from rlver_jax.config.sections import keywords
+from rlver_jax.config.validate import ConfigError, choice_fault
+from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.grammar import Grammar
+from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig
 from rlver_jax.learning.loss import LossConfig, Trained, TrainedModels
+from rlver_jax.learning.loss_terms import KL_ESTIMATORS, NORMALIZATIONS, RATIOS
+from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.packing import PackingPlan, plan_packing
 from rlver_jax.learning.sequences import max_length
-from rlver_jax.learning.train_step import (
-    AdvantageConfig,
-    Optimizers,
-    TrainState,
-    TrainStepConfig,
-    UpdateConfig,
-    init_state,
-    make_optimizer,
-)
+from rlver_jax.learning.train_step import TrainState, TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.models.qwen import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.profiles.reader import ProfileReader
-from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.rollout.agents import Agents, ProfileTokens, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.profiles.schema import Profile
+from rlver_jax.profiles.sources import open_profiles
+from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of
+from rlver_jax.rollout.profile_tokens import ProfileTokens
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.padding import round_up
+from rlver_jax.text.tokenizer import Tokenizer
 
 LENGTH_STEP = 64  # packed rows are multiples of it
+# Fields whose values are names in a registry: a new entry there needs no word of it here, nor in the config.
+REGISTRIES: dict[str, Collection[str]] = {
+    "algorithm.estimator": ESTIMATORS,
+    "loss.ratio": RATIOS,
+    "loss.normalization": NORMALIZATIONS,
+    "loss.kl_estimator": KL_ESTIMATORS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Where the arrays of a run come from: models and initializers (`LOADED`), or nowhere, where shapes are enough.
+
+    Attributes:
+        load: (section of the config, its name, mesh) -> model and tokenizer, as `rollout.agents.load_model`.
+        make: (function, shardings, *arguments) -> what the function returns, so sharded.
+    """
+
+    load: Callable[..., tuple[LM, Tokenizer]]
+    make: Callable[..., Any]
+
+
+LOADED = Weights(load_model, lambda function, shardings, *args: jax.jit(function, out_shardings=shardings)(*args))
+
+
+class Learning(NamedTuple):
+    """What is trained, and the update that trains it."""
+
+    setup: TrainStepConfig
+    state: TrainState  # before the first step
+    lengths: tuple[int, ...]  # that packed rows may have, rising
+    reference: Params | None  # for the KL penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +78,18 @@ class Run:
     config: ConfigDict
     mesh: Mesh  # of training; agents.mesh is that of sampling
     agents: Agents  # with the policy that training starts from
-    profiles: list[Profile]
+    profiles: Sequence[Profile]
     tokens: ProfileTokens
     reader: ProfileReader
     limits: RolloutLimits
     setup: TrainStepConfig
+    learn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # `train_step`, jitted
     lengths: tuple[int, ...]  # that packed rows may have, rising
     grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
-    def arranged(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, PackingPlan | None]:
-        """How to read a batch: the length of packed rows, and the dialogues' places where they share rows.
+    def plan_rows(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, PackingPlan | None]:
+        """The length of packed rows for a batch, and which dialogue lies where if they share rows.
 
         Args:
             lengths: [B] tokens of the dialogues.
@@ -65,8 +99,8 @@ class Run:
             return next(length for length in self.lengths if length >= lengths.max()), None
         return plan_packing(lengths, orders, self.lengths, batch_parts(self.mesh), self.config.train.padding)
 
-    def places(self, length: int, plan: PackingPlan | None) -> int:
-        """Places of all rows that one pass over a batch reads, padding included."""
+    def padded_tokens(self, length: int, plan: PackingPlan | None) -> int:
+        """Tokens of all rows that one pass over a batch reads, padding included."""
         if plan is None:
             return length * self.config.rollout.batch
         reads = int(np.sum(plan.updates.reads)) * batch_parts(self.mesh)
@@ -81,7 +115,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     """
     _check_attention(config, mesh)
     check_context(config, *models_of(config))
-    profiles = read_profiles(profile_files(config.data.train))
+    profiles = open_profiles(config, "data.train")
     reader = ProfileReader(
         profiles,
         seed=config.data.seed,
@@ -91,16 +125,50 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     spec = rollout_spec(config)
     agents = Agents.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
     tokens = agents.tokens(profiles)
-    limits = agents.place(agents.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    lengths = row_lengths(config, agents, tokens.first_talk.shape[1], mesh)
-    trained, trunk = trained_of(config, agents, mesh)
-    setup = setup_of(config, agents, trunk, "critic" in trained, mesh)
-    reference = None
-    if config.loss.kl:
-        reference = _model(config, "reference", config.policy, mesh, agents)[0].params
-    grammar = replicate(agents.tables[0].grammar, mesh)
-    run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, lengths, grammar, reference)
-    return run, _placed_state(trained, setup.optimizers, mesh)
+    limits = agents.replicate(agents.check_limits(limits_of(config, spec, config.rollout.temperature)))
+    setup, state, lengths, reference = build_learning(config, agents, tokens.first_width, mesh, LOADED)
+    grammar, learn = replicate(agents.tables[0].grammar, mesh), compile_step(setup, state)
+    run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, learn, lengths, grammar, reference)
+    return run, state
+
+
+def build_learning(config: ConfigDict, agents: Agents, first_width: int, mesh: Mesh, weights: Weights) -> Learning:
+    """What is trained, and the update that trains it, from agents on the training mesh.
+
+    Args:
+        first_width: of the profiles' first utterances, in tokens.
+        weights: where arrays come from; a plan's are shapes.
+
+    Raises:
+        ValueError, OSError: a model cannot be loaded, or has another tokenizer.
+    """
+    trained, trunk = _trained(config, agents, mesh, weights)
+    setup = _step_config(config, agents, trunk, mesh)
+    reference = _model(config, "reference", config.policy, mesh, agents, weights).params if config.loss.kl else None
+    shardings = state_shardings(trained, setup.optimizers, mesh)
+    moments = weights.make(lambda p: init_state(p, setup.optimizers).opt_state, shardings.opt_state, trained)
+    step, skipped = (weights.make(lambda: jnp.int32(0), shardings.step) for _ in range(2))  # two buffers to donate
+    lengths = row_lengths(config, agents, first_width, mesh)
+    return Learning(setup, TrainState(step, trained, moments, skipped), lengths, reference)
+
+
+def check_learning(config: ConfigDict) -> None:
+    """Checks names in registries, and what the estimator needs, of a config that is valid otherwise.
+
+    Raises:
+        ConfigError: with one line for every fault.
+    """
+    values = {name: config[name.split(".")[0]][name.split(".")[1]] for name in REGISTRIES}
+    faults = [fault for name, value in values.items() if (fault := choice_fault(name, value, REGISTRIES[name]))]
+    estimator, group = config.algorithm.estimator, config.rollout.group
+    if estimator in ESTIMATORS and ESTIMATORS[estimator].needs_group and group < 2:
+        others = " or ".join(name for name, other in ESTIMATORS.items() if not other.needs_group)
+        faults.append(
+            f"algorithm.estimator={estimator!r} compares dialogues of one profile, but rollout.group={group}; raise "
+            f"rollout.group (RLVER: 4 with GRPO), or use {others}"
+        )
+    if faults:
+        raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
 def rollout_spec(config: ConfigDict) -> RolloutConfig:
@@ -120,9 +188,14 @@ def _check_attention(config: ConfigDict, mesh: Mesh) -> None:
             )
 
 
+def has_critic(config: ConfigDict) -> bool:
+    """Whether the config's estimator needs a critic."""
+    return ESTIMATORS[config.algorithm.estimator].needs_critic
+
+
 def models_of(config: ConfigDict) -> list[str]:
     """The models that training loads."""
-    critic = config.algorithm.estimator == "gae" and config.critic.kind == "separate"
+    critic = has_critic(config) and config.critic.kind == "separate"
     return ["policy", "user", *["critic"] * critic, *["reference"] * bool(config.loss.kl)]
 
 
@@ -149,8 +222,8 @@ def dialogues_a_row(config: ConfigDict, mesh: Mesh) -> int:
     2 where they share rows and each device would have two or more rows of a microbatch otherwise: no more tokens are
     read at a time than it has room for.
     """
-    apart = config.rollout.batch // (config.train.minibatches * config.train.microbatches)
-    return 2 if config.train.share_rows and apart >= 2 * batch_parts(mesh) else 1
+    unshared = config.rollout.batch // (config.train.minibatches * config.train.microbatches)
+    return 2 if config.train.share_rows and unshared >= 2 * batch_parts(mesh) else 1
 
 
 def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
@@ -160,30 +233,33 @@ def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
     return -(-dialogues // (dialogues_a_row(config, mesh) * batch_parts(mesh)))
 
 
-def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, agents: Agents):
+def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, agents: Agents, weights: Weights) -> LM:
     """Model of `config.NAME`; an empty path is the policy's. It must share the policy's tokenizer."""
     settings = like.copy_and_resolve_references()
     settings.path = config[name].path or config.policy.path
-    lm, tokenizer = load_model(settings, name, mesh)
+    lm, tokenizer = weights.load(settings, name, mesh)
     check_tokenizers(agents.tokenizer, tokenizer)
-    return lm, tokenizer
+    return lm
 
 
-def trained_of(config: ConfigDict, agents: Agents, mesh: Mesh) -> tuple[Trained, Any]:
+def _trained(config: ConfigDict, agents: Agents, mesh: Mesh, weights: Weights) -> tuple[Trained, Qwen2 | None]:
     """All parameters that learn, and the module of the critic's own trunk, if it has one."""
     policy = agents.policy.params
     if agents.user.params is policy:  # one folder for both: the update reuses the policy's buffers, the user keeps its
-        policy = jax.tree.map(jnp.copy, policy)
-    if config.algorithm.estimator != "gae":
+        policy = weights.make(
+            lambda params: jax.tree.map(jnp.copy, params), jax.tree.map(lambda x: x.sharding, policy), policy
+        )
+    if not has_critic(config):
         return {"policy": policy}, None
     head = value_head_of(config)
     width = agents.policy.model.config.hidden_size
     trunk, critic = None, {}
     if config.critic.kind == "separate":
-        lm, _ = _model(config, "critic", config.critic, mesh, agents)
+        lm = _model(config, "critic", config.critic, mesh, agents, weights)
         width, trunk = lm.model.config.hidden_size, as_trained(lm.model, config.critic)
         critic["trunk"] = lm.params
-    critic["head"] = nn.unbox(head.init(jax.random.key(0), jnp.zeros((1, width))))["params"]  # a constant: no draw
+    init = lambda: nn.unbox(head.init(jax.random.key(0), jnp.zeros((1, width))))["params"]  # noqa: E731  (constants)
+    critic["head"] = weights.make(init, NamedSharding(mesh, PartitionSpec()))
     return {"policy": policy, "critic": critic}, trunk
 
 
@@ -197,59 +273,44 @@ def value_head_of(config: ConfigDict) -> ValueHead:
     return ValueHead(bias_init=config.emotion.initial / 100 if config.reward.kind == "final" else 0.0)
 
 
-def setup_of(config: ConfigDict, agents: Agents, trunk: Any, has_critic: bool, mesh: Mesh) -> TrainStepConfig:
+def _step_config(config: ConfigDict, agents: Agents, trunk: Qwen2 | None, mesh: Mesh) -> TrainStepConfig:
     """What the update is compiled for; `trunk` is the module of the critic's own."""
-    c, t = config.loss, config.train
-    loss = LossConfig(
-        c.ratio, c.clip_low, c.clip_high, c.dual_clip, c.normalization,
-        length=config.rollout.max_turns * agents.spec.policy_tokens,
-        entropy=c.entropy, kl=c.kl, kl_estimator=c.kl_estimator, value=c.value_weight, value_clip=c.value_clip,
-    )  # fmt: skip
-    learner = TrainedModels(
+    critic = has_critic(config)
+    length = config.rollout.max_turns * agents.spec.policy_tokens
+    models = TrainedModels(
         as_trained(agents.policy.model, config.policy),
         trunk,
-        value_head_of(config) if has_critic else None,
-        loss,
-        temperature=config.rollout.temperature,
-        vocab_chunk=c.vocab_chunk,
+        value_head_of(config) if critic else None,
+        LossConfig(**keywords(LossConfig, config.loss), length=length),
+        **keywords(TrainedModels, config.rollout, config.loss),
         vocab_shards=mesh.shape["tensor"],
     )
-    a = config.algorithm
-    credit = (a.estimator, a.credit, a.turn_discount)
-    advantage = AdvantageConfig(*credit, a.gamma, a.lam, a.whiten, a.scale, config.rollout.group)
-    schedule = UpdateConfig(
-        t.epochs, t.minibatches, t.microbatches, config.critic.warmup_steps, c.recompute, c.importance_cap
+    advantage = AdvantageConfig(**keywords(AdvantageConfig, config.algorithm, config.rollout))
+    update = UpdateConfig(
+        **keywords(UpdateConfig, config.train, config.loss), critic_warmup_steps=config.critic.warmup_steps
     )
-    shared = {"warmup_steps": t.warmup_steps, "grad_clip": t.grad_clip, "beta1": t.beta1, "beta2": t.beta2}
-    shared |= {"weight_decay": t.weight_decay, "moment_dtype": t.moment_dtype, "eps": t.adam_eps}
-    policy = make_optimizer(learning_rate=t.learning_rate, **shared)
-    critic = make_optimizer(learning_rate=config.critic.learning_rate, **shared) if has_critic else None
-    return TrainStepConfig(learner, advantage, schedule, Optimizers(policy, critic))
-
-
-def _placed_state(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> TrainState:
-    """The first state; each of Adam's moments lies where its parameter does."""
-    spread = lambda x: len(x.sharding.device_set) == mesh.size  # noqa: E731
-    trained = jax.tree.map(lambda x: x if spread(x) else replicate(x, mesh), trained)
-    where = state_shardings(trained, optimizers, mesh)
-    made = jax.jit(lambda p: init_state(p, optimizers).opt_state, out_shardings=where.opt_state)(trained)
-    zero = replicate(jnp.int32(0), mesh)
-    return TrainState(zero, trained, made, jnp.copy(zero))
+    adam = keywords(make_optimizer, config.train)
+    critic_adam = adam | {"learning_rate": config.critic.learning_rate}
+    optimizers = Optimizers(make_optimizer(**adam), make_optimizer(**critic_adam) if critic else None)
+    return TrainStepConfig(models, advantage, update, optimizers)
 
 
 def state_shardings(trained: Trained, optimizers: Optimizers, mesh: Mesh) -> TrainState:
-    """Where all leaves of a state lie, by its parameters: arrays, or ShapeDtypeStructs with shardings."""
+    """Shardings of a state, from its parameters: arrays, or ShapeDtypeStructs with shardings.
+
+    Each of Adam's moments is sharded like its parameter.
+    """
     whole = NamedSharding(mesh, PartitionSpec())
-    where = jax.tree.map(lambda x: x.sharding, trained)
+    shardings = jax.tree.map(lambda x: x.sharding, trained)
     shapes = jax.eval_shape(lambda p: init_state(p, optimizers), trained)
     opt_state = {
         name: optax.tree.map_params(
             optimizers.of(name),
-            lambda _, place: place,
+            lambda _, sharding: sharding,
             shapes.opt_state[name],
-            where[name],
+            shardings[name],
             transform_non_params=lambda _: whole,
         )
         for name in trained
     }
-    return TrainState(whole, where, opt_state, whole)  # type: ignore[arg-type]
+    return TrainState(whole, shardings, opt_state, whole)  # type: ignore[arg-type]

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.ranges import PATHS
-from rlver_jax.config.validate import ConfigError, flatten, profile_files, unflatten
+from rlver_jax.config.validate import ConfigError, flatten, unflatten
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.lock import LOCK
-from rlver_jax.runs.settings import SHOWN, compare, listed, without_secrets
+from rlver_jax.runs.settings import SHOWN, check_same, listed, without_secrets
 from rlver_jax.training.checkpoints import saved_steps
 from rlver_jax.training.kept_model import base_folder, check_same_model, keep_model, kept_model
 from rlver_jax.training.metrics import iter_metrics
@@ -71,7 +72,7 @@ class RunFolder:
         check: Callable[[], None] = lambda: None,
         report: Callable[[str], None] = _log.warning,
     ) -> "RunFolder":
-        """Makes the folder, or takes up the interrupted run that it holds. Processes that share a run all call it.
+        """Makes the folder, or resumes the interrupted run that it holds. Processes that share a run all call it.
 
         Args:
             free_fields: fields of the config, or sections, that may differ from those that the run began with.
@@ -99,22 +100,22 @@ class RunFolder:
         report: Callable[[str], None],
     ) -> None:
         check_folder_to_write(self.path)
-        kept, source = kept_model(self.path), base_folder(new["policy.path"])
+        own_model, source = kept_model(self.path), base_folder(new["policy.path"])
         known = self.fingerprints()
         if (self.path / CONFIG).exists():
             free = (*free_fields, "policy.path") if self.goes_on_without_base(new) else tuple(free_fields)
             self._check_same_config(new, (*free, *PATHS) if contents and known else free, free_fields, report)
             self._check_unfinished(steps)
             self._check_metrics()
-            if kept and source:
-                check_same_model(source, kept)
+            if own_model and source:
+                check_same_model(source, own_model)
         elif self.path.exists() and (names := sorted(item.name for item in self.path.iterdir() if item.name != LOCK)):
             raise ValueError(
                 f"{self.path}: is not empty ({', '.join(names[:SHOWN])}) and holds no {CONFIG}; name another --workdir"
             )
         now = self._same_contents(new, known, contents, report) if contents else known
         self.dialogues(0).parent.mkdir(parents=True, exist_ok=True)
-        if not kept and source:
+        if not own_model and source:
             keep_model(self.path, source)
         if now:
             write_json(self.path / FINGERPRINTS, {"version": _VERSION, "contents": now})
@@ -125,24 +126,25 @@ class RunFolder:
     ) -> None:
         sections = tuple(f"{name}." for name in free)
         old = without_secrets(self.config())
-        old |= {name: new[name] for name in PATHS if _same_places(old.get(name), new[name])}
-        found = compare(old, new, lambda name: f"{name}.".startswith(sections))
-        if found.differences:
-            raise ValueError(
-                f"{self.path}: holds a run with another config ({found.differences}); name another --workdir, or give "
-                f"the same config to go on with it (only {', '.join(named)} may change"
-                f"{'' if self.fingerprints() else ', not even paths: no fingerprints tell what lay there'})"
-            )
-        if found.defaults:
-            report(f"{self.path}: begun by an older version of rlver_jax, whose config lacks {found.defaults}: as here")
+        old |= {name: new[name] for name in PATHS if _same_files(old.get(name), new[name])}
+        check_same(
+            self.path,
+            old,
+            new,
+            lambda name: f"{name}.".startswith(sections),
+            fault="holds a run with another config",
+            remedy=f"name another --workdir, or give the same config to go on with it (only {', '.join(named)} may "
+            f"change{'' if self.fingerprints() else ', not even paths: no fingerprints tell what lay there'})",
+            report=report,
+        )
 
     def _same_contents(
         self, new: dict[str, Any], known: dict[str, str], contents: Contents, report: Callable[[str], None]
     ) -> dict[str, str]:
         """Fingerprints of what the run reads; those of files that it needs no more, and that are gone, stay."""
         gone = ["policy", *(name for name in ("critic", "reference") if not new.get(f"{name}.path"))]
-        lost = self.goes_on_without_base(new) and _without_weights(new["policy.path"], new["policy.init"])
-        now = contents.read(gone if lost else ())
+        base_gone = self.goes_on_without_base(new) and _without_weights(new["policy.path"], new["policy.init"])
+        now = contents.read(gone if base_gone else ())
         if not self._begun():
             return now
         changed = [contents.described(name) for name in now if known.get(name, now[name]) != now[name]]
@@ -175,10 +177,10 @@ class RunFolder:
         """
         path = self.path / FINGERPRINTS
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["version"] == _VERSION:
-                return {str(name): str(value) for name, value in found["contents"].items()}
-            why = f"has version {found['version']!r}, expected {_VERSION}"
+            file = json.loads(path.read_text(encoding="utf-8"))
+            if file["version"] == _VERSION:
+                return {str(name): str(value) for name, value in file["contents"].items()}
+            why = f"has version {file['version']!r}, expected {_VERSION}"
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -197,7 +199,7 @@ class RunFolder:
     def to_load(self, config: ConfigDict) -> ConfigDict:
         """The config to load models by: without the folder of policy.path, the run's own and weights to be restored.
 
-        The parameters that are made in the weights' place are those of no model; `Checkpoints.restore` replaces them.
+        The parameters that are made instead of the weights are those of no model; `Checkpoints.restore` replaces them.
         """
         gone = lambda: (  # noqa: E731
             self.goes_on_without_base(flatten(config)) and _without_weights(config.policy.path, config.policy.init)
@@ -278,7 +280,7 @@ class RunFolder:
             raise ValueError(f"{path}: says no step ({error}); remove it to go on with the run") from error
 
     def _check_metrics(self) -> None:
-        """That they can be gone on with; said now, not after minutes of compilation."""
+        """That they can be resumed; checked now, not after minutes of compilation."""
         if saved_steps(self.checkpoints) and self.metrics.exists():
             for _ in iter_metrics(self.metrics):
                 pass
@@ -292,10 +294,10 @@ class RunFolder:
             )
 
 
-def _same_places(found: object, new: str) -> bool:
+def _same_files(old: object, new: str) -> bool:
     """Whether two fields name the same files, however they are spelt."""
-    places = lambda field: [os.path.realpath(file) for file in profile_files(field)]  # noqa: E731
-    return isinstance(found, str) and places(found) == places(new)
+    files = lambda field: [os.path.realpath(file) for file in profile_files(field)]  # noqa: E731
+    return isinstance(old, str) and files(old) == files(new)
 
 
 def _without_weights(path: str, init: str) -> bool:

@@ -14,8 +14,9 @@ from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.log import dialogue_records, rewards_of
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.rollout.policy_turn import PolicyTurn
-from rlver_jax.rollout.sampler import END_REASONS, Dialogues
+from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.turn import UserTurn, build_user_tables
 

@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 
 from rlver_jax.decoding.cache import LM
+from rlver_jax.learning.advantages import AdvantageConfig
 from rlver_jax.learning.loss import LossConfig, TrainedModels
+from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.sequences import build_sequences, row_lengths
-from rlver_jax.learning.train_step import (
-    AdvantageConfig,
-    Optimizers,
-    TrainStepConfig,
-    UpdateConfig,
-    compile_step,
-    init_state,
-    make_optimizer,
-)
+from rlver_jax.learning.train_step import TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.rewards import Rewards
@@ -48,9 +42,9 @@ def setup_of(policy_lm, estimator) -> TrainStepConfig:
     rate = {"warmup_steps": 0, "grad_clip": 1.0, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0}
     made = make_optimizer(learning_rate=1e-3, moment_dtype="float32", **rate)
     critic = estimator == "gae"
-    learner = TrainedModels(policy_lm.model, None, ValueHead() if critic else None, LossConfig(), vocab_chunk=512)
+    models = TrainedModels(policy_lm.model, None, ValueHead() if critic else None, LossConfig(), vocab_chunk=512)
     return TrainStepConfig(
-        learner, AdvantageConfig(estimator, group=GROUP), UpdateConfig(), Optimizers(made, made if critic else None)
+        models, AdvantageConfig(estimator, group=GROUP), UpdateConfig(), Optimizers(made, made if critic else None)
     )
 
 

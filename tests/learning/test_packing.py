@@ -12,18 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import loss_terms
+from rlver_jax.learning.advantages import AdvantageConfig
 from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
+from rlver_jax.learning.optimizer import Optimizers
 from rlver_jax.learning.packing import RowAssignment, assign_rows, pack, plan_packing, unpack
 from rlver_jax.learning.sequences import PackedBatch
-from rlver_jax.learning.train_step import (
-    AdvantageConfig,
-    Optimizers,
-    TrainStepConfig,
-    UpdateConfig,
-    compile_step,
-    init_state,
-    minibatch_order,
-)
+from rlver_jax.learning.train_step import TrainStepConfig, UpdateConfig, compile_step, init_state, minibatch_order
 from rlver_jax.models.attention import AttentionMask, visible
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.mesh import make_mesh
@@ -166,9 +160,9 @@ def test_loss_and_gradients_are_those_of_one_dialogue_a_row(world, bpe, options,
     lm, critic = small_lm(bpe, **how), small_lm(bpe, seed=4, **how)
     head = {"kernel": 0.1 * jnp.ones(32), "bias": jnp.float32(0.2)}
     both = {"policy": lm.params, "critic": {"trunk": critic.params, "head": head}}
-    learner = TrainedModels(lm.model, critic.model, ValueHead(), options, vocab_chunk=100)
+    models = TrainedModels(lm.model, critic.model, ValueHead(), options, vocab_chunk=100)
     sample = sample_of(world, options, critic=options is PPO)
-    graded = jax.jit(jax.value_and_grad(lambda t, s: loss(learner, t, s, world.tables.grammar), has_aux=True))
+    graded = jax.jit(jax.value_and_grad(lambda t, s: loss(models, t, s, world.tables.grammar), has_aux=True))
     (want, metrics), want_gradient = graded(both, sample)
     places = assign_rows(np.asarray(sample.batch.count), LENGTH, 1)
     rows = jax.tree.map(lambda x: x[:, 0], pack(sample, places, sample.batch.count, 1))
@@ -207,25 +201,25 @@ def problem(bpe, prompts):
 def setup_of(bpe, ppo, minibatches, attention):
     model = small_lm(bpe, layers=1, scan_layers=False, attention=attention, attention_chunk=64).model
     options = PPO if ppo else dataclasses.replace(GRPO, normalization="token_mean")
-    learner = TrainedModels(model, model if ppo else None, ValueHead(0.3) if ppo else None, options, vocab_chunk=128)
+    models = TrainedModels(model, model if ppo else None, ValueHead(0.3) if ppo else None, options, vocab_chunk=128)
     advantage = AdvantageConfig(lam=0.9) if ppo else AdvantageConfig("grpo", group=4)
-    schedule = UpdateConfig(epochs=minibatches, minibatches=minibatches, recompute=not ppo)
-    return TrainStepConfig(learner, advantage, schedule, Optimizers(optimizer(1e-3), optimizer(1e-3) if ppo else None))
+    update = UpdateConfig(epochs=minibatches, minibatches=minibatches, recompute=not ppo)
+    return TrainStepConfig(models, advantage, update, Optimizers(optimizer(1e-3), optimizer(1e-3) if ppo else None))
 
 
 def first_step(setup, bpe, problem, width, mesh=None):
     """State and metrics after a step that reads `width` shared rows at a time; 0: one dialogue a row."""
-    state = init_state(trained(bpe, setup.learner.value_head is not None), setup.optimizers)
+    state = init_state(trained(bpe, setup.models.value_head is not None), setup.optimizers)
     where = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
     state, given, key = jax.device_put((state, problem, jax.random.key(1)), where)
-    reference = jax.tree.map(jnp.copy, state.params["policy"]) if setup.learner.loss.kl else None
+    reference = jax.tree.map(jnp.copy, state.params["policy"]) if setup.models.loss.kl else None
     step, number = compile_step(setup, state), problem.batch.count.shape[0]
 
     def layout(done):
-        order = np.asarray(minibatch_order(setup.schedule, key, jnp.int32(done), number))
+        order = np.asarray(minibatch_order(setup.update, key, jnp.int32(done), number))
         length, found = plan_packing(np.asarray(problem.batch.count), order, [256], width, most=0.1)
         assert length == 256
-        assert found.updates.reads.max() * width < number // setup.schedule.minibatches, "they do share rows"
+        assert found.updates.reads.max() * width < number // setup.update.minibatches, "they do share rows"
         return jax.device_put(found, where)
 
     after = step(state, *given, key, reference, layout(0) if width else None)

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from rlver_jax.learning import advantages, loss_terms, masked
-from rlver_jax.learning.train_step import Optimizers, init_state, make_optimizer
+from rlver_jax.learning.optimizer import Optimizers, make_optimizer
+from rlver_jax.learning.train_step import init_state
 from rlver_jax.models.qwen import Embedding
 
 RATE, BETA1, BETA2, DECAY, EPS = 1e-3, 0.9, 0.999, 0.01, 1e-8
@@ -17,7 +18,7 @@ RATE, BETA1, BETA2, DECAY, EPS = 1e-3, 0.9, 0.999, 0.01, 1e-8
 def made(moment="float32", clip=1e9, rate=RATE, warmup=0, decay=DECAY):
     return make_optimizer(
         learning_rate=rate, warmup_steps=warmup, grad_clip=clip, beta1=BETA1, beta2=BETA2, weight_decay=decay,
-        moment_dtype=moment, eps=EPS,
+        moment_dtype=moment, adam_eps=EPS,
     )  # fmt: skip
 
 
@@ -223,7 +224,7 @@ def test_rewards_of_groups_in_bfloat16():
 @pytest.mark.parametrize(("clip", "scale"), [(0.0, 1.0), (5.0, 0.05)])
 def test_clips_against_float64(dtype, clip, scale):
     """A clip of 0 is none; else a gradient of norm 100 is cut to 5. One parameter's gradient is always 0."""
-    given = {"learning_rate": 0.1, "warmup_steps": 0, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.0, "eps": 8.0}
+    given = {"learning_rate": 0.1, "warmup_steps": 0, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.0, "adam_eps": 8.0}
     optimizer = make_optimizer(grad_clip=clip, moment_dtype="float32", **given)
     params = {"w": jnp.zeros(4, dtype), "unused": jnp.zeros(3, dtype)}
     state = optimizer.init(params)

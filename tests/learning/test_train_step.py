@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 from rlver_jax.learning import loss_terms
-from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
-from rlver_jax.learning.train_step import (
+from rlver_jax.learning.advantages import (
+    ESTIMATORS,
     AdvantageConfig,
-    Optimizers,
-    TrainStepConfig,
-    UpdateConfig,
-    compile_step,
+    Advantages,
+    Estimator,
+    EstimatorInputs,
+    broadcast,
     compute_advantages,
-    init_state,
-    make_optimizer,
 )
+from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
+from rlver_jax.learning.optimizer import Optimizers, make_optimizer
+from rlver_jax.learning.train_step import TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.rollout.rewards import Rewards
 from tests.learning.conftest import make_world, packed, small_lm
@@ -51,12 +52,16 @@ def optimizer(rate=1e-2, warmup=0, clip=1.0):
 PLAIN, GAE, RETURN = UpdateConfig(), AdvantageConfig(), AdvantageConfig("reinforce_pp")
 
 
-def setup_of(bpe, schedule=PLAIN, *, critic=True, advantage=GAE, options=OPTIONS, policy=None):
+def earned(rewards, batch, value):
+    return EstimatorInputs(rewards, batch.turn, batch.mask, value)
+
+
+def setup_of(bpe, update=PLAIN, *, critic=True, advantage=GAE, options=OPTIONS, policy=None):
     model = one_layer(bpe).model
     head = ValueHead(bias_init=0.3) if critic else None
-    learner = TrainedModels(model, model if critic else None, head, options, vocab_chunk=128)
+    models = TrainedModels(model, model if critic else None, head, options, vocab_chunk=128)
     return TrainStepConfig(
-        learner, advantage, schedule, Optimizers(policy or optimizer(), optimizer(2e-2) if critic else None)
+        models, advantage, update, Optimizers(policy or optimizer(), optimizer(2e-2) if critic else None)
     )
 
 
@@ -70,7 +75,7 @@ def trained(bpe, critic=True):
 
 def run(bpe, problem, setup, steps=1, **more):
     batch, rewards, grammar = problem
-    state = init_state(trained(bpe, setup.learner.value_head is not None), setup.optimizers)
+    state = init_state(trained(bpe, setup.models.value_head is not None), setup.optimizers)
     state = jax.device_put(state, jax.devices()[0])
     step = compile_step(setup, state)
     for _ in range(steps):
@@ -114,11 +119,11 @@ def test_the_optimizer_is_adamw_behind_a_clip(bpe, problem, whole):
     """The policy's first update, from its gradient, in NumPy (arXiv 1711.05101)."""
     batch, rewards, grammar = problem
     setup, params = setup_of(bpe), trained(bpe)
-    learner, mask = setup.learner, batch.mask
+    models, mask = setup.models, batch.mask
     weight = loss_terms.token_weights(mask, "token_mean")
-    advantage, _ = compute_advantages(setup.advantage, rewards, batch, whole_values(learner, params, batch))
+    advantage, _ = compute_advantages(setup.advantage, earned(rewards, batch, whole_values(models, params, batch)))
     sample = LossInputs(batch, batch.logprob, advantage, weight, weight)
-    gradient = jax.jit(jax.grad(lambda p: loss(learner, {"policy": p}, sample, grammar)[0]))(params["policy"])
+    gradient = jax.jit(jax.grad(lambda p: loss(models, {"policy": p}, sample, grammar)[0]))(params["policy"])
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(whole[1]["policy/grad_norm"], norm, rtol=1e-4)
     for old, new, g in zip(*map(jax.tree.leaves, (params["policy"], whole[0].params["policy"], gradient)), strict=True):
@@ -129,8 +134,8 @@ def test_the_optimizer_is_adamw_behind_a_clip(bpe, problem, whole):
         np.testing.assert_allclose(np.asarray(new)[large], (old - 1e-2 * (step + 0.1 * old))[large], atol=2e-5)
 
 
-def whole_values(learner, params, batch):
-    hidden, _ = jax.jit(learner.trunk.apply)(
+def whole_values(models, params, batch):
+    hidden, _ = jax.jit(models.trunk.apply)(
         {"params": params["critic"]["trunk"]}, batch.tokens, batch.positions, batch.branch
     )
     value = hidden @ params["critic"]["head"]["kernel"] + params["critic"]["head"]["bias"]
@@ -149,22 +154,22 @@ def test_gradients_by_finite_differences(bpe, prompts, options, critic):
         double = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x)
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), trained(bpe, critic))
         model = one_layer(bpe, dtype=jnp.float64, param_dtype=jnp.float64).model
-        learner = TrainedModels(
+        models = TrainedModels(
             model, model if critic else None, ValueHead() if critic else None, options, vocab_chunk=128
         )
         draw, shape = np.random.default_rng(1), batch.mask.shape
         noise = lambda scale: jnp.asarray(draw.normal(0, scale, shape))  # noqa: E731
         weight = loss_terms.token_weights(batch.mask, options.normalization, length=1).astype(jnp.float64)
         start = LossInputs(double(batch), noise(1), noise(1), weight, weight)
-        _, metrics = jax.jit(lambda p: loss(learner, p, start, world.tables.grammar))(params)
+        _, metrics = jax.jit(lambda p: loss(models, p, start, world.tables.grammar))(params)
         assert metrics["sum"]["policy/loss"].dtype == jnp.float64
-        near = jnp.asarray(np.asarray(own_logprobs(learner, params, batch, world.tables.grammar)))
+        near = jnp.asarray(np.asarray(own_logprobs(models, params, batch, world.tables.grammar)))
         sample = dataclasses.replace(
             start, old=near + noise(0.2), reference=near + noise(0.1) if options.kl else None,
             value=noise(0.3) if critic else None, returns=noise(0.3) if critic else None,
         )  # fmt: skip
-        value = jax.jit(lambda p: loss(learner, p, sample, world.tables.grammar)[0])
-        gradient = jax.jit(jax.grad(lambda p: loss(learner, p, sample, world.tables.grammar)[0]))(params)
+        value = jax.jit(lambda p: loss(models, p, sample, world.tables.grammar)[0])
+        gradient = jax.jit(jax.grad(lambda p: loss(models, p, sample, world.tables.grammar)[0]))(params)
         for seed in range(4):
             step = np.random.default_rng(seed)
             direction = jax.tree.map(lambda x, s=step: jnp.asarray(s.normal(size=x.shape)), params)
@@ -174,12 +179,10 @@ def test_gradients_by_finite_differences(bpe, prompts, options, critic):
             np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-8)
 
 
-def own_logprobs(learner, params, batch, grammar):
+def own_logprobs(models, params, batch, grammar):
     from rlver_jax.learning.loss import action_logprobs, forward
 
-    return action_logprobs(learner, params["policy"], forward(learner.model, params["policy"], batch), batch, grammar)[
-        0
-    ]
+    return action_logprobs(models, params["policy"], forward(models.model, params["policy"], batch), batch, grammar)[0]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bpe, problem):
@@ -195,7 +198,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bpe, problem):
 
 
 def test_in_its_warm_up_only_the_critic_learns(bpe, problem):
-    setup = setup_of(bpe, UpdateConfig(critic_warmup=1))
+    setup = setup_of(bpe, UpdateConfig(critic_warmup_steps=1))
     one, _ = run(bpe, problem, setup)
     start = trained(bpe)
     assert_close(one.params["policy"], start["policy"], 0)
@@ -207,9 +210,9 @@ def test_in_its_warm_up_only_the_critic_learns(bpe, problem):
 def test_minibatches_visit_every_dialogue_once_an_epoch(bpe, problem):
     """A learning rate of 0 makes each minibatch's metrics those of the start: their mean is the whole batch's."""
     still = optimizer(0.0)
-    schedule = UpdateConfig(epochs=2, minibatches=4)
+    update = UpdateConfig(epochs=2, minibatches=4)
     advantage, options = RETURN, LossConfig(normalization="dr_grpo", length=50)
-    many = run(bpe, problem, setup_of(bpe, schedule, critic=False, advantage=advantage, options=options, policy=still))
+    many = run(bpe, problem, setup_of(bpe, update, critic=False, advantage=advantage, options=options, policy=still))
     one = run(bpe, problem, setup_of(bpe, critic=False, advantage=advantage, options=options, policy=still))
     np.testing.assert_allclose(many[1]["policy/loss"], one[1]["policy/loss"], rtol=1e-4)
     np.testing.assert_allclose(many[1]["policy/ratio_max"], one[1]["policy/ratio_max"], rtol=1e-4)
@@ -244,7 +247,7 @@ def test_both_forms_of_credit_agree_for_one_final_reward(problem):
     final = Rewards(rewards.reward, jnp.asarray(last))
     value = jnp.asarray(np.random.default_rng(0).normal(size=batch.mask.shape), jnp.float32)
     ways = [
-        compute_advantages(AdvantageConfig(credit=c, whiten=False), final, batch, value)[0]
+        compute_advantages(AdvantageConfig(credit=c, whiten=False), earned(final, batch, value)).advantage
         for c in ("dialogue", "turn")
     ]
     np.testing.assert_allclose(*ways, atol=1e-5)
@@ -254,6 +257,20 @@ def test_both_forms_of_credit_agree_for_one_final_reward(problem):
 def test_unknown_names_are_refused(problem):
     batch, rewards, _ = problem
     with pytest.raises(ValueError, match="estimator='vapo'; expected one of gae, grpo, rloo, reinforce_pp"):
-        compute_advantages(AdvantageConfig("vapo"), rewards, batch, None)
+        compute_advantages(AdvantageConfig("vapo"), earned(rewards, batch, None))
     with pytest.raises(ValueError, match="credit='token'; expected dialogue or turn"):
-        compute_advantages(AdvantageConfig(credit="token"), rewards, batch, batch.logprob)
+        compute_advantages(AdvantageConfig(credit="token"), earned(rewards, batch, batch.logprob))
+    with pytest.raises(ValueError, match="estimator='gae' needs a critic's values"):
+        compute_advantages(AdvantageConfig(), earned(rewards, batch, None))
+
+
+def test_a_new_estimator_trains_by_its_name(bpe, problem, monkeypatch):
+    """An entry of the table is all: a step with it equals one with the advantages that it computes by hand."""
+    plain = Estimator(lambda config, inputs: Advantages(broadcast(inputs.rewards.reward, inputs.mask), None))
+    monkeypatch.setitem(ESTIMATORS, "plain", plain)
+    _, metrics = run(bpe, problem, setup_of(bpe, critic=False, advantage=AdvantageConfig("plain")))
+    batch, rewards, _ = problem
+    mask = np.asarray(batch.mask)
+    by_hand = np.broadcast_to(np.asarray(rewards.reward, np.float64)[:, None], mask.shape)[mask]
+    assert metrics["advantage/mean"] == pytest.approx(by_hand.mean(), rel=1e-5)
+    assert metrics["advantage/std"] == pytest.approx(by_hand.std(), rel=1e-4)

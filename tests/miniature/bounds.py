@@ -21,7 +21,7 @@ from rlver_jax.config.flags import config_from_flags
 from rlver_jax.config.validate import validate
 from rlver_jax.dialogues.log import dialogue_records
 from rlver_jax.miniature import rule
-from rlver_jax.miniature.gold import gold_judge, spoken
+from rlver_jax.miniature.gold import gold_judge, judged_dialogue
 from rlver_jax.miniature.world import Person
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.rewards import Rewards, reward
@@ -30,10 +30,10 @@ from rlver_jax.training.loop import Trainer, train
 
 def rule_emotions(person: Person, record, turns: int) -> list[int]:
     """The initial emotion and that after each turn, by the rule alone; the last one is repeated."""
-    says, heard, _ = spoken(record)
+    replies, heard, _ = judged_dialogue(record)
     emotions = [record["emotions"][0]]
-    for turn, (said, last) in enumerate(zip(says, heard, strict=True)):
-        change = rule.judge(person, said, says[:turn], last).change
+    for turn, (reply, last) in enumerate(zip(replies, heard, strict=True)):
+        change = rule.judge(person, reply, replies[:turn], last).change
         emotions.append(max(0, min(100, emotions[-1] + change)))
     return emotions + [emotions[-1]] * (turns + 1 - len(emotions))
 
@@ -49,7 +49,9 @@ class RuleTrainer(Trainer):
         people = {profile.id: Person.of(profile) for profile in profiles}
         turns = rewards.turns.shape[1]
         emotions = np.array([rule_emotions(people[r["profile"]], r, turns) for r in records], np.int32)
-        found = reward(emotions=emotions, n_turns=played.turns, violation=played.violation, **dict(self.how))
+        found = reward(
+            emotions=emotions, n_turns=played.turns, violation=played.violation, **dict(self.reward_settings)
+        )
         return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, rewards)
 
 

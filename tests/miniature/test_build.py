@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from rlver_jax.miniature import assets, build, check
-from rlver_jax.miniature.rows import Packer
+from rlver_jax.miniature.sequences import SequenceBuilder
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.metrics import read_metrics
@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
     """An entry point in a process with one device."""
-    command = [sys.executable, "-m", f"rlver_jax.{module}", *flags]
+    code = f"import sys\nfrom rlver_jax.miniature import assets, check\nfrom rlver_jax.{module} import main\n"
+    code += "assets.EVAL_COUNT, check.ATTACKED = 16, 8\nsys.exit(main())"  # measured on few people
+    command = [sys.executable, "-c", code, *flags]
     environ = os.environ | {"XLA_FLAGS": ""}
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1800, check=False)
 
@@ -32,7 +34,7 @@ def run(module: str, *flags: str) -> subprocess.CompletedProcess:
 def built(tmp_path_factory):
     """(folder, flags that it was built with)."""
     folder = tmp_path_factory.mktemp("miniature") / "built"
-    flags = [f"--out={folder}", "--user_steps=20", "--policy_steps=10", "--base_steps=5", "--rl_steps=0"]
+    flags = [f"--out={folder}", "--user_steps=20", "--policy_steps=40", "--base_steps=5", "--rl_steps=0"]
     result = run("miniature.build", *flags, f"--json={folder.parent / 'figures.json'}")
     assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
     return folder, flags
@@ -99,9 +101,9 @@ def test_the_user_learns_again_from_what_a_run_said(built, tmp_path, monkeypatch
 
     monkeypatch.setattr(build, "miniature_config", small)
     tokenizer = load_tokenizer(folder / assets.USER)
-    packer = Packer(tokenizer, load_prompts("en", assets.PROMPTS))
+    builder = SequenceBuilder(tokenizer, load_prompts("en", assets.PROMPTS))
     before = (folder / assets.USER / "model.safetensors").read_bytes()
-    build.learn_from_rl(folder, packer, build.Steps(0, 0, 0, rl=1, again=2), Console(file=io.StringIO()))
+    build.learn_from_rl(folder, builder, build.Steps(0, 0, 0, rl=1, again=2), Console(file=io.StringIO()))
     assert (folder / "runs" / assets.USER / "model.safetensors").read_bytes() == before
     assert (folder / assets.USER / "model.safetensors").read_bytes() != before
     replies = check.read_replies(folder / assets.TRAINED)

@@ -3,7 +3,7 @@
 import pytest
 
 from rlver_jax.miniature import check, recipe, rule, texts
-from rlver_jax.miniature.gold import Spoken, spoken
+from rlver_jax.miniature.gold import JudgedDialogue, judged_dialogue
 from rlver_jax.miniature.world import Person, Topic
 
 PERSON = Person(0, "Mia", 30, "nurse", "calm", "low", Topic("boss", "exam"), "advice")
@@ -21,7 +21,7 @@ def record(profile="mini-0"):
 
 
 def test_spoken_takes_what_was_said_heard_and_felt():
-    assert spoken(record()) == Spoken([ADVICE, PRAISE, "x"], ["Hello.", "Fine.", ""], [9, -4])
+    assert judged_dialogue(record()) == JudgedDialogue([ADVICE, PRAISE, "x"], ["Hello.", "Fine.", ""], [9, -4])
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,17 @@ def test_terms_of_verdicts(said, before, terms):
 
 def test_agreement_by_hand():
     """By the rule 10, -2 (10 - 6 for the topic - 6 for the same words), -3, 4 (the words of two replies ago)."""
-    found = check.agreement([(PERSON, Spoken([ADVICE, WRONG, PRAISE, ADVICE, PRAISE], ["a"] * 5, [9, 10, -3, 1]))])
-    assert (found["turns"], found["mean_error"], found["same"]) == (4, 4.0, 0.25)
-    assert found["spearman"] == pytest.approx(0.4)  # ranks 4 2 1 3 and 3 4 1 2: 1 - 6 * 6 / (4 * 15)
-    assert found["by_term"]["serves"] == {"turns": 3, "mean_error": 5.333}
-    assert found["by_term"]["wrong topic"] == {"turns": 1, "mean_error": 12.0}
-    assert found["by_term"]["again"] == {"turns": 2, "mean_error": 7.5}
+    agreement = check.agreement(
+        [(PERSON, JudgedDialogue([ADVICE, WRONG, PRAISE, ADVICE, PRAISE], ["a"] * 5, [9, 10, -3, 1]))]
+    )
+    assert (agreement["turns"], agreement["mean_error"], agreement["same"]) == (4, 4.0, 0.25)
+    assert agreement["spearman"] == pytest.approx(0.4)  # ranks 4 2 1 3 and 3 4 1 2: 1 - 6 * 6 / (4 * 15)
+    assert agreement["by_term"]["serves"] == {"turns": 3, "mean_error": 5.333}
+    assert agreement["by_term"]["wrong topic"] == {"turns": 1, "mean_error": 12.0}
+    assert agreement["by_term"]["again"] == {"turns": 2, "mean_error": 7.5}
 
 
-def found(**changed):
+def measurements(**changed):
     figures = {
         "base": {"score": 33.0},
         "agreement_base": {"spearman": 0.9},
@@ -62,14 +64,14 @@ def found(**changed):
 
 
 def test_gates_hold_at_their_bounds():
-    assert all(gate.holds for gate in check.gates(found()))
+    assert all(gate.holds for gate in check.gates(measurements()))
     for name, worse in {
         "agreement_base": {"spearman": 0.899},
         "agreement_trained": {"spearman": float("nan")},
         "readable": {"assistant": 0.949, "user": 1.0},
         "attacks": {"empty": 10.0, "echo": 41.0},
     }.items():
-        assert [gate.holds for gate in check.gates(found(**{name: worse}))].count(False) == 1, name
+        assert [gate.holds for gate in check.gates(measurements(**{name: worse}))].count(False) == 1, name
 
 
 def test_replies_go_through_a_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Fitting: the loss over the places that have a target, and parameters that follow its gradient."""
+"""Fitting: the loss over the positions that have a target, and parameters that follow its gradient."""
 
 import io
 
@@ -9,31 +9,31 @@ import pytest
 from rich.console import Console
 
 from rlver_jax.miniature import fit
-from rlver_jax.miniature.rows import Row, stack
+from rlver_jax.miniature.sequences import TrainingSequence, stack
 
 
-def rows(seed: int):
-    """Two rows of random tokens, of which some are learned."""
+def batch_of(seed: int):
+    """Two sequences of random tokens, of which some are learned."""
     draw, made = np.random.default_rng(seed), []
     for _ in range(2):
-        row = Row()
-        place = row.read([int(t) for t in draw.integers(0, 40, 6)], 0, 0)
-        row.learn([int(t) for t in draw.integers(0, 40, 5)], 0, place)
-        made.append(row)
+        sequence = TrainingSequence()
+        position = sequence.add_context([int(t) for t in draw.integers(0, 40, 6)], 0, 0)
+        sequence.add_targets([int(t) for t in draw.integers(0, 40, 5)], 0, position)
+        made.append(sequence)
     return stack(made, 16)
 
 
-def test_learned_places_are_all_targets_and_no_more():
+def test_target_positions_are_all_targets_and_no_more():
     target = np.array([[-1, 5, -1, -1], [0, -1, -1, -1], [-1, -1, -1, -1]], np.int32)
-    places, tokens = fit.learned_places(target)
-    assert (places.tolist(), tokens.tolist()) == ([1, 4, 0, 0, 0], [5, 0, -1, -1, -1])
-    with pytest.raises(ValueError, match="4 of 4 places have a target; raise fit.LEARNED"):
-        fit.learned_places(np.ones((2, 2), np.int32))
+    positions, tokens = fit.target_positions(target)
+    assert (positions.tolist(), tokens.tolist()) == ([1, 4, 0, 0, 0], [5, 0, -1, -1, -1])
+    with pytest.raises(ValueError, match="4 of 4 positions have a target; raise fit.LEARNED"):
+        fit.target_positions(np.ones((2, 2), np.int32))
 
 
 def test_fit_reports_the_mean_cross_entropy_and_learns():
     """Against NumPy's log-softmax of the untrained model's scores."""
-    model, batch = fit.small_model(40, hidden=16, mlp=32, layers=1), rows(0)
+    model, batch = fit.small_model(40, hidden=16, mlp=32, layers=1), batch_of(0)
     quiet = {"console": Console(file=io.StringIO()), "name": "x", "learning_rate": 1e-2}
     first, loss = fit.fit(model, lambda step: batch, 1, **quiet)
     start = fit.init_params(model, jax.random.key(0))

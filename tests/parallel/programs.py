@@ -11,18 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlver_jax.decoding.cache import LM, init_cache
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
+from rlver_jax.learning.advantages import AdvantageConfig
 from rlver_jax.learning.loss import LossConfig, TrainedModels
+from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
-from rlver_jax.learning.train_step import (
-    AdvantageConfig,
-    Optimizers,
-    TrainStepConfig,
-    UpdateConfig,
-    compile_step,
-    init_state,
-    make_optimizer,
-)
+from rlver_jax.learning.train_step import TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.models.value_head import ValueHead
@@ -69,14 +63,14 @@ def lower_update(
     shards = mesh.shape["tensor"]
     options = LossConfig(kl=0.1 if ppo else 0.0)
     trunk, head = (model, ValueHead()) if ppo else (None, None)
-    learner = TrainedModels(model, trunk, head, options, vocab_chunk=VOCAB_CHUNK, vocab_shards=shards)
+    models = TrainedModels(model, trunk, head, options, vocab_chunk=VOCAB_CHUNK, vocab_shards=shards)
     adam = make_optimizer(
         learning_rate=1e-4, warmup_steps=3, grad_clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0,
         moment_dtype="bfloat16",
     )  # fmt: skip
     advantage = AdvantageConfig() if ppo else AdvantageConfig("grpo", group=4)
     setup = TrainStepConfig(
-        learner, advantage, UpdateConfig(microbatches=microbatches), Optimizers(adam, adam if ppo else None)
+        models, advantage, UpdateConfig(microbatches=microbatches), Optimizers(adam, adam if ppo else None)
     )
     params = params_of(model, mesh)
     value_head = {"kernel": whole(mesh, (CONFIG.hidden_size,), jnp.float32), "bias": whole(mesh, (), jnp.float32)}

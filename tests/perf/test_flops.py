@@ -60,7 +60,7 @@ def test_a_token_of_seven_billion():
     """By hand: 2 x (parameters without the input embedding) a token, and 4 x 28 layers x 3,584 for each key seen."""
     config = Qwen2Config(152_064, 3584, 18_944, 28, 28, 4, 128)
     weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18_944) + 152_064 * 3584
-    work = flops.reading(config, 1, 1, 999, logits=1, passes=1)
+    work = flops.forward_passes(config, 1, 1, 999, logits=1, passes=1)
     assert work.flops == 2 * weights + 4 * 28 * 3584 * 1000
     assert work.weight_bytes == 2 * 7_615_616_512  # the published number of parameters
 

@@ -16,12 +16,14 @@ SHORT = ["--config.rollout.think_tokens=64", "--config.rollout.say_tokens=64", "
 DENSE = [f"--config.{name}.attention=dense" for name in ("policy", "user")]
 
 
+@pytest.mark.tpu
 def test_a_model_must_be_named(capsys):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
     assert plan.main(["--config=configs/base.py", "--topology=v5e:2x4"]) == 2
     assert "set --config.policy.size to a published size" in capsys.readouterr().err
 
 
+@pytest.mark.tpu
 def test_a_mesh_must_fit(capsys):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
     argv = ["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4", "--config.mesh.tensor=3"]
@@ -29,6 +31,7 @@ def test_a_mesh_must_fit(capsys):
     assert "mesh.tensor=3: 8 devices cannot be divided by 3" in capsys.readouterr().err
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("slices", "message"),
     [

@@ -38,8 +38,8 @@ def run_and_state(config):
 @pytest.fixture(scope="module")
 def planned(config, run_and_state):
     run = run_and_state[0]
-    first_talk = run.tokens.first_talk.shape[1]
-    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix.shape[1], first_talk)
+    first_talk = run.tokens.first_width
+    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix_width, first_talk)
     return shapes_of(config, run.mesh, texts)
 
 
@@ -68,7 +68,7 @@ def test_the_sampler(run_and_state, programs):
         ready[name] = LM(sampling_copy(model, agents.mesh)(tree), model)
     batch, count = run.reader.next_batch(), agents.spec.group
     profiles = run.tokens.batch([index for index, _ in batch], range(len(batch) * count))
-    given = agents.place((profiles, jax.random.key(0), run.limits))
+    given = agents.replicate((profiles, jax.random.key(0), run.limits))
     with jax.set_mesh(agents.mesh):
         played = sample_dialogues.lower(ready["policy"], ready["user"], agents.tables, *given, spec=agents.spec)
     assert programs["play"].lower().as_text() == played.as_text()
@@ -86,7 +86,7 @@ def _real_update(run, state, packed):
     rows, size = row_sharding(run.mesh), packed.tokens.shape[0]
     packed = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), rows), packed)
     zeros = Rewards(jnp.zeros(size), jnp.zeros((size, run.agents.spec.max_turns)))
-    layout = replicate(run.arranged(np.full(size, 9), np.arange(size)[None])[1], run.mesh)
+    layout = replicate(run.plan_rows(np.full(size, 9), np.arange(size)[None])[1], run.mesh)
     key = jax.device_put(jax.random.key(0), NamedSharding(run.mesh, PartitionSpec()))
     with jax.set_mesh(run.mesh):
         step = compile_step(run.setup, state)

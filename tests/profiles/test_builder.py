@@ -118,15 +118,16 @@ def test_a_dataset_that_lost_a_file_is_named(tmp_path):
         prepare({"train": path}, tmp_path / "data")
 
 
-def test_default_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_data_dir() == tmp_path / "rlver_jax"
+def test_default_folder_is_that_of_tfds(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "sets"))
+    assert default_data_dir() == tmp_path / "sets"
     prepare({"train": write(tmp_path / "a.jsonl", [line(0)])})
-    assert list((tmp_path / "rlver_jax").rglob("*.array_record-*"))
+    assert list((tmp_path / "sets").rglob("*.array_record-*"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for unusable in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", unusable)
-        assert default_data_dir() == tmp_path / "home" / ".cache" / "rlver_jax"
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/own")
+    assert default_data_dir() == tmp_path / "home" / "own"
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    assert default_data_dir() == tmp_path / "home" / "tensorflow_datasets"
 
 
 RACER = """

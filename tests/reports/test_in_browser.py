@@ -52,8 +52,8 @@ def report(sixty_steps, tmp_path_factory):
 class Opened:
     """A page that has been opened, with what it complained of and asked for."""
 
-    def __init__(self, browser, report, **how):
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
+    def __init__(self, browser, report, **options):
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         self.page = self.context.new_page()
         self.complaints, self.requests = [], []
         self.page.on("console", lambda message: self.complaints.append(message.text))

@@ -11,15 +11,15 @@ from tests.reports.conftest import record, row, some_records, write_evaluation, 
 def test_a_training_run_is_read_with_its_steps(small_run):
     (run,) = read_runs([small_run])
     assert (run.name, run.training, run.settings) == ("small", True, {"train.steps": 2})
-    assert [r["step"] for r in run.rows] == [0, 1, 2]
-    assert [(one.step, len(one.records)) for one in run.played] == [(1, 6), (2, 6)]
+    assert run.metrics.steps == [0, 1, 2]
+    assert [(log.step, len(log.records)) for log in run.logs] == [(1, 6), (2, 6)]
 
 
 def test_tokens_are_left_out_and_texts_stay(small_run):
     (run,) = read_runs([small_run])
-    kept = json.loads(run.texts.get(run.played[0].records[0]["text"]))
+    kept = json.loads(run.store.get(run.logs[0].records[0]["text"]))
     assert kept["messages"][1] == {"thought": "thought 1", "say": "say 1", "violation": False}
-    assert "messages" not in run.played[0].records[0]
+    assert "messages" not in run.logs[0].records[0]
 
 
 def test_an_evaluation_that_goes_on_is_read_up_to_its_last_whole_line(tmp_path):
@@ -28,12 +28,12 @@ def test_an_evaluation_that_goes_on_is_read_up_to_its_last_whole_line(tmp_path):
         file.write('{"dialogue": 3, "prof')
     (folder / "progress.json").write_text(json.dumps({"settings": {"eval.seed": 3}, "played": []}))
     (run,) = read_runs([folder])
-    assert (run.training, run.settings, run.summary, len(run.played[0].records)) == (False, {"eval.seed": 3}, {}, 3)
+    assert (run.training, run.settings, run.summary, len(run.logs[0].records)) == (False, {"eval.seed": 3}, {}, 3)
 
 
 def test_a_run_without_dialogues_is_one(tmp_path):
     (run,) = read_runs([write_run(tmp_path / "run", [row(1, 40.0)], {})])
-    assert run.played == []
+    assert run.logs == []
 
 
 def test_names_tell_folders_apart(tmp_path):

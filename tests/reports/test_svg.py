@@ -22,9 +22,9 @@ def test_ticks_are_round_numbers_within_the_range(low, high, whole, expected):
     assert ticks(low, high, whole=whole) == pytest.approx(expected)
 
 
-def chart(**how):
+def chart(**options):
     """A plot of 100 by 100 units whose upper left corner lies at (38, 8)."""
-    return Chart("a <title>", (0, 10), (0, 100), size=(38 + 100 + 18, 8 + 100 + 19), **how)
+    return Chart("a <title>", (0, 10), (0, 100), size=(38 + 100 + 18, 8 + 100 + 19), **options)
 
 
 def drawn(made, classes):

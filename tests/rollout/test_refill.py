@@ -10,7 +10,8 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Agents
-from rlver_jax.rollout.sampler import END_REASONS, sample_dialogues
+from rlver_jax.rollout.end_reason import END_REASONS
+from rlver_jax.rollout.sampler import sample_dialogues
 from tests.conftest import check_claims, some_profiles
 from tests.rollout.test_sampler import ALONE, DIRECT, HOW, PROFILES, THINK, Table, limits, words
 

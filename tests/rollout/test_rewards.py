@@ -83,7 +83,7 @@ def by_loop(name, emotions, n, violated, gamma, weight):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from(REWARDS), st.floats(0.01, 1), st.floats(0, 1))
+@given(st.data(), st.sampled_from(list(REWARDS)), st.floats(0.01, 1), st.floats(0, 1))
 def test_against_a_loop(data, name, gamma, weight):
     shape = (3, 5)
     emotions = np.asarray(data.draw(st.lists(st.integers(0, 100), min_size=15, max_size=15))).reshape(shape)

@@ -1,16 +1,18 @@
 """Figures of a batch against what its script says, and what counts as a readable reply."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from rlver_jax.dialogues.log import generated_tokens
 from rlver_jax.rollout.rollout_metrics import (
-    dialogue_metrics,
+    ROLLOUT_METRICS,
     generated_count,
     is_readable,
     prefilled_count,
-    reply_metrics,
+    rollout_metrics,
 )
 
 EMOTION = [43, 60, 40, 40, 30, 40]  # after the last turn of each dialogue of the script, which all begin at 40
@@ -28,8 +30,11 @@ def six(played):
     return jax.tree.map(rows, d)
 
 
-def test_dialogue_metrics_follow_the_script(six):
-    found = dialogue_metrics(six, np.array([0.43, 0.6, 0, 0.4, 0, 0.5], np.float32))
+REWARD = np.array([0.43, 0.6, 0, 0.4, 0, 0.5], np.float32)
+
+
+def test_dialogue_metrics_follow_the_script(six, bpe):
+    found = rollout_metrics(six, REWARD, bpe)
     # dialogue 0 has changes 5, -3 and 0 (from the last turn); 1: 10, 10; 3: 0; 4: -10; 2 and 5: no appraisal
     assert found["emotion/change_mean"] == pytest.approx((5 - 3 + 0 + 10 + 10 + 0 - 10) / 7)
     final = [42, 60, 40, 40, 30, 40]
@@ -53,12 +58,25 @@ def test_token_counts_are_those_of_the_records(six, played_records, played_profi
 
 
 def test_reply_metrics_leave_out_turns_that_were_not_played(six, bpe):
-    found = reply_metrics(six, bpe)
+    found = rollout_metrics(six, REWARD, bpe)
     says = ["did not", "她 2024", "said", "my sister.", "said goodbye", "", "felt awful.\nI did", "felt", ""]
     assert found["reply/tokens_mean"] == pytest.approx(np.mean([len(bpe.encode(say)) for say in says]))
     assert found["reply/stopped_share"] == pytest.approx(8 / 9)
     assert found["reply/violation_share"] == pytest.approx(2 / 9)
     assert found["reply/readable_share"] == pytest.approx(6 / 9), "one was cut, two broke the format"
+
+
+def test_a_batch_without_a_reply_has_no_metrics_of_replies(six, bpe):
+    silent = dataclasses.replace(six, turns=np.zeros(6, np.int32), appraised=np.zeros_like(six.appraised))
+    found = rollout_metrics(silent, REWARD, bpe)
+    assert found.keys() == {name for name in ROLLOUT_METRICS if not name.startswith("reply/")}
+    assert (found["dialogue/turns_mean"], found["emotion/change_mean"]) == (0, 0)
+    assert found["emotion/final_mean"] == 40, "what all began with"
+
+
+def test_a_new_metric_is_an_entry_of_the_table(six, bpe, monkeypatch):
+    monkeypatch.setitem(ROLLOUT_METRICS, "emotion/lowest", lambda batch: batch.final_emotions.min())
+    assert rollout_metrics(six, REWARD, bpe)["emotion/lowest"] == 30
 
 
 @pytest.mark.parametrize(

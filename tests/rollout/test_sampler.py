@@ -14,7 +14,8 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.rollout.agents import Agents
-from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, FORMAT, sample_dialogues
+from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS, FORMAT
+from rlver_jax.rollout.sampler import sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits

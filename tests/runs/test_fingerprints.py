@@ -12,7 +12,7 @@ from configs import debug
 from configs.base import get_config
 from rlver_jax.evaluation.folder import EvaluationFolder
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
-from rlver_jax.runs.fingerprints import _PIECE, _places, model_fingerprint, model_parts, same
+from rlver_jax.runs.fingerprints import _PIECE, _byte_ranges, model_fingerprint, model_parts, same
 
 WIDTH = 1024
 
@@ -94,7 +94,7 @@ def test_single_numbers_of_small_models_and_vectors_are_seen(changed, tmp_path):
 def test_what_is_read_of_a_large_model_is_little(large):
     """A 72B model has 560 matrices of the kind: within 200 MB."""
     tensor = places_of(large)["model.layers.0.q.weight"]
-    read = list(_places(tensor, whole=False))
+    read = list(_byte_ranges(tensor, whole=False))
     assert sum(size for _, size in read) == 8 * _PIECE == 131_072
     assert read[0][0] == tensor.begin
     assert sum(read[-1]) == tensor.end

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rlver_jax.dialogues.log import dialogue_records, read_dialogues, write_dialogues
-from rlver_jax.rollout.sampler import END_REASONS
+from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.serving.conversation import Conversation
 
 

@@ -9,13 +9,13 @@ TEXTS = st.text(st.sampled_from("ab知👋\n "), max_size=20)
 
 
 def told(tokenizer, tokens, stop) -> tuple[list[str], bool]:
-    speech, pieces = StreamingDetokenizer(tokenizer, stop), []
+    detokenizer, pieces = StreamingDetokenizer(tokenizer, stop), []
     for token in tokens:
-        pieces.append(speech.add(token))
-        if speech.stopped:
+        pieces.append(detokenizer.add(token))
+        if detokenizer.stopped:
             return pieces, True
-    pieces.append(speech.finish())
-    return pieces, speech.stopped
+    pieces.append(detokenizer.finish())
+    return pieces, detokenizer.stopped
 
 
 @given(text=TEXTS, stop=st.lists(st.text(st.sampled_from("ab知👋\n"), min_size=1, max_size=3), max_size=3))

@@ -234,8 +234,8 @@ def test_slow_clients_are_cut(url, monkeypatch):
 
 def test_a_client_that_never_reads_frees_its_rows(url, engine, monkeypatch):
     """Its answer doesn't fit in what the kernel holds for it. Steps are made slow: it is cut before they are over."""
-    ask, before = engine._ask, engine.stats()["replies"]
-    monkeypatch.setattr(engine, "_ask", lambda rows: (time.sleep(0.05), ask(rows))[1])
+    ask, before = engine._slot_requests, engine.stats()["replies"]
+    monkeypatch.setattr(engine, "_slot_requests", lambda rows: (time.sleep(0.05), ask(rows))[1])
     monkeypatch.setattr(connection.Connection, "patience", connection.Connection.patience | {"reading": 0.5})
     made = connection.Connection.connection_made
 

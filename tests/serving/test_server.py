@@ -13,16 +13,17 @@ import numpy as np
 import openai
 import pytest
 import transformers
+from starlette.testclient import TestClient
 
 from rlver_jax.serving import programs
-from rlver_jax.serving.app import Service
+from rlver_jax.serving.app import ROUTES, Service
 from rlver_jax.serving.engine import Engine
 from rlver_jax.serving.errors import ProtocolError
 from rlver_jax.serving.protocol import ChatRequest
 from rlver_jax.serving.request_bodies import MAX_BODY
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import load_tokenizer
-from tests.conftest import SHORT_PROMPTS, plain
+from tests.conftest import ROOT, SHORT_PROMPTS, plain
 from tests.serving.conftest import CONTEXT, QUEUE, ROWS, serving
 from tests.text.conftest import as_published, write_bpe
 
@@ -47,7 +48,7 @@ def test_greedy_replies_are_those_of_the_dialogue_sampler(client, bpe, played):
     """Every reply of whole dialogues again through HTTP, thought and say: the first as chat, all as token ids."""
     d, tokenizer, compared = played.dialogues, ChatTemplate(bpe), 0
     system = {"role": "system", "content": SHORT_PROMPTS["policy_think.j2"]}
-    how = {"extra_body": {"continue_final_message": True, "add_generation_prompt": False}, "max_tokens": 24}
+    options = {"extra_body": {"continue_final_message": True, "add_generation_prompt": False}, "max_tokens": 24}
     for b in range(len(played.profiles)):
         ids = tokenizer.message(**system)
         heard = d.first_talk[b, : d.first_count[b]].tolist()
@@ -61,7 +62,7 @@ def test_greedy_replies_are_those_of_the_dialogue_sampler(client, bpe, played):
             if turn == 0 and bpe.encode(bpe.decode(heard)) == heard:
                 begun = {"role": "assistant", "content": "<think>\n"}
                 words = [system, {"role": "user", "content": bpe.decode(heard)}, begun]
-                assert chat(client, words, **how).choices[0].message.content.startswith(reply)
+                assert chat(client, words, **options).choices[0].message.content.startswith(reply)
             compared += count
             ids += d.policy.say[turn, b, : d.policy.say_count[turn, b]].tolist() + tokenizer.close
             count = d.user.reply.count[turn, -1, b] - d.user.reply.stopped[turn, -1, b]
@@ -139,8 +140,8 @@ def test_a_message_goes_on_where_it_was_begun(client, bpe):
     """`continue_final_message`: as the policy's thoughts are opened on the device."""
     think = [{"role": "system", "content": "Think, say."}, SAY[1]]
     begun = [*think, {"role": "assistant", "content": "<think>\n"}]
-    how = {"continue_final_message": True, "add_generation_prompt": False}
-    reply = chat(client, begun, extra_body=how).choices[0].message.content
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    reply = chat(client, begun, extra_body=options).choices[0].message.content
     ids = prompt_ids(bpe, think) + bpe.encode("<think>\n")
     assert reply == complete(client, ids).choices[0].text
     assert "</think>" in reply
@@ -163,7 +164,7 @@ def test_without_a_system_message_the_folders_template_speaks(engine, bpe, tmp_p
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     theirs = SimpleNamespace(tokenizer=load_tokenizer(folder), context=engine.context)
     service = Service(theirs, "tiny", 0)
-    ask = lambda messages, **how: service._chat_prompt(ChatRequest(model="tiny", messages=messages, **how))  # noqa: E731
+    ask = lambda messages, **options: service._chat_prompt(ChatRequest(model="tiny", messages=messages, **options))  # noqa: E731
     for messages in (SAY[1:], SAY):
         want = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ask(messages) == want
@@ -175,10 +176,10 @@ def test_without_a_system_message_the_folders_template_speaks(engine, bpe, tmp_p
         ask([*SAY, {"role": "assistant", "content": "No."}])
     assert refused.value.status == 400
     begun = {"role": "assistant", "content": "<think>\nhm"}
-    how = {"continue_final_message": True, "add_generation_prompt": False}
+    options = {"continue_final_message": True, "add_generation_prompt": False}
     rest = [*bpe.encode("assistant\n"), *bpe.encode("<think>\nhm")]
     plain = reference.apply_chat_template(SAY[1:], return_dict=False)
-    assert ask([SAY[1], begun], **how) == [*plain, bpe.im_start_id, *rest]
+    assert ask([SAY[1], begun], **options) == [*plain, bpe.im_start_id, *rest]
 
 
 def test_a_system_prompt_of_ones_own_stands_where_there_is_none(engine, bpe):
@@ -199,10 +200,10 @@ def test_requests_that_come_together_are_answered_together(client, engine):
     with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:
         assert list(pool.map(said, kinds)) == alone
     after = engine.stats()
-    spoken = [b["tokens"]["generated"] - a["tokens"]["generated"] for a, b in ((before, middle), (middle, after))]
+    generated = [b["tokens"]["generated"] - a["tokens"]["generated"] for a, b in ((before, middle), (middle, after))]
     steps = [b["steps"] - a["steps"] for a, b in ((before, middle), (middle, after))]
-    assert spoken[0] == spoken[1] == steps[0], "one row at a time"
-    assert steps[1] < steps[0], f"{spoken[1]} tokens in {steps[1]} steps of {ROWS} rows: none were answered together"
+    assert generated[0] == generated[1] == steps[0], "one row at a time"
+    assert steps[1] < steps[0], f"{generated[1]} tokens in {steps[1]} steps of {ROWS} rows: none were answered together"
     assert programs.compiled() == compiled
 
 
@@ -288,8 +289,8 @@ def test_models(client):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows(url, engine, monkeypatch, stream):
     """Steps are made slow, so that nothing could be said to the end before it is noticed."""
-    ask = engine._ask
-    monkeypatch.setattr(engine, "_ask", lambda rows: (time.sleep(0.2), ask(rows))[1])
+    ask = engine._slot_requests
+    monkeypatch.setattr(engine, "_slot_requests", lambda rows: (time.sleep(0.2), ask(rows))[1])
     before = engine.stats()
     body = json.dumps(GOOD | {"temperature": 2, "max_tokens": 250, "stream": stream, "seed": 1, "n": ROWS}).encode()
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
@@ -331,10 +332,22 @@ def test_an_engine_that_fails_says_so(engine, bpe, monkeypatch):
         def broken(*args, **kwargs):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(programs, "speak", broken)
+        monkeypatch.setattr(programs, "decode_block", broken)
         with pytest.raises(openai.InternalServerError, match="could not be finished"):
             chat(client)
         with pytest.raises(openai.InternalServerError, match="going down"):
             chat(client)
         assert post(url, "/health", b"", method="GET")[0] == 503
         assert isinstance(engine.failure, RuntimeError)
+
+
+def test_every_route_is_documented_and_asks_for_the_token_but_health(engine):
+    client = TestClient(Service(engine, "tiny", 0, token="secret").app())
+    manual = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for route in ROUTES:
+        path = route.path.replace("{name:path}", "tiny")
+        assert client.request(route.method, path).status_code == (200 if path == "/health" else 401), path
+        assert f"{route.method} {path.removesuffix('/tiny')}`" in manual
+    header = {"Authorization": "Bearer secret"}
+    assert client.get("/v1/models/tiny", headers=header).json()["id"] == "tiny"
+    assert client.post("/v1/models", headers=header).status_code == 405

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from rlver_jax.learning.train_step import Optimizers, TrainState, init_state, make_optimizer
+from rlver_jax.learning.optimizer import Optimizers, make_optimizer
+from rlver_jax.learning.train_step import TrainState, init_state
 from rlver_jax.training.checkpoints import Checkpoints, MismatchError
 
 

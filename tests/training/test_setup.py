@@ -1,18 +1,30 @@
 """How a run's rows are read: lengths that may be compiled, and what one device holds of a microbatch."""
 
+import importlib
+
 import jax
 import numpy as np
 import pytest
 
 from configs import debug
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.decoding.cache import LM
+from rlver_jax.learning.advantages import ESTIMATORS, Advantages, Estimator, broadcast
 from rlver_jax.learning.sequences import max_length
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.spec import RolloutConfig
-from rlver_jax.training.setup import build_run, dialogues_a_row, reads_at_most, row_lengths
+from rlver_jax.training.setup import (
+    build_run,
+    check_learning,
+    dialogues_a_row,
+    has_critic,
+    models_of,
+    reads_at_most,
+    row_lengths,
+)
 
 
 def config_of(**fields):
@@ -61,3 +73,73 @@ def test_kernels_for_tpu_are_refused_elsewhere():
     config = config_of(critic__attention="splash")
     with pytest.raises(ValueError, match="critic.attention='splash' is made of kernels for TPU, but the devices are"):
         build_run(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"algorithm__estimator": "grop"}, "algorithm.estimator='grop': expected one of gae, grpo, rloo, reinforce_pp;"
+         " did you mean 'grpo'?"),
+        ({"loss__normalization": "mean"}, "loss.normalization='mean': expected one of token_mean, dialogue_mean,"
+         " dr_grpo"),
+        ({"loss__kl_estimator": "k4"}, "loss.kl_estimator='k4': expected one of k1, k2, k3"),
+        ({"loss__ratio": "dialogue"}, "loss.ratio='dialogue': expected one of token, sequence"),
+        ({"algorithm__estimator": "rloo", "rollout__group": 1}, "algorithm.estimator='rloo' compares dialogues of one"
+         " profile, but rollout.group=1; raise rollout.group (RLVER: 4 with GRPO), or use gae or reinforce_pp"),
+    ],
+)  # fmt: skip
+def test_names_in_registries_are_checked_before_anything_is_loaded(fields, message):
+    with pytest.raises(ConfigError) as error:
+        check_learning(config_of(**fields))
+    assert f"\n  - {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_commands_refuse_an_unknown_estimator(command, capsys, tmp_path):
+    flags = {"train": [f"--workdir={tmp_path / 'run'}"], "plan": ["--topology=v5e:2x4", "--config.policy.size=0.5b"]}
+    main = importlib.import_module(f"rlver_jax.{command}").main
+    assert main(["--config=configs/debug.py", "--config.algorithm.estimator=grop", *flags[command]]) == 2
+    assert "algorithm.estimator='grop': expected one of gae, grpo" in (told := capsys.readouterr().err)
+    assert told.startswith(f"{command}: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        check_learning(config_of(algorithm__estimator="x", loss__ratio="y"))
+    assert str(error.value).count("\n  - ") == 2
+
+
+def test_a_new_estimator_is_an_entry_of_the_table(monkeypatch):
+    """Its name, and what it needs, are known to the config's check and to what loads models."""
+
+    def compute(config, inputs):
+        return Advantages(broadcast(inputs.rewards.reward, inputs.mask), None)
+
+    monkeypatch.setitem(ESTIMATORS, "plain", Estimator(compute))
+    monkeypatch.setitem(ESTIMATORS, "paired", Estimator(compute, needs_critic=True, needs_group=True))
+    check_learning(config_of(algorithm__estimator="plain", rollout__group=1))
+    assert models_of(config_of(algorithm__estimator="plain")) == ["policy", "user"]
+    with pytest.raises(ConfigError, match="estimator='paired' compares .* or use gae or reinforce_pp or plain"):
+        check_learning(config_of(algorithm__estimator="paired", rollout__group=1))
+    assert has_critic(config_of(algorithm__estimator="paired"))
+
+
+def test_fields_reach_the_update_by_their_names():
+    """What a config says is what the update is compiled for."""
+    fields = {
+        "algorithm__lam": 0.9, "loss__clip_high": 0.28, "loss__value_weight": 0.7, "loss__recompute": True,
+        "loss__vocab_chunk": 77, "train__epochs": 3, "critic__warmup_steps": 5, "rollout__temperature": 0.8,
+        "emotion__floor": 5,
+    }  # fmt: skip
+    config = debug.get_config("ppo")
+    config.update_from_flattened_dict({name.replace("__", "."): x for name, x in fields.items()})
+    run, state = build_run(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    setup, loss = run.setup, run.setup.models.loss
+    assert (setup.advantage.lam, setup.advantage.group) == (0.9, config.rollout.group)
+    assert (loss.clip_high, loss.value_weight, loss.ratio) == (0.28, 0.7, "token")
+    assert loss.length == config.rollout.max_turns * run.agents.spec.policy_tokens
+    assert (setup.models.vocab_chunk, setup.models.temperature) == (77, 0.8)
+    assert (setup.update.recompute, setup.update.epochs, setup.update.critic_warmup_steps) == (True, 3, 5)
+    assert (run.agents.spec.rules.floor, run.agents.spec.rules.initial) == (5, config.emotion.initial)
+    assert set(state.params) == {"policy", "critic"}

@@ -4,10 +4,19 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from rlver_jax.reports import figures, page
-from rlver_jax.reports.measures import marks, measure_charts
+from rlver_jax.reports import page, statistics
+from rlver_jax.reports.charts import CHARTS
+from rlver_jax.reports.group_charts import Marks
 from rlver_jax.reports.sources import read_runs
 from tests.reports.conftest import record, some_records, write_evaluation
+
+
+def manner(groups):
+    return CHARTS["Manner"].figures([], groups)
+
+
+def marks(records, path):
+    return Marks("", "", path, 1, 5, 1).of(records)
 
 
 def rated(number, depth, regard):
@@ -25,7 +34,7 @@ def groups(tmp_path):
     """Two evaluations; of the first one dialogue has a mark that its judge didn't give, of the second one has none."""
     first = write_evaluation(tmp_path / "first", [rated(0, 2.0, -2.0), rated(1, 3.0, -1.0), rated(2, None, None)])
     second = write_evaluation(tmp_path / "second", [rated(0, 4.5, 1.5), record(1, "p1", [40, 45])])
-    return figures.groups(read_runs([first, second]))
+    return statistics.groups(read_runs([first, second]))
 
 
 def bars(figure):
@@ -33,7 +42,7 @@ def bars(figure):
 
 
 def test_each_group_has_its_means(groups):
-    capabilities, relationship = measure_charts(groups)
+    capabilities, relationship = manner(groups)
     assert [figure.title for figure in (capabilities, relationship)] == ["Capabilities", "Relationship"]
     assert sorted(bars(capabilities)) == [
         "first · core insight +3.00, mean of 3 dialogues",
@@ -60,5 +69,5 @@ def test_a_page_shows_them_where_there_are_any(groups, tmp_path):
     with_marks = read_runs([tmp_path / "first"])
     assert "Capabilities" in page.render(with_marks, 5_000_000)[0]
     without = read_runs([write_evaluation(tmp_path / "third", some_records(0, 2))])
-    assert measure_charts(figures.groups(without)) == []
+    assert manner(statistics.groups(without)) == []
     assert "Capabilities" not in page.render(without, 5_000_000)[0]

@@ -1,4 +1,4 @@
-"""The dialogues of a report as the page's browser shows them: compressed, and on disk where they are many."""
+"""The dialogues of a report as the page's dialogue browser shows them: compressed, and on disk where they are many."""
 
 import json
 import tempfile
@@ -14,8 +14,8 @@ _IN_MEMORY = 32 * 2**20  # bytes
 _DENSEST = 16  # characters that take at least one byte of the page: a browser holds them all
 
 
-class Text(NamedTuple):
-    """Where a dialogue lies among `Texts`, and how large it is."""
+class StoredDialogue(NamedTuple):
+    """Where a dialogue lies in the store, and how large it is."""
 
     offset: int
     length: int  # compressed
@@ -28,28 +28,28 @@ class Text(NamedTuple):
         return page_size(self.length * share, self.characters * share)
 
 
-class Texts:
-    """Dialogues that are kept for the page's browser."""
+class DialogueStore:
+    """Compressed dialogues for the page's dialogue browser."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """An empty store."""
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._end = 0
 
-    def add(self, record: Record) -> Text:
+    def add(self, record: Record) -> StoredDialogue:
         """Keeps a dialogue."""
         text = as_json(dialogue(record))
         data = zlib.compress(text, 1)
         self._file.seek(self._end)
         self._file.write(data)
         self._end += len(data)
-        return Text(self._end - len(data), len(data), len(text))
+        return StoredDialogue(self._end - len(data), len(data), len(text))
 
-    def get(self, text: Text) -> bytes:
+    def get(self, stored: StoredDialogue) -> bytes:
         """A kept dialogue, as JSON."""
-        self._file.seek(text.offset)
-        return zlib.decompress(self._file.read(text.length))
+        self._file.seek(stored.offset)
+        return zlib.decompress(self._file.read(stored.length))
 
 
 def as_json(value: Any) -> bytes:
@@ -80,14 +80,14 @@ def _message(message: Record) -> dict[str, Any]:
     if message["role"] == "assistant":
         shown = {"thought": message["thought"], "say": message["content"], "violation": message["violation"]}
         return _present(shown)
-    spoke = message["content"] is not None  # else its considerations are of a reply that there was no need for
+    answered = message["content"] is not None  # else its considerations are of a reply that was never asked for
     return _present(
         {
             "user": message["content"] or "",
             "emotion": message["emotion"],
             "change": message.get("change"),
             "appraisal": _notes(message.get("appraisal")),
-            "considered": _notes(message.get("considerations") if spoke else None),
+            "considered": _notes(message.get("considerations") if answered else None),
         }
     )
 
