@@ -300,7 +300,7 @@ def _check_texts(one: Transcript) -> None:
 
 
 def _scored(tally: Tally) -> dict[str, Any]:
-    spread = mean_with_interval(tally.emotions)
+    spread = mean_with_interval(tally.emotions, tally.profiles)
     return tally.scores() | {"score_std": spread["std"], "score_interval": spread["interval"]}
 
 

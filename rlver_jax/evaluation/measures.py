@@ -45,15 +45,18 @@ def measure(
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """Means with deviations and intervals over dialogues, and what became of each strategy."""
-    found = [record["measures"] for record in records]
+    """Means over dialogues with deviations and intervals, and what became of each strategy."""
     values: dict[str, list[float]] = collections.defaultdict(list)
-    for one in found:
-        for name, value in _numbers(one):
+    profiles: dict[str, list[str]] = collections.defaultdict(list)  # whose dialogue each value is of
+    unanswered = 0
+    for record in records:
+        unanswered += record["measures"]["unanswered"]
+        for name, value in _numbers(record["measures"]):
             if value is not None:
                 values[name].append(value)
-    means = {name: mean_with_interval(ours) for name, ours in values.items()}
-    first = {"judge": found[0]["judge"], "unanswered": sum(one["unanswered"] for one in found)}
+                profiles[name].append(record["profile"])
+    means = {name: mean_with_interval(known, profiles[name]) for name, known in values.items()}
+    first = {"judge": records[0]["measures"]["judge"], "unanswered": unanswered}
     return first | {"strategies": strategies(records)} | means
 
 

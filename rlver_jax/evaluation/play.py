@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -154,11 +155,12 @@ def scores(records: Iterable[Record]) -> dict[str, Any]:
 
 
 class Tally:
-    """The figures of dialogues, taken from one after another; the dialogues need not be kept."""
+    """Scores of dialogues, taken from one after another; the dialogues need not be kept."""
 
     def __init__(self) -> None:
         """Of none."""
         self.emotions: list[int] = []  # at the end
+        self.profiles: list[str] = []  # ids, a dialogue each
         self._turns: list[int] = []
         self._rewards: list[float] = []
         self._rises: list[bool] = []
@@ -167,6 +169,7 @@ class Tally:
     def add(self, record: Record) -> None:
         """Takes a dialogue in."""
         self.emotions.append(record["emotion"])
+        self.profiles.append(sys.intern(record["profile"]))
         self._turns.append(record["turns"])
         self._rewards.append(record["reward"])
         self._rises += [message["change"] > 0 for message in record["messages"] if "change" in message]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlver_jax.endpoints.usage import summed
 from rlver_jax.evaluation.judge import Judge, Work
 from rlver_jax.evaluation.judge_folder import Line, WorkFile
-from rlver_jax.evaluation.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
+from rlver_jax.evaluation.statistics import Turns, agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.evaluation.transcripts import LazySequence, Transcript, turns_of
 from rlver_jax.user.emotion import SAGE, change_readout
 
@@ -69,26 +69,26 @@ def appraised_lines(
     own: bool,
     work: WorkFile,
     console: Console,
-    figure: Callable[[dict[int, Line]], str],
+    standing: Callable[[dict[int, Line]], str],
 ) -> dict[int, Line]:
     """What a judge makes of dialogues, by their index; those that `work` holds are not appraised again.
 
     Args:
         own: see `Judge.appraise`.
-        figure: where the judgement stands, from the results so far.
+        standing: where the judgement stands, from the results so far.
     """
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     total = sum(len(turns_of(dialogues[i].record)) for i in missing)
     with Meter(console, judge.name, total) as meter:
         wanted = LazySequence(missing, lambda _, i: dialogues[i])
-        for some in judge.appraise(wanted, own=own, progress=meter.work):
-            work.add([_line(missing[i], dialogues[missing[i]], found._asdict()) for i, found in some])
-            meter.kept(figure(work.done))
+        for results in judge.appraise(wanted, own=own, progress=meter.work):
+            work.add([_line(missing[i], dialogues[missing[i]], appraised._asdict()) for i, appraised in results])
+            meter.kept(standing(work.done))
     return work.done
 
 
-def _line(index: int, dialogue: Transcript, found: Line) -> Line:
-    return {"index": index, "dialogue": dialogue.record["dialogue"], "profile": dialogue.record["profile"]} | found
+def _line(index: int, dialogue: Transcript, appraised: Line) -> Line:
+    return {"index": index, "dialogue": dialogue.record["dialogue"], "profile": dialogue.record["profile"]} | appraised
 
 
 def judge_transcripts(
@@ -97,21 +97,22 @@ def judge_transcripts(
     """A judge's own score of finished dialogues, and the gap to the score of the user that they were played with.
 
     A gap above 0 means that the playing user was more pleased than this judge would have been. Its interval is that of
-    a mean over dialogues.
+    a mean over dialogues, those with one profile drawn together.
     """
     theirs = [dialogue.record["emotion"] for dialogue in dialogues]
 
     def final(lines: dict[int, Line]) -> list[int]:
         return [lines[i]["emotions"][-1] for i in sorted(lines)]
 
-    def figure(lines: dict[int, Line]) -> str:
+    def standing(lines: dict[int, Line]) -> str:
         return f"mean emotion {np.mean(final(lines)):.1f}, the user's {np.mean([theirs[i] for i in lines]):.1f}"
 
     work = WorkFile(folder and folder / "judges", judge.name, judge.settings, dialogues)
-    lines = appraised_lines(judge, dialogues, own=True, work=work, console=console, figure=figure)
+    lines = appraised_lines(judge, dialogues, own=True, work=work, console=console, standing=standing)
     ours = final(lines)
     outcomes = [SAGE.outcome(emotion) for emotion in ours]
-    gap = mean_with_interval([a - b for a, b in zip(theirs, ours, strict=True)])
+    profiles = [dialogue.record["profile"] for dialogue in dialogues]
+    gap = mean_with_interval([a - b for a, b in zip(theirs, ours, strict=True)], profiles)
     agrees = rank_correlation(ours, theirs)
     return {
         "score": float(np.mean(ours)),
@@ -144,37 +145,40 @@ def measure_agreement(
     """
     turns = [[(t.emotion, t.change) for t in turns_of(dialogue.record)] for dialogue in dialogues]
 
-    def rows(lines: dict[int, Line], how: str) -> list[np.ndarray]:
-        """(emotion before, own change, recorded change) of each dialogue's turns, those without an answer left out."""
-        found = [_compared(lines[i], turns[i], how) for i in sorted(lines)]
-        return [one for one in found if len(one)]
+    def compared(lines: dict[int, Line], readout: str) -> dict[int, Turns]:
+        """Of each dialogue (emotion before, own change, recorded change), turns without an answer left out."""
+        each = {i: _compared(lines[i], turns[i], readout) for i in sorted(lines)}
+        return {i: one for i, one in each.items() if len(one)}
 
-    def figure(lines: dict[int, Line]) -> str:
-        found = rows(lines, judge.readouts[-1])
-        return f"mean absolute error {mean_absolute_error(np.concatenate(found)):.2f}" if found else ""
+    def standing(lines: dict[int, Line]) -> str:
+        known = list(compared(lines, judge.readouts[-1]).values())
+        return f"mean absolute error {mean_absolute_error(np.concatenate(known)):.2f}" if known else ""
 
     work = WorkFile(folder and folder / "agreement", judge.name, judge.settings, dialogues)
-    lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, figure=figure)
-    groups = {how: rows(lines, how) for how in judge.readouts}
-    counts = [len(one) for one in groups[judge.readouts[0]]]
+    lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, standing=standing)
+    each = {readout: compared(lines, readout) for readout in judge.readouts}
+    counts = [len(one) for one in each[judge.readouts[0]].values()]
     if not counts:
         raise ValueError(f"{judge.name}: not one appraisal could be read; the model is too weak to be a user")
-    compared = {how: agreement(ours) for how, ours in groups.items()}
+    agreements = {
+        readout: agreement(list(ours.values()), [dialogues[i].record["profile"] for i in ours])
+        for readout, ours in each.items()
+    }
     asked = _asked(lines.values())
-    return {"n": sum(counts), "dialogues": len(counts)} | compared | asked | {"settings": judge.settings}
+    return {"n": sum(counts), "dialogues": len(counts)} | agreements | asked | {"settings": judge.settings}
 
 
-def _compared(line: Line, turns: Sequence[tuple[int, int]], how: str) -> np.ndarray:
-    """Int [n, 3]: emotion before, own change, recorded change, of the turns that were answered.
+def _compared(line: Line, turns: Sequence[tuple[int, int]], readout: str) -> Turns:
+    """Emotion before, own change, recorded change of the turns that were answered.
 
     Args:
         turns: (emotion before, recorded change) of all.
     """
-    places = [i for i in range(len(turns)) if i not in line["unanswered"]]
-    if not places:
+    answered = [i for i in range(len(turns)) if i not in line["unanswered"]]
+    if not answered:
         return np.zeros((0, 3), int)
-    if how == TEXT:
-        own = [line["changes"][i] for i in places]
+    if readout == TEXT:
+        own = [line["changes"][i] for i in answered]
     else:
-        own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in places]), how)).tolist()
-    return np.array([(turns[i][0], change, turns[i][1]) for i, change in zip(places, own, strict=True)])
+        own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in answered]), readout)).tolist()
+    return np.array([(turns[i][0], change, turns[i][1]) for i, change in zip(answered, own, strict=True)])
