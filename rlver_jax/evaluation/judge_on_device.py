@@ -1,7 +1,6 @@
 """A simulated user on the device as a judge: whole batches of finished dialogues, a turn of all of them at a time."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from rlver_jax.decoding.cache import LM, Cache, append, init_cache, rollback
+from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.log import Record
 from rlver_jax.evaluation.judge import Appraised, Progress, Work
@@ -20,11 +19,12 @@ from rlver_jax.evaluation.judge_settings import judge_settings
 from rlver_jax.evaluation.play import eval_spec
 from rlver_jax.evaluation.transcripts import Transcript, Turn, turns_of, within
 from rlver_jax.rollout.agents import Agents, load_model
+from rlver_jax.rollout.single_turns import open_cache, single_appraisal
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.user.emotion import EmotionRules, change_readout
+from rlver_jax.user.emotion import change_readout
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.turn import KEY_READOUT, UserLimits, UserTables, appraise, dialogue_key, part_keys
+from rlver_jax.user.turn import KEY_READOUT, UserLimits, dialogue_key, part_keys
 
 WIDTH_STEP = 32  # tokens; widths are multiples of it
 
@@ -155,7 +155,7 @@ class _Batch:
             emotion = [self._before(i, turn, results[i]) for i in range(len(results))]
             rest = shape.batch - len(active)
             keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn)
-            cache, fields, logprobs = _appraise(
+            cache, fields, logprobs = single_appraisal(
                 user, self.judge.agents.tables[1], cache, *pad_rows(texts, shape.message, shape.batch),
                 jnp.asarray(emotion + [rules.initial] * rest, jnp.int32), keys, self.judge.limits,
                 jnp.asarray(active + [False] * rest), rules=rules, max_tokens=self.judge.agents.spec.user_tokens,
@@ -209,31 +209,3 @@ def check_length(user: LM, tokens: int) -> None:
     """
     what = f"the longest dialogue and what is written about it may take {tokens} tokens"
     user.model.config.check_context(tokens, "user", what, "judge shorter dialogues, or take a model that reads more")
-
-
-@functools.partial(jax.jit, static_argnames="capacity")
-def open_cache(lm: LM, tokens: Int[Array, "B L"], count: Int[Array, "B"], *, capacity: int) -> Cache:
-    """A cache of `capacity` slots a row that has read the rows given."""
-    return append(lm, init_cache(lm, tokens.shape[0], capacity), tokens, count)
-
-
-@functools.partial(jax.jit, static_argnames=("rules", "max_tokens"), donate_argnames="cache")
-def _appraise(
-    lm: LM,
-    tables: UserTables,
-    cache: Cache,
-    tokens: Int[Array, "B S"],
-    count: Int[Array, "B"],
-    emotion: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    limits: UserLimits,
-    active: Bool[Array, "B"],
-    *,
-    rules: EmotionRules,
-    max_tokens: int,
-):
-    """One turn of every row: read what was said, appraise it, and forget the appraisal."""
-    cache = append(lm, cache, tokens, count)
-    opening = cache.length
-    cache, said, logprobs, _ = appraise(lm, tables, cache, emotion, keys, rules, limits, max_tokens, active)
-    return rollback(cache, opening), said, logprobs

@@ -18,9 +18,10 @@ from rlver_jax.decoding.generate import Generated, Limits, Options, build_option
 from rlver_jax.decoding.grammar import Grammar, one_line
 from rlver_jax.evaluation.forms import Answers, Asked, Step
 from rlver_jax.evaluation.judge import Progress, Work
-from rlver_jax.evaluation.judge_on_device import check_length, open_cache
+from rlver_jax.evaluation.judge_on_device import check_length
 from rlver_jax.evaluation.judge_settings import judge_settings
 from rlver_jax.rollout.agents import load_model
+from rlver_jax.rollout.single_turns import open_cache
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
