@@ -34,7 +34,6 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
@@ -56,6 +55,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.console import consoles
+from rlver_jax.text.progress import Meter
 from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
 
 
@@ -171,39 +171,14 @@ def play_missing(evaluation: Player, folder: EvaluationFolder, console: Console,
     missing = [i for i in range(total) if i not in done]
     if done:
         console.print(f"{len(done)} of {total} dialogues are in {folder.path}", highlight=False)
-    with _Meter(console, total, records) as meter:
+    with Meter(console, total, "compiling and playing the first batch", completed=len(records)) as meter:
         for new, costs in evaluation.batches(missing):
             folder.add(new, costs)
             records = records + new
-            meter.update(records, costs["generated"], costs["seconds"])
+            emotion = float(np.mean([record["emotion"] for record in records]))
+            state = f"{costs['generated'] / costs['seconds']:.1f} tokens/s · mean emotion {emotion:.1f}"
+            meter.show(len(records), state, line=f"{len(records)}/{total} dialogues · {state}")
     return sorted(records, key=lambda record: record["dialogue"])
-
-
-class _Meter:
-    """Progress: a bar in a terminal, a line a batch elsewhere."""
-
-    def __init__(self, console: Console, total: int, records: Sequence[Record]):
-        self._console, self._total, self._done = console, total, len(records)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True)
-        # ETA from what this process plays: dialogues found in the folder took it no time.
-        self._task = self._bar.add_task("", total=total - self._done, state="compiling and playing the first batch")
-        self._bar.disable = not console.is_terminal
-
-    def __enter__(self) -> "_Meter":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, records: Sequence[Record], generated: float, seconds: float) -> None:
-        """Shows where the evaluation stands after a batch of `generated` tokens in `seconds`."""
-        emotion = float(np.mean([record["emotion"] for record in records]))
-        state = f"{generated / seconds:.1f} tokens/s · mean emotion {emotion:.1f}"
-        self._bar.update(self._task, completed=len(records) - self._done, state=state)
-        if self._bar.disable:
-            self._console.print(f"{len(records)}/{self._total} dialogues · {state}", highlight=False)
 
 
 def summarize(evaluation: Player, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rlver_jax.endpoints.usage import summed
 from rlver_jax.evaluation.forms import QUALITIES, STRATEGIES, Forms, measures_of
 from rlver_jax.evaluation.judge_folder import WorkFile
 from rlver_jax.evaluation.rater import Rater
-from rlver_jax.evaluation.score import Meter
+from rlver_jax.evaluation.score import JudgeMeter
 from rlver_jax.evaluation.statistics import mean_with_interval
 from rlver_jax.evaluation.transcripts import LazySequence, Transcript
 
@@ -28,7 +28,7 @@ def measure(
     settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
     work = WorkFile(folder, "measures", settings, dialogues)
     missing = [i for i in range(len(dialogues)) if i not in work.done]
-    with Meter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
+    with JudgeMeter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
         for some in rater.fill(LazySequence(missing, lambda _, i: asked[i]), meter.work):
             work.add(
                 [

@@ -8,58 +8,43 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.endpoints.usage import summed
 from rlver_jax.evaluation.judge import Judge, Work
 from rlver_jax.evaluation.judge_folder import Line, WorkFile
 from rlver_jax.evaluation.statistics import Turns, agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.evaluation.transcripts import LazySequence, Transcript, turns_of
+from rlver_jax.text.progress import Meter
 from rlver_jax.user.emotion import SAGE, change_readout
 
 TEXT = "text"  # readout of a judge that has no distribution
 QUIET_SECONDS = 60  # without a line where there is no bar
 
 
-class Meter:
-    """Progress over turns or forms: a bar in a terminal; elsewhere a line when results are kept, and now and then."""
+class JudgeMeter(Meter):
+    """Progress over turns or forms; without a bar a line when results are kept, and now and then."""
 
     def __init__(self, console: Console, what: str, total: int):
-        self._console, self._what, self._total, self._done, self._tokens = console, what, total, 0, 0
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-        times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self._bar = Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=total, state="beginning")
-        self._began, self._figure = time.monotonic(), ""
+        super().__init__(console, total, "beginning", label=what)
+        self._what, self._total, self._done, self._tokens = what, total, 0, 0
+        self._began, self._standing = time.monotonic(), ""
         self._printed = self._began
-
-    def __enter__(self) -> "Meter":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def work(self, work: Work) -> None:
         """Something has been done."""
         self._done, self._tokens = self._done + work.turns, self._tokens + work.tokens
-        self._bar.update(self._task, completed=self._done, state=self._state())
-        if time.monotonic() - self._printed > QUIET_SECONDS:
-            self._print()
+        self._show(line=time.monotonic() - self._printed > QUIET_SECONDS)
 
-    def kept(self, figure: str) -> None:
-        """Results have been kept; `figure` says where the judgement stands."""
-        self._figure = f" · {figure}"
-        self._bar.update(self._task, state=self._state())
-        self._print()
+    def kept(self, standing: str) -> None:
+        """Results have been kept; `standing` says what the judgement is so far."""
+        self._standing = f" · {standing}"
+        self._show(line=True)
 
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        if self._bar.disable:
-            self._console.print(f"{self._what} {self._done}/{self._total} · {self._state()}", highlight=False)
-
-    def _state(self) -> str:
-        return f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.1f} tokens/s{self._figure}"
+    def _show(self, *, line: bool) -> None:
+        state = f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.1f} tokens/s{self._standing}"
+        self.show(self._done, state, line=f"{self._what} {self._done}/{self._total} · {state}" if line else "")
+        if line:
+            self._printed = time.monotonic()
 
 
 def appraised_lines(
@@ -79,7 +64,7 @@ def appraised_lines(
     """
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     total = sum(len(turns_of(dialogues[i].record)) for i in missing)
-    with Meter(console, judge.name, total) as meter:
+    with JudgeMeter(console, judge.name, total) as meter:
         wanted = LazySequence(missing, lambda _, i: dialogues[i])
         for results in judge.appraise(wanted, own=own, progress=meter.work):
             work.add([_line(missing[i], dialogues[missing[i]], appraised._asdict()) for i, appraised in results])
