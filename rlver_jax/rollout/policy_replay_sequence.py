@@ -8,6 +8,7 @@ import numpy as np
 from rlver_jax.decoding.replay_sequence import DRAWN, GIVEN, Completion, Query, ReplaySequence, States
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.rollout.policy_turn import PolicyTables
+from rlver_jax.text.chat import TurnTokens
 from rlver_jax.user.turn import KEY_POLICY
 
 
@@ -28,10 +29,9 @@ class PolicyPacker:
 
     def __init__(self, tables: PolicyTables, *, think: bool, think_tokens: int):
         """`think_tokens`: the limit of a thought, where `tables.grammar.closing` closes it."""
-        names = ("system", "open_user", "open_assistant", "think_open", "close")
-        self._system, self._open_user, self._open_assistant, self._think_open, self._close = (
-            np.asarray(getattr(tables, name)).tolist() for name in names
-        )
+        as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
+        self._system, self._think_open = as_list(tables.system), as_list(tables.think_open)
+        self._turns = TurnTokens(*map(as_list, (tables.open_user, tables.open_assistant, tables.close)))
         self._states, self._closing = States.of(tables.grammar), np.asarray(tables.grammar.closing).tolist()
         self._think, self._think_tokens = think, think_tokens
 
@@ -40,15 +40,14 @@ class PolicyPacker:
         packed = ReplaySequence(prefix=len(self._system))
         position, last = packed.add(self._system, 0, 0), list[int]()
         for turn, reply in enumerate(replies):
-            heard = [*last, *self._open_user, *reply.heard, *self._close, *self._open_assistant]
-            position = packed.add(heard, 0, position)
+            position = packed.add([*last, *self._turns.exchange(reply.heard)], 0, position)
             if self._think:
                 branch = (turn + 1) * BRANCH_RADIX
                 self._said(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
-                last = [*reply.say, *self._close]
+                last = [*reply.say, *self._turns.close]
             else:
                 position = self._said(packed, reply, turn, 0, position)
-                last = self._close
+                last = list(self._turns.close)
         return packed
 
     def _said(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:

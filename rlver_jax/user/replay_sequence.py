@@ -21,6 +21,7 @@ from rlver_jax.decoding.replay_sequence import (
 )
 from rlver_jax.decoding.script import Script
 from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.text.chat import TurnTokens
 from rlver_jax.user.emotion import CHANGES, HIGHEST
 from rlver_jax.user.turn import KEY_APPRAISAL, KEY_REPLY, UserTables
 
@@ -44,8 +45,7 @@ class Packer:
     def __init__(self, tables: UserTables, band: Callable[[int], int]):
         """`band` maps an emotion to the index of its band."""
         as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
-        self._close, self._open_user = as_list(tables.close), as_list(tables.open_user)
-        self._open_assistant = as_list(tables.open_assistant)
+        self._turns = TurnTokens(*map(as_list, (tables.open_user, tables.open_assistant, tables.close)))
         self._appraisal, self._reply = (_literals(script, band) for script in (tables.appraisal, tables.reply))
         options = tables.options
         self._twigs = list(zip(*map(as_list, (options.tokens, options.branch, options.offset)), strict=True))
@@ -72,8 +72,8 @@ class Packer:
         if not turns:
             packed.add(first_talk, 0, position)
         for index, turn in enumerate(turns):
-            base = [*last_reply, *self._close, *self._open_user, *turn.say, *self._close, *self._open_assistant]
-            position = packed.add(base, 0, position)
+            messages = [*last_reply, *self._turns.close, *self._turns.exchange(turn.say)]
+            position = packed.add(messages, 0, position)
             self._branch(packed, turn, (index + 1) * BRANCH_RADIX, position)
             last_reply = list(turn.reply[-1].text_tokens) if turn.reply else []
         return packed
