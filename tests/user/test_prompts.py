@@ -4,12 +4,16 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlver_jax.config import fields
+from rlver_jax.config.validate import validate
 from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 from rlver_jax.user.prompts import FILES, LANGUAGES, MODES, SCENARIOS, STYLES, load_prompts
@@ -155,6 +159,32 @@ def test_a_file_of_ones_own_may_word_a_published_intention_anew(tmp_path):
         assert own.intention(text).raises == "up"
     assert own.intention("praise").kind == "emotional"
     assert "Mine." in own.user_system(PERSONA, SCENE, "praise")
+
+
+def test_a_new_language_is_a_folder_and_an_entry(tmp_path, monkeypatch):
+    """Its intentions need sentences of their own; published ones in Chinese and English are found all the same."""
+    ours = resources.files("rlver_jax.user.prompts")
+    shutil.copytree(ours / "en", tmp_path / "fr")
+    file = tmp_path / "fr" / "hidden_intentions.json"
+    monkeypatch.setattr("rlver_jax.user.prompts.load.resources.files", lambda package: tmp_path)
+    monkeypatch.setitem(LANGUAGES, "fr", "French")
+    with pytest.raises(
+        ValueError, match=r"fr/hidden_intentions\.json: intention 'advice' has kind.*expected kind, sen"
+    ):
+        load_prompts("fr")
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({key: one | {"sentence": f"Tu veux {key}."} for key, one in entries.items()}))
+    french = load_prompts("fr")
+    assert "Tu veux praise." in french.user_system(PERSONA, SCENE, "praise")
+    for one in HIDDEN_INTENTIONS:
+        assert french.intention(one.chinese) is french.intention(one.english) is french.intentions[one.key]
+
+
+def test_the_config_knows_the_languages():
+    config = fields.get_config()
+    config.data.language = "klingon"
+    with pytest.raises(ValueError, match=f"data.language='klingon'.*{', '.join(LANGUAGES)}"):
+        validate(config, fields.get_config(), 1, [])
 
 
 def test_published_profiles_render(prompts, published):
