@@ -9,7 +9,7 @@
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
 what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. Of a training run the checkpoint with the best
 eval/score is taken (else the last; --step chooses). --before names an earlier evaluation, whose dialogue with the same
-profile and whose scores are printed as well. An interrupted evaluation goes on where it was
+profile and whose scores are printed as well. An interrupted evaluation resumes
 when it is started again with the same settings and DIR.
 
 --judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
@@ -148,7 +148,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
 
 
 def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | None:
-    """Puts --checkpoint in the policy's place; what to read where it is a training run."""
+    """Has --checkpoint replace the policy; what to read where it is a training run."""
     if options.checkpoint and config.remote.policy.url:
         raise ConfigError("--checkpoint and remote.policy.url both name the policy; give one of them")
     return take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
@@ -212,7 +212,7 @@ def headline(summary: dict[str, Any], path: Path) -> str:
 
 
 def _remote_text(summary: dict[str, Any]) -> str:
-    """A line for each endpoint: what it was asked, and what that cost where prices are given."""
+    """A line for each endpoint: its requests, and what they cost where prices are known."""
     return "".join(f"{side} at its endpoint: {usage_text(used)}\n" for side, used in summary.get("remote", {}).items())
 
 

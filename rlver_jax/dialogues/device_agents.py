@@ -81,7 +81,7 @@ class DevicePolicy(_Batch):
     async def speak(self, rows: Sequence[Row]) -> None:
         """Adds a reply to each of the rows; one without room for it ends."""
         agents, spec, turn = self.agents, self.agents.spec, rows[0].turns
-        heard = [self.encode(row.said[-1]) for row in rows]
+        heard = [self.encode(row.aloud[-1]) for row in rows]
         width = self.words(rows, heard, spec.user_tokens)[0].shape[1]
         rows_heard = list(zip(rows, heard, strict=True))
         rows = self.fitting(rows, self._cache, room_needed(agents.tables, spec, self.limits, width)[0])
@@ -99,7 +99,7 @@ class DevicePolicy(_Batch):
 
 
 class DeviceUser(_Batch):
-    """The simulated users of one batch of dialogues; profiles are given in tokens, in the order of their numbers."""
+    """The simulated users of one batch of dialogues; profiles are in tokens, in the order of their numbers."""
 
     def __init__(
         self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, tokens: ProfileTokens
@@ -121,7 +121,7 @@ class DeviceUser(_Batch):
     async def react(self, rows: Sequence[Row], *, may_reply: bool) -> None:
         """Adds a reaction to each of the rows; one without room for it ends."""
         agents, spec, turn = self.agents, self.agents.spec, rows[0].turns - 1
-        says = [self.encode(row.said[-1]) for row in rows]
+        says = [self.encode(row.aloud[-1]) for row in rows]
         for row, tokens in zip(rows, says, strict=True):
             row.messages[-1]["say_tokens"] = tokens  # what the user reads
         words = self.words(rows, says, spec.say_tokens)

@@ -69,7 +69,7 @@ class Forms:
             if FORMS[name][1].each_reply
         ]
         text = _ENV.from_string(self.texts["conversation.j2"]).render(
-            hidden_intention=dialogue.record["hidden_intention"].strip(), messages=list(_spoken(dialogue.record))
+            hidden_intention=dialogue.record["hidden_intention"].strip(), messages=list(_messages(dialogue.record))
         )
         return Asked(self.texts["system.j2"].strip(), text.strip(), (*whole, *replies))
 
@@ -118,8 +118,8 @@ def _steps(parts: Sequence[Part], choices: Mapping[str, tuple[str, ...]], slots:
         literal = "" if part.kind == "choose" else "\n"  # an option brings its line end
 
 
-def _spoken(record: Record) -> Iterator[dict[str, Any]]:
-    """What was said aloud, each on one line: a reply can't write another speaker's lines."""
+def _messages(record: Record) -> Iterator[dict[str, Any]]:
+    """The messages, each on one line: a reply can't write another speaker's lines."""
     turn = 0
     for message in record["messages"]:
         turn += message["role"] == "assistant"

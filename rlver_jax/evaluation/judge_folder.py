@@ -1,4 +1,4 @@
-"""Results that come slowly, on disk as they come: an interrupted judgement goes on where it was."""
+"""Results that come slowly, on disk as they come: an interrupted judgement resumes."""
 
 import hashlib
 import json
@@ -41,8 +41,8 @@ class WorkFile:
         else:
             write_json(noted, settings)
 
-    def _check(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        compared = compare(found, settings, PATHS.__contains__)
+    def _check(self, noted: dict[str, Any], settings: dict[str, Any]) -> None:
+        compared = compare(noted, settings, PATHS.__contains__)
         if compared.differences:
             raise ValueError(
                 f"{self.path}: was made with other settings ({compared.differences}); name another --out, or remove it"
@@ -71,7 +71,7 @@ class WorkFile:
             ) from None
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Keeps some results; each has the `index` of its dialogue."""
+        """Keeps results; each has the `index` of its dialogue."""
         self.done |= {line["index"]: line for line in lines}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -47,7 +47,7 @@ def spread(records: Sequence[Record], profiles: int) -> dict[str, Any]:
 
 
 def spread_text(summary: Mapping[str, Any]) -> str:
-    """What `spread` found, in parentheses behind a score; empty where it found nothing."""
+    """The result of `spread` in parentheses behind a score; empty where there is none."""
     interval, repeats = summary["interval"]["score"], summary["repeats"]
     parts = [f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"] if interval else []
     if repeats["std"] is not None:

@@ -15,7 +15,7 @@ from rlver_jax.user.turn import KEY_POLICY
 class Reply(NamedTuple):
     """What a log says of one turn of the policy."""
 
-    heard: Sequence[int]  # what the user had said
+    heard: Sequence[int]  # the user's words
     said: Completion  # as sampled
     say: Sequence[int]  # what the user hears of it
 
@@ -43,14 +43,14 @@ class PolicyPacker:
             position = packed.add([*last, *self._turns.exchange(reply.heard)], 0, position)
             if self._think:
                 branch = (turn + 1) * BRANCH_RADIX
-                self._said(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
+                self._reply(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
                 last = [*reply.say, *self._turns.close]
             else:
-                position = self._said(packed, reply, turn, 0, position)
+                position = self._reply(packed, reply, turn, 0, position)
                 last = list(self._turns.close)
         return packed
 
-    def _said(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
+    def _reply(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
         """A reply with a query for each of its tokens; returns the position after its text."""
         first = len(packed.queries)
         packed.ask(self._states, reply.said.tokens, KEY_POLICY, turn, 0, DRAWN)
@@ -58,7 +58,7 @@ class PolicyPacker:
         return packed.add(reply.said.text_tokens, branch, position)
 
     def _marked(self, query: Query) -> Query:
-        """As GIVEN where `decode._close` put the token: the closing, before the limit of a thought that goes on."""
-        place = query.step - (self._think_tokens - len(self._closing))
-        given = 0 <= place < len(self._closing) and not self._states.found(query.state)
-        return query._replace(how=GIVEN) if given and query.token == self._closing[place] else query
+        """As GIVEN where the sampler put the token: the closing of a thought that reaches its limit."""
+        position = query.step - (self._think_tokens - len(self._closing))
+        closing = 0 <= position < len(self._closing) and not self._states.found(query.state)
+        return query._replace(how=GIVEN) if closing and query.token == self._closing[position] else query

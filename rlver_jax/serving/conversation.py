@@ -94,12 +94,12 @@ class Conversation:
         return self.user_says(np.asarray(self._first[0][0, : int(self._first[1][0])]).tolist())
 
     def user_says(self, tokens: Sequence[int]) -> str:
-        """A person's words as the user, also in place of the model's last reply."""
+        """A person's words as the user, which may replace the model's last reply."""
         self._heard = self._words(tokens)
         text, messages = self.agents.tokenizer.decode(tokens), self.record["messages"]
         if messages:
-            said: Record = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
-            messages[-1] |= said | _UNKNOWN | {f"consideration_{x}": None for x in ("tokens", "stopped", "logprobs")}
+            reply: Record = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
+            messages[-1] |= reply | _UNKNOWN | {f"consideration_{x}": None for x in ("tokens", "stopped", "logprobs")}
         else:
             opening = {"role": "user", "content": text, "tokens": list(tokens), "generated": False}
             messages.append(opening | {"emotion": self.record["emotion"]})
@@ -122,8 +122,8 @@ class Conversation:
     def policy_says(self, tokens: Sequence[int]) -> Record:
         """A person's reply as the policy."""
         self._say, tokens = self._words(tokens, self.agents.spec.say_tokens), list(tokens)
-        said = {"role": "assistant", "thought": None, "content": self.agents.tokenizer.decode(tokens)}
-        message = said | _UNKNOWN | {"tokens": tokens, "say_tokens": tokens, "violation": False}
+        reply = {"role": "assistant", "thought": None, "content": self.agents.tokenizer.decode(tokens)}
+        message = reply | _UNKNOWN | {"tokens": tokens, "say_tokens": tokens, "violation": False}
         self._add_reply(message)
         return message
 

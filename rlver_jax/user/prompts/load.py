@@ -116,7 +116,7 @@ class Prompts:
         return self._render(f"policy_{mode}.j2")
 
     def form(self, form: str, *, say: str | None = None, missing: str = "") -> str:
-        """Render the request to fill in a form, perhaps after what the policy said.
+        """Render the request to fill in a form, perhaps after the policy's reply.
 
         missing: "change" or "reply" where an answer lacked it; then it asks for that alone, in words of its own. (A
             weak model that is shown a heading once more answers with the heading.)
