@@ -1,7 +1,7 @@
 """What each field of a config may hold: choices, ranges, and which fields name places. `config` checks them."""
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.parallel.mesh import AXES
-from rlver_jax.text.languages import LANGUAGES
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
 SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.decoding.script import Part, parse_script
 from rlver_jax.dialogues.log import Record
 from rlver_jax.evaluation.measures import FORMS, LETTERS, STRATEGIES
 from rlver_jax.evaluation.transcripts import Transcript
-from rlver_jax.text.languages import LANGUAGES
 
 _ENV = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
@@ -41,11 +41,6 @@ class Asked(NamedTuple):
     system: str
     text: str
     forms: tuple[Form, ...]
-
-
-# A line, or the probability of each option, which sum to 1; none where a model in text gave no answer.
-Answer = str | dict[str, float]
-Answers = dict[str, Answer]  # by field
 
 
 @dataclass(frozen=True)

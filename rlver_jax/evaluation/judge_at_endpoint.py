@@ -19,9 +19,10 @@ from rlver_jax.endpoints.concurrency import as_finished
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage, priced
 from rlver_jax.evaluation.endpoint_play import ANSWERS, endpoint_of, prices_of, remote_user
-from rlver_jax.evaluation.forms import Answers, Asked, Form, Forms, load_forms
+from rlver_jax.evaluation.forms import Asked, Form, Forms, load_forms
 from rlver_jax.evaluation.judge import Appraised, Progress, Work
 from rlver_jax.evaluation.judge_settings import judge_settings
+from rlver_jax.evaluation.measures import Answers
 from rlver_jax.evaluation.rater import Rated
 from rlver_jax.evaluation.score import TEXT
 from rlver_jax.evaluation.text_forms import read, write

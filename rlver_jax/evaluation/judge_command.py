@@ -29,10 +29,10 @@ from rlver_jax.evaluation.judge import Judge
 from rlver_jax.evaluation.judge_folder import Fingerprint
 from rlver_jax.evaluation.judge_on_device import DeviceJudge
 from rlver_jax.evaluation.judge_settings import judge_settings
-from rlver_jax.evaluation.measures import measure, summarize
+from rlver_jax.evaluation.measures import summarize
 from rlver_jax.evaluation.play import Tally
 from rlver_jax.evaluation.rater import DeviceRater, Rater
-from rlver_jax.evaluation.score import judge_transcripts, measure_agreement
+from rlver_jax.evaluation.score import judge_transcripts, measure, measure_agreement
 from rlver_jax.evaluation.show import show_agreement, show_judges, show_scores
 from rlver_jax.evaluation.statistics import mean_with_interval
 from rlver_jax.evaluation.transcripts import (

@@ -10,28 +10,18 @@ A new measure is an entry of MEASURES, and its form as `prompts/LANGUAGE/FORM.sc
 languages that have the form.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
+from typing import Any
 
 from rlver_jax.dialogues.log import Record
 from rlver_jax.dialogues.trajectory import reactions
-from rlver_jax.endpoints.usage import summed
-from rlver_jax.evaluation.judge_folder import WorkFile
-from rlver_jax.evaluation.score import JudgeMeter
 from rlver_jax.evaluation.statistics import mean_with_interval
-from rlver_jax.evaluation.transcripts import LazySequence, Transcript
 
-if TYPE_CHECKING:  # forms are made of MEASURES
-    from rlver_jax.evaluation.forms import Answer, Answers, Forms
-    from rlver_jax.evaluation.rater import Rater
-
+# A line, or the probability of each option, which sum to 1; none where a model in text gave no answer.
+Answer = str | dict[str, float]
+Answers = dict[str, Answer]  # by field
 Numbers = Mapping[str, float | None]  # by flat name; None where an answer is missing
 
 RATING = ("1", "2", "3", "4", "5")
@@ -154,30 +144,6 @@ def measures_of(forms: Sequence[str], answers: Sequence[Answers], judge: str) ->
             values[name] = own if measure.each_reply else own[0]
     unanswered = sum(answer == {} for one in answers for answer in one.values())
     return {"judge": judge, **lines, **values, "unanswered": unanswered}
-
-
-def measure(
-    rater: Rater, forms: Forms, dialogues: Sequence[Transcript], folder: Path | None, console: Console
-) -> tuple[Sequence[Record], dict[str, Any]]:
-    """(the records of dialogues with `measures`, see `measures_of`; `remote`: what an endpoint was asked)."""
-    asked = LazySequence(dialogues, lambda _, dialogue: forms.ask(dialogue))
-    settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
-    work = WorkFile(folder, "measures", settings, dialogues)
-    missing = [i for i in range(len(dialogues)) if i not in work.done]
-    with JudgeMeter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
-        for results in rater.fill(LazySequence(missing, lambda _, i: asked[i]), meter.work):
-            lines = []
-            for i, rated in results:
-                names = [form.name for form in asked[missing[i]].forms]
-                measures = measures_of(names, rated.answers, rater.name)
-                lines.append({"index": missing[i], "measures": measures, "remote": rated.remote})
-            work.add(lines)
-            depth = [line["measures"].get("capabilities", {}).get("empathic_depth") for line in work.done.values()]
-            known = [one for one in depth if one is not None]
-            meter.kept(f"empathic depth {sum(known) / len(known):.2f} of 5" if known else "nothing readable yet")
-    used = [work.done[i]["remote"] for i in range(len(dialogues)) if work.done[i]["remote"]]
-    records = LazySequence(dialogues, lambda i, dialogue: dialogue.record | {"measures": work.done[i]["measures"]})
-    return records, ({"remote": summed(used)} if used else {})
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:

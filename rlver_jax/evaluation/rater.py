@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from rlver_jax.decoding.cache import LM, Cache, append, rollback
 from rlver_jax.decoding.generate import Generated, Limits, Options, build_options, choose, generate
 from rlver_jax.decoding.grammar import Grammar, one_line
-from rlver_jax.evaluation.forms import Answers, Asked, Step
+from rlver_jax.evaluation.forms import Asked, Step
 from rlver_jax.evaluation.judge import Progress, Work
 from rlver_jax.evaluation.judge_on_device import check_length
 from rlver_jax.evaluation.judge_settings import judge_settings
+from rlver_jax.evaluation.measures import Answers
 from rlver_jax.rollout.agents import load_model
 from rlver_jax.rollout.single_turns import open_cache
 from rlver_jax.text.chat import ChatTemplate

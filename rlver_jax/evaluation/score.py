@@ -1,4 +1,6 @@
-"""Judges at work on finished dialogues: each one's score beside the training user's, and agreement with a record."""
+"""Judges at work on finished dialogues: each one's score beside the training user's, its agreement with a record, and
+the measures of a judge model.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from rlver_jax.dialogues.log import Record
 from rlver_jax.endpoints.usage import summed
+from rlver_jax.evaluation.forms import Forms
 from rlver_jax.evaluation.judge import Judge, Work
 from rlver_jax.evaluation.judge_folder import Line, WorkFile
+from rlver_jax.evaluation.measures import measures_of
+from rlver_jax.evaluation.rater import Rater
 from rlver_jax.evaluation.statistics import Turns, agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.evaluation.transcripts import LazySequence, Transcript, turns_of
 from rlver_jax.text.progress import Meter
@@ -167,3 +173,27 @@ def _compared(line: Line, turns: Sequence[tuple[int, int]], readout: str) -> Tur
     else:
         own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in answered]), readout)).tolist()
     return np.array([(turns[i][0], change, turns[i][1]) for i, change in zip(answered, own, strict=True)])
+
+
+def measure(
+    rater: Rater, forms: Forms, dialogues: Sequence[Transcript], folder: Path | None, console: Console
+) -> tuple[Sequence[Record], dict[str, Any]]:
+    """(the records of dialogues with `measures`, see `measures_of`; `remote`: what an endpoint was asked)."""
+    asked = LazySequence(dialogues, lambda _, dialogue: forms.ask(dialogue))
+    settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
+    work = WorkFile(folder, "measures", settings, dialogues)
+    missing = [i for i in range(len(dialogues)) if i not in work.done]
+    with JudgeMeter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
+        for results in rater.fill(LazySequence(missing, lambda _, i: asked[i]), meter.work):
+            lines = []
+            for i, rated in results:
+                names = [form.name for form in asked[missing[i]].forms]
+                measures = measures_of(names, rated.answers, rater.name)
+                lines.append({"index": missing[i], "measures": measures, "remote": rated.remote})
+            work.add(lines)
+            depth = [line["measures"].get("capabilities", {}).get("empathic_depth") for line in work.done.values()]
+            known = [one for one in depth if one is not None]
+            meter.kept(f"empathic depth {sum(known) / len(known):.2f} of 5" if known else "nothing readable yet")
+    used = [work.done[i]["remote"] for i in range(len(dialogues)) if work.done[i]["remote"]]
+    records = LazySequence(dialogues, lambda i, dialogue: dialogue.record | {"measures": work.done[i]["measures"]})
+    return records, ({"remote": summed(used)} if used else {})

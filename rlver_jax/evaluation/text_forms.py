@@ -10,7 +10,8 @@ with nothing before it and no other option beside it.
 import re
 from collections.abc import Sequence
 
-from rlver_jax.evaluation.forms import Answers, Step
+from rlver_jax.evaluation.forms import Step
+from rlver_jax.evaluation.measures import Answers
 from rlver_jax.user.text_forms import BETWEEN, Field, Form, behind_marks, one_line, plain
 
 _SIGNS = "+＋\\-−–－"

@@ -5,6 +5,7 @@ from importlib import resources
 
 import pytest
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.measures import (
@@ -19,7 +20,6 @@ from rlver_jax.evaluation.measures import (
     summarize,
 )
 from rlver_jax.evaluation.transcripts import Transcript
-from rlver_jax.text.languages import LANGUAGES
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

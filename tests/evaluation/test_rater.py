@@ -8,8 +8,8 @@ from scipy import special
 from rlver_jax.decoding.grammar import one_line
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import Asked, Form, Step, load_forms
-from rlver_jax.evaluation.measures import measure
 from rlver_jax.evaluation.rater import DeviceRater
+from rlver_jax.evaluation.score import measure
 from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain

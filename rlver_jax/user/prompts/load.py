@@ -17,9 +17,9 @@ import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.decoding.script import Part, check_appraisal, check_reply, parse_script
 from rlver_jax.profiles.intentions import Kind, published_intention
-from rlver_jax.text.languages import LANGUAGES
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 
 STYLES = ("vanilla", "challenging")
