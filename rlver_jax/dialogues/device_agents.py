@@ -17,7 +17,6 @@ from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.rollout.agents import WIDTH_STEP, Agents, ProfileTokens
 from rlver_jax.rollout.sampler import CONTEXT, END_REASONS, room_needed
 from rlver_jax.rollout.single_turns import (
-    Words,
     fetch_turn,
     open_policy,
     open_users,
@@ -26,7 +25,7 @@ from rlver_jax.rollout.single_turns import (
 )
 from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.padding import longest, pad_rows, round_up
-from rlver_jax.user.turn import dialogue_key
+from rlver_jax.user.turn import Words, dialogue_key
 
 
 class _Batch:

@@ -17,9 +17,7 @@ from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.sampler import Profiles, open_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules
-from rlver_jax.user.turn import UserLimits, UserTables, UserTurn, appraise, user_turn
-
-Words = tuple[Int[Array, "B W"], Int[Array, "B"]]  # tokens, padded on the right, and how many of each row count
+from rlver_jax.user.turn import UserLimits, UserTables, UserTurn, Words, appraise, user_turn
 
 
 class SingleTurn(NamedTuple):

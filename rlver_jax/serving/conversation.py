@@ -22,7 +22,6 @@ from rlver_jax.rollout.sampler import (
     room_needed,
 )
 from rlver_jax.rollout.single_turns import (
-    Words,
     fetch_turn,
     open_policy,
     open_users,
@@ -31,7 +30,7 @@ from rlver_jax.rollout.single_turns import (
 )
 from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.padding import pad_rows
-from rlver_jax.user.turn import dialogue_key
+from rlver_jax.user.turn import Words, dialogue_key
 
 TYPED = 256  # tokens that a person may say at once; less where the context is small
 _UNKNOWN = dict.fromkeys(("logprobs", "raw_logprobs", "stopped"))

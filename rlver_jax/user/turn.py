@@ -19,6 +19,8 @@ from rlver_jax.user.prompts import Prompts
 # Parts of a turn's randomness; fields of a script follow their base.
 KEY_POLICY, KEY_READOUT, KEY_APPRAISAL, KEY_REPLY = 0, 1, 16, 48
 
+Words = tuple[Int[Array, "B W"], Int[Array, "B"]]  # tokens, padded on the right, and the length of each row
+
 
 @flax.struct.dataclass
 class UserTables:
@@ -100,21 +102,10 @@ def part_keys(turn_keys: Key[Array, "B"], base: int, count: int) -> Key[Array, "
 
 @jax.named_scope("user_turn")
 def user_turn(
-    lm: LM,
-    tables: UserTables,
-    cache: Cache,
-    last_reply: tuple[Int[Array, "B R"], Int[Array, "B"]],
-    say: tuple[Int[Array, "B S"], Int[Array, "B"]],
-    emotion: Int[Array, "B"],
-    turn_keys: Key[Array, "B"],
-    *,
-    rules: EmotionRules,
-    readout: str,
-    limits: UserLimits,
-    max_tokens: int,
-    active: Bool[Array, "B"],
-    may_reply: Bool[Array, ""],
-) -> tuple[Cache, UserTurn]:
+    lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "B"],
+    turn_keys: Key[Array, "B"], *, rules: EmotionRules, readout: str, limits: UserLimits, max_tokens: int,
+    active: Bool[Array, "B"], may_reply: Bool[Array, ""],
+) -> tuple[Cache, UserTurn]:  # fmt: skip
     """One turn: read the policy's say, appraise it, move the emotion, and answer under the new band.
 
     The cache comes in and goes out at the opening of an assistant message, without `last_reply`, the answer of the turn
