@@ -110,11 +110,11 @@ class RemoteEvaluation:
             await client.close()
 
     def scores(self, records: Sequence[Record]) -> dict[str, Any]:
-        """`evaluation.scores`, the gold judge's, and what each endpoint was asked: `remote`."""
+        """`evaluation.scores`, the gold judge's, and the requests to each endpoint: `remote`."""
         gold = {"rule_score": self.gold(records, self.profiles)} if self.gold else {}
-        return scores(records) | gold | {"remote": {name: self._asked(name, records) for name in self.clients}}
+        return scores(records) | gold | {"remote": {name: self._usage(name, records) for name in self.clients}}
 
-    def _asked(self, side: str, records: Sequence[Record]) -> dict[str, Any]:
+    def _usage(self, side: str, records: Sequence[Record]) -> dict[str, Any]:
         """Counts and cost of all answers that make up the dialogues, those from the cache included."""
         used = [record["remote"][side] for record in records if side in record["remote"]]
         return summed([priced(one, prices_of(self.config, side)) for one in used])

@@ -35,7 +35,7 @@ class Form(NamedTuple):
     steps: tuple[Step, ...]
 
 
-class Asked(NamedTuple):
+class Questionnaire(NamedTuple):
     """What a judge model reads before its answer, and the forms, each of which it fills in without the others."""
 
     system: str
@@ -52,8 +52,8 @@ class Forms:
     scripts: Mapping[str, tuple[Part, ...]]
     strategies: Mapping[str, str]
 
-    def ask(self, dialogue: Transcript) -> Asked:
-        """Everything that is asked about a dialogue: forms of the whole, then those of each reply."""
+    def ask(self, dialogue: Transcript) -> Questionnaire:
+        """All questions about a dialogue: forms of the whole, then those of each reply."""
         strategies = zip(LETTERS, STRATEGIES, strict=True)
         slots = {"strategies": "\n".join(f"{letter}: {self.strategies[name]}" for letter, name in strategies)}
         whole = [self._form(name, slots) for name in self.scripts if not FORMS[name][1].each_reply]
@@ -66,13 +66,13 @@ class Forms:
         text = _ENV.from_string(self.texts["conversation.j2"]).render(
             hidden_intention=dialogue.record["hidden_intention"].strip(), messages=list(_messages(dialogue.record))
         )
-        return Asked(self.texts["system.j2"].strip(), text.strip(), (*whole, *replies))
+        return Questionnaire(self.texts["system.j2"].strip(), text.strip(), (*whole, *replies))
 
     def _form(self, name: str, slots: Mapping[str, str]) -> Form:
         return Form(name, tuple(_steps(self.scripts[name], FORMS[name][1].choices, slots)))
 
     def request(self, form: str, *, text: str | None = None) -> str:
-        """What a model in text is asked: to fill in a form about a conversation, or without `text` what it left out."""
+        """A request to a model in text: to fill in a form about a conversation, or without `text` what it omitted."""
         return _ENV.from_string(self.texts["form.j2"]).render(form=form, text=text).strip()
 
 

@@ -19,7 +19,7 @@ from rlver_jax.endpoints.concurrency import as_finished
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage, priced
 from rlver_jax.evaluation.endpoint_play import ANSWERS, endpoint_of, prices_of, remote_user
-from rlver_jax.evaluation.forms import Asked, Form, Forms, load_forms
+from rlver_jax.evaluation.forms import Form, Forms, Questionnaire, load_forms
 from rlver_jax.evaluation.judge import Appraised, Progress, Work
 from rlver_jax.evaluation.judge_settings import judge_settings
 from rlver_jax.evaluation.measures import Answers
@@ -119,28 +119,33 @@ class RemoteJudge(_Remote):
 class RemoteRater(_Remote):
     """A model that fills in forms; see `rater.Rater`."""
 
-    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
+    def fill(self, questionnaires: Sequence[Questionnaire], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
         """See `rater.Rater`; raises EndpointError as `RemoteJudge.appraise` does."""
         forms = load_forms(self.config.data.language)
         with self._client() as client:
-            work = [functools.partial(self._one, client, forms, i, asked, progress) for i in range(len(asked))]
+            work = [
+                functools.partial(self._one, client, forms, i, questionnaires, progress)
+                for i in range(len(questionnaires))
+            ]
             yield from as_finished(work, self.endpoint.concurrency, client.close)
 
     async def _one(
-        self, client: Client, forms: Forms, index: int, asked: Sequence[Asked], progress: Progress
+        self, client: Client, forms: Forms, index: int, questionnaires: Sequence[Questionnaire], progress: Progress
     ) -> tuple[int, Rated]:
-        usage, answers, one = Usage(), [], asked[index]
+        usage, answers, one = Usage(), [], questionnaires[index]
         for form in one.forms:
             before = usage.completion_tokens
             answers.append(await self._form(client, forms, one, form, usage))
             progress(Work(1, usage.completion_tokens - before))
         return index, Rated(answers, self._bill(usage))
 
-    async def _form(self, client: Client, forms: Forms, asked: Asked, form: Form, usage: Usage) -> Answers:
+    async def _form(
+        self, client: Client, forms: Forms, questionnaire: Questionnaire, form: Form, usage: Usage
+    ) -> Answers:
         """One form's answers; choices that are missing or impossible are asked for again, alone."""
         messages: list[Message] = [
-            {"role": "system", "content": asked.system},
-            {"role": "user", "content": forms.request(write(form.steps), text=asked.text)},
+            {"role": "system", "content": questionnaire.system},
+            {"role": "user", "content": forms.request(write(form.steps), text=questionnaire.text)},
         ]
         answers: Answers = {}
         wanted = form.steps

@@ -114,8 +114,8 @@ class Judges:
         if self.measurer:
             name, config = self.measurer
             rater = _load_rater(name, config, folder)
-            records, asked = measure(rater, load_forms(config.data.language), dialogues, folder, console)
-            summary["measures"] = summarize(records) | asked | {"settings": rater.settings}
+            records, usage = measure(rater, load_forms(config.data.language), dialogues, folder, console)
+            summary["measures"] = summarize(records) | usage | {"settings": rater.settings}
         return summary, records
 
     @property

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rlver_jax.decoding.cache import LM, Cache, append, rollback
 from rlver_jax.decoding.generate import Generated, Limits, Options, build_options, choose, generate
 from rlver_jax.decoding.grammar import Grammar, one_line
-from rlver_jax.evaluation.forms import Asked, Step
+from rlver_jax.evaluation.forms import Questionnaire, Step
 from rlver_jax.evaluation.judge import Progress, Work
 from rlver_jax.evaluation.judge_on_device import check_length
 from rlver_jax.evaluation.judge_settings import judge_settings
@@ -50,7 +50,7 @@ class Rater(Protocol):
         """Everything that its answers depend on, in JSON's types."""
         ...
 
-    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
+    def fill(self, questionnaires: Sequence[Questionnaire], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
         """Fills in every form of each; yields (index, answers) of a few at a time, in any order.
 
         The forms of one number must have the same fields wherever there are any.
@@ -82,16 +82,19 @@ class DeviceRater:
         grammar = one_line(tokenizer, lm.model.config.vocab_size)
         return cls(name, lm, tokenizer, grammar, config.user.field_tokens, config.eval.batch, settings)
 
-    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
+    def fill(self, questionnaires: Sequence[Questionnaire], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
         """See `Rater`."""
-        sizes = [(len(self._context(one)), max((self._length(f.steps) for f in one.forms), default=0)) for one in asked]
+        sizes = [
+            (len(self._context(one)), max((self._length(f.steps) for f in one.forms), default=0))
+            for one in questionnaires
+        ]
         read, most = (max(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         width = round_up(read, LEAST_WIDTH)
         check_length(self.lm, read + most)
-        capacity, size = width + most, min(self.batch, len(asked))
-        for start in range(0, len(asked), self.batch):
-            rows = range(start, min(start + self.batch, len(asked)))
-            batch = [asked[i] for i in rows]
+        capacity, size = width + most, min(self.batch, len(questionnaires))
+        for start in range(0, len(questionnaires), self.batch):
+            rows = range(start, min(start + self.batch, len(questionnaires)))
+            batch = [questionnaires[i] for i in rows]
             contexts = [self._context(one) for one in batch]
             cache = open_cache(self.lm, *pad_rows(contexts, width, size), capacity=capacity)
             filled: list[list[Answers]] = [[] for _ in rows]
@@ -104,8 +107,11 @@ class DeviceRater:
                 progress(Work(sum(steps is not None for steps in having), tokens))
             yield list(zip(rows, map(Rated, filled), strict=True))
 
-    def _context(self, asked: Asked) -> list[int]:
-        messages = [{"role": "system", "content": asked.system}, {"role": "user", "content": asked.text}]
+    def _context(self, questionnaire: Questionnaire) -> list[int]:
+        messages = [
+            {"role": "system", "content": questionnaire.system},
+            {"role": "user", "content": questionnaire.text},
+        ]
         return ChatTemplate(self.tokenizer).conversation(messages, generation_prompt=True)
 
     def _length(self, steps: Sequence[Step]) -> int:

@@ -113,13 +113,13 @@ def judge_transcripts(
         "gap": gap["mean"],
         "gap_interval": gap["interval"],
         "spearman_final": agrees if np.isfinite(agrees) else None,
-        **_asked(lines.values()),
+        **_usage(lines.values()),
         "settings": judge.settings,
     }
 
 
-def _asked(lines: Iterable[Line]) -> dict[str, Any]:
-    """`unanswered`: appraisals that could not be got; `remote`: what a judge behind an endpoint was asked."""
+def _usage(lines: Iterable[Line]) -> dict[str, Any]:
+    """`unanswered`: appraisals that could not be got; `remote`: the requests to a judge behind an endpoint."""
     lines = list(lines)
     used = [line["remote"] for line in lines if line["remote"]]
     unanswered = sum(len(line["unanswered"]) for line in lines)
@@ -155,8 +155,8 @@ def measure_agreement(
         readout: agreement(list(ours.values()), [dialogues[i].record["profile"] for i in ours])
         for readout, ours in each.items()
     }
-    asked = _asked(lines.values())
-    return {"n": sum(counts), "dialogues": len(counts)} | agreements | asked | {"settings": judge.settings}
+    usage = _usage(lines.values())
+    return {"n": sum(counts), "dialogues": len(counts)} | agreements | usage | {"settings": judge.settings}
 
 
 def _compared(line: Line, turns: Sequence[tuple[int, int]], readout: str) -> Turns:
@@ -178,16 +178,16 @@ def _compared(line: Line, turns: Sequence[tuple[int, int]], readout: str) -> Tur
 def measure(
     rater: Rater, forms: Forms, dialogues: Sequence[Transcript], folder: Path | None, console: Console
 ) -> tuple[Sequence[Record], dict[str, Any]]:
-    """(the records of dialogues with `measures`, see `measures_of`; `remote`: what an endpoint was asked)."""
-    asked = LazySequence(dialogues, lambda _, dialogue: forms.ask(dialogue))
+    """(the records of dialogues with `measures`, see `measures_of`; `remote`: the requests to an endpoint)."""
+    questionnaires = LazySequence(dialogues, lambda _, dialogue: forms.ask(dialogue))
     settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
     work = WorkFile(folder, "measures", settings, dialogues)
     missing = [i for i in range(len(dialogues)) if i not in work.done]
-    with JudgeMeter(console, f"{rater.name}: forms", sum(len(asked[i].forms) for i in missing)) as meter:
-        for results in rater.fill(LazySequence(missing, lambda _, i: asked[i]), meter.work):
+    with JudgeMeter(console, f"{rater.name}: forms", sum(len(questionnaires[i].forms) for i in missing)) as meter:
+        for results in rater.fill(LazySequence(missing, lambda _, i: questionnaires[i]), meter.work):
             lines = []
             for i, rated in results:
-                names = [form.name for form in asked[missing[i]].forms]
+                names = [form.name for form in questionnaires[missing[i]].forms]
                 measures = measures_of(names, rated.answers, rater.name)
                 lines.append({"index": missing[i], "measures": measures, "remote": rated.remote})
             work.add(lines)

@@ -51,7 +51,7 @@ def show_judges(summary: Mapping[str, Any], console: Console) -> None:
             table.add_row(Text(name), number_text(one["score"]), *counts, gap, number_text(one["spearman_final"]))
         console.print(table, highlight=False)
         for name, one in summary["judges"].items():
-            _show_asked(name, one, console)
+            _show_usage(name, one, console)
     if "measures" in summary:
         table = Table("measure", "mean [95 % interval]")
         for name, one in summary["measures"].items():
@@ -64,11 +64,11 @@ def show_judges(summary: Mapping[str, Any], console: Console) -> None:
             share = "–" if one["acceptance"] is None else f"{one['acceptance']:.0%}"
             table.add_row(name, str(one["n"]), share, number_text(one["change"]))
         console.print(table, highlight=False)
-        _show_asked(summary["measures"]["judge"], summary["measures"], console)
+        _show_usage(summary["measures"]["judge"], summary["measures"], console)
 
 
-def _show_asked(name: str, result: Mapping[str, Any], console: Console) -> None:
-    """What could not be got from a judge, and what an endpoint was asked; a line, where there is something to say."""
+def _show_usage(name: str, result: Mapping[str, Any], console: Console) -> None:
+    """What a judge left unanswered, and the requests to an endpoint; a line, where there is something to say."""
     parts = [f"{result['unanswered']} answers could not be read"] * bool(result["unanswered"])
     if "remote" in result:
         parts.append(usage_text(result["remote"]))
@@ -98,4 +98,4 @@ def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> No
         for band, row in result[readout]["band_confusion"].items():
             bands.add_row(band, *(str(row[other]) for other in BANDS))
         console.print(bands, highlight=False)
-    _show_asked(name, result, console)
+    _show_usage(name, result, console)
