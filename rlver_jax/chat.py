@@ -71,13 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
-        given: dict[str, Any] = {"flag_values": values}
+        common: dict[str, Any] = {"flag_values": values}
         define_path("checkpoint", None, "training run or Hugging Face folder to take the policy from", values)
-        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
-        flags.DEFINE_enum("side", "user", SIDES, "which side you take", **given)
-        flags.DEFINE_string("profile", "", "id of the user's profile in data.eval; default: the first", **given)
+        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **common)
+        flags.DEFINE_enum("side", "user", SIDES, "which side you take", **common)
+        flags.DEFINE_string("profile", "", "id of the user's profile in data.eval; default: the first", **common)
         define_path("out", "", "file for the transcript; default: chat_DATE_TIME.jsonl", values, new="file")
-        flags.DEFINE_integer("seed", None, "of what the models draw; default: another one each time", 0, **given)
+        flags.DEFINE_integer("seed", None, "of what the models draw; default: another one each time", 0, **common)
 
     config, options, rest = config_from_flags(argv, __doc__, define)
     if rest:
@@ -90,11 +90,11 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
 def _profile(profiles: Sequence[Profile], wanted: str) -> Profile:
     if not wanted:
         return profiles[0]
-    found = [profile for profile in profiles if profile.id == wanted]
-    if not found:
+    matches = [profile for profile in profiles if profile.id == wanted]
+    if not matches:
         known = ", ".join(profile.id for profile in profiles[:8])
         raise ConfigError(f"--profile={wanted}: no such id among {len(profiles)} profiles ({known}, …)")
-    return found[0]
+    return matches[0]
 
 
 def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profile, weights: Any) -> Conversation:
@@ -109,8 +109,9 @@ def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profil
         spec = dataclasses.replace(spec, mode="direct", say_tokens=typed_tokens(spec.context))
         user, tokenizer = load_model(config.user, "user", mesh)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
-        how = {"style": config.user.style, "scenario": config.user.scenario}
-        agents = Agents.build(user, user, tokenizer, prompts, spec, mesh, **how)
+        agents = Agents.build(
+            user, user, tokenizer, prompts, spec, mesh, style=config.user.style, scenario=config.user.scenario
+        )
     limits = limits_of(config, spec, config.eval.temperature)
     seed = secrets.randbits(31) if options.seed is None else options.seed
     return Conversation(agents, profile, limits, seed)

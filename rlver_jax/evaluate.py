@@ -9,7 +9,7 @@
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
 what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. Of a training run the checkpoint with the best
 eval/score is taken (else the last; --step chooses). --before names an earlier evaluation, whose dialogue with the same
-profile and whose scores are printed as well. An interrupted evaluation goes on where it was
+profile and whose scores are printed as well. An interrupted evaluation resumes
 when it is started again with the same settings and DIR.
 
 --judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
@@ -34,7 +34,6 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
@@ -56,6 +55,7 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.console import consoles
+from rlver_jax.text.progress import Meter
 from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
 
 
@@ -148,7 +148,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
 
 
 def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | None:
-    """Puts --checkpoint in the policy's place; what to read where it is a training run."""
+    """Has --checkpoint replace the policy; what to read where it is a training run."""
     if options.checkpoint and config.remote.policy.url:
         raise ConfigError("--checkpoint and remote.policy.url both name the policy; give one of them")
     return take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
@@ -171,39 +171,14 @@ def play_missing(evaluation: Player, folder: EvaluationFolder, console: Console,
     missing = [i for i in range(total) if i not in done]
     if done:
         console.print(f"{len(done)} of {total} dialogues are in {folder.path}", highlight=False)
-    with _Meter(console, total, records) as meter:
+    with Meter(console, total, "compiling and playing the first batch", completed=len(records)) as meter:
         for new, costs in evaluation.batches(missing):
             folder.add(new, costs)
             records = records + new
-            meter.update(records, costs["generated"], costs["seconds"])
+            emotion = float(np.mean([record["emotion"] for record in records]))
+            state = f"{costs['generated'] / costs['seconds']:.1f} tokens/s · mean emotion {emotion:.1f}"
+            meter.show(len(records), state, line=f"{len(records)}/{total} dialogues · {state}")
     return sorted(records, key=lambda record: record["dialogue"])
-
-
-class _Meter:
-    """Progress: a bar in a terminal, a line a batch elsewhere."""
-
-    def __init__(self, console: Console, total: int, records: Sequence[Record]):
-        self._console, self._total, self._done = console, total, len(records)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True)
-        # ETA from what this process plays: dialogues found in the folder took it no time.
-        self._task = self._bar.add_task("", total=total - self._done, state="compiling and playing the first batch")
-        self._bar.disable = not console.is_terminal
-
-    def __enter__(self) -> "_Meter":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, records: Sequence[Record], generated: float, seconds: float) -> None:
-        """Shows where the evaluation stands after a batch of `generated` tokens in `seconds`."""
-        emotion = float(np.mean([record["emotion"] for record in records]))
-        state = f"{generated / seconds:.1f} tokens/s · mean emotion {emotion:.1f}"
-        self._bar.update(self._task, completed=len(records) - self._done, state=state)
-        if self._bar.disable:
-            self._console.print(f"{len(records)}/{self._total} dialogues · {state}", highlight=False)
 
 
 def summarize(evaluation: Player, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
@@ -237,7 +212,7 @@ def headline(summary: dict[str, Any], path: Path) -> str:
 
 
 def _remote_text(summary: dict[str, Any]) -> str:
-    """A line for each endpoint: what it was asked, and what that cost where prices are given."""
+    """A line for each endpoint: its requests, and what they cost where prices are known."""
     return "".join(f"{side} at its endpoint: {usage_text(used)}\n" for side, used in summary.get("remote", {}).items())
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.profiles.schema import HIDDEN_INTENTIONS
+from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
 from rlver_jax.text.tokenizer_spm import train_sentencepiece
 from rlver_jax.user.emotion import CHANGES
 from rlver_jax.user.turn import option_text

@@ -1,5 +1,6 @@
 """What each field of a config may hold: choices, ranges, and which fields name places. `config` checks them."""
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.parallel.mesh import AXES
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
@@ -21,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "user.style": ("vanilla", "challenging"),
     "user.scenario": ("heart_to_heart", "chit_chat"),
     "user.readout": ("argmax", "sample", "mean"),
-    "data.language": ("zh", "en"),
+    "data.language": tuple(LANGUAGES),
     "reward.kind": ("final", "per_turn", "mixed"),
     "policy.init": ("path", "random"),
     "user.init": ("path", "random"),

@@ -1,42 +1,37 @@
-"""Sides on the device, one turn at a time: the sampler's own turn functions, jitted apart.
+"""Agents on the device, one turn at a time.
 
-What the other side said comes as text and is encoded here. A model's own words are those of `sample_dialogues` with
+What the other agent says comes as text and is encoded here. A model's own words are those of `sample_dialogues` with
 the same seed, dialogue and context.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Key
 
-from rlver_jax.decoding.cache import LM, Cache, read_one, repeat_rows
+from rlver_jax.decoding.cache import Cache
 from rlver_jax.dialogues.log import policy_message, user_message
 from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS
-from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.profile_tokens import WIDTH_STEP, ProfileTokens
-from rlver_jax.rollout.sampler import Profiles, open_dialogues, room_needed
-from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
+from rlver_jax.rollout.sampler import room_needed
+from rlver_jax.rollout.single_turns import (
+    fetch_turn,
+    open_policy,
+    open_users,
+    single_policy_turn,
+    single_user_turn,
+)
+from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.padding import longest, pad_rows, round_up
-from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
-
-Words = tuple[Int[Array, "B W"], Int[Array, "B"]]
-
-
-class _Turns(NamedTuple):
-    """One turn of a batch on the host, T = 1 in front, as `dialogue_log` reads it."""
-
-    policy: PolicyTurn | None = None
-    user: UserTurn | None = None
+from rlver_jax.user.turn import Words, dialogue_key
 
 
 class _Batch:
-    """What both sides have: a batch's rows, their keys, and words as padded arrays."""
+    """What both agents have: the rows of a batch, their keys, and words as padded arrays."""
 
     def __init__(self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int):
         self.agents, self.limits, self.batch = agents, limits, batch
@@ -80,32 +75,32 @@ class DevicePolicy(_Batch):
     def __init__(self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int):
         super().__init__(agents, limits, batch, rows, seed)
         spec = agents.spec
-        self._cache = _open_policy(agents.policy, agents.tables[0].system, batch=batch, context=spec.context)
+        self._cache = open_policy(agents.policy, agents.tables[0].system, batch=batch, context=spec.context)
         none = jnp.zeros((batch, spec.say_tokens), jnp.int32)
         self._say: Words = none, jnp.zeros(batch, jnp.int32)
 
     async def speak(self, rows: Sequence[Row]) -> None:
         """Adds a reply to each of the rows; one without room for it ends."""
         agents, spec, turn = self.agents, self.agents.spec, rows[0].turns
-        heard = [self.encode(row.said[-1]) for row in rows]
+        heard = [self.encode(row.aloud[-1]) for row in rows]
         width = self.words(rows, heard, spec.user_tokens)[0].shape[1]
         rows_heard = list(zip(rows, heard, strict=True))
         rows = self.fitting(rows, self._cache, room_needed(agents.tables, spec, self.limits, width)[0])
         if not rows:
             return
         heard = [tokens for row, tokens in rows_heard if row in rows]
-        self._cache, said = _policy_turn(
+        self._cache, reply = single_policy_turn(
             agents.policy, agents.tables[0], self._cache, self._say, self.words(rows, heard, width),
             self.keys(turn), self.limits, self.active(rows), jnp.bool_(turn == 0), spec=spec,
         )  # fmt: skip
-        self._say = said.say, said.say_count
-        log = _Turns(policy=_on_host(said))
+        self._say = reply.say, reply.say_count
+        log = fetch_turn(policy=reply)
         for row in rows:
-            row.messages.append(policy_message(log, agents, 0, row.slot))  # type: ignore[arg-type]
+            row.messages.append(policy_message(log, agents, 0, row.slot))
 
 
 class DeviceUser(_Batch):
-    """The simulated users of one batch of dialogues; profiles are given in tokens, in the order of their numbers."""
+    """The simulated users of one batch of dialogues; profiles are in tokens, in the order of their numbers."""
 
     def __init__(
         self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, tokens: ProfileTokens
@@ -114,7 +109,7 @@ class DeviceUser(_Batch):
         numbers = [row.number for row in rows]
         count = tokens.count
         profiles = tokens.batch([number % count for number in numbers], numbers, batch)
-        self._cache, self._reply = _open_users(agents.user, agents.tables, profiles, self.key, limits, spec=agents.spec)
+        self._cache, self._reply = open_users(agents.user, agents.tables, profiles, self.key, limits, spec=agents.spec)
 
     async def begin(self, rows: Sequence[Row]) -> None:
         """Adds the first words: the profile's, or the model's."""
@@ -127,7 +122,7 @@ class DeviceUser(_Batch):
     async def react(self, rows: Sequence[Row], *, may_reply: bool) -> None:
         """Adds a reaction to each of the rows; one without room for it ends."""
         agents, spec, turn = self.agents, self.agents.spec, rows[0].turns - 1
-        says = [self.encode(row.said[-1]) for row in rows]
+        says = [self.encode(row.aloud[-1]) for row in rows]
         for row, tokens in zip(rows, says, strict=True):
             row.messages[-1]["say_tokens"] = tokens  # what the user reads
         words = self.words(rows, says, spec.say_tokens)
@@ -136,14 +131,14 @@ class DeviceUser(_Batch):
             return
         emotion = np.full(self.batch, spec.rules.initial, np.int32)
         emotion[[row.slot for row in rows]] = [row.emotions[-1] for row in rows]
-        self._cache, reaction = _user_turn(
+        self._cache, reaction = single_user_turn(
             agents.user, agents.tables[1], self._cache, self._reply, words, jnp.asarray(emotion),
             self.keys(turn), self.limits, self.active(rows), jnp.bool_(may_reply), spec=spec,
         )  # fmt: skip
-        log, goodbye = _Turns(user=_on_host(reaction)), np.asarray(reaction.goodbye)
+        log, goodbye = fetch_turn(user=reaction), np.asarray(reaction.goodbye)
         replies = []
         for row in rows:
-            message = user_message(log, agents, 0, row.slot)  # type: ignore[arg-type]
+            message = user_message(log, agents, 0, row.slot)
             row.messages.append(message)
             row.goodbye = bool(goodbye[row.slot])
             replies.append(message["tokens"])
@@ -154,41 +149,3 @@ class DeviceUser(_Batch):
         spec = self.agents.spec
         room = room_needed(self.agents.tables, spec, self.limits, self._reply[0].shape[1])[1]
         return int(room) + max(width - spec.policy_tokens, 0)
-
-
-def _on_host(turn: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(turn))
-
-
-@functools.partial(jax.jit, static_argnames=("batch", "context"))
-def _open_policy(lm: LM, system: Int[Array, "_"], *, batch: int, context: int) -> Cache:
-    return repeat_rows(read_one(lm, system), batch, context)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _open_users(
-    lm: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits, *, spec: RolloutConfig
-) -> tuple[Cache, Words]:
-    """The user's half of `open_dialogues`; the other one is not used, so XLA drops it."""
-    _, cache, reply, _ = open_dialogues(lm, lm, tables, profiles, key, spec, limits)
-    return cache, reply
-
-
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def _policy_turn(
-    lm: LM, tables: PolicyTables, cache: Cache, last_say: Words, heard: Words, keys: Key[Array, "B"],
-    limits: RolloutLimits, active: Bool[Array, "B"], first: Bool[Array, ""], *, spec: RolloutConfig,
-) -> tuple[Cache, PolicyTurn]:  # fmt: skip
-    return policy_turn(lm, tables, cache, last_say, heard, keys, spec=spec, limits=limits, active=active, first=first)
-
-
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def _user_turn(
-    lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "B"],
-    keys: Key[Array, "B"], limits: RolloutLimits, active: Bool[Array, "B"], may_reply: Bool[Array, ""], *,
-    spec: RolloutConfig,
-) -> tuple[Cache, UserTurn]:  # fmt: skip
-    return user_turn(
-        lm, tables, cache, last_reply, say, emotion, keys, rules=spec.rules, readout=spec.readout,
-        limits=limits.user, max_tokens=spec.user_tokens, active=active, may_reply=may_reply,
-    )  # fmt: skip

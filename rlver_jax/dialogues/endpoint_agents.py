@@ -1,4 +1,4 @@
-"""Sides behind an OpenAI-compatible endpoint. Rows are asked for at once; the client bounds how many."""
+"""Agents behind an OpenAI-compatible endpoint. Rows are asked for at once; the client bounds how many."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
@@ -11,14 +11,14 @@ from rlver_jax.endpoints.client import Client, Message
 from rlver_jax.endpoints.completion import Answer
 from rlver_jax.endpoints.errors import ContextFull
 from rlver_jax.endpoints.usage import Usage
-from rlver_jax.user.endpoint import Place, Reaction, RemoteUser
+from rlver_jax.user.endpoint import Reaction, RemoteUser, RequestIndex
 from rlver_jax.user.text_forms import Unreadable
 
 _NO_TOKENS = dict.fromkeys(("tokens", "logprobs", "raw_logprobs"))
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Runs the coroutines together; the first exception cancels the others and is raised."""
+    """Runs the coroutines concurrently; the first exception cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for one in work:
@@ -33,7 +33,7 @@ class RemotePolicy:
 
     Attributes:
         system: prompt of the mode; empty: none is sent.
-        think: whether a reply is `<think>thought</think>` and what is said.
+        think: whether a reply is `<think>thought</think>` and the words for the user.
         asks: times that an empty answer is asked for again.
     """
 
@@ -52,17 +52,17 @@ class RemotePolicy:
 
     async def _speak(self, row: Row) -> None:
         roles = ("user", "assistant")
-        spoken = [{"role": roles[i % 2], "content": text} for i, text in enumerate(row.said)]
+        history = [{"role": roles[i % 2], "content": text} for i, text in enumerate(row.aloud)]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages: list[Message] = [*system, *spoken]
-        place, usage = Place(self.seed, row.number, row.turns), row.usage.setdefault("policy", Usage())
+        messages: list[Message] = [*system, *history]
+        index, usage = RequestIndex(self.seed, row.number, row.turns), row.usage.setdefault("policy", Usage())
         for attempt in range(self.asks):
             try:
                 answer = await self.client.ask(
                     messages,
                     temperature=self.temperature,
                     max_tokens=self.max_tokens,
-                    seed=place.of("policy", attempt),
+                    seed=index.seed_of("policy", attempt),
                     top_p=self.top_p,
                 )
             except ContextFull as error:
@@ -75,13 +75,13 @@ class RemotePolicy:
 
 
 def reply_message(answer: Answer, *, think: bool) -> Record:
-    """A policy's answer as a message of a log: thought and say apart.
+    """A policy's answer as a message of a log, with the thought separate.
 
     In think mode a thought ends in `</think>` (the opening tag may be missing), or is what the endpoint returns as the
     model's reasoning. Without a thought, or with nothing after it, the format is broken.
     """
     text, thought = answer.text, None
-    found = True
+    closed = True
     if think:
         before, mark, after = text.partition("</think>")
         if mark:
@@ -89,16 +89,16 @@ def reply_message(answer: Answer, *, think: bool) -> Record:
         elif answer.reasoning:
             thought = answer.reasoning.strip()
         else:
-            thought, text, found = text.strip().removeprefix("<think>").strip(), "", False
-    said = text.strip()
+            thought, text, closed = text.strip().removeprefix("<think>").strip(), "", False
+    reply = text.strip()
     return {
         "role": "assistant",
         "thought": thought,
-        "content": said,
+        "content": reply,
         **_NO_TOKENS,
         "say_tokens": None,
         "stopped": not answer.cut,
-        "violation": think and not (found and said),
+        "violation": think and not (closed and reply),
     }
 
 
@@ -119,21 +119,21 @@ class RemoteUserSide:
 
     async def _begin(self, row: Row) -> None:
         usage = row.usage.setdefault("user", Usage())
-        given = (row.profile.first_talk or "").strip()
-        text = given
-        if not given:
+        first_talk = (row.profile.first_talk or "").strip()
+        text = first_talk
+        if not first_talk:
             try:
-                text = await self.user.begin(row.profile, Place(self.seed, row.number, 0), usage)
+                text = await self.user.begin(row.profile, RequestIndex(self.seed, row.number, 0), usage)
             except (Unreadable, ContextFull) as error:
                 row.fail(error)
         opening = {"role": "user", "content": text, "tokens": None, "emotion": row.emotions[0]}
-        row.messages.append(opening | {"generated": not given})
+        row.messages.append(opening | {"generated": not first_talk})
 
     async def _react(self, row: Row, may_reply: bool) -> None:
-        place = Place(self.seed, row.number, row.turns)
+        index = RequestIndex(self.seed, row.number, row.turns)
         try:
             reaction = await self.user.react(
-                row.profile, row.said, row.emotions[-1], place, row.usage["user"], may_reply=may_reply
+                row.profile, row.aloud, row.emotions[-1], index, row.usage["user"], may_reply=may_reply
             )
         except (Unreadable, ContextFull) as error:
             return row.fail(error)

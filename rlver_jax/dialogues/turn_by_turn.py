@@ -1,6 +1,6 @@
-"""Dialogues turn by turn: the rules of `dialogue.sample_dialogues`, for sides of any kind.
+"""Dialogues turn by turn: the rules of `sampler.sample_dialogues`, for agents of any kind.
 
-Where both models are on the device, `sample_dialogues` plays whole batches in one program. Here one side at least is
+Where both models are on the device, `sample_dialogues` plays whole batches in one program. Here one agent at least is
 somewhere else, text goes back and forth, and the host decides after each turn which dialogues have ended.
 """
 
@@ -28,7 +28,7 @@ class Row:
         emotions: the initial one first, then one after each reply of the policy.
         end: why it ended, or "" while it runs.
         goodbye: whether the user's last reply takes leave.
-        usage: of the sides behind an endpoint, by name.
+        usage: of the agents behind an endpoint, by name.
     """
 
     number: int
@@ -51,12 +51,12 @@ class Row:
         return self.end == END_REASONS[FORMAT]
 
     @property
-    def said(self) -> list[str]:
-        """What was said aloud, in turns, the user first."""
+    def aloud(self) -> list[str]:
+        """The messages in turns, the user first, without thoughts."""
         return [message["content"] or "" for message in self.messages]
 
     def fail(self, error: Unreadable | ContextFull) -> None:
-        """Ends the dialogue for a reason of one side's own."""
+        """Ends the dialogue for a reason of one agent's own."""
         self.end = UNREADABLE if isinstance(error, Unreadable) else END_REASONS[CONTEXT]
 
 
@@ -112,16 +112,16 @@ def _conclude(row: Row, rules: EmotionRules, *, last: bool) -> None:
         row.end = END_REASONS[reason]
 
 
-def record_of(row: Row, *, reward: float, **how: Any) -> Record:
+def record_of(row: Row, *, reward: float, **settings: Any) -> Record:
     """A finished dialogue as it stands in a log.
 
     Args:
-        how: seed, mode, language, style, scenario and readout.
+        settings: seed, mode, language, style, scenario and readout.
     """
     return {
         "dialogue": row.number,
         "profile": row.profile.id,
-        **{name: how[name] for name in ("seed", "mode", "language", "style", "scenario", "readout")},
+        **{name: settings[name] for name in ("seed", "mode", "language", "style", "scenario", "readout")},
         "initial_emotion": row.emotions[0],
         "hidden_intention": row.profile.hidden_intention,
         "end_reason": row.end,

@@ -1,6 +1,6 @@
 """What endpoints have answered, on disk: an interrupted evaluation pays for no answer twice.
 
-One SQLite file. A key is the exact request (address, body and the seed of its place in the evaluation), so any change
+One SQLite file. A key is the exact request (address, body and the seed of the request in the evaluation), so any change
 of model, prompt or setting asks anew. Headers are not kept, hence no API key.
 """
 
@@ -46,7 +46,7 @@ class AnswerCache:
             ) from error
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The response's JSON object, if the request has been answered; what cannot be read is said and passed over.
+        """The response, a JSON object, if there is one; what cannot be read is reported and passed over.
 
         Raises:
             ValueError: the file is damaged.
@@ -54,19 +54,19 @@ class AnswerCache:
         row = self._execute("SELECT answer FROM answers WHERE key = ?", key).fetchone()
         if row is None or key in self._rejected:
             return None
-        found = parsed(row[0].decode("utf-8", "replace")) if isinstance(row[0], bytes) else None
-        if not isinstance(found, dict):
+        answer = parsed(row[0].decode("utf-8", "replace")) if isinstance(row[0], bytes) else None
+        if not isinstance(answer, dict):
             self.reject(key, "it is no JSON object")
             return None
-        return found
+        return answer
 
     def reject(self, key: str, why: str) -> None:
-        """Has the next answer take the place of one that cannot be used."""
+        """Has the next answer replace one that cannot be used."""
         if not self._rejected:
-            told = (
+            message = (
                 f"{self.path}: a kept answer cannot be used ({why}); it is asked for again, as are any others like it"
             )
-            print(told, file=sys.stderr)
+            print(message, file=sys.stderr)
         self._rejected.add(key)
 
     def put(self, key: str, body: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -76,8 +76,8 @@ class AnswerCache:
             ValueError: the file cannot be written.
         """
         request, text = (json.dumps(x, ensure_ascii=True) for x in (body, answer))
-        how = "REPLACE" if key in self._rejected else "IGNORE"
-        self._execute(f"INSERT OR {how} INTO answers VALUES (?, ?, ?)", key, request, text)
+        conflict = "REPLACE" if key in self._rejected else "IGNORE"
+        self._execute(f"INSERT OR {conflict} INTO answers VALUES (?, ?, ?)", key, request, text)
         self._rejected.discard(key)
 
     def _execute(self, statement: str, *values: str) -> sqlite3.Cursor:

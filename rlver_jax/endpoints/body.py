@@ -30,20 +30,20 @@ async def read_body(response: httpx.Response) -> tuple[bytes, bool]:
     length = response.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 15 or int(length) > LONGEST):
         return b"", False
-    decoder, found, read = _Decoder(response.headers.get("content-encoding", "")), bytearray(), 0
-    async with contextlib.aclosing(response.aiter_raw()) as pieces:
-        async for piece in pieces:
-            read += len(piece)
-            found += decoder.decoded(piece, LONGEST + 1 - len(found))
-            if max(read, len(found)) > LONGEST:
-                return bytes(found[:LONGEST]), False
+    decoder, body, read = _Decoder(response.headers.get("content-encoding", "")), bytearray(), 0
+    async with contextlib.aclosing(response.aiter_raw()) as chunks:
+        async for chunk in chunks:
+            read += len(chunk)
+            body += decoder.decoded(chunk, LONGEST + 1 - len(body))
+            if max(read, len(body)) > LONGEST:
+                return bytes(body[:LONGEST]), False
     if not decoder.complete:
         raise BodyFault(f"a body that ends in the middle of its {decoder.coding} coding")
-    return bytes(found), True
+    return bytes(body), True
 
 
 class _Decoder:
-    """Undoes a content coding piece by piece; what stands behind its end is dropped."""
+    """Undoes a content coding chunk by chunk; what stands behind its end is dropped."""
 
     def __init__(self, coding: str):
         self.coding = coding.strip().lower() or "identity"
@@ -52,22 +52,22 @@ class _Decoder:
         self._stream = None if self.coding == "identity" else zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
         self._begun = False
 
-    def decoded(self, piece: bytes, most: int) -> bytes:
-        """What a piece decodes to: its first `most` bytes."""
+    def decoded(self, chunk: bytes, most: int) -> bytes:
+        """What a chunk decodes to: its first `most` bytes."""
         if self._stream is None:
-            return piece[:most]
+            return chunk[:most]
         if self._stream.eof:
             return b""
         try:
-            found = self._stream.decompress(piece, most)
+            decoded = self._stream.decompress(chunk, most)
         except zlib.error as error:
             if self._begun or self.coding != "deflate":
                 raise BodyFault(f"a body that is not {self.coding}, as it says ({error})") from None
             self._stream = zlib.decompressobj(wbits=-zlib.MAX_WBITS)  # some servers leave out zlib's header
             self._begun = True
-            return self.decoded(piece, most)
+            return self.decoded(chunk, most)
         self._begun = True
-        return found
+        return decoded
 
     @property
     def complete(self) -> bool:

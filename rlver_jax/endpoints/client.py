@@ -2,7 +2,7 @@
 
 Whatever may pass is tried again until a deadline: no connection, a dropped one, a timeout, statuses 408, 409, 425, 429
 and 5xx, and bodies that are no completion or too long for one. Waits double, with jitter; `Retry-After` and the
-`x-ratelimit-…` headers hold back all requests to the endpoint. A request keeps its place among the concurrent ones
+`x-ratelimit-…` headers hold back all requests to the endpoint. A request counts among the concurrent ones
 while it waits, so an endpoint in trouble gets fewer of them. A proxy between here and there (`proxy_of`) says things of
 its own.
 
@@ -85,8 +85,8 @@ class Endpoint:
         try:
             json.dumps(self.extra, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:
-            told = type(error).__name__ if isinstance(error, UnicodeError) else str(error)
-            raise ValueError(f"the fields added to each request cannot be written as JSON: {told}") from None
+            reason = type(error).__name__ if isinstance(error, UnicodeError) else str(error)
+            raise ValueError(f"the fields added to each request cannot be written as JSON: {reason}") from None
 
 
 @dataclasses.dataclass
@@ -151,9 +151,9 @@ class Client:
             self.traffic.from_cache += 1
             return answer_of(known)
         async with self._slots:
-            found = await self._insist(body)
-        self._answers.put(key, self._secrets.hide_in(body), found)
-        return answer_of(found)
+            completion = await self._insist(body)
+        self._answers.put(key, self._secrets.hide_in(body), completion)
+        return answer_of(completion)
 
     def _known(self, key: str) -> dict[str, Any] | None:
         """What is kept of an earlier answer. What an older version has kept may be no good; it is asked for again."""
@@ -185,9 +185,9 @@ class Client:
             async with asyncio.timeout(self.endpoint.deadline):
                 return await retrying(self._attempt, body)
         except (_Passing, TimeoutError) as error:
-            told = str(error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]).rstrip(".")
+            reason = str(error if isinstance(error, _Passing) else (last or [_Passing("no answer")])[-1]).rstrip(".")
         raise Unavailable(  # here, since a request may have been on its way
-            f"{self._shown}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {told}. "
+            f"{self._shown}: no answer within {self.endpoint.deadline:g} s; the last attempt ended with: {reason}. "
             f"See whether the endpoint is up, or raise --config.remote.deadline"
         )
 
@@ -195,11 +195,11 @@ class Client:
         while (pause := self._free_at - time.monotonic()) > 0:
             await asyncio.sleep(pause)
         self.traffic.sent += 1
-        found = await self._outcome(body)
-        self.traffic.failed += isinstance(found, _Passing)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        outcome = await self._outcome(body)
+        self.traffic.failed += isinstance(outcome, _Passing)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     async def _outcome(self, body: Mapping[str, Any]) -> dict[str, Any] | Exception:
         """The completion, or what to raise; returned, so that it refers to no error of httpx's."""
@@ -212,8 +212,8 @@ class Client:
         except BodyFault as error:
             return _Passing(self._short(str(error)))
         except httpx.InvalidURL as error:
-            told = self._short(str(error))
-            return EndpointError(f"{self._shown}: is no address ({told}); expected e.g. http://127.0.0.1:8000/v1")
+            reason = self._short(str(error))
+            return EndpointError(f"{self._shown}: is no address ({reason}); expected e.g. http://127.0.0.1:8000/v1")
         except httpx.UnsupportedProtocol:
             return EndpointError(f"{self._shown}: expected an address that begins with http:// or https://")
         except (httpx.RequestError, ValueError) as error:  # transport; headers that cannot be read
@@ -236,39 +236,39 @@ class Client:
                 return completion_of(parsed(text), self._secrets)
             except NoCompletion as error:
                 return _Passing(f"{error}: {self._short(text)}", pause)
-        told = f"status {status}: {self._short(text)}"
+        reason = f"status {status}: {self._short(text)}"
         passing = status in _PASSING or status >= 500
         if self._proxy and _is_of_proxy(self._proxy, status, text):
-            return self._refused_by_proxy(f"answered with {told}", status, pause)
+            return self._refused_by_proxy(f"answered with {reason}", status, pause)
         if passing and "insufficient_quota" not in text:
-            return _Passing(told, pause)
+            return _Passing(reason, pause)
         if status in (400, 413, 422) and any(word in text.lower() for word in _FULL):
-            return ContextFull(f"{self._shown}: {told}")
+            return ContextFull(f"{self._shown}: {reason}")
         through = f" (asked through {self._proxy}: if that refuses, {self._proxy.remedy})" if self._proxy else ""
-        return EndpointError(f"{self._shown}: {told}{through}; {_remedy(status)}")
+        return EndpointError(f"{self._shown}: {reason}{through}; {_remedy(status)}")
 
     def _not_answered(self, error: Exception) -> Exception:
         """What to raise of an attempt that brought no response."""
-        told = self._short(f"{type(error).__name__} {error}".strip())
+        reason = self._short(f"{type(error).__name__} {error}".strip())
         if not self._proxy:
-            return _Passing(told)
+            return _Passing(reason)
         if isinstance(error, httpx.ProxyError):  # no tunnel
-            found = re.match(r"[45]\d\d", str(error))
-            return self._refused_by_proxy(f"opens no connection ({told})", int(found[0]) if found else 502)
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and not re.search("SSL|CERT", told):
-            return _Passing(f"{self._proxy} cannot be reached ({told}); start it, or unset {self._proxy.variable}")
-        return _Passing(f"{told} (asked through {self._proxy})")
+            status = re.match(r"[45]\d\d", str(error))
+            return self._refused_by_proxy(f"opens no connection ({reason})", int(status[0]) if status else 502)
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and not re.search("SSL|CERT", reason):
+            return _Passing(f"{self._proxy} cannot be reached ({reason}); start it, or unset {self._proxy.variable}")
+        return _Passing(f"{reason} (asked through {self._proxy})")
 
     def _refused_by_proxy(self, what: str, status: int, pause: float = 0.0) -> Exception:
         remedy = self._proxy.remedy if self._proxy else ""
         if status == 407:
             remedy = f"it wants a user and a password: http://USER:PASSWORD@HOST:PORT in its variable; or {remedy}"
-        told = f"{self._proxy} {what}; {remedy}"
+        reason = f"{self._proxy} {what}; {remedy}"
         passing = status in _PASSING or status >= 500
-        return _Passing(told, pause) if passing else EndpointError(f"{self._shown}: {told}")
+        return _Passing(reason, pause) if passing else EndpointError(f"{self._shown}: {reason}")
 
     def _short(self, text: str) -> str:
-        """The beginning of what a server said, in a line, without what nobody should read."""
+        """The beginning of a server's answer, in a line, without what nobody should read."""
         text = " ".join(self._secrets.hide(clean(text[: 100 * _TOLD])).split())
         return text if len(text) <= _TOLD else text[:_TOLD] + "…"
 
@@ -280,20 +280,20 @@ def _secrets_of(endpoint: Endpoint, proxy: Proxy | None) -> Secrets:
 
 
 def _http_client(endpoint: Endpoint, proxy: Proxy | None, secrets: Secrets) -> httpx.AsyncClient:
-    given: dict[str, Any] = {"limits": httpx.Limits(max_connections=endpoint.concurrency)}
-    told = proxy.fault if proxy else ""
+    common: dict[str, Any] = {"limits": httpx.Limits(max_connections=endpoint.concurrency)}
+    reason = proxy.fault if proxy else ""
     try:
-        if not told:
+        if not reason:
             # A transport of its own has no proxy; SSL_CERT_FILE and the like count either way.
-            how = {"proxy": proxy.url, **given} if proxy else {"transport": httpx.AsyncHTTPTransport(**given)}
-            return httpx.AsyncClient(timeout=None, headers=_headers(endpoint), **how)
+            route = {"proxy": proxy.url, **common} if proxy else {"transport": httpx.AsyncHTTPTransport(**common)}
+            return httpx.AsyncClient(timeout=None, headers=_headers(endpoint), **route)
     except (ImportError, httpx.InvalidURL, ValueError) as error:
         if proxy is None:
             raise
         of_socks = isinstance(error, ImportError)
-        told = "pip install socksio, which SOCKS needs" if of_socks else secrets.hide(without_credentials(str(error)))
+        reason = "pip install socksio, which SOCKS needs" if of_socks else secrets.hide(without_credentials(str(error)))
     raise ValueError(  # here, so that it refers to no error that holds the proxy's password
-        f"{proxy} cannot be used for {without_credentials(endpoint.url)} ({told}); expected an address such as "
+        f"{proxy} cannot be used for {without_credentials(endpoint.url)} ({reason}); expected an address such as "
         f"http://HOST:PORT, or {proxy.host if proxy else 'its host'} in NO_PROXY"
     )
 

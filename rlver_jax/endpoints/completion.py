@@ -16,7 +16,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab 
 _LONGEST_NAME = 200  # characters of a model's name
 _MOST_PARTS = 1_000_000  # commas and brackets: each may become an object of some 80 bytes
 _DIGITS = 30  # more are beyond any number that is read, and Python refuses 4,300
-_MOST = 10**9  # no model reads or says as much at once; sums of it fit everywhere
+_MOST = 10**9  # no model reads or writes as many tokens at once; their sums fit any counter
 
 
 def count_of(value: Any) -> int:
@@ -26,12 +26,12 @@ def count_of(value: Any) -> int:
 
 
 class NoCompletion(ValueError):
-    """What was found instead of a chat completion."""
+    """What came instead of a chat completion."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said; `reasoning` where the endpoint gives it apart. Tokens are the endpoint's own count."""
+    """A model's answer; `reasoning` where the endpoint separates it. Tokens are the endpoint's own count."""
 
     text: str
     reasoning: str
@@ -42,7 +42,7 @@ class Answer:
 
 
 def clean(text: str) -> str:
-    """The text with halves of characters put together or else replaced, and without control characters."""
+    """The text with halves of characters joined or else replaced, and without control characters."""
     if not text.isascii():
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return _CONTROLS.sub("", text)
@@ -62,17 +62,17 @@ def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= _DIGITS else float(digits)
 
 
-def completion_of(found: Any, secrets: Secrets) -> dict[str, Any]:
+def completion_of(response: Any, secrets: Secrets) -> dict[str, Any]:
     """What is kept of a chat completion.
 
-    A message in parts is put together, thoughts apart; where there are several choices, the first is taken; a refusal
-    in a field of its own is what was said. Counts that cannot be are 0.
+    The parts of a message are joined, without thoughts; where there are several choices, the first is taken; a refusal
+    in a field of its own is the text. Counts that cannot be are 0.
 
     Raises:
         NoCompletion: there is no message in it.
     """
     try:
-        choice = found["choices"][0]
+        choice = response["choices"][0]
         message = choice["message"]
         content = message.get("content")
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -81,11 +81,11 @@ def completion_of(found: Any, secrets: Secrets) -> dict[str, Any]:
         raise NoCompletion(f"a chat completion whose content is {type(content).__name__}, not text")
     text, thoughts = (content or "", "") if not isinstance(content, list) else _joined(content)
     reasoning = _first_text(message, ("reasoning_content", "reasoning")) or thoughts
-    usage, reason = found.get("usage"), choice.get("finish_reason")
+    usage, reason = response.get("usage"), choice.get("finish_reason")
     tokens = {name: count_of(usage.get(name) if isinstance(usage, dict) else None) for name in _TOKENS}
     tidy = lambda text: secrets.hide(clean(text))  # noqa: E731
     return {
-        "model": " ".join(tidy(_first_text(found, ("model",))).split())[:_LONGEST_NAME],
+        "model": " ".join(tidy(_first_text(response, ("model",))).split())[:_LONGEST_NAME],
         "choices": [
             {
                 "index": 0,
@@ -116,8 +116,8 @@ def answer_of(kept: Mapping[str, Any]) -> Answer:
     )
 
 
-def _first_text(found: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    return next((value for name in names if isinstance(value := found.get(name), str) and value), "")
+def _first_text(obj: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    return next((value for name in names if isinstance(value := obj.get(name), str) and value), "")
 
 
 def _joined(parts: list[Any]) -> tuple[str, str]:
@@ -133,8 +133,8 @@ def _joined(parts: list[Any]) -> tuple[str, str]:
             texts.append(part)
         elif isinstance(part, dict) and isinstance(part.get("thinking"), str | list):
             thoughts += _texts(part["thinking"])
-        elif isinstance(part, dict) and isinstance(said := part.get("text", part.get("refusal")), str):
-            texts.append(said)
+        elif isinstance(part, dict) and isinstance(text := part.get("text", part.get("refusal")), str):
+            texts.append(text)
         else:
             raise NoCompletion("a chat completion with a part that is no text")
     return "".join(texts), "".join(thoughts)

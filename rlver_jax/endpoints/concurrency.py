@@ -10,23 +10,23 @@ T = TypeVar("T")
 def as_finished(
     work: Sequence[Callable[[], Coroutine[Any, Any, T]]], at_once: int, close: Callable[[], Coroutine[Any, Any, None]]
 ) -> Iterator[list[T]]:
-    """Runs pieces of work in an event loop of their own, and yields results as they come, some at a time.
+    """Runs tasks in an event loop of their own, and yields results as they come, a few at a time.
 
     Whoever stops iterating, or is interrupted, cancels the rest.
 
     Args:
-        at_once: pieces that run at the same time; the first ones begin first.
+        at_once: tasks that run at the same time; the first ones begin first.
         close: runs last, in the same event loop.
 
     Raises:
-        the first exception of a piece, after the results that came with it have been yielded.
+        the first exception of a task, after the results that came with it have been yielded.
     """
     with asyncio.Runner() as runner:
-        places = asyncio.Semaphore(at_once)
+        slots = asyncio.Semaphore(at_once)
 
-        async def placed(piece: Callable[[], Coroutine[Any, Any, T]]) -> T:
-            async with places:
-                return await piece()
+        async def in_slot(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+            async with slots:
+                return await start()
 
         async def settle() -> None:
             for task in tasks:
@@ -34,7 +34,7 @@ def as_finished(
             await asyncio.gather(*tasks, return_exceptions=True)  # others may have failed as well
             await close()
 
-        tasks = {runner.get_loop().create_task(placed(piece)) for piece in work}
+        tasks = {runner.get_loop().create_task(in_slot(start)) for start in work}
         try:
             while tasks:
                 done, tasks = runner.run(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))

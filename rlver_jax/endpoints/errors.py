@@ -2,7 +2,7 @@
 
 
 class EndpointError(Exception):
-    """The endpoint refuses and will again: the message says what it was asked, what it said, and what to do."""
+    """The endpoint refuses and will again: the message names the request, the answer, and what to do."""
 
 
 class ContextFull(EndpointError):

@@ -1,6 +1,6 @@
 """Which proxy stands before an endpoint: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in capitals or not.
 
-What runs on this machine is asked directly: a proxy elsewhere could not reach it.
+What runs on this machine gets its requests directly: a proxy elsewhere could not reach it.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Proxy:
 
     def __str__(self) -> str:
         # Of an address that cannot be read any part may be a password.
-        place = "" if self.fault else f"{urlsplit(self.url).netloc.rpartition('@')[2]} "
-        return f"the proxy {place}({self.variable})"
+        location = "" if self.fault else f"{urlsplit(self.url).netloc.rpartition('@')[2]} "
+        return f"the proxy {location}({self.variable})"
 
     @property
     def fault(self) -> str:
@@ -63,12 +63,12 @@ def proxy_of(url: str) -> Proxy | None:
     parts, known = urlsplit(url), getproxies()
     host = parts.hostname or ""
     known = {kind: address.strip() for kind, address in known.items()}
-    found = known.get(parts.scheme) or known.get("all")
-    if not found or is_loopback(host) or _is_exempt(host, parts.port, known.get("no", "")):
+    address = known.get(parts.scheme) or known.get("all")
+    if not address or is_loopback(host) or _is_exempt(host, parts.port, known.get("no", "")):
         return None
     kind = parts.scheme if known.get(parts.scheme) else "all"
     names = [name for name in (f"{kind}_proxy", f"{kind}_proxy".upper()) if os.environ.get(name)]
-    address = found if "://" in found else f"http://{found}"
+    address = address if "://" in address else f"http://{address}"
     return Proxy(Secret(address), [*names, "the system's settings"][0], host, parts.scheme == "https")
 
 

@@ -1,4 +1,4 @@
-"""What models behind endpoints were asked and what that cost; answers from the cache count as any other."""
+"""Requests to models behind endpoints and what they cost; answers from the cache count as any other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNTS = ("requests", "asked_again", "prompt_tokens", "completion_tokens")
 
 @dataclass
 class Usage:
-    """What one side of a dialogue, or a judge of it, cost: the same whatever was interrupted."""
+    """What one agent of a dialogue, or a judge of it, cost: the same whatever was interrupted."""
 
     requests: int = 0
     asked_again: int = 0  # because an answer could not be read

@@ -49,20 +49,20 @@ class RemoteEvaluation:
     """What `evaluation.Evaluation` is where both models are on the device.
 
     Attributes:
-        sides: make the policy and the users of a batch's rows.
+        agents: make the policy and the users of a batch's rows.
         size: dialogues of a batch; 1 where nothing is on the device, so that each goes its own pace.
         at_once: batches played at the same time.
-        how: fields of every record.
+        common: fields of every record.
     """
 
     config: ConfigDict
     profiles: Sequence[Profile]
-    sides: tuple[PolicyOf, UserOf]
+    agents: tuple[PolicyOf, UserOf]
     clients: dict[str, Client]
     size: int
     at_once: int
     rules: EmotionRules
-    how: dict[str, Any]
+    common: dict[str, Any]
     gold: Gold | None = None
 
     def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
@@ -75,25 +75,25 @@ class RemoteEvaluation:
         work = [functools.partial(self._play, part) for part in parts]
         began, before = time.monotonic(), self._traffic()
         for played in as_finished(work, self.at_once, self._close):
-            records = [record for some in played for record in some]
+            records = [record for batch in played for record in batch]
             yield records, self._costs(records, began, before)
             began, before = time.monotonic(), self._traffic()
 
     async def _play(self, numbers: Sequence[int]) -> list[Record]:
         count, start = len(self.profiles), self.rules.initial
         rows = [Row(n, slot, self.profiles[n % count], [start]) for slot, n in enumerate(numbers)]
-        policy, user = (side(rows) for side in self.sides)
+        policy, user = (make(rows) for make in self.agents)
         await play(rows, policy, user, rules=self.rules, max_turns=self.config.eval.max_turns)  # type: ignore[arg-type]
-        return [record_of(row, reward=self._reward(row), **self.how) for row in rows]
+        return [record_of(row, reward=self._reward(row), **self.common) for row in rows]
 
     def _reward(self, row: Row) -> float:
-        found = reward(
+        result = reward(
             emotions=jnp.array([row.emotions], jnp.int32),
             n_turns=jnp.array([row.turns], jnp.int32),
             violation=jnp.array([row.violation]),
             **reward_settings(self.config),
         )
-        return float(str(np.asarray(found.reward)[0]))  # the fewest digits of a float32, as in other logs
+        return float(str(np.asarray(result.reward)[0]))  # the fewest digits of a float32, as in other logs
 
     def _traffic(self) -> dict[str, int]:
         return {name: sum(getattr(client.traffic, name) for client in self.clients.values()) for name in _TRAFFIC}
@@ -111,11 +111,11 @@ class RemoteEvaluation:
             await client.close()
 
     def scores(self, records: Sequence[Record]) -> dict[str, Any]:
-        """`evaluation.scores`, the gold judge's, and what each endpoint was asked: `remote`."""
+        """`evaluation.scores`, the gold judge's, and the requests to each endpoint: `remote`."""
         gold = {"rule_score": self.gold(records, self.profiles)} if self.gold else {}
-        return scores(records) | gold | {"remote": {name: self._asked(name, records) for name in self.clients}}
+        return scores(records) | gold | {"remote": {name: self._usage(name, records) for name in self.clients}}
 
-    def _asked(self, side: str, records: Sequence[Record]) -> dict[str, Any]:
+    def _usage(self, side: str, records: Sequence[Record]) -> dict[str, Any]:
         """Counts and cost of all answers that make up the dialogues, those from the cache included."""
         used = [record["remote"][side] for record in records if side in record["remote"]]
         return summed([priced(one, prices_of(self.config, side)) for one in used])
@@ -145,13 +145,13 @@ def load(
     device: dict[str, Any] = {}
     if len(remote) < 2:
         batch, device = _device_side(config, profiles, "user" if "policy" in remote else "policy", policy_weights)
-    sides = tuple(device.get(side) or _remote_side(config, side, clients[side]) for side in ("policy", "user"))
+    agents = tuple(device.get(side) or _remote_side(config, side, clients[side]) for side in ("policy", "user"))
     return RemoteEvaluation(
-        config, profiles, sides, clients,  # type: ignore[arg-type]
+        config, profiles, agents, clients,  # type: ignore[arg-type]
         size=batch if device else 1,
         at_once=1 if device else batch,
         rules=emotion_rules(config, config.eval.initial_emotion),
-        how={
+        common={
             "seed": config.eval.seed,
             "mode": config.policy.mode,
             "language": config.data.language,
@@ -192,8 +192,10 @@ def remote_user(config: ConfigDict, client: Client) -> RemoteUser:
     """The simulated user of a config, behind the endpoint that `client` asks."""
     user, rules = config.user, emotion_rules(config, config.eval.initial_emotion)
     prompts = load_prompts(config.data.language, user.prompts or None)
-    how = user.style, user.scenario, user.field_tokens, user.reply_tokens, user.reply_temperature
-    return RemoteUser(client, prompts, rules, *how, config.remote.asks)
+    return RemoteUser(
+        client, prompts, rules, user.style, user.scenario, user.field_tokens, user.reply_tokens,
+        user.reply_temperature, config.remote.asks,
+    )  # fmt: skip
 
 
 def _remote_side(config: ConfigDict, side: str, client: Client) -> PolicyOf | UserOf:
@@ -220,8 +222,9 @@ def _device_side(
     batch = round_up(min(config.eval.batch, len(profiles)), rows)
     lm, tokenizer = load_model(config[side], side, mesh, policy_weights if side == "policy" else None)
     prompts, spec = load_prompts(config.data.language, config.user.prompts or None), eval_spec(config)
-    how = {"style": config.user.style, "scenario": config.user.scenario}
-    agents = Agents.build(lm, lm, tokenizer, prompts, spec, mesh, **how)
+    agents = Agents.build(
+        lm, lm, tokenizer, prompts, spec, mesh, style=config.user.style, scenario=config.user.scenario
+    )
     limits = agents.check_limits(limits_of(config, spec, config.eval.temperature))
     seed = config.eval.seed
     if side == "user":

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what has been played, with which settings, so that it can be taken up again.
+"""The folder of an evaluation: what has been played, with which settings, so that it can be resumed.
 
 `progress.json` is written right before the first dialogues, `dialogues.jsonl` grows by a batch at a time,
 `summary.json` comes last.
@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = (
     *("policy.remat", "data.seed", "rollout.batch", "rollout.group", "rollout.max_turns", "rollout.temperature"),
     *("emotion.initial", "eval.batch", "eval.every", "rollout.rows", "eval.rows"),
 )
-# Where things lie; what lies there is told by fingerprints, so that a moved model is still the same.
+# Where things lie; fingerprints tell what lies there, so that a moved model is still the same.
 PATHS = (*CONFIG_PATHS, "remote.policy.url", "remote.user.url")
 # What of a side's fields still matters where its model is behind an endpoint, and the endpoint's fields that matter.
 _OF_DEVICE = (
@@ -64,23 +64,23 @@ class EvaluationFolder:
         check: Callable[[], None] = lambda: None,
         report: Callable[[str], None] = _log.warning,
     ) -> "EvaluationFolder":
-        """Makes the folder, or takes up what an evaluation with the same settings left there.
+        """Makes the folder, or resumes an evaluation with the same settings.
 
         Of several processes, which all call it, the first one alone reads and writes the files.
 
         Args:
             repeats: of every profile; may be more than the folder was made with.
             check: the folder's own.
-            report: is told what an older version did not write down, and what is taken for it.
+            report: prints what an older version did not write down, and what is taken for it.
 
         Raises:
             ValueError: the folder holds an evaluation with other settings or more repeats, or dialogues of another
-                origin; or processes were given different settings.
+                origin; or processes have different settings.
         """
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         distributed.check_same("the settings", {n: value for n, value in settings.items() if n not in PATHS})
-        found = distributed.from_main(lambda: _taken_up(Path(path), settings, repeats, report))
-        return cls(Path(path), settings, **found, check=check)
+        held = distributed.from_main(lambda: _resume(Path(path), settings, repeats, report))
+        return cls(Path(path), settings, **held, check=check)
 
     def add(self, records: Sequence[Record], costs: dict[str, float]) -> None:
         """Appends a batch's dialogues, and notes what they cost."""
@@ -111,7 +111,7 @@ class EvaluationFolder:
             write_json(self.path / PROGRESS, {"settings": self.settings, "played": self.played})
 
 
-def _taken_up(path: Path, settings: dict[str, Any], repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
+def _resume(path: Path, settings: dict[str, Any], repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
     """The dialogues that the folder holds, and how they were played; see `EvaluationFolder.open`."""
     check_folder_to_write(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -124,10 +124,10 @@ def _taken_up(path: Path, settings: dict[str, Any], repeats: int, report: Callab
                 f"unknown; name another --out, or move them away"
             )
         return {"records": [], "played": []}
-    found = _read_progress(progress)
+    noted = _read_progress(progress)
     check_same(
         path,
-        without_secrets(found["settings"]),
+        without_secrets(noted["settings"]),
         settings,
         PATHS.__contains__,
         fault="holds an evaluation with other settings",
@@ -137,7 +137,7 @@ def _taken_up(path: Path, settings: dict[str, Any], repeats: int, report: Callab
     log = path / DIALOGUES
     records = read_dialogues(log, unfinished=True) if log.exists() else []
     _check_records(log, records, settings["eval.num_profiles"] * repeats)
-    return {"records": records, "played": found["played"]}
+    return {"records": records, "played": noted["played"]}
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Sequence[Record]]:
@@ -180,10 +180,10 @@ def settings_of(config: ConfigDict, profiles: Sequence[Profile], checkpoint: str
 
 def at_endpoint(flat: dict[str, Any], config: ConfigDict, side: str) -> dict[str, Any]:
     """Settings of a side whose model is behind an endpoint, in place of those that matter on the device only."""
-    kept = {name: value for name, value in flat.items() if name not in {f"{side}.{field}" for field in _OF_DEVICE}}
+    settings = {name: value for name, value in flat.items() if name not in {f"{side}.{field}" for field in _OF_DEVICE}}
     named = {f"remote.{side}.{name}": config.remote[side][name] for name in _OF_ENDPOINT}
     named = without_secrets(named, [os.environ.get(config.remote[side].key_env, "")])
-    return kept | named | {"remote.asks": config.remote.asks}
+    return settings | named | {"remote.asks": config.remote.asks}
 
 
 def _check_records(log: Path, records: Sequence[Record], count: int) -> None:
@@ -197,7 +197,7 @@ def _check_records(log: Path, records: Sequence[Record], count: int) -> None:
 
 def _read_progress(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {"settings": dict(found["settings"]), "played": list(found["played"])}
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        return {"settings": dict(noted["settings"]), "played": list(noted["played"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no progress of an evaluation ({error}); name another --out") from None

@@ -30,10 +30,10 @@ from rlver_jax.evaluation.judge import Judge
 from rlver_jax.evaluation.judge_folder import Fingerprint
 from rlver_jax.evaluation.judge_on_device import DeviceJudge
 from rlver_jax.evaluation.judge_settings import judge_settings
-from rlver_jax.evaluation.measures import measure, summarize
+from rlver_jax.evaluation.measures import summarize
 from rlver_jax.evaluation.play import Tally
 from rlver_jax.evaluation.rater import DeviceRater, Rater
-from rlver_jax.evaluation.score import judge_transcripts, measure_agreement
+from rlver_jax.evaluation.score import judge_transcripts, measure, measure_agreement
 from rlver_jax.evaluation.show import show_agreement, show_judges, show_scores
 from rlver_jax.evaluation.statistics import mean_with_interval
 from rlver_jax.evaluation.transcripts import (
@@ -96,10 +96,10 @@ class Judges:
         """
         users: dict[str, ConfigDict] = {}
         for arg in _split(options.judge):
-            name, found = _judge_config(arg, config)
+            name, judge = _judge_config(arg, config)
             if name in users:
                 raise ConfigError(f"--judge={options.judge}: two judges are called {name!r}; rename a file or folder")
-            users[name] = found
+            users[name] = judge
         return cls(users, _judge_config(options.measures, config) if options.measures else None)
 
     def judge(
@@ -116,8 +116,8 @@ class Judges:
         if self.measurer:
             name, config = self.measurer
             rater = _load_rater(name, config, folder)
-            records, asked = measure(rater, load_forms(config.data.language), dialogues, folder, console)
-            summary["measures"] = summarize(records) | asked | {"settings": rater.settings}
+            records, usage = measure(rater, load_forms(config.data.language), dialogues, folder, console)
+            summary["measures"] = summarize(records) | usage | {"settings": rater.settings}
         return summary, records
 
     @property
@@ -135,31 +135,31 @@ def _sets(config: ConfigDict | None, judges: Judges) -> Iterator[Sequence[Profil
 def _split(text: str) -> list[str]:
     """At commas, but not at those within a config's argument: `a.py:ppo,direct,b.py`."""
     parts: list[str] = []
-    for piece in text.split(",") if text else []:
-        whole = not parts or ".py" in piece or "/" in piece or Path(piece).is_dir() or ":" not in parts[-1]
-        parts[len(parts) - (not whole) :] = [piece if whole else f"{parts[-1]},{piece}"]
+    for part in text.split(",") if text else []:
+        whole = not parts or ".py" in part or "/" in part or Path(part).is_dir() or ":" not in parts[-1]
+        parts[len(parts) - (not whole) :] = [part if whole else f"{parts[-1]},{part}"]
     return parts
 
 
 def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]:
-    """(name, config) of a judge: its config file, or the given config with the folder as its user."""
+    """(name, config) of a judge: its config file, or `config` with the folder as its user."""
     if Path(arg).is_dir() or is_name(arg):
         if config is None:
             raise ConfigError(
                 f"judge {arg}: a model's folder needs settings: give --config=FILE too, or a config file for the judge"
             )
-        found, name = config.copy_and_resolve_references(), short_name(arg)
-        found.user.path, found.user.init, found.remote.user.url = arg, "path", ""
+        judge, name = config.copy_and_resolve_references(), short_name(arg)
+        judge.user.path, judge.user.init, judge.remote.user.url = arg, "path", ""
     else:
-        found, _, _ = config_from_flags([f"--config={arg}"], "")
-        file, _, how = arg.partition(":")
-        name = re.sub(r"\W+", "_", f"{Path(file).stem}_{how}").strip("_")
+        judge, _, _ = config_from_flags([f"--config={arg}"], "")
+        file, _, argument = arg.partition(":")
+        name = re.sub(r"\W+", "_", f"{Path(file).stem}_{argument}").strip("_")
     try:
-        validate(found, fields.get_config(), jax.device_count(), ["user"])
-        _check_there(found)
+        validate(judge, fields.get_config(), jax.device_count(), ["user"])
+        _check_there(judge)
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
-    return name, found
+    return name, judge
 
 
 def _check_there(config: ConfigDict) -> None:
@@ -231,8 +231,8 @@ def _folder(options: flags.FlagValues, console: Console) -> Iterator[tuple[Path 
         return
     if (folder / PROGRESS).exists():
         raise ConfigError(f"--out={folder}: holds an evaluation that played dialogues; name another folder")
-    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-    with hold(folder, "--out", say) as lock:
+    notify = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    with hold(folder, "--out", notify) as lock:
         yield folder, lock.check
 
 
@@ -287,23 +287,23 @@ class _Seen:
         self.all.add(one.record)
         self.fingerprint.add(one)
         self.changes += len(turns_of(one.record))
-        found = faults([one])
-        self.faults += len(found)
-        self.first_faults += found[: SHOWN - len(self.first_faults)]
+        faulty = faults([one])
+        self.faults += len(faulty)
+        self.first_faults += faulty[: SHOWN - len(self.first_faults)]
 
 
 def _check_texts(one: Transcript) -> None:
-    """That a model can read what was said: half characters have no bytes, so no tokens."""
+    """That a model can read the messages: half characters have no bytes, so no tokens."""
     for index, message in enumerate(one.record["messages"]):
         if half := half_character(message["content"] or ""):
             raise ConfigError(
-                f"{one.place}: messages[{index}] holds half of a surrogate pair (\\u{ord(half):04x}), which no "
+                f"{one.source}: messages[{index}] holds half of a surrogate pair (\\u{ord(half):04x}), which no "
                 f"judge can read; {REMEDY}"
             )
 
 
 def _scored(tally: Tally) -> dict[str, Any]:
-    spread = mean_with_interval(tally.emotions)
+    spread = mean_with_interval(tally.emotions, tally.profiles)
     return tally.scores() | {"score_std": spread["std"], "score_interval": spread["interval"]}
 
 
@@ -324,7 +324,7 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
         counts.append(len(turns_of(one.record)))
     wanted = chosen(counts, options.contexts, config.eval.seed)
     dialogues = with_profiles(LazySequence(wanted, lambda _, i: files[i]), KnownProfiles.of_sets(open_each(config)))
-    found = faults(dialogues)
+    faulty = faults(dialogues)
     with _folder(options, console) as (folder, check):
         results = {
             name: measure_agreement(_load_judge(name, one, folder), dialogues, folder, console)
@@ -335,8 +335,8 @@ def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Co
             write_json(folder / "agreement.json", results)
     for name, result in results.items():
         show_agreement(name, result, console)
-    _show_faults(found[:SHOWN], len(found), console)
-    return 1 if found else 0
+    _show_faults(faulty[:SHOWN], len(faulty), console)
+    return 1 if faulty else 0
 
 
 def chosen(counts: Sequence[int], contexts: int, seed: int) -> list[int]:

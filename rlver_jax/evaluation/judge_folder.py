@@ -1,4 +1,4 @@
-"""Results that come slowly, on disk as they come: an interrupted judgement goes on where it was."""
+"""Results that come slowly, on disk as they come: an interrupted judgement resumes."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ class WorkFile:
             ) from None
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Keeps some results; each has the `index` of its dialogue."""
+        """Keeps results; each has the `index` of its dialogue."""
         self.done |= {line["index"]: line for line in lines}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -1,7 +1,6 @@
 """A simulated user on the device as a judge: whole batches of finished dialogues, a turn of all of them at a time."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from rlver_jax.decoding.cache import LM, Cache, append, init_cache, rollback
+from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Generated
 from rlver_jax.dialogues.log import Record
 from rlver_jax.evaluation.judge import Appraised, Progress, Work
@@ -20,11 +19,12 @@ from rlver_jax.evaluation.judge_settings import judge_settings
 from rlver_jax.evaluation.play import eval_spec
 from rlver_jax.evaluation.transcripts import Transcript, Turn, turns_of, within
 from rlver_jax.rollout.agents import Agents, load_model
+from rlver_jax.rollout.single_turns import open_cache, single_appraisal
 from rlver_jax.text.padding import pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.user.emotion import EmotionRules, change_readout
+from rlver_jax.user.emotion import change_readout
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.turn import KEY_READOUT, UserLimits, UserTables, appraise, dialogue_key, part_keys
+from rlver_jax.user.turn import KEY_READOUT, UserLimits, dialogue_key, part_keys
 
 WIDTH_STEP = 32  # tokens; widths are multiples of it
 
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 def message_tokens(tokenizer: Tokenizer, message: Mapping[str, Any]) -> list[int]:
-    """What was said, in the judge's tokens: the logged ones where they spell it, so that nothing is read otherwise."""
+    """A message in the judge's tokens: the logged ones where they spell it, so that nothing is read otherwise."""
     text, logged = message["content"] or "", message["say_tokens" if "say_tokens" in message else "tokens"]
     if logged is not None and all(0 <= t < tokenizer.vocab_size for t in logged) and tokenizer.decode(logged) == text:
         return list(logged)
@@ -59,7 +59,7 @@ class DeviceJudge:
     """A user model with its prompts and rules; see `judge.Judge`."""
 
     name: str
-    agents: Agents  # the user stands in the policy's place too: nobody speaks
+    agents: Agents  # the user's model stands in for the policy too: nobody speaks
     limits: UserLimits
     batch: int
     settings: dict[str, Any]
@@ -75,8 +75,10 @@ class DeviceJudge:
         settings = judge_settings(config)
         user, tokenizer = load_model(config.user, "user", mesh)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
-        how = {"style": config.user.style, "scenario": config.user.scenario}
-        agents = Agents.build(user, user, tokenizer, prompts, eval_spec(config), **how)
+        agents = Agents.build(
+            user, user, tokenizer, prompts, eval_spec(config),
+            style=config.user.style, scenario=config.user.scenario,
+        )  # fmt: skip
         limits = UserLimits(jnp.int32(config.user.field_tokens), jnp.int32(0), jnp.float32(0))
         return cls(name, agents, limits, config.eval.batch, settings)
 
@@ -91,19 +93,19 @@ class DeviceJudge:
             yield [(i, Appraised([within(dialogues[i].record["emotions"][0])], [], [], [])) for i in silent]
         shape = self._shape([sizes[i] for i in heard]) if heard else None
         for start in range(0, len(heard), self.batch):
-            some = heard[start : start + self.batch]
-            played = [dialogues[i] for i in some]  # which may be read now: all of them need not be in memory
+            numbers = heard[start : start + self.batch]
+            played = [dialogues[i] for i in numbers]  # which may be read now: all of them need not be in memory
             turns = [turns_of(one.record) for one in played]
-            said = [[self._read_before(turn) for turn in one] for one in turns]
+            messages = [[self._read_before(turn) for turn in one] for one in turns]
             prefixes = [self.agents.prefix(one.profile) for one in played]  # type: ignore[arg-type]
             batch = _Batch(self, [one.record for one in played], turns, own)
-            results = batch.run(prefixes, said, shape, progress)  # type: ignore[arg-type]
-            yield list(zip(some, results, strict=True))
+            results = batch.run(prefixes, messages, shape, progress)  # type: ignore[arg-type]
+            yield list(zip(numbers, results, strict=True))
 
     def _size(self, one: Transcript) -> Size:
-        said = [len(self._read_before(turn)) for turn in turns_of(one.record)]
-        prefix = len(self.agents.prefix(one.profile)) if said else 0  # type: ignore[arg-type]
-        return Size(prefix, max(said, default=0), prefix + sum(said))
+        counts = [len(self._read_before(turn)) for turn in turns_of(one.record)]
+        prefix = len(self.agents.prefix(one.profile)) if counts else 0  # type: ignore[arg-type]
+        return Size(prefix, max(counts, default=0), prefix + sum(counts))
 
     def _read_before(self, turn: Turn) -> list[int]:
         """What the user reads before it appraises: its own last words, and the reply."""
@@ -111,7 +113,7 @@ class DeviceJudge:
         close, open_user, open_assistant = (
             np.asarray(x).tolist() for x in (tables.close, tables.open_user, tables.open_assistant)
         )
-        own, reply = message_tokens(tokenizer, turn.heard), message_tokens(tokenizer, turn.spoken)
+        own, reply = message_tokens(tokenizer, turn.heard), message_tokens(tokenizer, turn.reply)
         return [*own, *close, *open_user, *reply, *close, *open_assistant]
 
     def _shape(self, sizes: Sequence[Size]) -> Shape:
@@ -140,7 +142,7 @@ class _Batch:
     def run(
         self,
         prefixes: Sequence[list[int]],
-        said: Sequence[list[list[int]]],
+        messages: Sequence[list[list[int]]],
         shape: Shape,
         progress: Progress,
     ) -> list[Appraised]:
@@ -151,11 +153,11 @@ class _Batch:
         results = [Appraised([within(record["emotions"][0])], [], [], []) for record in self.records]
         for turn in range(max(map(len, self.turns))):
             active = [turn < len(ours) and not self._over(r) for ours, r in zip(self.turns, results, strict=True)]
-            texts = [one[turn] if on else [] for one, on in zip(said, active, strict=True)]
+            texts = [one[turn] if on else [] for one, on in zip(messages, active, strict=True)]
             emotion = [self._before(i, turn, results[i]) for i in range(len(results))]
             rest = shape.batch - len(active)
             keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, turn)
-            cache, fields, logprobs = _appraise(
+            cache, fields, logprobs = single_appraisal(
                 user, self.judge.agents.tables[1], cache, *pad_rows(texts, shape.message, shape.batch),
                 jnp.asarray(emotion + [rules.initial] * rest, jnp.int32), keys, self.judge.limits,
                 jnp.asarray(active + [False] * rest), rules=rules, max_tokens=self.judge.agents.spec.user_tokens,
@@ -180,9 +182,9 @@ class _Batch:
     def _note(self, results, turn, emotion, active, fields: Generated, logprobs, keys) -> None:
         """Adds a turn to the results of the rows that have it."""
         agents = self.judge.agents
-        rules, how = agents.spec.rules, agents.spec.readout
-        read_keys = part_keys(keys, KEY_READOUT, 1)[0] if how == "sample" else None
-        changes = np.asarray(rules.clamp(change_readout(logprobs, how, read_keys)))
+        rules, readout = agents.spec.rules, agents.spec.readout
+        read_keys = part_keys(keys, KEY_READOUT, 1)[0] if readout == "sample" else None
+        changes = np.asarray(rules.clamp(change_readout(logprobs, readout, read_keys)))
         logprobs, fields = np.asarray(logprobs), jax.device_get(fields)
         for row, result in enumerate(results):
             if turn >= len(self.turns[row]):
@@ -195,9 +197,9 @@ class _Batch:
 
     def _texts(self, fields: Generated, row: int) -> dict[str, str]:
         agents, texts = self.judge.agents, {}
-        for place, name in enumerate(agents.tables[1].appraisal.names[:-1]):
-            count = int(fields.count[place, row]) - bool(fields.stopped[place, row])
-            texts[name] = agents.tokenizer.decode(fields.tokens[place, row, :count].tolist())
+        for position, name in enumerate(agents.tables[1].appraisal.names[:-1]):
+            count = int(fields.count[position, row]) - bool(fields.stopped[position, row])
+            texts[name] = agents.tokenizer.decode(fields.tokens[position, row, :count].tolist())
         return texts
 
 
@@ -209,31 +211,3 @@ def check_length(user: LM, tokens: int) -> None:
     """
     what = f"the longest dialogue and what is written about it may take {tokens} tokens"
     user.model.config.check_context(tokens, "user", what, "judge shorter dialogues, or take a model that reads more")
-
-
-@functools.partial(jax.jit, static_argnames="capacity")
-def open_cache(lm: LM, tokens: Int[Array, "B L"], count: Int[Array, "B"], *, capacity: int) -> Cache:
-    """A cache of `capacity` slots a row that has read the rows given."""
-    return append(lm, init_cache(lm, tokens.shape[0], capacity), tokens, count)
-
-
-@functools.partial(jax.jit, static_argnames=("rules", "max_tokens"), donate_argnames="cache")
-def _appraise(
-    lm: LM,
-    tables: UserTables,
-    cache: Cache,
-    tokens: Int[Array, "B S"],
-    count: Int[Array, "B"],
-    emotion: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    limits: UserLimits,
-    active: Bool[Array, "B"],
-    *,
-    rules: EmotionRules,
-    max_tokens: int,
-):
-    """One turn of every row: read what was said, appraise it, and forget the appraisal."""
-    cache = append(lm, cache, tokens, count)
-    opening = cache.length
-    cache, said, logprobs, _ = appraise(lm, tables, cache, emotion, keys, rules, limits, max_tokens, active)
-    return rollback(cache, opening), said, logprobs

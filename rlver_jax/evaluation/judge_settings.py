@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import endpoint_sides, flatten
 from rlver_jax.evaluation.folder import at_endpoint
-from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
+from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
+from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.fingerprints import model_fingerprint, texts_fingerprint
 
 _WITHOUT_EFFECT = ("user.path", "user.prompts", "user.reply_temperature", "emotion.initial")

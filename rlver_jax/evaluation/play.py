@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -60,9 +61,9 @@ class Evaluation:
     def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
         """Plays dialogues by number: of N profiles, dialogue i is one with profile i mod N."""
         for start in range(0, len(numbers), self.batch):
-            began, some = time.monotonic(), numbers[start : start + self.batch]
-            played = self.play(some)
-            records = self.records(played, some)
+            began, batch = time.monotonic(), numbers[start : start + self.batch]
+            played = self.play(batch)
+            records = self.records(played, batch)
             costs = {"generated": sum(map(generated_tokens, records)), "prefilled": prefilled_count(played)}
             room = {"turns": int(played.turns.sum()), "row_turns": int(played.row_turns)}
             yield records, costs | room | {"seconds": time.monotonic() - began}
@@ -84,9 +85,9 @@ class Evaluation:
     def metrics(self, agents: Agents) -> dict[str, float]:
         """`eval/…` of the models of these agents, played as this evaluation's are."""
         agents = dataclasses.replace(self.agents, policy=agents.policy, user=agents.user)
-        found = self.scores(dataclasses.replace(self, agents=agents).play_all())
-        counts = {"success_rate": found["success"] / found["n"], "failure_rate": found["failure"] / found["n"]}
-        named = {name: found[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in found}
+        result = self.scores(dataclasses.replace(self, agents=agents).play_all())
+        counts = {"success_rate": result["success"] / result["n"], "failure_rate": result["failure"] / result["n"]}
+        named = {name: result[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in result}
         return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
 
     def records(self, played: Dialogues, numbers: Sequence[int]) -> list[Record]:
@@ -156,11 +157,12 @@ def scores(records: Iterable[Record]) -> dict[str, Any]:
 
 
 class Tally:
-    """The figures of dialogues, taken from one after another; the dialogues need not be kept."""
+    """Scores of dialogues, taken from one after another; the dialogues need not be kept."""
 
     def __init__(self) -> None:
         """Of none."""
         self.emotions: list[int] = []  # at the end
+        self.profiles: list[str] = []  # ids, a dialogue each
         self._turns: list[int] = []
         self._rewards: list[float] = []
         self._rises: list[bool] = []
@@ -169,6 +171,7 @@ class Tally:
     def add(self, record: Record) -> None:
         """Takes a dialogue in."""
         self.emotions.append(record["emotion"])
+        self.profiles.append(sys.intern(record["profile"]))
         self._turns.append(record["turns"])
         self._rewards.append(record["reward"])
         self._rises += [message["change"] > 0 for message in record["messages"] if "change" in message]

@@ -17,11 +17,13 @@ from rlver_jax.decoding.cache import LM, Cache, append, rollback
 from rlver_jax.decoding.choice import Options, build_options, choose
 from rlver_jax.decoding.generate import Generated, Limits, generate
 from rlver_jax.decoding.grammar import Grammar, one_line
-from rlver_jax.evaluation.forms import Answers, Asked, Step
+from rlver_jax.evaluation.forms import Questionnaire, Step
 from rlver_jax.evaluation.judge import Progress, Work
-from rlver_jax.evaluation.judge_on_device import check_length, open_cache
+from rlver_jax.evaluation.judge_on_device import check_length
 from rlver_jax.evaluation.judge_settings import judge_settings
+from rlver_jax.evaluation.measures import Answers
 from rlver_jax.rollout.agents import load_model
+from rlver_jax.rollout.single_turns import open_cache
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.text.tokenizer import Tokenizer
@@ -33,7 +35,7 @@ class Rated(NamedTuple):
     """What a dialogue's forms hold once they are filled in."""
 
     answers: list[Answers]  # a form each; a choice that could not be got has no probabilities
-    remote: dict[str, Any] | None = None  # what an endpoint was asked, as `endpoint.usage.priced` gives it
+    remote: dict[str, Any] | None = None  # requests to an endpoint, as `endpoints.usage.priced` gives it
 
 
 class Rater(Protocol):
@@ -49,10 +51,10 @@ class Rater(Protocol):
         """Everything that its answers depend on, in JSON's types."""
         ...
 
-    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
-        """Fills in every form of each; yields (index, answers) of some at a time, in any order.
+    def fill(self, questionnaires: Sequence[Questionnaire], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
+        """Fills in every form of each; yields (index, answers) of a few at a time, in any order.
 
-        The forms of one place must have the same fields wherever there are any.
+        The forms of one number must have the same fields wherever there are any.
         """
         ...
 
@@ -81,30 +83,36 @@ class DeviceRater:
         grammar = one_line(tokenizer, lm.model.config.vocab_size)
         return cls(name, lm, tokenizer, grammar, config.user.field_tokens, config.eval.batch, settings)
 
-    def fill(self, asked: Sequence[Asked], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
+    def fill(self, questionnaires: Sequence[Questionnaire], progress: Progress) -> Iterator[list[tuple[int, Rated]]]:
         """See `Rater`."""
-        sizes = [(len(self._context(one)), max((self._length(f.steps) for f in one.forms), default=0)) for one in asked]
+        sizes = [
+            (len(self._context(one)), max((self._length(f.steps) for f in one.forms), default=0))
+            for one in questionnaires
+        ]
         read, most = (max(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         width = round_up(read, LEAST_WIDTH)
         check_length(self.lm, read + most)
-        capacity, size = width + most, min(self.batch, len(asked))
-        for start in range(0, len(asked), self.batch):
-            rows = range(start, min(start + self.batch, len(asked)))
-            some = [asked[i] for i in rows]
-            contexts = [self._context(one) for one in some]
+        capacity, size = width + most, min(self.batch, len(questionnaires))
+        for start in range(0, len(questionnaires), self.batch):
+            rows = range(start, min(start + self.batch, len(questionnaires)))
+            batch = [questionnaires[i] for i in rows]
+            contexts = [self._context(one) for one in batch]
             cache = open_cache(self.lm, *pad_rows(contexts, width, size), capacity=capacity)
-            found: list[list[Answers]] = [[] for _ in rows]
-            for place in range(max(len(one.forms) for one in some)):
-                having = [one.forms[place].steps if place < len(one.forms) else None for one in some]
+            filled: list[list[Answers]] = [[] for _ in rows]
+            for number in range(max(len(one.forms) for one in batch)):
+                having = [one.forms[number].steps if number < len(one.forms) else None for one in batch]
                 cache, answers, tokens = self._fill_form(cache, having, size)
-                for ours, answer, steps in zip(found, answers, having, strict=True):
+                for ours, answer, steps in zip(filled, answers, having, strict=True):
                     if steps is not None:
                         ours.append(answer)
                 progress(Work(sum(steps is not None for steps in having), tokens))
-            yield list(zip(rows, map(Rated, found), strict=True))
+            yield list(zip(rows, map(Rated, filled), strict=True))
 
-    def _context(self, asked: Asked) -> list[int]:
-        messages = [{"role": "system", "content": asked.system}, {"role": "user", "content": asked.text}]
+    def _context(self, questionnaire: Questionnaire) -> list[int]:
+        messages = [
+            {"role": "system", "content": questionnaire.system},
+            {"role": "user", "content": questionnaire.text},
+        ]
         return ChatTemplate(self.tokenizer).conversation(messages, generation_prompt=True)
 
     def _length(self, steps: Sequence[Step]) -> int:
@@ -118,7 +126,7 @@ class DeviceRater:
         first = next(steps for steps in rows if steps is not None)
         active = jnp.asarray([steps is not None for steps in rows] + [False] * (size - len(rows)))
         answers: list[Answers] = [{} for _ in rows]
-        opening, count = jnp.copy(cache.length), 0  # the cache's own arrays are given away at every step
+        opening, count = jnp.copy(cache.length), 0  # the cache's own arrays are donated at every step
         chosen: list[list[int]] = [[] for _ in rows]
         for i, step in enumerate(first):
             texts = [
@@ -134,11 +142,11 @@ class DeviceRater:
                     answers[row][step.name] = dict(zip(step.options, map(float, probabilities[row]), strict=True))
                     chosen[row] = spelled[int(probabilities[row].argmax())]
                 continue
-            cache, said = _write(self.lm, cache, *read, self.grammar, active, max_tokens=self.field_tokens)
-            said = jax.device_get(said)
-            count += int(said.count.sum())
+            cache, line = _write(self.lm, cache, *read, self.grammar, active, max_tokens=self.field_tokens)
+            line = jax.device_get(line)
+            count += int(line.count.sum())
             for row in range(len(rows)):
-                text = said.tokens[row, : int(said.count[row]) - bool(said.stopped[row])]
+                text = line.tokens[row, : int(line.count[row]) - bool(line.stopped[row])]
                 answers[row][step.name], chosen[row] = self.tokenizer.decode(text.tolist()), []
         return rollback(cache, opening), answers, count
 
@@ -168,7 +176,7 @@ def _write(
     """A line of each row's own, greedy; what ended it is forgotten again."""
     cache = append(lm, cache, tokens, count)
     keys = jax.random.split(jax.random.key(0), tokens.shape[0])  # nothing is drawn
-    cache, said = generate(
+    cache, line = generate(
         lm,
         cache,
         keys,
@@ -178,4 +186,4 @@ def _write(
         temperature=jnp.float32(0),
         active=active,
     )
-    return rollback(cache, cache.length - said.stopped), said
+    return rollback(cache, cache.length - line.stopped), line

@@ -1,4 +1,6 @@
-"""Judges at work on finished dialogues: each one's score beside the training user's, and agreement with a record."""
+"""Judges at work on finished dialogues: each one's score beside the training user's, its agreement with a record, and
+the measures of a judge model.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -8,58 +10,47 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlver_jax.dialogues.log import Record
 from rlver_jax.endpoints.usage import summed
+from rlver_jax.evaluation.forms import Forms
 from rlver_jax.evaluation.judge import Judge, Work
 from rlver_jax.evaluation.judge_folder import Line, WorkFile
-from rlver_jax.evaluation.statistics import agreement, mean_absolute_error, mean_with_interval, rank_correlation
+from rlver_jax.evaluation.measures import measures_of
+from rlver_jax.evaluation.rater import Rater
+from rlver_jax.evaluation.statistics import Turns, agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.evaluation.transcripts import LazySequence, Transcript, turns_of
+from rlver_jax.text.progress import Meter
 from rlver_jax.user.emotion import SAGE, change_readout
 
 TEXT = "text"  # readout of a judge that has no distribution
 QUIET_SECONDS = 60  # without a line where there is no bar
 
 
-class Meter:
-    """Progress over turns or forms: a bar in a terminal; elsewhere a line when results are kept, and now and then."""
+class JudgeMeter(Meter):
+    """Progress over turns or forms; without a bar a line when results are kept, and now and then."""
 
     def __init__(self, console: Console, what: str, total: int):
-        self._console, self._what, self._total, self._done, self._tokens = console, what, total, 0, 0
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-        times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self._bar = Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=total, state="beginning")
-        self._began, self._figure = time.monotonic(), ""
+        super().__init__(console, total, "beginning", label=what)
+        self._what, self._total, self._done, self._tokens = what, total, 0, 0
+        self._began, self._standing = time.monotonic(), ""
         self._printed = self._began
-
-    def __enter__(self) -> "Meter":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def work(self, work: Work) -> None:
         """Something has been done."""
         self._done, self._tokens = self._done + work.turns, self._tokens + work.tokens
-        self._bar.update(self._task, completed=self._done, state=self._state())
-        if time.monotonic() - self._printed > QUIET_SECONDS:
-            self._print()
+        self._show(line=time.monotonic() - self._printed > QUIET_SECONDS)
 
-    def kept(self, figure: str) -> None:
-        """Results have been kept; `figure` says where the judgement stands."""
-        self._figure = f" · {figure}"
-        self._bar.update(self._task, state=self._state())
-        self._print()
+    def kept(self, standing: str) -> None:
+        """Results have been kept; `standing` says what the judgement is so far."""
+        self._standing = f" · {standing}"
+        self._show(line=True)
 
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        if self._bar.disable:
-            self._console.print(f"{self._what} {self._done}/{self._total} · {self._state()}", highlight=False)
-
-    def _state(self) -> str:
-        return f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.1f} tokens/s{self._figure}"
+    def _show(self, *, line: bool) -> None:
+        state = f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.1f} tokens/s{self._standing}"
+        self.show(self._done, state, line=f"{self._what} {self._done}/{self._total} · {state}" if line else "")
+        if line:
+            self._printed = time.monotonic()
 
 
 def appraised_lines(
@@ -69,26 +60,26 @@ def appraised_lines(
     own: bool,
     work: WorkFile,
     console: Console,
-    figure: Callable[[dict[int, Line]], str],
+    standing: Callable[[dict[int, Line]], str],
 ) -> dict[int, Line]:
     """What a judge makes of dialogues, by their index; those that `work` holds are not appraised again.
 
     Args:
         own: see `Judge.appraise`.
-        figure: where the judgement stands, from the results so far.
+        standing: where the judgement stands, from the results so far.
     """
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     total = sum(len(turns_of(dialogues[i].record)) for i in missing)
-    with Meter(console, judge.name, total) as meter:
+    with JudgeMeter(console, judge.name, total) as meter:
         wanted = LazySequence(missing, lambda _, i: dialogues[i])
-        for some in judge.appraise(wanted, own=own, progress=meter.work):
-            work.add([_line(missing[i], dialogues[missing[i]], found._asdict()) for i, found in some])
-            meter.kept(figure(work.done))
+        for results in judge.appraise(wanted, own=own, progress=meter.work):
+            work.add([_line(missing[i], dialogues[missing[i]], appraised._asdict()) for i, appraised in results])
+            meter.kept(standing(work.done))
     return work.done
 
 
-def _line(index: int, dialogue: Transcript, found: Line) -> Line:
-    return {"index": index, "dialogue": dialogue.record["dialogue"], "profile": dialogue.record["profile"]} | found
+def _line(index: int, dialogue: Transcript, appraised: Line) -> Line:
+    return {"index": index, "dialogue": dialogue.record["dialogue"], "profile": dialogue.record["profile"]} | appraised
 
 
 def judge_transcripts(
@@ -97,21 +88,22 @@ def judge_transcripts(
     """A judge's own score of finished dialogues, and the gap to the score of the user that they were played with.
 
     A gap above 0 means that the playing user was more pleased than this judge would have been. Its interval is that of
-    a mean over dialogues.
+    a mean over dialogues, those with one profile drawn together.
     """
     theirs = [dialogue.record["emotion"] for dialogue in dialogues]
 
     def final(lines: dict[int, Line]) -> list[int]:
         return [lines[i]["emotions"][-1] for i in sorted(lines)]
 
-    def figure(lines: dict[int, Line]) -> str:
+    def standing(lines: dict[int, Line]) -> str:
         return f"mean emotion {np.mean(final(lines)):.1f}, the user's {np.mean([theirs[i] for i in lines]):.1f}"
 
     work = WorkFile(folder and folder / "judges", judge.name, judge.settings, dialogues)
-    lines = appraised_lines(judge, dialogues, own=True, work=work, console=console, figure=figure)
+    lines = appraised_lines(judge, dialogues, own=True, work=work, console=console, standing=standing)
     ours = final(lines)
     outcomes = [SAGE.outcome(emotion) for emotion in ours]
-    gap = mean_with_interval([a - b for a, b in zip(theirs, ours, strict=True)])
+    profiles = [dialogue.record["profile"] for dialogue in dialogues]
+    gap = mean_with_interval([a - b for a, b in zip(theirs, ours, strict=True)], profiles)
     agrees = rank_correlation(ours, theirs)
     return {
         "score": float(np.mean(ours)),
@@ -121,13 +113,13 @@ def judge_transcripts(
         "gap": gap["mean"],
         "gap_interval": gap["interval"],
         "spearman_final": agrees if np.isfinite(agrees) else None,
-        **_asked(lines.values()),
+        **_usage(lines.values()),
         "settings": judge.settings,
     }
 
 
-def _asked(lines: Iterable[Line]) -> dict[str, Any]:
-    """`unanswered`: appraisals that could not be got; `remote`: what a judge behind an endpoint was asked."""
+def _usage(lines: Iterable[Line]) -> dict[str, Any]:
+    """`unanswered`: appraisals that could not be got; `remote`: the requests to a judge behind an endpoint."""
     lines = list(lines)
     used = [line["remote"] for line in lines if line["remote"]]
     unanswered = sum(len(line["unanswered"]) for line in lines)
@@ -144,37 +136,64 @@ def measure_agreement(
     """
     turns = [[(t.emotion, t.change) for t in turns_of(dialogue.record)] for dialogue in dialogues]
 
-    def rows(lines: dict[int, Line], how: str) -> list[np.ndarray]:
-        """(emotion before, own change, recorded change) of each dialogue's turns, those without an answer left out."""
-        found = [_compared(lines[i], turns[i], how) for i in sorted(lines)]
-        return [one for one in found if len(one)]
+    def compared(lines: dict[int, Line], readout: str) -> dict[int, Turns]:
+        """Of each dialogue (emotion before, own change, recorded change), turns without an answer left out."""
+        each = {i: _compared(lines[i], turns[i], readout) for i in sorted(lines)}
+        return {i: one for i, one in each.items() if len(one)}
 
-    def figure(lines: dict[int, Line]) -> str:
-        found = rows(lines, judge.readouts[-1])
-        return f"mean absolute error {mean_absolute_error(np.concatenate(found)):.2f}" if found else ""
+    def standing(lines: dict[int, Line]) -> str:
+        known = list(compared(lines, judge.readouts[-1]).values())
+        return f"mean absolute error {mean_absolute_error(np.concatenate(known)):.2f}" if known else ""
 
     work = WorkFile(folder and folder / "agreement", judge.name, judge.settings, dialogues)
-    lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, figure=figure)
-    groups = {how: rows(lines, how) for how in judge.readouts}
-    counts = [len(one) for one in groups[judge.readouts[0]]]
+    lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, standing=standing)
+    each = {readout: compared(lines, readout) for readout in judge.readouts}
+    counts = [len(one) for one in each[judge.readouts[0]].values()]
     if not counts:
         raise ValueError(f"{judge.name}: not one appraisal could be read; the model is too weak to be a user")
-    compared = {how: agreement(ours) for how, ours in groups.items()}
-    asked = _asked(lines.values())
-    return {"n": sum(counts), "dialogues": len(counts)} | compared | asked | {"settings": judge.settings}
+    agreements = {
+        readout: agreement(list(ours.values()), [dialogues[i].record["profile"] for i in ours])
+        for readout, ours in each.items()
+    }
+    usage = _usage(lines.values())
+    return {"n": sum(counts), "dialogues": len(counts)} | agreements | usage | {"settings": judge.settings}
 
 
-def _compared(line: Line, turns: Sequence[tuple[int, int]], how: str) -> np.ndarray:
-    """Int [n, 3]: emotion before, own change, recorded change, of the turns that were answered.
+def _compared(line: Line, turns: Sequence[tuple[int, int]], readout: str) -> Turns:
+    """Emotion before, own change, recorded change of the turns that were answered.
 
     Args:
         turns: (emotion before, recorded change) of all.
     """
-    places = [i for i in range(len(turns)) if i not in line["unanswered"]]
-    if not places:
+    answered = [i for i in range(len(turns)) if i not in line["unanswered"]]
+    if not answered:
         return np.zeros((0, 3), int)
-    if how == TEXT:
-        own = [line["changes"][i] for i in places]
+    if readout == TEXT:
+        own = [line["changes"][i] for i in answered]
     else:
-        own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in places]), how)).tolist()
-    return np.array([(turns[i][0], change, turns[i][1]) for i, change in zip(places, own, strict=True)])
+        own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in answered]), readout)).tolist()
+    return np.array([(turns[i][0], change, turns[i][1]) for i, change in zip(answered, own, strict=True)])
+
+
+def measure(
+    rater: Rater, forms: Forms, dialogues: Sequence[Transcript], folder: Path | None, console: Console
+) -> tuple[Sequence[Record], dict[str, Any]]:
+    """(the records of dialogues with `measures`, see `measures_of`; `remote`: the requests to an endpoint)."""
+    questionnaires = LazySequence(dialogues, lambda _, dialogue: forms.ask(dialogue))
+    settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
+    work = WorkFile(folder, "measures", settings, dialogues)
+    missing = [i for i in range(len(dialogues)) if i not in work.done]
+    with JudgeMeter(console, f"{rater.name}: forms", sum(len(questionnaires[i].forms) for i in missing)) as meter:
+        for results in rater.fill(LazySequence(missing, lambda _, i: questionnaires[i]), meter.work):
+            lines = []
+            for i, rated in results:
+                names = [form.name for form in questionnaires[missing[i]].forms]
+                measures = measures_of(names, rated.answers, rater.name)
+                lines.append({"index": missing[i], "measures": measures, "remote": rated.remote})
+            work.add(lines)
+            depth = [line["measures"].get("capabilities", {}).get("empathic_depth") for line in work.done.values()]
+            known = [one for one in depth if one is not None]
+            meter.kept(f"empathic depth {sum(known) / len(known):.2f} of 5" if known else "nothing readable yet")
+    used = [work.done[i]["remote"] for i in range(len(dialogues)) if work.done[i]["remote"]]
+    records = LazySequence(dialogues, lambda i, dialogue: dialogue.record | {"measures": work.done[i]["measures"]})
+    return records, ({"remote": summed(used)} if used else {})

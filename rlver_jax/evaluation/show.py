@@ -12,7 +12,7 @@ from rich.text import Text
 from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.user.emotion import BANDS
 
-_FIGURES = {
+_STATISTICS = {
     "spearman": "Spearman correlation of change",
     "pearson": "Pearson correlation of change",
     "mae": "mean absolute error of change",
@@ -21,8 +21,8 @@ _FIGURES = {
 }
 
 
-def figure(value: float | None, interval: list[float] | None = None, digits: int = 2) -> str:
-    """`0.31 [0.12, 0.48]`; a dash where a figure doesn't exist."""
+def number_text(value: float | None, interval: list[float] | None = None, digits: int = 2) -> str:
+    """`0.31 [0.12, 0.48]`; a dash where there is no number."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
@@ -34,7 +34,7 @@ def show_scores(each: Mapping[str, Mapping[str, Any]], console: Console) -> None
     for name, one in each.items():
         counts = (str(one["success"]), str(one["failure"]), str(one["n"]), f"{one['turns_mean']:.2f}")
         short = Text("/".join(Path(name).parts[-2:]), overflow="fold")
-        table.add_row(short, figure(one["score"], one["score_interval"]), *counts)
+        table.add_row(short, number_text(one["score"], one["score_interval"]), *counts)
     console.print(table, highlight=False)
 
 
@@ -42,53 +42,60 @@ def show_judges(summary: Mapping[str, Any], console: Console) -> None:
     """The judges' scores beside that of the user that the dialogues were played with, and the measures."""
     if "judges" in summary:
         table = Table("judge", "score", "success", "failure", "gap of the user's score to it", "Spearman of ends")
-        table.add_row("the user", figure(summary["score"]), str(summary["success"]), str(summary["failure"]), "", "")
+        table.add_row(
+            "the user", number_text(summary["score"]), str(summary["success"]), str(summary["failure"]), "", ""
+        )
         for name, one in summary["judges"].items():
             counts = (str(one["success"]), str(one["failure"]))
-            gap = figure(one["gap"], one["gap_interval"])
-            table.add_row(Text(name), figure(one["score"]), *counts, gap, figure(one["spearman_final"]))
+            gap = number_text(one["gap"], one["gap_interval"])
+            table.add_row(Text(name), number_text(one["score"]), *counts, gap, number_text(one["spearman_final"]))
         console.print(table, highlight=False)
         for name, one in summary["judges"].items():
-            _show_asked(name, one, console)
+            _show_usage(name, one, console)
     if "measures" in summary:
         table = Table("measure", "mean [95 % interval]")
         for name, one in summary["measures"].items():
             if "/" in name:
-                table.add_row(name, figure(one["mean"], one["interval"]))
+                table.add_row(name, number_text(one["mean"], one["interval"]))
         console.print(table, highlight=False)
         table = Table("strategy that leads", "replies", "the emotion was meant to rise after", "mean change")
         used = {name: one for name, one in summary["measures"]["strategies"].items() if one["n"]}
         for name, one in sorted(used.items(), key=lambda item: -item[1]["n"]):
             share = "–" if one["acceptance"] is None else f"{one['acceptance']:.0%}"
-            table.add_row(name, str(one["n"]), share, figure(one["change"]))
+            table.add_row(name, str(one["n"]), share, number_text(one["change"]))
         console.print(table, highlight=False)
-        _show_asked(summary["measures"]["judge"], summary["measures"], console)
+        _show_usage(summary["measures"]["judge"], summary["measures"], console)
 
 
-def _show_asked(name: str, result: Mapping[str, Any], console: Console) -> None:
-    """What could not be got from a judge, and what an endpoint was asked; a line, where there is something to say."""
-    said = [f"{result['unanswered']} answers could not be read"] * bool(result["unanswered"])
+def _show_usage(name: str, result: Mapping[str, Any], console: Console) -> None:
+    """What a judge left unanswered, and the requests to an endpoint; a line, where there is something to say."""
+    parts = [f"{result['unanswered']} answers could not be read"] * bool(result["unanswered"])
     if "remote" in result:
-        said.append(usage_text(result["remote"]))
-    if said:
-        console.print(f"{name}: {' · '.join(said)}", markup=False, highlight=False, soft_wrap=True)
+        parts.append(usage_text(result["remote"]))
+    if parts:
+        console.print(f"{name}: {' · '.join(parts)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> None:
     """Both readouts side by side, and their confusion of bands."""
     readouts = [key for key in result if isinstance(result[key], dict) and "spearman" in result[key]]
     table = Table(escape(f"{name}: {result['n']} contexts of {result['dialogues']} dialogues"), *readouts)
-    for key, what in _FIGURES.items():
-        table.add_row(what, *(figure(result[how][key]["value"], result[how][key]["interval"]) for how in readouts))
+    for key, what in _STATISTICS.items():
+        table.add_row(
+            what,
+            *(number_text(result[readout][key]["value"], result[readout][key]["interval"]) for readout in readouts),
+        )
     table.add_row(
-        "error of always saying the record's median", *(figure(result[r]["mae_of_the_median"]) for r in readouts)
+        "error of always saying the record's median", *(number_text(result[r]["mae_of_the_median"]) for r in readouts)
     )
     for who in ("own", "recorded"):
-        table.add_row(f"mean change, {who}", *(figure(result[how]["mean_change"][who]) for how in readouts))
+        table.add_row(
+            f"mean change, {who}", *(number_text(result[readout]["mean_change"][who]) for readout in readouts)
+        )
     console.print(table, highlight=False)
-    for how in readouts:
-        bands = Table(f"bands with {how}: recorded \\ own", *BANDS)
-        for band, row in result[how]["band_confusion"].items():
+    for readout in readouts:
+        bands = Table(f"bands with {readout}: recorded \\ own", *BANDS)
+        for band, row in result[readout]["band_confusion"].items():
             bands.add_row(band, *(str(row[other]) for other in BANDS))
         console.print(bands, highlight=False)
-    _show_asked(name, result, console)
+    _show_usage(name, result, console)

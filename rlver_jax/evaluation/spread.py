@@ -5,15 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from rlver_jax.dialogues.log import Record
+from rlver_jax.evaluation.statistics import CONFIDENCE, RESAMPLES, mean_interval
 from rlver_jax.user.emotion import SAGE
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
-
-_FIGURES: dict[str, Callable[[int], float]] = {
+_OUTCOMES: dict[str, Callable[[int], float]] = {
     "score": float,
     "success_rate": lambda emotion: float(SAGE.outcome(emotion) == 1),
     "failure_rate": lambda emotion: float(SAGE.outcome(emotion) == -1),
@@ -25,7 +22,7 @@ def spread(records: Sequence[Record], profiles: int) -> dict[str, Any]:
 
     Repeats differ in everything that is drawn, so their standard deviation (of the sample) says what another run of the
     same evaluation may score. The interval says what other profiles of the same kind may score: profiles are drawn
-    with replacement, each with the mean of its repeats.
+    with replacement, each with all its repeats.
 
     Args:
         profiles: N, of one repeat; record i is of profile i mod N.
@@ -34,9 +31,9 @@ def spread(records: Sequence[Record], profiles: int) -> dict[str, Any]:
         {"repeats": {"count", "scores", "mean", "std"}, "interval": {"confidence", "resamples", "score": [low, high],
         "success_rate", "failure_rate"}}; std is None with one repeat, an interval None with one profile.
     """
-    emotions = np.array([record["emotion"] for record in records]).reshape(-1, profiles)
-    means = emotions.mean(axis=1).tolist()
-    figures = {name: np.vectorize(of, otypes=[float])(emotions).mean(axis=0) for name, of in _FIGURES.items()}
+    emotions = [record["emotion"] for record in records]
+    means = np.reshape(emotions, (-1, profiles)).mean(axis=1).tolist()
+    profile_of = [number % profiles for number in range(len(emotions))]
     return {
         "repeats": {
             "count": len(means),
@@ -45,23 +42,12 @@ def spread(records: Sequence[Record], profiles: int) -> dict[str, Any]:
             "std": statistics.stdev(means) if len(means) > 1 else None,
         },
         "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES}
-        | {name: mean_interval(values) for name, values in figures.items()},
+        | {name: mean_interval([of(emotion) for emotion in emotions], profile_of) for name, of in _OUTCOMES.items()},
     }
 
 
-def mean_interval(values: np.ndarray) -> list[float] | None:
-    """Percentile bootstrap interval of the mean of independent values [N]; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",
-        rng=np.random.default_rng(0), batch=1000,
-    )  # fmt: skip
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
-
-
 def spread_text(summary: Mapping[str, Any]) -> str:
-    """What `spread` found, in parentheses behind a score; empty where it found nothing."""
+    """The result of `spread` in parentheses behind a score; empty where there is none."""
     interval, repeats = summary["interval"]["score"], summary["repeats"]
     parts = [f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"] if interval else []
     if repeats["std"] is not None:

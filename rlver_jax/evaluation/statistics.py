@@ -1,64 +1,80 @@
-"""How well two judges agree, and how sure one can be of a mean: figures with bootstrap intervals."""
+"""How sure one can be of a mean, and how well two judges agree: statistics with bootstrap intervals."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from scipy import stats
 
 from rlver_jax.user.emotion import BANDS, HIGHEST, LOWEST, SAGE
 
-RESAMPLES = 2000
+RESAMPLES = 10_000
+RESAMPLES_OF_AGREEMENT = 2_000  # its correlations cost a hundred times as much as a mean
 CONFIDENCE = 0.95
 DRAWN_AT_ONCE = 1_000_000  # indices, 8 bytes each
 Interval = list[float] | None
 
 
-def interval(
-    groups: Sequence[np.ndarray], figure: Callable[[np.ndarray], float], resamples: int = RESAMPLES
+def bootstrap_interval(
+    count: int, statistic: Callable[[Int[np.ndarray, "R N"]], Float[np.ndarray, "R"]], resamples: int = RESAMPLES
 ) -> Interval:
-    """Percentile bootstrap interval (95 %) of a figure of rows, which come in groups that are drawn whole.
-
-    Turns of one dialogue resemble each other: dialogues are drawn, not turns, or the interval would be too narrow.
+    """Percentile bootstrap interval (95 %): the only one, by `scipy.stats.bootstrap` with a fixed seed.
 
     Args:
-        groups: [n_g, C] each, C columns for `figure`, which takes all rows together [n, C].
+        count: N, of what is drawn with replacement: clusters that don't depend on each other. Dialogues with one
+            profile resemble each other, and turns of one dialogue still more. To draw those one by one would make the
+            interval too narrow.
+        statistic: its value in each resample, given the indices of the clusters drawn.
 
     Returns:
-        [low, high]; None with fewer than two groups, or where hardly any resample has the figure.
+        [low, high]; None with fewer than two clusters, or where hardly any resample has the statistic (NaN).
     """
-    if len(groups) < 2:
+    if count < 2:
         return None
-
-    rows = np.concatenate(groups)
-    alone = len(rows) == len(groups)  # groups of one row each, as those of a mean are
-
-    def of_drawn(drawn: np.ndarray) -> float:
-        return figure(rows[drawn] if alone else np.concatenate([groups[int(i)] for i in drawn]))
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # resamples in which a judge never varies have no correlation
         result = stats.bootstrap(
-            (np.arange(len(groups)),), of_drawn, n_resamples=resamples, vectorized=False, method="percentile",
-            rng=np.random.default_rng(0), batch=max(DRAWN_AT_ONCE // len(groups), 1),
+            (np.arange(count),), lambda drawn, axis: statistic(drawn), n_resamples=resamples, vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile", rng=np.random.default_rng(0), batch=max(DRAWN_AT_ONCE // count, 1),
         )  # fmt: skip
     values = result.bootstrap_distribution
-    values = values[np.isfinite(values)]
-    if len(values) < 0.9 * resamples:
+    defined = values[np.isfinite(values)]
+    if len(defined) < 0.9 * resamples:
         return None
-    edge = 100 * (1 - CONFIDENCE) / 2
-    return [float(x) for x in np.percentile(values, [edge, 100 - edge])]
+    if len(defined) == resamples:
+        low, high = result.confidence_interval
+    else:
+        tail = 50 * (1 - CONFIDENCE)
+        low, high = np.percentile(defined, [tail, 100 - tail])
+    return [float(low), float(high)]
 
 
-def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
-    """`mean`, `std` (of the sample) and the mean's `interval` of values that don't depend on each other."""
+def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Interval:
+    """`bootstrap_interval` of a mean.
+
+    Args:
+        values: [n], one at least.
+        clusters: which cluster each value is of, such as its profile; by default each is one of its own.
+    """
+    values = np.asarray(values, np.float64)
+    labels: Sequence[Hashable] = range(len(values)) if clusters is None else clusters
+    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    cluster = np.array([number[label] for label in labels])
+    sums, sizes = np.bincount(cluster, values), np.bincount(cluster)
+    return bootstrap_interval(len(number), lambda drawn: sums[drawn].sum(axis=-1) / sizes[drawn].sum(axis=-1))
+
+
+def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    """`mean`, `std` (of the sample) and the mean's `interval`; see `mean_interval`."""
     array = np.asarray(values, np.float64)
     return {
         "mean": float(array.mean()),
         "std": float(array.std(ddof=1)) if len(array) > 1 else None,
-        "interval": interval(list(array.reshape(-1, 1, 1)), np.mean),
+        "interval": mean_interval(array, clusters),
         "n": len(array),
     }
 
@@ -74,43 +90,43 @@ def _correlation(of: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:
     return float(of(a, b).statistic)
 
 
-# Figures of turns: rows of the emotion before, a judge's own change, the recorded change.
-Rows = np.ndarray  # int [n, 3]
+# Of n turns: the emotion before, a judge's own change, the recorded change.
+Turns = Int[np.ndarray, "n 3"]
 
 
-def spearman(rows: Rows) -> float:
+def spearman(turns: Turns) -> float:
     """Rank correlation of the changes."""
-    return rank_correlation(rows[:, 1], rows[:, 2])
+    return rank_correlation(turns[:, 1], turns[:, 2])
 
 
-def pearson(rows: Rows) -> float:
+def pearson(turns: Turns) -> float:
     """Linear correlation of the changes; NaN where one of them never varies."""
-    return _correlation(stats.pearsonr, rows[:, 1], rows[:, 2])
+    return _correlation(stats.pearsonr, turns[:, 1], turns[:, 2])
 
 
-def mean_absolute_error(rows: Rows) -> float:
+def mean_absolute_error(turns: Turns) -> float:
     """Mean |own - recorded| change."""
-    return float(np.abs(rows[:, 1] - rows[:, 2]).mean())
+    return float(np.abs(turns[:, 1] - turns[:, 2]).mean())
 
 
-def sign_agreement(rows: Rows) -> float:
+def sign_agreement(turns: Turns) -> float:
     """Share of turns in which both rise, fall or stay."""
-    return float((np.sign(rows[:, 1]) == np.sign(rows[:, 2])).mean())
+    return float((np.sign(turns[:, 1]) == np.sign(turns[:, 2])).mean())
 
 
-def band_agreement(rows: Rows) -> float:
+def band_agreement(turns: Turns) -> float:
     """Share of turns after which both emotions lie in one band."""
-    own, recorded = _bands(rows)
+    own, recorded = _bands(turns)
     return float((own == recorded).mean())
 
 
-def _bands(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def _bands(turns: Turns) -> tuple[np.ndarray, np.ndarray]:
     # Not by SAGE.update: RLVER's logs hold changes beyond ten.
-    own, recorded = (SAGE.band(np.clip(rows[:, 0] + rows[:, column], LOWEST, HIGHEST)) for column in (1, 2))
+    own, recorded = (SAGE.band(np.clip(turns[:, 0] + turns[:, column], LOWEST, HIGHEST)) for column in (1, 2))
     return own, recorded
 
 
-FIGURES: dict[str, Callable[[Rows], float]] = {
+STATISTICS: dict[str, Callable[[Turns], float]] = {
     "spearman": spearman,
     "pearson": pearson,
     "mae": mean_absolute_error,
@@ -119,22 +135,35 @@ FIGURES: dict[str, Callable[[Rows], float]] = {
 }
 
 
-def agreement(groups: Sequence[Rows]) -> dict[str, Any]:
-    """All FIGURES of turns, each with its interval, null where there is none; and the confusion of bands.
+def agreement(dialogues: Sequence[Turns], profiles: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    """All STATISTICS of turns, each with its interval, null where there is none; and the confusion of bands.
 
     Args:
-        groups: int [n_g, 3] of each dialogue: emotion before, own change, recorded change.
+        dialogues: the turns of each.
+        profiles: whose dialogue each is; those of one profile are drawn together. By default all differ.
     """
-    rows = np.concatenate(groups)
-    found: dict[str, Any] = {"n": len(rows), "dialogues": len(groups)}
-    for name, figure in FIGURES.items():
-        value = figure(rows)
+    turns = np.concatenate(dialogues)
+    by_profile: dict[Hashable, list[Turns]] = {}
+    for profile, one in zip(profiles or range(len(dialogues)), dialogues, strict=True):
+        by_profile.setdefault(profile, []).append(one)
+    clusters = [np.concatenate(one) for one in by_profile.values()]
+    result: dict[str, Any] = {"n": len(turns), "dialogues": len(dialogues)}
+    for name, statistic in STATISTICS.items():
+        value = statistic(turns)
         defined = bool(np.isfinite(value))
-        found[name] = {"value": value if defined else None, "interval": interval(groups, figure) if defined else None}
+        interval = _interval_of_turns(clusters, statistic) if defined else None
+        result[name] = {"value": value if defined else None, "interval": interval}
     # The same error for a judge that knows nothing but the record's median.
-    found["mae_of_the_median"] = float(np.abs(rows[:, 2] - np.median(rows[:, 2])).mean())
-    found["mean_change"] = {"own": float(rows[:, 1].mean()), "recorded": float(rows[:, 2].mean())}
-    return found | {"band_confusion": band_confusion(*_bands(rows))}
+    result["mae_of_the_median"] = float(np.abs(turns[:, 2] - np.median(turns[:, 2])).mean())
+    result["mean_change"] = {"own": float(turns[:, 1].mean()), "recorded": float(turns[:, 2].mean())}
+    return result | {"band_confusion": band_confusion(*_bands(turns))}
+
+
+def _interval_of_turns(clusters: Sequence[Turns], statistic: Callable[[Turns], float]) -> Interval:
+    def of_drawn(drawn: Int[np.ndarray, "R N"]) -> Float[np.ndarray, "R"]:
+        return np.array([statistic(np.concatenate([clusters[i] for i in indices])) for indices in drawn.tolist()])
+
+    return bootstrap_interval(len(clusters), of_drawn, RESAMPLES_OF_AGREEMENT)
 
 
 def band_confusion(own: np.ndarray, recorded: np.ndarray) -> dict[str, dict[str, int]]:

@@ -10,7 +10,8 @@ with nothing before it and no other option beside it.
 import re
 from collections.abc import Sequence
 
-from rlver_jax.evaluation.forms import Answers, Step
+from rlver_jax.evaluation.forms import Step
+from rlver_jax.evaluation.measures import Answers
 from rlver_jax.user.text_forms import BETWEEN, Field, Form, behind_marks, one_line, plain
 
 _SIGNS = "+＋\\-−–－"
@@ -32,15 +33,15 @@ def read(steps: Sequence[Step], answer: str) -> Answers:
     raw = behind_marks(form, answer)
     if len(steps) == 1 and not raw[steps[0].name].strip():
         raw = {steps[0].name: plain(answer)}
-    found: Answers = {}
+    answers: Answers = {}
     for step in steps:
         if not step.options:
-            found[step.name] = one_line(raw[step.name], form)
+            answers[step.name] = one_line(raw[step.name], form)
             continue
         chosen = read_choice(raw[step.name].replace(_listed(step.options), " "), step.options)
         if chosen is not None:
-            found[step.name] = {option: float(option == chosen) for option in step.options}
-    return found
+            answers[step.name] = {option: float(option == chosen) for option in step.options}
+    return answers
 
 
 def read_choice(text: str, options: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Finished dialogues from files: our own logs, SAGE's results or RLVER's logs, told apart by their first line."""
+"""Finished dialogues from files: our own logs, SAGE's results or RLVER's logs, recognized by their first line."""
 
 import dataclasses
 import operator
@@ -27,7 +27,7 @@ class Transcript:
 
     record: Record
     profile: Profile | None
-    place: str
+    source: str
 
 
 class Turn(NamedTuple):
@@ -35,18 +35,18 @@ class Turn(NamedTuple):
 
     turn: int
     heard: Mapping[str, Any]  # the user's message before the reply
-    spoken: Mapping[str, Any]  # the policy's reply
+    reply: Mapping[str, Any]  # the policy's reply
     emotion: int  # before, as a judge reads it: see `within`
     change: int
 
 
 def turns_of(record: Record) -> list[Turn]:
     """The turns that the dialogue's own user appraised."""
-    emotions, found, heard = emotions_of(record), [], record["messages"][0]
-    for turn, spoken, user in reactions(record):
-        found.append(Turn(turn, heard, spoken, within(emotions[turn]), user["change"]))
+    emotions, turns, heard = emotions_of(record), [], record["messages"][0]
+    for turn, reply, user in reactions(record):
+        turns.append(Turn(turn, heard, reply, within(emotions[turn]), user["change"]))
         heard = user
-    return found
+    return turns
 
 
 def within(emotion: int) -> int:
@@ -87,25 +87,25 @@ class _File:
         return self._dialogue(self._lines.read(index), index)
 
     def _dialogue(self, line: bytes, index: int) -> Transcript:
-        place = f"{self.path}:{index + 1}"
+        source = f"{self.path}:{index + 1}"
         if self._sage:
-            return _of_sage(line, place)
-        record = parse_dialogue(line, place, number_faults)
+            return _of_sage(line, source)
+        record = parse_dialogue(line, source, number_faults)
         return Transcript(record, None, f"{self.path}: dialogue {record['dialogue']}")
 
 
-def _of_sage(line: bytes, place: str) -> Transcript:
+def _of_sage(line: bytes, source: str) -> Transcript:
     try:
         obj = parse_line(line)
         record, profile = from_sage(obj), Profile.from_json(obj)
     except ProfileError as error:
-        raise DialogueLogError(f"{place}: {'; '.join(error.faults)}; {REMEDY}") from None
+        raise DialogueLogError(f"{source}: {'; '.join(error.faults)}; {REMEDY}") from None
     except ValueError as error:
-        raise DialogueLogError(f"{place}: {error}; {REMEDY}") from None
+        raise DialogueLogError(f"{source}: {error}; {REMEDY}") from None
     fault = next(record_faults(record), None)
     if fault is not None:
-        raise DialogueLogError(f"{place}: {fault}; {REMEDY}")
-    return Transcript(record, profile, place)
+        raise DialogueLogError(f"{source}: {fault}; {REMEDY}")
+    return Transcript(record, profile, source)
 
 
 class LazySequence(ComputedSequence[T]):
@@ -182,7 +182,7 @@ def with_profile(one: Transcript, known: KnownProfiles) -> Transcript:
     profile = one.profile or known.of(one.record)
     if profile is None:
         raise ValueError(
-            f"{one.place}: its profile {shown(one.record['profile'])} is not among the {len(known)} known ones; name "
+            f"{one.source}: its profile {shown(one.record['profile'])} is not among the {len(known)} known ones; name "
             f"the file of profiles with --config=… --config.data.eval=FILE"
         )
     return one if one.profile else dataclasses.replace(one, profile=profile)
@@ -197,5 +197,5 @@ def with_profiles(dialogues: Sequence[Transcript], known: KnownProfiles) -> Sequ
 
 
 def faults(dialogues: Iterable[Transcript], rules: EmotionRules = SAGE) -> list[str]:
-    """Every place where an emotion is not the previous one plus the change."""
-    return [f"{d.place}: {fault}" for d in dialogues for fault in emotion_faults(d.record, rules)]
+    """Every emotion that is not the previous one plus the change."""
+    return [f"{d.source}: {fault}" for d in dialogues for fault in emotion_faults(d.record, rules)]

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlver_jax.decoding.cache import LM
 from rlver_jax.miniature.sequences import SequenceBatch
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Params, Qwen2, init_params, logits
+from rlver_jax.text.progress import Meter
 
 
 def small_model(vocab_size: int, *, hidden: int = 128, mlp: int = 384, layers: int = 4) -> Qwen2:
@@ -66,18 +66,15 @@ def fit(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
     step = _compiled(model, optimizer)
     state, losses = optimizer.init(params), []
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=steps, loss="")
+    with Meter(console, steps, "", label=name) as meter:
         for i in range(steps):
             batch = batch_of(i)
             params, state, loss = step(params, state, batch, *target_positions(batch.target))
             losses.append(loss)
             if i % 20 == 19 or i == steps - 1:
                 shown = float(jnp.stack(losses[-20:]).mean())
-                bar.update(task, completed=i + 1, loss=f"loss {shown:.4f}")
-                if not console.is_terminal and i % 100 == 99:
-                    console.print(f"{name} {i + 1}/{steps} loss {shown:.4f}", highlight=False)
+                line = f"{name} {i + 1}/{steps} loss {shown:.4f}" if i % 100 == 99 else ""
+                meter.show(i + 1, f"loss {shown:.4f}", line)
     return LM(params, model), float(jnp.stack(losses[-max(1, steps // 10) :]).mean())
 
 

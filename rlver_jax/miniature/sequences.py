@@ -13,13 +13,14 @@ from rlver_jax.decoding.script import Part
 from rlver_jax.miniature import rule, texts
 from rlver_jax.miniature.texts import Dialogue
 from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.rollout.policy_turn import THINK_OPEN
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.emotion import SAGE
 from rlver_jax.user.prompts import Prompts
 from rlver_jax.user.turn import option_text
 
-THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
+THINK_CLOSE = "\n</think>\n\n"
 
 
 class SequenceBatch(NamedTuple):
@@ -72,11 +73,11 @@ class SequenceBuilder:
         )  # fmt: skip
         prefix = chat.message("system", system) + chat.message("user", self.prompts.opening) + chat.open("assistant")
         position = sequence.add_context(prefix + self.tokenizer.encode(person.first_talk), 0, 0)
-        emotion, opening = dialogue.initial, chat.open("user")
+        emotion = dialogue.initial
         for index, turn in enumerate(dialogue.turns):
             branch = (index + 1) * BRANCH_RADIX
-            heard = [*chat.close, *opening, *self.tokenizer.encode(turn.reply.text), *chat.close]
-            position = sequence.add_context([*heard, *chat.open("assistant")], 0, position)
+            reply = self.tokenizer.encode(turn.reply.text)
+            position = sequence.add_context([*chat.close, *chat.turns.exchange(reply)], 0, position)
             fields = rule.appraisal(person, turn.verdict)
             after = self._script(sequence, self.prompts.appraisal, emotion, fields, branch, position)
             after = sequence.add_targets(self.tokenizer.encode(option_text(turn.verdict.change)), branch, after)
@@ -108,8 +109,7 @@ class SequenceBuilder:
         position = sequence.add_context(chat.message("system", self.prompts.policy_system(mode)), 0, 0)
         heard, end = dialogue.person.first_talk, [self.tokenizer.im_end_id]
         for index, turn in enumerate(dialogue.turns):
-            words = [*chat.open("user"), *self.tokenizer.encode(heard), *chat.close, *chat.open("assistant")]
-            position = sequence.add_context(words, 0, position)
+            position = sequence.add_context(chat.turns.exchange(self.tokenizer.encode(heard)), 0, position)
             reply = self.tokenizer.encode(turn.reply.text)
             if mode == "think":
                 branch = (index + 1) * BRANCH_RADIX

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
+from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
+from rlver_jax.profiles.schema import Profile
 
 T = TypeVar("T")
 INTENTIONS = tuple(one.key for one in HIDDEN_INTENTIONS)

@@ -14,13 +14,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
+from rlver_jax.profiles.intentions import HiddenIntention, Kind, known_intention
 from rlver_jax.text.strict_json import half_character, repeats
 
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Iterable[PathLike]
-Kind = Literal["rational", "emotional"]
 
 MAX_FAULTS_SHOWN = 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -30,74 +30,6 @@ _SCENE_ENDING = re.compile(
     r"\n?####[ \t]*(?:隐藏主题|hidden (?:theme|intention))[ \t]*[:：]?[ \t]*\n\*\*\*(?P<intention>[^\n]*)\s*\Z",
     re.IGNORECASE,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class HiddenIntention:
-    """One of the eight published wishes that a simulated user holds and must not reveal.
-
-    `key` is a short English name, `kind` says whether reason or feeling serves it, `chinese` is RLVER's own
-    sentence, `english` is ours.
-    """
-
-    key: str
-    kind: Kind
-    chinese: str
-    english: str
-
-
-HIDDEN_INTENTIONS: tuple[HiddenIntention, ...] = (
-    HiddenIntention(
-        "advice",
-        "rational",
-        "你想获得能真实帮助你解决当下困境的建议",
-        "You want advice that really helps you out of your present difficulty",
-    ),
-    HiddenIntention(
-        "balanced_analysis",
-        "rational",
-        "你希望对方辩证地分析事件中的问题",
-        "You want the other person to examine the problems in what happened from every side",
-    ),
-    HiddenIntention(
-        "others_motives",
-        "rational",
-        "你想分析事件中其他人物这么做的原因",
-        "You want to work out why the other people involved acted as they did",
-    ),
-    HiddenIntention(
-        "self_reflection",
-        "rational",
-        "你希望对方引导你针对事件进行自我反思，收获自我成长",
-        "You want to be led to reflect on your own part in what happened, and to grow from it",
-    ),
-    HiddenIntention(
-        "deep_empathy",
-        "emotional",
-        "你希望对方深刻共情你的感受，而不是简单的安慰",
-        "You want the other person to feel deeply with you, not merely to comfort you",
-    ),
-    HiddenIntention(
-        "listening",
-        "emotional",
-        "你希望对方用心倾听你的情绪宣泄",
-        "You want the other person to listen with care while you let your feelings out",
-    ),
-    HiddenIntention(
-        "praise",
-        "emotional",
-        "你希望对方真诚地夸奖你在事件中的具体行为",
-        "You want sincere praise for particular things that you did",
-    ),
-    HiddenIntention(
-        "vindication",
-        "emotional",
-        "你认为自己在事件中没有任何责任和错误，你想要对方也认同你没有错",
-        "You believe that you did nothing wrong in what happened, and want the other person to agree",
-    ),
-)
-
-_INTENTION_OF_TEXT = {text: one for one in HIDDEN_INTENTIONS for text in (one.chinese, one.english)}
 
 
 class ProfileError(ValueError):
@@ -193,11 +125,6 @@ class Profile:
 def intention_of(profile: Profile) -> HiddenIntention | None:
     """Which of the eight hidden intentions a profile holds, by its Chinese or English sentence; else None."""
     return known_intention(profile.hidden_intention)
-
-
-def known_intention(sentence: str) -> HiddenIntention | None:
-    """Which of the eight hidden intentions a Chinese or English sentence states; else None."""
-    return _INTENTION_OF_TEXT.get(sentence.strip().rstrip("。."))
 
 
 def intention_at_end(scene: object) -> str | None:

@@ -13,7 +13,7 @@ from rlver_jax.config.validate import shortened, shown
 from rlver_jax.dialogues.log import Record, iter_dialogues
 from rlver_jax.dialogues.numbers import is_number, number_faults
 from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
-from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, known_intention
+from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS, known_intention
 from rlver_jax.reports.dialogue_store import DialogueStore
 from rlver_jax.reports.metrics_table import MetricsTable
 from rlver_jax.text.console import plain_line

@@ -8,13 +8,14 @@ import numpy as np
 from rlver_jax.decoding.replay_sequence import DRAWN, GIVEN, Completion, Query, ReplaySequence, States
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.rollout.policy_turn import PolicyTables
+from rlver_jax.text.chat import TurnTokens
 from rlver_jax.user.turn import KEY_POLICY
 
 
 class Reply(NamedTuple):
     """What a log says of one turn of the policy."""
 
-    heard: Sequence[int]  # what the user had said
+    heard: Sequence[int]  # the user's words
     said: Completion  # as sampled
     say: Sequence[int]  # what the user hears of it
 
@@ -28,10 +29,9 @@ class PolicyPacker:
 
     def __init__(self, tables: PolicyTables, *, think: bool, think_tokens: int):
         """`think_tokens`: the limit of a thought, where `tables.grammar.closing` closes it."""
-        names = ("system", "open_user", "open_assistant", "think_open", "close")
-        self._system, self._open_user, self._open_assistant, self._think_open, self._close = (
-            np.asarray(getattr(tables, name)).tolist() for name in names
-        )
+        as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
+        self._system, self._think_open = as_list(tables.system), as_list(tables.think_open)
+        self._turns = TurnTokens(*map(as_list, (tables.open_user, tables.open_assistant, tables.close)))
         self._states, self._closing = States.of(tables.grammar), np.asarray(tables.grammar.closing).tolist()
         self._think, self._think_tokens = think, think_tokens
 
@@ -40,18 +40,17 @@ class PolicyPacker:
         packed = ReplaySequence(prefix=len(self._system))
         position, last = packed.add(self._system, 0, 0), list[int]()
         for turn, reply in enumerate(replies):
-            heard = [*last, *self._open_user, *reply.heard, *self._close, *self._open_assistant]
-            position = packed.add(heard, 0, position)
+            position = packed.add([*last, *self._turns.exchange(reply.heard)], 0, position)
             if self._think:
                 branch = (turn + 1) * BRANCH_RADIX
-                self._said(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
-                last = [*reply.say, *self._close]
+                self._reply(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
+                last = [*reply.say, *self._turns.close]
             else:
-                position = self._said(packed, reply, turn, 0, position)
-                last = self._close
+                position = self._reply(packed, reply, turn, 0, position)
+                last = list(self._turns.close)
         return packed
 
-    def _said(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
+    def _reply(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
         """A reply with a query for each of its tokens; returns the position after its text."""
         first = len(packed.queries)
         packed.ask(self._states, reply.said.tokens, KEY_POLICY, turn, 0, DRAWN)
@@ -59,7 +58,7 @@ class PolicyPacker:
         return packed.add(reply.said.text_tokens, branch, position)
 
     def _marked(self, query: Query) -> Query:
-        """As GIVEN where `decode._close` put the token: the closing, before the limit of a thought that goes on."""
-        place = query.step - (self._think_tokens - len(self._closing))
-        given = 0 <= place < len(self._closing) and not self._states.found(query.state)
-        return query._replace(source=GIVEN) if given and query.token == self._closing[place] else query
+        """As GIVEN where the sampler put the token: the closing of a thought that reaches its limit."""
+        position = query.step - (self._think_tokens - len(self._closing))
+        closing = 0 <= position < len(self._closing) and not self._states.found(query.state)
+        return query._replace(source=GIVEN) if closing and query.token == self._closing[position] else query

@@ -15,7 +15,8 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
 from rlver_jax.profiles.fingerprint import profiles_fingerprint
 from rlver_jax.profiles.indexed import IndexedProfiles
-from rlver_jax.profiles.schema import HIDDEN_INTENTIONS, Profile
+from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
+from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.template import read_config
 from rlver_jax.user.prompts import Prompts, load_prompts
 

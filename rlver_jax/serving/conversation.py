@@ -1,40 +1,35 @@
-"""One dialogue in which a person takes a side: the sampler's own turn functions, one turn at a time."""
+"""One dialogue in which a person plays the user or the policy, one turn at a time."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Key
 
-from rlver_jax.decoding.cache import LM, Cache
 from rlver_jax.dialogues.log import Record, policy_message, user_message
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS, FORMAT, RUNNING, end_reason
-from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
-from rlver_jax.rollout.sampler import Profiles, open_dialogues, room_needed
-from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
+from rlver_jax.rollout.sampler import room_needed
+from rlver_jax.rollout.single_turns import (
+    fetch_turn,
+    open_policy,
+    open_users,
+    single_policy_turn,
+    single_user_turn,
+)
+from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.padding import pad_rows
-from rlver_jax.user.turn import UserTables, UserTurn, dialogue_key, user_turn
+from rlver_jax.user.turn import Words, dialogue_key
 
 TYPED = 256  # tokens that a person may say at once; less where the context is small
 _UNKNOWN = dict.fromkeys(("logprobs", "raw_logprobs", "stopped"))
-Words = tuple[Int[Array, "1 W"], Int[Array, "1"]]
 
 
 def typed_tokens(context: int) -> int:
     """Tokens that a person may say at once."""
     return min(TYPED, context // 8)
-
-
-class _Turns(NamedTuple):
-    """One turn of one dialogue, [T = 1, B = 1] in front, as a record's writer reads it."""
-
-    policy: PolicyTurn | None = None
-    user: UserTurn | None = None
 
 
 class Conversation:
@@ -54,11 +49,11 @@ class Conversation:
         self.agents, self.limits = agents, limits
         profiles = agents.tokens([profile]).batch([0], [0])
         self.width = max(typed_tokens(agents.spec.context), profiles.first_talk.shape[1], agents.spec.user_tokens)
-        key = jax.random.key(seed)
-        self._policy, self._user, first, _ = _open(
-            agents.policy, agents.user, agents.tables, profiles, key, limits, spec=agents.spec
-        )
+        key, context = jax.random.key(seed), agents.spec.context
+        self._policy = open_policy(agents.policy, agents.tables[0].system, batch=1, context=context)
+        self._user, first = open_users(agents.user, agents.tables, profiles, key, limits, spec=agents.spec)
         self._first = self._words(np.asarray(first[0][0, : int(first[1][0])]).tolist())
+        self._active = jnp.ones(1, bool)
         self._key = dialogue_key(key, jnp.uint32(0))
         self._room = room_needed(agents.tables, agents.spec, limits, self.width)
         self._say, self._heard = self._words([], agents.spec.say_tokens), self._words([])
@@ -89,12 +84,12 @@ class Conversation:
         return self.user_says(np.asarray(self._first[0][0, : int(self._first[1][0])]).tolist())
 
     def user_says(self, tokens: Sequence[int]) -> str:
-        """A person's words as the user, also in place of the model's last reply."""
+        """A person's words as the user, which may replace the model's last reply."""
         self._heard = self._words(tokens)
         text, messages = self.agents.tokenizer.decode(tokens), self.record["messages"]
         if messages:
-            said: Record = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
-            messages[-1] |= said | _UNKNOWN | {f"consideration_{x}": None for x in ("tokens", "stopped", "logprobs")}
+            reply: Record = {"content": text, "tokens": list(tokens), "all_tokens": None, "considerations": {}}
+            messages[-1] |= reply | _UNKNOWN | {f"consideration_{x}": None for x in ("tokens", "stopped", "logprobs")}
         else:
             opening = {"role": "user", "content": text, "tokens": list(tokens), "generated": False}
             messages.append(opening | {"emotion": self.record["emotion"]})
@@ -103,12 +98,12 @@ class Conversation:
     def policy_replies(self) -> Record:
         """The policy's message; one that breaks the think format ends the dialogue."""
         first = jnp.bool_(self.record["turns"] == 0)
-        self._policy, turn = _policy_turn(
+        self._policy, reply = single_policy_turn(
             self.agents.policy, self.agents.tables[0], self._policy, self._say, self._heard, self._turn_keys(),
-            self.limits, first, spec=self.agents.spec,
+            self.limits, self._active, first, spec=self.agents.spec,
         )  # fmt: skip
-        self._say = turn.say, turn.say_count
-        message = policy_message(_first_of(policy=turn), self.agents, 0, 0)
+        self._say = reply.say, reply.say_count
+        message = policy_message(fetch_turn(policy=reply), self.agents, 0, 0)
         self._add_reply(message)
         if message["violation"]:
             self._end(FORMAT)
@@ -117,8 +112,8 @@ class Conversation:
     def policy_says(self, tokens: Sequence[int]) -> Record:
         """A person's reply as the policy."""
         self._say, tokens = self._words(tokens, self.agents.spec.say_tokens), list(tokens)
-        said = {"role": "assistant", "thought": None, "content": self.agents.tokenizer.decode(tokens)}
-        message = said | _UNKNOWN | {"tokens": tokens, "say_tokens": tokens, "violation": False}
+        reply = {"role": "assistant", "thought": None, "content": self.agents.tokenizer.decode(tokens)}
+        message = reply | _UNKNOWN | {"tokens": tokens, "say_tokens": tokens, "violation": False}
         self._add_reply(message)
         return message
 
@@ -129,12 +124,12 @@ class Conversation:
         """
         spec, turns = self.agents.spec, self.record["turns"]
         last = turns >= spec.max_turns
-        self._user, reaction = _user_turn(
+        self._user, reaction = single_user_turn(
             self.agents.user, self.agents.tables[1], self._user, self._heard, self._say,
             jnp.array([self.record["emotion"]], jnp.int32), self._turn_keys(turns - 1), self.limits,
-            jnp.bool_(ends and not last), spec=spec,
+            self._active, jnp.bool_(ends and not last), spec=spec,
         )  # fmt: skip
-        message = user_message(_first_of(user=reaction), self.agents, 0, 0)
+        message = user_message(fetch_turn(user=reaction), self.agents, 0, 0)
         self._heard = self._words(message["tokens"])
         self._add_reaction(message)
         reason = end_reason(message["emotion"], spec.rules, goodbye=bool(reaction.goodbye[0]), last=last)
@@ -197,34 +192,3 @@ def _empty_record(agents: Agents, profile: Profile, seed: int) -> Record:
         "emotions": [initial],
         "messages": [],
     }
-
-
-def _first_of(policy: PolicyTurn | None = None, user: UserTurn | None = None) -> Any:
-    """A turn of a batch of one on the host, with T and B in front (fields of the user's scripts between them)."""
-    return _Turns(*(jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(one)) for one in (policy, user)))
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _open(policy: LM, user: LM, tables: Any, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits, *, spec):
-    return open_dialogues(policy, user, tables, profiles, key, spec, limits)
-
-
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def _policy_turn(
-    lm: LM, tables: PolicyTables, cache: Cache, last_say: Words, heard: Words, keys: Key[Array, "1"],
-    limits: RolloutLimits, first: Bool[Array, ""], *, spec: RolloutConfig,
-) -> tuple[Cache, PolicyTurn]:  # fmt: skip
-    return policy_turn(
-        lm, tables, cache, last_say, heard, keys, spec=spec, limits=limits, active=jnp.ones(1, bool), first=first
-    )
-
-
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def _user_turn(
-    lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "1"],
-    keys: Key[Array, "1"], limits: RolloutLimits, may_reply: Bool[Array, ""], *, spec: RolloutConfig,
-) -> tuple[Cache, UserTurn]:  # fmt: skip
-    return user_turn(
-        lm, tables, cache, last_reply, say, emotion, keys, rules=spec.rules, readout=spec.readout,
-        limits=limits.user, max_tokens=spec.user_tokens, active=jnp.ones(1, bool), may_reply=may_reply,
-    )  # fmt: skip

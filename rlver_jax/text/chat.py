@@ -12,12 +12,25 @@ thought opened for the next one) is rendered: `as_rendered`, for conversations t
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rlver_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 # What Qwen2.5's own template says where a conversation has no system message; here, where a folder has no template.
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+class TurnTokens(NamedTuple):
+    """The pieces of the template around a dialogue's turns, as ids."""
+
+    open_user: Sequence[int]
+    open_assistant: Sequence[int]
+    close: Sequence[int]
+
+    def exchange(self, heard: Sequence[int]) -> list[int]:
+        """A user's message with this content, and the opening of the assistant's that answers it."""
+        return [*self.open_user, *heard, *self.close, *self.open_assistant]
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,11 @@ class ChatTemplate:
         """
         _check_role(role)
         return [self.tokenizer.im_start_id, *self.tokenizer.encode(role + "\n")]
+
+    @property
+    def turns(self) -> TurnTokens:
+        """What stands around the turns of a dialogue."""
+        return TurnTokens(self.open("user"), self.open("assistant"), self.close)
 
     def message(self, role: str, content: str) -> list[int]:
         """Ids of one whole message. Raises ValueError for a role other than those in `ROLES`."""

@@ -6,7 +6,8 @@ from datetime import timedelta
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from rlver_jax.text.progress import Meter
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # characters of the sparkline
@@ -24,39 +25,24 @@ def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
     return "".join(_BARS[round(x)] for x in level)
 
 
-class TrainingProgress:
+class TrainingProgress(Meter):
     """Shows how far a run is; a context manager."""
 
     def __init__(self, console: Console, total: int, done: int):
         """Of `total` steps, `done` were done before this process began."""
-        self._console, self._total, self._done = console, total, done
+        super().__init__(console, total, "compiling and playing the first batch", completed=done, times=False)
+        self._total = total
         self._emotions: list[float] = []
         self._times = [time.monotonic()]
-        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=total, completed=done, state="compiling and playing the first batch")
-
-    def __enter__(self) -> "TrainingProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step's figures have come."""
+        """Metrics of a step have come."""
         self._times.append(time.monotonic())
         self._emotions.append(metrics["emotion/final_mean"])
-        state = f"{self._figures(metrics)} · ETA {self._eta(step)}"
-        self._bar.update(self._task, completed=step, state=f"{sparkline(self._emotions)} {state}")
-        if not self._console.is_terminal:
-            self.note(f"step {step}/{self._total} · {state}")
+        state = f"{self._numbers(metrics)} · ETA {self._eta(step)}"
+        self.show(step, f"{sparkline(self._emotions)} {state}", line=f"step {step}/{self._total} · {state}")
 
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def _figures(self, metrics: Mapping[str, float]) -> str:
+    def _numbers(self, metrics: Mapping[str, float]) -> str:
         seconds = self._times[-1] - self._times[-2]
         text = f"emotion {metrics['emotion/final_mean']:.1f} · reward {metrics['reward/mean']:.3f}"
         if "eval/score" in metrics:

@@ -1,7 +1,7 @@
 """The user's emotion: how an appraisal's `change` moves it, its bands, and where a dialogue ends.
 
-Every rule works alike on Python ints, NumPy arrays and (traced) int32 JAX arrays, and gives back what it was
-given: the same lines serve the compiled sampler, the remote user and the check of a log.
+Every rule works alike on Python ints, NumPy arrays and (traced) int32 JAX arrays, and returns
+the same kind: the same lines serve the compiled sampler, the remote user and the check of a log.
 
 Emotion is an integer 0..100 and `change` an integer -10..10 (RLVER, arXiv 2507.03112, and SAGE, 2505.02847).
 """
@@ -20,7 +20,7 @@ BANDS = ("S", "A", "B", "C", "F")
 CHANGES = tuple(range(-10, 11))
 READOUTS = ("argmax", "sample", "mean")
 
-# One of three kinds of integers; a function returns the kind that it was given.
+# One of three kinds of integers; a function returns the kind of its argument.
 T = TypeVar("T", int, np.ndarray, Array)
 
 
@@ -44,9 +44,9 @@ class EmotionRules:
     thresholds: tuple[int, int, int, int] = (100, 70, 40, 10)
 
     def __post_init__(self) -> None:
-        given = (self.initial, self.floor, self.ceiling, self.max_change, *self.thresholds)
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in given):
-            raise ValueError(f"emotion rules must be Python ints, not {given}: round them and pass ints")
+        numbers = (self.initial, self.floor, self.ceiling, self.max_change, *self.thresholds)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+            raise ValueError(f"emotion rules must be Python ints, not {numbers}: round them and pass ints")
         if not -1 <= self.floor < self.initial < self.ceiling <= HIGHEST:
             raise ValueError(
                 f"floor={self.floor}, initial={self.initial}, ceiling={self.ceiling} must satisfy -1 <= floor"
@@ -114,7 +114,7 @@ def sample_noise(key: Key[Array, "..."]) -> Float[Array, "... 21"]:
 
 
 def change_readout(
-    log_probs: Float[Array, "... 21"], how: str = "argmax", key: Key[Array, "..."] | None = None
+    log_probs: Float[Array, "... 21"], readout: str = "argmax", key: Key[Array, "..."] | None = None
 ) -> Int[Array, "..."]:
     """Read one change, int32 in -10..10, from each distribution over the options -10, -9, .., 10.
 
@@ -124,28 +124,30 @@ def change_readout(
     `sample` draws one option a row with that row's own typed key, whatever else the batch holds.
 
     log_probs need not be normalized, and options may be -inf as long as one of a row is finite.
-    Raises ValueError for an unknown `how`, a wrong number of options, or keys that are missing, untyped,
+    Raises ValueError for an unknown `readout`, a wrong number of options, or keys that are missing, untyped,
     misshaped or not called for.
     """
-    _check_readout(log_probs, how, key)
-    if how == "sample":
+    _check_readout(log_probs, readout, key)
+    if readout == "sample":
         assert key is not None
         log_probs = log_probs + sample_noise(key)
-    if how == "mean":
+    if readout == "mean":
         probs = jax.nn.softmax(log_probs.astype(jnp.float32), axis=-1)
         expected = jnp.sum(probs * jnp.asarray(CHANGES, jnp.float32), axis=-1)
         return jnp.round(expected).astype(jnp.int32)
     return jnp.argmax(log_probs, axis=-1).astype(jnp.int32) + CHANGES[0]
 
 
-def _check_readout(log_probs: Array, how: str, key: Array | None) -> None:
-    if how not in READOUTS:
-        raise ValueError(f"change readout {how!r} is unknown: use one of {', '.join(READOUTS)}")
+def _check_readout(log_probs: Array, readout: str, key: Array | None) -> None:
+    if readout not in READOUTS:
+        raise ValueError(f"change readout {readout!r} is unknown: use one of {', '.join(READOUTS)}")
     if not log_probs.shape or log_probs.shape[-1] != len(CHANGES):
         raise ValueError(f"log_probs has shape {log_probs.shape}, its last axis must hold the {len(CHANGES)} options")
-    if how != "sample":
+    if readout != "sample":
         if key is not None:
-            raise ValueError(f"readout {how!r} is deterministic and takes no key: pass key=None or how='sample'")
+            raise ValueError(
+                f"readout {readout!r} is deterministic and takes no key: pass key=None or readout='sample'"
+            )
         return
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         got = "none" if key is None else f"dtype {key.dtype}"

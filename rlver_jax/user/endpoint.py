@@ -1,7 +1,7 @@
 """The simulated user behind an OpenAI-compatible endpoint: the same appraisal and reply scripts, as forms.
 
-A turn is two requests: the appraisal's form after what the policy said, then the reply's form after the appraisal.
-Neither stays in the history, which holds only what was said aloud, as on the device.
+A turn is two requests: the appraisal's form after the policy's reply, then the reply's form after the appraisal.
+Neither stays in the history, which holds only the messages, as on the device.
 """
 
 import zlib
@@ -20,14 +20,14 @@ from rlver_jax.user.text_forms import Filled, Form, Unreadable, make_form, read_
 _MARKS = 24  # tokens that a field's mark and heading may take in an answer
 
 
-class Place(NamedTuple):
-    """Where in an evaluation a request belongs; decides its seed."""
+class RequestIndex(NamedTuple):
+    """Which request of an evaluation; decides its seed."""
 
     seed: int
     dialogue: int
     turn: int
 
-    def of(self, part: str, attempt: int) -> int:
+    def seed_of(self, part: str, attempt: int) -> int:
         """A seed for one request, 0..2**31-1."""
         return zlib.crc32(f"{self.seed}/{self.dialogue}/{self.turn}/{part}/{attempt}".encode()) & 0x7FFFFFFF
 
@@ -87,7 +87,7 @@ class RemoteUser:
         )  # fmt: skip
         return [{"role": "system", "content": system}, {"role": "user", "content": self.prompts.opening}]
 
-    async def begin(self, profile: Profile, place: Place, usage: Usage) -> str:
+    async def begin(self, profile: Profile, index: RequestIndex, usage: Usage) -> str:
         """First words of a profile that has none.
 
         Raises:
@@ -99,7 +99,7 @@ class RemoteUser:
                 self.opening(profile),
                 temperature=self.temperature,
                 max_tokens=self.reply_tokens,
-                seed=place.of("first", attempt),
+                seed=index.seed_of("first", attempt),
             )
             usage.add(answer, again=attempt > 0)
             text = " ".join(answer.text.rpartition("</think>")[2].split())
@@ -108,31 +108,38 @@ class RemoteUser:
         raise Unreadable("first words")
 
     async def appraise(
-        self, profile: Profile, said: Sequence[str], emotion: int, place: Place, usage: Usage
+        self, profile: Profile, aloud: Sequence[str], emotion: int, index: RequestIndex, usage: Usage
     ) -> Appraisal:
         """Appraises the last reply, and moves the emotion.
 
         Args:
-            said: aloud so far, the user first, in turns; the policy's reply to appraise comes last.
+            aloud: the messages so far, the user first, in turns; the policy's reply to appraise comes last.
 
         Raises:
             Unreadable: the appraisal, however often it was asked for.
             EndpointError: as `Client.ask` does.
         """
         roles = ("assistant", "user")
-        spoken = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said[:-1])]
+        history = [{"role": roles[i % 2], "content": text} for i, text in enumerate(aloud[:-1])]
         form = make_form(self.prompts.appraisal, emotion, self.rules.band_name(emotion))
-        asked = {"role": "user", "content": self.prompts.form(form.text, say=said[-1])}
-        messages: list[Message] = [*self.opening(profile), *spoken, asked]
-        filled, answer = await self._fill(form, messages, 0.0, "appraisal", place, usage)
+        request = {"role": "user", "content": self.prompts.form(form.text, say=aloud[-1])}
+        messages: list[Message] = [*self.opening(profile), *history, request]
+        filled, answer = await self._fill(form, messages, 0.0, "appraisal", index, usage)
         change = self.rules.clamp(filled.change)
         return Appraisal(filled.texts, change, self.rules.update(emotion, change), messages, answer)
 
     async def react(
-        self, profile: Profile, said: Sequence[str], emotion: int, place: Place, usage: Usage, *, may_reply: bool
+        self,
+        profile: Profile,
+        aloud: Sequence[str],
+        emotion: int,
+        index: RequestIndex,
+        usage: Usage,
+        *,
+        may_reply: bool,
     ) -> Reaction:
         """Appraises the last reply, moves the emotion, and answers unless the dialogue is over; see `appraise`."""
-        felt = await self.appraise(profile, said, emotion, place, usage)
+        felt = await self.appraise(profile, aloud, emotion, index, usage)
         if self.rules.ended(felt.emotion) or not may_reply:
             return Reaction(felt.fields, felt.change, felt.emotion, {}, None)
         form = make_form(self.prompts.reply, felt.emotion, self.rules.band_name(felt.emotion))
@@ -141,14 +148,14 @@ class RemoteUser:
             {"role": "user", "content": self.prompts.form(form.text)},
         ]  # fmt: skip
         try:
-            reply, _ = await self._fill(form, messages, self.temperature, "reply", place, usage)
+            reply, _ = await self._fill(form, messages, self.temperature, "reply", index, usage)
         except Unreadable:
             return Reaction(felt.fields, felt.change, felt.emotion, {}, None, unreadable=True)
-        spoken_aloud = reply.texts.pop(form.wanted.name)
-        return Reaction(felt.fields, felt.change, felt.emotion, reply.texts, spoken_aloud)
+        text = reply.texts.pop(form.wanted.name)
+        return Reaction(felt.fields, felt.change, felt.emotion, reply.texts, text)
 
     async def _fill(
-        self, form: Form, messages: Sequence[Message], temperature: float, part: str, place: Place, usage: Usage
+        self, form: Form, messages: Sequence[Message], temperature: float, part: str, index: RequestIndex, usage: Usage
     ) -> tuple[Filled, str]:
         """A form's answer, read and as it is; where the field that counts is missing, it is asked for alone."""
         room = len(form.fields) * (self.field_tokens + _MARKS) + self.reply_tokens
@@ -156,7 +163,7 @@ class RemoteUser:
         messages, texts = list(messages), {}  # type: ignore[var-annotated]
         for attempt in range(self.asks):
             answer = await self.client.ask(
-                messages, temperature=temperature, max_tokens=room, seed=place.of(part, attempt)
+                messages, temperature=temperature, max_tokens=room, seed=index.seed_of(part, attempt)
             )
             usage.add(answer, again=attempt > 0)
             try:
@@ -164,6 +171,6 @@ class RemoteUser:
                 return filled, answer.text
             except Unreadable as error:
                 last, texts = error, error.texts
-                said = {"role": "assistant", "content": answer.text or "…"}
-                messages = [*messages, said, {"role": "user", "content": missing}]
+                reply = {"role": "assistant", "content": answer.text or "…"}
+                messages = [*messages, reply, {"role": "user", "content": missing}]
         raise last

@@ -1,4 +1,4 @@
-"""Derives a simulated user's appraisals, changes and words again, from finished dialogues; see `sampling.replay`."""
+"""Recomputes a simulated user's appraisals, changes and words from finished dialogues; see `sampling.replay`."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ class _Change:
 
 
 def replay(lm: LM, tables: UserTables, dialogues: Sequence[ReplayInput], readout: str) -> Iterator[Replayed]:
-    """Holds every logged token of the dialogues against the user; one result a dialogue, in their order.
+    """Compares every logged token of the dialogues with the user's own; one result a dialogue, in their order.
 
     Those that share a prefix should follow each other: it is then read once.
     """

@@ -1,6 +1,6 @@
 """A finished dialogue as its simulated user read it, in one packed row (see `models.attention`).
 
-Each option of a change is a leaf of its turn's twigs; see `sampling.packed`.
+The options of a change are children of the turn's branch, siblings of each other.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from rlver_jax.decoding.replay_sequence import (
 )
 from rlver_jax.decoding.script import Script
 from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.text.chat import TurnTokens
 from rlver_jax.user.emotion import CHANGES, HIGHEST
 from rlver_jax.user.turn import KEY_APPRAISAL, KEY_REPLY, UserTables
 
@@ -44,11 +45,10 @@ class Packer:
     def __init__(self, tables: UserTables, band: Callable[[int], int]):
         """`band` maps an emotion to the index of its band."""
         as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
-        self._close, self._open_user = as_list(tables.close), as_list(tables.open_user)
-        self._open_assistant = as_list(tables.open_assistant)
+        self._turns = TurnTokens(*map(as_list, (tables.open_user, tables.open_assistant, tables.close)))
         self._appraisal, self._reply = (_literals(script, band) for script in (tables.appraisal, tables.reply))
         options = tables.options
-        self._twigs = list(zip(*map(as_list, (options.tokens, options.branch, options.offset)), strict=True))
+        self._option_tree = list(zip(*map(as_list, (options.tokens, options.branch, options.offset)), strict=True))
         counts = as_list(options.counts)
         self._options = [row[:count] for row, count in zip(as_list(options.padded), counts, strict=True)]
         self._grammar = States.of(tables.grammar)
@@ -72,8 +72,8 @@ class Packer:
         if not turns:
             packed.add(first_talk, 0, position)
         for index, turn in enumerate(turns):
-            base = [*last_reply, *self._close, *self._open_user, *turn.say, *self._close, *self._open_assistant]
-            position = packed.add(base, 0, position)
+            messages = [*last_reply, *self._turns.close, *self._turns.exchange(turn.say)]
+            position = packed.add(messages, 0, position)
             self._branch(packed, turn, (index + 1) * BRANCH_RADIX, position)
             last_reply = list(turn.reply[-1].text_tokens) if turn.reply else []
         return packed
@@ -84,31 +84,31 @@ class Packer:
         packed.ask(self._grammar, [*tokens, *ends], 0, OPENING, 0, DRAWN)
 
     def _branch(self, packed: ReplaySequence, turn: LoggedTurn, branch: int, position: int) -> None:
-        """The reasoning of one turn: appraisal, options on their twigs, the chosen one, reply script."""
+        """The reasoning of one turn: appraisal, options as sibling branches, the chosen one, reply script."""
         literals = self._appraisal[turn.emotion_before]
-        for i, said in enumerate(turn.appraisal):
+        for i, line in enumerate(turn.appraisal):
             position = packed.add(literals[i], branch, position)
-            position = self._said(packed, said, branch, position, turn.turn, i, KEY_APPRAISAL + i, GREEDY)
+            position = self._line(packed, line, branch, position, turn.turn, i, KEY_APPRAISAL + i, GREEDY)
         position = packed.add(literals[-1], branch, position)
         first = len(packed.tokens)
-        for token, twig, offset in self._twigs:
-            packed.add([token], branch + twig, position + offset)
+        for token, child, offset in self._option_tree:
+            packed.add([token], branch + child, position + offset)
         packed.choices.append(Choice(turn.turn, first, len(packed.tokens)))
         if not turn.reply:
             return
         literals = self._reply[turn.emotion_after]
         position = packed.add(self._options[turn.change - CHANGES[0]], branch, position)
         last = len(turn.reply) - 1
-        for i, said in enumerate(turn.reply):
+        for i, line in enumerate(turn.reply):
             position = packed.add(literals[i], branch, position)
             field = len(turn.appraisal) + i
-            how = DRAWN if i == last else GREEDY
-            position = self._said(packed, said, branch, position, turn.turn, field, KEY_REPLY + i, how)
+            origin = DRAWN if i == last else GREEDY
+            position = self._line(packed, line, branch, position, turn.turn, field, KEY_REPLY + i, origin)
 
-    def _said(self, packed: ReplaySequence, said: Completion, branch, position, turn, field, part, how) -> int:
+    def _line(self, packed: ReplaySequence, line: Completion, branch, position, turn, field, part, origin) -> int:
         """One line: its text tokens, and a query for each token, the ending one included."""
-        packed.ask(self._grammar, said.tokens, part, turn, field, how)
-        return packed.add(list(said.text_tokens), branch, position)
+        packed.ask(self._grammar, line.tokens, part, turn, field, origin)
+        return packed.add(list(line.text_tokens), branch, position)
 
 
 def _literals(script: Script, band: Callable[[int], int]) -> list[list[list[int]]]:

@@ -103,8 +103,8 @@ def plain(answer: str) -> str:
 def behind_marks(form: Form, answer: str) -> dict[str, str]:
     """What stands behind each field's mark (or else its heading), up to the next one's; "" where it is missing."""
     answer = plain(answer)
-    places = _places(form, answer)
-    return {field.name: _between(answer, places, field.name) for field in form.fields}
+    spans = _spans(form, answer)
+    return {field.name: _between(answer, spans, field.name) for field in form.fields}
 
 
 def read_wanted(form: Form, texts: dict[str, str], answer: str) -> Filled:
@@ -124,24 +124,24 @@ def read_wanted(form: Form, texts: dict[str, str], answer: str) -> Filled:
     if wanted.number:
         numbers = list(_ALONE.finditer(answer))
         return Filled(texts, _change(numbers[0] if len(numbers) == 1 else None, wanted, texts))
-    said = one_line(answer, form)
-    if not said or answer.lstrip().startswith("["):
+    reply = one_line(answer, form)
+    if not reply or answer.lstrip().startswith("["):
         raise Unreadable(f"[{wanted.name}]", texts)
-    return Filled(texts | {wanted.name: said}, 0)
+    return Filled(texts | {wanted.name: reply}, 0)
 
 
-def _places(form: Form, answer: str) -> dict[str, tuple[int, int]]:
+def _spans(form: Form, answer: str) -> dict[str, tuple[int, int]]:
     """Where each field's mark (or else its heading) begins and ends; fields that are not there have none."""
-    found = {}
+    spans = {}
     for field in form.fields:
         mark = rf"^[^\w\n\[［【]*[\[［【]\s*{field.name}\s*[\]］】]"
         heading = _loosely(field.heading)
         for pattern in (rf"{mark}(?:[^\w\n]*{heading})?", rf"^[^\w\n]*{heading}") if field.heading else (mark,):
             match = re.search(pattern, answer, re.MULTILINE | re.IGNORECASE)
             if match:
-                found[field.name] = match.span()
+                spans[field.name] = match.span()
                 break
-    return found
+    return spans
 
 
 def _loosely(heading: str) -> str:
@@ -150,12 +150,12 @@ def _loosely(heading: str) -> str:
     return r"\s+".join(re.escape(word) for word in words) + r"[ \t]*[：:]?"
 
 
-def _between(answer: str, places: dict[str, tuple[int, int]], name: str) -> str:
+def _between(answer: str, spans: dict[str, tuple[int, int]], name: str) -> str:
     """The text from a field's heading to the next field's; "" where it is missing."""
-    if name not in places:
+    if name not in spans:
         return ""
-    end = places[name][1]
-    return answer[end : min((start for start, _ in places.values() if start >= end), default=len(answer))]
+    end = spans[name][1]
+    return answer[end : min((start for start, _ in spans.values() if start >= end), default=len(answer))]
 
 
 def _change(match: re.Match[str] | None, field: Field, texts: dict[str, str]) -> int:
@@ -174,5 +174,5 @@ def one_line(text: str, form: Form) -> str:
     """One line, as on the device; lines that only repeat the form are left out."""
     known = {line.strip() for line in form.text.split("\n")}
     lines = [line.strip(" \t*") for line in text.split("\n")]
-    kept = " ".join(line for line in lines if line and line not in known)
-    return re.sub(r"^[\s：:*]+", "", kept).strip()
+    line = " ".join(line for line in lines if line and line not in known)
+    return re.sub(r"^[\s：:*]+", "", line).strip()

@@ -20,10 +20,12 @@ from rlver_jax.user.prompts import Prompts
 # Parts of a turn's randomness; fields of a script follow their base.
 KEY_POLICY, KEY_READOUT, KEY_APPRAISAL, KEY_REPLY = 0, 1, 16, 48
 
+Words = tuple[Int[Array, "B W"], Int[Array, "B"]]  # tokens, padded on the right, and the length of each row
+
 
 @flax.struct.dataclass
 class UserTables:
-    """All constants of the user's side, on the device."""
+    """All constants of the simulated user, on the device."""
 
     open_user: Int[Array, "_"]
     open_assistant: Int[Array, "_"]
@@ -68,11 +70,11 @@ def option_text(change: int) -> str:
     return f"{change:+d}\n" if change else "0\n"
 
 
-def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int) -> UserTables:
-    """Tables for a user model with `rows` embedding rows."""
+def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, vocab_size: int) -> UserTables:
+    """Tables for a user model with an embedding of `vocab_size` rows."""
     chat = ChatTemplate(tokenizer)
     slots = {"emotion": [str(n) for n in range(101)], "band": BANDS}
-    goodbye, found = matcher(GOODBYES, tokenizer, rows)
+    goodbye, goodbye_found = matcher(GOODBYES, tokenizer, vocab_size)
     around = (chat.open("user"), chat.open("assistant"), chat.close)
     open_user, open_assistant, close = jax.device_put([np.array(tokens, np.int32) for tokens in around])
     return UserTables(
@@ -82,9 +84,9 @@ def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, rows: int) -> User
         appraisal=compile_script(prompts.appraisal, tokenizer, slots),
         reply=compile_script(prompts.reply, tokenizer, slots),
         options=build_options([tokenizer.encode(option_text(c)) for c in CHANGES]),
-        grammar=one_line(tokenizer, rows),
+        grammar=one_line(tokenizer, vocab_size),
         goodbye=goodbye,
-        goodbye_found=found,
+        goodbye_found=goodbye_found,
     )
 
 
@@ -101,21 +103,10 @@ def part_keys(turn_keys: Key[Array, "B"], base: int, count: int) -> Key[Array, "
 
 @jax.named_scope("user_turn")
 def user_turn(
-    lm: LM,
-    tables: UserTables,
-    cache: Cache,
-    last_reply: tuple[Int[Array, "B R"], Int[Array, "B"]],
-    say: tuple[Int[Array, "B S"], Int[Array, "B"]],
-    emotion: Int[Array, "B"],
-    turn_keys: Key[Array, "B"],
-    *,
-    rules: EmotionRules,
-    readout: str,
-    limits: UserLimits,
-    max_tokens: int,
-    active: Bool[Array, "B"],
-    may_reply: Bool[Array, ""],
-) -> tuple[Cache, UserTurn]:
+    lm: LM, tables: UserTables, cache: Cache, last_reply: Words, say: Words, emotion: Int[Array, "B"],
+    turn_keys: Key[Array, "B"], *, rules: EmotionRules, readout: str, limits: UserLimits, max_tokens: int,
+    active: Bool[Array, "B"], may_reply: Bool[Array, ""],
+) -> tuple[Cache, UserTurn]:  # fmt: skip
     """One turn: read the policy's say, appraise it, move the emotion, and answer under the new band.
 
     The cache comes in and goes out at the opening of an assistant message, without `last_reply`, the answer of the turn
@@ -138,14 +129,14 @@ def user_turn(
     moved = rules.update(emotion, change)
     speaks = active & ~rules.ended(moved) & may_reply
     cache, reply, reply_read = _reply(lm, tables, cache, change, moved, turn_keys, rules, limits, max_tokens, speaks)
-    said = jax.tree.map(lambda x: x[-1], reply)
+    aloud = jax.tree.map(lambda x: x[-1], reply)
     turn = UserTurn(
         appraisal=appraisal,
         change_logprobs=change_logprobs,
         change=change,
         emotion=moved,
         reply=reply,
-        goodbye=speaks & says(tables.goodbye, tables.goodbye_found, said.tokens, said.text_count),
+        goodbye=speaks & says(tables.goodbye, tables.goodbye_found, aloud.tokens, aloud.text_count),
         prefilled=read + appraisal_read + reply_read,
     )
     return rollback(cache, opening), turn
@@ -170,7 +161,7 @@ def appraise(
     """
     tokens, counts = tables.appraisal.render(emotion, rules.band(emotion))
     fields = tokens.shape[0] - 1  # the last literal leads to the choice
-    cache, said = run_fields(
+    cache, lines = run_fields(
         lm,
         cache,
         (tokens[:-1], counts[:-1]),
@@ -178,13 +169,13 @@ def appraise(
         tables.grammar,
         max_tokens=max_tokens,
         limits=jnp.full(fields, limits.field_tokens),
-        temperatures=jnp.zeros(fields, jnp.float32),  # appraisals are greedy: the reward can be derived again
+        temperatures=jnp.zeros(fields, jnp.float32),  # appraisals are greedy: the reward can be recomputed
         active=active,
     )
     cache = append(lm, cache, tokens[-1], jnp.where(active, counts[-1], 0))
     cache, logprobs = choose(lm, cache, tables.options)
     read = jnp.where(active, counts.sum(0) + tables.scratch, 0)
-    return cache, said, jnp.where(active[:, None], logprobs, 0.0), read
+    return cache, lines, jnp.where(active[:, None], logprobs, 0.0), read
 
 
 @jax.named_scope("reply")
@@ -200,19 +191,19 @@ def _reply(lm, tables, cache, change, emotion, turn_keys, rules, limits, max_tok
     extra = first[0].shape[1] - tokens.shape[2]
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, extra))).at[0].set(first[0])
     counts = counts.at[0].set(first[1])
-    spoken = jnp.arange(fields) == fields - 1
-    cache, said = run_fields(
+    aloud = jnp.arange(fields) == fields - 1
+    cache, lines = run_fields(
         lm,
         cache,
         (tokens, counts),
         part_keys(turn_keys, KEY_REPLY, fields),
         tables.grammar,
         max_tokens=max_tokens,
-        limits=jnp.where(spoken, limits.reply_tokens, limits.field_tokens),
-        temperatures=jnp.where(spoken, limits.reply_temperature, 0.0),
+        limits=jnp.where(aloud, limits.reply_tokens, limits.field_tokens),
+        temperatures=jnp.where(aloud, limits.reply_temperature, 0.0),
         active=active,
     )
-    return cache, said, jnp.where(active, counts.sum(0), 0)
+    return cache, lines, jnp.where(active, counts.sum(0), 0)
 
 
 def says(table: Int[Array, "N V"], first_found: int, tokens: Int[Array, "B M"], count: Int[Array, "B"]):

@@ -1,9 +1,24 @@
 """Forms in both languages, and what answers amount to, worked out by hand."""
 
+import shutil
+from importlib import resources
+
 import pytest
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.evaluation.forms import CAPABILITIES, FACETS, STRATEGIES, load_forms, measures_of
+from rlver_jax.evaluation.forms import load_forms
+from rlver_jax.evaluation.measures import (
+    CAPABILITIES,
+    FACETS,
+    FORMS,
+    MEASURES,
+    RATING,
+    STRATEGIES,
+    Measure,
+    measures_of,
+    summarize,
+)
 from rlver_jax.evaluation.transcripts import Transcript
 
 
@@ -51,6 +66,50 @@ def test_a_reply_cannot_write_another_speakers_lines(results):
     assert sum(line.startswith("Person: ") for line in text.splitlines()) == 4
 
 
+def test_every_measure_is_asked_in_every_language():
+    assert all(set(load_forms(language).scripts) == set(FORMS) for language in LANGUAGES)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of our prompts that forms are read from."""
+    prompts = resources.files("rlver_jax.evaluation") / "prompts"
+    shutil.copytree(prompts, tmp_path / "prompts")
+    monkeypatch.setattr("rlver_jax.evaluation.forms.resources.files", lambda package: tmp_path)
+    return tmp_path / "prompts"
+
+
+def test_a_form_that_no_measure_has_is_an_error(folder):
+    (folder / "en" / "humour.script").write_text("Funny: <<choose:wit>>\n")
+    with pytest.raises(AssertionError, match=r"en: no entry of MEASURES has the form humour\.script"):
+        load_forms("en")
+
+
+@pytest.mark.parametrize("each_reply", [False, True])
+def test_a_new_measure_is_a_form_and_an_entry(folder, monkeypatch, results, each_reply):
+    """It is asked, read, summed up, in the language that has its form; of each reply, beside the form that is there."""
+    (folder / "en" / "humour.script").write_text("How funny (1-5): <<choose:wit>>\nTruly (1-5): <<choose:truth>>\n")
+    numbers = (lambda replies: {"wit": replies[0]["wit"]}) if each_reply else dict
+    humour = Measure({"wit": RATING, "truth": RATING}, each_reply=each_reply, numbers=numbers)
+    monkeypatch.setitem(MEASURES, "humour", humour)
+    monkeypatch.setitem(FORMS, "humour", ("humour", humour))
+    assert "humour" not in load_forms("zh").scripts
+    dialogue = Transcript(from_sage(results[0]), None, "")
+    asked = load_forms("en").ask(dialogue).forms
+    names = [form.name for form in asked]
+    assert names.count("humour") == (4 if each_reply else 1)
+    answers = [
+        {step.name: sure(step.options[-2], step.options) if step.options else "noted" for step in form.steps}
+        for form in asked
+    ]
+    measures = measures_of(names, answers, "J")
+    each = {"wit": 4.0, "truth": 4.0}
+    assert measures["humour"] == ([each] * 4 if each_reply else each)
+    summary = summarize([dialogue.record | {"measures": measures}])
+    assert summary["humour/wit"]["mean"] == 4
+    assert summary["replies/natural"]["mean"] == 4
+
+
 def test_another_language_is_refused():
     with pytest.raises(ValueError, match="'fr' has no forms"):
         load_forms("fr")
@@ -71,7 +130,10 @@ def test_measures_by_hand():
     letters = "abcdefghijklmn"
     reply = {"natural": sure("3", marks), "attentive": sure("5", marks), "connecting": sure("1", marks)}
     reply["strategy"] = sure("b", letters) | {"k": 0.4}
-    found = measures_of([capabilities, relationship, coordinate, person, reply], "J")
+    names = ["capabilities", "relationship", "coordinate", "person", "reply"]
+    found = measures_of(names, [capabilities, relationship, coordinate, person, reply], "J")
+    order = ("judge", "evidence", "capabilities", "relationship", "replies", "coordinate", "person", "unanswered")
+    assert tuple(found) == order, "as in the logs"
     assert found["judge"] == "J"
     assert found["evidence"] == "it listened"
     assert found["capabilities"] == dict.fromkeys(CAPABILITIES, 4.0) | {"core_insight": 3.0}

@@ -19,10 +19,10 @@ from configs import debug
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluate import main
-from rlver_jax.evaluation.forms import LETTERS, load_forms
+from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge_at_endpoint import RemoteJudge, RemoteRater
-from rlver_jax.evaluation.measures import measure
-from rlver_jax.evaluation.score import judge_transcripts, measure_agreement
+from rlver_jax.evaluation.measures import LETTERS
+from rlver_jax.evaluation.score import judge_transcripts, measure, measure_agreement
 from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.profiles.schema import Profile
 from tests.endpoints.server import ChatServer, digest, one_in_five, rule

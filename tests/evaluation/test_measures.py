@@ -7,8 +7,9 @@ from rich.console import Console
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge import Work
-from rlver_jax.evaluation.measures import measure, strategies, summarize
+from rlver_jax.evaluation.measures import strategies, summarize
 from rlver_jax.evaluation.rater import Rated
+from rlver_jax.evaluation.score import measure
 from rlver_jax.evaluation.transcripts import Transcript
 
 QUIET = Console(quiet=True)

@@ -7,9 +7,9 @@ from scipy import special
 
 from rlver_jax.decoding.grammar import one_line
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.evaluation.forms import Asked, Form, Step, load_forms
-from rlver_jax.evaluation.measures import measure
+from rlver_jax.evaluation.forms import Form, Questionnaire, Step, load_forms
 from rlver_jax.evaluation.rater import DeviceRater
+from rlver_jax.evaluation.score import measure
 from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain
@@ -25,7 +25,7 @@ def step(literal, name, options=()):
 def asked(who, replies):
     first = Form("first", (step("Heard:", "line"), step("\nMark:\n", "mark", WIDE), step("Next:\n", "next", NARROW)))
     second = [Form("reply", (step(f"Reply {i}:\n", "mark", WIDE),)) for i in range(replies)]
-    return Asked("my boss", f"{who} said goodbye", (first, *second))
+    return Questionnaire("my boss", f"{who} said goodbye", (first, *second))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlver_jax.evaluation.spread import mean_interval, spread, spread_text
+from rlver_jax.evaluation.spread import spread, spread_text
+from rlver_jax.evaluation.statistics import mean_interval, mean_with_interval
 
 
 def records(*repeats):
@@ -33,6 +34,16 @@ def test_the_interval_is_that_of_the_mean_over_profiles():
     assert high == pytest.approx(emotions.mean() + half, abs=0.5)
     own = np.random.default_rng(4).choice(emotions, (10_000, 80)).mean(axis=1)
     np.testing.assert_allclose([low, high], np.percentile(own, [2.5, 97.5]), atol=0.5)
+
+
+def test_the_interval_is_scipys():
+    """Bit for bit that of `scipy.stats.bootstrap` of the profiles' scores, and the same wherever a mean has one."""
+    emotions = np.random.default_rng(5).integers(0, 101, 37)
+    expected = stats.bootstrap(
+        (emotions,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0), batch=1000
+    ).confidence_interval
+    assert spread(records(emotions), 37)["interval"]["score"] == [expected.low, expected.high]
+    assert mean_with_interval(emotions.tolist())["interval"] == [expected.low, expected.high]
 
 
 def test_where_there_is_no_spread():

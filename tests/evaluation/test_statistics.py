@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlver_jax.evaluation.statistics import agreement, interval, mean_with_interval, pearson, spearman
+from rlver_jax.evaluation import statistics
+from rlver_jax.evaluation.statistics import agreement, mean_interval, mean_with_interval, pearson, spearman
 
 
 def turns(*pairs):
@@ -57,19 +58,41 @@ def test_the_interval_of_a_mean_is_the_normal_one():
 
 @pytest.mark.parametrize("count", [2, 7, 1500])
 def test_drawing_in_parts_draws_the_same(count):
-    """Of 1500 dialogues 666 resamples are drawn at a time: scipy would draw 2000, which takes memory for long logs."""
+    """Of 1500 values 666 resamples are drawn at a time: scipy would draw all, which takes memory for long logs."""
     values = np.random.default_rng(3).normal(size=count)
-    whole = stats.bootstrap((values,), np.mean, n_resamples=2000, vectorized=False, rng=np.random.default_rng(0))
-    expected = np.percentile(whole.bootstrap_distribution, [2.5, 97.5]).tolist()
-    assert mean_with_interval(values.tolist())["interval"] == expected
+    whole = stats.bootstrap((values,), np.mean, n_resamples=10_000, rng=np.random.default_rng(0), method="percentile")
+    expected = np.percentile(whole.bootstrap_distribution, [2.5, 97.5])
+    np.testing.assert_allclose(mean_with_interval(values.tolist())["interval"], expected, rtol=1e-13)
 
 
-def test_copies_within_a_dialogue_make_nothing_surer():
-    draw = np.random.default_rng(4).normal(0, 1, (60, 1, 1))
-    once = interval(list(draw), lambda x: float(x.mean()))
-    often = interval([np.repeat(one, 9, axis=0) for one in draw], lambda x: float(x.mean()))
-    assert often == pytest.approx(once)
-    assert interval([draw[0]], lambda x: float(x.mean())) is None
+def test_clusters_of_different_sizes_are_drawn_whole():
+    """Two profiles with 0 (three dialogues) and 8 (one): a resample's mean is 0, 2 or 8, weighted by dialogues."""
+    assert mean_interval([0, 0, 0, 8], ["a", "a", "a", "b"]) == [0, 8]
+    three = mean_interval([0, 0, 4, 8, 8, 8], "aabccc")
+    draws = np.random.default_rng(7).integers(0, 3, (200_000, 3))
+    sums, sizes = np.array([0, 4, 24])[draws].sum(1), np.array([2, 1, 3])[draws].sum(1)
+    np.testing.assert_allclose(three, np.percentile(sums / sizes, [2.5, 97.5]), atol=0.3)
+
+
+def test_copies_within_a_profile_make_nothing_surer():
+    draw = np.random.default_rng(4).normal(0, 1, 60)
+    often = mean_interval(np.repeat(draw, 9), np.repeat(np.arange(60), 9).tolist())
+    assert often == pytest.approx(mean_interval(draw))
+    assert mean_interval(np.repeat(draw, 9))[1] < often[1], "as if they were independent"
+    assert mean_interval(draw, ["one"] * 60) is None
+
+
+def test_agreement_draws_profiles(monkeypatch):
+    """Dialogues with one profile, whether they are one or three, are drawn together."""
+    monkeypatch.setattr(statistics, "STATISTICS", {"mae": statistics.mean_absolute_error})  # the others take their time
+    draw = np.random.default_rng(6)
+    dialogues = [np.stack([np.full(4, 50), *draw.integers(-10, 11, (2, 4))], axis=1) for _ in range(12)]
+    profiles = [i // 3 for i in range(12)]
+    joined = [np.concatenate(dialogues[i : i + 3]) for i in range(0, 12, 3)]
+    found, expected = agreement(dialogues, profiles), agreement(joined)
+    assert (found["dialogues"], expected["dialogues"]) == (12, 4)
+    assert found["mae"] == expected["mae"]
+    assert found["mae"]["interval"] != agreement(dialogues)["mae"]["interval"]
 
 
 def test_confusion_of_bands():

@@ -3,7 +3,8 @@
 import pytest
 
 from rlver_jax.dialogues.sage import from_sage
-from rlver_jax.evaluation.forms import LETTERS, RATING, TRUTH, Step, load_forms
+from rlver_jax.evaluation.forms import Step, load_forms
+from rlver_jax.evaluation.measures import LETTERS, RATING, TRUTH
 from rlver_jax.evaluation.text_forms import read, read_choice, write
 from rlver_jax.evaluation.transcripts import Transcript
 

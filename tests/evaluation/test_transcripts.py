@@ -44,7 +44,7 @@ def test_turns_are_those_that_were_appraised(results, tmp_path):
     turns = turns_of(first.record)
     assert [(t.turn, t.emotion, t.change) for t in turns] == [(0, 40, 5), (1, 45, -3), (2, 42, 0)]
     assert [t.heard["content"] for t in turns] == ["my boss did not listen.", "and she", "I"]
-    assert [t.spoken["content"] for t in turns] == ["my sister felt awful", "I felt awful", "said goodbye"]
+    assert [t.reply["content"] for t in turns] == ["my sister felt awful", "I felt awful", "said goodbye"]
     assert first.record["turns"] == 4
     assert second.record["emotion"] == 100
     assert faults([first, second]) == []

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
 from rlver_jax.profiles.schema import (
-    HIDDEN_INTENTIONS,
     Profile,
     ProfileError,
     intention_of,

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 import transformers
 
-from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.chat import ChatTemplate, TurnTokens
 from tests.text.conftest import TEMPLATE
 
 CONVERSATIONS = [
@@ -115,3 +115,15 @@ def test_roles_are_checked_everywhere(bpe):
         chat.open("bot")
     with pytest.raises(ValueError, match="unknown role 'bot'"):
         chat.message("bot", "hi")
+
+
+@pytest.mark.parametrize("text", ["hi", "two words\nand a line", "你好，世界"])
+def test_an_exchange_is_a_message_and_an_opening(bpe, spm, text):
+    """Also from the pieces alone, as tables on the device hold them."""
+    for tokenizer in (bpe, spm):
+        chat = ChatTemplate(tokenizer)
+        ids = chat.turns.exchange(tokenizer.encode(text))
+        assert ids == [*chat.open("user"), *tokenizer.encode(text), *chat.close, *chat.open("assistant")]
+        shown = [(tokenizer.im_start_id, tokenizer.im_end_id)[i % 2] for i in range(3)]
+        assert [token for token in ids if token in shown] == shown
+        assert TurnTokens(*map(tuple, chat.turns)).exchange([7]) == chat.turns.exchange([7])

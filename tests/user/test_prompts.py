@@ -4,11 +4,17 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
+from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlver_jax.config import fields
+from rlver_jax.config.validate import validate
+from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 from rlver_jax.user.prompts import FILES, LANGUAGES, MODES, SCENARIOS, STYLES, load_prompts
 
@@ -24,6 +30,7 @@ KEYS = [
     "praise",
     "vindication",
 ]
+WORLD = Path(__file__).parents[2] / "configs" / "debug_world"
 PROMPTS = {language: load_prompts(language) for language in LANGUAGES}
 MARKERS = re.compile(r"\{\{|\}\}|\{%|%\}|\{#|<<|>>|\{emotion\}|\{band\}")
 
@@ -118,6 +125,66 @@ def test_intention_is_found_by_key_sentence_and_published_label(prompts, publish
     lines = (published / "train_profile.jsonl").read_text(encoding="utf-8").splitlines()
     labels = {json.loads(line)["task"] for line in lines}
     assert {prompts.intention(label).key for label in labels} == set(KEYS)
+
+
+@pytest.mark.parametrize("stated", ["chinese", "english"])
+@pytest.mark.parametrize("published", HIDDEN_INTENTIONS, ids=lambda one: one.key)
+def test_each_published_sentence_brings_its_guidance(prompts, published, stated):
+    """All sixteen, in prompts of either language, as files write them: with a full stop, with white space."""
+    sentence, guidance = getattr(published, stated), prompts.intentions[published.key]
+    for text in (sentence, f"{sentence}.", f" {sentence}。\n"):
+        system = prompts.user_system(PERSONA, SCENE, text)
+        for piece in (guidance.reaction, guidance.raises, guidance.lowers):
+            assert system.count(piece) == 1
+        others = [one.raises for key, one in prompts.intentions.items() if key != published.key]
+        assert not any(raises in system for raises in others)
+        assert text.strip() in system, "the profile's own words stand in the prompt"
+
+
+def test_our_own_english_profiles_bring_guidance():
+    """Profiles of the debug world are written in English, and RLVER's kinds are four of reason, four of feeling."""
+    lines = (WORLD / "profiles.jsonl").read_text(encoding="utf-8").splitlines()
+    tasks = [json.loads(line)["task"] for line in lines]
+    english = PROMPTS["en"]
+    assert [english.intention(task).key for task in dict.fromkeys(tasks)] == [one.key for one in HIDDEN_INTENTIONS]
+    assert all("What lifts you" in english.user_system(PERSONA, SCENE, task) for task in tasks)
+
+
+def test_a_file_of_ones_own_may_word_a_published_intention_anew(tmp_path):
+    entry = {"reaction": "r", "raises": "up", "lowers": "down", "sentence": "Mine.", "aliases": ["another name"]}
+    (tmp_path / "hidden_intentions.json").write_text(json.dumps({"praise": entry}), encoding="utf-8")
+    own = load_prompts("en", tmp_path)
+    published = next(one for one in HIDDEN_INTENTIONS if one.key == "praise")
+    for text in ("praise", "Mine", "another name", published.chinese, published.english):
+        assert own.intention(text).raises == "up"
+    assert own.intention("praise").kind == "emotional"
+    assert "Mine." in own.user_system(PERSONA, SCENE, "praise")
+
+
+def test_a_new_language_is_a_folder_and_an_entry(tmp_path, monkeypatch):
+    """Its intentions need sentences of their own; published ones in Chinese and English are found all the same."""
+    ours = resources.files("rlver_jax.user.prompts")
+    shutil.copytree(ours / "en", tmp_path / "fr")
+    file = tmp_path / "fr" / "hidden_intentions.json"
+    monkeypatch.setattr("rlver_jax.user.prompts.load.resources.files", lambda package: tmp_path)
+    monkeypatch.setitem(LANGUAGES, "fr", "French")
+    with pytest.raises(
+        ValueError, match=r"fr/hidden_intentions\.json: intention 'advice' has kind.*expected kind, sen"
+    ):
+        load_prompts("fr")
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({key: one | {"sentence": f"Tu veux {key}."} for key, one in entries.items()}))
+    french = load_prompts("fr")
+    assert "Tu veux praise." in french.user_system(PERSONA, SCENE, "praise")
+    for one in HIDDEN_INTENTIONS:
+        assert french.intention(one.chinese) is french.intention(one.english) is french.intentions[one.key]
+
+
+def test_the_config_knows_the_languages():
+    config = fields.get_config()
+    config.data.language = "klingon"
+    with pytest.raises(ValueError, match=f"data.language='klingon'.*{', '.join(LANGUAGES)}"):
+        validate(config, fields.get_config(), 1, [])
 
 
 def test_published_profiles_render(prompts, published):

@@ -1,9 +1,9 @@
-"""Prompts of the user and the policy, Chinese and English, as files; `load_prompts` reads and checks them."""
+"""Prompts of the user and the policy as files, a folder a language; `load_prompts` reads and checks them."""
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.decoding.script import Part, parse_script
 from rlver_jax.user.prompts.load import (
     FILES,
-    LANGUAGES,
     MODES,
     SCENARIOS,
     STYLES,

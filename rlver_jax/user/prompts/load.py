@@ -2,25 +2,26 @@
 
 Templates are jinja2 in a sandbox, with undefined variables an error. A profile's text is a *value* of a
 template, never part of one, so braces in it mean nothing. The profile comes first in the user's system
-prompt: in every style and scenario, the prompts of one profile share its tokens and so its cache (design 7).
+prompt: in every style and scenario, the prompts of one profile share its tokens and so its KV cache.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.decoding.script import Part, check_appraisal, check_reply, parse_script
+from rlver_jax.profiles.intentions import Kind, published_intention
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 
-LANGUAGES = ("zh", "en")
 STYLES = ("vanilla", "challenging")
 SCENARIOS = ("heart_to_heart", "chit_chat")
 MODES = ("think", "direct")
@@ -45,7 +46,7 @@ class Intention:
 
     key: short English identifier; kind: "rational" or "emotional"; sentence: what the user wants, said to the
     user; reaction: how a person who wants this reacts; raises / lowers: what moves the emotion up / down;
-    aliases: other sentences for the same kind, such as the labels of RLVER's published profiles.
+    aliases: other sentences for the same kind; of the eight published ones theirs in both languages.
     """
 
     key: str
@@ -115,7 +116,7 @@ class Prompts:
         return self._render(f"policy_{mode}.j2")
 
     def form(self, form: str, *, say: str | None = None, missing: str = "") -> str:
-        """Render the request to fill in a form, perhaps after what the policy said.
+        """Render the request to fill in a form, perhaps after the policy's reply.
 
         missing: "change" or "reply" where an answer lacked it; then it asks for that alone, in words of its own. (A
             weak model that is shown a heading once more answers with the heading.)
@@ -130,7 +131,7 @@ class Prompts:
 
 
 def load_prompts(language: str, folder: str | Path | None = None) -> Prompts:
-    """Read and check the prompts of `language` ("zh" or "en").
+    """Read and check the prompts of `language`, one of LANGUAGES.
 
     folder: your own prompt files, each replacing ours of the same name (FILES); a file that isn't there is
     taken from ours. Names that begin with a dot are passed over. Raises ValueError for an unknown language, a
@@ -151,15 +152,15 @@ def load_prompts(language: str, folder: str | Path | None = None) -> Prompts:
         appraisal=appraisal,
         reply=reply,
         opening=opening,
-        intentions=_intentions(texts["hidden_intentions.json"], origins["hidden_intentions.json"]),
+        intentions=_intentions(texts["hidden_intentions.json"], origins["hidden_intentions.json"], language),
         origins=origins,
         templates={name: _template(texts[name], origins[name], allowed) for name, allowed in TEMPLATES.items()},
     )
 
 
-def _check_choice(what: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise ValueError(f"{what} {given!r} is unknown: use one of {', '.join(allowed)}")
+def _check_choice(what: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} {value!r} is unknown: use one of {', '.join(allowed)}")
 
 
 def _read(language: str, folder: Path | None) -> tuple[dict[str, str], dict[str, str]]:
@@ -198,26 +199,33 @@ def _template(text: str, source: str, allowed: tuple[str, ...]) -> jinja2.Templa
     return template
 
 
-def _intentions(text: str, source: str) -> dict[str, Intention]:
+def _intentions(text: str, source: str, language: str) -> dict[str, Intention]:
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{source}, line {error.lineno}: not JSON: {error.msg}") from error
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{source}: must be a JSON object that maps each intention's key to its entry")
-    return {key: _intention(key, entry, source) for key, entry in entries.items()}
+    return {key: _intention(key, entry, source, language) for key, entry in entries.items()}
 
 
-def _intention(key: str, entry: Any, source: str) -> Intention:
-    needed = ("kind", "sentence", "reaction", "raises", "lowers")
+def _intention(key: str, entry: Any, source: str, language: str) -> Intention:
+    """One entry; of a published intention the table holds the kind, and a sentence for where the entry has none."""
+    needed, aliases = ("kind", "sentence", "reaction", "raises", "lowers"), list[str]()
+    published = published_intention(key)
+    if published and isinstance(entry, dict):
+        sentence = published.sentence(language)
+        entry = {"kind": published.kind} | ({"sentence": sentence} if sentence else {}) | entry
+        aliases = [published.chinese, published.english]
     if not isinstance(entry, dict) or not set(needed) <= set(entry) <= {*needed, "aliases"}:
         got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"{source}: intention {key!r} has {got}; expected {', '.join(needed)} and perhaps aliases")
     if any(not isinstance(entry[name], str) or not entry[name].strip() for name in needed):
         raise ValueError(f"{source}: intention {key!r}: {', '.join(needed)} must be text and not empty")
-    if entry["kind"] not in ("rational", "emotional"):
+    if entry["kind"] not in get_args(Kind):
         raise ValueError(f"{source}: intention {key!r} has kind {entry['kind']!r}; expected rational or emotional")
-    aliases = entry.get("aliases", [])
-    if not isinstance(aliases, list) or any(not isinstance(alias, str) for alias in aliases):
+    own = entry.get("aliases", [])
+    if not isinstance(own, list) or any(not isinstance(alias, str) for alias in own):
         raise ValueError(f"{source}: intention {key!r}: aliases must be a list of sentences")
-    return Intention(key=key, **{name: entry[name] for name in needed}, aliases=tuple(aliases))
+    texts = {name: entry[name] for name in needed}
+    return Intention(key=key, **texts, aliases=tuple(dict.fromkeys([*aliases, *own])))
