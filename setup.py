@@ -1,5 +1,6 @@
 """Package metadata; lint, type-check and test settings live in pyproject.toml."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,9 @@ class BuildWithConfigs(build_py):
 
 setup(
     name="rlver_jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', Path("rlver_jax/__init__.py").read_text(encoding="utf-8"))[1],
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="RLVER in JAX: train empathetic language models against a simulated user, on TPU pods",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -43,6 +46,7 @@ setup(
     packages=find_packages(include=["rlver_jax", "rlver_jax.*"]),
     cmdclass={"build_py": BuildWithConfigs},
     package_data={
+        "rlver_jax": ["py.typed"],
         "rlver_jax.user.prompts": [
             f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
         ],
