@@ -221,8 +221,8 @@ def test_fields_of_newer_and_older_versions(world, begun):
     """The default of a new field is what was done before; what a removed one did cannot be done."""
     change_record(begun, rollout__top_k=None, reward__final_weight=None, eval__rows=None)
     folder, (said,) = opened(begun, config_of(world))
-    assert "config lacks rollout.top_k=0, reward.final_weight=0.5: as here" in said or (
-        "config lacks reward.final_weight=0.5, rollout.top_k=0: as here" in said
+    assert "settings lack rollout.top_k=0, reward.final_weight=0.5: as here" in said or (
+        "settings lack reward.final_weight=0.5, rollout.top_k=0: as here" in said
     )
     assert folder.config()["rollout.top_k"] == 0
     assert folder.config() == json.loads(json.dumps(flatten(config_of(world))))
