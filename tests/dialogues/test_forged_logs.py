@@ -35,7 +35,7 @@ def fields_of(folder, prompts):
         "data.eval": folder / "profiles.jsonl",
         "eval.batch": COUNT * REPEATS,
         "eval.max_turns": TURNS,
-        "eval.seed": 2,
+        "eval.seed": 0,
         "emotion.floor": 24,
         "emotion.ceiling": 50,
         "rollout.context": 700,
