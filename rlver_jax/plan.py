@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
+        check_learning(config)
         devices = topology_devices(options.topology, options.slices)
         validate(config, fields.get_config(), len(devices))
-        check_learning(config)
         mesh = make_mesh(**config.mesh, devices=devices)
         # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
         jax.config.update("jax_enable_compilation_cache", False)
