@@ -126,7 +126,9 @@ def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine
 
 def _system(config: ConfigDict) -> str:
     """The system prompt that the policy was trained with."""
-    return load_prompts(config.data.language, config.user.prompts or None).policy_system(config.policy.mode)
+    return load_prompts(config.data.language, config.user.prompts or None).policy_system(
+        config.policy.mode, config.policy.prompt
+    )
 
 
 def _serve(engine: Engine, name: str, system: str, listening: socket.socket, console: Console) -> None:

@@ -57,7 +57,12 @@ EMOTION = {
         30, "at the start of a dialogue (RLVER's training; SAGE's evaluation: 40)", range=(0, 100), unit="points"
     ),
     "floor": Field(9, "a dialogue ends at or below it, as a failure (SAGE: below 10)", range=(-1, 100), unit="points"),
-    "ceiling": Field(100, "a dialogue ends at or above it, as a success (SAGE: 100)", range=(0, 100), unit="points"),
+    "ceiling": Field(
+        100,
+        "a dialogue ends at or above it, as a success (SAGE: 100); 101: never (RLVER)",
+        range=(0, 101),
+        unit="points",
+    ),
     "max_change": Field(10, "by which one reply can move the emotion (SAGE: 10)", range=(1, 10), unit="points"),
     "thresholds": Field((100, 70, 40, 10), "lower bounds of bands S, A, B, C; F lies below (SAGE)", unit="points"),
 }
@@ -113,7 +118,7 @@ LOSS = {
     "dual_clip": Field(0.0, "most that a bad token's ratio can cost, e.g. 3 (arXiv 1912.09729); 0: off", range=COUNT),
     "normalization": Field(
         "token_mean",
-        "token_mean | dialogue_mean (GRPO) | dr_grpo (sum over a constant length)",
+        "token_mean | turn_mean (RLVER with thoughts) | dialogue_mean (GRPO) | dr_grpo (sum over a constant length)",
         registry="rlver_jax/learning/loss_terms.py:NORMALIZATIONS",
     ),
     "entropy": Field(0.0, "weight of the entropy bonus", range=COUNT),
@@ -158,7 +163,9 @@ TRAIN = {
     "steps": Field(500, "batches played and learned from", range=POSITIVE, unit="steps", free=True),
     "seed": Field(0, "of all that is drawn in training", range=SEED),
     "learning_rate": Field(1e-6, "of the policy (RLVER)", range=COUNT),
-    "warmup_steps": Field(50, "updates over which both learning rates rise (RLVER)", range=COUNT, unit="updates"),
+    "warmup_steps": Field(
+        50, "updates over which learning rates rise (RLVER: 20 steps, its critic's 50)", range=COUNT, unit="updates"
+    ),
     "grad_clip": Field(1.0, "largest norm of a gradient (RLVER); 0: any", range=COUNT),
     "beta1": Field(0.9, "AdamW's", range=(0, MOST_BETA)),
     "beta2": Field(0.999, "AdamW's", range=(0, MOST_BETA)),
@@ -172,6 +179,13 @@ TRAIN = {
     "moment_dtype": Field("float32", "of Adam's first moment; the second is float32", FLOATS),
     "epochs": Field(1, "passes over each batch (RLVER: 1)", range=POSITIVE, unit="passes"),
     "minibatches": Field(1, "optimizer steps a pass", range=POSITIVE, unit="updates"),
+    "turns_per_update": Field(
+        0,
+        "with share_rows: an optimizer step for so many turns of dialogues (RLVER with thoughts: 32, GRPO 128), so a "
+        "batch of longer dialogues makes more of them; 0: minibatches",
+        range=COUNT,
+        unit="turns",
+    ),
     "microbatches": Field(
         1,
         "parts of a minibatch whose gradients are summed: less memory, same result; by share_rows as many as it takes",

@@ -72,6 +72,12 @@ POLICY = trained_model(
     mode=Field(
         "think", "think: <think>thought</think> before each reply (RLVER's main setting) | direct", ("think", "direct")
     ),
+    prompt=Field(
+        "sage",
+        "of its system prompt: sage (SAGE's one sentence in our words) | friend (RLVER's in our words) | coach (ours, "
+        "says how to be empathetic); own policy prompts in user.prompts replace all three",
+        ("sage", "friend", "coach"),
+    ),
     enforce_format=Field(
         False, "close a thought at its limit, no end of message before a visible reply", unused=NO_THOUGHTS
     ),
@@ -104,6 +110,14 @@ _CRITIC = trained_model(
         ("separate", "shared"),
     ),
     learning_rate=Field(5e-6, "RLVER's", range=COUNT),
+    rate_warmup_steps=Field(
+        -1, "updates over which its learning rate rises; -1: as train.warmup_steps", range=(-1, None), unit="updates"
+    ),
+    head_init=Field(
+        "zero",
+        "of the value head's weights: zero (and as bias what a user earns whom nothing moves) | random (RLVER's)",
+        ("zero", "random"),
+    ),
     warmup_steps=Field(0, "training steps in which only the critic learns", range=COUNT, unit="steps"),
 )
 CRITIC = {name: replace(field, unused=NO_CRITIC) for name, field in _CRITIC.items()}

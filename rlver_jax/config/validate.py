@@ -192,6 +192,11 @@ def _learning(values: dict[str, Any]) -> Iterator[str]:
             f"rollout.batch={batch}: must be a multiple of train.minibatches x train.microbatches = {parts}; choose "
             f"{-(-batch // parts) * parts}, or fewer parts"
         )
+    if values["train.turns_per_update"] and (parts > 1 or not values["train.share_rows"]):
+        yield (
+            f"train.turns_per_update={values['train.turns_per_update']}: says how a batch is cut into updates; set "
+            f"train.minibatches and train.microbatches to 1, and train.share_rows"
+        )
     if values["loss.importance_cap"] and not values["loss.recompute"]:
         yield (
             f"loss.importance_cap={values['loss.importance_cap']}: weighs the trainer's log-probs against the "

@@ -203,8 +203,9 @@ def _remote_side(config: ConfigDict, side: str, client: Client) -> PolicyOf | Us
     one: Any
     if side == "policy":
         prompts = load_prompts(config.data.language, config.user.prompts or None)
+        system = prompts.policy_system(config.policy.mode, config.policy.prompt)
         one = RemotePolicy(
-            client, prompts.policy_system(config.policy.mode), think, config.eval.temperature, config.rollout.top_p,
+            client, system, think, config.eval.temperature, config.rollout.top_p,
             config.rollout.say_tokens + think * config.rollout.think_tokens, config.remote.asks, seed,
         )  # fmt: skip
     else:

@@ -32,6 +32,7 @@ class LossConfig:
     dual_clip: float = 0.0
     normalization: str = "token_mean"  # a name in loss_terms.NORMALIZATIONS
     length: int = 1  # constant of normalization="dr_grpo", in tokens
+    turns: int = 0  # of a dialogue at most, for normalization="turn_mean"
     entropy: float = 0.0
     kl: float = 0.0
     kl_estimator: str = "k3"  # a name in loss_terms.KL_ESTIMATORS

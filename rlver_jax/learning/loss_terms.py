@@ -27,42 +27,76 @@ class Clipped(NamedTuple):
     clipped: Bool[Array, "B L"]
 
 
-def token_weights(mask: Bool[Array, "B L"], kind: str, *, length: int = 0) -> Float[Array, "B L"]:
+class Minibatch(NamedTuple):
+    """What a normalization looks at."""
+
+    mask: Bool[Array, "B L"]
+    turn: Int[Array, "B L"] | None  # turn of each action, from 0, below `turns`
+    turns: int  # of a dialogue, at most
+    length: int  # constant tokens of a dialogue
+    dialogues: int | Int[Array, ""]  # of the minibatch, those without action included
+
+
+def token_weights(
+    mask: Bool[Array, "B L"],
+    kind: str,
+    *,
+    length: int = 0,
+    turn: Int[Array, "B L"] | None = None,
+    turns: int = 0,
+    dialogues: Int[Array, ""] | None = None,
+) -> Float[Array, "B L"]:
     """Weights w such that sum(w * loss) is the loss of a minibatch; float32, 0 without action.
 
         token_mean     1 / action tokens of the minibatch                              DAPO, arXiv 2503.14476
+        turn_mean      1 / (action tokens of the turn * turns with an action)          RLVER's code, with thoughts
         dialogue_mean  1 / (action tokens of the dialogue * dialogues with an action)  GRPO, arXiv 2402.03300
         dr_grpo        1 / (B * length), with a constant length > 0                    Dr. GRPO, arXiv 2503.20783
 
     Made once for a whole minibatch and cut along with it: the microbatches' losses then add up to the minibatch's,
     however many there are. In dialogue_mean a dialogue without action is not counted; in dr_grpo it is one of the B.
-    Raises ValueError for an unknown kind, and for dr_grpo without a length.
+    `dialogues` is B where some of the rows are no part of the minibatch. Raises ValueError for an unknown kind, for
+    dr_grpo without a length, and for turn_mean without turns.
     """
     if kind not in NORMALIZATIONS:
         raise ValueError(f"normalization {kind!r} is unknown: use one of {', '.join(NORMALIZATIONS)}")
-    return NORMALIZATIONS[kind](mask, length)
+    return NORMALIZATIONS[kind](Minibatch(mask, turn, turns, length, mask.shape[0] if dialogues is None else dialogues))
 
 
-def _token_mean(mask: Bool[Array, "B L"], length: int) -> Float[Array, "B L"]:
-    actions = mask.astype(jnp.float32)
+def _token_mean(minibatch: Minibatch) -> Float[Array, "B L"]:
+    actions = minibatch.mask.astype(jnp.float32)
     return actions / jnp.maximum(actions.sum(), 1)
 
 
-def _dialogue_mean(mask: Bool[Array, "B L"], length: int) -> Float[Array, "B L"]:
-    actions = mask.astype(jnp.float32)
-    dialogues = jnp.maximum(mask.any(axis=1).sum(), 1)
+def _turn_mean(minibatch: Minibatch) -> Float[Array, "B L"]:
+    if minibatch.turn is None or minibatch.turns <= 0:
+        raise ValueError(f"turn_mean needs the turn of each action and how many there are: turns={minibatch.turns}")
+    actions = minibatch.mask.astype(jnp.float32)
+    rows = jnp.arange(actions.shape[0])[:, None]
+    of_turn = jnp.zeros((actions.shape[0], minibatch.turns), jnp.float32).at[rows, minibatch.turn].add(actions)
+    spoken = jnp.maximum((of_turn > 0).sum(), 1)
+    return actions / jnp.maximum(jnp.take_along_axis(of_turn, minibatch.turn, axis=1), 1) / spoken
+
+
+def _dialogue_mean(minibatch: Minibatch) -> Float[Array, "B L"]:
+    actions = minibatch.mask.astype(jnp.float32)
+    dialogues = jnp.maximum(minibatch.mask.any(axis=1).sum(), 1)
     return actions / jnp.maximum(actions.sum(axis=1, keepdims=True), 1) / dialogues
 
 
-def _dr_grpo(mask: Bool[Array, "B L"], length: int) -> Float[Array, "B L"]:
-    if length <= 0:
-        raise ValueError(f"dr_grpo divides by a constant length: length={length} must be above 0")
-    return mask.astype(jnp.float32) / float(mask.shape[0] * length)
+def _dr_grpo(minibatch: Minibatch) -> Float[Array, "B L"]:
+    if minibatch.length <= 0:
+        raise ValueError(f"dr_grpo divides by a constant length: length={minibatch.length} must be above 0")
+    divisor = minibatch.dialogues * minibatch.length
+    return minibatch.mask.astype(jnp.float32) / (
+        float(divisor) if isinstance(divisor, int) else divisor.astype(jnp.float32)
+    )
 
 
-# {name: weights from the mask and the constant length}
-NORMALIZATIONS: dict[str, Callable[[Bool[Array, "B L"], int], Float[Array, "B L"]]] = {
+# {name: weights of the tokens of a minibatch}
+NORMALIZATIONS: dict[str, Callable[[Minibatch], Float[Array, "B L"]]] = {
     "token_mean": _token_mean,
+    "turn_mean": _turn_mean,
     "dialogue_mean": _dialogue_mean,
     "dr_grpo": _dr_grpo,
 }

@@ -31,10 +31,16 @@ class RowAssignment:
 
 @flax.struct.dataclass
 class PackingPlan:
-    """Row assignments of all B dialogues of a batch, and of those of each of its U updates."""
+    """Row assignments of all B dialogues of a batch, and of those of each of its U updates.
+
+    Where the number of updates is data (`train.turns_per_update`), `updates` is [U, B], of as many updates as there
+    may be: `members` says which dialogues are an update's, and the first `count` updates have any.
+    """
 
     whole: RowAssignment
     updates: RowAssignment  # [U, B / minibatches]
+    members: Any = None  # bool [U, B]
+    count: Any = None  # int32 []
 
 
 @flax.struct.dataclass
@@ -62,9 +68,44 @@ def plan_packing(
     Raises:
         ValueError: a dialogue is longer than any row.
     """
+    length, updates = _choose_length(lengths, list(orders), ladder, width, most)
+    return length, PackingPlan(assign_rows(lengths, length, width), jax.tree.map(lambda *x: np.stack(x), *updates))
+
+
+def plan_turns(
+    lengths: np.ndarray, orders: Sequence[np.ndarray], number: int, ladder: Sequence[int], width: int, most: float
+) -> tuple[int, PackingPlan]:
+    """As `plan_packing`, with updates of as many dialogues as `orders` has of each, for a program of `number` updates.
+
+    Raises:
+        ValueError: as `plan_packing`; or there are more updates than that.
+    """
+    if len(orders) > number:
+        raise ValueError(f"{len(orders)} updates, but the step is compiled for {number}")
+    length, found = _choose_length(lengths, orders, ladder, width, most)
+    shape = (number, len(lengths))
+    row, start = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    reads, members = np.zeros(number, np.int32), np.zeros(shape, bool)
+    for i, (dialogues, assignment) in enumerate(zip(orders, found, strict=True)):
+        row[i, dialogues], start[i, dialogues] = assignment.row, assignment.start
+        reads[i], members[i, dialogues] = assignment.reads, True
+    updates = RowAssignment(row, start, reads)
+    return length, PackingPlan(assign_rows(lengths, length, width), updates, members, np.int32(len(orders)))
+
+
+def group_by_turns(turns: np.ndarray, per_update: int) -> list[np.ndarray]:
+    """Dialogues in their order, cut into updates of about `per_update` turns: each where its first turn falls."""
+    update = (np.cumsum(turns) - turns) // per_update
+    return [np.flatnonzero(update == i) for i in np.unique(update)]
+
+
+def _choose_length(
+    lengths: np.ndarray, orders: Sequence[np.ndarray], ladder: Sequence[int], width: int, most: float
+) -> tuple[int, list[RowAssignment]]:
+    """The length of rows, and the assignment of each update's dialogues to them."""
     if lengths.max() > ladder[-1]:
         raise ValueError(f"a dialogue has {lengths.max()} tokens, but rows have at most {ladder[-1]}")
-    tokens = int(lengths[orders].sum())
+    tokens = sum(int(lengths[order].sum()) for order in orders)
     best: tuple[float, int, list[RowAssignment]] | None = None
     for length in ladder:
         if length < lengths.max():
@@ -76,8 +117,7 @@ def plan_packing(
         if padding <= most:
             break
     assert best is not None
-    _, length, updates = best
-    return length, PackingPlan(assign_rows(lengths, length, width), jax.tree.map(lambda *x: np.stack(x), *updates))
+    return best[1:]
 
 
 def assign_rows(lengths: np.ndarray, length: int, width: int) -> RowAssignment:

@@ -105,7 +105,11 @@ def train_step(
     inputs, metrics = prepare(setup, state, batch, rewards, grammar, reference, plan)
     order = minibatch_order(setup.update, key, state.step, batch.count.shape[0])
     state, by_update = _epochs(setup, state, inputs, grammar, order, plan)
-    metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in by_update.items()}
+    count = None if plan is None else plan.count
+    mean = jnp.mean if count is None else lambda x: x.sum() / count  # beyond the last update all are 0
+    metrics |= {name: x.max() if name.endswith("_max") else mean(x) for name, x in by_update.items()}
+    if count is not None:
+        metrics["train/updates"] = count.astype(jnp.float32)
     metrics["policy/ratio_max_first"] = by_update["policy/ratio_max"][0]
     metrics["policy/update_kl"] = post_update_kl(setup, state.params["policy"], inputs, grammar, plan)
     metrics["train/skipped_updates"] = state.skipped.astype(jnp.float32)
@@ -197,18 +201,38 @@ def _epochs(
         picked = inputs if whole else constrain_rows(jax.tree.map(lambda x: x[rows], inputs))
         return _minibatch(setup, state, picked, grammar, assignment)
 
+    def members_alone(state: TrainState, minibatch: tuple[Array, RowAssignment]):
+        member, assignment = minibatch
+        batch = inputs.batch
+        batch = dataclasses.replace(batch, mask=batch.mask & member[:, None], count=jnp.where(member, batch.count, 0))
+        picked = dataclasses.replace(inputs, batch=batch)
+        return _minibatch(setup, state, picked, grammar, assignment, member.sum())
+
+    if plan is not None and plan.members is not None:
+        return _loop(members_alone, state, (plan.members, plan.updates), plan.count, scope="updates")
     return _loop(one, state, (order, None if plan is None else plan.updates))
 
 
 def _minibatch(
-    setup: TrainStepConfig, state: TrainState, inputs: LossInputs, grammar: Grammar, assignment: RowAssignment | None
+    setup: TrainStepConfig,
+    state: TrainState,
+    inputs: LossInputs,
+    grammar: Grammar,
+    assignment: RowAssignment | None,
+    dialogues: Array | None = None,
 ):
     """One optimizer step of each tree. Those that share no parameters take turns: one gradient is alive at a time."""
     config, mask = setup.models.loss, inputs.batch.mask
+    sizes: dict[str, Any] = {
+        "length": config.length,
+        "turn": inputs.batch.turn,
+        "turns": config.turns,
+        "dialogues": dialogues,
+    }
     inputs = dataclasses.replace(
         inputs,
-        weight=loss_terms.token_weights(mask, config.normalization, length=config.length),
-        mean=loss_terms.token_weights(mask, "token_mean", length=config.length),
+        weight=loss_terms.token_weights(mask, config.normalization, **sizes),
+        mean=loss_terms.token_weights(mask, "token_mean"),
     )
     microbatches = _microbatches(inputs, inputs.batch, setup.update.microbatches, assignment)
     frozen = {"policy": state.step < setup.update.critic_warmup_steps, "critic": jnp.bool_(False)}
@@ -298,7 +322,7 @@ def _merge(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _loop(function: Callable, carry: Any, xs: Any, count: Array | None = None) -> tuple[Any, Any]:
+def _loop(function: Callable, carry: Any, xs: Any, count: Array | None = None, scope: str = "reads") -> tuple[Any, Any]:
     """`lax.scan` of the first `count` of xs (None: all; results of the others are 0).
 
     A single turn is no loop: XLA then needs no second copy of what is carried.
@@ -317,5 +341,5 @@ def _loop(function: Callable, carry: Any, xs: Any, count: Array | None = None) -
     turns = jax.tree.leaves(xs)[0].shape[0]
     _, shapes = jax.eval_shape(function, carry, at(0))
     nothing = jax.tree.map(lambda x: jnp.zeros((turns, *x.shape), x.dtype), shapes)
-    with jax.named_scope("reads"):
+    with jax.named_scope(scope):
         return jax.lax.fori_loop(0, count, turn, (carry, nothing))

@@ -14,7 +14,7 @@ from rlver_jax.models.attention import MOST_BLOCKS
 from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.perf.hlo import HOST, UNKNOWN, Instruction, Module, Uses, array_bytes
 from rlver_jax.perf.plan_programs import Program, Shapes, bytes_per_chip
-from rlver_jax.training.setup import reads_at_most
+from rlver_jax.training.setup import dialogues_an_update, reads_at_most, updates_at_most
 
 GIB = 2**30
 AT_ONCE = 2  # programs that are compiled
@@ -89,8 +89,8 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
     tables = shapes.agents.tables[1]
     considerations = len(tables.reply.names)
     rounds = -(-config.rollout.batch // spec.rows_of(config.rollout.batch))
-    rows, minibatches = config.rollout.batch, config.train.minibatches
-    reads = [reads_at_most(config, shapes.mesh, dialogues) for dialogues in (rows, rows // minibatches)]
+    dialogues = config.rollout.batch, dialogues_an_update(config)
+    reads = [reads_at_most(config, shapes.mesh, number) for number in dialogues]
     reply = ((considerations - 1) * config.user.field_tokens + config.user.reply_tokens) / considerations
 
     def turns(op_name: str) -> float:
@@ -106,6 +106,8 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
             return reply
         if "open_dialogues" in op_name:
             return 0  # profiles hold their first utterance
+        if re.search(r"[/(]updates[/)]", op_name):
+            return updates_at_most(config)
         return spec.max_turns * rounds if "sample_dialogues" in op_name else 1
 
     return turns

@@ -13,7 +13,7 @@ from rlver_jax.perf.flops import Work
 from rlver_jax.perf.hlo import DCN, HOST, Use
 from rlver_jax.perf.plan_measure import Measured
 from rlver_jax.perf.plan_programs import Shapes
-from rlver_jax.training.setup import dialogues_a_row, reads_at_most
+from rlver_jax.training.setup import dialogues_a_row, dialogues_an_update, reads_at_most, updates_at_most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.models.trunk
     length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
     rows, model = config.rollout.batch, shapes.agents.policy.model
-    parts = config.train.minibatches * reads_at_most(config, mesh, rows // config.train.minibatches)
+    parts = updates_at_most(config) // config.train.epochs * reads_at_most(config, mesh, dialogues_an_update(config))
     kl_pass = _forward(model, rows // parts, length, logits=True, parts=1)
     prepared = kl_pass
     if trunk is not None:

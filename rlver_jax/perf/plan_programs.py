@@ -28,7 +28,7 @@ from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.training.loop import pack_program, row_sharding
-from rlver_jax.training.setup import Weights, build_learning, rollout_spec
+from rlver_jax.training.setup import Weights, build_learning, dialogues_an_update, rollout_spec, updates_at_most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,5 +283,8 @@ def _packing_plan(config: ConfigDict) -> PackingPlan:
         shape: Any = jax.ShapeDtypeStruct
         return RowAssignment(shape(sizes, jnp.int32), shape(sizes, jnp.int32), shape(sizes[:-1], jnp.int32))
 
-    rows, minibatches = config.rollout.batch, config.train.minibatches
-    return PackingPlan(assignment(rows), assignment(config.train.epochs * minibatches, rows // minibatches))
+    rows, updates = config.rollout.batch, updates_at_most(config)
+    if config.train.turns_per_update:
+        members = jax.ShapeDtypeStruct((updates, rows), jnp.bool_)
+        return PackingPlan(assignment(rows), assignment(updates, rows), members, jax.ShapeDtypeStruct((), jnp.int32))
+    return PackingPlan(assignment(rows), assignment(updates, dialogues_an_update(config)))

@@ -51,7 +51,7 @@ def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, vocab_size: int,
     else:
         grammar = free_text(tokenizer, vocab_size)
     think_open = tokenizer.encode(THINK_OPEN) if think else []
-    system = prompts.policy_system(spec.mode)
+    system = prompts.policy_system(spec.mode, spec.prompt)
     tokens = (
         chat.message("system", system) if system else chat.default_system(),
         chat.open("user"),

@@ -27,6 +27,7 @@ class RolloutConfig:
     readout: str = "argmax"
     rules: EmotionRules = TRAINING
     truncation: Truncation = KEEP_ALL
+    prompt: str = "sage"  # what the policy is told to be
     rows: int = 0  # dialogues played at a time; 0: all of a batch
 
     @property

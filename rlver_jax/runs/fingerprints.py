@@ -142,7 +142,7 @@ def _samples(file: Path) -> Iterable[bytes]:
 def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
     """Of all prompts as the models read them, and of the profiles in their order."""
     prompts = load_prompts(config.data.language, config.user.prompts or None)
-    texts = [prompts.policy_system(config.policy.mode), *_texts_for_user(prompts)]
+    texts = [prompts.policy_system(config.policy.mode, config.policy.prompt), *_texts_for_user(prompts)]
     if config.remote.user.url:
         texts += [prompts.form("", say=""), *(prompts.form("", missing=missing) for missing in ("change", "reply"))]
     for p in profiles:
@@ -182,7 +182,7 @@ def run_fingerprints(
     probes = [Profile("", "persona", "scene", wish, "") for wish in (*wishes, "wish")]
     user = [*_texts_for_user(prompts), *(_system(prompts, probe, config) for probe in probes)]
     fingerprints = {
-        "prompts.policy": _digest(prompts.policy_system(config.policy.mode).encode()),
+        "prompts.policy": _digest(prompts.policy_system(config.policy.mode, config.policy.prompt).encode()),
         "prompts.user": _digest(json.dumps(user).encode()),
     }
     for name, source in profiles.items():

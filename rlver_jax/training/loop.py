@@ -46,12 +46,12 @@ from rlver_jax.training.workdir import Contents, RunFolder
 
 def score(
     dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, settings: tuple
-) -> tuple[Rewards, Int[Array, " B"]]:
-    """Rewards of a batch, and the tokens of its packed dialogues; `settings` holds the items of `reward_settings`."""
+) -> tuple[Rewards, Int[Array, " B"], Int[Array, " B"]]:
+    """Rewards of a batch, tokens of its packed dialogues, their turns; `settings`: the items of `reward_settings`."""
     rewards = reward(
         emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(settings)
     )
-    return rewards, row_lengths(dialogues, tables, spec)
+    return rewards, row_lengths(dialogues, tables, spec), dialogues.turns
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -60,8 +60,9 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def score_program(mesh: Mesh) -> Any:
-    """`score`, jitted: rewards on the training mesh, lengths whole on each of its devices."""
-    shardings = (row_sharding(mesh), NamedSharding(mesh, PartitionSpec()))
+    """`score`, jitted: rewards on the training mesh, lengths and turns whole on each of its devices."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = (row_sharding(mesh), whole, whole)
     return jax.jit(score, static_argnames=("spec", "settings"), out_shardings=shardings)
 
 
@@ -148,11 +149,11 @@ class Trainer:
             # The sampler's copies of both models are let go before the update, which has no room for them.
             dialogues = self.agents(state).play(profiles, self.key, run.limits)
             dispatched = time.monotonic()
-            rewards, lengths = self.score(dialogues, tables, spec, self.reward_settings)
+            rewards, lengths, turns = self.score(dialogues, tables, spec, self.reward_settings)
         rewards = self.judge(dialogues, rewards, batch)
         self.finish()  # the step before, while this one is being played
         updates = self.order(run.setup.update, self.key, state.step, size)
-        length, plan = run.plan_rows(*jax.device_get((lengths, updates)))
+        length, plan = run.plan_rows(*jax.device_get((lengths, updates, turns)))
         plan = distributed.replicate(plan, run.mesh)
         began, played = max(started, self.last_finished), time.monotonic()
         with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):

@@ -20,7 +20,7 @@ from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig
 from rlver_jax.learning.loss import LossConfig, Trained, TrainedModels
 from rlver_jax.learning.loss_terms import KL_ESTIMATORS, NORMALIZATIONS, RATIOS
 from rlver_jax.learning.optimizer import Optimizers, make_optimizer
-from rlver_jax.learning.packing import PackingPlan, plan_packing
+from rlver_jax.learning.packing import PackingPlan, group_by_turns, plan_packing, plan_turns
 from rlver_jax.learning.sequences import max_length
 from rlver_jax.learning.train_step import TrainState, TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.models.qwen import Params, Qwen2
@@ -36,6 +36,7 @@ from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
 
+HEAD_STD = 0.02  # Qwen2.5's initializer_range, which verl's token classification head starts with
 LENGTH_STEP = 64  # packed rows are multiples of it
 # Fields whose values are names in a registry: a new entry there needs no word of it here, nor in the config.
 REGISTRIES: dict[str, Collection[str]] = {
@@ -88,16 +89,28 @@ class Run:
     grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
 
-    def plan_rows(self, lengths: np.ndarray, orders: np.ndarray) -> tuple[int, PackingPlan | None]:
+    def plan_rows(
+        self, lengths: np.ndarray, orders: np.ndarray, turns: np.ndarray | None = None
+    ) -> tuple[int, PackingPlan | None]:
         """The length of packed rows for a batch, and which dialogue lies where if they share rows.
 
         Args:
             lengths: [B] tokens of the dialogues.
-            orders: [U, N] dialogues of each update.
+            orders: [U, N] dialogues of each update; with train.turns_per_update [epochs, B], to be cut into updates.
+            turns: [B] of the dialogues, for train.turns_per_update.
         """
         if not self.config.train.share_rows:
             return next(length for length in self.lengths if length >= lengths.max()), None
-        return plan_packing(lengths, orders, self.lengths, batch_parts(self.mesh), self.config.train.padding)
+        how = self.lengths, batch_parts(self.mesh), self.config.train.padding
+        if self.config.train.turns_per_update:
+            groups = [group for order in orders for group in self._updates(order, turns)]
+            return plan_turns(lengths, groups, updates_at_most(self.config), *how)
+        return plan_packing(lengths, orders, *how)
+
+    def _updates(self, order: np.ndarray, turns: np.ndarray | None) -> list[np.ndarray]:
+        assert turns is not None
+        groups = group_by_turns(turns[order], self.config.train.turns_per_update)
+        return [order[group] for group in groups]
 
     def padded_tokens(self, length: int, plan: PackingPlan | None) -> int:
         """Tokens of all rows that one pass over a batch reads, padding included."""
@@ -226,6 +239,21 @@ def dialogues_a_row(config: ConfigDict, mesh: Mesh) -> int:
     return 2 if config.train.share_rows and unshared >= 2 * batch_parts(mesh) else 1
 
 
+def updates_at_most(config: ConfigDict) -> int:
+    """Optimizer steps of a training step, at most: with train.turns_per_update dialogues may end sooner."""
+    c = config.train
+    if not c.turns_per_update:
+        return c.epochs * c.minibatches
+    return c.epochs * -(-config.rollout.batch * config.rollout.max_turns // c.turns_per_update)
+
+
+def dialogues_an_update(config: ConfigDict) -> int:
+    """Dialogues of an optimizer step; with train.turns_per_update, where all have all their turns."""
+    if not config.train.turns_per_update:
+        return config.rollout.batch // config.train.minibatches
+    return min(-(-config.train.turns_per_update // config.rollout.max_turns), config.rollout.batch)
+
+
 def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
     """Microbatches that so many dialogues of the greatest length are read in."""
     if not config.train.share_rows:
@@ -258,7 +286,7 @@ def _trained(config: ConfigDict, agents: Agents, mesh: Mesh, weights: Weights) -
         lm = _model(config, "critic", config.critic, mesh, agents, weights)
         width, trunk = lm.model.config.hidden_size, as_trained(lm.model, config.critic)
         critic["trunk"] = lm.params
-    init = lambda: nn.unbox(head.init(jax.random.key(0), jnp.zeros((1, width))))["params"]  # noqa: E731  (constants)
+    init = lambda: nn.unbox(head.init(jax.random.key(config.train.seed), jnp.zeros((1, width))))["params"]  # noqa: E731  (constants)
     critic["head"] = weights.make(init, NamedSharding(mesh, PartitionSpec()))
     return {"policy": policy, "critic": critic}, trunk
 
@@ -269,7 +297,9 @@ def as_trained(model: Qwen2, c: ConfigDict) -> Qwen2:
 
 
 def value_head_of(config: ConfigDict) -> ValueHead:
-    """It starts from what a dialogue would earn if nothing moved the user."""
+    """It starts from what a dialogue would earn if nothing moved the user, or at random."""
+    if config.critic.head_init == "random":
+        return ValueHead(kernel_std=HEAD_STD)
     return ValueHead(bias_init=config.emotion.initial / 100 if config.reward.kind == "final" else 0.0)
 
 
@@ -281,7 +311,7 @@ def _step_config(config: ConfigDict, agents: Agents, trunk: Qwen2 | None, mesh: 
         as_trained(agents.policy.model, config.policy),
         trunk,
         value_head_of(config) if critic else None,
-        LossConfig(**keywords(LossConfig, config.loss), length=length),
+        LossConfig(**keywords(LossConfig, config.loss), length=length, turns=config.rollout.max_turns),
         **keywords(TrainedModels, config.rollout, config.loss),
         vocab_shards=mesh.shape["tensor"],
     )
@@ -291,6 +321,8 @@ def _step_config(config: ConfigDict, agents: Agents, trunk: Qwen2 | None, mesh: 
     )
     adam = keywords(make_optimizer, config.train)
     critic_adam = adam | {"learning_rate": config.critic.learning_rate}
+    if config.critic.rate_warmup_steps >= 0:
+        critic_adam["warmup_steps"] = config.critic.rate_warmup_steps
     optimizers = Optimizers(make_optimizer(**adam), make_optimizer(**critic_adam) if critic else None)
     return TrainStepConfig(models, advantage, update, optimizers)
 

@@ -30,7 +30,7 @@ class EmotionRules:
 
     initial: emotion before the first reply.
     floor: a dialogue fails, and ends, at `emotion <= floor`; 9 is SAGE's "below 10", -1 means never.
-    ceiling: a dialogue succeeds, and ends, at `emotion >= ceiling`.
+    ceiling: a dialogue succeeds, and ends, at `emotion >= ceiling`; 101 means never.
     max_change: a reply moves the emotion by at most this much either way, 1..10.
     thresholds: lowest emotion of the bands S, A, B, C; what lies below the last is F.
 
@@ -47,10 +47,10 @@ class EmotionRules:
         numbers = (self.initial, self.floor, self.ceiling, self.max_change, *self.thresholds)
         if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
             raise ValueError(f"emotion rules must be Python ints, not {numbers}: round them and pass ints")
-        if not -1 <= self.floor < self.initial < self.ceiling <= HIGHEST:
+        if not -1 <= self.floor < self.initial < self.ceiling <= HIGHEST + 1:
             raise ValueError(
                 f"floor={self.floor}, initial={self.initial}, ceiling={self.ceiling} must satisfy -1 <= floor"
-                f" < initial < ceiling <= {HIGHEST}: otherwise a dialogue would end before it begins"
+                f" < initial < ceiling <= {HIGHEST + 1}: otherwise a dialogue would end before it begins"
             )
         if not 1 <= self.max_change <= CHANGES[-1]:
             raise ValueError(f"max_change={self.max_change} must lie in 1..{CHANGES[-1]}, what an appraisal can choose")

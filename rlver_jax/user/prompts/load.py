@@ -25,12 +25,13 @@ from rlver_jax.user.emotion import TRAINING, EmotionRules
 STYLES = ("vanilla", "challenging")
 SCENARIOS = ("heart_to_heart", "chit_chat")
 MODES = ("think", "direct")
+POLICY_PROMPTS = ("sage", "friend", "coach")  # what the policy is told to be; see docs/reproducing.md
 
 # Each template with the variables that it may use. The policy never sees a profile, hence none there.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "user_system.j2": ("persona", "scene", "hidden_intention", "intention", "style", "scenario", "rules"),
-    "policy_think.j2": (),
-    "policy_direct.j2": (),
+    "policy_think.j2": ("prompt",),
+    "policy_direct.j2": ("prompt",),
     "form.j2": ("say", "form", "missing"),  # how a user behind an endpoint is asked to fill in a script
 }
 FILES = (*TEMPLATES, "opening.txt", "appraisal.script", "reply.script", "hidden_intentions.json")
@@ -110,10 +111,14 @@ class Prompts:
         values = {name: text.strip() for name, text in profile.items()}
         return self._render("user_system.j2", **values, intention=known, style=style, scenario=scenario, rules=rules)
 
-    def policy_system(self, mode: str) -> str:
-        """Render the policy's system prompt for `mode`: "think" or "direct", else ValueError."""
+    def policy_system(self, mode: str, prompt: str = "sage") -> str:
+        """Render the policy's system prompt for `mode`, "think" or "direct", and `prompt`, one of POLICY_PROMPTS.
+
+        A folder's own policy prompts need not look at `prompt`. Raises ValueError for an unknown mode or prompt.
+        """
         _check_choice("mode", mode, MODES)
-        return self._render(f"policy_{mode}.j2")
+        _check_choice("prompt", prompt, POLICY_PROMPTS)
+        return self._render(f"policy_{mode}.j2", prompt=prompt)
 
     def form(self, form: str, *, say: str | None = None, missing: str = "") -> str:
         """Render the request to fill in a form, perhaps after the policy's reply.
