@@ -25,7 +25,7 @@ from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.perf.bench_timing import machine
 from rlver_jax.runs.files import write_json
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 
 # Suite -> its module in perf/, which has `measure(repeats, tell)`, returning results, and `lines(results)`, their text.
 SUITES = {
@@ -40,26 +40,26 @@ SUITES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        suite, options = _arguments(sys.argv[1:] if argv is None else argv)
-        results = {"suite": suite, "repeats": options.repeats, "machine": machine()}
-        module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
-        with errors.status(suite) as status:
+    return run_command("bench", _bench, argv)
 
-            def tell(text: str) -> None:
-                status.update(f"{suite}: {text}")
-                if not errors.is_terminal:
-                    errors.print(f"{suite}: {text}", markup=False, highlight=False)
 
-            results |= module.measure(options.repeats, tell)
-        if options.json:
-            write_json(Path(options.json), results)
-    except (ValueError, OSError) as error:
-        errors.print(f"bench: {error}", markup=False, highlight=False)
-        return 2
+def _bench(command: Command, argv: Sequence[str]) -> int:
+    suite, options = _arguments(argv)
+    results = {"suite": suite, "repeats": options.repeats, "machine": machine()}
+    module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
+    errors = command.errors
+    with errors.status(suite) as status:
+
+        def tell(text: str) -> None:
+            status.update(f"{suite}: {text}")
+            if not errors.is_terminal:
+                errors.print(f"{suite}: {text}", markup=False, highlight=False)
+
+        results |= module.measure(options.repeats, tell)
+    if options.json:
+        write_json(Path(options.json), results)
     for line in module.lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        command.print(line)
     return 0
 
 

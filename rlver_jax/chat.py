@@ -34,7 +34,7 @@ from rlver_jax.rollout.agents import Agents, limits_of, load_model
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
@@ -43,29 +43,27 @@ SIDES = ("user", "policy")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        trained = take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
-        needs = ["policy", "user"] if options.side == "user" else ["user"]
-        validate(config, fields.get_config(), jax.device_count(), needs)
-        profile = _profile(chosen_profiles(config), options.profile)
-        out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
-        if out.exists():
-            raise ConfigError(f"--out={out} exists; name a new file")
-        check_file_to_write(out)
-        sides = {"user": True} | ({"policy": trained is None} if options.side == "user" else {})
-        fetch({side: (config[side].path, new and config[side].init == "path") for side, new in sides.items()})
-        with console.status("loading the models"):
-            talk = _conversation(config, options, profile, trained.weights if trained else None)
-    except (ValueError, OSError) as error:
-        errors.print(f"chat: {error}", markup=False, highlight=False)
-        return 2
-    try:
-        Terminal(talk, profile, options.side, out, console).run()
-    except KeyboardInterrupt:
-        errors.print(f"chat: interrupted; what was said is in {out}", markup=False, highlight=False)
-        return 130
+    return run_command(
+        "chat", _chat, argv, {KeyboardInterrupt: Ending(130, "interrupted; the transcript is in {place}")}
+    )
+
+
+def _chat(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    trained = take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
+    needs = ["policy", "user"] if options.side == "user" else ["user"]
+    validate(config, fields.get_config(), jax.device_count(), needs)
+    profile = _profile(chosen_profiles(config), options.profile)
+    out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
+    if out.exists():
+        raise ConfigError(f"--out={out} exists; name a new file")
+    check_file_to_write(out)
+    sides = {"user": True} | ({"policy": trained is None} if options.side == "user" else {})
+    fetch({side: (config[side].path, new and config[side].init == "path") for side, new in sides.items()})
+    with command.console.status("loading the models"):
+        conversation = _conversation(config, options, profile, trained.weights if trained else None)
+    command.place = str(out)
+    Terminal(conversation, profile, options.side, out, command.console).run()
     return 0
 
 

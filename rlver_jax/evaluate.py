@@ -23,7 +23,6 @@ Exit status: 0 done, 1 an emotion that is not the one before plus the change, an
 process is lost or has taken DIR over, 2 bad usage (also a DIR that another process uses), 130 interrupted.
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,71 +53,56 @@ from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.lock import LostLockError, hold
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.progress import Meter
 from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
+
+_RESUMES = "\nthe same command resumes with what is in {place}"
+ENDINGS = {
+    EndpointError: Ending(2, "{error}" + _RESUMES),
+    Unavailable: Ending(1, "{error}" + _RESUMES),
+    LostLockError: Ending(1),
+    KeyboardInterrupt: Ending(130, "interrupted" + _RESUMES),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    return judging.main(argv, __doc__) if judging.of_finished(argv) else distributed.shutdown(_run(argv))
+    if judging.of_finished(argv):
+        return judging.main(argv, __doc__)
+    return distributed.shutdown(run_command("evaluate", _evaluate, argv, ENDINGS))
 
 
-def _run(argv: Sequence[str]) -> int:
-    console, errors = consoles()
-    with contextlib.ExitStack() as held:
-        try:
-            config, options = _arguments(argv)
-            console.quiet = not distributed.is_main()
-            trained = _trained(config, options)
-            validate(config, fields.get_config(), jax.device_count(), ["policy", "user"])
-            here = [side for side in ("policy", "user") if side not in endpoint_sides(config)]
-            check_context(config, *here)  # before weights are looked at
-            judges = judging.Judges.of_flags(options, config)
-            profiles = chosen_profiles(config)
-            before = read_evaluation(options.before) if options.before else None
-            settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
-            say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-            check = held.enter_context(hold(options.out, "--out", say)).check
-            folder = EvaluationFolder.open(options.out, settings, options.repeats, check=check, report=say)
-            with console.status("loading the models"):
-                evaluation = _load(config, profiles, folder, trained)
-        except (ValueError, OSError) as error:
-            errors.print(f"evaluate: {error}", markup=False, highlight=False)
-            return 2
-        try:
-            records = play_missing(evaluation, folder, console, options.repeats)
-            summary = summarize(evaluation, records, folder)
-            judged, marked = judges.judge(finished(records, profiles), folder.path, console)
-            summary |= judged
-            folder.finish(marked, summary)
-        except _EXPECTED as error:
-            return _ended(error, folder, errors)
+def _evaluate(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    console = command.console
+    console.quiet = not distributed.is_main()
+    trained = _trained(config, options)
+    validate(config, fields.get_config(), jax.device_count(), ["policy", "user"])
+    here = [side for side in ("policy", "user") if side not in endpoint_sides(config)]
+    check_context(config, *here)  # before weights are looked at
+    judges = judging.Judges.of_flags(options, config)
+    profiles = chosen_profiles(config)
+    before = read_evaluation(options.before) if options.before else None
+    settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
+    with hold(options.out, "--out", command.print) as lock:
+        folder = EvaluationFolder.open(options.out, settings, options.repeats, check=lock.check, report=command.print)
+        with console.status("loading the models"):
+            evaluation = _load(config, profiles, folder, trained)
+        command.place = str(folder.path)
+        records = play_missing(evaluation, folder, console, options.repeats)
+        summary = summarize(evaluation, records, folder)
+        judged, marked = judges.judge(finished(records, profiles), folder.path, console)
+        summary |= judged
+        folder.finish(marked, summary)
     if before:
         print_comparison(before, (summary, records), console)
     else:
         print_dialogue(records[0], console)
     show_judges(summary, console)
-    console.print(headline(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
+    command.print(headline(summary, folder.path))
     return 0
-
-
-_EXPECTED = (ValueError, OSError, EndpointError, LostLockError, KeyboardInterrupt, jax.errors.JaxRuntimeError)
-
-
-def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> int:
-    """Says why the evaluation ended early; returns the exit status."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        if not (text := distributed.peer_failure(error)):
-            raise error
-        errors.print(f"evaluate: {text}", markup=False, highlight=False)
-        return 1
-    interrupted = isinstance(error, KeyboardInterrupt)
-    errors.print(f"evaluate: {'interrupted' if interrupted else error}", markup=False, highlight=False)
-    if interrupted or isinstance(error, EndpointError):
-        errors.print(f"the same command goes on with what is in {folder.path}", markup=False, highlight=False)
-    return 130 if interrupted else 1 if isinstance(error, Unavailable | LostLockError) else 2
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:

@@ -20,7 +20,7 @@ from rlver_jax.config.validate import ConfigError
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import make_model
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from rlver_jax.training.restore import TrainedPolicy
@@ -31,30 +31,24 @@ DTYPES = ("bfloat16", "float32")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        options = _arguments(sys.argv[1:] if argv is None else argv)
-        policy = TrainedPolicy.open(
-            options.workdir, fields.get_config(), options.step, options[POLICY_PATH].value or ""
-        )
-        model = make_model(policy.config.policy, "policy")
-        tokenizer = load_tokenizer(policy.config.policy.path)
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            as_tokenizers(tokenizer)  # what can't be written is said before anything slow
-        mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
-        with console.status(f"reading step {policy.step}"):
-            params = policy.weights(model, mesh)
-        with console.status(f"writing {options.out}"):
-            save_params(
-                options.out, params, model.config, dtype=options.dtype, tokenizer_from=policy.config.policy.path
-            )
-            if isinstance(tokenizer, SentencePieceTokenizer) and jax.process_index() == 0:
-                write_for_transformers(tokenizer, options.out)
-    except (ValueError, OSError) as error:
-        errors.print(f"export: {error}", markup=False, highlight=False)
-        return 2
-    text = f"step {policy.step} of {options.workdir} → {options.out} ({options.dtype})"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return run_command("export", _export, argv)
+
+
+def _export(command: Command, argv: Sequence[str]) -> int:
+    options = _arguments(argv)
+    policy = TrainedPolicy.open(options.workdir, fields.get_config(), options.step, options[POLICY_PATH].value or "")
+    model = make_model(policy.config.policy, "policy")
+    tokenizer = load_tokenizer(policy.config.policy.path)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        as_tokenizers(tokenizer)  # what can't be written is said before anything slow
+    mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
+    with command.console.status(f"reading step {policy.step}"):
+        params = policy.weights(model, mesh)
+    with command.console.status(f"writing {options.out}"):
+        save_params(options.out, params, model.config, dtype=options.dtype, tokenizer_from=policy.config.policy.path)
+        if isinstance(tokenizer, SentencePieceTokenizer) and jax.process_index() == 0:
+            write_for_transformers(tokenizer, options.out)
+    command.print(f"step {policy.step} of {options.workdir} → {options.out} ({options.dtype})")
     return 0
 
 

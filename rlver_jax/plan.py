@@ -38,7 +38,7 @@ from rlver_jax.perf.plan_remedies import find_remedy, over
 from rlver_jax.perf.plan_report import Plan, show
 from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.runs.files import write_json
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.setup import check_learning, rollout_spec
 
@@ -47,22 +47,21 @@ PREFIX, FIRST_TALK = 2688, 128  # tokens: RLVER's 500 published training profile
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        check_learning(config)
-        devices = topology_devices(options.topology, options.slices)
-        validate(config, fields.get_config(), len(devices))
-        mesh = make_mesh(**config.mesh, devices=devices)
-        # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
-        jax.config.update("jax_enable_compilation_cache", False)
-        with errors.status("planning"):
-            tell = lambda text: errors.print(text, highlight=False)  # noqa: E731
-            plan = make_plan(config, options.topology, mesh, tell, remats=options.remat)
-    except (ValueError, OSError) as error:
-        errors.print(f"plan: {error}", markup=False, highlight=False)
-        return 2
-    show(plan, console)
+    return run_command("plan", _plan, argv)
+
+
+def _plan(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    check_learning(config)
+    devices = topology_devices(options.topology, options.slices)
+    validate(config, fields.get_config(), len(devices))
+    mesh = make_mesh(**config.mesh, devices=devices)
+    # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
+    jax.config.update("jax_enable_compilation_cache", False)
+    with command.errors.status("planning"):
+        tell = lambda text: command.errors.print(text, highlight=False)  # noqa: E731
+        plan = make_plan(config, options.topology, mesh, tell, remats=options.remat)
+    show(plan, command.console)
     if options.json:
         write_json(Path(options.json), plan.to_json())
     return 0 if plan.fits and not plan.faults else 1

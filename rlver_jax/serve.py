@@ -33,7 +33,7 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.rollout.agents import load_model, make_model, sampling_copy
 from rlver_jax.serving.engine import Engine
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
@@ -44,27 +44,26 @@ LOOK_S = 2.0  # between two status lines in a terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        _check_installed()
-        _check_token(os.environ.get(TOKEN_VARIABLE, ""))
-        checkpoint = options.checkpoint or config.policy.path
-        trained = take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
-        validate(config, fields.get_config(), jax.device_count(), ["policy"])
-        fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
-        system = _system(config) if options.policy_prompt else ""
-        with _listen(options.host, options.port) as listening:
-            with console.status("loading the model"):
-                engine = _load(config, options, trained.weights if trained else None)
-            with console.status("compiling"):
-                engine.warm_up()
-            _serve(engine, options.name or short_name(checkpoint), system, listening, console)
-    except (ValueError, OSError) as error:
-        errors.print(f"serve: {error}", markup=False, highlight=False)
-        return 2
+    return run_command("serve", _run, argv)
+
+
+def _run(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    _check_installed()
+    _check_token(os.environ.get(TOKEN_VARIABLE, ""))
+    checkpoint = options.checkpoint or config.policy.path
+    trained = take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
+    validate(config, fields.get_config(), jax.device_count(), ["policy"])
+    fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
+    system = _system(config) if options.policy_prompt else ""
+    with _listen(options.host, options.port) as listening:
+        with command.console.status("loading the model"):
+            engine = _load(config, options, trained.weights if trained else None)
+        with command.console.status("compiling"):
+            engine.warm_up()
+        _serve(engine, options.name or short_name(checkpoint), system, listening, command.console)
     if engine.failure is not None:
-        errors.print(f"serve: the engine has failed: {engine.failure!r}", markup=False, highlight=False)
+        command.say(f"the engine has failed: {engine.failure!r}")
         return 1
     return 0
 

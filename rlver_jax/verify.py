@@ -10,7 +10,7 @@ choice, every change the readout of its distribution, every emotion the clipped 
 token of a reply the one that its key draws. Where two candidates lie so close to each other that rounding decides (by
 the user's dtype), that is reported as a tie. Ends, texts, the set of dialogues and their other fields follow from the
 config, which must be the one that they were played with. --partial: the logs lack dialogues on purpose. The last line
-says what was not derived (recomputed from the models).
+says what was not recomputed.
 
 With --policy the policy's replies are recomputed, too: each token must be the one that its key draws, with both of its
 log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run, an evaluation is compared with the
@@ -60,7 +60,7 @@ from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.sampler import opening_key
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training import behaviour_policy
 from rlver_jax.user.prompts import load_prompts
@@ -335,9 +335,10 @@ def show(report: Report, console: Console) -> None:
             console.print(f"… and {len(lines) - SHOWN} more {kind}s")
     missing = ", ".join(sorted(report.unchecked, key=_is_extra))
     console.print(
-        f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: {len(report.ties)} ties, "
-        f"{len(report.faults)} faults, log-probabilities within {report.logprob_error:.2g} nats"
-        + (f"; not derived: {missing}" if missing else ""),
+        f"recomputed {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
+        f"{len(report.ties)} ties, {len(report.faults)} faults, "
+        f"log-probabilities within {report.logprob_error:.2g} nats"
+        + (f"; not recomputed: {missing}" if missing else ""),
         markup=False,
     )
 
@@ -358,23 +359,22 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles(soft_wrap=True)
-    try:
-        config, options, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__, _define)
-        if not rest:
-            raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
-        files = local_paths(rest)
-        here = [side for side in (USER, POLICY) if not config.remote[side].url]
-        validate(config, fields.get_config(), needs=here[:1])
-        if options.step and not options.policy:
-            raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
-        policy = behaviour_policy.Choice(options.policy, options.step, given_path(options)) if options.policy else None
-        how = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
-        report = verify_logs(files, config, console, **how)
-    except (ValueError, OSError) as error:
-        errors.print(f"verify: {error}", markup=False, highlight=False)
-        return 2
-    show(report, console)
+    return run_command("verify", _verify, argv, soft_wrap=True)
+
+
+def _verify(command: Command, argv: Sequence[str]) -> int:
+    config, options, rest = config_from_flags(argv, __doc__, _define)
+    if not rest:
+        raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
+    files = local_paths(rest)
+    here = [side for side in (USER, POLICY) if not config.remote[side].url]
+    validate(config, fields.get_config(), needs=here[:1])
+    if options.step and not options.policy:
+        raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
+    policy = behaviour_policy.Choice(options.policy, options.step, given_path(options)) if options.policy else None
+    choices = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
+    report = verify_logs(files, config, command.console, **choices)
+    show(report, command.console)
     return 1 if report.faults else 0
 
 
