@@ -1,17 +1,17 @@
 """Measures this program on this machine, each way of doing something against its alternative.
 
-    python -m rlver_jax.bench SUITE [--json=FILE] [--repeats=N]
+    rlver bench SUITE [--json=FILE] [--repeats=N]
 
 Suites:
-    dialogue   the miniature's dialogues on rows that take the next one when theirs has ended, and on rows that wait
-    rollout    the policy's side of dialogues by a model of 39 million weights; decoding against a copy of what it reads
-    update     gradients of whole dialogues: packed in one row each against one row for every turn
-    logprob    log-probs over 151,936 tokens: in chunks of the vocabulary against all logits at once
-    load       weights of the size of Qwen2.5-0.5B onto the device, against the file as it is
-    compile    the miniature from the command to its first step, with nothing compiled before and once more
+    dialogue   the miniature's dialogues in slots that take the next one when theirs has ended, and in slots that wait
+    rollout    the policy's side of dialogues with a model of 39 million weights; decoding against copying what it reads
+    update     gradients of whole dialogues: one sequence for each dialogue against one for each turn
+    logprob    log-probabilities over 151,936 tokens: in chunks of the vocabulary against all logits at once
+    load       weights of the size of Qwen2.5-0.5B onto the device, against reading the file alone
+    compile    the miniature from the command to its first step, with nothing compiled before, and once more
 
 Each way runs once first, for compilation, then all of them in turn, N times. Times are medians. Where other programs
-share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage.
+share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
 import importlib

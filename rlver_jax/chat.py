@@ -1,13 +1,13 @@
-"""Talk to a policy as the user, or answer the simulated user yourself.
+"""Lets you talk to a policy as the user, or answer the simulated user yourself.
 
-    python -m rlver_jax.chat --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER]
-                             [--side=user|policy] [--profile=ID] [--out=FILE]
+    rlver chat --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER]
+               [--side=user|policy] [--profile=ID] [--out=FILE]
 
---side=user: you speak as the user of a profile; the policy answers, and the simulated user appraises each answer in
-your place, so that its estimate of your emotion stands beside every turn. --side=policy: you answer the simulated user
-and watch its emotion; only the user's model is loaded. The transcript is a dialogue log of one line, written after
-every message. Of a training run the checkpoint with the best eval/score is taken (else the last; --step chooses).
-Exit status: 0 the dialogue or the input has ended, 2 bad usage, 130 interrupted.
+--side=user: you speak as the user of a profile and the policy replies. The simulated user appraises each reply in your
+place, so that its estimate of your emotion stands beside every turn. --side=policy: you answer the simulated user and
+watch its emotion; only the user's model is loaded. The transcript is a dialogue log of one line, written after every
+message. Of a training run the checkpoint with the best eval/score is taken, or the last one where none has a score;
+--step chooses another. Exit status: 0 the dialogue or the input has ended, 2 bad usage, 130 interrupted.
 """
 
 import dataclasses

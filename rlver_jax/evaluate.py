@@ -1,26 +1,25 @@
-"""Plays held-out profiles with a policy and scores it as SAGE does: by the user's emotion at the end.
+"""Plays held-out profiles with a policy and scores it as SAGE does, by the user's final emotion.
 
-    python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
-                                 [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…]
-                                 [--measures=FILE[:ARG]|HF_FOLDER]
-    python -m rlver_jax.evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
-    python -m rlver_jax.evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
+    rlver evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
+                   [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…] [--measures=FILE[:ARG]|HF_FOLDER]
+    rlver evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
+    rlver evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
 
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
-what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. Of a training run the checkpoint with the best
-eval/score is taken (else the last; --step chooses). --before names an earlier evaluation, whose dialogue with the same
-profile and whose scores are printed as well. An interrupted evaluation resumes
-when it is started again with the same settings and DIR.
+the settings; DIR/dialogues.jsonl holds every dialogue with its tokens. Of a training run the checkpoint with the best
+eval/score is taken, or the last one where none has a score; --step chooses another. --before names an earlier
+evaluation: its scores, and its dialogue with the same profile, are printed for comparison. An interrupted evaluation
+resumes when it is started again with the same settings and DIR.
 
---judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
-that have been played, ours or SAGE's, and checks their arithmetic; --agreement compares the config's user with the one
-of a record. A judge is on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
+--judge has other users score the same dialogues. --measures has a model fill in questionnaires about them. --from takes
+finished dialogues, ours or SAGE's, and checks their arithmetic. --agreement compares the config's user with the one of
+a record. A judge runs on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
 
-On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them), for
-playing alone; see docs/pods.md.
+On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them). There
+it only plays; see docs/pods.md.
 
-Exit status: 0 done, 1 an emotion that is not the one before plus the change, an endpoint that stays away, or another
-process is lost or has taken DIR over, 2 bad usage (also a DIR that another process uses), 130 interrupted.
+Exit status: 0 done, 1 an emotion that is not the one before plus the change, an endpoint that does not answer, or
+another process is lost or has taken DIR over, 2 bad usage (also a DIR that another process uses), 130 interrupted.
 """
 
 import sys

@@ -1,11 +1,12 @@
-"""Writes a trained policy as a Hugging Face folder, for `transformers`, vLLM, or `evaluate --checkpoint`.
+"""Writes a trained policy as a Hugging Face folder, for transformers, vLLM or evaluate --checkpoint.
 
-    python -m rlver_jax.export --workdir=DIR --out=NEW_DIR [--step=best|last|N] [--dtype=bfloat16|float32]
-                               [--config.policy.path=FOLDER]
+    rlver export --workdir=DIR --out=NEW_DIR [--step=best|last|N] [--dtype=bfloat16|float32]
+                 [--config.policy.path=FOLDER]
 
 Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
-Config and tokenizer are those that the run keeps of its base model, or of the folder given. A SentencePiece model is
-also written as a tokenizer.json, which AutoTokenizer reads with the same ids. Exit status: 0 done, 2 bad usage.
+Config and tokenizer are those of the base model, which the run keeps, or those of FOLDER. A SentencePiece model is also
+written as a tokenizer.json, which AutoTokenizer reads with the same ids.
+Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""What training a config on a TPU topology takes, found without a TPU: the real programs compiled ahead of time.
+"""Finds out whether a config fits a TPU topology, and how fast it runs there, without a TPU.
 
-    python -m rlver_jax.plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--slices=N] [--config.a.b=v …] [--remat]
-    [--json=FILE]
+    rlver plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--slices=N] [--config.a.b=v …] [--remat] [--json=FILE]
 
-Needs the TPU compiler: pip install '.[tpu]' (on any machine). Prints memory of a chip while each program of a training
-step runs, with all that is alive beside it; operations, bytes and collectives of each phase; and a prediction. A model
-is given by its folder (policy.path: config.json and the tokenizer are read, no weights) or its size (policy.size=7b).
-Exit status: 0 it fits, 1 it does not or an array exists that must not, 2 bad usage.
+The real programs are compiled ahead of time by the TPU compiler: pip install 'rlver_jax[tpu]' (on any machine). Prints
+memory of a chip while each program of a training step runs, with all that is alive beside it; operations, bytes and
+collectives of each phase; and a prediction of the time. A model is given by its folder (policy.path: config.json and
+the tokenizer are read, no weights) or its size (policy.size=7b).
+Exit status: 0 it fits, 1 it does not, or an array exists that must not, 2 bad usage, 130 interrupted.
 """
 
 import os

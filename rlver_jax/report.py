@@ -1,12 +1,12 @@
-"""Shows training runs and evaluations as one HTML page, to be opened in any browser, without a network.
+"""Shows training runs and evaluations on one HTML page, which any browser opens without a network.
 
-    python -m rlver_jax.report WORKDIR… --out=report.html [--max_mb=5]
-    python -m rlver_jax.report WORKDIR… --curve=emotion.svg
+    rlver report DIR… --out=report.html [--max_mb=5]
+    rlver report DIR… --curve=emotion.svg
 
-WORKDIR is the --workdir of a training run or the --out of an evaluation; several are compared. The page holds emotion,
+DIR is the --workdir of a training run or the --out of an evaluation; several are compared. The page holds emotion,
 reward and held-out score by step, successes, failures and ends, emotion over the turns by hidden intention, lengths,
 the social-cognition coordinate where a judge has placed the dialogues, every setting, and a browser of the logged
-dialogues. --curve writes the emotion curve alone. Exit status: 0 done, 2 bad usage.
+dialogues. --curve writes the emotion curve alone. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
 import math

@@ -1,11 +1,12 @@
 """Serves a policy to anything that speaks OpenAI's protocol: chat completions and completions.
 
-    python -m rlver_jax.serve --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--port=8000]
+    rlver serve --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--port=8000]
 
 Requests that come together are answered together, --rows at a time. Of a training run the checkpoint with the best
-eval/score is taken (else the last; --step chooses). It listens on this machine only unless --host says otherwise, and
-asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN. GET /stats tells how busy the rows are.
-Needs the extra `serve`. Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage.
+eval/score is taken, or the last one where none has a score; --step chooses another. The server listens on this machine
+only, unless --host says otherwise, and asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN.
+GET /stats tells how busy it is. Needs the extra `serve`: pip install 'rlver_jax[serve]'.
+Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage, 130 interrupted before it served.
 """
 
 import gc
@@ -81,7 +82,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", 0, 65535, **given)
         flags.DEFINE_integer("rows", 16, "requests answered at once", 1, **given)
         flags.DEFINE_integer("context", 0, "tokens of prompt and reply; 0: rollout.context", 0, **given)
-        flags.DEFINE_integer("block", 8, "tokens said between two looks at the queue", 1, **given)
+        flags.DEFINE_integer("block", 8, "tokens generated between two looks at the queue", 1, **given)
         flags.DEFINE_integer("queue", 256, "replies that may wait for a row", 1, **given)
 
     config, options, rest = config_from_flags(argv, __doc__, define)

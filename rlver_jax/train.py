@@ -1,15 +1,17 @@
 """Trains a policy with PPO or GRPO on the emotions of a simulated user (RLVER, arXiv 2507.03112).
 
-    python -m rlver_jax.train --config=FILE[:ARG] [--config.a.b=v …] --workdir=DIR
-                              [--coordinator=HOST:PORT --processes=N --process=I]
+    rlver train --config=FILE[:ARG] [--config.a.b=v …] --workdir=DIR
+                [--coordinator=HOST:PORT --processes=N --process=I]
 
-DIR holds config.json, metrics.jsonl (a row a step), tensorboard/, checkpoints/, dialogues/ and model/ (of the
-base model: config and tokenizer). The same command resumes an interrupted
-run, with equal results; SIGTERM finishes the step and saves. Exit status: 0 done or stopped by
-SIGTERM, 1 an alarm (config.alarms), another process is lost or has taken DIR over, 2 bad usage (also a DIR that another
-process uses, or whose run began with other profiles, prompts or models), 130 interrupted.
+DIR holds config.json, metrics.jsonl (a record for each step), tensorboard/, checkpoints/, dialogues/ and model/ (config
+and tokenizer of the base model). The same command resumes an interrupted run, with equal results; SIGTERM finishes the
+step and saves.
 
 On several hosts the same command runs on each; on TPU VMs the processes find each other by themselves (docs/pods.md).
+
+Exit status: 0 done or stopped by SIGTERM, 1 an alarm (config.alarms), another process is lost or has taken DIR over,
+2 bad usage (also a DIR that another process uses, or whose run began with other profiles, prompts or models), 130
+interrupted.
 """
 
 import sys

@@ -1,8 +1,7 @@
-"""Recomputes every reward of a dialogue log and says where the log differs from what the user model generates.
+"""Recomputes every reward of a dialogue log, and names each difference.
 
-    python -m rlver_jax.verify DIALOGUES.jsonl [FILE…] --config=configs/x.py [--config.a.b=v …]
-                               [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]]
-                               [--repeats=N] [--partial]
+    rlver verify DIALOGUES.jsonl [FILE…] --config=FILE[:ARG] [--config.a.b=v …]
+                 [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]] [--repeats=N] [--partial]
 
 Nothing is generated: the user model replays each dialogue by teacher forcing, in one forward pass (the prefix of a
 profile is prefilled once), in which no turn sees the reasoning of another. Every appraisal token must be the user's own
@@ -13,11 +12,11 @@ config, which must be the one that they were played with. --partial: the logs la
 says what was not recomputed.
 
 With --policy the policy's replies are recomputed, too: each token must be the one that its key draws, with both of its
-log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run, an evaluation is compared with the
-checkpoint that evaluate would take, or --step. The dialogues of training step N were played by the policy before that
-step: they are compared with the checkpoint of step N - 1, for step 1 with the model that training began with.
+log-probabilities. --policy takes what evaluate's --checkpoint takes. An evaluation of a training run is compared with
+the checkpoint that evaluate would take, or --step. The dialogues of training step N were played by the policy before
+that step: they are compared with the checkpoint of step N - 1, or for step 1 with the model that training began with.
 
-Exit status: 0 no fault, 1 any fault, 2 bad usage.
+Exit status: 0 no fault, 1 any fault, 2 bad usage, 130 interrupted.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Prepares JSONL files of profiles as a TFDS data set, for data.train and data.eval (docs/data.md).
 
-    python -m rlver_jax.profiles.builder --profiles=FILE,… [--eval=FILE,…] [--data_dir=DIR]
+    rlver prepare --profiles=FILE,… [--eval=FILE,…] [--data_dir=DIR]
 
 The data set has the split `train`, of --profiles, and `eval`, of --eval; the last line says how a config names it.
 Profiles are read by index from array_record files, so that a million of them take no memory. A set that is prepared
