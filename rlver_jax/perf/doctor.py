@@ -3,7 +3,7 @@
     rlver doctor [--workdir=DIR]
 
 What can be tried is tried: the training program is imported, another is compiled and run on each device, a file is
-written where checkpoints go: --workdir, or the working folder. Each extra is listed with the packages that it lacks. The
+written where checkpoints go: --workdir, or the working folder. Of each extra the packages that it lacks are named. The
 last lines say what to do about each fault.
 Exit status: 0 training can start, 1 something that it needs is broken, 2 bad usage, 130 interrupted.
 """
