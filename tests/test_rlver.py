@@ -15,6 +15,7 @@ import pytest
 import rlver_jax
 from rlver_jax.__main__ import COMMANDS, main
 from tests.config.test_paths import COMMANDS as MODULES
+from tests.quick import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
@@ -130,16 +131,19 @@ def test_a_package_that_is_missing_is_named(tmp_path):
 def test_signals_reach_the_training(number, tmp_path):
     """SIGTERM finishes the step and saves, Ctrl-C ends the run at once; as `python -m rlver_jax.train` does."""
     words = ["--config=configs/debug.py:direct", "--config.train.steps=500", "--config.eval.every=0", "--workdir=w"]
-    command = [sys.executable, "-m", "rlver_jax", "train", *words]
+    command, environment = [sys.executable, "-m", "rlver_jax", "train", *words], ENVIRONMENT | {"XLA_FLAGS": QUICK}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes) as process:
-        deadline, metrics = time.monotonic() + 240, tmp_path / "w" / "metrics.jsonl"
-        while not (metrics.exists() and '"step": 1' in metrics.read_text()):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=120)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        try:
+            deadline, metrics = time.monotonic() + 600, tmp_path / "w" / "metrics.jsonl"
+            while not (metrics.exists() and '"step": 1,' in metrics.read_text()):
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.kill()
     if number == signal.SIGTERM:
         assert process.returncode == 0, err
         assert "of 500 steps" in out

@@ -110,7 +110,7 @@ def players_of(
         if POLICY in plan.endpoints:
             raise ConfigError(
                 f"--policy={choice.checkpoint}: the policy of dialogue {record['dialogue']} was behind an endpoint, so "
-                f"nothing of it can be derived again; leave out --policy"
+                f"nothing of it can be recomputed; leave out --policy"
             )
         step = step_of(record, plan)
         steps[step] += 1
@@ -155,7 +155,7 @@ def _check_kept(folder: str, step: int) -> None:
         raise NotKeptError(
             f"--policy={folder}: the dialogues of training step {step} were played by the policy as it was after step "
             f"{step - 1}, of which no checkpoint is kept; there are steps {kept}, so that dialogues of the steps after "
-            f"those can be derived (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
+            f"those can be recomputed (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
         )
 
 
