@@ -77,12 +77,12 @@ def usage() -> str:
 def completion() -> str:
     """The script for bash, made from what every command's --help lists."""
     commands = {name: _flags(name) for name in COMMANDS}  # first: `plan` sets a variable before JAX is imported
-    from rlver_jax.config import fields, files
-    from rlver_jax.config.flags import PathParser
-    from rlver_jax.config.validate import flatten
+    from rlver_jax.config.fields import TABLE
+    from rlver_jax.config.files import shipped
+    from rlver_jax.config.schema import flat_fields
     from rlver_jax.text.completion import bash_script
 
-    return bash_script(commands, flatten(fields.get_config()), files.shipped(), PathParser)
+    return bash_script(commands, dict(flat_fields(TABLE)), shipped())
 
 
 def versions() -> str:

@@ -81,7 +81,7 @@ rewards = [reward.value for reward in rlver_jax.recomputed_rewards(records, sett
 assert rewards == [record["reward"] for record in records]
 assert abs(sum(rewards) / len(rewards) - row["reward/mean"]) < 1e-6
 
-policy = rlver_jax.TrainedPolicy.open("run", rlver_jax.get_config())
+policy = rlver_jax.TrainedPolicy.open("run")
 profiles = rlver_jax.read_profiles([config.data.eval])[:2]
 played = rlver_jax.load_evaluation(config, profiles, policy_weights=policy.weights).play_all()
 print(policy.step, len(records), [record["profile"] for record in played] == [profile.id for profile in profiles])

@@ -3,9 +3,12 @@
 The script holds every word itself, so that a completion starts no Python.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from absl import flags
+
+from rlver_jax.config.flags import PathParser
+from rlver_jax.config.schema import Field
 
 # Readline takes a word from its last = or : on, so what comes before is cut off again.
 _SCRIPT = r"""# Completion of rlver in bash, as `rlver completion bash` prints it. To install it, or after an upgrade:
@@ -45,36 +48,43 @@ complete -F _rlver rlver
 """
 
 
-def bash_script(
-    commands: Mapping[str, flags.FlagValues], fields: Iterable[str], configs: Iterable[str], path_parser: type
-) -> str:
+def bash_script(commands: Mapping[str, flags.FlagValues], fields: Mapping[str, Field], configs: Iterable[str]) -> str:
     """The script.
 
     Args:
         commands: with the flags that they define.
-        fields: of a config, as a.b.
+        fields: of a config, by their names a.b.
         configs: files that --config takes besides those in the working folder.
-        path_parser: class of the parsers of flags that take a path.
     """
-    values, names = [], []
+    values = [f"    {case} ;;" for command, defined in commands.items() for case in _values(command, defined, configs)]
+    for name, field in fields.items():
+        words = ("True", "False") if isinstance(field.default, bool) else filter(None, field.choices)
+        if offered := " ".join(words):
+            values.append(f"    *' --config.{name}='*) _rlver_words '{offered}' \"$value\" ;;")
+        elif field.path:
+            values.append(f"    *' --config.{name}='*) _rlver_files \"$value\" '' ;;")
+    names = []
     for command, defined in commands.items():
-        for flag in sorted(defined):
-            parser = defined[flag].parser
-            if isinstance(parser, flags.EnumParser):
-                words = " ".join(parser.enum_values)
-                values.append(f"    '{command} --{flag}='*) _rlver_words '{words}' \"$value\" ;;")
-            elif flag == "config" or isinstance(parser, path_parser):
-                words = "\n".join(configs) if flag == "config" else ""
-                values.append(f"    '{command} --{flag}='*) _rlver_files \"$value\" '{words}' ;;")
         if "config" in defined:
             names.append(f'    \'{command} --config.\'*) _rlver_words "$fields" "$word" ;;')
         names.append(f"    '{command} -'*) _rlver_words '{' '.join(_words(defined))}' \"$word\" ;;")
     texts = {"commands": " ".join(commands), "values": "\n".join(values), "flags": "\n".join(names)}
-    texts["fields"] = " ".join(f"--config.{field}=" for field in fields)
+    texts["fields"] = " ".join(f"--config.{name}=" for name in fields)
     script = _SCRIPT
     for name, text in texts.items():
         script = script.replace(f"@{name}@", text)
     return script
+
+
+def _values(command: str, defined: flags.FlagValues, configs: Iterable[str]) -> Iterator[str]:
+    """A case for each flag whose values can be offered."""
+    for name in sorted(defined):
+        parser = defined[name].parser
+        if isinstance(parser, flags.EnumParser):
+            yield f"'{command} --{name}='*) _rlver_words '{' '.join(parser.enum_values)}' \"$value\""
+        elif name == "config" or isinstance(parser, PathParser):
+            words = "\n".join(configs) if name == "config" else ""
+            yield f"'{command} --{name}='*) _rlver_files \"$value\" '{words}'"
 
 
 def _words(defined: flags.FlagValues) -> list[str]:

@@ -1,4 +1,4 @@
-"""One side on the device, the other at a real server: held against plain forward passes, `verify`, and the sampler."""
+"""One side on the device, the other at a real server: compared with plain forward passes, `verify`, and the sampler."""
 
 import json
 from pathlib import Path
