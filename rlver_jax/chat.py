@@ -43,7 +43,7 @@ SIDES = ("user", "policy")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     return run_command(
-        "chat", _chat, argv, {KeyboardInterrupt: Ending(130, "interrupted; the transcript is in {place}")}
+        "chat", _chat, argv, {KeyboardInterrupt: Ending(130, "interrupted; the transcript is in {output}")}
     )
 
 
@@ -61,7 +61,7 @@ def _chat(command: Command, argv: Sequence[str]) -> int:
     fetch({side: (config[side].path, new and config[side].init == "path") for side, new in sides.items()})
     with command.console.status("loading the models"):
         conversation = _conversation(config, options, profile, trained.weights if trained else None)
-    command.place = str(out)
+    command.output = str(out)
     Terminal(conversation, profile, options.side, out, command.console).run()
     return 0
 
@@ -84,13 +84,13 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     return config, options
 
 
-def _profile(profiles: Sequence[Profile], wanted: str) -> Profile:
-    if not wanted:
+def _profile(profiles: Sequence[Profile], profile_id: str) -> Profile:
+    if not profile_id:
         return profiles[0]
-    matches = [profile for profile in profiles if profile.id == wanted]
+    matches = [profile for profile in profiles if profile.id == profile_id]
     if not matches:
         known = ", ".join(profile.id for profile in profiles[:8])
-        raise ConfigError(f"--profile={wanted}: no such id among {len(profiles)} profiles ({known}, …)")
+        raise ConfigError(f"--profile={profile_id}: no such id among {len(profiles)} profiles ({known}, …)")
     return matches[0]
 
 

@@ -55,7 +55,7 @@ from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.progress import Meter
 from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
 
-_RESUMES = "\nthe same command resumes with what is in {place}"
+_RESUMES = "\nthe same command resumes with what is in {output}"
 ENDINGS = {
     EndpointError: Ending(2, "{error}" + _RESUMES),
     Unavailable: Ending(1, "{error}" + _RESUMES),
@@ -88,7 +88,7 @@ def _evaluate(command: Command, argv: Sequence[str]) -> int:
         folder = EvaluationFolder.open(options.out, settings, options.repeats, check=lock.check, report=command.print)
         with console.status("loading the models"):
             evaluation = _load(config, profiles, folder, trained)
-        command.place = str(folder.path)
+        command.output = str(folder.path)
         records = play_missing(evaluation, folder, console, options.repeats)
         summary = summarize(evaluation, records, folder)
         judged, marked = judges.judge(finished(records, profiles), folder.path, console)

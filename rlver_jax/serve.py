@@ -63,26 +63,26 @@ def _run(command: Command, argv: Sequence[str]) -> int:
             engine.warm_up()
         _serve(engine, options.name or short_name(checkpoint), system, listening, command.console)
     if engine.failure is not None:
-        command.say(f"the engine has failed: {engine.failure!r}")
+        command.error(f"the engine has failed: {engine.failure!r}")
         return 1
     return 0
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
-        given: dict[str, Any] = {"flag_values": values}
+        common: dict[str, Any] = {"flag_values": values}
         define_path("checkpoint", None, "training run or Hugging Face folder to take the policy from", values)
-        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
-        flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **given)
+        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **common)
+        flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **common)
         flags.DEFINE_boolean(
-            "policy_prompt", False, "put the policy's own system prompt (policy.mode) where a chat has none", **given
+            "policy_prompt", False, "put the policy's own system prompt (policy.mode) where a chat has none", **common
         )
-        flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **given)
-        flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", 0, 65535, **given)
-        flags.DEFINE_integer("rows", 16, "requests answered at once", 1, **given)
-        flags.DEFINE_integer("context", 0, "tokens of prompt and reply; 0: rollout.context", 0, **given)
-        flags.DEFINE_integer("block", 8, "tokens generated between two looks at the queue", 1, **given)
-        flags.DEFINE_integer("queue", 256, "replies that may wait for a row", 1, **given)
+        flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **common)
+        flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", 0, 65535, **common)
+        flags.DEFINE_integer("rows", 16, "requests answered at once", 1, **common)
+        flags.DEFINE_integer("context", 0, "tokens of prompt and reply; 0: rollout.context", 0, **common)
+        flags.DEFINE_integer("block", 8, "tokens generated between two looks at the queue", 1, **common)
+        flags.DEFINE_integer("queue", 256, "replies that may wait for a row", 1, **common)
 
     config, options, rest = config_from_flags(argv, __doc__, define)
     if rest:

@@ -37,9 +37,9 @@ from rlver_jax.training.setup import check_learning, folders_of
 from rlver_jax.training.workdir import RunFolder
 
 ENDINGS = {
-    CollapseError: Ending(1, "stopped by an alarm at {error}. Its checkpoints stay in {place}"),
+    CollapseError: Ending(1, "stopped by an alarm at {error}. Its checkpoints stay in {output}"),
     LostLockError: Ending(1),
-    KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {place}"),
+    KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {output}"),
 }
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(command: Command, argv: Sequence[str]) -> int:
     config, workdir = _arguments(argv)
-    command.place, command.console.quiet = workdir, not distributed.is_main()
+    command.output, command.console.quiet = workdir, not distributed.is_main()
     done = train(config, workdir, make_mesh(**config.mesh), command.console, gold_judge(config))
     if distributed.is_main():
         command.print(_summary(workdir, done, config))
@@ -73,25 +73,25 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     validate(config, jax.device_count(), needs)
     check_training(config)
     check_learning(config)
-    fetch({name: found for name, found in folders_of(config).items() if name in needs})
+    fetch({name: folder for name, folder in folders_of(config).items() if name in needs})
     return config, options.workdir
 
 
 def _summary(workdir: str, done: int, config: ConfigDict) -> str:
-    """The last figures, and where everything lies."""
+    """The metrics before and after, and the folder of the run."""
     steps = config.train.steps
-    rows = read_metrics(RunFolder(Path(workdir)).metrics)
-    trained = [row for row in rows if "emotion/final_mean" in row]
-    scores = [row["eval/score"] for row in rows if "eval/score" in row]
+    records = read_metrics(RunFolder(Path(workdir)).metrics)
+    trained = [record for record in records if "emotion/final_mean" in record]
+    scores = [record["eval/score"] for record in records if "eval/score" in record]
     text = f"{done} of {steps} steps"
     if trained:
         text += f" · emotion {trained[0]['emotion/final_mean']:.1f} → {trained[-1]['emotion/final_mean']:.1f}"
     if scores:
         text += f" · eval/score {_course(scores)}"
-    gold = [row["eval/rule_score"] for row in rows if "eval/rule_score" in row]
+    gold = [record["eval/rule_score"] for record in records if "eval/rule_score" in record]
     if gold:
         text += f" (by the gold judge {_course(gold)})"
-    if missing := missing_steps(rows, done, config.eval.every):
+    if missing := missing_steps(records, done, config.eval.every):
         text += f" · the rows of {missing} were lost"
     if done < steps:
         text += " · stopped by a signal: the same command resumes"

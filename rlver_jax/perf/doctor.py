@@ -67,7 +67,7 @@ def _doctor(command: Command, argv: Sequence[str]) -> int:
     command.console.print(table)
     broken = [finding for finding in findings if finding.state == "broken"]
     for finding in broken:
-        command.say(f"{finding.what}: {finding.found}; {finding.remedy}")
+        command.error(f"{finding.what}: {finding.found}; {finding.remedy}")
     if not broken:
         command.print("training can start")
     return 1 if broken else 0

@@ -1,7 +1,7 @@
 """What all commands share: where they print, how they end, and the exit status.
 
-Exit status 2 is bad usage: a flag, a config, a file or a folder that cannot be used. It is said in one line on standard
-error that begins with the command's name, without a traceback. Any other exception is a bug and keeps its traceback.
+Exit status 2 is bad usage: a flag, a config, a file or a folder that cannot be used. It is one line on standard error
+that begins with the command's name, without a traceback. Any other exception is a bug and keeps its traceback.
 """
 
 import sys
@@ -19,7 +19,7 @@ class Ending(NamedTuple):
 
     Attributes:
         status: exit status.
-        text: what is said; {error} is the exception's message, {place} the `Command.place`.
+        text: its message; {error} is the exception's own, {output} the `Command.output`.
     """
 
     status: int
@@ -36,33 +36,33 @@ class Command:
     Attributes:
         name: as messages begin.
         console, errors: on standard output and standard error.
-        place: folder or file of the results, as messages name it; empty until it is known.
+        output: folder or file of the results, as messages name it; empty until it is known.
     """
 
     def __init__(self, name: str, soft_wrap: bool = False):
-        self.name, self.place = name, ""
+        self.name, self.output = name, ""
         self.console, self.errors = consoles(soft_wrap)
 
     def print(self, text: str) -> None:
         """Prints a line on standard output as it is, without colours, and wrapped by the terminal alone."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def say(self, text: object) -> None:
+    def error(self, text: object) -> None:
         """Prints a message on standard error, behind the command's name."""
         self.errors.print(f"{self.name}: {text}", markup=False, highlight=False)
 
     def end(self, error: BaseException, endings: Endings) -> int | None:
         """Says why the command ends; returns the exit status, or None where the error is a bug."""
         if isinstance(error, jax.errors.JaxRuntimeError) and (text := distributed.peer_failure(error)):
-            self.say(text)
+            self.error(text)
             return 1
         known = [kind for kind in type(error).__mro__ if kind in ENDINGS or kind in endings]
         if not known:
             return None
         ending = endings.get(known[0]) or ENDINGS[known[0]]
-        if "{place}" in ending.text and not self.place:  # it ends before anything is written
+        if "{output}" in ending.text and not self.output:  # it ends before anything is written
             ending = ENDINGS.get(known[0], Ending(ending.status))
-        self.say(ending.text.format(error=error, place=self.place))
+        self.error(ending.text.format(error=error, output=self.output))
         return ending.status
 
 

@@ -14,14 +14,14 @@ from rlver_jax.runs.lock import LockedError, LostLockError
 from rlver_jax.text.command import Ending, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = {LostLockError: Ending(1), KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {place}")}
+OWN = {LostLockError: Ending(1), KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {output}")}
 
 
-def ended(error, capsys, place="", endings=OWN):
+def ended(error, capsys, output="", endings=OWN):
     """(exit status, what is printed on standard error) of a command in which that happens."""
 
     def body(command, argv):
-        command.place = place
+        command.output = output
         raise error
 
     status = run_command("train", body, [], endings)
