@@ -119,7 +119,9 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
     Raises:
         ValueError, OSError: what the config names cannot be read.
     """
-    assumed = ["every dialogue takes all its turns, every text its limit, and every packed sequence the greatest length"]
+    assumed = [
+        "every dialogue takes all its turns, every text its limit, and every packed sequence the greatest length"
+    ]
     language = config.data.language
     if config.policy.path:
         tokenizer = load_tokenizer(config.policy.path)

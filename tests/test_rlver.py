@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -66,13 +67,12 @@ assert ours == {{"rlver_jax", "rlver_jax.__main__", "rlver_jax.text", "rlver_jax
 assert not {{"jax", "numpy", "absl", "ml_collections", "transformers"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, capture_output=True)
-    seconds = []
-    for _ in range(3):
-        began = time.monotonic()
-        rlver(word)
-        seconds.append(time.monotonic() - began)
-    print(f"rlver {word}: {min(seconds):.2f} s")
-    assert min(seconds) < 1
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    rlver(word)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"rlver {word}: {seconds:.2f} s of a processor")  # others may hold it up; JAX alone would take a second
+    assert seconds < 0.5
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         ("rlver train --wo", ["--workdir="]),
         ("rlver verify --par", ["--partial"]),
         ("rlver prepare --", ["--data_dir=", "--eval=", "--help", "--profiles="]),
-        ("rlver train --config.policy.pa", ["--config.policy.param_dtype=", "--config.policy.path="]),
+        ("rlver train --config.policy.pa", ["--config.policy.path=", "--config.policy.param_dtype="]),
         ("rlver train --config.train.steps=", [""]),
         ("rlver train --config.policy.mode=", ["think", "direct"]),
         ("rlver verify x --config.log.tensorboard=", ["True", "False"]),
