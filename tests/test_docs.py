@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-NAMED = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.\w+):([A-Za-z_][\w.]*)`")
-FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|sh|md|toml|yml|yaml|json))`")
+NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.py):([A-Za-z_][\w.]*)`")
+FILE = re.compile(r"(?<!New file )`((?:[\w.-]+/)+[\w.-]+\.(?:py|sh))`")
+ELSEWHERE = {"lcb_runner/lm_styles.py"}  # in other projects
 
 
 def text_of(page: Path) -> str:
@@ -44,10 +45,10 @@ def located(name: str) -> Path | None:
 
 def faults(text: str) -> list[str]:
     """Files and definitions that a text names and that are not there."""
-    missing = [name for name in FILE.findall(text) if located(name) is None]
+    missing = [name for name in FILE.findall(text) if name not in ELSEWHERE and located(name) is None]
     for name, what in NAMED.findall(text):
         file = located(name)
-        if file is None or (file.suffix == ".py" and what not in names_of(file)):
+        if file is None or what not in names_of(file):
             missing.append(f"{name}:{what}")
     return missing
 
@@ -96,7 +97,7 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_index():
     index = text_of(ROOT / "docs" / "index.md")
     for page in PAGES:
-        link = page.name if page.parent.name == "docs" else f"../{page.name}"
+        link = f"../{page.name}" if page.parent == ROOT else page.name
         assert page.name == "index.md" or f"]({link})" in index, page.name
 
 
@@ -107,11 +108,9 @@ def layers() -> list[set[str]]:
     return [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
 
 
-def test_the_pictures_show_the_layers_that_are_checked():
+def test_the_picture_shows_the_layers_that_are_checked():
     picture = text_of(ROOT / "docs" / "architecture.md").split("```")[1]
     shown = re.split(r"^ *─+\n", picture, flags=re.MULTILINE)
-    table = [row for row in text_of(ROOT / "README.md").splitlines() if re.match(r"\| (commands|\d) \|", row)]
-    assert len(shown) == len(table) == len(layers())
-    for layer, lines, row in zip(layers()[1:], shown[1:], table[1:], strict=True):
-        assert set(re.findall(r"\w+", lines.splitlines()[0])) - set("12345678") == layer
-        assert set(re.findall(r"`(\w+)/`", row)) == layer
+    assert len(shown) == len(layers())
+    for layer, lines in zip(layers()[1:], shown[1:], strict=True):  # commands come and go
+        assert set(re.findall(r"[a-z]\w+", lines.splitlines()[0])) == layer
