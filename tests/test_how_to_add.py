@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("pyproject.toml", "setup.py", "README.md", "rlver_jax", "configs", "docs", "tests")
 # What a section tells its reader to do, followed by a block of code.
 STEP = re.compile(
-    r"^(?:In `(?P<file>[^`]+)`, (?P<where>above|below|in place of) (?:`` ?(?P<odd>.+?) ?``|`(?P<line>[^`]+)`)"
+    r"^(?:In `(?P<file>[^`]+)`,\s(?P<where>above|below|in place of)\s(?:`` ?(?P<odd>.+?) ?``|`(?P<line>[^`]+)`)"
     r"|New file `(?P<new>[^`]+)`|(?P<run>Run)):\n\n```\w*\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -40,7 +40,9 @@ def follow(step: re.Match[str], root: Path) -> Path | None:
         found = [i for i, line in enumerate(lines) if line.strip().startswith(wanted.strip())]
         assert len(found) == 1, f"{file}: {len(found)} lines begin with {wanted!r}"
         start = found[0] + (step["where"] == "below")
-        lines[start : found[0] + (step["where"] != "above")] = [code]
+        blank = re.match(r"( *)(?:def|async def|class) ", code) if step["where"] == "above" else None
+        space = "" if blank is None else "\n" if blank[1] else "\n\n"  # as a reader would leave
+        lines[start : found[0] + (step["where"] != "above")] = [code + space]
         file.write_text("".join(lines), encoding="utf-8")
     return file
 
@@ -60,12 +62,15 @@ def test_followed_word_by_word(tmp_path):
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    files = [follow(step, tmp_path) for steps in sections().values() for step in steps]
-    python = sorted({str(file.relative_to(tmp_path)) for file in files if file and file.suffix == ".py"})
-    tests = [name for name in python if name.startswith("tests/")]
-    assert len(tests) >= 9
-    library = [name for name in python if name not in tests]
-    tests += ["tests/user/test_prompts.py", "tests/user/test_text_forms.py", "tests/decoding/test_script_tokens.py"]
+    steps = [step for steps in sections().values() for step in steps]
+    files = {str(file.relative_to(tmp_path)) for step in steps if (file := follow(step, tmp_path))}
+    python = sorted(name for name in files if name.endswith(".py"))
+    library = [name for name in python if not name.startswith("tests/")]
+    added = [step["new"] for step in steps if (step["new"] or "").startswith("tests/")]
+    added += [f"{step['file']}::{name}" for step in steps for name in re.findall(r"^def (test_\w+)", step["code"], re.M)
+              if step["file"]]  # fmt: skip
+    assert len(added) >= 9
+    tests = [*added, "tests/user/test_prompts.py", "tests/evaluation/test_forms.py"]
     checks = (["ruff", "check", *python], ["ruff", "format", "--check", *python], ["mypy", *library])
     for command in (*checks, ["pytest", *tests]):
         whole = [sys.executable, "-m", *command]
