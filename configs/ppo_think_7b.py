@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     for model in (c.policy, c.user, c.critic):
         model.attention = "chunked"
     c.train.microbatches = 2
-    c.loss.vocab_chunk = 2048  # of the 38,016 of a chip, at up to 13,824 places a row: 0.1 GiB in float32
+    c.loss.vocab_chunk = 2048  # of the 38,016 of a chip, at up to 13,824 positions a row: 0.1 GiB in float32
     c.mesh.tensor = 4  # Qwen2.5-7B has 4 key and value heads
     c.mesh_sampling.replica, c.mesh_sampling.fsdp = -1, 1  # no weights travel while dialogues are played
     c.eval.every = 25

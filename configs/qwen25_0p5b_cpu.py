@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """Short dialogues, two profiles a step and two dialogues of each; `arg` as in `base.get_config`."""
     c = base.get_config(arg)
     for model in (c.policy, c.user):
-        model.dtype = "float32"  # a log's log-probabilities are then derived again to 1e-3
+        model.dtype = "float32"  # a log's log-probabilities are then recomputed to 1e-3
         model.param_dtype = "float32"
         model.scan_layers = False  # scanned ones copy their weights at every decode step
         model.attention = "chunked"

@@ -22,7 +22,6 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path
 from rlver_jax.config.hub import fetch
 from rlver_jax.config.paths import check_file_to_write
@@ -46,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        trained = take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
+        trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
         needs = ["policy", "user"] if options.side == "user" else ["user"]
-        validate(config, fields.get_config(), jax.device_count(), needs)
+        validate(config, jax.device_count(), needs)
         profile = _profile(chosen_profiles(config), options.profile)
         out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
         if out.exists():

@@ -35,7 +35,6 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
 from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.log import Record
@@ -72,7 +71,7 @@ def _run(argv: Sequence[str]) -> int:
             config, options = _arguments(argv)
             console.quiet = not distributed.is_main()
             trained = _trained(config, options)
-            validate(config, fields.get_config(), jax.device_count(), ["policy", "user"])
+            validate(config, jax.device_count(), ["policy", "user"])
             here = [side for side in ("policy", "user") if side not in endpoint_sides(config)]
             check_context(config, *here)  # before weights are looked at
             judges = judging.Judges.of_flags(options, config)
@@ -151,7 +150,7 @@ def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | N
     """Has --checkpoint replace the policy; what to read where it is a training run."""
     if options.checkpoint and config.remote.policy.url:
         raise ConfigError("--checkpoint and remote.policy.url both name the policy; give one of them")
-    return take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
+    return take_checkpoint(config, options.checkpoint, options.step, given_path(options))
 
 
 def _load(

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.models.hf_weights import save_params
@@ -34,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = consoles()
     try:
         options = _arguments(sys.argv[1:] if argv is None else argv)
-        policy = TrainedPolicy.open(
-            options.workdir, fields.get_config(), options.step, options[POLICY_PATH].value or ""
-        )
+        policy = TrainedPolicy.open(options.workdir, options.step, options[POLICY_PATH].value or "")
         model = make_model(policy.config.policy, "policy")
         tokenizer = load_tokenizer(policy.config.policy.path)
         if isinstance(tokenizer, SentencePieceTokenizer):

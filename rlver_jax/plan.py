@@ -24,7 +24,6 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.miniature.assets import POLICY, shipped
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, options = _arguments(sys.argv[1:] if argv is None else argv)
         check_learning(config)
         devices = topology_devices(options.topology, options.slices)
-        validate(config, fields.get_config(), len(devices))
+        validate(config, len(devices))
         mesh = make_mesh(**config.mesh, devices=devices)
         # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -104,7 +103,7 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
     measured = compile_all(programs_of(shapes), shapes, tell)
     remedy = None
     if any(over(one, chip) > 0 for one in measured):
-        remedy = find_remedy(config, fields.get_config(), mesh, measured, chip, remake, tell)
+        remedy = find_remedy(config, mesh, measured, chip, remake, tell)
     tried = remats_of(config, shapes, measured, chip, remake, tell) if remats else []
     playing = shapes.agents.mesh or mesh
     return Plan(

@@ -24,7 +24,6 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlver_jax.config import fields
 from rlver_jax.config.credentials import key_fault
 from rlver_jax.config.flags import config_from_flags, define_path, given_path
 from rlver_jax.config.hub import fetch, short_name
@@ -50,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_installed()
         _check_token(os.environ.get(TOKEN_VARIABLE, ""))
         checkpoint = options.checkpoint or config.policy.path
-        trained = take_checkpoint(config, options.checkpoint, options.step, fields.get_config(), given_path(options))
-        validate(config, fields.get_config(), jax.device_count(), ["policy"])
+        trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
+        validate(config, jax.device_count(), ["policy"])
         fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
         system = _system(config) if options.policy_prompt else ""
         with _listen(options.host, options.port) as listening:

@@ -20,7 +20,6 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.hub import fetch
 from rlver_jax.config.validate import MODELS, ConfigError, check_training, flatten, validate
@@ -83,7 +82,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     distributed.initialize(options, finish_steps=True)
     run = RunFolder(Path(options.workdir))
     needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
-    validate(config, fields.get_config(), jax.device_count(), needs)
+    validate(config, jax.device_count(), needs)
     check_training(config)
     check_learning(config)
     fetch({name: found for name, found in folders_of(config).items() if name in needs})

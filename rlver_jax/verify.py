@@ -33,7 +33,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
 from rlver_jax.config.validate import ConfigError, reward_settings, validate
 from rlver_jax.decoding.replay import Keys, ReplayInput
@@ -272,7 +271,7 @@ def verify_logs(
     if not logged:
         return total
     played = [one[1:3] for one in logged]
-    policies = behaviour_policy.players_of(played, config, fields.get_config(), policy) if policy else {}
+    policies = behaviour_policy.players_of(played, config, policy) if policy else {}
     config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
     agents = load_agents(config, {side for one in logged for side in one.plan.endpoints})
     reports = verify_records(agents, profiles, logged, settings_of(config))
@@ -365,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
         files = local_paths(rest)
         here = [side for side in (USER, POLICY) if not config.remote[side].url]
-        validate(config, fields.get_config(), needs=here[:1])
+        validate(config, needs=here[:1])
         if options.step and not options.policy:
             raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
         policy = behaviour_policy.Choice(options.policy, options.step, given_path(options)) if options.policy else None

@@ -354,7 +354,7 @@ def test_another_config_than_the_logs_is_refused(log):
 
 
 def test_temperature_matters(log):
-    """Replies were sampled: held against a greedy user they are faults."""
+    """Replies were sampled: compared with a greedy user they are faults."""
     faults = [fault for report in check_all(log, log[2], reply_temperature=0.0) for fault in report.faults]
     assert any("'reply'" in fault for fault in faults)
     assert not any("'feeling'" in fault for fault in faults)

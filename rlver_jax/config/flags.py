@@ -16,11 +16,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rlver_jax.config import fields
 from rlver_jax.config import files as config_files
 from rlver_jax.config.credentials import without_credentials
+from rlver_jax.config.fields import PATHS, TABLE, get_config
 from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
-from rlver_jax.config.ranges import PATHS
+from rlver_jax.config.schema import listing, without_effect
 from rlver_jax.config.validate import ConfigError, flatten, shortened
 
 Define = Callable[[flags.FlagValues], None]
@@ -45,9 +45,11 @@ def parse_flags(argv: Sequence[str], usage: str | None, define: Define) -> tuple
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this text", flag_values=values)
-    if "--help" in argv:  # before the rest, which may be wrong: that is when one asks for help
+    if asked := {"--help", "--helpfull"} & set(argv):  # before the rest, which may be wrong: one asks for help then
         define(values)
         print(_help(usage, values))
+        if "--helpfull" in asked and "config" in values:
+            print(f"\nfields of the config, with their defaults:\n{listing(TABLE)}")
         raise SystemExit(0)
     try:
         define(values)
@@ -187,6 +189,8 @@ def config_from_flags(
         raise ConfigError(f"{file}: a field of its config has no text for its name ({error}); {_EXPECTED}") from error
     keep_compiled()
     _expand_home(values.config)
+    for line in without_effect(TABLE, flatten(values.config), config_flags.get_override_values(values["config"])):
+        print(line, file=sys.stderr)
     return values.config, values, rest
 
 
@@ -239,7 +243,8 @@ def _help(usage: str | None, values: flags.FlagValues) -> str:
     for name in sorted(values):
         if name not in ("help", "flagfile", "undefok") and values[name].help:
             print(f"  --{name}: {values[name].help}", file=text)
-    return f"{(usage or '').strip()}\n\nflags:\n{text.getvalue()}  --help: show this text"
+    more = "\n  --helpfull: show this text and every field of the config" * ("config" in values)
+    return f"{(usage or '').strip()}\n\nflags:\n{text.getvalue()}  --help: show this text{more}"
 
 
 def _explained(error: BaseException, argv: Sequence[str]) -> str:
@@ -286,7 +291,7 @@ _WANTED = {
 
 def _place(override: str) -> Any:
     """What `configs/base.py` has where `FIELD=VALUE` sets a field; None where it has nothing there."""
-    found: Any = fields.get_config()
+    found: Any = get_config()
     for part in override.split("=")[0].split("."):
         found = found.get(part) if isinstance(found, ConfigDict) else None
     return found

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config import hub, paths
 from rlver_jax.config.credentials import without_credentials
 from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate, profile_files
-from rlver_jax.config.ranges import CHOICES, PATHS, RANGES
+from rlver_jax.config.fields import FIELDS, PATHS, get_config
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
@@ -40,46 +40,42 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def unflatten(flat: dict[str, Any], base: ConfigDict) -> ConfigDict:
-    """The config that `flatten` flattened, also when it has been through JSON; `base` has the same fields.
+def unflatten(flat: dict[str, Any]) -> ConfigDict:
+    """The config that `flatten` flattened, also when it has been through JSON.
 
-    Fields that `flat` lacks are as in `base`. Paths are not looked at.
+    Fields that `flat` lacks have their defaults. Paths are not looked at.
 
     Raises:
-        ConfigError: a field that `base` doesn't have, or a value that it can't have.
+        ConfigError: a field that doesn't exist, or a value that it can't have.
     """
-    fields = flatten(base)
-    values = fields | {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
-    faults = list(_names_and_types(values, fields))
+    values = _defaults() | {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
+    faults = list(_names_and_types(values))
     if not faults:
         faults = [*dict(_choices_and_ranges(values)).values(), *_emotion(values)]
     if faults:
         raise ConfigError(f"the config is of another version of rlver_jax, or no config: {'; '.join(faults[:SHOWN])}")
-    config = base.copy_and_resolve_references()
+    config = get_config()
     config.update_from_flattened_dict(values)
     return config
 
 
-def validate(
-    config: ConfigDict, base: ConfigDict, num_devices: int | None = None, needs: Sequence[str] = MODELS
-) -> None:
-    """Checks a config against `base` (the documented fields) and its fields against each other.
+def validate(config: ConfigDict, num_devices: int | None = None, needs: Sequence[str] = MODELS) -> None:
+    """Checks each field of a config against the table of `config.fields`, and fields against each other.
 
     Args:
         config: what will run.
-        base: `configs/base.py:get_config()`; its leaves are the fields that exist, their types the allowed ones.
         num_devices: of the mesh; None skips what depends on it.
         needs: models that will be loaded; the folders of others may be gone.
 
     Raises:
         ConfigError: with one line for every fault.
     """
-    values, fields = flatten(config), flatten(base)
-    faults = list(_names_and_types(values, fields))
+    values = flatten(config)
+    faults = list(_names_and_types(values))
     if not faults:  # the other checks may rely on names and types
         alone = dict(_choices_and_ranges(values))
         # Fields beyond their ranges are left out of the checks across fields, which may divide by them.
-        sound = values | {name: fields[name] for name in alone}
+        sound = values | {name: FIELDS[name].default for name in alone}
         across = [*_emotion(sound), *_lengths(sound), *_learning(sound), *_mesh(sound, num_devices)]
         across += [*_local(sound)] or [*_paths(sound, needs)]
         across += _remote(sound)
@@ -94,17 +90,21 @@ def unknown_field(name: str, fields: Iterable[str]) -> str:
     return f"unknown field; {f'did you mean {close[0]}?' if close else 'see configs/base.py for all fields'}"
 
 
-def _names_and_types(values: dict[str, Any], fields: dict[str, Any]) -> Iterator[str]:
+def _defaults() -> dict[str, Any]:
+    return {name: field.default for name, field in FIELDS.items()}
+
+
+def _names_and_types(values: dict[str, Any]) -> Iterator[str]:
     for name, value in values.items():
-        if name not in fields:
-            yield f"{name}={shown(value)}: {unknown_field(name, fields)}"
+        if name not in FIELDS:
+            yield f"{name}={shown(value)}: {unknown_field(name, FIELDS)}"
             continue
-        wanted = type(fields[name])
+        wanted = type(FIELDS[name].default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             yield f"{name}={shown(value)}: is {type(value).__name__}, expected {wanted.__name__} as in configs/base.py"
-    missing = [name for name in fields if name not in values]
+    missing = [name for name in FIELDS if name not in values]
     for name in missing[:SHOWN]:
-        yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {fields[name]!r}"
+        yield f"{name}: missing; start from configs/base.py:get_config(), which has it as {FIELDS[name].default!r}"
     if missing[SHOWN:]:
         yield f"{missing[SHOWN]} and {len(missing) - SHOWN - 1} more: missing as well"
 
@@ -122,7 +122,7 @@ def shortened(text: str, most: int = 300) -> str:
 def _choices_and_ranges(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, fault) of each field that is wrong by itself."""
     for name, value in values.items():
-        if name in CHOICES and (fault := choice_fault(name, value, CHOICES[name])):
+        if (choices := FIELDS[name].choices) and (fault := choice_fault(name, value, choices)):
             yield name, fault
         if isinstance(value, int | float) and (expected := _beyond(name, value)):
             yield name, f"{name}={shown(value)}: expected {expected}"
@@ -140,7 +140,7 @@ def choice_fault(name: str, value: str, choices: Iterable[str]) -> str:
 
 def _beyond(name: str, value: float) -> str:
     """What a number should be instead; empty where it is that. It is computed with as an int32 or a float32."""
-    low, high, unit = RANGES.get(name, (None, None, ""))
+    (low, high), unit = FIELDS[name].range, FIELDS[name].unit
     most = INT32 if isinstance(value, int) else FLOAT32
     if (-most if low is None else low) <= value <= (most if high is None else high):
         return ""

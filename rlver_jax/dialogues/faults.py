@@ -148,7 +148,7 @@ class ConsistencyCheck:
         if record["violation"] != any(violations):
             yield f"violation is {record['violation']}, but its replies say otherwise"
         if "source" in record:
-            yield "source names another program, whose logs cannot be derived"
+            yield "source names another program, whose logs cannot be recomputed"
         yield from remote_faults(record, plan.endpoints)
 
 

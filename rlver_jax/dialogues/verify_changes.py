@@ -26,7 +26,7 @@ def compare_change(
     with np.errstate(over="ignore"):  # of a number that no float32 holds
         error = float(np.abs(np.asarray(user["change_logprobs"], np.float32) - logprobs).max())
     if not error <= tolerance.logprob:
-        report.faults.append(f"change: logged log-probabilities differ from the derived ones by {error:.4g}")
+        report.faults.append(f"change: logged log-probabilities differ from the recomputed ones by {error:.4g}")
     if rules.clamp(own) == change:
         return report
     same = [option for option in CHANGES if rules.clamp(option) == change]

@@ -102,7 +102,7 @@ def _logprob_faults(
         error = abs(logged.logprob - logprob)
         report.logprob_error = max(report.logprob_error, error)
         if not error <= speaker.tolerance.logprob:
-            yield f"logged log-probability {logged.logprob:.5f}, derived {logprob:.5f}"
+            yield f"logged log-probability {logged.logprob:.5f}, recomputed {logprob:.5f}"
     if logged.sampled is None:
         return
     drawn, (low, high) = query.source == DRAWN and speaker.temperature > 0, sampled

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from rlver_jax.config.fields import PATHS as CONFIG_PATHS
 from rlver_jax.config.paths import check_folder_to_write
-from rlver_jax.config.ranges import PATHS as CONFIG_PATHS
 from rlver_jax.config.validate import endpoint_sides, flatten
 from rlver_jax.dialogues.log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.dialogues.logged import DialogueLog

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.config import fields
 from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.flags import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config.hub import is_name, short_name
@@ -155,7 +154,7 @@ def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]
         file, _, argument = arg.partition(":")
         name = re.sub(r"\W+", "_", f"{Path(file).stem}_{argument}").strip("_")
     try:
-        validate(judge, fields.get_config(), jax.device_count(), ["user"])
+        validate(judge, jax.device_count(), ["user"])
         _check_there(judge)
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
@@ -212,7 +211,7 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
-        validate(config, fields.get_config(), jax.device_count(), ["user"])
+        validate(config, jax.device_count(), ["user"])
     else:
         options, rest = parse_flags(argv, usage, define)
     if rest:

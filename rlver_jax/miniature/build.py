@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from absl import flags
 from rich.console import Console
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.validate import ConfigError
@@ -151,7 +150,7 @@ def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str =
 def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
     """Dialogues of a run's policy with held-out people."""
     config = miniature_config("", out)
-    trained = TrainedPolicy.open(workdir, fields.get_config())
+    trained = TrainedPolicy.open(workdir)
     return evaluation.load(config, evaluation.chosen_profiles(config), policy_weights=trained.weights).play_all()
 
 

@@ -172,7 +172,7 @@ def gates(measured: dict[str, Any]) -> list[Gate]:
 
 def table(measured: dict[str, Any]) -> Table:
     """The gates as a person reads them."""
-    result = Table("gate", "figure", "", "bound", "holds")
+    result = Table("gate", "measured", "", "bound", "holds")
     for gate in gates(measured):
         cells = f"{gate.value:.3f}", gate.relation, f"{gate.bound:.3f}", "yes" if gate.holds else "NO"
         result.add_row(gate.name, *cells)

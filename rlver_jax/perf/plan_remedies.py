@@ -51,7 +51,6 @@ def over(measured: Measured, chip: Chip) -> int:
 
 def find_remedy(
     config: ConfigDict,
-    base: ConfigDict,
     mesh: Mesh,
     measured: Sequence[Measured],
     chip: Chip,
@@ -61,7 +60,6 @@ def find_remedy(
     """The first of `candidates`, each on top of those before, with which all that did not fit does; None: none does.
 
     Args:
-        base: the documented fields, to check a changed config by.
         remake: shapes of a changed config.
     """
     failing = [one.name for one in measured if over(one, chip) > 0]
@@ -70,7 +68,7 @@ def find_remedy(
     for step in candidates(config, failing):
         attempt = with_fields(config, fields | step)
         try:
-            validate(attempt, base, mesh.size)
+            validate(attempt, mesh.size)
             shapes = remake(attempt)
         except (ConfigError, ValueError):
             continue

@@ -88,7 +88,7 @@ def step_of(record: Mapping[str, Any], plan: Plan) -> int | None:
 
 
 def players_of(
-    logged: Iterable[tuple[Mapping[str, Any], Plan]], config: ConfigDict, base: ConfigDict, choice: Choice
+    logged: Iterable[tuple[Mapping[str, Any], Plan]], config: ConfigDict, choice: Choice
 ) -> dict[int | None, Player | NotKeptError]:
     """{training step, None for evaluations: the policy that played it}; nothing is loaded.
 
@@ -98,7 +98,6 @@ def players_of(
     Args:
         logged: dialogues, by their number at least.
         config: of the logs.
-        base: `configs/base.py:get_config()`.
 
     Raises:
         ConfigError: a dialogue's policy was behind an endpoint; a training run that doesn't keep the checkpoint that
@@ -110,7 +109,7 @@ def players_of(
         if POLICY in plan.endpoints:
             raise ConfigError(
                 f"--policy={choice.checkpoint}: the policy of dialogue {record['dialogue']} was behind an endpoint, so "
-                f"nothing of it can be derived again; leave out --policy"
+                f"nothing of it can be recomputed; leave out --policy"
             )
         step = step_of(record, plan)
         steps[step] += 1
@@ -118,7 +117,7 @@ def players_of(
     players: dict[int | None, Player | NotKeptError] = {}
     for step in steps:
         try:
-            players[step] = _player(config.copy_and_resolve_references(), base, choice, step)
+            players[step] = _player(config.copy_and_resolve_references(), choice, step)
         except NotKeptError as error:
             players[step] = error
     absent = {step: one for step, one in players.items() if isinstance(one, NotKeptError)}
@@ -128,20 +127,20 @@ def players_of(
     return players
 
 
-def _player(config: ConfigDict, base: ConfigDict, choice: Choice, step: int | None) -> Player:
+def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
     from rlver_jax.training.restore import take_checkpoint
     from rlver_jax.training.workdir import RunFolder
 
     chosen, trained = choice.step, None
     if step == BASE + 1 and is_run(choice.checkpoint) and not chosen:
-        began = RunFolder(Path(choice.checkpoint)).typed_config(base).policy
+        began = RunFolder(Path(choice.checkpoint)).typed_config().policy
         config.policy.path, config.policy.init = choice.path or began.path, began.init
     else:
         if step is not None and is_run(choice.checkpoint) and not chosen:
             _check_kept(choice.checkpoint, step)
             chosen = str(step - 1)
-        trained = take_checkpoint(config, choice.checkpoint, chosen, base, choice.path)
-    validate(config, base, needs=["policy"])
+        trained = take_checkpoint(config, choice.checkpoint, chosen, choice.path)
+    validate(config, needs=["policy"])
     return Player(config, trained)
 
 
@@ -155,7 +154,7 @@ def _check_kept(folder: str, step: int) -> None:
         raise NotKeptError(
             f"--policy={folder}: the dialogues of training step {step} were played by the policy as it was after step "
             f"{step - 1}, of which no checkpoint is kept; there are steps {kept}, so that dialogues of the steps after "
-            f"those can be derived (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
+            f"those can be recomputed (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
         )
 
 
@@ -164,7 +163,7 @@ def findings(
     agents: Agents,
     logged: Sequence[tuple[str, Mapping[str, Any], Plan]],
 ) -> Iterator[tuple[str, TokenReport]]:
-    """Derives what policies said: (place, what was found) of each dialogue, those of one training step together.
+    """Recomputes what policies said: (where, what was found) of each dialogue, those of one training step together.
 
     Args:
         policies: of `players_of`; one is on the device at a time.

@@ -43,9 +43,6 @@ from rlver_jax.training.progress import TrainingProgress
 from rlver_jax.training.setup import Run, build_run, check_learning, folders_of, models_of
 from rlver_jax.training.workdir import Contents, RunFolder
 
-# Fields that may change between the parts of an interrupted run: none of them changes what is computed.
-FREE_FIELDS = ("train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows")
-
 
 def score(
     dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, settings: tuple
@@ -311,9 +308,7 @@ def train(
     check_context(RunFolder(Path(workdir)).to_load(config), *models_of(config))  # before weights are looked at
     with hold(workdir, "--workdir", notify) as lock:
         contents = Contents(lambda gone: fingerprints_of(config, gone), lambda name: described(name, config))
-        folder = RunFolder.open(
-            workdir, config, free_fields=FREE_FIELDS, contents=contents, check=lock.check, report=notify
-        )
+        folder = RunFolder.open(workdir, config, contents=contents, check=lock.check, report=notify)
         with console.status("loading models and profiles"):
             run, state = build_run(folder.to_load(config), mesh)
             held_out = None

@@ -26,11 +26,10 @@ class TrainedPolicy:
     fingerprint: str  # of the checkpoint
 
     @classmethod
-    def open(cls, workdir: str | Path, base: ConfigDict, step: str = "", path: str = "") -> "TrainedPolicy":
+    def open(cls, workdir: str | Path, step: str = "", path: str = "") -> "TrainedPolicy":
         """Chooses a checkpoint.
 
         Args:
-            base: `configs/base.py:get_config()`.
             step: "best" (by eval/score), "last", or a number; empty: the best, or the last where none has a score.
             path: Hugging Face folder to take config and tokenizer from; empty: the run's own.
 
@@ -43,7 +42,7 @@ class TrainedPolicy:
                 f"{folder.checkpoints}: no such folder; expected the checkpoints of a training run, "
                 f"but {workdir} holds {_held(folder.path)}"
             )
-        config = folder.typed_config(base)
+        config = folder.typed_config()
         config.policy.path = _model_folder(folder, config.policy.path, path)
         checkpoints = Checkpoints.reader(folder.checkpoints)
         try:
@@ -71,15 +70,13 @@ class TrainedPolicy:
             checkpoints.close()
 
 
-def take_checkpoint(
-    config: ConfigDict, checkpoint: str, step: str, base: ConfigDict, path: str = ""
-) -> TrainedPolicy | None:
+def take_checkpoint(config: ConfigDict, checkpoint: str, step: str, path: str = "") -> TrainedPolicy | None:
     """Replaces the config's policy by `--checkpoint`; empty: leaves it.
 
     Args:
         config: its `policy.path` and `policy.init` are changed.
         checkpoint: a training run or a Hugging Face folder, of which everything is taken.
-        step, base: as in `TrainedPolicy.open`.
+        step: as in `TrainedPolicy.open`.
         path: of a training run, where to take config and tokenizer from (`flags.given_path`); empty: its own.
 
     Returns:
@@ -93,7 +90,7 @@ def take_checkpoint(
     if not is_run(checkpoint):
         config.policy.path, config.policy.init = checkpoint, "path"
         return None
-    trained = TrainedPolicy.open(checkpoint, base, step, path)
+    trained = TrainedPolicy.open(checkpoint, step, path)
     config.policy.path, config.policy.init = trained.config.policy.path, trained.config.policy.init
     return trained
 

@@ -17,8 +17,8 @@ import jax
 from ml_collections import ConfigDict
 
 from rlver_jax.config.datasets import profile_files
+from rlver_jax.config.fields import FIELDS, FREE_FIELDS, PATHS
 from rlver_jax.config.paths import check_folder_to_write
-from rlver_jax.config.ranges import PATHS
 from rlver_jax.config.validate import ConfigError, flatten, unflatten
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
@@ -67,7 +67,7 @@ class RunFolder:
         path: str | os.PathLike[str],
         config: ConfigDict,
         *,
-        free_fields: Sequence[str],
+        free_fields: Sequence[str] = FREE_FIELDS,
         contents: Contents | None = None,
         check: Callable[[], None] = lambda: None,
         report: Callable[[str], None] = _log.warning,
@@ -233,23 +233,23 @@ class RunFolder:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: is no config of a run ({error}); restore it, or name another folder") from error
 
-    def typed_config(self, base: ConfigDict) -> ConfigDict:
-        """`config`, with the fields of `configs/base.py:get_config()`.
+    def typed_config(self) -> ConfigDict:
+        """`config` as a ConfigDict.
 
-        Warns (UserWarning) of fields that it lacks: they are as in base.
+        Warns (UserWarning) of fields that it lacks: they have their defaults.
 
         Raises:
             ValueError: as `config`; or it is of another version of rlver_jax, or holds what no field can.
         """
-        values, fields = self.config(), flatten(base)
-        absent = [f"{name} ({fields[name]!r} is taken)" for name in fields if name not in values]
+        values = self.config()
+        absent = [f"{name} ({field.default!r} is taken)" for name, field in FIELDS.items() if name not in values]
         if absent:
             warnings.warn(
                 f"{self.path / CONFIG}: of an older version of rlver_jax, has no {listed(absent, ', ')}",
                 stacklevel=2,
             )
         try:
-            return unflatten(values, base)
+            return unflatten(values)
         except ConfigError as error:
             raise ConfigError(f"{self.path / CONFIG}: {error}") from error
 

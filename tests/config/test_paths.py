@@ -10,8 +10,8 @@ from ml_collections.config_flags import config_flags
 
 from rlver_jax.config import fields
 from rlver_jax.config import flags as command_line
+from rlver_jax.config.fields import FIELDS, PATHS
 from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
-from rlver_jax.config.ranges import CHOICES, PATHS, REGISTERED
 from rlver_jax.config.validate import ConfigError, flatten, validate
 
 PACKAGE = Path(command_line.__file__).parents[1]
@@ -21,7 +21,7 @@ COMMANDS = sorted(
     if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
 )
 WORDS = {"step", "name", "host", "profile", "topology", "coordinator"}  # text that is no path
-FIELDS = {"log.wandb", *(f"remote.{s}.{n}" for s in ("policy", "user") for n in ("url", "model", "key_env", "extra"))}
+TEXTS = {"log.wandb", *(f"remote.{s}.{n}" for s in ("policy", "user") for n in ("url", "model", "key_env", "extra"))}
 URLS = [
     "gs://bucket/run",
     "gs:/bucket/run",
@@ -83,7 +83,8 @@ def test_every_flag_with_text_takes_a_path_or_is_known_not_to(command, monkeypat
 
 def test_fields_with_text_are_paths_or_known_not_to_be():
     texts = {name for name, value in flatten(fields.get_config()).items() if isinstance(value, str)}
-    assert texts - set(CHOICES) - set(REGISTERED) - FIELDS == set(PATHS)
+    named = {name for name, field in FIELDS.items() if field.choices or field.registry}
+    assert texts - named - TEXTS == set(PATHS)
 
 
 @pytest.mark.parametrize("command", ["verify", "report", "miniature.compare"])
@@ -172,7 +173,7 @@ def test_every_field_is_checked_and_its_home_folder_found(name, tmp_path, monkey
     assert flatten(config)[name] == f"{tmp_path}/x"
     config.update_from_flattened_dict({name: "gs://bucket/x"})
     with pytest.raises(ConfigError, match=rf"{name}='gs://bucket/x': is a URL"):
-        validate(config, fields.get_config())
+        validate(config)
 
 
 def test_each_of_several_files_is_checked(monkeypatch, tmp_path):
@@ -181,13 +182,13 @@ def test_each_of_several_files_is_checked(monkeypatch, tmp_path):
     config, _, _ = command_line.config_from_flags(words, "")
     assert config.data.train == f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl"
     with pytest.raises(ConfigError, match=r"data.eval='a,s3://b/c': is a URL"):
-        validate(config, fields.get_config())
+        validate(config)
 
 
 def test_addresses_of_endpoints_are_no_paths():
     config = fields.get_config()
     config.remote.user.url, config.remote.user.model = "http://127.0.0.1:8000/v1", "m"
-    validate(config, fields.get_config())
+    validate(config)
 
 
 def test_a_config_file_in_the_home_folder(monkeypatch, tmp_path):

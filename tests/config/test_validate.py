@@ -7,8 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from rlver_jax.config import fields
-from rlver_jax.config.ranges import CHOICES, RANGES
+from rlver_jax.config.fields import FIELDS, FREE_FIELDS, TABLE
+from rlver_jax.config.schema import Field, flat_fields, free_names, listing, without_effect
 from rlver_jax.config.validate import ConfigError, flatten, validate
 
 CONFIGS = sorted(Path(__file__).resolve().parents[2].joinpath("configs").glob("[!_]*.py"))
@@ -24,7 +24,7 @@ def changed(**fields):
 
 def faults(config, devices=None):
     with pytest.raises(ConfigError) as error:
-        validate(config, get_config(), devices)
+        validate(config, devices)
     return str(error.value)
 
 
@@ -33,26 +33,57 @@ def test_shipped_configs_are_valid(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    validate(module.get_config(), get_config(), 8)
+    validate(module.get_config(), 8)
     assert "python -m rlver_jax." in module.__doc__, "the docstring holds the command"
-    validate(module.get_config("challenging"), get_config(), 8)
+    validate(module.get_config("challenging"), 8)
     assert module.get_config("challenging").user.style == "challenging"
 
 
-def test_every_field_is_documented():
-    """Each field's line in fields.py carries a comment, save a few whose name says all."""
-    lines = Path(fields.__file__).read_text().splitlines()
-    bare = [line.strip() for line in lines if line.startswith("    c.") and "#" not in line]
-    bare = [
-        line
-        for line in bare
-        if "ConfigDict()" not in line and "get_model()" not in line and "get_endpoint()" not in line
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_says_what_it_means_and_may_hold(name):
+    field = FIELDS[name]
+    assert field.doc
+    assert not field.choices or field.default in field.choices, "the default is a choice"
+    low, high = field.range
+    assert low is None or low <= field.default
+    assert high is None or field.default <= high
+    number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+    assert number == (low is not None), "every number has a lower bound, and nothing else has one"
+    for other, values in field.unused.items():
+        assert {type(value) for value in values} == {type(FIELDS[other].default)}
+        assert not FIELDS[other].choices or set(values) < set(FIELDS[other].choices)
+
+
+def test_fields_that_may_change_between_the_parts_of_a_run():
+    """None of them changes what is computed; a section stands for all its fields."""
+    assert sorted(FREE_FIELDS) == sorted(
+        ["train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows"]
+    )
+    table = {"a": {"x": Field(1, "", free=True)}, "b": {"x": Field(1, "", free=True), "y": Field(1, "")}}
+    assert free_names(table) == ("a", "b.x")
+
+
+def test_a_field_is_one_entry():
+    """Type, choices, range, unit and help are read off it."""
+    table = {**TABLE, "loss": {**TABLE["loss"], "margin": Field(0.5, "how far", range=(0, 1), unit="nats")}}
+    assert dict(flat_fields(table))["loss.margin"].unit == "nats"
+    assert "  --config.loss.margin=0.5 (≥ 0 and ≤ 1 nats): how far\n" in listing(table)
+    assert "--config.policy.mode='think' (think | direct): think:" in listing(table)
+    assert "--config.loss.ratio='token' (a name in rlver_jax/learning/loss_terms.py:RATIOS): " in listing(table)
+
+
+def test_what_is_without_effect():
+    values = flatten(get_config())
+    assert not [*without_effect(TABLE, values, ["algorithm.lam", "algorithm.gamma", "critic.learning_rate"])]
+    assert [*without_effect(TABLE, values | {"algorithm.estimator": "grpo"}, ["train.seed", "algorithm.lam"])] == [
+        "--config.algorithm.lam is without effect where algorithm.estimator='grpo'"
     ]
-    assert bare == ["c.eval.seed = 0"]
-
-
-def test_choices_and_ranges_name_fields_that_exist():
-    assert set(CHOICES) | set(RANGES) <= set(flatten(get_config()))
+    told = [*without_effect(TABLE, values, ["algorithm.turn_discount", "loss.kl_estimator", "no.such"])]
+    assert told == [
+        "--config.algorithm.turn_discount is without effect where algorithm.estimator='gae'",
+        "--config.algorithm.turn_discount is without effect where algorithm.credit='dialogue'",
+        "--config.loss.kl_estimator is without effect where loss.kl=0.0",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +182,7 @@ def test_what_is_no_address_of_an_endpoint(url):
 def test_addresses_of_endpoints(url):
     config = get_config()
     config.remote.user.url, config.remote.user.model = url, "m"
-    validate(config, get_config())
+    validate(config)
 
 
 @pytest.mark.parametrize("url", ["http://me:pa/ss@h/v1", "http://me:secret@h:port", "http://h/v1?key=secret"])

@@ -1,4 +1,4 @@
-"""One side on the device, the other at a real server: held against plain forward passes, `verify`, and the sampler."""
+"""One side on the device, the other at a real server: compared with plain forward passes, `verify`, and the sampler."""
 
 import json
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
     assert verify.main([log, *world[1], *remote[:2]]) == 2, "its user was on the device"
     assert "with a user on the device (readout 'argmax')" in capsys.readouterr().err
     assert verify.main([log, *world[1], f"--policy={world[0] / 'policy'}"]) == 2
-    assert "was behind an endpoint, so nothing of it can be derived again; leave out" in capsys.readouterr().err
+    assert "was behind an endpoint, so nothing of it can be recomputed; leave out" in capsys.readouterr().err
     # A change of one heard token makes every appraisal after it another's.
     played[0]["messages"][1]["say_tokens"][0] += 1
     (world[0] / "forged.jsonl").write_text("".join(json.dumps(record) + "\n" for record in played))

@@ -16,7 +16,6 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from rlver_jax.config import fields
 from rlver_jax.config.flags import config_from_flags
 from rlver_jax.config.validate import validate
 from rlver_jax.dialogues.log import dialogue_records
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         flags.DEFINE_enum("reward", "rule", list(TRAINERS), "what the policy learns from", flag_values=values)
 
     config, options, _ = config_from_flags(argv, __doc__ or "", define)
-    validate(config, fields.get_config(), jax.device_count())
+    validate(config, jax.device_count())
     mesh, trainer = make_mesh(**config.mesh), TRAINERS[options.reward]
     return train(config, options.workdir, mesh, Console(), gold_judge(config), trainer)
 

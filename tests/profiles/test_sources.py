@@ -162,7 +162,7 @@ def test_verify_plans_the_same_dialogues(world):
 @pytest.mark.parametrize("field", ["train", "eval"])
 def test_what_names_no_split_is_refused_with_the_config(world, field, value, parts):
     with pytest.raises(ConfigError) as caught:
-        validate(config_of(world, **{field: value}), get_config(), needs=())
+        validate(config_of(world, **{field: value}), needs=())
     for part in (f"data.{field}={value!r}", *parts):
         assert part in str(caught.value)
 
@@ -179,11 +179,11 @@ def test_what_is_not_prepared_is_told_with_the_command(world, tmp_path, monkeypa
     }
     for folder, told in cases.items():
         with pytest.raises(ConfigError) as caught:
-            validate(config_of(world, train="tfds:rlver_profiles", dir=folder), get_config(), needs=())
+            validate(config_of(world, train="tfds:rlver_profiles", dir=folder), needs=())
         assert told in str(caught.value)
     prepare({"train": world / "a.jsonl"}, tmp_path / "one")
     with pytest.raises(ConfigError, match=r"no split 'eval' .*, but train; .*--eval=FILE"):
-        validate(config_of(world, eval="tfds:rlver_profiles", dir=f"{tmp_path}/one"), get_config(), needs=())
+        validate(config_of(world, eval="tfds:rlver_profiles", dir=f"{tmp_path}/one"), needs=())
 
 
 def test_of_several_sets_the_one_with_the_split_and_else_it_must_be_named(world, tmp_path):
@@ -195,7 +195,7 @@ def test_of_several_sets_the_one_with_the_split_and_else_it_must_be_named(world,
         locate("tfds:rlver_profiles:1.0.0", str(tmp_path), "train")
     for spec in str(caught.value).split("name one of ")[1].split(", "):
         config = config_of(world, train=spec, dir=str(tmp_path))
-        validate(config, get_config(), needs=())
+        validate(config, needs=())
         assert len(open_profiles(config, "data.train")) in (20, 23)
 
 
@@ -209,7 +209,7 @@ def test_a_set_that_lacks_files_or_is_broken(world, tmp_path):
     (info,) = (tmp_path / "sets").rglob("dataset_info.json")
     info.write_text("{")
     with pytest.raises(ConfigError, match=r"dataset_info.json cannot be read .* prepare it again"):
-        validate(config, get_config(), needs=())
+        validate(config, needs=())
 
 
 def command(*arguments, **environment):

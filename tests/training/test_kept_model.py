@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from configs import debug
-from configs.base import get_config
 from rlver_jax.config.flags import config_from_flags, given_path
 from rlver_jax.config.validate import ConfigError, flatten
 from rlver_jax.models.architecture import Qwen2Config
@@ -83,10 +82,10 @@ def test_a_run_is_no_model_and_a_model_no_run(base, tmp_path):
         load_params(kept, Qwen2(Qwen2Config.from_hf(kept)))
     (base / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"base/checkpoints: no such folder.*holds a model, which needs no export"):
-        TrainedPolicy.open(base, get_config())
+        TrainedPolicy.open(base)
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"other/checkpoints: no such folder.*holds nothing"):
-        TrainedPolicy.open(tmp_path / "other", get_config())
+        TrainedPolicy.open(tmp_path / "other")
 
 
 def test_a_sentencepiece_file_of_any_name_is_kept(base, tmp_path):
@@ -185,7 +184,7 @@ def run(base, tmp_path, monkeypatch):
 
 def taken(run, *flags):
     config, options, _ = config_from_flags([f"--config={debug.__file__}", *flags], "")
-    trained = take_checkpoint(config, str(run), "", get_config(), given_path(options))
+    trained = take_checkpoint(config, str(run), "", given_path(options))
     assert trained.config.policy.path == config.policy.path
     return config.policy.path
 
@@ -227,7 +226,7 @@ def test_a_config_of_another_version_is_named(run, change, says):
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=says) as error:
-        TrainedPolicy.open(workdir, get_config())
+        TrainedPolicy.open(workdir)
     assert str(workdir / "config.json") in str(error.value)
 
 
@@ -237,4 +236,4 @@ def test_fields_that_an_older_version_did_not_have_are_named(run):
     del config["train.padding"]
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match=r"config.json: .*has no train.padding .0.1 is taken.$"):
-        assert TrainedPolicy.open(workdir, get_config()).config.train.padding == 0.1
+        assert TrainedPolicy.open(workdir).config.train.padding == 0.1

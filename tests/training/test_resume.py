@@ -14,7 +14,7 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.runs import fingerprints
-from rlver_jax.training.loop import FREE_FIELDS, fingerprints_of
+from rlver_jax.training.loop import fingerprints_of
 from rlver_jax.training.workdir import Contents, RunFolder
 
 MODELS = ("policy", "user", "critic", "reference")
@@ -56,7 +56,7 @@ def opened(workdir, config):
     """(the run's folder, what was said)."""
     said = []
     contents = Contents(lambda gone: fingerprints_of(config, gone), lambda name: fingerprints.described(name, config))
-    folder = RunFolder.open(workdir, config, free_fields=FREE_FIELDS, contents=contents, report=said.append)
+    folder = RunFolder.open(workdir, config, contents=contents, report=said.append)
     return folder, said
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import debug
+from rlver_jax.config.fields import FIELDS
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.advantages import ESTIMATORS, Advantages, Estimator, broadcast
@@ -17,6 +18,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.training.setup import (
+    REGISTRIES,
     build_run,
     check_learning,
     dialogues_a_row,
@@ -102,6 +104,15 @@ def test_commands_refuse_an_unknown_estimator(command, capsys, tmp_path):
     assert "algorithm.estimator='grop': expected one of gae, grpo" in (told := capsys.readouterr().err)
     assert told.startswith(f"{command}: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_registries_are_those_that_the_fields_name():
+    assert set(REGISTRIES) == {name for name, field in FIELDS.items() if field.registry}
+    for name, registry in REGISTRIES.items():
+        assert FIELDS[name].default in registry
+        file, _, attribute = FIELDS[name].registry.partition(":")
+        module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        assert getattr(module, attribute) is registry
 
 
 def test_all_faults_are_told_at_once():

@@ -184,7 +184,7 @@ def test_the_config_knows_the_languages():
     config = fields.get_config()
     config.data.language = "klingon"
     with pytest.raises(ValueError, match=f"data.language='klingon'.*{', '.join(LANGUAGES)}"):
-        validate(config, fields.get_config(), 1, [])
+        validate(config, 1, [])
 
 
 def test_published_profiles_render(prompts, published):
