@@ -119,7 +119,7 @@ def test_runs_are_compared(run, tmp_path, capsys):
     rows[1]["reward/mean"] += 1e-7
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     log.write_text(log.read_text().replace('"profile"', '"Profile"', 1))
-    shutil.rmtree(copy / "checkpoints" / "3")
+    shutil.rmtree(copy / "checkpoints" / "000003")
     assert compare_runs.differences(mine, copy) == [
         *("step 2: reward/mean", "dialogues/step_000002.jsonl", "checkpoint of step 3"),
     ]
