@@ -114,3 +114,15 @@ def test_the_picture_shows_the_layers_that_are_checked():
     assert len(shown) == len(layers())
     for layer, lines in zip(layers()[1:], shown[1:], strict=True):  # commands come and go
         assert set(re.findall(r"[a-z]\w+", lines.splitlines()[0])) == layer
+
+
+def test_pages_that_the_code_names_are_there():
+    files = [file for folder in ("rlver_jax", "configs", "launch") for file in (ROOT / folder).rglob("*.*")]
+    named = {
+        page
+        for file in files
+        if file.suffix in (".py", ".sh", ".yaml")
+        for page in re.findall(r"docs/\w+\.md", text_of(file))
+    }
+    assert {"docs/performance.md", "docs/pods.md"} <= named
+    assert all((ROOT / page).is_file() for page in named), named
