@@ -358,14 +358,14 @@ def test_training_logs_are_held_against_the_policy_before_their_step(trained, ca
     logs = [run / "dialogues" / f"step_00000{step}.jsonl" for step in (1, 2, 3)]
     status, output = run_verify(capsys, logs[0], logs[2], config, f"--policy={run}")
     assert status == 0, output
-    assert "derived 16 dialogues" in output
+    assert "recomputed 16 dialogues" in output
     assert " 0 faults" in output
     assert "--policy" not in output, "nothing of the policy is left out"
     tokens = sum(
         len(m["tokens"]) for log in (logs[0], logs[2]) for r in read_dialogues(log) for m in r["messages"][1::2]
     )
     users = run_verify(capsys, logs[0], logs[2], config)[1]
-    assert "not derived: the policy's words and log-probs (--policy=…)" in users
+    assert "not recomputed: the policy's words and log-probs (--policy=…)" in users
     count = lambda text: int(re.search(r"(\d+) tokens", text)[1])  # noqa: E731
     assert count(output) - count(users) == tokens
     status, output = run_verify(capsys, logs[1], config, f"--policy={run}")
@@ -386,7 +386,7 @@ def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path
         assert status == 1, output
         assert f"dialogue {number}" in output
         assert "dialogues 19" in output, "it is missing"
-        assert "derived 8 dialogues" in output
+        assert "recomputed 8 dialogues" in output
         if number >= 0:
             assert f"training step {step} were played by the policy as it was after step {step - 1}" in output
 

@@ -111,7 +111,7 @@ def _logprob_faults(
     error = max((low - logged.sampled) * scale, (logged.sampled - high) * scale, 0.0, key=lambda x: (x != x, x))
     report.logprob_error = max(report.logprob_error, error)
     if not error <= (speaker.tolerance.logprob if drawn else 0.0):
-        yield f"logged log-probability {logged.sampled:.5f} where it was sampled, derived {high:.5f}"
+        yield f"logged log-probability {logged.sampled:.5f} where it was sampled, recomputed {high:.5f}"
 
 
 def user_fields(agents: Agents) -> list[str]:

@@ -95,7 +95,7 @@ def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(pair,
         wait_for_rows(members, tmp_path, 3)
         members[1].process.send_signal(signal.SIGTERM)
         assert [member.ended(120) for member in members] == [0, 0], members[0].printed + members[1].printed
-        assert "stopped by a signal: the same command goes on" in members[0].printed
+        assert "stopped by a signal: the same command resumes" in members[0].printed
     done = rows_of(tmp_path)[-1]["step"]
     assert 2 <= done < STEPS
     assert f"going on after step {done} of {STEPS}" in finish(start(2, 4, tmp_path))

@@ -190,7 +190,7 @@ def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
     run.send_signal(signal.SIGTERM)
     printed = run.communicate(timeout=120)[0]
     assert run.returncode == 0, printed
-    assert "stopped by a signal: the same command goes on" in printed
+    assert "stopped by a signal: the same command resumes" in printed
     done = rows_of(tmp_path)[-1]["step"]
     assert 3 <= done < STEPS
     again = start(tmp_path)

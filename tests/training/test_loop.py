@@ -145,7 +145,7 @@ def test_training_logs_are_derived_completely(unbroken, tmp_path, capsys):
     logs = [str(folder / "dialogues" / f"step_00000{step}.jsonl") for step in (2, 4)]
     config = [f"--config={debug.__file__}", "--config.train.seed=3"]
     assert verify.main([*logs, *config]) == 0, capsys.readouterr().out
-    assert "derived 16 dialogues, 32 turns" in capsys.readouterr().out
+    assert "recomputed 16 dialogues, 32 turns" in capsys.readouterr().out
     record = records_of(folder, 4)[3]
     record["reward"] += 0.01
     (tmp_path / "edited.jsonl").write_text(json.dumps(record) + "\n")
