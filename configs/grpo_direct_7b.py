@@ -1,4 +1,4 @@
-"""Qwen2.5-7B, GRPO in groups of four dialogues, replies without thoughts; for a TPU pod.
+"""RLVER as published: Qwen2.5-7B, GRPO in groups of four dialogues, replies without thoughts; for a TPU pod.
 
 Use: python -m rlver_jax.train --config=configs/grpo_direct_7b.py --config.policy.path=QWEN_7B
      --config.user.path=QWEN_72B --config.data.train=TRAIN.jsonl --config.data.eval=TEST.jsonl --workdir=DIR
@@ -13,9 +13,5 @@ from configs import ppo_think_7b
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`ppo_think_7b` without a critic and without thoughts."""
-    c = ppo_think_7b.get_config(arg)
-    c.algorithm.estimator = "grpo"
-    c.rollout.group = 4  # RLVER
-    c.policy.mode = "direct"
-    return c
+    """`ppo_think_7b` with groups in place of a critic, and without thoughts."""
+    return ppo_think_7b.grpo(ppo_think_7b.direct(ppo_think_7b.get_config(arg)))

@@ -1,4 +1,4 @@
-"""Qwen2.5-7B, GRPO in groups of four dialogues, a thought before each reply; for a TPU pod.
+"""RLVER as published: Qwen2.5-7B, GRPO in groups of four dialogues, a thought before each reply; for a TPU pod.
 
 Use: python -m rlver_jax.train --config=configs/grpo_think_7b.py --config.policy.path=QWEN_7B
      --config.user.path=QWEN_72B --config.data.train=TRAIN.jsonl --config.data.eval=TEST.jsonl --workdir=DIR
@@ -13,8 +13,5 @@ from configs import ppo_think_7b
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`ppo_think_7b` without a critic: a dialogue is compared with the others of its profile."""
-    c = ppo_think_7b.get_config(arg)
-    c.algorithm.estimator = "grpo"
-    c.rollout.group = 4  # RLVER
-    return c
+    """`ppo_think_7b` with groups in place of a critic."""
+    return ppo_think_7b.grpo(ppo_think_7b.get_config(arg))

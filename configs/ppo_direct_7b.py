@@ -1,4 +1,4 @@
-"""Qwen2.5-7B, PPO, replies without thoughts; for a TPU pod.
+"""RLVER as published: Qwen2.5-7B, PPO, replies without thoughts; for a TPU pod.
 
 Use: python -m rlver_jax.train --config=configs/ppo_direct_7b.py --config.policy.path=QWEN_7B
      --config.user.path=QWEN_72B --config.data.train=TRAIN.jsonl --config.data.eval=TEST.jsonl --workdir=DIR
@@ -14,6 +14,4 @@ from configs import ppo_think_7b
 
 def get_config(arg: str = "") -> ConfigDict:
     """`ppo_think_7b` without thoughts."""
-    c = ppo_think_7b.get_config(arg)
-    c.policy.mode = "direct"
-    return c
+    return ppo_think_7b.direct(ppo_think_7b.get_config(arg))

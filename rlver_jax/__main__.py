@@ -32,6 +32,7 @@ COMMANDS = {
     "chat": "chat",
     "serve": "serve",
     "export": "export",
+    "config": "config.compare",
     "prepare": "profiles.builder",
     "plan": "plan",
     "bench": "bench",

@@ -32,7 +32,9 @@ DATA = {
 }
 
 ROLLOUT = {
-    "batch": Field(32, "dialogues of a step = profiles x group (RLVER: 32)", range=POSITIVE, unit="dialogues"),
+    "batch": Field(
+        32, "dialogues of a step = profiles x group (RLVER: 32, GRPO 128)", range=POSITIVE, unit="dialogues"
+    ),
     "rows": Field(
         0,
         "of them played at a time: where one ends, the next begins (docs/performance.md); 0: all",
@@ -41,7 +43,7 @@ ROLLOUT = {
         free=True,
     ),
     "group": Field(1, "dialogues of one profile (RLVER: 1 with PPO, 4 with GRPO)", range=POSITIVE, unit="dialogues"),
-    "max_turns": Field(8, "policy replies in a dialogue (RLVER: 8)", range=POSITIVE, unit="turns"),
+    "max_turns": Field(8, "policy replies in a dialogue (RLVER: 9)", range=POSITIVE, unit="turns"),
     "context": Field(8192, "slots of each row's cache, policy and user alike", range=POSITIVE, unit="tokens"),
     "think_tokens": Field(
         512, "at most, of a thought with its closing tag", range=(16, None), unit="tokens", unused=NO_THOUGHTS
@@ -56,7 +58,9 @@ EMOTION = {
     "initial": Field(
         30, "at the start of a dialogue (RLVER's training; SAGE's evaluation: 40)", range=(0, 100), unit="points"
     ),
-    "floor": Field(9, "a dialogue ends at or below it, as a failure (SAGE: below 10)", range=(-1, 100), unit="points"),
+    "floor": Field(
+        9, "a dialogue ends at or below it, as a failure (SAGE: below 10; RLVER: 0)", range=(-1, 100), unit="points"
+    ),
     "ceiling": Field(
         100,
         "a dialogue ends at or above it, as a success (SAGE: 100); 101: never (RLVER)",
