@@ -23,7 +23,7 @@ from tests.training.test_loop import records_of, rows_of
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 14  # two more than the last kill saves
 FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 1, "eval.every": 4}
-# Each four times: (moment, the row of metrics that it follows). Odd rows, after which nothing is evaluated or saved.
+# (moment, the row of metrics that it follows), each moment once a line. Odd rows, after which nothing is evaluated or saved.
 PLAN = [
     *(("start", 0), ("playing", 1), ("update", 1), ("saving", 0), ("saved", 0)),
     *(("start", 0), ("playing", 3), ("update", 5), ("saving", 0), ("saved", 0)),
@@ -168,17 +168,19 @@ def kill_and_go_on(folder: Path, other: Path, seconds: dict, plan: list) -> list
 
 
 def test_killed_amid_a_save(unbroken, tmp_path):
-    """The one of the twenty below that leaves the most behind."""
+    """The one of those below that leaves the most behind."""
     kill_and_go_on(tmp_path, *unbroken, [("saving", 0)])
 
 
-@pytest.mark.slow
-def test_killed_twenty_times(unbroken, tmp_path):
-    """While it starts, plays, updates, saves and right after: four times each, at moments that are drawn anew."""
+@pytest.mark.parametrize(
+    "kills", [pytest.param(10, marks=pytest.mark.slow), pytest.param(len(PLAN), marks=pytest.mark.long)]
+)
+def test_killed_again_and_again(kills, unbroken, tmp_path):
+    """While it starts, plays, updates, saves and right after: each as often, at moments that are drawn anew."""
     began = time.monotonic()
-    found = kill_and_go_on(tmp_path, *unbroken, PLAN)
+    found = kill_and_go_on(tmp_path, *unbroken, PLAN[:kills])
     print(f"{len(found)} kills in {time.monotonic() - began:.0f} s")
-    assert len(found) == 20
+    assert len(found) == kills
     assert any(names for moment, names in found if moment == "saving"), "a save was really cut off"
 
 
