@@ -23,7 +23,7 @@ from tests.training.test_loop import records_of, rows_of
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 14  # two more than the last kill saves
 FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 1, "eval.every": 4}
-# (moment, the row of metrics that it follows), each moment once a line. Odd rows, after which nothing is evaluated or saved.
+# (moment, the row of metrics that it follows), each moment once a line. After odd rows nothing is evaluated or saved.
 PLAN = [
     *(("start", 0), ("playing", 1), ("update", 1), ("saving", 0), ("saved", 0)),
     *(("start", 0), ("playing", 3), ("update", 5), ("saving", 0), ("saved", 0)),
