@@ -58,9 +58,9 @@ for dim in (64, 128):
         )
         compiled = lowered.compile()
         temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        moved = compiled.cost_analysis()["bytes accessed"] / 2**20
+        moved = f"{compiled.cost_analysis()['bytes accessed'] / 2**20:.1f} MiB moved (a loop counts once)"
         found[dim, write.__name__] = temporaries / size
-        print(f"head dimension {dim}, cache {size:.0f} MiB, {write.__name__}: {temporaries:.1f} MiB temporaries, {moved:.1f} MiB moved (a loop counts once)")
+        print(f"head dimension {dim}, cache {size:.0f} MiB, {write.__name__}: {temporaries:.1f} MiB of temporaries, {moved}")
 copied = {case for case, share in found.items() if share > 0.9}
 in_place = {case for case, share in found.items() if share < 0.1}
 raise SystemExit(copied != {(64, "scatter"), (64, "loop"), (128, "loop")} or len(in_place) != 5)
