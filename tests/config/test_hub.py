@@ -232,7 +232,7 @@ def test_downloads_a_revision(published, plain):
 def test_goes_on_with_an_interrupted_download(published, online, plain, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)  # the library waits between its attempts
     published.cut = "model-00002-of-00002.safetensors"
-    with pytest.raises(HubError, match="didn't send it .*The same command goes on where it was"):
+    with pytest.raises(HubError, match="didn't send it .*The same command resumes it"):
         local_folder(NAME, weights=True)
     published.cut = ""
     before = len(published.asked)

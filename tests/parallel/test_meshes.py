@@ -78,7 +78,7 @@ def test_a_run_moves_from_8_to_4_to_16_devices(tmp_path):
         command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={moving}"]
         done = subprocess.run([*command, *flags], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert last == 1 or "going on after step" in done.stdout
+        assert last == 1 or "resuming after step" in done.stdout
     config = debug.get_config()
     config.update_from_flattened_dict(fields | {"train.steps": steps})
     one = run(config, tmp_path / "one", ONE)

@@ -219,7 +219,7 @@ def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
     assert 3 <= done < STEPS
     again = start(tmp_path)
     printed = again.communicate(timeout=300)[0]
-    assert f"going on after step {done} of {STEPS}" in printed, "its last step was saved"
+    assert f"resuming after step {done} of {STEPS}" in printed, "its last step was saved"
     same_as(tmp_path, unbroken)
 
 
