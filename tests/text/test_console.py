@@ -98,7 +98,7 @@ def test_a_full_disk(talker, tmp_path):
         status, _, err = run(talker, tmp_path, {"PYTHONIOENCODING": "utf-8"}, stdout=full)
         assert status == 0
         assert err.decode().splitlines() == [
-            "standard output cannot be written to (No space left on device); going on without it",
+            "standard output cannot be written to (No space left on device); continuing without it",
             "talker: 出错了 …",
         ]
         assert run(talker, tmp_path, stdout=full, stderr=full)[0] == 0
