@@ -69,7 +69,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
     distributed.initialize(options, finish_steps=True)
     run = RunFolder(Path(options.workdir))
-    needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
+    needs = [model for model in MODELS if model != "policy" or not run.resumes_without_base(flatten(config))]
     validate(config, jax.device_count(), needs)
     check_training(config)
     check_learning(config)

@@ -18,7 +18,7 @@ class Tolerance(NamedTuple):
     logprob: float
 
 
-# By the model's dtype. Errors of bfloat16 have no bound; docs/training.md has what was measured on an accelerator.
+# By the model's dtype. Errors of bfloat16 have no bound; docs/results.md has what was measured on an accelerator.
 TOLERANCES = {"float32": Tolerance(1e-4, 1e-3), "bfloat16": Tolerance(0.5, 1.0)}
 
 

@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_equals_an_unbroken_one(unbroken, tmp_path):
         file.write('{"step": 3, "emotion/final_mean": 99.0}\n{"step": 4, "emo')  # as a killed process may leave it
     (tmp_path / "dialogues" / "step_000003.jsonl").write_text("{")
     printed = run(tmp_path)
-    assert "going on after step 2 of 4" in printed
+    assert "resuming after step 2 of 4" in printed
     folder, _, _ = unbroken
     assert rows_of(tmp_path) == rows_of(folder)
     assert records_of(tmp_path, 4) == records_of(folder, 4)
@@ -204,7 +204,7 @@ def moved(unbroken, tmp_path_factory):
     shutil.copytree(folder / "run", folder / "at_hand")
     run(folder / "at_hand", **fields | {"train.steps": 3})
     base.rename(folder / "elsewhere")
-    assert "going on after step 2 of 3" in run(folder / "run", **fields | {"train.steps": 3})
+    assert "resuming after step 2 of 3" in run(folder / "run", **fields | {"train.steps": 3})
     return folder / "run", folder / "at_hand", folder / "elsewhere"
 
 
