@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         model.attention = "chunked"
         model.attention_chunk = 256
     c.user.attention_chunk = 32  # scores that stay in the cores' caches: a prefix is read in half the time
+    c.policy.prompt = "coach"  # says how to be empathetic, which a model of this size doesn't know
     c.policy.remat = "full"  # a third of the work again, for a fraction of the memory (docs/performance.md)
     c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
     c.user.field_tokens = 24

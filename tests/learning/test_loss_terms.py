@@ -308,7 +308,7 @@ def test_ratio_metrics_equal_loops_however_the_batch_is_cut():
 
 def test_unknown_names_are_errors_while_tracing():
     with pytest.raises(
-        ValueError, match="normalization 'mean' is unknown: use one of token_mean, dialogue_mean, dr_grpo"
+        ValueError, match="normalization 'mean' is unknown: use one of token_mean, turn_mean, dialogue_mean, dr_grpo"
     ):
         token_weights(MASK, "mean")
     with pytest.raises(ValueError, match="KL estimator 'k4' is unknown: use one of k1, k2, k3"):

@@ -26,7 +26,7 @@ def test_a_model_must_be_named(capsys):
 @pytest.mark.tpu
 def test_a_mesh_must_fit(capsys):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
-    argv = ["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4", "--config.mesh.tensor=3"]
+    argv = ["--config=configs/rlver_plus.py:ppo,think", "--topology=v5e:2x4", "--config.mesh.tensor=3"]
     assert plan.main(argv) == 2
     assert "mesh.tensor=3: 8 devices cannot be divided by 3" in capsys.readouterr().err
 
@@ -44,7 +44,7 @@ def test_a_mesh_must_fit(capsys):
 )
 def test_slices_must_fit(slices, message, capsys):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
-    argv = ["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4", f"--slices={slices}"]
+    argv = ["--config=configs/rlver_plus.py:ppo,think", "--topology=v5e:2x4", f"--slices={slices}"]
     assert plan.main(argv) == 2
     assert message in capsys.readouterr().err
 
@@ -73,9 +73,9 @@ def test_two_slices(tmp_path, capsys):
 
 
 def test_cheap_remedies_come_first():
-    from configs import ppo_think_7b
+    from configs import rlver_plus
 
-    config = ppo_think_7b.get_config()
+    config = rlver_plus.get_config()
     config.critic.remat = "none"
     found = list(candidates(config, ["learn"]))
     assert found[0] == {"critic.remat": "full"}
@@ -89,7 +89,7 @@ def test_a_small_plan(tmp_path, capsys):
     """1.5B with GRPO on one v5e host: state and user over 8 chips, the sampler's copies of two models over 2."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
     file = tmp_path / "plan.json"
-    argv = ["--config=configs/grpo_think_7b.py", "--topology=v5e:2x4", f"--json={file}", *SMALL, *SHORT, *DENSE]
+    argv = ["--config=configs/rlver_plus.py:grpo,think", "--topology=v5e:2x4", f"--json={file}", *SMALL, *SHORT, *DENSE]
     assert plan.main(argv) == 0
     out, told = capsys.readouterr()
     assert re.search(r"^learn: \d+\.\d\d GiB a chip", told, re.MULTILINE), "what is known is said at once"

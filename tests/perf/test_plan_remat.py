@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import grpo_think_7b
+from configs import rlver_plus
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.chips import CHIPS, topology_devices
 from rlver_jax.perf.plan_measure import compile_all
@@ -34,7 +34,7 @@ def test_the_lightest_that_fits():
 def test_each_keeps_less_and_computes_more():
     """0.5B on one v5e host: 24 layers, of which `none` keeps all, `full` only what comes in."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
-    config = grpo_think_7b.get_config()
+    config = rlver_plus.get_config("grpo,think")
     config.update_from_flattened_dict(SMALL)
     mesh = make_mesh(**config.mesh, devices=topology_devices("v5e:2x4"))
     texts, _ = texts_of(config)

@@ -16,7 +16,7 @@ from rlver_jax.config import fields
 from rlver_jax.config.validate import validate
 from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
 from rlver_jax.user.emotion import TRAINING, EmotionRules
-from rlver_jax.user.prompts import FILES, LANGUAGES, MODES, SCENARIOS, STYLES, load_prompts
+from rlver_jax.user.prompts import FILES, LANGUAGES, MODES, POLICY_PROMPTS, SCENARIOS, STYLES, load_prompts
 
 PERSONA = "姓名：林秋，34 岁，图书管理员。说话慢，爱绕弯子。"
 SCENE = "上周体检后，林秋一直没敢打开报告。"
@@ -202,8 +202,29 @@ def test_an_unknown_wish_is_taken_as_it_is(prompts):
     assert not any(known.raises in text for known in prompts.intentions.values())
 
 
-def test_policy_never_sees_a_wish(prompts):
-    think, direct = (prompts.policy_system(mode) for mode in MODES)
+def test_what_the_policy_is_told_to_be(prompts):
+    """SAGE's frame is a sentence or two, RLVER's instruction a little more, and only ours says how to do it."""
+    texts = [prompts.policy_system("direct", prompt) for prompt in POLICY_PROMPTS]
+    assert texts[0] == prompts.policy_system("direct")
+    assert [len(text) for text in texts] == sorted(len(text) for text in texts)
+    assert [len(text.splitlines()) for text in texts] == [1, 3, 7]
+    for mode, prompt in itertools.product(MODES, POLICY_PROMPTS):
+        assert ("<think>" in prompts.policy_system(mode, prompt)) == (mode == "think")
+
+
+def test_only_a_challenging_user_never_shows_what_it_needs():
+    """SAGE: a user may slightly reveal its need; RLVER's challenging one drops no hint."""
+    for language, words in (("en", "A little of what you need may show"), ("zh", "你需要什么，偶尔可以露出一点")):
+        vanilla, challenging = (
+            PROMPTS[language].user_system(PERSONA, SCENE, "x", style=style) for style in ("vanilla", "challenging")
+        )
+        assert words in vanilla
+        assert words not in challenging
+
+
+@pytest.mark.parametrize("prompt", POLICY_PROMPTS)
+def test_policy_never_sees_a_wish(prompts, prompt):
+    think, direct = (prompts.policy_system(mode, prompt) for mode in MODES)
     for text in (think, direct):
         assert not MARKERS.search(text)
         assert "隐藏" not in text
@@ -315,6 +336,8 @@ def test_choices_are_named(tmp_path, prompts):
         prompts.user_system(PERSONA, SCENE, "x", scenario="duel")
     with pytest.raises(ValueError, match="mode 'loud' is unknown: use one of think, direct"):
         prompts.policy_system("loud")
+    with pytest.raises(ValueError, match="prompt 'guru' is unknown: use one of sage, friend, coach"):
+        prompts.policy_system("think", "guru")
     with pytest.raises(ValueError, match="profile's scene is empty"):
         prompts.user_system(PERSONA, " \n", "x")
 

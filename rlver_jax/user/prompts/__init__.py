@@ -5,6 +5,7 @@ from rlver_jax.decoding.script import Part, parse_script
 from rlver_jax.user.prompts.load import (
     FILES,
     MODES,
+    POLICY_PROMPTS,
     SCENARIOS,
     STYLES,
     Intention,
@@ -16,6 +17,7 @@ __all__ = [
     "FILES",
     "LANGUAGES",
     "MODES",
+    "POLICY_PROMPTS",
     "SCENARIOS",
     "STYLES",
     "Intention",

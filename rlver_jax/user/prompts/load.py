@@ -25,6 +25,7 @@ from rlver_jax.user.emotion import TRAINING, EmotionRules
 STYLES = ("vanilla", "challenging")
 SCENARIOS = ("heart_to_heart", "chit_chat")
 MODES = ("think", "direct")
+_POLICY = ("policy_think.j2", "policy_direct.j2")
 POLICY_PROMPTS = ("sage", "friend", "coach")  # what the policy is told to be; see docs/reproducing.md
 
 # Each template with the variables that it may use. The policy never sees a profile, hence none there.
@@ -199,7 +200,7 @@ def _template(text: str, source: str, allowed: tuple[str, ...]) -> jinja2.Templa
     unknown = jinja2.meta.find_undeclared_variables(tree) - set(allowed)
     for name in tree.find_all(jinja2.nodes.Name):
         if name.name in unknown:
-            known = ", ".join(allowed) or "none (the policy never sees the profile)"
+            known = ", ".join(allowed) + " (the policy never sees the profile)" * source.endswith(_POLICY)
             raise ValueError(f"{source}, line {name.lineno}: unknown variable {name.name!r}; allowed: {known}")
     return template
 
