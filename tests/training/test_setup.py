@@ -82,8 +82,8 @@ def test_kernels_for_tpu_are_refused_elsewhere():
     [
         ({"algorithm__estimator": "grop"}, "algorithm.estimator='grop': expected one of gae, grpo, rloo, reinforce_pp;"
          " did you mean 'grpo'?"),
-        ({"loss__normalization": "mean"}, "loss.normalization='mean': expected one of token_mean, turn_mean, dialogue_mean,"
-         " dr_grpo"),
+        ({"loss__normalization": "mean"}, "loss.normalization='mean': expected one of token_mean, turn_mean,"
+         " dialogue_mean, dr_grpo"),
         ({"loss__kl_estimator": "k4"}, "loss.kl_estimator='k4': expected one of k1, k2, k3"),
         ({"loss__ratio": "dialogue"}, "loss.ratio='dialogue': expected one of token, sequence"),
         ({"algorithm__estimator": "rloo", "rollout__group": 1}, "algorithm.estimator='rloo' compares dialogues of one"
