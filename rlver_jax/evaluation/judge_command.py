@@ -115,8 +115,10 @@ class Judges:
         if self.measurer:
             name, config = self.measurer
             rater = _load_rater(name, config, folder)
-            records, usage = measure(rater, load_forms(config.data.language), dialogues, folder, console)
-            summary["measures"] = summarize(records) | usage | {"settings": rater.settings}
+            forms, reads = load_forms(config.data.language), config.eval.relationship
+            records, usage = measure(rater, forms, dialogues, folder, console, reads)
+            settings = rater.settings | {"relationship": reads}
+            summary["measures"] = summarize(records) | usage | {"settings": settings}
         return summary, records
 
     @property

@@ -55,7 +55,7 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
     if rest:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --port=8100; --help lists them")
     for name in ("latency", "fail"):
-        if math.isnan(options[name].value):
+        if math.isnan(float(options[name].value or 0.0)):
             raise ConfigError(f"--{name}=nan: expected a number")
     return options
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -161,8 +162,6 @@ def test_equal_requests_have_equal_answers_and_other_seeds_other_words(served):
 
 def test_answers_that_could_not_be_read_are_given_again():
     """What `RemoteUser` sends after an answer that it can't read: the number, or the words, alone."""
-    import random
-
     person, prompts, crowd = people(1, seed=0, held_out=True)[0], load_prompts("en", assets.PROMPTS), People()
     system = prompts.user_system(person.to_json()["player"], person.scene, person.to_json()["task"])
     form = prompts.form("[heard]\n[change] Change:", say=person.topic.fill(REPLIES[person.intention][0]))
@@ -185,8 +184,10 @@ def test_answers_that_could_not_be_read_are_given_again():
         answer(*texts, "well", "How are you?")
     with pytest.raises(NotOfThisWorld, match="names no trouble"):
         answer("You are a poet.", prompts.opening)
-    with pytest.raises(NotOfThisWorld, match="in turns"):
+    with pytest.raises(NotOfThisWorld, match="asks for none"):
         answer(system)
+    with pytest.raises(NotOfThisWorld, match="in turns"):
+        crowd.answer([{"role": "user", "content": system}], random.Random(0))
 
 
 def test_failures_are_a_share_of_attempts_and_change_nothing(served, tmp_path):
