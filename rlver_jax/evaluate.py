@@ -2,7 +2,7 @@
 
     python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
                                  [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…]
-                                 [--measures=FILE[:ARG]|HF_FOLDER]
+                                 [--measures=FILE[:ARG]|HF_FOLDER] [--sage=CLONE]
     python -m rlver_jax.evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
     python -m rlver_jax.evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
 
@@ -15,6 +15,7 @@ when it is started again with the same settings and DIR.
 --judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
 that have been played, ours or SAGE's, and checks their arithmetic; --agreement compares the config's user with the one
 of a record. A judge is on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
+--sage takes the prompts of users at endpoints, and the policy's, from a clone of SAGE's repository; see docs/sage.md.
 
 On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them), for
 playing alone; see docs/pods.md.
@@ -135,6 +136,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
+    judging.take_sage(config, options)
     distributed.initialize(options, finish_steps=False)
     alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]
     alone += [f"remote.{side}.url" for side in endpoint_sides(config)]

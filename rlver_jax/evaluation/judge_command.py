@@ -51,6 +51,7 @@ from rlver_jax.runs.files import write_json
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.console import consoles, plain_line
 from rlver_jax.text.strict_json import half_character
+from rlver_jax.user import sage_clone
 
 SHOWN = 20  # faults that are printed
 
@@ -63,6 +64,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "measures": "judge model for capabilities, relationship and qualities: a config file or a model folder",
     }
     define_paths("from", "", "score these finished dialogues (ours or SAGE's results)", values)
+    define_path(
+        "sage", "", "clone of github.com/Tencent/digitalhuman: SAGE's prompts, for a user at an endpoint", values
+    )
     define_paths("agreement", "", "compare the user's changes with the recorded ones in these files", values)
     flags.DEFINE_integer(
         "contexts", 0, "with --agreement: as many contexts at least, in whole dialogues; 0: all", 0, flag_values=values
@@ -95,11 +99,12 @@ class Judges:
         """
         users: dict[str, ConfigDict] = {}
         for arg in _split(options.judge):
-            name, judge = _judge_config(arg, config)
+            name, judge = _judge_config(arg, config, options.sage or None)
             if name in users:
                 raise ConfigError(f"--judge={options.judge}: two judges are called {name!r}; rename a file or folder")
             users[name] = judge
-        return cls(users, _judge_config(options.measures, config) if options.measures else None)
+        without = "" if options.sage else None  # a judge model asks by forms of its own
+        return cls(users, _judge_config(options.measures, config, without) if options.measures else None)
 
     def judge(
         self, dialogues: Sequence[Transcript], folder: Path | None, console: Console
@@ -142,8 +147,30 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]:
-    """(name, config) of a judge: its config file, or `config` with the folder as its user."""
+def take_sage(config: ConfigDict | None, options: flags.FlagValues) -> None:
+    """Has --sage replace a config's prompts.
+
+    Args:
+        config: whose user plays or appraises; None: only judges do.
+
+    Raises:
+        ValueError: it names no clone of SAGE's repository, or nobody's prompts.
+    """
+    if not options.sage:
+        return
+    sage_clone.read(Path(options.sage))
+    if config is None and not options.judge:
+        raise ConfigError(f"--sage={options.sage}: no user here has prompts; give --judge")
+    if config is not None:
+        config.user.prompts = options.sage
+
+
+def _judge_config(arg: str, config: ConfigDict | None, prompts: str | None) -> tuple[str, ConfigDict]:
+    """(name, config) of a judge: its config file, or `config` with the folder as its user.
+
+    Args:
+        prompts: of the user, in place of the config's; None: the config's.
+    """
     if Path(arg).is_dir() or is_name(arg):
         if config is None:
             raise ConfigError(
@@ -155,6 +182,8 @@ def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]
         judge, _, _ = config_from_flags([f"--config={arg}"], "")
         file, _, argument = arg.partition(":")
         name = re.sub(r"\W+", "_", f"{Path(file).stem}_{argument}").strip("_")
+    if prompts is not None:
+        judge.user.prompts = prompts
     try:
         validate(judge, jax.device_count(), ["user"])
         _check_there(judge)
@@ -213,9 +242,11 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
+        take_sage(config if options.agreement else None, options)
         validate(config, jax.device_count(), ["user"])
     else:
         options, rest = parse_flags(argv, usage, define)
+        take_sage(None, options)
     if rest:
         raise ConfigError(f"found {rest[0]!r}, expected flags only; several files are joined by commas: --from=A,B")
     if bool(options["from"].value) == bool(options.agreement):

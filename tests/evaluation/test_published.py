@@ -1,4 +1,4 @@
-"""SAGE's published result files (arXiv 2505.02847, table 3), scored again: a folder of them in RLVER_JAX_SAGE_RESULTS."""
+"""SAGE's published results (arXiv 2505.02847, table 3), scored again: a folder of them in RLVER_JAX_SAGE_RESULTS."""
 
 import decimal
 import json
