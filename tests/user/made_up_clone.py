@@ -49,7 +49,8 @@ def player_reply(player_data, planning):
         planning['analyse'] = "Begin, in a few words."
         prompt = template.replace("{{planning}}", planning["analyse"])
     else:
-        prompt = template.replace("{{planning}}", "cool:\\n" + planning['TargetCompletion'] + "\\nwarm:\\n" + planning["activity"] + planning["analyse"])
+        prompt = template.replace("{{planning}}", "cool:\\n" + planning['TargetCompletion'] + "\\nwarm:\\n"
+            + planning["activity"] + planning["analyse"])
     if not history:
         prompt = prompt.replace("{{dialog_history}}", "Nothing yet.").replace("{{new_history}}", "")
     else:

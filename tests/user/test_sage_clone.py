@@ -1,4 +1,4 @@
-"""SAGE's prompts out of a clone, what its user is asked, and how its answers are read; a made-up clone, worked by hand."""
+"""SAGE's prompts out of a clone, what its user is asked, and how its answers are read; the clone is made up."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_what_is_read(clone):
 
 
 def test_requests_are_its_templates_filled_in(clone):
-    """By hand; a profile's braces are no slot for the dialogue once that has been written in, as in SAGE's own order."""
+    """By hand. The replacements have SAGE's order: a slot that a profile names is filled too, one in a reply is not."""
     sage, profile = sage_clone.read(clone), PROFILE
     aloud = ["I lost it.", "Oh?", "Yes.", "Tell me {{new_history}}."]
     history = [{"role": who, "content": text} for who, text in zip(["ME", "THEM"] * 2, aloud, strict=True)]
@@ -63,8 +63,8 @@ def test_requests_are_its_templates_filled_in(clone):
         f"**latest\n{shown(history[:2])}\n**thoughts\ncool:\nT\nwarm:\nAF\n**mood Mood-A\n"
     )
     assert reply_request(sage, plain, [], 40, None) == (
-        "Say something.\n*You came to talk.\n* Keep your wish to yourself.\nIda, 30\na lost job\n**before\nNothing yet.\n"
-        "**latest\n\n**thoughts\nBegin, in a few words.\n**mood Mood-B\n"
+        "Say something.\n*You came to talk.\n* Keep your wish to yourself.\nIda, 30\na lost job\n**before\n"
+        "Nothing yet.\n**latest\n\n**thoughts\nBegin, in a few words.\n**mood Mood-B\n"
     )
 
 
@@ -102,19 +102,19 @@ def test_a_reply_is_read_as_sage_does():
         (
             "target_prompt = ",
             "goal = ",
-            "simulator_response.py: expected, at the top, a text assigned to target_prompt",
+            "expected, at the top, a text assigned to target_prompt",
         ),
         ("emo_count = {", "emo_count = dict(", "is no Python file that can be parsed"),
         (
             '{"Mood-S": 100',
             '{"Mood-S": "high"',
-            "expected, at the top, a dictionary assigned to emo_count (int by name)",
+            "at the top, a dictionary assigned to emo_count (int by name)",
         ),
         ("def planning_reply", "def plan", "expected, at the top, a function planning_reply"),
         (
             '    template = """Judge',
             '    text = """Judge',
-            "in the function planning_reply, a text assigned to template",
+            "planning_reply, a text assigned to template",
         ),
         ("{{simulator_role}}", "{{role}}", "planning_reply, {{simulator_role}} within the text assigned to template"),
         ("{{new_history}}\n**", "\n**", "player_reply, {{new_history}} within the text assigned to template"),
@@ -132,15 +132,11 @@ def test_what_a_clone_lacks_is_said(tmp_path, old, new, says):
 
 
 def test_what_is_no_clone(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"holds no SAGE/simulator_response.py; expected a clone of github.com/Tencent"
-    ):
+    with pytest.raises(ValueError, match=r"holds no SAGE/simulator_response.py; expected a clone of github"):
         sage_clone.read(tmp_path)
     with pytest.raises(ValueError, match=r"npc_response.py: No such file"):
         sage_clone.read(write_clone(tmp_path / "a", policy=None))
-    with pytest.raises(
-        ValueError, match=r"npc_response.py: expected, in the function call_npc, a text assigned to role"
-    ):
+    with pytest.raises(ValueError, match=r"npc_response.py: expected, in the function call_npc, a text assigned"):
         sage_clone.read(write_clone(tmp_path / "b", policy=POLICY.replace("role_system", "system")))
 
 
