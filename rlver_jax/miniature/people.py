@@ -21,25 +21,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 
 from rlver_jax.config.flags import parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.serving.listening import base_url, check_installed, listen
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        options = _arguments(sys.argv[1:] if argv is None else argv)
-        check_installed()
-        with listen(options.host, options.port) as listening:
-            _serve(options.latency / 1000, options.fail, listening, console)
-    except (ValueError, OSError) as error:
-        errors.print(f"people: {error}", markup=False, highlight=False)
-        return 2
+    return run_command("people", _run, argv)
+
+
+def _run(command: Command, argv: Sequence[str]) -> int:
+    options = _arguments(argv)
+    check_installed()
+    with listen(options.host, options.port) as listening:
+        _serve(options.latency / 1000, options.fail, listening, command)
     return 0
 
 
@@ -60,7 +58,7 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
     return options
 
 
-def _serve(latency: float, fail: float, listening: socket.socket, console: Console) -> None:
+def _serve(latency: float, fail: float, listening: socket.socket, command: Command) -> None:
     """Answers until a signal comes."""
     from rlver_jax.miniature.people_service import MODEL, PeopleService
     from rlver_jax.serving.connection import make_server
@@ -70,15 +68,12 @@ def _serve(latency: float, fail: float, listening: socket.socket, console: Conso
     # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    console.print(f"{MODEL} at {base_url(listening)}", markup=False, highlight=False, soft_wrap=True)
+    command.print(f"{MODEL} at {base_url(listening)}")
     server.run(sockets=[listening])
     stats = service.stats
-    console.print(
+    command.print(
         f"{stats.requests} requests · {stats.answered} answered, {stats.distinct} of them different · "
-        f"{stats.failed} failed · {stats.refused} refused",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{stats.failed} failed · {stats.refused} refused"
     )
 
 
