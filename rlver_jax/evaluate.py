@@ -43,6 +43,7 @@ from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.evaluation import folder as evaluation_folder
 from rlver_jax.evaluation import judge_command as judging
+from rlver_jax.evaluation import sage_option
 from rlver_jax.evaluation.folder import EvaluationFolder, read_evaluation
 from rlver_jax.evaluation.play import Player, chosen_profiles, load
 from rlver_jax.evaluation.show import show_judges
@@ -120,7 +121,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
-    judging.take_sage(config, options)
+    sage_option.take(config, options)
     distributed.initialize(options, finish_steps=False)
     alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]
     alone += [f"remote.{side}.url" for side in endpoint_sides(config)]

@@ -23,6 +23,7 @@ from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import REMEDY, Record, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
+from rlver_jax.evaluation import sage_option
 from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge import Judge
@@ -52,7 +53,6 @@ from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.console import plain_line
 from rlver_jax.text.strict_json import half_character
-from rlver_jax.user import sage_clone
 
 SHOWN = 20  # faults that are printed
 ENDINGS = {
@@ -71,9 +71,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "measures": "judge model for capabilities, relationship and qualities: a config file or a model folder",
     }
     define_paths("from", "", "score these finished dialogues (ours or SAGE's results)", values)
-    define_path(
-        "sage", "", "clone of github.com/Tencent/digitalhuman: SAGE's prompts, for a user at an endpoint", values
-    )
+    sage_option.define_flag(values)
     define_paths("agreement", "", "compare the user's changes with the recorded ones in these files", values)
     flags.DEFINE_integer(
         "contexts", 0, "with --agreement: as many contexts at least, in whole dialogues; 0: all", 0, flag_values=values
@@ -154,24 +152,6 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def take_sage(config: ConfigDict | None, options: flags.FlagValues) -> None:
-    """Has --sage replace a config's prompts.
-
-    Args:
-        config: whose user plays or appraises; None: only judges do.
-
-    Raises:
-        ValueError: it names no clone of SAGE's repository, or nobody's prompts.
-    """
-    if not options.sage:
-        return
-    sage_clone.read(Path(options.sage))
-    if config is None and not options.judge:
-        raise ConfigError(f"--sage={options.sage}: no user here has prompts; give --judge")
-    if config is not None:
-        config.user.prompts = options.sage
-
-
 def _judge_config(arg: str, config: ConfigDict | None, prompts: str | None) -> tuple[str, ConfigDict]:
     """(name, config) of a judge: its config file, or `config` with the folder as its user.
 
@@ -244,11 +224,11 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
-        take_sage(config if options.agreement else None, options)
+        sage_option.take(config if options.agreement else None, options)
         validate(config, jax.device_count(), ["user"])
     else:
         options, rest = parse_flags(argv, usage, define)
-        take_sage(None, options)
+        sage_option.take(None, options)
     if rest:
         raise ConfigError(f"found {rest[0]!r}, expected flags only; several files are joined by commas: --from=A,B")
     if bool(options["from"].value) == bool(options.agreement):
