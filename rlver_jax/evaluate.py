@@ -2,6 +2,7 @@
 
     rlver evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
                    [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…] [--measures=FILE[:ARG]|HF_FOLDER]
+                   [--sage=CLONE]
     rlver evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
     rlver evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
 
@@ -14,6 +15,7 @@ resumes when it is started again with the same settings and DIR.
 --judge has other users score the same dialogues. --measures has a model fill in questionnaires about them. --from takes
 finished dialogues, ours or SAGE's, and checks their arithmetic. --agreement compares the config's user with the one of
 a record. A judge runs on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
+--sage takes the prompts of users at endpoints, and the policy's, from a clone of SAGE's repository; see docs/sage.md.
 
 On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them). There
 it only plays; see docs/pods.md.
@@ -41,6 +43,7 @@ from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.evaluation import folder as evaluation_folder
 from rlver_jax.evaluation import judge_command as judging
+from rlver_jax.evaluation import sage_option
 from rlver_jax.evaluation.folder import EvaluationFolder, read_evaluation
 from rlver_jax.evaluation.play import Player, chosen_profiles, load
 from rlver_jax.evaluation.show import show_judges
@@ -118,6 +121,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
+    sage_option.take(config, options)
     distributed.initialize(options, finish_steps=False)
     alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]
     alone += [f"remote.{side}.url" for side in endpoint_sides(config)]

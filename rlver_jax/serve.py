@@ -33,6 +33,7 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.rollout.agents import load_model, make_model, sampling_copy
 from rlver_jax.serving.engine import Engine
+from rlver_jax.serving.listening import base_url, check_installed, listen
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
@@ -49,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command, argv: Sequence[str]) -> int:
     config, options = _arguments(argv)
-    _check_installed()
+    check_installed()
     _check_token(os.environ.get(TOKEN_VARIABLE, ""))
     checkpoint = options.checkpoint or config.policy.path
     trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
     validate(config, jax.device_count(), ["policy"])
     fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
     system = _system(config) if options.policy_prompt else ""
-    with _listen(options.host, options.port) as listening:
+    with listen(options.host, options.port) as listening:
         with command.console.status("loading the model"):
             engine = _load(config, options, trained.weights if trained else None)
         with command.console.status("compiling"):
@@ -90,27 +91,10 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     return config, options
 
 
-def _check_installed() -> None:
-    try:
-        import pydantic  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install 'rlver_jax[serve]'") from None
-
-
 def _check_token(token: str) -> None:
     """Raises ConfigError for one that no client could bring, without printing it."""
     if token and (fault := key_fault(token)):
         raise ConfigError(f"{TOKEN_VARIABLE}: the token in this variable {fault}")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Takes the port before anything slow."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from None
 
 
 def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine:
@@ -137,7 +121,7 @@ def _serve(engine: Engine, name: str, system: str, listening: socket.socket, con
     from rlver_jax.serving.connection import make_server
 
     token = os.environ.get(TOKEN_VARIABLE, "")
-    host, port = listening.getsockname()[:2]
+    host = listening.getsockname()[0]
     app = Service(engine, name, int(time.time()), token, system).app()
     server = make_server(app)
     engine.start()
@@ -147,8 +131,7 @@ def _serve(engine: Engine, name: str, system: str, listening: socket.socket, con
     # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    address = f"[{host}]" if ":" in host else host
-    console.print(f"{name} at http://{address}:{port}/v1 · {engine.rows} rows of {engine.context} tokens", markup=False)
+    console.print(f"{name} at {base_url(listening)} · {engine.rows} rows of {engine.context} tokens", markup=False)
     if not token and not ipaddress.ip_address(host).is_loopback:
         console.print(f"anyone who reaches {host} can use it; set {TOKEN_VARIABLE} to ask for a token", markup=False)
     threading.Thread(target=_watch, args=(engine, server, console), daemon=True).start()

@@ -214,9 +214,9 @@ def test_measures_stand_with_the_dialogues(world, done):
     for dialogue, before in zip(dialogues, read(done[1] / "dialogues.jsonl"), strict=True):
         measures = dialogue.pop("measures")
         assert dialogue == before
-        assert measures["coordinate"].keys() == {"solution", "creative"}
+        assert measures["coordinate"].keys() == {"creative", "empathy"}
         assert len(measures["replies"]) == dialogue["turns"]
-    assert summary["measures"]["coordinate/solution"]["n"] == 3
+    assert summary["measures"]["coordinate/empathy"]["n"] == 3
 
 
 def refused(world, capsys, *args):

@@ -253,7 +253,19 @@ EVAL = {
     "every": Field(0, "between evaluations in training, step 0 included; 0: never", range=COUNT, unit="steps"),
     "num_profiles": Field(100, "played (SAGE: 100); fewer if the file has fewer", range=POSITIVE, unit="profiles"),
     "initial_emotion": Field(40, "SAGE's", range=(0, 100), unit="points"),
-    "max_turns": Field(10, "SAGE's", range=POSITIVE, unit="turns"),
+    "max_turns": Field(
+        9,
+        "policy replies, each appraised (SAGE: 9, since its loop never appraises the tenth)",
+        range=POSITIVE,
+        unit="turns",
+    ),
+    "relationship": Field(
+        "thoughts",
+        "what the relationship inventory of --measures is filled in from: the user's inner thoughts (SAGE's BLRI) or "
+        "what was said",
+        ("thoughts", "speech"),
+        free=True,
+    ),
     "batch": Field(32, "played by one call of the sampler", range=POSITIVE, unit="dialogues"),
     "rows": Field(
         0,

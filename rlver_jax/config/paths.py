@@ -124,3 +124,12 @@ def _no_url(scheme: str, rest: str) -> str:
     if found := _HUB.match(f"{scheme}://{rest}"):
         return f"{told}. A model goes by its name alone, {found[1]}; other files: hf download, and name their folder"
     return f"{told}. Mount what holds it, or download it, and name its local path"
+
+
+SAGE_SIMULATOR = "simulator_response.py"
+
+
+def sage_folder(folder: str | Path) -> Path | None:
+    """The folder of SAGE's files in a clone of its repository, which may be given itself; None: it is no clone."""
+    folder = Path(folder)
+    return next((one for one in (folder / "SAGE", folder) if (one / SAGE_SIMULATOR).is_file()), None)

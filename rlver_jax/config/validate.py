@@ -259,6 +259,8 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
             yield f"{name}={shown(values[name])}: {fault}"
     if values["user.prompts"] and not is_folder(values["user.prompts"]):
         yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
+    elif values["user.prompts"] and "user" in needs and paths.sage_folder(values["user.prompts"]):
+        yield from _sage(values)
     for name, split in DEFAULT_SPLITS.items():
         if is_dataset(values[name]):
             try:
@@ -270,6 +272,19 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
             if not _is(Path.is_file, file):
                 wanted = "is not a file; expected JSONL profiles, comma-separated, or a data set"
                 yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
+
+
+def _sage(values: dict[str, Any]) -> Iterator[str]:
+    """What SAGE's own prompts can't do."""
+    clone = f"user.prompts={shown(values['user.prompts'])} is a clone of SAGE's repository"
+    if not values["remote.user.url"]:
+        yield (
+            f"{clone}, whose user answers in free text to prompts that hold the whole dialogue each time; guided "
+            f"scripts on the device can't be that user: set remote.user.url, or leave the clone out"
+        )
+    for name, only in (("user.style", "vanilla"), ("user.scenario", "heart_to_heart")):
+        if values[name] != only:
+            yield f"{name}={values[name]!r}: {clone}, which has {only} alone; set that, or leave the clone out"
 
 
 def is_folder(path: str) -> bool:

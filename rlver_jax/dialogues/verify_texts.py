@@ -232,12 +232,16 @@ def _line_faults(tokenizer: Tokenizer, tokens: Sequence[int], stopped: bool, lim
 
 
 def remote_user_faults(agents: Agents, record: Mapping[str, Any]) -> Iterator[str]:
-    """Of the reactions of a user behind an endpoint: each text is one line, as `user.forms` reads them."""
+    """Of the reactions of a user behind an endpoint: each text is one line, as `user.text_forms` reads them.
+
+    Of a user that is asked by SAGE's own prompts the texts are free.
+    """
+    lines = agents.prompts.sage is None
     considers = len(script_names(agents.prompts)[1]) > 1
     for turn, _, user in reactions(record):
         texts = {**user["appraisal"], **user["considerations"], "reply": user["content"] or ""}
         for name, text in texts.items():
-            if text != text.strip() or "\n" in text:
+            if lines and (text != text.strip() or "\n" in text):
                 yield f"turn {turn + 1}: the text of {name!r} is not one line"
         silent = user["content"] is None
         if user["content"] == "" or (considers and silent == bool(user["considerations"])):

@@ -31,7 +31,7 @@ PROGRESS, DIALOGUES, SUMMARY = "progress.json", "dialogues.jsonl", "summary.json
 _SECTIONS = ("policy", "user", "data", "rollout", "emotion", "reward", "eval")
 _WITHOUT_EFFECT = (
     *("policy.remat", "data.seed", "rollout.batch", "rollout.group", "rollout.max_turns", "rollout.temperature"),
-    *("emotion.initial", "eval.batch", "eval.every", "rollout.rows", "eval.rows"),
+    *("emotion.initial", "eval.batch", "eval.every", "rollout.rows", "eval.rows", "eval.relationship"),
 )
 # Where things lie; fingerprints tell what lies there, so that a moved model is still the same.
 PATHS = (*CONFIG_PATHS, "remote.policy.url", "remote.user.url")

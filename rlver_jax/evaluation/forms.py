@@ -1,7 +1,7 @@
 """What a judge model fills in about a finished dialogue: the forms of MEASURES, as scripts, in each language."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
@@ -12,9 +12,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.decoding.script import Part, parse_script
 from rlver_jax.dialogues.log import Record
+from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.evaluation.measures import FORMS, LETTERS, STRATEGIES
 from rlver_jax.evaluation.transcripts import Transcript
 
+INNER = ("activity", "feeling")  # fields of an appraisal: SAGE's Activity and Analyse
 _ENV = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
 )
@@ -52,11 +54,16 @@ class Forms:
     scripts: Mapping[str, tuple[Part, ...]]
     strategies: Mapping[str, str]
 
-    def ask(self, dialogue: Transcript) -> Questionnaire:
-        """All questions about a dialogue: forms of the whole, then those of each reply."""
+    def ask(self, dialogue: Transcript, leave_out: Collection[str] = ()) -> Questionnaire:
+        """All questions about what was said in a dialogue: forms of the whole, then those of each reply.
+
+        Args:
+            leave_out: forms that are not asked for.
+        """
         strategies = zip(LETTERS, STRATEGIES, strict=True)
         slots = {"strategies": "\n".join(f"{letter}: {self.strategies[name]}" for letter, name in strategies)}
-        whole = [self._form(name, slots) for name in self.scripts if not FORMS[name][1].each_reply]
+        once = [name for name in self.scripts if not FORMS[name][1].each_reply and name not in leave_out]
+        whole = [self._form(name, slots) for name in once]
         replies = [
             self._form(name, slots | {"turn": str(turn + 1)})
             for turn in range(dialogue.record["turns"])
@@ -67,6 +74,13 @@ class Forms:
             hidden_intention=dialogue.record["hidden_intention"].strip(), messages=list(_messages(dialogue.record))
         )
         return Questionnaire(self.texts["system.j2"].strip(), text.strip(), (*whole, *replies))
+
+    def ask_of_thoughts(self, dialogue: Transcript) -> Questionnaire:
+        """The relationship inventory, to be filled in from the user's inner thoughts alone; no form without any."""
+        thoughts = list(_thoughts(dialogue.record))
+        text = _ENV.from_string(self.texts["thoughts.j2"]).render(thoughts=thoughts)
+        forms = (self._form("relationship", {}),) if thoughts and "relationship" in self.scripts else ()
+        return Questionnaire(self.texts["thoughts_system.j2"].strip(), text.strip(), forms)
 
     def _form(self, name: str, slots: Mapping[str, str]) -> Form:
         return Form(name, tuple(_steps(self.scripts[name], FORMS[name][1].choices, slots)))
@@ -111,6 +125,19 @@ def _steps(parts: Sequence[Part], choices: Mapping[str, tuple[str, ...]], slots:
             continue
         yield Step(literal, part.value, choices[part.value] if part.kind == "choose" else ())
         literal = "" if part.kind == "choose" else "\n"  # an option brings its line end
+
+
+def _thoughts(record: Record) -> Iterator[dict[str, Any]]:
+    """What went through the user after each reply that it appraised: as SAGE does, its activity and what it felt.
+
+    Of scripts that ask for neither, whatever else they ask for.
+    """
+    appraised = [(turn + 1, user["appraisal"]) for turn, _, user in reactions(record)]
+    inner = [name for name in INNER if any(appraisal.get(name) for _, appraisal in appraised)]
+    for turn, appraisal in appraised:
+        text = " ".join(" ".join(appraisal.get(name, "") for name in inner or appraisal).split())
+        if text:
+            yield {"turn": turn, "text": text}
 
 
 def _messages(record: Record) -> Iterator[dict[str, Any]]:

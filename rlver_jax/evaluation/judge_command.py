@@ -23,6 +23,7 @@ from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import REMEDY, Record, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
+from rlver_jax.evaluation import sage_option
 from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge import Judge
@@ -70,6 +71,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "measures": "judge model for capabilities, relationship and qualities: a config file or a model folder",
     }
     define_paths("from", "", "score these finished dialogues (ours or SAGE's results)", values)
+    sage_option.define_flag(values)
     define_paths("agreement", "", "compare the user's changes with the recorded ones in these files", values)
     flags.DEFINE_integer(
         "contexts", 0, "with --agreement: as many contexts at least, in whole dialogues; 0: all", 0, flag_values=values
@@ -102,11 +104,12 @@ class Judges:
         """
         users: dict[str, ConfigDict] = {}
         for arg in _split(options.judge):
-            name, judge = _judge_config(arg, config)
+            name, judge = _judge_config(arg, config, options.sage or None)
             if name in users:
                 raise ConfigError(f"--judge={options.judge}: two judges are called {name!r}; rename a file or folder")
             users[name] = judge
-        return cls(users, _judge_config(options.measures, config) if options.measures else None)
+        without = "" if options.sage else None  # a judge model asks by forms of its own
+        return cls(users, _judge_config(options.measures, config, without) if options.measures else None)
 
     def judge(
         self, dialogues: Sequence[Transcript], folder: Path | None, console: Console
@@ -122,8 +125,10 @@ class Judges:
         if self.measurer:
             name, config = self.measurer
             rater = _load_rater(name, config, folder)
-            records, usage = measure(rater, load_forms(config.data.language), dialogues, folder, console)
-            summary["measures"] = summarize(records) | usage | {"settings": rater.settings}
+            forms, reads = load_forms(config.data.language), config.eval.relationship
+            records, usage = measure(rater, forms, dialogues, folder, console, reads)
+            settings = rater.settings | {"relationship": reads}
+            summary["measures"] = summarize(records) | usage | {"settings": settings}
         return summary, records
 
     @property
@@ -147,8 +152,12 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]:
-    """(name, config) of a judge: its config file, or `config` with the folder as its user."""
+def _judge_config(arg: str, config: ConfigDict | None, prompts: str | None) -> tuple[str, ConfigDict]:
+    """(name, config) of a judge: its config file, or `config` with the folder as its user.
+
+    Args:
+        prompts: of the user, in place of the config's; None: the config's.
+    """
     if Path(arg).is_dir() or is_name(arg):
         if config is None:
             raise ConfigError(
@@ -160,6 +169,8 @@ def _judge_config(arg: str, config: ConfigDict | None) -> tuple[str, ConfigDict]
         judge, _, _ = config_from_flags([f"--config={arg}"], "")
         file, _, argument = arg.partition(":")
         name = re.sub(r"\W+", "_", f"{Path(file).stem}_{argument}").strip("_")
+    if prompts is not None:
+        judge.user.prompts = prompts
     try:
         validate(judge, jax.device_count(), ["user"])
         _check_there(judge)
@@ -213,9 +224,11 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
     config = None
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
+        sage_option.take(config if options.agreement else None, options)
         validate(config, jax.device_count(), ["user"])
     else:
         options, rest = parse_flags(argv, usage, define)
+        sage_option.take(None, options)
     if rest:
         raise ConfigError(f"found {rest[0]!r}, expected flags only; several files are joined by commas: --from=A,B")
     if bool(options["from"].value) == bool(options.agreement):

@@ -1,9 +1,10 @@
 """Measures beyond the emotion, by a judge model: MEASURES says what each asks, and what its answers amount to.
 
 Beyond the emotion: five capabilities (1-5); a relationship inventory of twelve items in four facets after
-Barrett-Lennard's (worded by us; -3..+3); three qualities and a strategy label of each reply; where the policy's manner
-lies in the social-cognition coordinate of SAGE (arXiv 2505.02847), empathy-solution by structured-creative; and of the
-user, how plainly it said what it needs (1-5).
+Barrett-Lennard's (worded by us; -3..+3), filled in from the user's inner thoughts, as SAGE does (arXiv 2505.02847,
+section 3 and appendix H), or from what was said; three qualities and a strategy label of each reply; where the
+policy's manner lies in SAGE's social-cognition coordinate (appendix F), structured-creative by solution-empathy; and of
+the user, how plainly it said what it needs (1-5).
 A choice becomes a number as the mean of its scale under the judge's probabilities: a rating of 3.4 is a judge in doubt.
 
 A new measure is an entry of MEASURES, and its form as `prompts/LANGUAGE/FORM.script`; a judge is asked for it in the
@@ -36,7 +37,8 @@ FACETS = {
     "genuineness": ("genuineness_honest", "genuineness_present", "genuineness_role"),
 }
 REVERSED = tuple(items[-1] for items in FACETS.values())
-AXES = ("solution", "creative")
+AXES = ("creative", "empathy")  # of the social-cognition coordinate, x and y
+THOUGHTS, SPEECH = "thoughts", "speech"  # what a form may be filled in from
 STRATEGIES = (
     *("question", "restatement", "reflection", "validation", "praise", "companionship", "self_disclosure", "analysis"),
     *("reframing", "confrontation", "suggestion", "information", "encouragement", "other"),
@@ -134,7 +136,7 @@ def measures_of(forms: Sequence[str], answers: Sequence[Answers], judge: str) ->
     """What the answers about a dialogue amount to, as its `measures`; None where an answer is missing.
 
     Args:
-        forms: the form that each of the answers is to.
+        forms: the form that each of the answers is to; all filled in from what was said.
     """
     lines = {name: text for one in answers for name, text in one.items() if isinstance(text, str)}
     values: dict[str, Any] = {}
@@ -142,8 +144,24 @@ def measures_of(forms: Sequence[str], answers: Sequence[Answers], judge: str) ->
         own = [measure.read(one) for form, one in zip(forms, answers, strict=True) if form == (measure.form or name)]
         if own or measure.each_reply:
             values[name] = own if measure.each_reply else own[0]
-    unanswered = sum(answer == {} for one in answers for answer in one.values())
-    return {"judge": judge, **lines, **values, "unanswered": unanswered}
+    if "relationship" in values:
+        values["relationship"] |= {"from": SPEECH}
+    return {"judge": judge, **lines, **values, "unanswered": _unanswered(answers)}
+
+
+def with_thoughts(measures: Mapping[str, Any], answers: Sequence[Answers]) -> dict[str, Any]:
+    """A dialogue's `measures` with the relationship inventory as it was filled in from the user's inner thoughts.
+
+    Args:
+        answers: to that form; none where the user had no thoughts, since it appraised nothing.
+    """
+    measure = MEASURES["relationship"]
+    relationship = {"relationship": measure.read(answers[0]) | {"from": THOUGHTS}} if answers else {}
+    return {**measures, **relationship, "unanswered": measures["unanswered"] + _unanswered(answers)}
+
+
+def _unanswered(answers: Sequence[Answers]) -> int:
+    return sum(answer == {} for one in answers for answer in one.values())
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:

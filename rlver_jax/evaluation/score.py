@@ -13,10 +13,10 @@ from rich.console import Console
 
 from rlver_jax.dialogues.log import Record
 from rlver_jax.endpoints.usage import summed
-from rlver_jax.evaluation.forms import Forms
+from rlver_jax.evaluation.forms import Forms, Questionnaire
 from rlver_jax.evaluation.judge import Judge, Work
 from rlver_jax.evaluation.judge_folder import Line, WorkFile
-from rlver_jax.evaluation.measures import measures_of
+from rlver_jax.evaluation.measures import THOUGHTS, Answers, measures_of, with_thoughts
 from rlver_jax.evaluation.rater import Rater
 from rlver_jax.evaluation.statistics import Turns, agreement, mean_absolute_error, mean_with_interval, rank_correlation
 from rlver_jax.evaluation.transcripts import LazySequence, Transcript, turns_of
@@ -176,24 +176,73 @@ def _compared(line: Line, turns: Sequence[tuple[int, int]], readout: str) -> Tur
 
 
 def measure(
-    rater: Rater, forms: Forms, dialogues: Sequence[Transcript], folder: Path | None, console: Console
+    rater: Rater,
+    forms: Forms,
+    dialogues: Sequence[Transcript],
+    folder: Path | None,
+    console: Console,
+    relationship: str = THOUGHTS,
 ) -> tuple[Sequence[Record], dict[str, Any]]:
-    """(the records of dialogues with `measures`, see `measures_of`; `remote`: the requests to an endpoint)."""
-    questionnaires = LazySequence(dialogues, lambda _, dialogue: forms.ask(dialogue))
+    """(the records of dialogues with `measures`, see `measures_of`; `remote`: the requests to an endpoint).
+
+    Args:
+        relationship: what the relationship inventory is filled in from, THOUGHTS or SPEECH.
+    """
     settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
-    work = WorkFile(folder, "measures", settings, dialogues)
+    said = WorkFile(folder, "measures", settings | {"relationship": relationship}, dialogues)
+    of_thoughts = relationship == THOUGHTS
+    leave_out = ("relationship",) if of_thoughts else ()
+
+    def measures(names: Sequence[str], answers: list[Answers]) -> Line:
+        return {"measures": measures_of(names, answers, rater.name)}
+
+    _rate(rater, dialogues, lambda one: forms.ask(one, leave_out), measures, said, "forms", console)
+    works = [said]
+    if of_thoughts:
+        works.append(WorkFile(folder, "thoughts", settings, dialogues))
+        keep = lambda _, answers: {"answers": answers}  # noqa: E731
+        _rate(rater, dialogues, forms.ask_of_thoughts, keep, works[1], "inner thoughts", console)
+
+    def measured(index: int, dialogue: Transcript) -> Record:
+        measures = said.done[index]["measures"]
+        return dialogue.record | {
+            "measures": with_thoughts(measures, works[1].done[index]["answers"]) if of_thoughts else measures
+        }
+
+    used = [one for i in range(len(dialogues)) for work in works if (one := work.done[i]["remote"])]
+    return LazySequence(dialogues, measured), ({"remote": summed(used)} if used else {})
+
+
+def _rate(
+    rater: Rater,
+    dialogues: Sequence[Transcript],
+    ask: Callable[[Transcript], Questionnaire],
+    keep: Callable[[Sequence[str], list[Answers]], Line],
+    work: WorkFile,
+    what: str,
+    console: Console,
+) -> None:
+    """Has forms filled in about the dialogues that `work` doesn't hold yet.
+
+    Args:
+        keep: what is kept of the answers to forms of these names.
+    """
     missing = [i for i in range(len(dialogues)) if i not in work.done]
-    with JudgeMeter(console, f"{rater.name}: forms", sum(len(questionnaires[i].forms) for i in missing)) as meter:
-        for results in rater.fill(LazySequence(missing, lambda _, i: questionnaires[i]), meter.work):
+    counts = [len(ask(dialogues[i]).forms) for i in missing]
+    asked = [i for i, count in zip(missing, counts, strict=True) if count]  # without a form nothing is read either
+    work.add([{"index": i} | keep([], []) | {"remote": None} for i in missing if i not in asked])
+    questionnaires = LazySequence(asked, lambda _, i: ask(dialogues[i]))
+    with JudgeMeter(console, f"{rater.name}: {what}", sum(counts)) as meter:
+        for results in rater.fill(questionnaires, meter.work):
             lines = []
-            for i, rated in results:
-                names = [form.name for form in questionnaires[missing[i]].forms]
-                measures = measures_of(names, rated.answers, rater.name)
-                lines.append({"index": missing[i], "measures": measures, "remote": rated.remote})
+            for place, rated in results:
+                names = [form.name for form in questionnaires[place].forms]
+                lines.append({"index": asked[place]} | keep(names, rated.answers) | {"remote": rated.remote})
             work.add(lines)
-            depth = [line["measures"].get("capabilities", {}).get("empathic_depth") for line in work.done.values()]
-            known = [one for one in depth if one is not None]
-            meter.kept(f"empathic depth {sum(known) / len(known):.2f} of 5" if known else "nothing readable yet")
-    used = [work.done[i]["remote"] for i in range(len(dialogues)) if work.done[i]["remote"]]
-    records = LazySequence(dialogues, lambda i, dialogue: dialogue.record | {"measures": work.done[i]["measures"]})
-    return records, ({"remote": summed(used)} if used else {})
+            meter.kept(_standing(work.done.values()))
+
+
+def _standing(lines: Iterable[Line]) -> str:
+    depth = [line.get("measures", {}).get("capabilities", {}).get("empathic_depth") for line in lines]
+    known = [one for one in depth if one is not None]
+    return f"empathic depth {sum(known) / len(known):.2f} of 5" if known else f"{len(depth)} dialogues"

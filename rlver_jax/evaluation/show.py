@@ -54,9 +54,11 @@ def show_judges(summary: Mapping[str, Any], console: Console) -> None:
             _show_usage(name, one, console)
     if "measures" in summary:
         table = Table("measure", "mean [95 % interval]")
+        reads = f" (from {summary['measures']['settings'].get('relationship', 'speech')})"
         for name, one in summary["measures"].items():
             if "/" in name:
-                table.add_row(name, number_text(one["mean"], one["interval"]))
+                shown = name + reads * name.startswith("relationship/")
+                table.add_row(shown, number_text(one["mean"], one["interval"]))
         console.print(table, highlight=False)
         table = Table("strategy that leads", "replies", "the emotion was meant to rise after", "mean change")
         used = {name: one for name, one in summary["measures"]["strategies"].items() if one["n"]}

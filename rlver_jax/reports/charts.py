@@ -6,6 +6,7 @@ A chart is a function of the runs and their groups of dialogues: it gives the fi
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from rlver_jax.evaluation.measures import SPEECH, THOUGHTS
 from rlver_jax.reports.curves import Curve, shares_by_step
 from rlver_jax.reports.group_charts import Marks, boxes, coordinate, stacked_shares, trajectories
 from rlver_jax.reports.sources import Run
@@ -79,13 +80,16 @@ CHARTS = {
         (
             coordinate,
             Marks("Capabilities", "Means of a judge model's marks, 1 to 5.", ("capabilities",), 1, 5, 1),
-            Marks(
-                "Relationship",
-                "Means of a judge model's answers in the user's place, -3 (quite untrue) to 3.",
-                ("relationship", "facets"),
-                -3,
-                3,
-                0,
+            *(
+                Marks(
+                    f"Relationship, from {reads}",
+                    f"Means of a judge model's answers in the user's place, -3 (quite untrue) to 3, by {what}.",
+                    ("relationship", reads),
+                    -3,
+                    3,
+                    0,
+                )
+                for reads, what in ((THOUGHTS, "the user's inner thoughts"), (SPEECH, "what was said"))
             ),
         )
     ),

@@ -126,7 +126,7 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int, beyond: str) ->
 
 
 def coordinate(runs: Sequence[Run], groups: Sequence[Group]) -> list[Figure]:
-    """Where a judge has put the dialogues between empathy and solutions, structured and creative."""
+    """Where a judge has put the dialogues, with SAGE's axes: x structured to creative, y solution to empathy."""
     dots = [(group, positions) for group in groups if (positions := statistics.coordinates(group.records))]
     if not dots:
         return []
@@ -134,19 +134,19 @@ def coordinate(runs: Sequence[Run], groups: Sequence[Group]) -> list[Figure]:
     chart = Chart(title, edge, edge, legend=group_keys([group for group, _ in dots]), size=(WIDTH, 340), left=10)
     chart.rule(x=0)
     chart.rule(y=0)
-    chart.note(-1, 0.04, "empathy", "start")
-    chart.note(1, 0.04, "solution", "end")
-    chart.note(0.03, 0.97, "creative", "start")
-    chart.note(0.03, -1.02, "structured", "start")
+    chart.note(-1, 0.04, "structured", "start")
+    chart.note(1, 0.04, "creative", "end")
+    chart.note(0.03, 0.97, "empathy", "start")
+    chart.note(0.03, -1.02, "solution", "start")
     for group, coordinates in dots:
         for x, y, record in evenly(coordinates, MOST_DOTS):
-            values = f"solution {x:+.2f}, creative {y:+.2f}, emotion {record['emotion']}"
+            values = f"creative {x:+.2f}, empathy {y:+.2f}, emotion {record['emotion']}"
             chart.dot(x, y, classes_of(group), 3.5, f"{group.name} · {record['profile']} · {values}")
     for group, coordinates in dots:
         x, y = np.mean([(x, y) for x, y, _ in coordinates], axis=0).tolist()
         mean = f"{group.name} · mean of {len(coordinates)}: {x:+.2f}, {y:+.2f}"
         chart.dot(x, y, f"mean {classes_of(group)}", 7, mean)
-    caption = "A dialogue a dot, as a judge model placed it; large: a group's mean."
+    caption = "A dialogue a dot, as a judge model placed it; large: a group's mean. (SAGE draws a dot a model.)"
     if any(len(coordinates) > MOST_DOTS for _, coordinates in dots):
         caption += f" Of more than {MOST_DOTS} dialogues as many are drawn, evenly."
     return [Figure(title, caption, chart)]

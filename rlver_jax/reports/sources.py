@@ -13,6 +13,7 @@ from rlver_jax.config.validate import shortened, shown
 from rlver_jax.dialogues.log import Record, iter_dialogues
 from rlver_jax.dialogues.numbers import is_number, number_faults
 from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
+from rlver_jax.evaluation.measures import SPEECH, THOUGHTS
 from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS, known_intention
 from rlver_jax.reports.dialogue_store import DialogueStore
 from rlver_jax.reports.metrics_table import MetricsTable
@@ -155,8 +156,10 @@ def _shown_measures(measures: Any) -> dict[str, Any]:
         return {}
     relationship = measures.get("relationship")
     facets = relationship.get("facets") if isinstance(relationship, dict) else None
+    # What it was filled in from; older versions knew only what was said.
+    reads = THOUGHTS if isinstance(relationship, dict) and relationship.get("from") == THOUGHTS else SPEECH
     marks = {name: _marks(measures.get(name)) for name in ("capabilities", "coordinate")}
-    return marks | {"relationship": {"facets": _marks(facets)}}
+    return marks | {"relationship": {reads: _marks(facets)}}
 
 
 def _marks(part: Any) -> dict[str, float]:

@@ -119,12 +119,17 @@ def reply_lengths(records: Sequence[Outline]) -> list[int]:
 
 
 def coordinates(records: Sequence[Outline]) -> list[tuple[float, float, Outline]]:
-    """(solution, creative, record) of each dialogue to which a judge has given a coordinate; both -1..1."""
+    """(creative, empathy, record) of each dialogue to which a judge has given a coordinate; both -1..1.
+
+    Older versions noted `solution`, from feelings to solutions, where `empathy` leads the other way.
+    """
     coordinates = []
     for record in records:
         axes = (record.get("measures") or {}).get("coordinate") or {}
-        if all(isinstance(axes.get(axis), int | float) for axis in ("solution", "creative")):
-            coordinates.append((float(axes["solution"]), float(axes["creative"]), record))
+        creative, empathy, solution = (axes.get(axis) for axis in ("creative", "empathy", "solution"))
+        empathy = -solution if empathy is None and isinstance(solution, int | float) else empathy
+        if isinstance(creative, int | float) and isinstance(empathy, int | float):
+            coordinates.append((float(creative), float(empathy), record))
     return coordinates
 
 

@@ -151,7 +151,7 @@ def texts_fingerprint(config: ConfigDict, profiles: Sequence[Profile]) -> str:
 
 
 def _texts_for_user(prompts: Prompts) -> list[str]:
-    return [prompts.opening, repr(prompts.appraisal), repr(prompts.reply)]
+    return [prompts.opening, repr(prompts.appraisal), repr(prompts.reply), *([repr(prompts.sage)] * bool(prompts.sage))]
 
 
 def _system(prompts: Prompts, profile: Profile, config: ConfigDict) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rlver_jax.config import fields
 from rlver_jax.config.credentials import Secrets, redacted
-from rlver_jax.config.validate import flatten
+from rlver_jax.config.validate import flatten, shown
 from rlver_jax.runs.fingerprints import same
 
 _MAY_HOLD_KEYS = ("remote.policy.extra", "remote.user.extra")
@@ -68,7 +68,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], free: Callable[[str]
         elif name not in new and name not in fields and "." in name and not name.startswith("fingerprint."):
             differences.append(f"{name} was {old[name]!r}, but this version of rlver_jax has no such field")
         elif not _equal(name, old.get(name), new.get(name)):
-            was, now = (repr(settings[name]) if name in settings else "no field" for settings in (old, new))
+            was, now = (shown(settings[name]) if name in settings else "no field" for settings in (old, new))
             differences.append(f"{name} was {was}, is {now}")
         elif old.get(name) != new.get(name):
             defaults.append(f"{name} in its present form")

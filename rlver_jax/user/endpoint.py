@@ -5,18 +5,21 @@ Neither stays in the history, which holds only the messages, as on the device.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rlver_jax.endpoints.client import Client, Message
 from rlver_jax.endpoints.usage import Usage
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.automaton import GOODBYES
+from rlver_jax.user import sage_user
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.prompts import Prompts
+from rlver_jax.user.sage_clone import SagePrompts
 from rlver_jax.user.text_forms import Filled, Form, Unreadable, make_form, read_form, read_wanted
 
+T = TypeVar("T")
 _MARKS = 24  # tokens that a field's mark and heading may take in an answer
 
 
@@ -65,7 +68,8 @@ class RemoteUser:
 
     Attributes:
         field_tokens, reply_tokens: allowance for each field and for the reply, as on the device.
-        temperature: of the reply's form and the first words; appraisals are asked for at 0.
+        temperature: of the reply's form and the first words; appraisals are asked for at 0. Of every request where the
+            prompts are SAGE's: its published loop asks for both kinds by one call.
         asks: times that an answer is asked for until it can be read.
     """
 
@@ -94,6 +98,9 @@ class RemoteUser:
             Unreadable: none came, however often they were asked for.
             EndpointError: as `Client.ask` does.
         """
+        if self.prompts.sage:
+            request = sage_user.reply_request(self.prompts.sage, profile, [], self.rules.initial, None)
+            return (await self._ask_sage(request, sage_user.read_reply, "first", index, usage)).reply
         for attempt in range(self.asks):
             answer = await self.client.ask(
                 self.opening(profile),
@@ -119,6 +126,11 @@ class RemoteUser:
             Unreadable: the appraisal, however often it was asked for.
             EndpointError: as `Client.ask` does.
         """
+        if self.prompts.sage:
+            prompt = sage_user.appraisal_request(self.prompts.sage, profile, aloud, emotion)
+            filled = await self._ask_sage(prompt, sage_user.read_appraisal, "appraisal", index, usage)
+            change = self.rules.clamp(filled.change)
+            return Appraisal(filled.texts, change, self.rules.update(emotion, change), [], "")
         roles = ("assistant", "user")
         history = [{"role": roles[i % 2], "content": text} for i, text in enumerate(aloud[:-1])]
         form = make_form(self.prompts.appraisal, emotion, self.rules.band_name(emotion))
@@ -142,6 +154,8 @@ class RemoteUser:
         felt = await self.appraise(profile, aloud, emotion, index, usage)
         if self.rules.ended(felt.emotion) or not may_reply:
             return Reaction(felt.fields, felt.change, felt.emotion, {}, None)
+        if self.prompts.sage:
+            return await self._reply_of_sage(self.prompts.sage, profile, aloud, felt, index, usage)
         form = make_form(self.prompts.reply, felt.emotion, self.rules.band_name(felt.emotion))
         messages = [
             *felt.messages, {"role": "assistant", "content": felt.answer},
@@ -153,6 +167,38 @@ class RemoteUser:
             return Reaction(felt.fields, felt.change, felt.emotion, {}, None, unreadable=True)
         text = reply.texts.pop(form.wanted.name)
         return Reaction(felt.fields, felt.change, felt.emotion, reply.texts, text)
+
+    async def _reply_of_sage(
+        self,
+        sage: SagePrompts,
+        profile: Profile,
+        aloud: Sequence[str],
+        felt: Appraisal,
+        index: RequestIndex,
+        usage: Usage,
+    ) -> Reaction:
+        prompt = sage_user.reply_request(sage, profile, aloud, felt.emotion, felt.fields)
+        try:
+            said = await self._ask_sage(prompt, sage_user.read_reply, "reply", index, usage)
+        except Unreadable:
+            return Reaction(felt.fields, felt.change, felt.emotion, {}, None, unreadable=True)
+        return Reaction(felt.fields, felt.change, felt.emotion, {"thinking": said.thinking}, said.reply)
+
+    async def _ask_sage(self, prompt: str, read: Callable[[str], T], part: str, index: RequestIndex, usage: Usage) -> T:
+        """The answer to one of SAGE's prompts; where it can't be read, the same is asked again, as SAGE does."""
+        for attempt in range(self.asks):
+            answer = await self.client.ask(
+                [{"role": "user", "content": prompt}],
+                temperature=self.temperature,
+                max_tokens=sage_user.MAX_TOKENS,
+                seed=index.seed_of(part, attempt),
+            )
+            usage.add(answer, again=attempt > 0)
+            try:
+                return read(answer.text)
+            except Unreadable as error:
+                last = error
+        raise last
 
     async def _fill(
         self, form: Form, messages: Sequence[Message], temperature: float, part: str, index: RequestIndex, usage: Usage

@@ -57,7 +57,17 @@ def test_every_field_says_what_it_means_and_may_hold(name):
 def test_fields_that_may_change_between_the_parts_of_a_run():
     """None of them changes what is computed; a section stands for all its fields."""
     assert sorted(FREE_FIELDS) == sorted(
-        ["train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows"]
+        [
+            "train.steps",
+            "checkpoint",
+            "log",
+            "alarms",
+            "mesh",
+            "mesh_sampling",
+            "rollout.rows",
+            "eval.rows",
+            "eval.relationship",
+        ]
     )
     table = {"a": {"x": Field(1, "", free=True)}, "b": {"x": Field(1, "", free=True), "y": Field(1, "")}}
     assert free_names(table) == ("a", "b.x")

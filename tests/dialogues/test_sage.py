@@ -100,7 +100,7 @@ def test_other_objects_are_refused(broken):
 
 
 def test_published_results(published):
-    """All three published files, to the letter."""
+    """All published files that are there, to the letter."""
     files = sorted(published.parent.glob("sage/*_result.jsonl"))
     if not files:
         pytest.skip("no published results of SAGE beside the profiles")

@@ -31,7 +31,7 @@ def test_everything_is_asked(language, results):
     names = {form.name: [step.name for step in form.steps if step.options] for form in asked.forms}
     assert names["capabilities"] == list(CAPABILITIES)
     assert len(names["relationship"]) == 12
-    assert names["coordinate"] == ["solution", "creative"]
+    assert names["coordinate"] == ["creative", "empathy"], "SAGE's x and y"
     assert all(len(step.options) == 14 for form in asked.forms for step in form.steps if step.name == "strategy")
     assert names["person"] == ["need_expression"]
     for turn, form in enumerate((form for form in asked.forms if form.name == "reply"), start=1):
@@ -120,7 +120,7 @@ def test_measures_by_hand():
     capabilities["core_insight"] = {"1": 0.5, "2": 0, "3": 0, "4": 0, "5": 0.5}
     relationship = {item: sure("+2", truths) for items in FACETS.values() for item in items}
     relationship["regard_case"] = sure("-3", truths)
-    coordinate = {"solution": sure("5", marks), "creative": {"1": 0.25, "2": 0.75, "3": 0, "4": 0, "5": 0}}
+    coordinate = {"empathy": sure("5", marks), "creative": {"1": 0.25, "2": 0.75, "3": 0, "4": 0, "5": 0}}
     person = {"need_expression": sure("2", marks)}
     letters = "abcdefghijklmn"
     reply = {"natural": sure("3", marks), "attentive": sure("5", marks), "connecting": sure("1", marks)}
@@ -137,6 +137,7 @@ def test_measures_by_hand():
     assert found["relationship"]["facets"] == pytest.approx(facets)
     assert found["relationship"]["total"] == pytest.approx((7 / 3 + 2) / 4)
     assert found["relationship"]["items"]["regard_case"] == -3
-    assert found["coordinate"] == {"solution": 1.0, "creative": pytest.approx((1.75 - 3) / 2)}
+    assert found["coordinate"] == {"creative": pytest.approx((1.75 - 3) / 2), "empathy": 1.0}
+    assert found["relationship"]["from"] == "speech"
     assert (found["person"], found["unanswered"]) == ({"need_expression": 2}, 0)
     assert found["replies"] == [{"natural": 3, "attentive": 5, "connecting": 1, "strategy": "restatement"}]

@@ -21,7 +21,7 @@ from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluate import main
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge_at_endpoint import RemoteJudge, RemoteRater
-from rlver_jax.evaluation.measures import LETTERS
+from rlver_jax.evaluation.measures import LETTERS, SPEECH
 from rlver_jax.evaluation.score import judge_transcripts, measure, measure_agreement
 from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.profiles.schema import Profile
@@ -217,7 +217,7 @@ def test_choices_are_asked_for_again_and_no_mark_is_made_up(dialogues):
     assert sorted(re.findall(r"^\[(\w+)\]", "\n".join(map(last, again)), re.MULTILINE)) == [
         *("core_insight", "natural", "natural")
     ], "only what is missing"
-    records, _ = measure(Answered(rated), load_forms("en"), dialogues[3:], None, QUIET)
+    records, _ = measure(Answered(rated), load_forms("en"), dialogues[3:], None, QUIET, SPEECH)
     assert records[0]["measures"]["replies"][0]["natural"] is None
     assert records[0]["measures"]["unanswered"] == 1
 

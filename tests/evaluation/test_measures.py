@@ -1,5 +1,8 @@
 """Measures from answers that are given: kept as they come, taken up again, summed up."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -7,10 +10,10 @@ from rich.console import Console
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge import Work
-from rlver_jax.evaluation.measures import strategies, summarize
+from rlver_jax.evaluation.measures import SPEECH, strategies, summarize
 from rlver_jax.evaluation.rater import Rated
 from rlver_jax.evaluation.score import measure
-from rlver_jax.evaluation.transcripts import Transcript
+from rlver_jax.evaluation.transcripts import Transcript, turns_of
 
 QUIET = Console(quiet=True)
 
@@ -53,13 +56,61 @@ def test_measures_are_kept_and_taken_up(dialogues, tmp_path):
     file.write_bytes(lines[0] + lines[1] + lines[2][:50])
     person = Person()
     assert measure(person, load_forms("en"), dialogues, tmp_path, QUIET) == (records, {})
-    assert len(person.asked) == 2, "only what is missing"
+    assert len(person.asked) == 2, "only what is missing: the last two dialogues, whose thoughts are there"
     again = [Transcript(record, None, "") for record in records]  # measures of before don't count as another dialogue
     person = Person()
     assert measure(person, load_forms("en"), again, tmp_path, QUIET) == (records, {})
     assert not person.asked
     with pytest.raises(ValueError, match="was made with other settings"):
         measure(Person(), load_forms("zh"), dialogues, tmp_path, QUIET)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_inventory_is_filled_in_from_inner_thoughts_alone(dialogues, language):
+    """Of each appraisal its activity and feeling, SAGE's Activity and Analyse; nothing that was said, no goal."""
+    person = Person()
+    records, _ = measure(person, load_forms(language), dialogues, None, QUIET)
+    inner = [one for one in person.asked if [form.name for form in one.forms] == ["relationship"]]
+    said = [one for one in person.asked if one not in inner]
+    assert len(inner) == len(said) == 4
+    assert not any(form.name == "relationship" for one in said for form in one.forms)
+    for one, dialogue in zip(inner, dialogues, strict=True):
+        _, *lines = one.text.splitlines()
+        assert [line.rpartition(":" if language == "en" else "：")[2].strip() for line in lines] == [
+            "hm b" for _ in turns_of(dialogue.record)
+        ]
+        assert not any(text in one.system + one.text for text in ("my boss", "be heard", "partly", "and she"))
+    assert [r["measures"]["relationship"]["from"] for r in records] == ["thoughts"] * 4
+    assert summarize(records)["relationship/total"]["n"] == 4
+
+
+def test_thoughts_of_other_scripts_and_dialogues_without_any(dialogues):
+    """Scripts of one's own may ask for neither field; a reply that nobody appraised leaves no thought."""
+    records = [copy.deepcopy(one.record) for one in dialogues[:2]]
+    for message in records[0]["messages"][2::2]:
+        message["appraisal"] = {"heard": "they asked", "wish": "to be heard"}
+    records[1] |= {"messages": records[1]["messages"][:2], "turns": 1}
+    person = Person()
+    found, _ = measure(person, load_forms("en"), [Transcript(one, None, "") for one in records], None, QUIET)
+    (inner,) = [one for one in person.asked if "went through" in one.text]
+    assert "After the companion's reply 1: they asked to be heard" in inner.text
+    assert "relationship" in found[0]["measures"]
+    assert "relationship" not in found[1]["measures"]
+    assert summarize(found)["relationship/total"]["n"] == 1
+
+
+def test_thoughts_and_speech_are_not_mixed(dialogues, tmp_path):
+    first, _ = measure(Person(), load_forms("en"), dialogues, tmp_path, QUIET, SPEECH)
+    assert [r["measures"]["relationship"]["from"] for r in first] == ["speech"] * 4
+    assert not (tmp_path / "thoughts.jsonl").exists()
+    with pytest.raises(ValueError, match="relationship was 'speech', is 'thoughts'"):
+        measure(Person(), load_forms("en"), dialogues, tmp_path, QUIET)
+    noted = tmp_path / "measures.settings.json"  # as an older version left it, which knew nothing else
+    settings = json.loads(noted.read_text())
+    noted.write_text(json.dumps({name: value for name, value in settings.items() if name != "relationship"}))
+    with pytest.raises(ValueError, match="relationship was no field, is 'thoughts'") as refused:
+        measure(Person(), load_forms("en"), dialogues, tmp_path, QUIET)
+    assert len(str(refused.value)) < 2000
 
 
 def test_the_sum_of_measures(dialogues):
@@ -104,8 +155,8 @@ def test_what_was_not_answered_is_left_out(dialogues):
                         rated.answers[4]["strategy"] = rated.answers[4]["natural"] = {}
                 yield some
 
-    records, _ = measure(Silent(), load_forms("en"), dialogues, None, QUIET)
-    full, _ = measure(Person(), load_forms("en"), dialogues, None, QUIET)
+    records, _ = measure(Silent(), load_forms("en"), dialogues, None, QUIET, SPEECH)
+    full, _ = measure(Person(), load_forms("en"), dialogues, None, QUIET, SPEECH)
     first = records[0]["measures"]
     assert first["unanswered"] == 4
     assert first["capabilities"]["core_insight"] is None

@@ -108,21 +108,21 @@ def test_boxes_say_quartiles(tmp_path):
 def test_the_coordinate_is_shown_where_a_judge_placed_dialogues(small_run, tmp_path):
     assert coordinate([], statistics.groups(read_runs([small_run]))) == []
     records = [
-        record(i, f"p{i}", [40], measures={"coordinate": {"solution": x, "creative": y}})
+        record(i, f"p{i}", [40], measures={"coordinate": {"creative": x, "empathy": y}})
         for i, (x, y) in enumerate(((-1.0, 0.5), (0.5, 1.0)))
     ]
     folder = write_evaluation(tmp_path / "placed", records)
     (figure,) = coordinate([], statistics.groups(read_runs([folder])))
     assert tips(figure) == [
-        "placed · p0 · solution -1.00, creative +0.50, emotion 40",
-        "placed · p1 · solution +0.50, creative +1.00, emotion 40",
+        "placed · p0 · creative -1.00, empathy +0.50, emotion 40",
+        "placed · p1 · creative +0.50, empathy +1.00, emotion 40",
         "placed · mean of 2: -0.25, +0.75",
     ]
     left, right, mean = (
         [float(e.get(k)) for k in ("cx", "cy")] for e in ET.fromstring(figure.chart.markup()).iter("circle")
     )
     assert left[0] < mean[0] < right[0]
-    assert left[1] > mean[1] > right[1], "creative is up"
+    assert left[1] > mean[1] > right[1], "empathy is up"
 
 
 @pytest.mark.parametrize(("count", "bands"), [(4, 4), (5, 0)])

@@ -19,14 +19,10 @@ def marks(records, path):
     return Marks("", "", path, 1, 5, 1).of(records)
 
 
-def rated(number, depth, regard):
+def rated(number, depth, regard, **reads):
     capabilities = {"empathic_depth": depth, "core_insight": 3.0}
-    return record(
-        number,
-        f"p{number}",
-        [40, 45],
-        measures={"capabilities": capabilities, "relationship": {"facets": {"regard": regard}, "total": 0.0}},
-    )
+    relationship = {"facets": {"regard": regard}, "total": 0.0, **reads}
+    return record(number, f"p{number}", [40, 45], measures={"capabilities": capabilities, "relationship": relationship})
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def bars(figure):
 
 def test_each_group_has_its_means(groups):
     capabilities, relationship = manner(groups)
-    assert [figure.title for figure in (capabilities, relationship)] == ["Capabilities", "Relationship"]
+    assert [figure.title for figure in (capabilities, relationship)] == ["Capabilities", "Relationship, from speech"]
     assert sorted(bars(capabilities)) == [
         "first · core insight +3.00, mean of 3 dialogues",
         "first · empathic depth +2.50, mean of 2 dialogues",
@@ -57,6 +53,15 @@ def test_each_group_has_its_means(groups):
     assert float(above.get("x")) == pytest.approx(chart.px(0), abs=0.1)
     assert float(below.get("width")) == pytest.approx(float(above.get("width")), abs=0.1)
     assert float(below.get("y")) + float(below.get("height")) <= float(above.get("y")), "one below the other"
+
+
+def test_what_the_inventory_was_filled_in_from_is_never_mixed(tmp_path):
+    spoken = [rated(0, 2.0, -2.0), rated(1, 2.0, -1.0, **{"from": "speech"})]  # older records don't say
+    inner = [rated(0, 2.0, 3.0, **{"from": "thoughts"})]
+    folders = [write_evaluation(tmp_path / name, one) for name, one in (("spoken", spoken), ("inner", inner))]
+    _, from_thoughts, from_speech = manner(statistics.groups(read_runs(folders)))
+    assert list(bars(from_thoughts)) == ["inner · regard +3.00, mean of 1 dialogues"]
+    assert list(bars(from_speech)) == ["spoken · regard -1.50, mean of 2 dialogues"]
 
 
 def test_marks_are_taken_as_far_as_there_are_any():

@@ -91,7 +91,7 @@ def test_an_emotion_of_zero_and_a_change_of_none_are_kept(tmp_path):
 def test_what_models_and_people_wrote_is_never_markup(tmp_path):
     name = "<img src=x onerror=alert(1)>"
     records = [
-        record(0, HOSTILE, [40, 45], words=lambda _: HOSTILE, measures={"coordinate": {"solution": 0, "creative": 0}})
+        record(0, HOSTILE, [40, 45], words=lambda _: HOSTILE, measures={"coordinate": {"creative": 0, "empathy": 0}})
     ]
     run = write_run(tmp_path / name, [row(1, 45.0)], {1: records}, {"policy.path": HOSTILE})
     text, _ = page.render(read_runs([run]), 5_000_000)
@@ -113,7 +113,7 @@ NASTY = f"<b>\x1b[2J{CONTROLS}\ud800\u200b\ufeff\uffff\U000e0041good ðŸ‘©\u200dð
 def test_controls_are_taken_out_everywhere(tmp_path):
     """Escapes, half characters and directions in every text of a run: on the page, in its JSON and in the curve."""
     folder = tmp_path / "run\x1b[31m\u202e\udcff\nscore 100"
-    marks = {"capabilities": {NASTY: 2.0}, "coordinate": {"solution": 0.5, "creative": 0.5}}
+    marks = {"capabilities": {NASTY: 2.0}, "coordinate": {"creative": 0.5, "empathy": 0.5}}
     records = [record(0, NASTY, [40, 45], words=lambda _: NASTY, measures=marks) | {"hidden_intention": NASTY}]
     records[0]["messages"][2]["appraisal"] = {NASTY: NASTY}
     lines = "".join(json.dumps(one) + "\n" for one in records)  # JSON may hold half characters, as escapes

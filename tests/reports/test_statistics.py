@@ -96,10 +96,11 @@ def test_the_first_and_the_last_quarter_of_logged_steps_are_compared(tmp_path):
 
 
 def test_only_judged_dialogues_have_a_coordinate():
-    here = record(0, "p", [40], measures={"coordinate": {"solution": -0.5, "creative": 1}})
+    here = record(0, "p", [40], measures={"coordinate": {"creative": -0.5, "empathy": 1}})
+    older = record(2, "p", [40], measures={"coordinate": {"solution": -0.5, "creative": 0.25}})
     others = [record(1, "p", [40]), record(2, "p", [40], measures={"coordinate": {"solution": "?"}})]
-    placed = coordinates([*others, here])
-    assert [(x, y, r["dialogue"]) for x, y, r in placed] == [(-0.5, 1.0, 0)]
+    placed = coordinates([*others, here, older])
+    assert [(x, y, r["dialogue"]) for x, y, r in placed] == [(-0.5, 1.0, 0), (0.25, 0.5, 2)]
 
 
 def test_the_table_says_what_each_run_has(small_run, tmp_path):

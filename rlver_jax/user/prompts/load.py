@@ -5,6 +5,7 @@ template, never part of one, so braces in it mean nothing. The profile comes fir
 prompt: in every style and scenario, the prompts of one profile share its tokens and so its KV cache.
 """
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlver_jax.config.languages import LANGUAGES
+from rlver_jax.config.paths import sage_folder
 from rlver_jax.decoding.script import Part, check_appraisal, check_reply, parse_script
 from rlver_jax.profiles.intentions import Kind, published_intention
+from rlver_jax.user import sage_clone, sage_user
 from rlver_jax.user.emotion import TRAINING, EmotionRules
+from rlver_jax.user.sage_clone import SagePrompts
 
 STYLES = ("vanilla", "challenging")
 SCENARIOS = ("heart_to_heart", "chit_chat")
@@ -65,7 +69,8 @@ class Prompts:
     """All prompts of one language, checked.
 
     appraisal, reply: the guided scripts, parsed; opening: the cue before the user's first words;
-    intentions: the known hidden intentions by key; origins: for each file name, where it was read.
+    intentions: the known hidden intentions by key; origins: for each file name, where it was read; sage: of a
+    user at an endpoint that plays by SAGE's own prompts, with its scripts' field names in `appraisal` and `reply`.
     """
 
     language: str
@@ -75,6 +80,7 @@ class Prompts:
     intentions: Mapping[str, Intention]
     origins: Mapping[str, str]
     templates: Mapping[str, jinja2.Template]
+    sage: SagePrompts | None = None
 
     def intention(self, text: str) -> Intention | None:
         """Find the hidden intention that `text` names by its key, its sentence or an alias; else None."""
@@ -140,11 +146,14 @@ def load_prompts(language: str, folder: str | Path | None = None) -> Prompts:
     """Read and check the prompts of `language`, one of LANGUAGES.
 
     folder: your own prompt files, each replacing ours of the same name (FILES); a file that isn't there is
-    taken from ours. Names that begin with a dot are passed over. Raises ValueError for an unknown language, a
+    taken from ours. Names that begin with a dot are passed over. Or a clone of SAGE's repository: then the policy's
+    system prompt and the prompts of a user at an endpoint are SAGE's. Raises ValueError for an unknown language, a
     name that isn't one of FILES (a misspelt file would else be ignored silently), or a file that doesn't hold
     what it must; FileNotFoundError where `folder` is no folder.
     """
     _check_choice("language", language, LANGUAGES)
+    if folder is not None and sage_folder(folder):
+        return _of_sage(load_prompts(language), Path(folder))
     texts, origins = _read(language, None if folder is None else Path(folder))
     appraisal = parse_script(texts["appraisal.script"], origins["appraisal.script"])
     reply = parse_script(texts["reply.script"], origins["reply.script"])
@@ -161,6 +170,16 @@ def load_prompts(language: str, folder: str | Path | None = None) -> Prompts:
         intentions=_intentions(texts["hidden_intentions.json"], origins["hidden_intentions.json"], language),
         origins=origins,
         templates={name: _template(texts[name], origins[name], allowed) for name, allowed in TEMPLATES.items()},
+    )
+
+
+def _of_sage(ours: Prompts, clone: Path) -> Prompts:
+    """Our prompts with SAGE's in place of those that it has."""
+    sage = sage_clone.read(clone)
+    policy = _ENV.from_string("{{ text }}", globals={"text": sage.policy})
+    templates = {**ours.templates, **{f"policy_{mode}.j2": policy for mode in MODES}}
+    return dataclasses.replace(
+        ours, sage=sage, templates=templates, appraisal=sage_user.APPRAISAL, reply=sage_user.REPLY
     )
 
 
