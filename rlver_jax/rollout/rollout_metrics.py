@@ -14,7 +14,7 @@ import numpy as np
 from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.user.emotion import SAGE
+from rlver_jax.user.emotion import CHANGES, SAGE
 
 LONGEST_PERIOD = 16  # tokens of a phrase whose repetition is looked for
 REPEATS = 4  # times that a phrase must follow upon itself
@@ -35,6 +35,7 @@ class RolloutBatch:
     dialogues: Dialogues
     reward: np.ndarray
     tokenizer: Tokenizer
+    max_change: int = CHANGES[-1]  # of the emotion, by one reply
 
     @functools.cached_property
     def final_emotions(self) -> np.ndarray:
@@ -64,12 +65,14 @@ class RolloutBatch:
         return [bool(self.dialogues.policy.said.stopped[t, b]) for t, b in self.replied]
 
 
-def rollout_metrics(dialogues: Dialogues, reward: np.ndarray, tokenizer: Tokenizer) -> dict[str, float]:
+def rollout_metrics(
+    dialogues: Dialogues, reward: np.ndarray, tokenizer: Tokenizer, max_change: int = CHANGES[-1]
+) -> dict[str, float]:
     """All ROLLOUT_METRICS that a batch has; those of replies are left out of a batch without any.
 
     Raises nothing: a token that is no text counts against `reply/readable_share`.
     """
-    batch = RolloutBatch(dialogues, reward, tokenizer)
+    batch = RolloutBatch(dialogues, reward, tokenizer, max_change)
     values = {name: metric(batch) for name, metric in ROLLOUT_METRICS.items()}
     return {name: float(value) for name, value in values.items() if value is not None}
 
@@ -114,6 +117,20 @@ def _change_mean(batch: RolloutBatch) -> float:
     return float(d.user.change[d.appraised].mean()) if d.appraised.any() else 0.0
 
 
+def _change_at_limit_share(batch: RolloutBatch) -> float | None:
+    changes = batch.dialogues.user.change[batch.dialogues.appraised]
+    return float(np.mean(np.abs(changes) == batch.max_change)) if len(changes) else None
+
+
+def _change_entropy(batch: RolloutBatch) -> float | None:
+    """Of the changes that occur, in nats."""
+    changes = np.asarray(batch.dialogues.user.change[batch.dialogues.appraised])
+    if not len(changes):
+        return None
+    share = np.unique(changes, return_counts=True)[1] / len(changes)
+    return float(-(share * np.log(share)).sum())
+
+
 def _of_replies(metric: Metric) -> Metric:
     """The metric where there is a reply; None without any."""
     return lambda batch: metric(batch) if len(batch.replied) else None
@@ -138,6 +155,8 @@ ROLLOUT_METRICS: dict[str, Metric] = {
     "emotion/final_mean": lambda batch: batch.final_emotions.mean(),
     "emotion/final_std": lambda batch: batch.final_emotions.std(),
     "emotion/change_mean": _change_mean,
+    "emotion/change_entropy": _change_entropy,
+    "emotion/change_at_limit_share": _change_at_limit_share,
     "dialogue/success_rate": lambda batch: np.mean(batch.outcomes == 1),
     "dialogue/failure_rate": lambda batch: np.mean(batch.outcomes == -1),
     "dialogue/turns_mean": lambda batch: batch.dialogues.turns.mean(),

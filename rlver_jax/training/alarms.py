@@ -1,4 +1,4 @@
-"""Metrics that tell when a policy collapses, and the limits at which a run stops.
+"""Metrics that tell when a policy collapses or its judge drifts, and the limits at which a run stops.
 
 In RLVER's published training replies were garbage from step 2 on, and nothing stopped it.
 """
@@ -10,13 +10,24 @@ _WATCHED = {
     "reply/readable_share": ("readable_min", False, "replies are garbled, repeat themselves or don't end"),
     "reply/tokens_mean": ("reply_tokens_min", False, "replies shrink to nothing"),
     "policy/entropy": ("entropy_min", False, "the policy says one thing only"),
+    "emotion/change_entropy": ("change_entropy_min", False, "the user answers every reply with the same change"),
 }
 _WATCHED_ABOVE = {
     "reply/tokens_mean": ("reply_tokens_max", True, "replies grow without end"),
     "policy/entropy": ("entropy_max", True, "the policy speaks at random"),
     "policy/ratio_max": ("ratio_max", True, "the update left the region that its gradient is true for"),
     "policy/update_kl": ("kl_max", True, "one step changed the policy beyond recognition"),
+    "emotion/change_at_limit_share": (
+        "change_at_limit_max",
+        True,
+        "the user tells good replies from better ones no more",
+    ),
+    "dialogue/end_unreadable": ("unreadable_max", True, "the user's appraisals can't be read"),
 }
+_POLICY_REMEDY = "Lower train.learning_rate, hold the policy with loss.kl, or set another limit"
+_USER_REMEDY = (
+    "Look at the user's answers in the logged dialogues: its model or prompts must change, or set another limit"
+)
 
 
 class CollapseError(RuntimeError):
@@ -37,6 +48,6 @@ def check(metrics: Mapping[str, float], limits: Mapping[str, float], step: int) 
             if not (value <= limit if above else value >= limit):
                 return (
                     f"step {step}: {name} is {value:.4g}, {'above' if above else 'below'} alarms.{field}={limit:g}: "
-                    f"{meaning}. Lower train.learning_rate, hold the policy with loss.kl, or set another limit"
+                    f"{meaning}. {_POLICY_REMEDY if name.startswith(('reply/', 'policy/')) else _USER_REMEDY}"
                 )
     return None

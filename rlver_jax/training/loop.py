@@ -185,7 +185,8 @@ class Trainer:
         step, self.pending = self.pending, None
         metrics, dialogues, rewards = distributed.fetch((step.metrics, step.dialogues, step.rewards))
         self.last_finished = time.monotonic()
-        row = rollout_metrics(dialogues, rewards.reward, self.run.agents.tokenizer)
+        agents = self.run.agents
+        row = rollout_metrics(dialogues, rewards.reward, agents.tokenizer, agents.spec.rules.max_change)
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
         row["time/update_s"] = self.last_finished - step.learning_since - row.get("time/eval_s", 0.0)
         row["tokens/padding"] = 1 - row["tokens/packed"] / row["tokens/padded"]

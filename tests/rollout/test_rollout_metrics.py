@@ -37,6 +37,9 @@ def test_dialogue_metrics_follow_the_script(six, bpe):
     found = rollout_metrics(six, REWARD, bpe)
     # dialogue 0 has changes 5, -3 and 0 (from the last turn); 1: 10, 10; 3: 0; 4: -10; 2 and 5: no appraisal
     assert found["emotion/change_mean"] == pytest.approx((5 - 3 + 0 + 10 + 10 + 0 - 10) / 7)
+    assert found["emotion/change_at_limit_share"] == pytest.approx(3 / 7)
+    shares = np.array([1, 1, 2, 2, 1]) / 7
+    assert found["emotion/change_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
     final = [42, 60, 40, 40, 30, 40]
     assert found["emotion/final_mean"] == pytest.approx(np.mean(final))
     assert found["emotion/final_std"] == pytest.approx(np.std(final))
