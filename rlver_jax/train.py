@@ -6,7 +6,8 @@
 DIR holds config.json, metrics.jsonl (a row a step), tensorboard/, checkpoints/, dialogues/ and model/ (of the
 base model: config and tokenizer). The same command goes on
 after an interruption, with equal results; SIGTERM finishes the step and saves. Exit status: 0 done or stopped by
-SIGTERM, 1 an alarm (config.alarms), another process is lost or has taken DIR over, 2 bad usage (also a DIR that another
+SIGTERM, 1 an alarm (config.alarms), users behind an endpoint that stay away or have cost remote.budget (saved, to be
+resumed; docs/remote_users.md), another process is lost or has taken DIR over, 2 bad usage (also a DIR that another
 process uses, or whose run began with other profiles, prompts or models), 130 interrupted.
 
 On several hosts the same command runs on each; on TPU VMs the processes find each other by themselves (docs/pods.md).
@@ -32,6 +33,7 @@ from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import missing_steps, read_metrics
 from rlver_jax.training.setup import check_learning, folders_of
+from rlver_jax.training.stops import StoppedError
 from rlver_jax.training.workdir import RunFolder
 
 
@@ -50,6 +52,9 @@ def _run(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         say(error)
         return 2
+    except StoppedError as stop:
+        say(f"stopped {stop}. What was done is saved in {workdir}")
+        return 1
     except CollapseError as alarm:
         say(f"stopped by an alarm at {alarm}. Its checkpoints stay in {workdir}")
         return 1
@@ -82,6 +87,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     distributed.initialize(options, finish_steps=True)
     run = RunFolder(Path(options.workdir))
     needs = [model for model in MODELS if model != "policy" or not run.goes_on_without_base(flatten(config))]
+    needs = [model for model in needs if model != "user" or not config.remote.user.url]
     validate(config, jax.device_count(), needs)
     check_training(config)
     check_learning(config)

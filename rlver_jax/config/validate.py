@@ -342,11 +342,16 @@ def check_training(config: ConfigDict) -> None:
     faults = []
     if not values["data.train"]:
         faults.append("data.train is empty; set --config.data.train to a JSONL file of profiles")
-    faults += [
-        f"remote.{side}.url={shown(values[f'remote.{side}.url'])}: training needs both models on the device; endpoints "
-        f"are for evaluate"
-        for side in endpoint_sides(config)
-    ]
+    if values["remote.policy.url"]:
+        faults.append(
+            f"remote.policy.url={shown(values['remote.policy.url'])}: training needs the policy on the device; leave "
+            f"it out (remote.user.url may be an endpoint)"
+        )
+    if values["remote.budget"] and not (values["remote.user.price_in"] or values["remote.user.price_out"]):
+        faults.append(
+            f"remote.budget={values['remote.budget']}: nothing costs anything; set --config.remote.user.price_in and "
+            f"price_out, of a million tokens each"
+        )
     if not values["rollout.temperature"]:
         faults.append("rollout.temperature=0: greedy replies have no log-probs to learn from; RLVER's is 1")
     if (values["rollout.top_k"] or values["rollout.top_p"] < 1) and not values["loss.recompute"]:

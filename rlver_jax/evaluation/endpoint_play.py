@@ -188,9 +188,13 @@ def prices_of(config: ConfigDict, side: str) -> tuple[float, float]:
     return float(config.remote[side].price_in), float(config.remote[side].price_out)
 
 
-def remote_user(config: ConfigDict, client: Client) -> RemoteUser:
-    """The simulated user of a config, behind the endpoint that `client` asks."""
-    user, rules = config.user, emotion_rules(config, config.eval.initial_emotion)
+def remote_user(config: ConfigDict, client: Client, initial: int | None = None) -> RemoteUser:
+    """The simulated user of a config, behind the endpoint that `client` asks.
+
+    Args:
+        initial: emotion; None: that of evaluations.
+    """
+    user, rules = config.user, emotion_rules(config, config.eval.initial_emotion if initial is None else initial)
     prompts = load_prompts(config.data.language, user.prompts or None)
     return RemoteUser(
         client, prompts, rules, user.style, user.scenario, user.field_tokens, user.reply_tokens,

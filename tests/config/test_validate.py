@@ -58,6 +58,8 @@ def test_fields_that_may_change_between_the_parts_of_a_run():
     """None of them changes what is computed; a section stands for all its fields."""
     assert sorted(FREE_FIELDS) == sorted(
         ["train.steps", "checkpoint", "log", "alarms", "mesh", "mesh_sampling", "rollout.rows", "eval.rows"]
+        + [f"remote.{name}" for name in ("concurrency", "timeout", "deadline", "budget", "unanswered_max")]
+        + [f"remote.{side}.price_{way}" for side in ("policy", "user") for way in ("in", "out")]
     )
     table = {"a": {"x": Field(1, "", free=True)}, "b": {"x": Field(1, "", free=True), "y": Field(1, "")}}
     assert free_names(table) == ("a", "b.x")
