@@ -47,13 +47,12 @@ setup(
     cmdclass={"build_py": BuildWithConfigs},
     package_data={
         "rlver_jax": ["py.typed"],
-        "rlver_jax.user.prompts": [
-            f"{lang}/*.{kind}" for lang in ("zh", "en") for kind in ("j2", "txt", "script", "json")
-        ],
+        "rlver_jax.user.prompts": ["[!_]*/*"],  # a folder for each language, but no __pycache__
         "rlver_jax.reports": ["assets/*"],
         "rlver_jax.evaluation": ["prompts/*/*"],
         "rlver_jax.miniature": ["prompts/*", "shipped/*", "shipped/*/*"],
     },
+    entry_points={"console_scripts": ["rlver = rlver_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -74,6 +73,7 @@ setup(
         "rich>=14",
         "tensorboardX>=2.6.4",
         "scipy>=1.15",
+        "packaging>=24",  # transformers needs it too
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -13,8 +13,8 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/pip" install -q 'jax==0.10.2' 'libtpu==0.0.42.1'
-cd "$work" && JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 TPU_WORKER_HOSTNAMES=localhost \
-  TPU_STDERR_LOG_LEVEL=3 TPU_MIN_LOG_LEVEL=3 venv/bin/python - <<'PY'
+cd "$work" && JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_ACCELERATOR_TYPE=v5litepod-8 \
+  TPU_WORKER_HOSTNAMES=localhost TPU_STDERR_LOG_LEVEL=3 TPU_MIN_LOG_LEVEL=3 venv/bin/python - <<'PY'
 import re
 
 import jax

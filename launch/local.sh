@@ -5,7 +5,7 @@
 #   RUN=DIR       folder of the run                         (default: runs/miniature_DATE_TIME)
 #   CONFIG=FILE   e.g. configs/miniature.py:ppo,direct      (default: configs/miniature.py)
 #   VENV=DIR, PYTHON=EXE    see launch/environment.sh
-# An interrupted run goes on with the same RUN and flags.
+# The same RUN and flags resume an interrupted run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh

@@ -11,13 +11,13 @@
 #   --status      whether it runs on each worker, or with which exit status it ended
 #   --logs[=N]    the last N lines (default: 20) of each worker's log, ~/rlver_jax_pod/worker.log
 #   --stop        SIGTERM to all; training finishes its step and saves. Waits until it has ended
-#   --resume      starts the last command again on all workers, as after --stop; training goes on from its checkpoint
+#   --resume      starts the last command again on all workers, as after --stop; training resumes from its checkpoint
 #   --dry-run     prints what would be run, and runs nothing
 #   PYTHON=EXE    the interpreter on the workers, 3.11 or newer (default: python3, or python3.13, 3.12, 3.11 where it is older)
 #
 # Every worker must see the same --workdir: a network folder, or gs://BUCKET/…, which is mounted with gcsfuse; so are
 # all other gs://… in the command. When a worker is preempted it gets SIGTERM, and all of them finish the step and save;
-# once the TPU is there again, the first form with the same command goes on (--resume, if its disks were kept).
+# once the TPU is there again, the first form with the same command resumes (--resume, if its disks were kept).
 # Exit status: 0 done, 1 a worker failed (its message says why), 2 bad usage.
 set -eEuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

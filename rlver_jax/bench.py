@@ -1,17 +1,17 @@
 """Measures this program on this machine, each way of doing something against its alternative.
 
-    python -m rlver_jax.bench SUITE [--json=FILE] [--repeats=N]
+    rlver bench SUITE [--json=FILE] [--repeats=N]
 
 Suites:
-    dialogue   the miniature's dialogues on rows that take the next one when theirs has ended, and on rows that wait
-    rollout    the policy's side of dialogues by a model of 39 million weights; decoding against a copy of what it reads
-    update     gradients of whole dialogues: packed in one row each against one row for every turn
-    logprob    log-probs over 151,936 tokens: in chunks of the vocabulary against all logits at once
-    load       weights of the size of Qwen2.5-0.5B onto the device, against the file as it is
-    compile    the miniature from the command to its first step, with nothing compiled before and once more
+    dialogue   the miniature's dialogues in slots that take the next one when theirs has ended, and in slots that wait
+    rollout    the policy's side of dialogues with a model of 39 million weights; decoding against copying what it reads
+    update     gradients of whole dialogues: one sequence for each dialogue against one for each turn
+    logprob    log-probabilities over 151,936 tokens: in chunks of the vocabulary against all logits at once
+    load       weights of the size of Qwen2.5-0.5B onto the device, against reading the file alone
+    compile    the miniature from the command to its first step, with nothing compiled before, and once more
 
 Each way runs once first, for compilation, then all of them in turn, N times. Times are medians. Where other programs
-share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage.
+share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.perf.bench_timing import machine
 from rlver_jax.runs.files import write_json
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 
 # Suite -> its module in perf/, which has `measure(repeats, tell)`, returning results, and `lines(results)`, their text.
 SUITES = {
@@ -40,26 +40,26 @@ SUITES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        suite, options = _arguments(sys.argv[1:] if argv is None else argv)
-        results = {"suite": suite, "repeats": options.repeats, "machine": machine()}
-        module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
-        with errors.status(suite) as status:
+    return run_command("bench", _bench, argv)
 
-            def tell(text: str) -> None:
-                status.update(f"{suite}: {text}")
-                if not errors.is_terminal:
-                    errors.print(f"{suite}: {text}", markup=False, highlight=False)
 
-            results |= module.measure(options.repeats, tell)
-        if options.json:
-            write_json(Path(options.json), results)
-    except (ValueError, OSError) as error:
-        errors.print(f"bench: {error}", markup=False, highlight=False)
-        return 2
+def _bench(command: Command, argv: Sequence[str]) -> int:
+    suite, options = _arguments(argv)
+    results = {"suite": suite, "repeats": options.repeats, "machine": machine()}
+    module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
+    errors = command.errors
+    with errors.status(suite) as status:
+
+        def tell(text: str) -> None:
+            status.update(f"{suite}: {text}")
+            if not errors.is_terminal:
+                errors.print(f"{suite}: {text}", markup=False, highlight=False)
+
+        results |= module.measure(options.repeats, tell)
+    if options.json:
+        write_json(Path(options.json), results)
     for line in module.lines(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        command.print(line)
     return 0
 
 

@@ -1,13 +1,13 @@
-"""Talk to a policy as the user, or answer the simulated user yourself.
+"""Lets you talk to a policy as the user, or answer the simulated user yourself.
 
-    python -m rlver_jax.chat --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER]
-                             [--side=user|policy] [--profile=ID] [--out=FILE]
+    rlver chat --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER]
+               [--side=user|policy] [--profile=ID] [--out=FILE]
 
---side=user: you speak as the user of a profile; the policy answers, and the simulated user appraises each answer in
-your place, so that its estimate of your emotion stands beside every turn. --side=policy: you answer the simulated user
-and watch its emotion; only the user's model is loaded. The transcript is a dialogue log of one line, written after
-every message. Of a training run the checkpoint with the best eval/score is taken (else the last; --step chooses).
-Exit status: 0 the dialogue or the input has ended, 2 bad usage, 130 interrupted.
+--side=user: you speak as the user of a profile and the policy replies. The simulated user appraises each reply in your
+place, so that its estimate of your emotion stands beside every turn. --side=policy: you answer the simulated user and
+watch its emotion; only the user's model is loaded. The transcript is a dialogue log of one line, written after every
+message. Of a training run the checkpoint with the best eval/score is taken, or the last one where none has a score;
+--step chooses another. Exit status: 0 the dialogue or the input has ended, 2 bad usage, 130 interrupted.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from rlver_jax.rollout.agents import Agents, limits_of, load_model
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
@@ -42,29 +42,27 @@ SIDES = ("user", "policy")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
-        needs = ["policy", "user"] if options.side == "user" else ["user"]
-        validate(config, jax.device_count(), needs)
-        profile = _profile(chosen_profiles(config), options.profile)
-        out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
-        if out.exists():
-            raise ConfigError(f"--out={out} exists; name a new file")
-        check_file_to_write(out)
-        sides = {"user": True} | ({"policy": trained is None} if options.side == "user" else {})
-        fetch({side: (config[side].path, new and config[side].init == "path") for side, new in sides.items()})
-        with console.status("loading the models"):
-            talk = _conversation(config, options, profile, trained.weights if trained else None)
-    except (ValueError, OSError) as error:
-        errors.print(f"chat: {error}", markup=False, highlight=False)
-        return 2
-    try:
-        Terminal(talk, profile, options.side, out, console).run()
-    except KeyboardInterrupt:
-        errors.print(f"chat: interrupted; what was said is in {out}", markup=False, highlight=False)
-        return 130
+    return run_command(
+        "chat", _chat, argv, {KeyboardInterrupt: Ending(130, "interrupted; the transcript is in {output}")}
+    )
+
+
+def _chat(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
+    needs = ["policy", "user"] if options.side == "user" else ["user"]
+    validate(config, jax.device_count(), needs)
+    profile = _profile(chosen_profiles(config), options.profile)
+    out = Path(options.out or time.strftime("chat_%Y%m%d_%H%M%S.jsonl"))
+    if out.exists():
+        raise ConfigError(f"--out={out} exists; name a new file")
+    check_file_to_write(out)
+    sides = {"user": True} | ({"policy": trained is None} if options.side == "user" else {})
+    fetch({side: (config[side].path, new and config[side].init == "path") for side, new in sides.items()})
+    with command.console.status("loading the models"):
+        conversation = _conversation(config, options, profile, trained.weights if trained else None)
+    command.output = str(out)
+    Terminal(conversation, profile, options.side, out, command.console).run()
     return 0
 
 
@@ -86,13 +84,13 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     return config, options
 
 
-def _profile(profiles: Sequence[Profile], wanted: str) -> Profile:
-    if not wanted:
+def _profile(profiles: Sequence[Profile], profile_id: str) -> Profile:
+    if not profile_id:
         return profiles[0]
-    matches = [profile for profile in profiles if profile.id == wanted]
+    matches = [profile for profile in profiles if profile.id == profile_id]
     if not matches:
         known = ", ".join(profile.id for profile in profiles[:8])
-        raise ConfigError(f"--profile={wanted}: no such id among {len(profiles)} profiles ({known}, …)")
+        raise ConfigError(f"--profile={profile_id}: no such id among {len(profiles)} profiles ({known}, …)")
     return matches[0]
 
 

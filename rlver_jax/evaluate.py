@@ -1,29 +1,27 @@
-"""Plays held-out profiles with a policy and scores it as SAGE does: by the user's emotion at the end.
+"""Plays held-out profiles with a policy and scores it as SAGE does, by the user's final emotion.
 
-    python -m rlver_jax.evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
-                                 [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…]
-                                 [--measures=FILE[:ARG]|HF_FOLDER]
-    python -m rlver_jax.evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
-    python -m rlver_jax.evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
+    rlver evaluate --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] --out=DIR
+                   [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…] [--measures=FILE[:ARG]|HF_FOLDER]
+    rlver evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
+    rlver evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
 
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
-what they depend on; DIR/dialogues.jsonl every dialogue with its tokens. Of a training run the checkpoint with the best
-eval/score is taken (else the last; --step chooses). --before names an earlier evaluation, whose dialogue with the same
-profile and whose scores are printed as well. An interrupted evaluation resumes
-when it is started again with the same settings and DIR.
+the settings; DIR/dialogues.jsonl holds every dialogue with its tokens. Of a training run the checkpoint with the best
+eval/score is taken, or the last one where none has a score; --step chooses another. --before names an earlier
+evaluation: its scores, and its dialogue with the same profile, are printed for comparison. An interrupted evaluation
+resumes when it is started again with the same settings and DIR.
 
---judge has other users score the same dialogues, --measures a model fill in forms about them, --from takes dialogues
-that have been played, ours or SAGE's, and checks their arithmetic; --agreement compares the config's user with the one
-of a record. A judge is on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
+--judge has other users score the same dialogues. --measures has a model fill in questionnaires about them. --from takes
+finished dialogues, ours or SAGE's, and checks their arithmetic. --agreement compares the config's user with the one of
+a record. A judge runs on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
 
-On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them), for
-playing alone; see docs/pods.md.
+On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them). There
+it only plays; see docs/pods.md.
 
-Exit status: 0 done, 1 an emotion that is not the one before plus the change, an endpoint that stays away, or another
-process is lost or has taken DIR over, 2 bad usage (also a DIR that another process uses), 130 interrupted.
+Exit status: 0 done, 1 an emotion that is not the one before plus the change, an endpoint that does not answer, or
+another process is lost or has taken DIR over, 2 bad usage (also a DIR that another process uses), 130 interrupted.
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,71 +51,56 @@ from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.lock import LostLockError, hold
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.progress import Meter
 from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
+
+_RESUMES = "\nthe same command resumes with what is in {output}"
+ENDINGS = {
+    EndpointError: Ending(2, "{error}" + _RESUMES),
+    Unavailable: Ending(1, "{error}" + _RESUMES),
+    LostLockError: Ending(1),
+    KeyboardInterrupt: Ending(130, "interrupted" + _RESUMES),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    return judging.main(argv, __doc__) if judging.of_finished(argv) else distributed.shutdown(_run(argv))
+    if judging.of_finished(argv):
+        return judging.main(argv, __doc__)
+    return distributed.shutdown(run_command("evaluate", _evaluate, argv, ENDINGS))
 
 
-def _run(argv: Sequence[str]) -> int:
-    console, errors = consoles()
-    with contextlib.ExitStack() as held:
-        try:
-            config, options = _arguments(argv)
-            console.quiet = not distributed.is_main()
-            trained = _trained(config, options)
-            validate(config, jax.device_count(), ["policy", "user"])
-            here = [side for side in ("policy", "user") if side not in endpoint_sides(config)]
-            check_context(config, *here)  # before weights are looked at
-            judges = judging.Judges.of_flags(options, config)
-            profiles = chosen_profiles(config)
-            before = read_evaluation(options.before) if options.before else None
-            settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
-            say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-            check = held.enter_context(hold(options.out, "--out", say)).check
-            folder = EvaluationFolder.open(options.out, settings, options.repeats, check=check, report=say)
-            with console.status("loading the models"):
-                evaluation = _load(config, profiles, folder, trained)
-        except (ValueError, OSError) as error:
-            errors.print(f"evaluate: {error}", markup=False, highlight=False)
-            return 2
-        try:
-            records = play_missing(evaluation, folder, console, options.repeats)
-            summary = summarize(evaluation, records, folder)
-            judged, marked = judges.judge(finished(records, profiles), folder.path, console)
-            summary |= judged
-            folder.finish(marked, summary)
-        except _EXPECTED as error:
-            return _ended(error, folder, errors)
+def _evaluate(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    console = command.console
+    console.quiet = not distributed.is_main()
+    trained = _trained(config, options)
+    validate(config, jax.device_count(), ["policy", "user"])
+    here = [side for side in ("policy", "user") if side not in endpoint_sides(config)]
+    check_context(config, *here)  # before weights are looked at
+    judges = judging.Judges.of_flags(options, config)
+    profiles = chosen_profiles(config)
+    before = read_evaluation(options.before) if options.before else None
+    settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
+    with hold(options.out, "--out", command.print) as lock:
+        folder = EvaluationFolder.open(options.out, settings, options.repeats, check=lock.check, report=command.print)
+        with console.status("loading the models"):
+            evaluation = _load(config, profiles, folder, trained)
+        command.output = str(folder.path)
+        records = play_missing(evaluation, folder, console, options.repeats)
+        summary = summarize(evaluation, records, folder)
+        judged, marked = judges.judge(finished(records, profiles), folder.path, console)
+        summary |= judged
+        folder.finish(marked, summary)
     if before:
         print_comparison(before, (summary, records), console)
     else:
         print_dialogue(records[0], console)
     show_judges(summary, console)
-    console.print(headline(summary, folder.path), markup=False, highlight=False, soft_wrap=True)
+    command.print(headline(summary, folder.path))
     return 0
-
-
-_EXPECTED = (ValueError, OSError, EndpointError, LostLockError, KeyboardInterrupt, jax.errors.JaxRuntimeError)
-
-
-def _ended(error: BaseException, folder: EvaluationFolder, errors: Console) -> int:
-    """Says why the evaluation ended early; returns the exit status."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        if not (text := distributed.peer_failure(error)):
-            raise error
-        errors.print(f"evaluate: {text}", markup=False, highlight=False)
-        return 1
-    interrupted = isinstance(error, KeyboardInterrupt)
-    errors.print(f"evaluate: {'interrupted' if interrupted else error}", markup=False, highlight=False)
-    if interrupted or isinstance(error, EndpointError):
-        errors.print(f"the same command goes on with what is in {folder.path}", markup=False, highlight=False)
-    return 130 if interrupted else 1 if isinstance(error, Unavailable | LostLockError) else 2
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:

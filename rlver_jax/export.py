@@ -1,11 +1,12 @@
-"""Writes a trained policy as a Hugging Face folder, for `transformers`, vLLM, or `evaluate --checkpoint`.
+"""Writes a trained policy as a Hugging Face folder, for transformers, vLLM or evaluate --checkpoint.
 
-    python -m rlver_jax.export --workdir=DIR --out=NEW_DIR [--step=best|last|N] [--dtype=bfloat16|float32]
-                               [--config.policy.path=FOLDER]
+    rlver export --workdir=DIR --out=NEW_DIR [--step=best|last|N] [--dtype=bfloat16|float32]
+                 [--config.policy.path=FOLDER]
 
 Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
-Config and tokenizer are those that the run keeps of its base model, or of the folder given. A SentencePiece model is
-also written as a tokenizer.json, which AutoTokenizer reads with the same ids. Exit status: 0 done, 2 bad usage.
+Config and tokenizer are those of the base model, which the run keeps, or those of FOLDER. A SentencePiece model is also
+written as a tokenizer.json, which AutoTokenizer reads with the same ids.
+Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
 import sys
@@ -19,7 +20,7 @@ from rlver_jax.config.validate import ConfigError
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import make_model
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from rlver_jax.training.restore import TrainedPolicy
@@ -30,28 +31,24 @@ DTYPES = ("bfloat16", "float32")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        options = _arguments(sys.argv[1:] if argv is None else argv)
-        policy = TrainedPolicy.open(options.workdir, options.step, options[POLICY_PATH].value or "")
-        model = make_model(policy.config.policy, "policy")
-        tokenizer = load_tokenizer(policy.config.policy.path)
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            as_tokenizers(tokenizer)  # what can't be written is said before anything slow
-        mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
-        with console.status(f"reading step {policy.step}"):
-            params = policy.weights(model, mesh)
-        with console.status(f"writing {options.out}"):
-            save_params(
-                options.out, params, model.config, dtype=options.dtype, tokenizer_from=policy.config.policy.path
-            )
-            if isinstance(tokenizer, SentencePieceTokenizer) and jax.process_index() == 0:
-                write_for_transformers(tokenizer, options.out)
-    except (ValueError, OSError) as error:
-        errors.print(f"export: {error}", markup=False, highlight=False)
-        return 2
-    text = f"step {policy.step} of {options.workdir} → {options.out} ({options.dtype})"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return run_command("export", _export, argv)
+
+
+def _export(command: Command, argv: Sequence[str]) -> int:
+    options = _arguments(argv)
+    policy = TrainedPolicy.open(options.workdir, options.step, options[POLICY_PATH].value or "")
+    model = make_model(policy.config.policy, "policy")
+    tokenizer = load_tokenizer(policy.config.policy.path)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        as_tokenizers(tokenizer)  # what can't be written is said before anything slow
+    mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
+    with command.console.status(f"reading step {policy.step}"):
+        params = policy.weights(model, mesh)
+    with command.console.status(f"writing {options.out}"):
+        save_params(options.out, params, model.config, dtype=options.dtype, tokenizer_from=policy.config.policy.path)
+        if isinstance(tokenizer, SentencePieceTokenizer) and jax.process_index() == 0:
+            write_for_transformers(tokenizer, options.out)
+    command.print(f"step {policy.step} of {options.workdir} → {options.out} ({options.dtype})")
     return 0
 
 

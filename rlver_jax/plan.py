@@ -1,12 +1,12 @@
-"""What training a config on a TPU topology takes, found without a TPU: the real programs compiled ahead of time.
+"""Finds out whether a config fits a TPU topology, and how fast it runs there, without a TPU.
 
-    python -m rlver_jax.plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--slices=N] [--config.a.b=v …] [--remat]
-    [--json=FILE]
+    rlver plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--slices=N] [--config.a.b=v …] [--remat] [--json=FILE]
 
-Needs the TPU compiler: pip install '.[tpu]' (on any machine). Prints memory of a chip while each program of a training
-step runs, with all that is alive beside it; operations, bytes and collectives of each phase; and a prediction. A model
-is given by its folder (policy.path: config.json and the tokenizer are read, no weights) or its size (policy.size=7b).
-Exit status: 0 it fits, 1 it does not or an array exists that must not, 2 bad usage.
+The real programs are compiled ahead of time by the TPU compiler: pip install 'rlver_jax[tpu]' (on any machine). Prints
+memory of a chip while each program of a training step runs, with all that is alive beside it; operations, bytes and
+collectives of each phase; and a prediction of the time. A model is given by its folder (policy.path: config.json and
+the tokenizer are read, no weights) or its size (policy.size=7b).
+Exit status: 0 it fits, 1 it does not, or an array exists that must not, 2 bad usage, 130 interrupted.
 """
 
 import os
@@ -37,7 +37,7 @@ from rlver_jax.perf.plan_remedies import find_remedy, over
 from rlver_jax.perf.plan_report import Plan, show
 from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.runs.files import write_json
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.setup import check_learning, rollout_spec
 
@@ -46,22 +46,21 @@ PREFIX, FIRST_TALK = 2688, 128  # tokens: RLVER's 500 published training profile
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        check_learning(config)
-        devices = topology_devices(options.topology, options.slices)
-        validate(config, len(devices))
-        mesh = make_mesh(**config.mesh, devices=devices)
-        # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
-        jax.config.update("jax_enable_compilation_cache", False)
-        with errors.status("planning"):
-            tell = lambda text: errors.print(text, highlight=False)  # noqa: E731
-            plan = make_plan(config, options.topology, mesh, tell, remats=options.remat)
-    except (ValueError, OSError) as error:
-        errors.print(f"plan: {error}", markup=False, highlight=False)
-        return 2
-    show(plan, console)
+    return run_command("plan", _plan, argv)
+
+
+def _plan(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    check_learning(config)
+    devices = topology_devices(options.topology, options.slices)
+    validate(config, len(devices))
+    mesh = make_mesh(**config.mesh, devices=devices)
+    # What is compiled for chips that aren't there can be written to the cache of compiled programs, but not read.
+    jax.config.update("jax_enable_compilation_cache", False)
+    with command.errors.status("planning"):
+        tell = lambda text: command.errors.print(text, highlight=False)  # noqa: E731
+        plan = make_plan(config, options.topology, mesh, tell, remats=options.remat)
+    show(plan, command.console)
     if options.json:
         write_json(Path(options.json), plan.to_json())
     return 0 if plan.fits and not plan.faults else 1
@@ -120,7 +119,9 @@ def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:
     Raises:
         ValueError, OSError: what the config names cannot be read.
     """
-    assumed = ["every dialogue takes all its turns, every text its limit, and every packed row the greatest length"]
+    assumed = [
+        "every dialogue takes all its turns, every text its limit, and every packed sequence the greatest length"
+    ]
     language = config.data.language
     if config.policy.path:
         tokenizer = load_tokenizer(config.policy.path)

@@ -1,12 +1,12 @@
-"""Shows training runs and evaluations as one HTML page, to be opened in any browser, without a network.
+"""Shows training runs and evaluations on one HTML page, which any browser opens without a network.
 
-    python -m rlver_jax.report WORKDIR… --out=report.html [--max_mb=5]
-    python -m rlver_jax.report WORKDIR… --curve=emotion.svg
+    rlver report DIR… --out=report.html [--max_mb=5]
+    rlver report DIR… --curve=emotion.svg
 
-WORKDIR is the --workdir of a training run or the --out of an evaluation; several are compared. The page holds emotion,
+DIR is the --workdir of a training run or the --out of an evaluation; several are compared. The page holds emotion,
 reward and held-out score by step, successes, failures and ends, emotion over the turns by hidden intention, lengths,
 the social-cognition coordinate where a judge has placed the dialogues, every setting, and a browser of the logged
-dialogues. --curve writes the emotion curve alone. Exit status: 0 done, 2 bad usage.
+dialogues. --curve writes the emotion curve alone. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
 import math
@@ -23,35 +23,35 @@ from rlver_jax.config.validate import ConfigError
 from rlver_jax.reports import page
 from rlver_jax.reports.sources import read_runs
 from rlver_jax.runs.files import write_text
-from rlver_jax.text.console import consoles, plain_line
+from rlver_jax.text.command import Command, run_command
+from rlver_jax.text.console import plain_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
+    return run_command("report", _report, argv)
+
+
+def _report(command: Command, argv: Sequence[str]) -> int:
+    console = command.console
 
     def watch(files: Sequence[Path], name: str) -> Iterable[Path]:
         what = f"reading {escape(plain_line(name))}"
         return track(files, what, console=console, transient=True, disable=not console.is_terminal)
 
-    def wrote(path: str, text: str, what: str) -> None:
+    def write(path: str, text: str, what: str) -> None:
         write_text(Path(path), text)
-        size = f"{len(text.encode('utf-8')) / 1e6:.2f} MB"
-        console.print(f"{path}: {size}, {what}", markup=False, highlight=False, soft_wrap=True)
+        command.print(f"{path}: {len(text.encode('utf-8')) / 1e6:.2f} MB, {what}")
 
-    try:
-        options, folders = _arguments(sys.argv[1:] if argv is None else argv)
-        runs = read_runs(folders, watch)
-        if options.curve:
-            wrote(options.curve, page.curve(runs), "the emotion curve")
-        if options.out:
-            with console.status("drawing"):
-                text, packed = page.render(runs, int(options.max_mb * 1e6))
-            cut = f", {packed.shortened} of them shortened" * bool(packed.shortened)
-            wrote(options.out, text, f"{packed.kept} of {packed.all} dialogues{cut}")
-    except (ValueError, OSError) as error:
-        errors.print(f"report: {error}", markup=False, highlight=False)
-        return 2
+    options, folders = _arguments(argv)
+    runs = read_runs(folders, watch)
+    if options.curve:
+        write(options.curve, page.curve(runs), "the emotion curve")
+    if options.out:
+        with console.status("drawing"):
+            text, packed = page.render(runs, int(options.max_mb * 1e6))
+        cut = f", {packed.shortened} of them shortened" * bool(packed.shortened)
+        write(options.out, text, f"{packed.kept} of {packed.all} dialogues{cut}")
     return 0
 
 

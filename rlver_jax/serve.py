@@ -1,11 +1,12 @@
 """Serves a policy to anything that speaks OpenAI's protocol: chat completions and completions.
 
-    python -m rlver_jax.serve --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--port=8000]
+    rlver serve --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--port=8000]
 
 Requests that come together are answered together, --rows at a time. Of a training run the checkpoint with the best
-eval/score is taken (else the last; --step chooses). It listens on this machine only unless --host says otherwise, and
-asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN. GET /stats tells how busy the rows are.
-Needs the extra `serve`. Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage.
+eval/score is taken, or the last one where none has a score; --step chooses another. The server listens on this machine
+only, unless --host says otherwise, and asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN.
+GET /stats tells how busy it is. Needs the extra `serve`: pip install 'rlver_jax[serve]'.
+Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage, 130 interrupted before it served.
 """
 
 import gc
@@ -32,7 +33,7 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.parallel.mesh import make_sampling_mesh
 from rlver_jax.rollout.agents import load_model, make_model, sampling_copy
 from rlver_jax.serving.engine import Engine
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
@@ -43,46 +44,45 @@ LOOK_S = 2.0  # between two status lines in a terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        config, options = _arguments(sys.argv[1:] if argv is None else argv)
-        _check_installed()
-        _check_token(os.environ.get(TOKEN_VARIABLE, ""))
-        checkpoint = options.checkpoint or config.policy.path
-        trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
-        validate(config, jax.device_count(), ["policy"])
-        fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
-        system = _system(config) if options.policy_prompt else ""
-        with _listen(options.host, options.port) as listening:
-            with console.status("loading the model"):
-                engine = _load(config, options, trained.weights if trained else None)
-            with console.status("compiling"):
-                engine.warm_up()
-            _serve(engine, options.name or short_name(checkpoint), system, listening, console)
-    except (ValueError, OSError) as error:
-        errors.print(f"serve: {error}", markup=False, highlight=False)
-        return 2
+    return run_command("serve", _run, argv)
+
+
+def _run(command: Command, argv: Sequence[str]) -> int:
+    config, options = _arguments(argv)
+    _check_installed()
+    _check_token(os.environ.get(TOKEN_VARIABLE, ""))
+    checkpoint = options.checkpoint or config.policy.path
+    trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
+    validate(config, jax.device_count(), ["policy"])
+    fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
+    system = _system(config) if options.policy_prompt else ""
+    with _listen(options.host, options.port) as listening:
+        with command.console.status("loading the model"):
+            engine = _load(config, options, trained.weights if trained else None)
+        with command.console.status("compiling"):
+            engine.warm_up()
+        _serve(engine, options.name or short_name(checkpoint), system, listening, command.console)
     if engine.failure is not None:
-        errors.print(f"serve: the engine has failed: {engine.failure!r}", markup=False, highlight=False)
+        command.error(f"the engine has failed: {engine.failure!r}")
         return 1
     return 0
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
-        given: dict[str, Any] = {"flag_values": values}
+        common: dict[str, Any] = {"flag_values": values}
         define_path("checkpoint", None, "training run or Hugging Face folder to take the policy from", values)
-        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **given)
-        flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **given)
+        flags.DEFINE_string("step", "", "of a training run: best | last | a number", **common)
+        flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **common)
         flags.DEFINE_boolean(
-            "policy_prompt", False, "put the policy's own system prompt (policy.mode) where a chat has none", **given
+            "policy_prompt", False, "put the policy's own system prompt (policy.mode) where a chat has none", **common
         )
-        flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **given)
-        flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", 0, 65535, **given)
-        flags.DEFINE_integer("rows", 16, "requests answered at once", 1, **given)
-        flags.DEFINE_integer("context", 0, "tokens of prompt and reply; 0: rollout.context", 0, **given)
-        flags.DEFINE_integer("block", 8, "tokens said between two looks at the queue", 1, **given)
-        flags.DEFINE_integer("queue", 256, "replies that may wait for a row", 1, **given)
+        flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **common)
+        flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", 0, 65535, **common)
+        flags.DEFINE_integer("rows", 16, "requests answered at once", 1, **common)
+        flags.DEFINE_integer("context", 0, "tokens of prompt and reply; 0: rollout.context", 0, **common)
+        flags.DEFINE_integer("block", 8, "tokens generated between two looks at the queue", 1, **common)
+        flags.DEFINE_integer("queue", 256, "replies that may wait for a row", 1, **common)
 
     config, options, rest = config_from_flags(argv, __doc__, define)
     if rest:

@@ -1,8 +1,7 @@
-"""Recomputes every reward of a dialogue log and says where the log differs from what the user model generates.
+"""Recomputes every reward of a dialogue log, and names each difference.
 
-    python -m rlver_jax.verify DIALOGUES.jsonl [FILE…] --config=configs/x.py [--config.a.b=v …]
-                               [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]]
-                               [--repeats=N] [--partial]
+    rlver verify DIALOGUES.jsonl [FILE…] --config=FILE[:ARG] [--config.a.b=v …]
+                 [--policy=WORKDIR|HF_FOLDER [--step=best|last|N]] [--repeats=N] [--partial]
 
 Nothing is generated: the user model replays each dialogue by teacher forcing, in one forward pass (the prefix of a
 profile is prefilled once), in which no turn sees the reasoning of another. Every appraisal token must be the user's own
@@ -10,14 +9,14 @@ choice, every change the readout of its distribution, every emotion the clipped 
 token of a reply the one that its key draws. Where two candidates lie so close to each other that rounding decides (by
 the user's dtype), that is reported as a tie. Ends, texts, the set of dialogues and their other fields follow from the
 config, which must be the one that they were played with. --partial: the logs lack dialogues on purpose. The last line
-says what was not derived (recomputed from the models).
+says what was not recomputed.
 
 With --policy the policy's replies are recomputed, too: each token must be the one that its key draws, with both of its
-log-probabilities. It takes what evaluate's --checkpoint takes. Of a training run, an evaluation is compared with the
-checkpoint that evaluate would take, or --step. The dialogues of training step N were played by the policy before that
-step: they are compared with the checkpoint of step N - 1, for step 1 with the model that training began with.
+log-probabilities. --policy takes what evaluate's --checkpoint takes. An evaluation of a training run is compared with
+the checkpoint that evaluate would take, or --step. The dialogues of training step N were played by the policy before
+that step: they are compared with the checkpoint of step N - 1, or for step 1 with the model that training began with.
 
-Exit status: 0 no fault, 1 any fault, 2 bad usage.
+Exit status: 0 no fault, 1 any fault, 2 bad usage, 130 interrupted.
 """
 
 import dataclasses
@@ -59,7 +58,7 @@ from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
 from rlver_jax.rollout.sampler import opening_key
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training import behaviour_policy
 from rlver_jax.user.prompts import load_prompts
@@ -334,9 +333,10 @@ def show(report: Report, console: Console) -> None:
             console.print(f"… and {len(lines) - SHOWN} more {kind}s")
     missing = ", ".join(sorted(report.unchecked, key=_is_extra))
     console.print(
-        f"derived {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: {len(report.ties)} ties, "
-        f"{len(report.faults)} faults, log-probabilities within {report.logprob_error:.2g} nats"
-        + (f"; not derived: {missing}" if missing else ""),
+        f"recomputed {report.dialogues} dialogues, {report.turns} turns, {report.tokens} tokens: "
+        f"{len(report.ties)} ties, {len(report.faults)} faults, "
+        f"log-probabilities within {report.logprob_error:.2g} nats"
+        + (f"; not recomputed: {missing}" if missing else ""),
         markup=False,
     )
 
@@ -357,23 +357,22 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles(soft_wrap=True)
-    try:
-        config, options, rest = config_from_flags(sys.argv[1:] if argv is None else argv, __doc__, _define)
-        if not rest:
-            raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
-        files = local_paths(rest)
-        here = [side for side in (USER, POLICY) if not config.remote[side].url]
-        validate(config, needs=here[:1])
-        if options.step and not options.policy:
-            raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
-        policy = behaviour_policy.Choice(options.policy, options.step, given_path(options)) if options.policy else None
-        how = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
-        report = verify_logs(files, config, console, **how)
-    except (ValueError, OSError) as error:
-        errors.print(f"verify: {error}", markup=False, highlight=False)
-        return 2
-    show(report, console)
+    return run_command("verify", _verify, argv, soft_wrap=True)
+
+
+def _verify(command: Command, argv: Sequence[str]) -> int:
+    config, options, rest = config_from_flags(argv, __doc__, _define)
+    if not rest:
+        raise ConfigError("found no file, expected DIALOGUES.jsonl; --help shows the usage")
+    files = local_paths(rest)
+    here = [side for side in (USER, POLICY) if not config.remote[side].url]
+    validate(config, needs=here[:1])
+    if options.step and not options.policy:
+        raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
+    policy = behaviour_policy.Choice(options.policy, options.step, given_path(options)) if options.policy else None
+    choices = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
+    report = verify_logs(files, config, command.console, **choices)
+    show(report, command.console)
     return 1 if report.faults else 0
 
 

@@ -47,10 +47,27 @@ TINY = {
 TINY["policy"] |= {"tie_embeddings": True}
 
 
+# Modules of the default tests that take longest, the longest first: a worker that began one last would keep the others.
+LONGEST = (
+    "test_verify_policy", "test_loop", "test_forged_logs", "test_verify", "test_sampler", "test_qwen", "test_refill",
+    "test_kill", "test_sources", "test_evaluate", "test_train_step", "test_sequences", "test_debug",
+    "test_forged_training_logs", "test_programs", "test_packing", "test_console", "test_serve", "test_server",
+    "test_engine", "test_checkpoints", "test_hostile", "test_lock", "test_generate", "test_precision",
+)  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Default tests spend their time compiling small programs, slow ones running them."""
     if "not slow" in config.option.markexpr:
         os.environ["XLA_FLAGS"] += f" {QUICK}"  # read when the first array is made
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist keeps the order made below
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="module", autouse=True)

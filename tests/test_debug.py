@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.user.prompts import load_prompts
+from tests import compare_runs
 from tests.conftest import option_logprobs
 from tests.training.test_loop import policy_of, records_of
 
@@ -103,3 +105,24 @@ def test_fresh_weights_are_as_wide_as_the_model_says():
         assert len(drawn) == 2 + 2 * 7, "embedding, head and the products of two layers"
         for x in drawn:
             assert x.std() == pytest.approx(width, rel=0.1)
+
+
+def test_runs_are_compared(run, tmp_path, capsys):
+    """A run equals its copy; one digit of a metric, a word of a log and a checkpoint are noticed; times don't count."""
+    mine, copy = run(""), tmp_path / "copy"
+    shutil.copytree(mine, copy)
+    metrics, log = copy / "metrics.jsonl", copy / "dialogues" / "step_000002.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows[0]["time/rollout_s"] += 1
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare_runs.main([str(mine), str(copy)]) == 0
+    rows[1]["reward/mean"] += 1e-7
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.write_text(log.read_text().replace('"profile"', '"Profile"', 1))
+    shutil.rmtree(copy / "checkpoints" / "000003")
+    assert compare_runs.differences(mine, copy) == [
+        *("step 2: reward/mean", "dialogues/step_000002.jsonl", "checkpoint of step 3"),
+    ]
+    assert compare_runs.main([str(mine), str(copy)]) == 1
+    assert "not equal" in capsys.readouterr().out
+    assert compare_runs.main([str(mine), str(tmp_path)]) == 2

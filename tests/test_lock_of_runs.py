@@ -14,6 +14,7 @@ import pytest
 
 from configs import debug
 from tests.parallel.processes import processes
+from tests.quick import QUICK
 from tests.training.test_loop import rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ class Command:
     def __init__(self, command, *args, host=""):
         how = ["-c", ELSEWHERE.format(command=command), host] if host else ["-m", f"rlver_jax.{command}"]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        env = os.environ | {"XLA_FLAGS": "", "COLUMNS": "300"}
+        env = os.environ | {"XLA_FLAGS": QUICK, "COLUMNS": "300"}
         self.process = subprocess.Popen([sys.executable, *how, *args], cwd=ROOT, env=env, **pipe)
 
     def ended(self, seconds=240) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlver_jax.report import main
+from tests.quick import QUICK
 from tests.reports.conftest import row, some_records, write_evaluation, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def test_a_process_writes_page_and_curve(tmp_path):
 @pytest.mark.slow
 def test_a_run_and_an_evaluation_as_the_program_writes_them(tmp_path):
     """The debug config's own folders; their dialogues, counted in the files, are all on the page."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
 
     def python(module, *args):
         command = [sys.executable, "-m", f"rlver_jax.{module}", *args]

@@ -62,8 +62,8 @@ def test_a_server_starts_answers_and_stops(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_clients(tmp_path):
-    """No error, busy rows, nothing compiled, flat memory: for a minute, or RLVER_JAX_LOAD_SECONDS."""
-    seconds = float(os.environ.get("RLVER_JAX_LOAD_SECONDS", "60"))
+    """No error, busy rows, nothing compiled, flat memory: for half a minute, or RLVER_JAX_LOAD_SECONDS."""
+    seconds = float(os.environ.get("RLVER_JAX_LOAD_SECONDS", "30"))
     with served("--rows=16") as (process, url):
         figures = load.run(url, clients=100, seconds=seconds, pid=process.pid)
         print(json.dumps(figures, indent=1))

@@ -240,9 +240,10 @@ def test_planted_edits_are_found(log, edit, dtype):
 
 @pytest.mark.parametrize("log", ["mean"], indirect=True)
 def test_a_user_that_rounds(log, policy_lm, user_lm, bpe, prompts):
-    """Played with bfloat16, derived in float32: as far apart as two programs that round may be."""
+    """Played in float32, derived in bfloat16: as far apart as two programs that round may be."""
     rounded = user_lm.replace(model=user_lm.model.clone(dtype=jnp.bfloat16))
-    records = play(make_agents(policy_lm, rounded, bpe, prompts, "mean"), log[1])
+    log = make_agents(policy_lm, rounded, bpe, prompts, "mean"), *log[1:]
+    records = log[2]
     strict, loose = Report(), Report()
     for report in check_all(log, records):
         strict.add(report)

@@ -28,9 +28,14 @@ def located(file: str) -> str:
     return file
 
 
+def shipped() -> list[str]:
+    """The config files of this installation, as --config takes them in any folder: configs/NAME.py."""
+    return sorted(f"{_NAME}/{found.name}" for found in FOLDER.glob("[a-z]*.py"))
+
+
 def missing(file: str) -> str:
     """What to say of a config file that isn't there."""
-    known = {name: f"{_NAME}/{name}.py" for name in sorted(found.stem for found in FOLDER.glob("[a-z]*.py"))}
+    known = {Path(name).stem: name for name in shipped()}
     if not file:
         return "is empty; name a Python file, such as configs/base.py"
     if Path(file).is_dir():

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,14 @@ from rlver_jax.config.validate import ConfigError, flatten, shortened
 Define = Callable[[flags.FlagValues], None]
 
 
+class HelpPrinted(SystemExit):
+    """Ends a command with status 0 after --help; `values` are its flags, which shells complete."""
+
+    def __init__(self, values: flags.FlagValues):
+        super().__init__(0)
+        self.values = values
+
+
 def parse_flags(argv: Sequence[str], usage: str | None, define: Define) -> tuple[flags.FlagValues, list[str]]:
     """Reads an entry point's own flags.
 
@@ -41,7 +49,7 @@ def parse_flags(argv: Sequence[str], usage: str | None, define: Define) -> tuple
 
     Raises:
         ConfigError: an unknown or malformed flag or field, or a config file that cannot be loaded.
-        SystemExit: with 0, after --help.
+        HelpPrinted: after --help.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this text", flag_values=values)
@@ -50,7 +58,7 @@ def parse_flags(argv: Sequence[str], usage: str | None, define: Define) -> tuple
         print(_help(usage, values))
         if "--helpfull" in asked and "config" in values:
             print(f"\nfields of the config, with their defaults:\n{listing(TABLE)}")
-        raise SystemExit(0)
+        raise HelpPrinted(values)
     try:
         define(values)
         return values, values(["", *argv])[1:]
@@ -192,6 +200,26 @@ def config_from_flags(
     for line in without_effect(TABLE, flatten(values.config), config_flags.get_override_values(values["config"])):
         print(line, file=sys.stderr)
     return values.config, values, rest
+
+
+def load_config(file: str, fields: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of a file, for scripts; commands have `config_from_flags`.
+
+    Args:
+        file: as FILE or FILE:ARG; configs/NAME.py that the working folder doesn't have is that of the package.
+        fields: {"a.b": value} to be changed.
+
+    Raises:
+        ConfigError: the file cannot be loaded, or has no such field, or one of another type.
+    """
+    config = config_from_flags([f"--config={file}"], "")[0]
+    if unknown := sorted((fields or {}).keys() - flatten(config).keys()):
+        raise ConfigError(f"{', '.join(unknown)}: unknown field; configs/base.py has all fields")
+    try:
+        config.update_from_flattened_dict(dict(fields or {}))
+    except TypeError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return config
 
 
 def given_path(options: flags.FlagValues) -> str:

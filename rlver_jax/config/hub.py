@@ -278,7 +278,7 @@ def _explained(error: Exception, given: str, endpoint: str, cache: str) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
     return (
         f"{taken}, but {hub} could not be reached or didn't send it ({type(error).__name__}: {reason}). "
-        f"The same command goes on where it was. {_otherwise(given)}{hint}"
+        f"The same command resumes it. {_otherwise(given)}{hint}"
     )
 
 

@@ -18,7 +18,7 @@ class Tolerance(NamedTuple):
     logprob: float
 
 
-# By the model's dtype. Errors of bfloat16 have no bound; docs/training.md has what was measured on an accelerator.
+# By the model's dtype. Errors of bfloat16 have no bound; docs/results.md has what was measured on an accelerator.
 TOLERANCES = {"float32": Tolerance(1e-4, 1e-3), "bfloat16": Tolerance(0.5, 1.0)}
 
 
@@ -111,7 +111,7 @@ def _logprob_faults(
     error = max((low - logged.sampled) * scale, (logged.sampled - high) * scale, 0.0, key=lambda x: (x != x, x))
     report.logprob_error = max(report.logprob_error, error)
     if not error <= (speaker.tolerance.logprob if drawn else 0.0):
-        yield f"logged log-probability {logged.sampled:.5f} where it was sampled, derived {high:.5f}"
+        yield f"logged log-probability {logged.sampled:.5f} where it was sampled, recomputed {high:.5f}"
 
 
 def user_fields(agents: Agents) -> list[str]:

@@ -131,7 +131,7 @@ def _resume(path: Path, settings: dict[str, Any], repeats: int, report: Callable
         settings,
         PATHS.__contains__,
         fault="holds an evaluation with other settings",
-        remedy="name another --out, or give the same settings to go on with it",
+        remedy="name another --out, or give the same settings to resume it",
         report=report,
     )
     log = path / DIALOGUES

@@ -49,10 +49,17 @@ from rlver_jax.profiles.schema import Profile
 from rlver_jax.profiles.sources import open_each
 from rlver_jax.runs.files import write_json
 from rlver_jax.runs.lock import LostLockError, hold
-from rlver_jax.text.console import consoles, plain_line
+from rlver_jax.text.command import Command, Ending, run_command
+from rlver_jax.text.console import plain_line
 from rlver_jax.text.strict_json import half_character
 
 SHOWN = 20  # faults that are printed
+ENDINGS = {
+    EndpointError: Ending(2),
+    Unavailable: Ending(1),
+    LostLockError: Ending(1),
+    KeyboardInterrupt: Ending(130, "interrupted; with --out the same command resumes"),
+}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -190,17 +197,12 @@ def _mesh(config: ConfigDict) -> Mesh | None:
 
 def main(argv: Sequence[str], usage: str | None) -> int:
     """`evaluate --from=…` and `evaluate --agreement=…`; returns the exit status."""
-    console, errors = consoles()
-    try:
+
+    def judge(command: Command, argv: Sequence[str]) -> int:
         config, options = _arguments(argv, usage)
-        run = _agreement if options.agreement else _scores
-        return run(config, options, console)
-    except (ValueError, OSError, EndpointError, LostLockError) as error:
-        errors.print(f"evaluate: {error}", markup=False, highlight=False)
-        return 1 if isinstance(error, Unavailable | LostLockError) else 2
-    except KeyboardInterrupt:
-        errors.print("evaluate: interrupted; with --out the same command goes on where it was", highlight=False)
-        return 130
+        return (_agreement if options.agreement else _scores)(config, options, command.console)
+
+    return run_command("evaluate", judge, argv, ENDINGS)
 
 
 def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | None, flags.FlagValues]:

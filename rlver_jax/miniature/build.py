@@ -39,7 +39,7 @@ from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.files import write_json
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.training.alarms import CollapseError
@@ -144,7 +144,7 @@ def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str =
     config = miniature_config(arg, out)
     config.train.steps, config.eval.every, config.log.dialogues_every = steps, 0, 1
     if train(config, workdir, make_mesh(**config.mesh), console) < steps:  # SIGTERM
-        raise SystemExit("build: interrupted; the same command goes on")
+        raise SystemExit("build: interrupted; the same command resumes")
 
 
 def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
@@ -165,31 +165,28 @@ def show(measured: dict[str, Any], strangers: Sequence[str], console: Console) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        options = _arguments(sys.argv[1:] if argv is None else argv)
-        folder, strangers = Path(options.out) if options.out else assets.shipped(), []
-        if options.check:
-            strangers = assets.changed_files(folder)  # before minutes of measuring: there may be no manifest
-        else:
-            if (folder / assets.MANIFEST).exists():
-                raise ConfigError(f"{folder}: holds a finished miniature; name another folder")
-            check_folder_to_write(folder)
-            steps = Steps(*(int(options[f"{field}_steps"].value or 0) for field in Steps._fields))
-            build(folder, steps, console)
-        with console.status("measuring"):
-            measured = check.measure(folder)
-        if not options.check:
-            assets.write_manifest(folder, {"steps": steps._asdict(), "quality": measured})
-    except (ValueError, OSError) as error:
-        errors.print(f"build: {error}", markup=False, highlight=False)
-        return 2
-    except CollapseError as alarm:
-        errors.print(f"build: a run against the user was stopped by an alarm at {alarm}", highlight=False)
-        return 1
+    alarm = Ending(1, "a run against the user was stopped by an alarm at {error}")
+    return run_command("build", _build, argv, {CollapseError: alarm})
+
+
+def _build(command: Command, argv: Sequence[str]) -> int:
+    options = _arguments(argv)
+    folder, strangers = Path(options.out) if options.out else assets.shipped(), []
+    if options.check:
+        strangers = assets.changed_files(folder)  # before minutes of measuring: there may be no manifest
+    else:
+        if (folder / assets.MANIFEST).exists():
+            raise ConfigError(f"{folder}: holds a finished miniature; name another folder")
+        check_folder_to_write(folder)
+        steps = Steps(*(int(options[f"{field}_steps"].value or 0) for field in Steps._fields))
+        build(folder, steps, command.console)
+    with command.console.status("measuring"):
+        measured = check.measure(folder)
+    if not options.check:
+        assets.write_manifest(folder, {"steps": steps._asdict(), "quality": measured})
     if options.json:
         write_json(Path(options.json), measured)
-    return show(measured, strangers, console)
+    return show(measured, strangers, command.console)
 
 
 def _arguments(argv: Sequence[str]) -> flags.FlagValues:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rlver_jax.config.flags import local_paths, parse_flags
 from rlver_jax.config.validate import ConfigError
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.workdir import RunFolder
 
@@ -80,16 +80,14 @@ def table(outcomes: Iterable[Outcome]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles()
-    try:
-        _, workdirs = parse_flags(sys.argv[1:] if argv is None else argv, __doc__, lambda values: None)
-        if not workdirs:
-            raise ConfigError("expected folders of training runs; --help shows an example")
-        outcomes = [outcome(Path(workdir)) for workdir in local_paths(workdirs)]
-    except (ValueError, OSError) as error:
-        errors.print(f"compare: {error}", markup=False, highlight=False)
-        return 2
-    console.print(table(outcomes))
+    return run_command("compare", _compare, argv)
+
+
+def _compare(command: Command, argv: Sequence[str]) -> int:
+    _, workdirs = parse_flags(argv, __doc__, lambda values: None)
+    if not workdirs:
+        raise ConfigError("expected folders of training runs; --help shows an example")
+    command.console.print(table([outcome(Path(workdir)) for workdir in local_paths(workdirs)]))
     return 0
 
 

@@ -54,8 +54,9 @@ def write(
     """Writes S new slots of every row at `start` (the row's own length); start + S must not exceed the capacity.
 
     Row by row, in place: XLA compiles one scatter into something far slower on CPU, and on TPU into one that lays the
-    whole cache out anew. There up to `UNROLLED_ROWS` rows are free of such copies; a loop over more may not be. Only a batch that is split over devices is written by a scatter, with the batch as a batching
-    dimension, because that stays local to each device.
+    whole cache out anew. There up to `UNROLLED_ROWS` rows are free of such copies; a loop over more may not be. Only
+    a batch that is split over devices is written by a scatter, with the batch as a batching dimension, because that
+    stays local to each device.
     """
     new = new.astype(cache.dtype)
     if rules.parts("batch") > 1:

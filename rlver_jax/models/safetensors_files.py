@@ -259,7 +259,7 @@ def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
         if not _named(folder / shard):
             raise WeightsError(
                 f"{folder / shard}: no such file, but {INDEX_FILE} places {len(names)} tensors in it, e.g. "
-                f"{names[0]}; fetch it (an interrupted download goes on where it was)"
+                f"{names[0]}; fetch it (an interrupted download resumes)"
             )
         shard_tensors = read_header(folder / shard)
         for name in names:

@@ -134,9 +134,9 @@ def peer_failure(error: Exception) -> str | None:
     if jax.process_count() == 1 or str(error).startswith(_OWN_FAULTS):
         return None
     return (
-        f"process {jax.process_index()} of {jax.process_count()} cannot go on without the others: one of them has "
+        f"process {jax.process_index()} of {jax.process_count()} cannot continue without the others: one of them has "
         f"ended or cannot be reached, and its own log says why ({_first_line(error)}). The same command, on all of "
-        f"them, goes on from the last checkpoint"
+        f"them, resumes from the last checkpoint"
     )
 
 

@@ -1,6 +1,6 @@
 """Prepares JSONL files of profiles as a TFDS data set, for data.train and data.eval (docs/data.md).
 
-    python -m rlver_jax.profiles.builder --profiles=FILE,… [--eval=FILE,…] [--data_dir=DIR]
+    rlver prepare --profiles=FILE,… [--eval=FILE,…] [--data_dir=DIR]
 
 The data set has the split `train`, of --profiles, and `eval`, of --eval; the last line says how a config names it.
 Profiles are read by index from array_record files, so that a million of them take no memory. A set that is prepared
@@ -54,7 +54,7 @@ from rlver_jax.profiles.schema import (
     open_file,
     read_profiles,
 )
-from rlver_jax.text.console import consoles
+from rlver_jax.text.command import Command, Ending, run_command
 
 _BLOCK = 1 << 20  # bytes of a file that are hashed at a time
 _EVERY = 1000  # profiles between two reports
@@ -254,24 +254,21 @@ def _build(config: ProfilesConfig, root: Path, target: Path, progress: Progress)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console, errors = consoles(soft_wrap=True)
-    try:
-        options = _arguments(sys.argv[1:] if argv is None else argv)
-        splits = {"train": options.profiles, "eval": options.eval}
-        files = {split: profile_files(value) for split, value in splits.items() if value}
-        with errors.status("reading") as status:
-            report = lambda what, done, total: status.update(  # noqa: E731
-                f"{what}: {done:,}{f' of {total:,}' if total else ''} profiles"
-            )
-            folder = prepared_folder(files, options.data_dir or None, report)
-        counts = {split: len(PreparedProfiles.open(folder, split)) for split in files}
-    except (ValueError, OSError) as error:
-        errors.print(f"profiles.builder: {error}", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print("profiles.builder: interrupted; nothing is left of it", markup=False, highlight=False)
-        return 130
-    console.print(_summary(folder, counts, options.data_dir), markup=False, highlight=False)
+    interrupted = Ending(130, "interrupted; nothing is left of it")
+    return run_command("profiles.builder", _prepare, argv, {KeyboardInterrupt: interrupted}, soft_wrap=True)
+
+
+def _prepare(command: Command, argv: Sequence[str]) -> int:
+    options = _arguments(argv)
+    splits = {"train": options.profiles, "eval": options.eval}
+    files = {split: profile_files(value) for split, value in splits.items() if value}
+    with command.errors.status("reading") as status:
+        report = lambda what, done, total: status.update(  # noqa: E731
+            f"{what}: {done:,}{f' of {total:,}' if total else ''} profiles"
+        )
+        folder = prepared_folder(files, options.data_dir or None, report)
+    counts = {split: len(PreparedProfiles.open(folder, split)) for split in files}
+    command.print(_summary(folder, counts, options.data_dir))
     return 0
 
 

@@ -105,7 +105,7 @@ class ProfileReader:
             if state.get(name, value) != value:
                 raise ValueError(
                     f"the state was saved with {name} = {state[name]} but this reader has {name} = {value}: "
-                    f"going on would skip or repeat profiles; use the saved run's {name}, or start a new run"
+                    f"resuming would skip or repeat profiles; use the saved run's {name}, or start a new run"
                 )
         epoch, position, size = state["epoch"], state["position"], len(self._source)
         if position >= size or (epoch * size + position) % self._batch_size:

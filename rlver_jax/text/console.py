@@ -103,7 +103,7 @@ class _FailSafeStream:
             os.dup2(null, self._stream.fileno())
             os.close(null)
         if self is sys.stdout and not isinstance(error, BrokenPipeError):  # as with `| head`, which is meant
-            print(f"standard output cannot be written to ({error.strerror}); going on without it", file=sys.stderr)
+            print(f"standard output cannot be written to ({error.strerror}); continuing without it", file=sys.stderr)
 
 
 def _open_missing() -> None:

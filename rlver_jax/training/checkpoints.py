@@ -142,9 +142,7 @@ class Checkpoints:
         if self._read_only:
             raise ValueError(f"{self.folder} was opened to be read only; open it with Checkpoints(…) to save in it")
         if step in self.steps():
-            raise ValueError(
-                f"{self.folder}: step {step} has been saved before; restore a state before going on from it"
-            )
+            raise ValueError(f"{self.folder}: step {step} has been saved before; restore a state before saving it")
         flat = flatten(state)
         for name, leaf in flat.items():
             check_leaf(name, leaf)

@@ -276,13 +276,13 @@ class Trainer:
             if distributed.is_main():
                 self.folder.drop_after(0)
                 if self.folder.has_rows():
-                    self.notify("no checkpoint is there to go on from: begins again at step 1, and so do the metrics")
+                    self.notify("no checkpoint is there to resume from: begins again at step 1, and so do the metrics")
             return state, 0
         self.run.reader.restore(restored.extra["reader"])
         self.spending.total = restored.extra.get("spent", 0.0)
         if distributed.is_main():
             self.folder.drop_after(restored.step)
-        self.notify(f"going on after step {restored.step} of {self.config.train.steps}")
+        self.notify(f"resuming after step {restored.step} of {self.config.train.steps}")
         return restored.state, restored.step
 
     def notify(self, text: str) -> None:

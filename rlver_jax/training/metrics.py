@@ -97,7 +97,7 @@ class MetricsWriter:
         if missing := missing_steps(rows, resume_step, resume_step and config.get("eval.every")):
             report(
                 f"{path}: has no row of {missing}, though the run has done step {resume_step}: lines or the file were "
-                f"lost. The run goes on without these metrics; restore the file to have them"
+                f"lost. The run continues without these metrics; restore the file to have them"
             )
         new = path.with_name(METRICS + ".tmp")
         new.write_text("".join(map(_line, rows)), encoding="utf-8")

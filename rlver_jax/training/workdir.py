@@ -103,7 +103,7 @@ class RunFolder:
         own_model, source = kept_model(self.path), base_folder(new["policy.path"])
         known = self.fingerprints()
         if (self.path / CONFIG).exists():
-            free = (*free_fields, "policy.path") if self.goes_on_without_base(new) else tuple(free_fields)
+            free = (*free_fields, "policy.path") if self.resumes_without_base(new) else tuple(free_fields)
             self._check_same_config(new, (*free, *PATHS) if contents and known else free, free_fields, report)
             self._check_unfinished(steps)
             self._check_metrics()
@@ -133,7 +133,7 @@ class RunFolder:
             new,
             lambda name: f"{name}.".startswith(sections),
             fault="holds a run with another config",
-            remedy=f"name another --workdir, or give the same config to go on with it (only {', '.join(named)} may "
+            remedy=f"name another --workdir, or give the same config to resume it (only {', '.join(named)} may "
             f"change{'' if self.fingerprints() else ', not even paths: no fingerprints tell what lay there'})",
             report=report,
         )
@@ -143,7 +143,7 @@ class RunFolder:
     ) -> dict[str, str]:
         """Fingerprints of what the run reads; those of files that it needs no more, and that are gone, stay."""
         gone = ["policy", *(name for name in ("critic", "reference") if not new.get(f"{name}.path"))]
-        base_gone = self.goes_on_without_base(new) and _without_weights(new["policy.path"], new["policy.init"])
+        base_gone = self.resumes_without_base(new) and _without_weights(new["policy.path"], new["policy.init"])
         now = contents.read(gone if base_gone else ())
         if not self._begun():
             return now
@@ -151,7 +151,7 @@ class RunFolder:
         if changed:
             raise ValueError(
                 f"{self.path}: holds a run that began with others than these: {listed(changed, '; ')}; give what it "
-                f"began with, at whatever path, to go on with it, or name another --workdir"
+                f"began with, at whatever path, to resume it, or name another --workdir"
             )
         unknown = [contents.described(name) for name in now if name not in known]
         if unknown:
@@ -187,11 +187,11 @@ class RunFolder:
             why = f"cannot be read ({error})"
         raise ValueError(f"{path}: {why}; restore it, or remove it to take the files as they are now")
 
-    def goes_on_without_base(self, values: Mapping[str, Any]) -> bool:
+    def resumes_without_base(self, values: Mapping[str, Any]) -> bool:
         """Whether the run needs no weights from policy.path any more, so that this may have moved or be gone.
 
         Args:
-            values: {"a.b": value} of the config that it shall go on with.
+            values: {"a.b": value} of the config that it shall resume with.
         """
         refers = values.get("loss.kl") and not values.get("reference.path")
         return bool(kept_model(self.path) and not refers and saved_steps(self.checkpoints))
@@ -202,7 +202,7 @@ class RunFolder:
         The parameters that are made instead of the weights are those of no model; `Checkpoints.restore` replaces them.
         """
         gone = lambda: (  # noqa: E731
-            self.goes_on_without_base(flatten(config)) and _without_weights(config.policy.path, config.policy.init)
+            self.resumes_without_base(flatten(config)) and _without_weights(config.policy.path, config.policy.init)
         )
         if not distributed.from_main(gone):
             return config
@@ -277,7 +277,7 @@ class RunFolder:
         try:
             return int(json.loads(path.read_text(encoding="utf-8"))["step"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: says no step ({error}); remove it to go on with the run") from error
+            raise ValueError(f"{path}: says no step ({error}); remove it to resume the run") from error
 
     def _check_metrics(self) -> None:
         """That they can be resumed; checked now, not after minutes of compilation."""
@@ -290,7 +290,7 @@ class RunFolder:
         if done and done >= steps:
             raise ValueError(
                 f"{self.path}: holds a finished run of {done} steps; name another --workdir, or raise train.steps "
-                f"above {done} to go on with it"
+                f"above {done} to resume it"
             )
 
 

@@ -24,6 +24,7 @@ from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.runs.fingerprints import model_fingerprint
 from rlver_jax.text.tokenizer import load_tokenizer
 from tests.config.hub_server import Hub, serve
+from tests.quick import QUICK
 
 NAME = "some-org/Tiny.Model-0.1B"
 HASH, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
@@ -231,7 +232,7 @@ def test_downloads_a_revision(published, plain):
 def test_goes_on_with_an_interrupted_download(published, online, plain, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)  # the library waits between its attempts
     published.cut = "model-00002-of-00002.safetensors"
-    with pytest.raises(HubError, match="didn't send it .*The same command goes on where it was"):
+    with pytest.raises(HubError, match="didn't send it .*The same command resumes it"):
         local_folder(NAME, weights=True)
     published.cut = ""
     before = len(published.asked)
@@ -306,7 +307,7 @@ def test_commands_take_names(home, plain, tmp_path):
     cached(home, plain)
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    environment["HF_HOME"] = str(home)
+    environment |= {"HF_HOME": str(home), "XLA_FLAGS": QUICK}
     rounds = ("--config.eval.num_profiles=1", "--config.eval.max_turns=1", "--config.rollout.context=2048")
     command = [sys.executable, "-m", "rlver_jax.evaluate", f"--config={root}/configs/debug.py", *rounds]
     sides = [f"--config.user.path={NAME}", f"--checkpoint={NAME}@main", f"--judge={NAME}", "--out=out"]

@@ -18,7 +18,7 @@ PACKAGE = Path(command_line.__file__).parents[1]
 COMMANDS = sorted(
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
     for file in PACKAGE.rglob("*.py")
-    if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
+    if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8") and file.name != "__main__.py"
 )
 WORDS = {"step", "name", "host", "profile", "topology", "coordinator"}  # text that is no path
 TEXTS = {"log.wandb", *(f"remote.{s}.{n}" for s in ("policy", "user") for n in ("url", "model", "key_env", "extra"))}

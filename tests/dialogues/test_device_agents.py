@@ -93,14 +93,16 @@ def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bp
     remote = ["--config.remote.user.url=http://127.0.0.1:1/v1", "--config.remote.user.model=m"]
     assert verify.main([str(world[0] / "policy_here" / "dialogues.jsonl"), *world[1], *remote]) == 0
     said = capsys.readouterr().out
-    assert "derived 3 dialogues, 9 turns, 0 tokens: 0 ties, 0 faults" in said
-    assert "not derived: the policy's words and log-probs (--policy=…), what the user said and felt at its end" in said
+    assert "recomputed 3 dialogues, 9 turns, 0 tokens: 0 ties, 0 faults" in said
+    assert (
+        "not recomputed: the policy's words and log-probs (--policy=…), what the user said and felt at its end" in said
+    )
     policy = f"--policy={world[0] / 'policy'}"
     assert verify.main([str(world[0] / "policy_here" / "dialogues.jsonl"), *world[1], *remote, policy]) == 0
     said = capsys.readouterr().out
     generated = sum(len(m["tokens"]) for record in played for m in record["messages"][1::2])
-    assert f"derived 3 dialogues, 9 turns, {generated} tokens: 0 ties, 0 faults" in said
-    assert "not derived: what the user said and felt at its endpoint" in said
+    assert f"recomputed 3 dialogues, 9 turns, {generated} tokens: 0 ties, 0 faults" in said
+    assert "not recomputed: what the user said and felt at its endpoint" in said
 
 
 def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
@@ -117,7 +119,7 @@ def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
     assert verify.main([log, *world[1]]) == 0
     said = capsys.readouterr().out
     assert "0 faults" in said
-    assert "not derived: what the policy said at its endpoint" in said
+    assert "not recomputed: what the policy said at its endpoint" in said
     remote = [f"--config.remote.{s}.{k}=http://x/v1" for s in ("user", "policy") for k in ("url", "model")]
     assert verify.main([log, *world[1], *remote[2:]]) == 0
     assert verify.main([log, *world[1], *remote[:2]]) == 2, "its user was on the device"

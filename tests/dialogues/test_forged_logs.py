@@ -93,9 +93,9 @@ def test_the_honest_log(world, check):
     status, said = check(records)
     assert status == 0, said
     turns = sum(message["role"] == "user" for record in records for message in record["messages"][1:])
-    assert f"derived 12 dialogues, {turns} turns" in said
+    assert f"recomputed 12 dialogues, {turns} turns" in said
     assert "0 ties, 0 faults" in said
-    assert said.splitlines()[-1].partition("; not derived: ")[2].startswith("the policy's words and log-probs")
+    assert said.splitlines()[-1].partition("; not recomputed: ")[2].startswith("the policy's words and log-probs")
     assert check(list(reversed(records)))[0] == 0, "the order of an interrupted evaluation's lines says nothing"
     assert check(records, "--repeats=2")[0] == 0
 
@@ -411,7 +411,7 @@ def test_a_forged_log(world, check, name):
     assert faults_of(said) > 0
     for word in words:
         assert word in said
-    assert f"derived {len(records)} dialogues" in said or "no field" in said or "role" in said, "the others as well"
+    assert f"recomputed {len(records)} dialogues" in said or "no field" in said or "role" in said, "the others as well"
 
 
 TOGETHER = [
@@ -483,7 +483,7 @@ def test_a_malformed_line(world, check, tmp_path, name):
     assert status == 1, said
     assert f"{tmp_path / 'log.jsonl'}:3" in said or "fault: dialogue 2" in said
     assert words in said
-    assert re.search(r"derived 1[12] dialogues", said)
+    assert re.search(r"recomputed 1[12] dialogues", said)
 
 
 def test_the_last_line_cut_off(world, check, tmp_path):

@@ -50,7 +50,7 @@ def test_honest_logs(run, check):
     assert {record["messages"][0]["generated"] for record in records} == {True, False}
     status, said = check(*files)
     assert status == 0, said
-    assert "derived 16 dialogues, 32 turns" in said
+    assert "recomputed 16 dialogues, 32 turns" in said
     assert check(files[1])[0] == 0
 
 

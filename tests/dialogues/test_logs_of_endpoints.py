@@ -65,7 +65,7 @@ def test_honest_logs(played, check):
     status, said = check(played, *REMOTE)
     assert status == 0, said
     turns = sum("change" in message for record in played for message in record["messages"])
-    assert f"derived 8 dialogues, {turns} turns, 0 tokens: 0 ties, 0 faults" in said
+    assert f"recomputed 8 dialogues, {turns} turns, 0 tokens: 0 ties, 0 faults" in said
     told = "what the policy said at its endpoint, what the user said and felt at its endpoint, counts of what endpoints"
     assert told in said
 
@@ -75,7 +75,7 @@ def test_a_plain_evaluation(profiles, tmp_path, check):
         records, _ = evaluate(tmp_path / "out", "--repeats=2", profiles, policy=server.url, user=server.url)
     status, said = check(records, *REMOTE)
     assert status == 0, said
-    assert "derived 16 dialogues, 48 turns" in said
+    assert "recomputed 16 dialogues, 48 turns" in said
     status, said = check(records)
     assert status == 2
     assert "its user was behind an endpoint" in said

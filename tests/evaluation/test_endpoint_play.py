@@ -304,7 +304,7 @@ def test_an_endpoint_that_refuses_or_is_gone(tmp_path, capsys):
         assert "The model m does not exist" in capsys.readouterr().err
     with ChatServer(fault=lambda n: "" if n < 52 else "500") as server:
         assert main(arguments(tmp_path, "--config.remote.deadline=4", policy=server.url, user=server.url)) == 1
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "the same command resumes" in capsys.readouterr().err
         server.fault = lambda n: ""
         evaluate(tmp_path, policy=server.url, user=server.url)
         bodies = [json.dumps(body) for body in server.bodies]

@@ -26,20 +26,15 @@ from rlver_jax.evaluation.transcripts import Transcript
 def test_everything_is_asked(language, results):
     forms = load_forms(language)
     asked = forms.ask(Transcript(from_sage(results[0]), None, ""))
-    assert [form.name for form in asked.forms] == [
-        "capabilities",
-        "relationship",
-        "coordinate",
-        "person",
-        *["reply"] * 4,
-    ]
+    ours = ("capabilities", "relationship", "coordinate", "person", *["reply"] * 4)  # whatever else is asked
+    assert [form.name for form in asked.forms if form.name in ours] == list(ours)
     names = {form.name: [step.name for step in form.steps if step.options] for form in asked.forms}
     assert names["capabilities"] == list(CAPABILITIES)
     assert len(names["relationship"]) == 12
     assert names["coordinate"] == ["solution", "creative"]
     assert all(len(step.options) == 14 for form in asked.forms for step in form.steps if step.name == "strategy")
     assert names["person"] == ["need_expression"]
-    for turn, form in enumerate(asked.forms[4:], start=1):
+    for turn, form in enumerate((form for form in asked.forms if form.name == "reply"), start=1):
         assert str(turn) in form.steps[0].literal
         listed = form.steps[-1].literal
         assert all(f"\n{letter}: " in listed for letter in form.steps[-1].options)
@@ -111,8 +106,8 @@ def test_a_new_measure_is_a_form_and_an_entry(folder, monkeypatch, results, each
 
 
 def test_another_language_is_refused():
-    with pytest.raises(ValueError, match="'fr' has no forms"):
-        load_forms("fr")
+    with pytest.raises(ValueError, match="'klingon' has no forms"):
+        load_forms("klingon")
 
 
 def sure(option, options):

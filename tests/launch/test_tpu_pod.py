@@ -163,7 +163,7 @@ def test_two_workers_are_preempted_and_go_on_as_if_nothing_had_been(pod, tmp_pat
     assert 2 <= done < 6
     pod.call("pod", "--resume")
     assert pod.wait() == ["0", "0"], pod.call("pod", "--logs=50")
-    assert f"going on after step {done} of 6" in pod.call("pod", "--logs=50")
+    assert f"resuming after step {done} of 6" in pod.call("pod", "--logs=50")
     unbroken = {2: tmp_path / "two", 1: tmp_path / "one"}
     for count, folder in unbroken.items():
         with processes(count, 8 // count, *train_words(folder, "configs/debug.py:direct", **fields)) as members:

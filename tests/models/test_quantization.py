@@ -106,8 +106,10 @@ def test_on_a_mesh_it_lies_as_weights_do():
     assert gate["scale"].sharding.shard_shape(gate["scale"].shape) == (2, 48 // 2)
 
 
-@pytest.mark.slow
-def test_a_rounded_user_feels_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "profiles", [pytest.param(16, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.long)]
+)
+def test_a_rounded_user_feels_the_same(profiles, tmp_path):
     """The miniature's user in int8 reads the dialogues that it played whole, keeping its own emotion."""
     (tmp_path / "int8.py").write_text(
         "from configs import miniature\n\n\ndef get_config(arg=''):\n    config = miniature.get_config()\n"
@@ -118,7 +120,7 @@ def test_a_rounded_user_feels_the_same(tmp_path):
         "--config=configs/miniature.py",
         f"--judge={tmp_path / 'int8.py'}",
         f"--out={out}",
-        "--config.eval.num_profiles=64",
+        f"--config.eval.num_profiles={profiles}",
     ]
     assert evaluate.main(command) == 0
     read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
@@ -132,7 +134,7 @@ def test_a_rounded_user_feels_the_same(tmp_path):
     ]
     same = np.mean([a == b for a, b in pairs])
     print(f"the same change in {same:.1%} of {len(pairs)} turns")
-    assert len(pairs) > 300
+    assert len(pairs) > 4.5 * profiles
     assert same >= 0.97
 
 

@@ -52,7 +52,7 @@ def test_two_processes_from_meeting_to_end(two):
     two[1].process.kill()
     assert two[0].ended(60) != 0, two[0].printed
     assert time.monotonic() - began < 60
-    said = ("process 0 of 2 cannot go on without the others", "another task died")
+    said = ("process 0 of 2 cannot continue without the others", "another task died")
     assert any(text in two[0].printed for text in said), two[0].printed
 
 

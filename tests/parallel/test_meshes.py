@@ -1,5 +1,6 @@
 """Whole runs on meshes: they play and learn what one device does, and move from one mesh to another."""
 
+import functools
 import io
 import os
 import subprocess
@@ -27,7 +28,7 @@ def miniature_config(**fields) -> ConfigDict:
     config = miniature.get_config("ppo")
     config.update_from_flattened_dict(
         {
-            "train.steps": 5, "eval.every": 0, "rollout.batch": 8, "rollout.group": 1, "rollout.max_turns": 3,
+            "eval.every": 0, "rollout.batch": 8, "rollout.group": 1, "rollout.max_turns": 3,
             "train.minibatches": 1, "train.microbatches": 1,
             "log.dialogues_every": 1, "log.tensorboard": False, "alarms.readable_min": 0.0,
         } | fields
@@ -43,22 +44,25 @@ def run(config: ConfigDict, workdir: Path, shape: tuple[int, int, int]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def miniature_run(tmp_path_factory) -> Path:
-    return run(miniature_config(), tmp_path_factory.mktemp("miniature"), ONE)
+def alone(tmp_path_factory):
+    """Steps of a run -> the folder of such a run on one device."""
+    play = lambda steps: run(miniature_config(**{"train.steps": steps}), tmp_path_factory.mktemp("alone"), ONE)  # noqa: E731
+    return functools.cache(play)
 
 
 @pytest.mark.parametrize(
-    ("shape", "fields"),
+    ("shape", "fields", "steps"),
     [
-        pytest.param((1, 8, 1), {}, marks=pytest.mark.long),
-        pytest.param((1, 4, 2), {}, marks=pytest.mark.long),
-        pytest.param((2, 2, 2), {}, marks=pytest.mark.long),
-        pytest.param((1, 4, 2), APART, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), {}, 5, marks=pytest.mark.long),
+        pytest.param((1, 4, 2), {}, 5, marks=pytest.mark.long),
+        pytest.param((2, 2, 2), {}, 5, marks=pytest.mark.long),
+        pytest.param((1, 4, 2), APART, 5, marks=pytest.mark.long),
+        pytest.param((1, 4, 2), APART, 2, marks=pytest.mark.slow),
     ],
-    ids=["fsdp8", "fsdp4-tensor2", "replica2-fsdp2-tensor2", "fsdp4-tensor2-apart"],
+    ids=["fsdp8", "fsdp4-tensor2", "replica2-fsdp2-tensor2", "fsdp4-tensor2-apart", "fsdp4-tensor2-apart-short"],
 )
-def test_the_miniature_learns_the_same_on_eight_devices(shape, fields, miniature_run, tmp_path):
-    check_equal(run(miniature_config(**fields), tmp_path, shape), miniature_run)
+def test_the_miniature_learns_the_same_on_eight_devices(shape, fields, steps, alone, tmp_path):
+    check_equal(run(miniature_config(**{"train.steps": steps}, **fields), tmp_path, shape), alone(steps))
 
 
 @pytest.mark.long
@@ -74,7 +78,7 @@ def test_a_run_moves_from_8_to_4_to_16_devices(tmp_path):
         command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={moving}"]
         done = subprocess.run([*command, *flags], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert last == 1 or "going on after step" in done.stdout
+        assert last == 1 or "resuming after step" in done.stdout
     config = debug.get_config()
     config.update_from_flattened_dict(fields | {"train.steps": steps})
     one = run(config, tmp_path / "one", ONE)

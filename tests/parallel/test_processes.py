@@ -95,10 +95,10 @@ def test_sigterm_to_one_stops_both_and_what_goes_on_equals_an_unbroken_run(pair,
         wait_for_rows(members, tmp_path, 3)
         members[1].process.send_signal(signal.SIGTERM)
         assert [member.ended(120) for member in members] == [0, 0], members[0].printed + members[1].printed
-        assert "stopped by a signal: the same command goes on" in members[0].printed
+        assert "stopped by a signal: the same command resumes" in members[0].printed
     done = rows_of(tmp_path)[-1]["step"]
     assert 2 <= done < STEPS
-    assert f"going on after step {done} of {STEPS}" in finish(start(2, 4, tmp_path))
+    assert f"resuming after step {done} of {STEPS}" in finish(start(2, 4, tmp_path))
     same_as(tmp_path, pair)
 
 
@@ -112,9 +112,9 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair, tmp_path, vic
         left = members[1 - victim]
         assert left.ended(60) != 0
         print(f"ended {time.monotonic() - began:.1f} s after process {victim} was killed")
-        said = ("cannot go on without the others", "another task died", "leader task")
+        said = ("cannot continue without the others", "another task died", "leader task")
         assert any(text in left.printed for text in said), left.printed
-    assert "going on after step" in finish(start(2, 4, tmp_path))
+    assert "resuming after step" in finish(start(2, 4, tmp_path))
     same_as(tmp_path, pair)
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rlver_jax.text.console import consoles
 from tests.config.test_paths import COMMANDS
+from tests.quick import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # an ASCII locale that Python doesn't correct
@@ -32,7 +33,7 @@ open("done", "w").write(" ".join(str(os.fstat(n).st_rdev) for n in (0, 1, 2)))
 def start(words, folder, changes, **streams):
     keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONIOENCODING", "COLUMNS", "LINES")}
     given = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    environment = keep | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | changes
+    environment = keep | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK} | changes
     return subprocess.Popen(words, cwd=folder, env=environment, **given)
 
 
@@ -97,7 +98,7 @@ def test_a_full_disk(talker, tmp_path):
         status, _, err = run(talker, tmp_path, {"PYTHONIOENCODING": "utf-8"}, stdout=full)
         assert status == 0
         assert err.decode().splitlines() == [
-            "standard output cannot be written to (No space left on device); going on without it",
+            "standard output cannot be written to (No space left on device); continuing without it",
             "talker: 出错了 …",
         ]
         assert run(talker, tmp_path, stdout=full, stderr=full)[0] == 0

@@ -160,9 +160,9 @@ def test_the_base_may_move_once_there_are_checkpoints(base, tmp_path):
     assert config.policy.path == str(base), "the run's own config stays"
     config.loss.kl = 0.1
     assert folder.to_load(config).policy.path == str(base)
-    assert not folder.goes_on_without_base(flatten(config))
+    assert not folder.resumes_without_base(flatten(config))
     config.reference.path = str(moved)
-    assert folder.goes_on_without_base(flatten(config))
+    assert folder.resumes_without_base(flatten(config))
 
 
 def test_a_run_does_not_go_on_with_another_model(base, tmp_path):

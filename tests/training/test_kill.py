@@ -1,5 +1,6 @@
 """A run that is killed again and again ends as one that never was: processes, signals, real files."""
 
+import dataclasses
 import json
 import os
 import random
@@ -21,9 +22,9 @@ from tests.quick import QUICK
 from tests.training.test_loop import records_of, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 14  # two more than the last kill saves
-FIELDS = {"train.steps": STEPS, "checkpoint.every": 2, "log.dialogues_every": 1, "eval.every": 4}
-# Each four times: (moment, the row of metrics that it follows). Odd rows, after which nothing is evaluated or saved.
+FIELDS = {"checkpoint.every": 2, "log.dialogues_every": 1}
+STEPS = 14  # two more than the last kill of the plan saves
+# (moment, the row of metrics that it follows), each moment once a line. After odd rows nothing is evaluated or saved.
 PLAN = [
     *(("start", 0), ("playing", 1), ("update", 1), ("saving", 0), ("saved", 0)),
     *(("start", 0), ("playing", 3), ("update", 5), ("saving", 0), ("saved", 0)),
@@ -32,26 +33,46 @@ PLAN = [
 ]
 
 
-def start(workdir: Path) -> subprocess.Popen:
+@dataclasses.dataclass(frozen=True)
+class Unbroken:
+    """A run that nobody disturbed: its folder, steps and steps between evaluations, and the seconds of each moment."""
+
+    folder: Path
+    steps: int
+    evaluated: int
+    seconds: dict[str, float]
+
+
+def start(workdir: Path, steps: int = STEPS, evaluated: int = 4) -> subprocess.Popen:
     """A run in a process of its own."""
-    fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    fields = FIELDS | {"train.steps": steps, "eval.every": evaluated}
+    fields = [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={workdir}"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *fields], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK}, **pipe)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """(folder of a run that nobody disturbed, {moment: seconds that it takes})."""
-    folder, began = tmp_path_factory.mktemp("unbroken"), time.monotonic()
-    run = start(folder)
+def undisturbed(folder: Path, steps: int, evaluated: int) -> Unbroken:
+    began = time.monotonic()
+    run = start(folder, steps, evaluated)
     wait_for(run, lambda: has_row(folder, 0, 0))
     ready = time.monotonic() - began
     printed = run.communicate(timeout=600)[0]
     assert run.returncode == 0, printed
     rows = read_metrics(folder / "metrics.jsonl")[1:]
     playing, update = (statistics.median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "update"))
-    return folder, {"start": ready, "playing": playing, "update": update}
+    return Unbroken(folder, steps, evaluated, {"start": ready, "playing": playing, "update": update})
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Without evaluations, whose program takes as long to compile as all steps to run."""
+    return undisturbed(tmp_path_factory.mktemp("short"), 6, 0)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return undisturbed(tmp_path_factory.mktemp("unbroken"), STEPS, 4)
 
 
 def state_of(folder: Path, step: int) -> dict[str, np.ndarray]:
@@ -69,37 +90,39 @@ def unfinished(folder: Path) -> set[str]:
     return {path.name for path in (folder / "checkpoints").glob("*tmp*")}
 
 
-def same_as(folder: Path, other: Path) -> None:
-    assert [row["step"] for row in rows_of(folder)] == list(range(STEPS + 1)), "no step twice, none missing"
-    assert rows_of(folder) == rows_of(other)
-    names = sorted(file.name for file in (other / "dialogues").iterdir())
-    assert names == [f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)]
+def same_as(folder: Path, other: Unbroken) -> None:
+    last, first = other.steps, 0 if other.evaluated else 1
+    assert [row["step"] for row in rows_of(folder)] == list(range(first, last + 1)), "no step twice, none missing"
+    assert rows_of(folder) == rows_of(other.folder)
+    names = sorted(file.name for file in (other.folder / "dialogues").iterdir())
+    assert names == [f"step_{step:06d}.jsonl" for step in range(1, last + 1)]
     assert sorted(file.name for file in (folder / "dialogues").iterdir()) == names
-    for step in range(1, STEPS + 1):
-        assert records_of(folder, step) == records_of(other, step)
-    assert {f"{STEPS - 2:06d}", f"{STEPS:06d}"} <= saved(other) <= saved(folder)
-    for step in map(int, saved(other)):
-        mine, theirs = state_of(folder, step), state_of(other, step)
+    for step in range(1, last + 1):
+        assert records_of(folder, step) == records_of(other.folder, step)
+    assert {f"{last - 2:06d}", f"{last:06d}"} <= saved(other.folder) <= saved(folder)
+    for step in map(int, saved(other.folder)):
+        mine, theirs = state_of(folder, step), state_of(other.folder, step)
         assert mine.keys() == theirs.keys()
         assert {name.split("/")[0] for name in mine} >= {"params", "opt_state"}
         for name, leaf in mine.items():
             assert leaf.dtype == theirs[name].dtype, name
             assert leaf.tobytes() == theirs[name].tobytes(), f"step {step}: {name}"
-        records = [json.loads((f / f"checkpoints/{step:06d}/record/metadata").read_text()) for f in (folder, other)]
-        assert records[0] == records[1]
+        files = [f / f"checkpoints/{step:06d}/record/metadata" for f in (folder, other.folder)]
+        assert len({json.dumps(json.loads(file.read_text()), sort_keys=True) for file in files}) == 1
 
 
-def test_there_is_something_to_lose(unbroken):
+@pytest.mark.parametrize("run", ["short", pytest.param("unbroken", marks=pytest.mark.slow)])
+def test_there_is_something_to_lose(run, request):
     """What is compared below differs from step to step: rewards within groups and between them, parameters, moments."""
-    folder, _ = unbroken
-    seen = set()
-    for step in range(1, STEPS + 1):
+    found = request.getfixturevalue(run)
+    folder, last, seen = found.folder, found.steps, set()
+    for step in range(1, last + 1):
         rewards = [record["reward"] for record in records_of(folder, step)]
         assert len(set(rewards)) >= 4, f"step {step}: {rewards}"
         assert len(set(rewards[:4])) > 1 < len(set(rewards[4:])), f"step {step}: {rewards}"
         seen.add(tuple(rewards))
-    assert len(seen) == STEPS
-    before, after = state_of(folder, STEPS - 2), state_of(folder, STEPS)
+    assert len(seen) == last
+    before, after = state_of(folder, last - 2), state_of(folder, last)
     for name, leaf in after.items():
         assert name == "skipped" or not np.array_equal(leaf, before[name]), f"{name} has not moved"
     moved = {name: np.linalg.norm(leaf - before[name]) for name, leaf in after.items() if name.startswith("params/")}
@@ -140,15 +163,15 @@ def wait(run: subprocess.Popen, folder: Path, moment: str, row: int, began: floa
         wait_for(run, lambda: has_row(folder, row + 1, began), passed, late=True)
 
 
-def kill_and_go_on(folder: Path, other: Path, seconds: dict, plan: list) -> list[tuple[str, set[str]]]:
+def kill_and_go_on(folder: Path, other: Unbroken, plan: list) -> list[tuple[str, set[str]]]:
     """Kills a run at each of the plan's moments, and lets the last start end; each moment with its unfinished saves."""
     seed = int.from_bytes(os.urandom(4), "little")
-    draw, found, seconds = random.Random(seed), [], dict(seconds)
+    draw, found, seconds = random.Random(seed), [], dict(other.seconds)
     print(f"drawn with seed {seed}")
     for number, (moment, row) in enumerate(plan):
         share = (number / len(plan) + draw.random()) % 1
         began = time.time()
-        run = start(folder)
+        run = start(folder, other.steps, other.evaluated)
         wait(run, folder, moment, row, began, seconds, share)
         run.kill()
         printed = run.communicate()[0]
@@ -160,48 +183,48 @@ def kill_and_go_on(folder: Path, other: Path, seconds: dict, plan: list) -> list
         found.append((moment, unfinished(folder)))
         left = f"{len(rows)} rows, checkpoints {', '.join(sorted(saved(folder) | unfinished(folder))) or 'none'}"
         print(f"{number + 1:2d} {moment}, after {took:.2f} s: {left}", flush=True)
-    last = start(folder)
+    last = start(folder, other.steps, other.evaluated)
     printed = last.communicate(timeout=600)[0]
     assert last.returncode == 0, printed
     same_as(folder, other)
     return found
 
 
-def test_killed_amid_a_save(unbroken, tmp_path):
-    """The one of the twenty below that leaves the most behind."""
-    kill_and_go_on(tmp_path, *unbroken, [("saving", 0)])
+def test_killed_amid_a_save(short, tmp_path):
+    """The one of those below that leaves the most behind."""
+    kill_and_go_on(tmp_path, short, [("saving", 0)])
 
 
-@pytest.mark.slow
-def test_killed_twenty_times(unbroken, tmp_path):
-    """While it starts, plays, updates, saves and right after: four times each, at moments that are drawn anew."""
+@pytest.mark.parametrize(
+    "kills", [pytest.param(10, marks=pytest.mark.slow), pytest.param(len(PLAN), marks=pytest.mark.long)]
+)
+def test_killed_again_and_again(kills, unbroken, tmp_path):
+    """While it starts, plays, updates, saves and right after: each as often, at moments that are drawn anew."""
     began = time.monotonic()
-    found = kill_and_go_on(tmp_path, *unbroken, PLAN)
+    found = kill_and_go_on(tmp_path, unbroken, PLAN[:kills])
     print(f"{len(found)} kills in {time.monotonic() - began:.0f} s")
-    assert len(found) == 20
+    assert len(found) == kills
     assert any(names for moment, names in found if moment == "saving"), "a save was really cut off"
 
 
 @pytest.mark.slow
 def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
-    other, _ = unbroken
     run = start(tmp_path)
     wait_for(run, lambda: has_row(tmp_path, 3, 0))
     run.send_signal(signal.SIGTERM)
     printed = run.communicate(timeout=120)[0]
     assert run.returncode == 0, printed
-    assert "stopped by a signal: the same command goes on" in printed
+    assert "stopped by a signal: the same command resumes" in printed
     done = rows_of(tmp_path)[-1]["step"]
     assert 3 <= done < STEPS
     again = start(tmp_path)
     printed = again.communicate(timeout=300)[0]
-    assert f"going on after step {done} of {STEPS}" in printed, "its last step was saved"
-    same_as(tmp_path, other)
+    assert f"resuming after step {done} of {STEPS}" in printed, "its last step was saved"
+    same_as(tmp_path, unbroken)
 
 
 @pytest.mark.slow
 def test_a_truncated_newest_checkpoint_falls_back_and_says_so(unbroken, tmp_path):
-    other, _ = unbroken
     run = start(tmp_path)
     wait_for(run, lambda: has_row(tmp_path, 6, 0))
     run.send_signal(signal.SIGTERM)
@@ -213,4 +236,4 @@ def test_a_truncated_newest_checkpoint_falls_back_and_says_so(unbroken, tmp_path
     printed = again.communicate(timeout=300)[0].replace("\n", " ")
     assert f"checkpoint of step {int(newest.name)} cannot be used" in printed
     assert "using the checkpoint of step" in printed
-    same_as(tmp_path, other)
+    same_as(tmp_path, unbroken)

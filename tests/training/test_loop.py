@@ -145,7 +145,7 @@ def test_training_logs_are_derived_completely(unbroken, tmp_path, capsys):
     logs = [str(folder / "dialogues" / f"step_00000{step}.jsonl") for step in (2, 4)]
     config = [f"--config={debug.__file__}", "--config.train.seed=3"]
     assert verify.main([*logs, *config]) == 0, capsys.readouterr().out
-    assert "derived 16 dialogues, 32 turns" in capsys.readouterr().out
+    assert "recomputed 16 dialogues, 32 turns" in capsys.readouterr().out
     record = records_of(folder, 4)[3]
     record["reward"] += 0.01
     (tmp_path / "edited.jsonl").write_text(json.dumps(record) + "\n")
@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_equals_an_unbroken_one(unbroken, tmp_path):
         file.write('{"step": 3, "emotion/final_mean": 99.0}\n{"step": 4, "emo')  # as a killed process may leave it
     (tmp_path / "dialogues" / "step_000003.jsonl").write_text("{")
     printed = run(tmp_path)
-    assert "going on after step 2 of 4" in printed
+    assert "resuming after step 2 of 4" in printed
     folder, _, _ = unbroken
     assert rows_of(tmp_path) == rows_of(folder)
     assert records_of(tmp_path, 4) == records_of(folder, 4)
@@ -204,7 +204,7 @@ def moved(unbroken, tmp_path_factory):
     shutil.copytree(folder / "run", folder / "at_hand")
     run(folder / "at_hand", **fields | {"train.steps": 3})
     base.rename(folder / "elsewhere")
-    assert "going on after step 2 of 3" in run(folder / "run", **fields | {"train.steps": 3})
+    assert "resuming after step 2 of 3" in run(folder / "run", **fields | {"train.steps": 3})
     return folder / "run", folder / "at_hand", folder / "elsewhere"
 
 

@@ -2,16 +2,21 @@
 
 import io
 import json
+import shutil
 
 import jax
 import pytest
 from rich.console import Console
 
 from configs import debug
+from rlver_jax import train as command
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import read_metrics
-from tests.endpoints.server import ChatServer
+from rlver_jax.training.stops import StoppedError
+from tests.endpoints.server import ChatServer, one_in_five
+from tests.training.test_loop import policy_of, same
 
 STEPS = 3
 FIELDS = {
@@ -75,3 +80,93 @@ def test_every_step_has_its_row(unbroken):
         assert row["remote/cost"] == pytest.approx(cost) != 0
         total += row["remote/cost"]
     assert rows[-1]["remote/cost_total"] == pytest.approx(total + sum(row["eval/cost"] for row in evaluated))
+
+
+def same_run(folder, other) -> None:
+    """Equal rows, dialogues and policies."""
+    assert rows_of(folder) == rows_of(other)
+    for step in range(1, STEPS + 1):
+        assert records_of(folder, step) == records_of(other, step)
+    assert same(policy_of(folder), policy_of(other))
+
+
+def test_faults_change_nothing(unbroken, tmp_path):
+    """A fifth of all requests fails: nothing is lost, nothing is asked twice for the same answer."""
+    folder, bodies, server = unbroken
+    server.fault = one_in_five(1)
+    try:
+        (tmp_path / "run").mkdir()
+        before = len(server.bodies)
+        run(tmp_path / "run", server.url, **{"remote.concurrency": 3})
+    finally:
+        server.fault = lambda n: ""
+    same_run(tmp_path / "run", folder)
+    asked = server.bodies[before:]
+    key = lambda body: json.dumps(body, sort_keys=True)  # noqa: E731
+    assert sorted(map(key, asked)) == sorted(map(key, bodies))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert sum(row.get("traffic/failed", 0) for row in rows) > 5
+
+
+def test_what_has_been_answered_is_not_asked_again(unbroken, tmp_path):
+    """A run whose checkpoints are gone plays all of it out of the file of answers."""
+    folder, _, server = unbroken
+    shutil.copy(folder / "answers.sqlite", tmp_path / "answers.sqlite")
+    count = server.count
+    run(tmp_path / "run", server.url, **{"remote.cache": str(tmp_path / "answers.sqlite")})
+    assert server.count == count
+    same_run(tmp_path / "run", folder)
+
+
+def test_a_budget_stops_the_run_and_a_larger_one_resumes_it(unbroken, tmp_path):
+    folder, _, server = unbroken
+    first = rows_of(folder)[1]["remote/cost_total"]
+    with pytest.raises(StoppedError, match=r"after step 1: requests have cost .* remote.budget=.*larger") as error:
+        run(tmp_path / "run", server.url, **{"remote.budget": first})
+    assert Checkpoints.reader(tmp_path / "run" / "checkpoints").steps() == [1]
+    assert f"{first:.4f}" in str(error.value)
+    count = server.count
+    with pytest.raises(StoppedError, match="after step 1"):  # the same budget: nothing more is asked
+        run(tmp_path / "run", server.url, **{"remote.budget": first})
+    assert server.count == count
+    run(tmp_path / "run", server.url, **{"remote.budget": 100 * first})
+    same_run(tmp_path / "run", folder)
+
+
+def test_unanswered_dialogues_are_left_out_and_too_many_stop_the_run(unbroken, tmp_path):
+    """One dialogue of eight is refused by a filter: its group learns without it, and `verify` knows it."""
+    folder = unbroken[0]
+    last = records_of(folder, 1)[2]["messages"][2]["content"]  # the user's words before the second reply
+    filtered = lambda body: any(m["content"] == last for m in body["messages"][:-1])  # noqa: E731
+
+    with ChatServer() as other:
+        whole = other._respond
+
+        def respond(handler, body, fault):
+            return whole(handler, body, "400 filtered" if filtered(body) else fault)
+
+        other._respond = respond
+        run(tmp_path / "run", other.url, **{"eval.every": 0, "train.steps": 1})
+        record = records_of(tmp_path / "run", 1)[2]
+        assert record["end_reason"] == "unanswered"
+        row = rows_of(tmp_path / "run")[0]
+        assert row["remote/left_out"] == 1
+        others = [r for r in records_of(tmp_path / "run", 1) if r["end_reason"] != "unanswered"]
+        assert len(others) == 7
+        assert row["emotion/final_mean"] == pytest.approx(sum(r["emotion"] for r in others) / 7)
+        with pytest.raises(StoppedError, match="1 of 8 dialogues stay unanswered.*unanswered_max=0.1.*filtered"):
+            run(tmp_path / "strict", other.url, **{"eval.every": 0, "remote.unanswered_max": 0.1})
+
+
+def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
+    flags = [f"--config={debug.__file__}", f"--workdir={tmp_path / 'run'}", "--config.remote.user.url=http://x/v1"]
+
+    def refused(*more):
+        assert command.main([*flags, *more]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "remote.user.model is empty" in refused()
+    assert "remote.budget=5.0: nothing costs anything" in refused(
+        "--config.remote.user.model=m", "--config.remote.budget=5.0"
+    )
+    assert "no such variable" in refused("--config.remote.user.model=m", "--config.remote.user.key_env=NO_SUCH_KEY")

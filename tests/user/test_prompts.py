@@ -305,8 +305,8 @@ def test_own_template_is_sandboxed(tmp_path):
 
 
 def test_choices_are_named(tmp_path, prompts):
-    with pytest.raises(ValueError, match="language 'fr' is unknown: use one of zh, en"):
-        load_prompts("fr")
+    with pytest.raises(ValueError, match="language 'klingon' is unknown: use one of zh, en"):
+        load_prompts("klingon")
     with pytest.raises(FileNotFoundError, match="prompt folder"):
         load_prompts("zh", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="style 'rude' is unknown: use one of vanilla, challenging"):

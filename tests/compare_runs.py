@@ -1,0 +1,47 @@
+"""Compares two training runs bit for bit: metrics but for times, logged dialogues, and what each checkpoint holds.
+
+    python -m tests.compare_runs RUN OTHER
+
+For runs before and after a change that must not change results (CONTRIBUTING.md). Exit status: 0 equal, 1 not, 2 bad
+usage.
+"""
+
+import sys
+from pathlib import Path
+
+from rlver_jax.training.checkpoints import Checkpoints
+from rlver_jax.training.metrics import read_metrics
+
+
+def contents(run: Path) -> dict[str, object]:
+    """{what: its value} of everything that equal runs have in common."""
+    found: dict[str, object] = {}
+    for row in read_metrics(run / "metrics.jsonl"):
+        found |= {f"step {row['step']}: {name}": x for name, x in row.items() if not name.startswith("time/")}
+    found |= {f"dialogues/{file.name}": file.read_bytes() for file in (run / "dialogues").glob("*.jsonl")}
+    checkpoints = Checkpoints.reader(run / "checkpoints")
+    found |= {f"checkpoint of step {step}": checkpoints.fingerprint(step) for step in checkpoints.steps()}
+    checkpoints.close()
+    return found
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """What is not equal, or is in one of them alone."""
+    mine, theirs = contents(run), contents(other)
+    missing = object()
+    names = dict.fromkeys([*mine, *theirs])
+    return [name for name in names if repr(mine.get(name, missing)) != repr(theirs.get(name, missing))]
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status."""
+    if len(arguments) != 2 or not all((Path(run) / "metrics.jsonl").is_file() for run in arguments):
+        print("compare_runs: expected two folders of training runs, with a metrics.jsonl in each", file=sys.stderr)
+        return 2
+    found = differences(*map(Path, arguments))
+    print(*(f"differs: {name}" for name in found), "not equal" if found else "equal to the bit", sep="\n")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
