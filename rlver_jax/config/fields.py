@@ -50,6 +50,13 @@ ROLLOUT = {
     "temperature": Field(1.0, "of the policy (RLVER: 1); 0: greedy", range=COUNT),
     "top_k": Field(0, "keep the k most likely tokens; 0: all", range=COUNT, unit="tokens"),
     "top_p": Field(1.0, "keep the smallest set with this probability", range=SHARE),
+    "overlap": Field(
+        0,
+        "1: with remote.user.url the next batch is played while the update runs, one step off-policy; needs "
+        "loss.recompute and loss.importance_cap; 0: every batch by the newest policy",
+        range=(0, 1),
+        unit="batches",
+    ),
 }
 
 EMOTION = {

@@ -352,6 +352,8 @@ def check_training(config: ConfigDict) -> None:
             f"remote.budget={values['remote.budget']}: nothing costs anything; set --config.remote.user.price_in and "
             f"price_out, of a million tokens each"
         )
+    if values["rollout.overlap"]:
+        faults += _overlap(values)
     if not values["rollout.temperature"]:
         faults.append("rollout.temperature=0: greedy replies have no log-probs to learn from; RLVER's is 1")
     if (values["rollout.top_k"] or values["rollout.top_p"] < 1) and not values["loss.recompute"]:
@@ -361,6 +363,19 @@ def check_training(config: ConfigDict) -> None:
         )
     if faults:
         raise ConfigError("the config cannot be trained with:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def _overlap(values: dict[str, Any]) -> Iterator[str]:
+    if not values["remote.user.url"]:
+        yield (
+            "rollout.overlap=1: nothing is waited for with a user on the device; set it to 0, or name the user's "
+            "endpoint in remote.user.url"
+        )
+    if not (values["loss.recompute"] and values["loss.importance_cap"]):
+        yield (
+            "rollout.overlap=1: batches are one step off-policy; set loss.recompute=True and loss.importance_cap, "
+            "e.g. 2, which correct that"
+        )
 
 
 def reward_settings(config: ConfigDict) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.user.turn import Words, dialogue_key
 
+USER_SAY = "user_say_tokens"  # of a policy's message: what a user with a tokenizer of its own reads
+
 
 class _Batch:
     """What both agents have: the rows of a batch, their keys, and words as padded arrays."""
@@ -107,12 +109,29 @@ class DeviceUser(_Batch):
     """The simulated users of one batch of dialogues; profiles are in tokens, in the order of their numbers."""
 
     def __init__(
-        self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, tokens: ProfileTokens
+        self,
+        agents: Agents,
+        limits: RolloutLimits,
+        batch: int,
+        rows: Sequence[Row],
+        seed: int,
+        tokens: ProfileTokens,
+        indices: Sequence[int] | None = None,
+        say_field: str = "say_tokens",
     ):
+        """Of rows in their slots.
+
+        Args:
+            indices: of the rows' profiles in `tokens`; None: by their numbers.
+            say_field: of the policy's messages, for the tokens that the user reads; another one where the policy has
+                tokens of its own.
+        """
         super().__init__(agents, limits, batch, rows, seed)
+        self._say_field = say_field
         numbers = [row.number for row in rows]
         count = tokens.count
-        profiles = tokens.batch([number % count for number in numbers], numbers, batch)
+        indices = [number % count for number in numbers] if indices is None else indices
+        profiles = tokens.batch(indices, numbers, batch)
         self._cache, self._reply = open_users(agents.user, agents.tables, profiles, self.key, limits, spec=agents.spec)
 
     async def begin(self, rows: Sequence[Row]) -> None:
@@ -128,7 +147,7 @@ class DeviceUser(_Batch):
         agents, spec, turn = self.agents, self.agents.spec, rows[0].turns - 1
         says = [self.encode(row.aloud[-1]) for row in rows]
         for row, tokens in zip(rows, says, strict=True):
-            row.messages[-1]["say_tokens"] = tokens  # what the user reads
+            row.messages[-1][self._say_field] = tokens  # what the user reads
         words = self.words(rows, says, spec.say_tokens)
         rows = self.fitting(rows, self._cache, self._room(words[0].shape[1]))
         if not rows:

@@ -17,6 +17,7 @@ from rlver_jax.endpoints.errors import Refused, Unavailable
 from rlver_jax.user.emotion import EmotionRules
 
 LINGER = 0.1  # of what a round of decoding takes: how long the first answer waits for others to decode with
+LEAST_LINGER = 0.01  # seconds
 
 
 class PolicyInRounds(Protocol):
@@ -114,7 +115,7 @@ class _Rounds:
     async def _linger(self) -> None:
         """Gives answers that come at about the same time the chance to decode together."""
         began = time.monotonic()
-        until = began + LINGER * self.waits.device / max(self.waits.rounds, 1)
+        until = began + max(LINGER * self.waits.device / max(self.waits.rounds, 1), LEAST_LINGER)
         while self._asked and (left := until - time.monotonic()) > 0:
             await asyncio.wait(self._asked, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             self._collect()

@@ -27,6 +27,7 @@ class Row:
         messages: as in a log.
         emotions: the initial one first, then one after each reply of the policy.
         end: why it ended, or "" while it runs.
+        index: of its profile among all profiles; -1: not known.
         goodbye: whether the user's last reply takes leave.
         usage: of the agents behind an endpoint, by name.
     """
@@ -35,6 +36,7 @@ class Row:
     slot: int
     profile: Profile
     emotions: list[int]
+    index: int = -1
     messages: list[Record] = dataclasses.field(default_factory=list)
     end: str = ""
     goodbye: bool = False

@@ -15,9 +15,8 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlver_jax.config.flags import import_remote
 from rlver_jax.config.hub import local_folder
-from rlver_jax.config.validate import ConfigError, flatten, reward_settings
+from rlver_jax.config.validate import flatten, reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import dialogue_records, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError
@@ -38,11 +37,13 @@ from rlver_jax.runs.settings import without_secrets
 from rlver_jax.training.alarms import CollapseError, check
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.metrics import MetricsWriter
+from rlver_jax.training.overlap import Overlap
 from rlver_jax.training.programs import order_program, pack_program, score_program
 from rlver_jax.training.progress import TrainingProgress
 from rlver_jax.training.setup import Run, build_run, check_learning, folders_of, models_of
 from rlver_jax.training.stops import Spending, StoppedError
 from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollout, counted_rows
+from rlver_jax.training.text_users import check_users, open_text_rollout
 from rlver_jax.training.workdir import Contents, RunFolder
 
 
@@ -79,6 +80,7 @@ class Trainer:
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
         self.text = text
+        self.overlap = Overlap(text) if text and config.rollout.overlap else None
         self.spending = Spending(config.remote.budget)
         models = (run.agents.policy.model, run.agents.user.model)
         self.copy_policy, self.copy_user = (sampling_copy(model, run.agents.mesh) for model in models)
@@ -104,7 +106,8 @@ class Trainer:
         # 1. Newest whole checkpoint, if there is one  2. the reader's position  3. metrics and dialogues up to there
         state, done = self.resume(state)
         steps = self.config.train.steps
-        with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints):
+        ahead = contextlib.closing(self.overlap) if self.overlap else contextlib.nullcontext()
+        with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints), ahead:
             if not done:
                 with self.saved_on_failure(state, done):
                     self.evaluate_untrained(state)
@@ -130,11 +133,8 @@ class Trainer:
     def step(self, state: TrainState, number: int) -> TrainState:
         """Plays a batch of dialogues with the policy as it is, and learns from it."""
         run, started = self.run, time.monotonic()
-        batch = run.reader.next_batch()
-        size = self.config.rollout.batch
-        ids = [(number - 1) * size + i for i in range(size)]
-        tables, spec = run.agents.tables[0], run.agents.spec
-        dialogues, text = self.play(state, batch, ids)
+        size, tables, spec = self.config.rollout.batch, run.agents.tables[0], run.agents.spec
+        batch, ids, dialogues, text = self.play(state, number)
         dispatched = time.monotonic()
         with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
             rewards, lengths = self.score(dialogues, tables, spec, self.reward_settings)
@@ -155,22 +155,43 @@ class Trainer:
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played, text, self.spending.total)
         return state
 
-    def play(self, state: TrainState, batch: Batch, ids: list[int]) -> tuple[Dialogues, TextBatch | None]:
-        """Plays a batch: the dialogues on the device, and what was said where users answer by text."""
+    def play(self, state: TrainState, number: int) -> tuple[Batch, list[int], Dialogues, TextBatch | None]:
+        """Plays a step's batch: profiles, dialogues' numbers and dialogues, and what was said where users give text."""
         run = self.run
         if self.text is None:
+            batch, ids = self.next_batch(number)
             profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.agents.mesh)
             # The sampler's copies of both models are let go before the update, which has no room for them.
             with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
-                return self.agents(state).play(profiles, self.key, run.limits), None
-        text = self.text.play(self.agents(state).policy, [profile for _, profile in batch], ids)
+                return batch, ids, self.agents(state).play(profiles, self.key, run.limits), None
+        ahead = self.overlap.take() if self.overlap else None
+        batch, ids = (ahead.batch, ahead.ids) if ahead else self.next_batch(number)
+        text = ahead.playing.result() if ahead else self.text.play(self.agents(state).policy, batch, ids)
         self.spending.add(text.cost)
-        return run.agents.replicate(text.dialogues), text
+        if self.overlap and not self.due(number) and not self.spending.used_up:
+            before = run.reader.state()
+            self.overlap.begin(self.agents(state).policy, *self.next_batch(number + 1), before)
+        return batch, ids, run.agents.replicate(text.dialogues), text
+
+    def next_batch(self, number: int) -> tuple[Batch, list[int]]:
+        """The profiles of a step, and its dialogues' numbers."""
+        size = self.config.rollout.batch
+        return self.run.reader.next_batch(), [(number - 1) * size + i for i in range(size)]
+
+    def due(self, done: int) -> bool:
+        """Whether the state is evaluated or saved after this step, whatever happens."""
+        every = (self.config.eval.every, self.config.checkpoint.every, self.config.train.steps)
+        return any(n and done % n == 0 for n in every)
+
+    def reader_state(self) -> dict[str, int]:
+        """Of the reader after the steps that are done: what is played ahead will be read again."""
+        ahead = self.overlap.ahead if self.overlap else None
+        return dict(ahead.reader) if ahead else self.run.reader.state()
 
     @contextlib.contextmanager
     def saved_on_failure(self, state: TrainState, done: int) -> Iterator[None]:
         """Saves what there is when users stay away from a step or an evaluation; the same command resumes with it."""
-        reader = self.run.reader.state()
+        reader = self.reader_state()
         try:
             yield
         except (EndpointError, StoppedError) as error:
@@ -264,7 +285,7 @@ class Trainer:
         self.finish()
         distributed.all_or_none(self.folder.check)
         spent = {"spent": self.spending.total} if self.text is not None else {}
-        self.checkpoints.save(done, state, {"reader": self.run.reader.state()} | spent, scored)
+        self.checkpoints.save(done, state, {"reader": self.reader_state()} | spent, scored)
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or this one; and its number of steps."""
@@ -337,7 +358,7 @@ def train(
         CollapseError: a metric went beyond the limits of config.alarms.
     """
     check_learning(config)
-    _check_users(config)
+    check_users(config)
     notify = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     check_context(RunFolder(Path(workdir)).to_load(config), *models_of(config))  # before weights are looked at
     with hold(workdir, "--workdir", notify) as lock:
@@ -345,7 +366,7 @@ def train(
         folder = RunFolder.open(workdir, config, contents=contents, check=lock.check, report=notify)
         with console.status("loading models and profiles"):
             run, state = build_run(folder.to_load(config), mesh)
-            text = _open_text_rollout(config, run, folder.path) if run.widest else None
+            text = open_text_rollout(config, run, folder.path) if run.widest else None
             held_out: Evaluation | TextEvaluation | None = None
             if config.eval.every:
                 profiles = evaluation.chosen_profiles(config)
@@ -371,24 +392,3 @@ def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str,
         if path and name not in gone:  # where none is named the loader says so
             models[name] = (local_folder(path, weights=weights), weights)
     return run_fingerprints(config, profiles, models)
-
-
-def _check_users(config: ConfigDict) -> None:
-    """Raises ConfigError: several processes cannot train with users who answer by text."""
-    if config.remote.user.url and jax.process_count() > 1:
-        raise ConfigError(
-            f"remote.user.url: training with users behind an endpoint runs in one process, and there are "
-            f"{jax.process_count()}; train on the devices of one host, or with a user on the devices (leave it out)"
-        )
-
-
-def _open_text_rollout(config: ConfigDict, run: Run, workdir: Path) -> TextRollout:
-    """What plays the dialogues of a run whose users answer by text; close its users.
-
-    Raises:
-        ValueError: the endpoint cannot be asked as the config says, or the file of answers cannot be used.
-    """
-    remote_users = import_remote("rlver_jax.training.remote_users")
-    users = remote_users.RemoteUsers(config, workdir, config.train.seed)
-    size, seed = config.rollout.batch, config.train.seed
-    return TextRollout(config, run.agents, users, size, run.limits, run.widest, seed)

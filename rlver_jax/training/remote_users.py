@@ -2,8 +2,7 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -17,6 +16,7 @@ from rlver_jax.endpoints.answer_cache import AnswerCache
 from rlver_jax.endpoints.client import Client
 from rlver_jax.endpoints.usage import priced, summed
 from rlver_jax.evaluation.endpoint_play import ANSWERS, endpoint_of, prices_of, remote_user
+from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import RolloutConfig
 
 _TRAFFIC = ("sent", "failed", "from_cache")
@@ -27,20 +27,20 @@ class RemoteUsers:
 
     readout = TEXT
 
-    def __init__(self, config: ConfigDict, workdir: Path, seed: int):
+    def __init__(self, config: ConfigDict, workdir: Path):
         """Asks nothing yet.
 
         Args:
             workdir: holds the answers unless remote.cache names another file.
-            seed: of the requests.
 
         Raises:
             ValueError: the API key is missing, or the file of answers cannot be used.
         """
-        self.config, self.seed = config, seed
+        self.config = config
         self._prices = prices_of(config, "user")
         self._loop_thread, self._device_thread = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
         self._task: asyncio.Task | None = None
+        self._ended = False
         self._counted = dict.fromkeys(_TRAFFIC, 0)
         try:
             self._in_loop(self._open, workdir)
@@ -57,32 +57,41 @@ class RemoteUsers:
     def _in_loop(self, function, *args):
         return self._loop_thread.submit(function, *args).result()
 
-    def play(self, rows: Sequence[Row], policy: TextPolicy, spec: RolloutConfig) -> Waits:
+    def of(self, profiles: Sequence[Profile], spec: RolloutConfig) -> "RemoteUsers":
+        """The same users: they read profiles when they are asked."""
+        return self
+
+    def play(self, rows: Sequence[Row], policy: TextPolicy, spec: RolloutConfig, seed: int) -> Waits:
         """Plays rows to their ends; whoever interrupts it ends its requests.
+
+        Args:
+            seed: of the requests.
 
         Raises:
             EndpointError: the endpoint refuses whatever it is asked; what has been answered is in the cache.
         """
-        side = RemoteUserSide(remote_user(self.config, self._client, spec.rules.initial), self.seed)
+        side = RemoteUserSide(remote_user(self.config, self._client, spec.rules.initial), seed)
         playing = self._loop_thread.submit(self._runner.run, self._play(rows, policy, side, spec))
-        with self._cancelled_if_interrupted(playing):
+        try:
             return playing.result()
+        except KeyboardInterrupt:
+            self.cancel()
+            concurrent.futures.wait([playing])
+            raise
 
     async def _play(self, rows: Sequence[Row], policy: TextPolicy, side: RemoteUserSide, spec: RolloutConfig) -> Waits:
         self._task = asyncio.current_task()
+        if self._ended:
+            raise asyncio.CancelledError
         return await play_rounds(
             rows, policy, side, rules=spec.rules, max_turns=spec.max_turns, thread=self._device_thread
         )
 
-    @contextlib.contextmanager
-    def _cancelled_if_interrupted(self, playing: concurrent.futures.Future) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self._task is not None and not playing.done():
-                self._runner.get_loop().call_soon_threadsafe(self._task.cancel)
-                concurrent.futures.wait([playing])
-            raise
+    def cancel(self) -> None:
+        """Ends the requests of dialogues that another thread waits for, for good."""
+        self._ended = True
+        if self._task is not None and not self._task.done():
+            self._runner.get_loop().call_soon_threadsafe(self._task.cancel)
 
     def costs(self, rows: Sequence[Row]) -> dict[str, float]:
         """Counts of all answers that make up the dialogues, those from the cache included, and their cost."""

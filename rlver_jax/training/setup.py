@@ -30,13 +30,12 @@ from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.profiles.sources import open_profiles
-from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of
-from rlver_jax.rollout.profile_tokens import WIDTH_STEP, EncodedProfile, ProfileTokens, measure_profiles
+from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of, tokenizers_differ
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP, EncodedProfile, ProfileTokens, measure_profiles, widest_words
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.training.text_rollout import widest_words
 from rlver_jax.user.prompts import load_prompts
 
 LENGTH_STEP = 64  # packed rows are multiples of it
@@ -128,7 +127,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     )
     spec = rollout_spec(config)
     widest = 0
-    if config.remote.user.url:
+    if answers_by_text(config):
         agents = policy_alone(config, spec, sampling_mesh(mesh, config.mesh_sampling), mesh)
         tokens = first_words(agents, profiles)
         widest = widest_words(spec, tokens.first_width)
@@ -140,6 +139,15 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     grammar, learn = replicate(agents.tables[0].grammar, mesh), compile_step(setup, state)
     run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, learn, lengths, grammar, reference, widest)
     return run, state
+
+
+def answers_by_text(config: ConfigDict) -> bool:
+    """Whether text passes between policy and user: an endpoint, or a model with another tokenizer on the device.
+
+    Raises:
+        ValueError: a folder holds no tokenizer that can be used.
+    """
+    return bool(config.remote.user.url) or tokenizers_differ(config)
 
 
 def policy_alone(config: ConfigDict, spec: RolloutConfig, mesh: Mesh, rest: Mesh) -> Agents:

@@ -23,13 +23,10 @@ from rlver_jax.evaluation.play import Gold, eval_spec, scores
 from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents, limits_of
-from rlver_jax.rollout.profile_tokens import WIDTH_STEP
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.padding import round_up
 from rlver_jax.training.stops import StoppedError
-
-WIDEST = 4  # times user.reply_tokens or user.field_tokens: the longest words, in the policy's tokens, that it hears
 
 # Shares of the rows of a sampler that plays without a host; by text it depends on who answers when.
 OF_ROWS = ("dialogue/occupancy", "dialogue/step_occupancy")
@@ -40,7 +37,10 @@ class Users(Protocol):
 
     readout: str  # as in a log
 
-    def play(self, rows: Sequence[Row], policy: TextPolicy, spec: RolloutConfig) -> Waits:
+    def of(self, profiles: Sequence[Profile], spec: RolloutConfig) -> "Users":
+        """The same users with other profiles, played otherwise."""
+
+    def play(self, rows: Sequence[Row], policy: TextPolicy, spec: RolloutConfig, seed: int) -> Waits:
         """Plays rows to their ends. Blocks.
 
         Raises:
@@ -52,6 +52,9 @@ class Users(Protocol):
 
     def traffic(self) -> dict[str, float]:
         """What was sent since the last call."""
+
+    def cancel(self) -> None:
+        """Ends what another thread plays."""
 
     def close(self) -> None:
         """Ends connections."""
@@ -93,11 +96,6 @@ class TextBatch:
         }
 
 
-def widest_words(spec: RolloutConfig, first_words: int) -> int:
-    """Tokens of the longest words of a user that a policy hears; `first_words`: of the longest profile's."""
-    return round_up(max(WIDEST * spec.user_tokens, first_words, 1), WIDTH_STEP)
-
-
 @dataclasses.dataclass(frozen=True)
 class TextRollout:
     """Plays batches of `batch` dialogues.
@@ -116,19 +114,25 @@ class TextRollout:
     widest: int
     seed: int
 
-    def play(self, policy: LM, profiles: Sequence[Profile], ids: Sequence[int]) -> TextBatch:
+    def play(self, policy: LM, profiles: Sequence[tuple[int, Profile]], ids: Sequence[int]) -> TextBatch:
         """Plays dialogues with these numbers, equally many of each profile, those of one profile together.
+
+        Args:
+            profiles: each with its index among all.
 
         Raises:
             EndpointError: an endpoint refuses whatever it is asked.
             StoppedError: more dialogues stay unanswered than remote.unanswered_max allows.
         """
         spec, group = self.agents.spec, len(ids) // len(profiles)
-        rows = [Row(number, i, profiles[i // group], [spec.rules.initial]) for i, number in enumerate(ids)]
+        rows = []
+        for slot, number in enumerate(ids):
+            index, profile = profiles[slot // group]
+            rows.append(Row(number, slot, profile, [spec.rules.initial], index))
         speaker = TextPolicy(
             dataclasses.replace(self.agents, policy=policy), self.limits, self.batch, rows, self.seed, self.widest
         )
-        waits = self.users.play(rows, speaker, spec)
+        waits = self.users.play(rows, speaker, spec, self.seed)
         self._check_answered(rows, waits)
         slots = [*rows, *_padding(len(rows), self.batch, rows[0])]
         system = int(self.agents.tables[0].system.shape[0])
@@ -212,7 +216,10 @@ class TextEvaluation:
         agents = dataclasses.replace(rollout.agents, spec=spec)
         limits = agents.check_limits(limits_of(config, spec, config.eval.temperature))
         batch = round_up(min(config.eval.batch, len(profiles)), batch_parts(agents.mesh))
-        own = dataclasses.replace(rollout, agents=agents, limits=limits, batch=batch, seed=config.eval.seed)
+        users = rollout.users.of(profiles, spec)
+        own = dataclasses.replace(
+            rollout, agents=agents, users=users, limits=limits, batch=batch, seed=config.eval.seed
+        )
         return cls(own, profiles, gold)
 
     def metrics(self, agents: Agents) -> dict[str, float]:
@@ -222,9 +229,10 @@ class TextEvaluation:
             EndpointError, StoppedError: as `TextRollout.play`.
         """
         records, cost, size = [], 0.0, self.rollout.batch
-        for start in range(0, len(self.profiles), size):
-            some = self.profiles[start : start + size]
-            played = self.rollout.play(agents.policy, some, range(start, start + len(some)))
+        numbered = list(enumerate(self.profiles))
+        for start in range(0, len(numbered), size):
+            some = numbered[start : start + size]
+            played = self.rollout.play(agents.policy, some, [index for index, _ in some])
             rewards = rewards_of(played.dialogues, reward_settings(self.rollout.config))
             records += [r for r in self.rollout.records(played, rewards) if r["end_reason"] != END_NAMES[-1]]
             cost += played.cost

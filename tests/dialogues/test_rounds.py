@@ -5,6 +5,7 @@ import dataclasses
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,9 +15,14 @@ from rlver_jax.dialogues.log import UNANSWERED
 from rlver_jax.dialogues.rounds import play_rounds
 from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.endpoints.errors import EndpointError, Refused, Unavailable
+from rlver_jax.learning.advantages import AdvantageConfig
+from rlver_jax.learning.loss import LossConfig, TrainedModels
+from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.sequences import build_sequences, row_lengths
+from rlver_jax.learning.train_step import TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.profile_tokens import WIDTH_STEP
+from rlver_jax.rollout.rewards import reward
 from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.emotion import EmotionRules
 from tests.conftest import some_profiles
@@ -103,6 +109,34 @@ def test_the_sampler_s_own_dialogues(world):
     assert len({row.end for row in rows}) > 1, "they end in several ways"
     check_same(world, dialogues, world[2])
     assert waits.rounds >= max(row.turns for row in rows)
+
+
+def updated(world, dialogues):
+    """(rewards, gradients as the optimizer's first moment) of one GRPO update on these dialogues."""
+    agents = world[0]
+    earned = reward("final", jnp.asarray(dialogues.emotions), dialogues.turns, dialogues.violation)
+    earned = dataclasses.replace(earned, counted=jnp.asarray(dialogues.turns > 0))
+    models = TrainedModels(agents.policy.model, None, None, LossConfig(), vocab_chunk=128)
+    optimizer = make_optimizer(
+        learning_rate=1e-3, warmup_steps=0, grad_clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0,
+        moment_dtype="float32",
+    )  # fmt: skip
+    setup = TrainStepConfig(models, AdvantageConfig("grpo", group=4), UpdateConfig(), Optimizers(optimizer, None))
+    params = {"policy": jax.tree.map(jnp.copy, agents.policy.params)}
+    state = jax.device_put(init_state(params, setup.optimizers), jax.devices()[0])
+    batch = jax.tree.map(jnp.asarray, packed(world, dialogues))
+    state, _ = compile_step(setup, state)(state, batch, earned, agents.tables[0].grammar, jax.random.key(0))
+    return np.asarray(earned.reward), jax.device_get(state.opt_state["policy"][1][0].mu)
+
+
+def test_rewards_and_update_are_the_sampler_s(world):
+    _, dialogues, _ = play(world, Repeats(world[2], world[0].tokenizer))
+    mine, theirs = updated(world, dialogues), updated(world, world[2])
+    np.testing.assert_array_equal(mine[0], theirs[0])
+    assert len(set(mine[0].tolist())) > 2
+    for a, b in zip(jax.tree.leaves(mine[1]), jax.tree.leaves(theirs[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert max(abs(x).max() for x in jax.tree.leaves(mine[1])) > 1e-3
 
 
 def test_who_decodes_together_changes_nothing(world):

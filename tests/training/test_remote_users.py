@@ -1,8 +1,14 @@
 """Training against users behind a real server on loopback: whole runs, faults, budgets, people who stay away."""
 
+import collections
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,14 +16,17 @@ from rich.console import Console
 
 from configs import debug
 from rlver_jax import train as command
+from rlver_jax import verify
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.stops import StoppedError
 from tests.endpoints.server import ChatServer, one_in_five
+from tests.quick import QUICK
 from tests.training.test_loop import policy_of, same
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
 FIELDS = {
     "train.steps": STEPS,
@@ -156,6 +165,9 @@ def test_unanswered_dialogues_are_left_out_and_too_many_stop_the_run(unbroken, t
         assert row["emotion/final_mean"] == pytest.approx(sum(r["emotion"] for r in others) / 7)
         with pytest.raises(StoppedError, match="1 of 8 dialogues stay unanswered.*unanswered_max=0.1.*filtered"):
             run(tmp_path / "strict", other.url, **{"eval.every": 0, "remote.unanswered_max": 0.1})
+        fields = FIELDS | {"remote.user.url": other.url, "mesh.fsdp": 1}
+    flags = [f"--config={debug.__file__}", *(f"--config.{name}={value}" for name, value in fields.items())]
+    assert verify.main([str(tmp_path / "run" / "dialogues" / "step_000001.jsonl"), *flags]) == 0
 
 
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
@@ -170,3 +182,53 @@ def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
         "--config.remote.user.model=m", "--config.remote.budget=5.0"
     )
     assert "no such variable" in refused("--config.remote.user.model=m", "--config.remote.user.key_env=NO_SUCH_KEY")
+
+
+def start(workdir, url) -> subprocess.Popen:
+    """A run in a process of its own."""
+    fields = FIELDS | {"remote.user.url": url, "mesh.fsdp": 1}
+    flags = [f"--config={debug.__file__}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    environment = os.environ | {"XLA_FLAGS": QUICK}
+    return subprocess.Popen([sys.executable, "-m", "rlver_jax.train", *flags], cwd=ROOT, env=environment)
+
+
+@pytest.mark.slow
+def test_a_killed_run_pays_for_nothing_twice(unbroken, tmp_path):
+    """Killed with -9 twice, in the middle of requests: at most those that were on their way are asked again."""
+    folder, bodies, server = unbroken
+    before, concurrency = len(server.bodies), FIELDS["remote.concurrency"]
+    for part in (0.3, 0.7):
+        process = start(tmp_path / "run", server.url)
+        until = time.monotonic() + 300
+        while len(server.bodies) - before < part * len(bodies):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    process = start(tmp_path / "run", server.url)
+    assert process.wait(timeout=300) == 0
+    same_run(tmp_path / "run", folder)
+    asked = collections.Counter(json.dumps(body, sort_keys=True) for body in server.bodies[before:])
+    assert set(asked) == {json.dumps(body, sort_keys=True) for body in bodies}
+    assert sum(asked.values()) - len(asked) <= 2 * concurrency
+
+
+def test_verify_recomputes_a_run(unbroken, capsys):
+    """Sums, ends and rewards; with --policy every token of the policy and its log-probs."""
+    folder, _, server = unbroken
+    log = str(folder / "dialogues" / "step_000003.jsonl")
+    fields = FIELDS | {"remote.user.url": server.url, "mesh.fsdp": 1}
+    flags = [f"--config={debug.__file__}", *(f"--config.{name}={value}" for name, value in fields.items())]
+    assert verify.main([log, *flags]) == 0, capsys.readouterr()
+    assert "8 dialogues" in capsys.readouterr().out
+    assert verify.main([log, *flags, f"--policy={folder}"]) == 0
+    said = capsys.readouterr().out
+    tokens = sum(len(m["tokens"]) for record in records_of(folder, 3) for m in record["messages"][1::2])
+    assert f"{tokens} tokens" in said
+    assert "0 faults" in said
+    records = records_of(folder, 3)
+    records[0]["messages"][2]["change"] += 1 if records[0]["messages"][2]["change"] < 10 else -1
+    forged = folder / "step_000003.jsonl"
+    forged.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert verify.main([str(forged), *flags]) == 1
