@@ -91,6 +91,7 @@ class TextBatch:
             f"dialogue/end_{UNREADABLE}": float(np.mean([row.end == UNREADABLE for row in self.rows])),
             **{f"remote/{name}": value for name, value in self.costs.items()},
             **{f"traffic/{name}": value for name, value in self.traffic.items()},
+            "traffic/rounds": float(self.waits.rounds),
             "time/policy_s": self.waits.device,
             "time/users_s": self.waits.users,
         }

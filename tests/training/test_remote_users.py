@@ -17,6 +17,7 @@ from rich.console import Console
 from configs import debug
 from rlver_jax import train as command
 from rlver_jax import verify
+from rlver_jax.config.validate import ConfigError
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.loop import train
@@ -44,11 +45,11 @@ FIELDS = {
 }
 
 
-def run(workdir, url, **fields) -> str:
-    """Trains on one device; returns what was printed."""
+def run(workdir, url, mesh=None, **fields) -> str:
+    """Trains on one device, or on a mesh; returns what was printed."""
     config = debug.get_config("")
     config.update_from_flattened_dict(FIELDS | {"remote.user.url": url} | fields)
-    text, mesh = io.StringIO(), make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    text, mesh = io.StringIO(), mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
     train(config, workdir, mesh, Console(file=text, width=200))
     return text.getvalue()
 
@@ -170,6 +171,13 @@ def test_unanswered_dialogues_are_left_out_and_too_many_stop_the_run(unbroken, t
     assert verify.main([str(tmp_path / "run" / "dialogues" / "step_000001.jsonl"), *flags]) == 0
 
 
+def test_several_processes_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="runs in one process, and there are 2"):
+        run(tmp_path / "run", "http://x/v1", **{"policy.path": "/no/such", "user.path": "/no/such"})
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
     flags = [f"--config={debug.__file__}", f"--workdir={tmp_path / 'run'}", "--config.remote.user.url=http://x/v1"]
 
@@ -182,6 +190,15 @@ def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
         "--config.remote.user.model=m", "--config.remote.budget=5.0"
     )
     assert "no such variable" in refused("--config.remote.user.model=m", "--config.remote.user.key_env=NO_SUCH_KEY")
+
+
+@pytest.mark.slow
+def test_two_devices_play_what_one_does(unbroken, tmp_path):
+    folder, _, server = unbroken
+    mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    run(tmp_path / "run", server.url, mesh, **{"train.steps": 1, "eval.every": 0})
+    texts = [[m["content"] for r in records_of(each, 1) for m in r["messages"]] for each in (folder, tmp_path / "run")]
+    assert texts[0] == texts[1]
 
 
 def start(workdir, url) -> subprocess.Popen:
