@@ -35,11 +35,13 @@ class Overlap:
         self._text = text
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self.ahead: Ahead | None = None
+        self._playing: concurrent.futures.Future[TextBatch] | None = None
 
     def begin(self, policy: LM, batch: Batch, ids: list[int], reader: Mapping[str, int]) -> None:
         """Begins to play a batch with a copy of the policy: the update reuses the buffers of its parameters."""
         own = LM(jax.tree.map(jnp.copy, policy.params), policy.model)
-        self.ahead = Ahead(batch, ids, reader, self._thread.submit(self._text.play, own, batch, ids))
+        self._playing = self._thread.submit(self._text.play, own, batch, ids)
+        self.ahead = Ahead(batch, ids, reader, self._playing)
 
     def take(self) -> Ahead | None:
         """The batch that is being played, if any."""
@@ -48,8 +50,6 @@ class Overlap:
 
     def close(self) -> None:
         """Ends what is being played; what has been answered is kept."""
-        ahead = self.take()
-        if ahead is not None:
+        if self._playing is not None and not self._playing.done():
             self._text.users.cancel()
-            concurrent.futures.wait([ahead.playing])
         self._thread.shutdown(wait=True)

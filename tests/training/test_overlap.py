@@ -73,7 +73,7 @@ def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
 @pytest.mark.parametrize(("overlap", "most"), [(0, 1.3), (1, 1.15)])
 def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap, most):
     """64 dialogues at a time, 300 ms a request: by the rows of two runs, one with a server that answers at once."""
-    fields = FIELDS | {"rollout.batch": 64, "remote.concurrency": 64, "rollout.overlap": overlap, "train.steps": 6}
+    fields = FIELDS | {"rollout.batch": 64, "remote.concurrency": 64, "rollout.overlap": overlap, "train.steps": 5}
 
     def seconds(folder, latency) -> float:
         """The median step's, without the first two, which compile."""
