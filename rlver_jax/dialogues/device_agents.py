@@ -29,7 +29,7 @@ from rlver_jax.rollout.single_turns import (
     single_policy_turn,
     single_user_turn,
 )
-from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
+from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.user.turn import Words, dialogue_key
 
@@ -215,15 +215,18 @@ class TextPolicy(_Batch):
 
     def _speak(self, width: int, heard: dict[Row, list[int]]) -> None:
         agents, spec = self.agents, self.agents.spec
-        room = room_needed(agents.tables, spec, self.limits, width)[0] if width <= self.widest else slots_beyond(spec)
-        rows = self.fitting(list(heard), self._cache, room)
+        if width > self.widest:
+            for row in heard:
+                row.end = END_REASONS[CONTEXT]
+            return
+        rows = self.fitting(list(heard), self._cache, room_needed(agents.tables, spec, self.limits, width)[0])
         if not rows:
             return
         turns = np.zeros(self.batch, np.int32)
         turns[[row.slot for row in rows]] = [row.turns for row in rows]
         keys = jax.vmap(jax.random.fold_in)(self._row_keys, jnp.asarray(turns))
         self._cache, reply = single_policy_turn(
-            agents.policy, agents.tables[0], self._cache, jax.tree.map(jnp.asarray, self._say),
+            agents.policy, agents.tables[0], self._cache, jax.tree.map(jnp.array, self._say),
             self.words(rows, [heard[row] for row in rows], width), keys, self.limits, self.active(rows),
             jnp.asarray(turns == 0), spec=spec,
         )  # fmt: skip
@@ -242,8 +245,3 @@ class TextPolicy(_Batch):
         log = SingleTurn(policy=jax.tree.map(lambda x: x[None], reply))
         for row in rows:
             row.messages.append(policy_message(log, self.agents, 0, row.slot))
-
-
-def slots_beyond(spec: RolloutConfig) -> int:
-    """More slots than any row has."""
-    return spec.context + 1
