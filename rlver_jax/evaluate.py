@@ -52,6 +52,7 @@ from rlver_jax.evaluation.transcripts import finished
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
+from rlver_jax.rollout.agents import tokenizers_differ
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.command import Command, Ending, run_command
@@ -144,7 +145,13 @@ def _load(
     config: ConfigDict, profiles: Sequence[Profile], folder: EvaluationFolder, trained: TrainedPolicy | None
 ) -> Player:
     weights, gold = trained.weights if trained else None, gold_judge(config)
-    if endpoint_sides(config):
+    apart = not endpoint_sides(config) and tokenizers_differ(config)
+    if apart and jax.process_count() > 1:
+        raise ConfigError(
+            f"policy and user have two tokenizers: text passes between them in one process, but there are "
+            f"{jax.process_count()}"
+        )
+    if apart or endpoint_sides(config):
         remote_evaluation = import_remote("rlver_jax.evaluation.endpoint_play")
         return remote_evaluation.load(config, profiles, folder.path, weights, gold)
     return load(config, profiles, policy_weights=weights, gold=gold)

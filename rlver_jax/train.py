@@ -9,8 +9,9 @@ step and saves.
 
 On several hosts the same command runs on each; on TPU VMs the processes find each other by themselves (docs/pods.md).
 
-Exit status: 0 done or stopped by SIGTERM, 1 an alarm (config.alarms), another process is lost or has taken DIR over,
-2 bad usage (also a DIR that another process uses, or whose run began with other profiles, prompts or models), 130
+Exit status: 0 done or stopped by SIGTERM, 1 an alarm (config.alarms), users behind an endpoint that stay away or have
+cost remote.budget (saved, to be resumed: docs/remote_users.md), another process is lost or has taken DIR over, 2 bad
+usage (also a DIR that another process uses, or whose run began with other profiles, prompts or models), 130
 interrupted.
 """
 
@@ -34,10 +35,12 @@ from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import missing_steps, read_metrics
 from rlver_jax.training.setup import check_learning, folders_of
+from rlver_jax.training.stops import StoppedError
 from rlver_jax.training.workdir import RunFolder
 
 ENDINGS = {
     CollapseError: Ending(1, "stopped by an alarm at {error}. Its checkpoints stay in {output}"),
+    StoppedError: Ending(1, "stopped {error}. What was done is saved in {output}"),
     LostLockError: Ending(1),
     KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {output}"),
 }
@@ -70,6 +73,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     distributed.initialize(options, finish_steps=True)
     run = RunFolder(Path(options.workdir))
     needs = [model for model in MODELS if model != "policy" or not run.resumes_without_base(flatten(config))]
+    needs = [model for model in needs if model != "user" or not config.remote.user.url]
     validate(config, jax.device_count(), needs)
     check_training(config)
     check_learning(config)

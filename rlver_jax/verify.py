@@ -36,6 +36,7 @@ from rlver_jax.config.flags import config_from_flags, define_path, given_path, l
 from rlver_jax.config.validate import ConfigError, reward_settings, validate
 from rlver_jax.decoding.replay import Keys, ReplayInput
 from rlver_jax.decoding.replay_sequence import ReplaySequence
+from rlver_jax.dialogues.device_agents import USER_SAY
 from rlver_jax.dialogues.faults import POLICY_TOKENS, ConsistencyCheck, logged_turns, recomputed_rewards, unchecked
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.trajectory import reactions
@@ -294,6 +295,12 @@ def _read_logs(
         part, name = read_log_file(path, plans, config), f"{path}, " if len(paths) > 1 else ""
         total.faults += part.faults
         logged += [LoggedDialogue(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
+    apart = [one.where for one in logged if any(USER_SAY in message for message in one.record["messages"])]
+    if apart:
+        raise ConfigError(
+            f"{apart[0]}: its user has another tokenizer than its policy; the dialogues of two tokenizers cannot be "
+            f"recomputed"
+        )
     return logged
 
 

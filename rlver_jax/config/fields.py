@@ -52,6 +52,13 @@ ROLLOUT = {
     "temperature": Field(1.0, "of the policy (RLVER: 1); 0: greedy", range=COUNT),
     "top_k": Field(0, "keep the k most likely tokens; 0: all", range=COUNT, unit="tokens"),
     "top_p": Field(1.0, "keep the smallest set with this probability", range=SHARE),
+    "overlap": Field(
+        0,
+        "1: with remote.user.url the next batch is played while the update runs, one step off-policy; needs "
+        "loss.recompute and loss.importance_cap; 0: every batch by the newest policy",
+        range=(0, 1),
+        unit="batches",
+    ),
 }
 
 EMOTION = {
@@ -293,22 +300,38 @@ EVAL = {
     ),
 }
 
-# `evaluate`: models that are not on the device; extra `remote`.
+# Models that are not on the device (docs/remote_users.md); extra `remote`.
 REMOTE = {
     "policy": endpoint(),
     "user": endpoint(),
-    "concurrency": Field(8, "at once, to each endpoint", range=POSITIVE, unit="requests"),
-    "timeout": Field(120.0, "for one attempt", range=(0.001, None), unit="seconds"),
+    "concurrency": Field(8, "at once, to each endpoint", range=POSITIVE, unit="requests", free=True),
+    "timeout": Field(120.0, "for one attempt", range=(0.001, None), unit="seconds", free=True),
     "deadline": Field(
         600.0,
-        "for a request with all its attempts; then the evaluation stops, to be resumed",
+        "for a request with all its attempts; then an evaluation stops, to be resumed, and training leaves the "
+        "dialogue out",
         range=(0.001, None),
         unit="seconds",
+        free=True,
     ),
     "asks": Field(
         3, "at most, until an answer can be read; then the dialogue ends as unreadable", range=POSITIVE, unit="requests"
     ),
-    "cache": Field("", "file that keeps answers by request; empty: answers.sqlite in --out", path=True),
+    "cache": Field("", "file that keeps answers by request; empty: answers.sqlite in --out or --workdir", path=True),
+    "budget": Field(
+        0.0,
+        "train: what a run's requests may cost by price_in and price_out; then it saves and stops, to be resumed with "
+        "a larger one; 0: any",
+        range=COUNT,
+        free=True,
+    ),
+    "unanswered_max": Field(
+        0.25,
+        "train: largest share of a step's dialogues that may stay unanswered and be left out; beyond it the run saves "
+        "and stops",
+        range=SHARE,
+        free=True,
+    ),
 }
 
 _DEVICES: dict[str, Any] = {"range": (-1, None), "unit": "devices", "free": True}

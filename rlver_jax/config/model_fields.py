@@ -54,8 +54,8 @@ def trained_model(**own: Field) -> dict[str, Field]:
 
 
 def endpoint() -> dict[str, Field]:
-    """Fields of a model behind an OpenAI-compatible endpoint (`evaluate` only)."""
-    price: dict[str, Any] = {"range": COUNT, "unit": "a million tokens"}
+    """Fields of a model behind an OpenAI-compatible endpoint."""
+    price: dict[str, Any] = {"range": COUNT, "unit": "a million tokens", "free": True}
     return {
         "url": Field("", "base address, such as http://127.0.0.1:8000/v1; empty: the model is on the device"),
         "model": Field("", "its name there"),
@@ -63,7 +63,7 @@ def endpoint() -> dict[str, Field]:
         "extra": Field(
             "", 'JSON object added to each request, such as {"reasoning_effort": "low"}; null removes a field of ours'
         ),
-        "price_in": Field(0.0, "of tokens read, in any currency; for the summary's cost", **price),
+        "price_in": Field(0.0, "of tokens read, in any currency; for the cost in summaries and metrics", **price),
         "price_out": Field(0.0, "of tokens generated", **price),
     }
 

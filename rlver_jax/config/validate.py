@@ -362,11 +362,18 @@ def check_training(config: ConfigDict) -> None:
     faults = []
     if not values["data.train"]:
         faults.append("data.train is empty; set --config.data.train to a JSONL file of profiles")
-    faults += [
-        f"remote.{side}.url={shown(values[f'remote.{side}.url'])}: training needs both models on the device; endpoints "
-        f"are for evaluate"
-        for side in endpoint_sides(config)
-    ]
+    if values["remote.policy.url"]:
+        faults.append(
+            f"remote.policy.url={shown(values['remote.policy.url'])}: training needs the policy on the device; leave "
+            f"it out (remote.user.url may be an endpoint)"
+        )
+    if values["remote.budget"] and not (values["remote.user.price_in"] or values["remote.user.price_out"]):
+        faults.append(
+            f"remote.budget={values['remote.budget']}: nothing costs anything; set --config.remote.user.price_in and "
+            f"price_out, of a million tokens each"
+        )
+    if values["rollout.overlap"]:
+        faults += _overlap(values)
     if not values["rollout.temperature"]:
         faults.append("rollout.temperature=0: greedy replies have no log-probs to learn from; RLVER's is 1")
     if (values["rollout.top_k"] or values["rollout.top_p"] < 1) and not values["loss.recompute"]:
@@ -376,6 +383,19 @@ def check_training(config: ConfigDict) -> None:
         )
     if faults:
         raise ConfigError("the config cannot be trained with:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def _overlap(values: dict[str, Any]) -> Iterator[str]:
+    if not values["remote.user.url"]:
+        yield (
+            "rollout.overlap=1: nothing is waited for with a user on the device; set it to 0, or name the user's "
+            "endpoint in remote.user.url"
+        )
+    if not (values["loss.recompute"] and values["loss.importance_cap"]):
+        yield (
+            "rollout.overlap=1: batches are one step off-policy; set loss.recompute=True and loss.importance_cap, "
+            "e.g. 2, which correct that"
+        )
 
 
 def reward_settings(config: ConfigDict) -> dict[str, Any]:

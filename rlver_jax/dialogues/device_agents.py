@@ -4,6 +4,8 @@ What the other agent says comes as text and is encoded here. A model's own words
 the same seed, dialogue and context.
 """
 
+import collections
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -16,9 +18,11 @@ from rlver_jax.dialogues.log import policy_message, user_message
 from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS
+from rlver_jax.rollout.policy_turn import PolicyTurn
 from rlver_jax.rollout.profile_tokens import WIDTH_STEP, ProfileTokens
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.single_turns import (
+    SingleTurn,
     fetch_turn,
     open_policy,
     open_users,
@@ -28,6 +32,8 @@ from rlver_jax.rollout.single_turns import (
 from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.padding import longest, pad_rows, round_up
 from rlver_jax.user.turn import Words, dialogue_key
+
+USER_SAY = "user_say_tokens"  # of a policy's message: what a user with a tokenizer of its own reads
 
 
 class _Batch:
@@ -103,12 +109,29 @@ class DeviceUser(_Batch):
     """The simulated users of one batch of dialogues; profiles are in tokens, in the order of their numbers."""
 
     def __init__(
-        self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, tokens: ProfileTokens
+        self,
+        agents: Agents,
+        limits: RolloutLimits,
+        batch: int,
+        rows: Sequence[Row],
+        seed: int,
+        tokens: ProfileTokens,
+        indices: Sequence[int] | None = None,
+        say_field: str = "say_tokens",
     ):
+        """Of rows in their slots.
+
+        Args:
+            indices: of the rows' profiles in `tokens`; None: by their numbers.
+            say_field: of the policy's messages, for the tokens that the user reads; another one where the policy has
+                tokens of its own.
+        """
         super().__init__(agents, limits, batch, rows, seed)
+        self._say_field = say_field
         numbers = [row.number for row in rows]
         count = tokens.count
-        profiles = tokens.batch([number % count for number in numbers], numbers, batch)
+        indices = [number % count for number in numbers] if indices is None else indices
+        profiles = tokens.batch(indices, numbers, batch)
         self._cache, self._reply = open_users(agents.user, agents.tables, profiles, self.key, limits, spec=agents.spec)
 
     async def begin(self, rows: Sequence[Row]) -> None:
@@ -124,7 +147,7 @@ class DeviceUser(_Batch):
         agents, spec, turn = self.agents, self.agents.spec, rows[0].turns - 1
         says = [self.encode(row.aloud[-1]) for row in rows]
         for row, tokens in zip(rows, says, strict=True):
-            row.messages[-1]["say_tokens"] = tokens  # what the user reads
+            row.messages[-1][self._say_field] = tokens  # what the user reads
         words = self.words(rows, says, spec.say_tokens)
         rows = self.fitting(rows, self._cache, self._room(words[0].shape[1]))
         if not rows:
@@ -149,3 +172,76 @@ class DeviceUser(_Batch):
         spec = self.agents.spec
         room = room_needed(self.agents.tables, spec, self.limits, self._reply[0].shape[1])[1]
         return int(room) + max(width - spec.policy_tokens, 0)
+
+
+class TextPolicy(_Batch):
+    """The policy of one batch of dialogues whose users give text; each row stands at a turn of its own.
+
+    A row's words do not depend on who speaks with it: rows are decoded together where the words that they hear are
+    equally wide once padded, and keep their slots. `log` holds all replies as the sampler's arrays.
+    """
+
+    def __init__(self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, widest: int):
+        """Of rows in their slots.
+
+        Args:
+            widest: tokens of the longest words that may be heard; a dialogue with longer ones ends for its context.
+        """
+        super().__init__(agents, limits, batch, rows, seed)
+        spec = agents.spec
+        self.widest = max(widest, self._width(0))
+        # A row that waits keeps its slots while others write words that are wider than it could hear.
+        slots = spec.context + self.widest - self._width(0)
+        with self._on_mesh():
+            self._cache = open_policy(agents.policy, agents.tables[0].system, batch=batch, context=slots)
+        self._say = np.zeros((batch, spec.say_tokens), np.int32), np.zeros(batch, np.int32)
+        self.log: PolicyTurn | None = None  # NumPy [T, B, …]; None: nobody has spoken yet
+
+    def speak(self, rows: Sequence[Row]) -> None:
+        """Adds a reply to each of the rows; one without room for it ends. Blocks; one call at a time."""
+        widths = collections.defaultdict(list)
+        for row in rows:
+            heard = self.encode(row.aloud[-1])
+            widths[self._width(len(heard))].append((row, heard))
+        with self._on_mesh():  # a thread has none of its own
+            for width in sorted(widths):
+                self._speak(width, dict(widths[width]))
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.agents.mesh is None else jax.set_mesh(self.agents.mesh)
+
+    def _width(self, tokens: int) -> int:
+        return max(self.agents.spec.user_tokens, round_up(max(tokens, 1), WIDTH_STEP))
+
+    def _speak(self, width: int, heard: dict[Row, list[int]]) -> None:
+        agents, spec = self.agents, self.agents.spec
+        if width > self.widest:
+            for row in heard:
+                row.end = END_REASONS[CONTEXT]
+            return
+        rows = self.fitting(list(heard), self._cache, room_needed(agents.tables, spec, self.limits, width)[0])
+        if not rows:
+            return
+        turns = np.zeros(self.batch, np.int32)
+        turns[[row.slot for row in rows]] = [row.turns for row in rows]
+        keys = jax.vmap(jax.random.fold_in)(self._row_keys, jnp.asarray(turns))
+        self._cache, reply = single_policy_turn(
+            agents.policy, agents.tables[0], self._cache, jax.tree.map(jnp.array, self._say),
+            self.words(rows, [heard[row] for row in rows], width), keys, self.limits, self.active(rows),
+            jnp.asarray(turns == 0), spec=spec,
+        )  # fmt: skip
+        self._keep(rows, jax.device_get(reply))
+
+    def _keep(self, rows: Sequence[Row], reply: PolicyTurn) -> None:
+        """Writes the rows' replies to their messages, and to the log."""
+        turns = self.agents.spec.max_turns
+        if self.log is None:
+            self.log = jax.tree.map(lambda x: np.zeros((turns, *x.shape), x.dtype), reply)
+        slots, at = [row.slot for row in rows], [row.turns for row in rows]
+        for kept, new in zip(jax.tree.leaves(self.log), jax.tree.leaves(reply), strict=True):
+            kept[at, slots] = new[slots]
+        for say, new in zip(self._say, (reply.say, reply.say_count), strict=True):
+            say[slots] = new[slots]
+        log = SingleTurn(policy=jax.tree.map(lambda x: x[None], reply))
+        for row in rows:
+            row.messages.append(policy_message(log, self.agents, 0, row.slot))

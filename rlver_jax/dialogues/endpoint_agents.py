@@ -111,13 +111,14 @@ class RemoteUserSide:
 
     async def begin(self, rows: Sequence[Row]) -> None:
         """The profile's first words, or the model's."""
-        await all_of(map(self._begin, rows))
+        await all_of(map(self.begin_one, rows))
 
     async def react(self, rows: Sequence[Row], *, may_reply: bool) -> None:
         """Appraisal and reply of each row."""
-        await all_of(self._react(row, may_reply) for row in rows)
+        await all_of(self.react_one(row, may_reply=may_reply) for row in rows)
 
-    async def _begin(self, row: Row) -> None:
+    async def begin_one(self, row: Row) -> None:
+        """`begin` for one row."""
         usage = row.usage.setdefault("user", Usage())
         first_talk = (row.profile.first_talk or "").strip()
         text = first_talk
@@ -129,7 +130,8 @@ class RemoteUserSide:
         opening = {"role": "user", "content": text, "tokens": None, "emotion": row.emotions[0]}
         row.messages.append(opening | {"generated": not first_talk})
 
-    async def _react(self, row: Row, may_reply: bool) -> None:
+    async def react_one(self, row: Row, *, may_reply: bool) -> None:
+        """`react` for one row."""
         index = RequestIndex(self.seed, row.number, row.turns)
         try:
             reaction = await self.user.react(

@@ -13,7 +13,7 @@ from rlver_jax.dialogues import verify_texts
 from rlver_jax.dialogues.log import known_fields
 from rlver_jax.dialogues.trajectory import emotion_faults, emotions_of, reactions
 from rlver_jax.dialogues.verify_ends import ContextLimits, EndCheck, GoodbyeMatcher
-from rlver_jax.dialogues.verify_set import Plan
+from rlver_jax.dialogues.verify_set import Plan, TrainingPlan
 from rlver_jax.dialogues.verify_settings import remote_faults
 from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.profiles.schema import Profile
@@ -101,7 +101,7 @@ class ConsistencyCheck:
         end_check = EndCheck(agents, plan.max_turns, plan.fields["max_turns"], GoodbyeMatcher(agents, remote), remote)
         width = plan.opening_width(agents.tokenizer) if len(remote) < 2 else 0
         widest = _widest(agents, records, remote)
-        limits = ContextLimits(agents, width, user_limits, remote, widest)
+        limits = ContextLimits(agents, width, user_limits, remote, widest, isinstance(plan, TrainingPlan))
         return cls(agents, plan, user_limits, temperature, end_check, limits)
 
     def errors(self, profile: Profile, record: Mapping[str, Any], reward: Reward, prefix: int) -> Iterator[str]:

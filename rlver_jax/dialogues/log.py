@@ -24,16 +24,15 @@ from rlver_jax.dialogues.lines import each_line
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import END_REASONS
-from rlver_jax.rollout.policy_turn import PolicyTurn
 from rlver_jax.rollout.rewards import reward as compute_reward
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.runs.files import json_line
 from rlver_jax.text.automaton import THINK_CLOSE
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.user.turn import UserTurn
 
 Record = dict[str, Any]  # of one dialogue, as on its line
 UNREADABLE = "unreadable"  # end reason: an endpoint's answer couldn't be read, however often it was asked for
+UNANSWERED = "unanswered"  # end reason in training: an endpoint gave no answer, so that nothing is learned from it
 ALL_END_REASONS = (*END_REASONS, UNREADABLE)
 
 # What a reaction holds by field of the two scripts.
@@ -91,8 +90,13 @@ class DialogueLogError(ValueError):
 class Turns(Protocol):
     """The part of `Dialogues` that is logged; arrays on the host, with [T, B] in front."""
 
-    policy: PolicyTurn
-    user: UserTurn
+    @property
+    def policy(self) -> Any:
+        """A `PolicyTurn`."""
+
+    @property
+    def user(self) -> Any:
+        """A `UserTurn`."""
 
 
 class _Generation(NamedTuple):
@@ -366,7 +370,7 @@ def record_faults(record: Any) -> Iterator[str]:
             f"turns is {record['turns']} with {len(record['emotions'])} emotions, "
             f"but its messages hold {replies} replies of the policy (and so {replies + 1} emotions)"
         )
-    if record["end_reason"] not in ALL_END_REASONS:
+    if record["end_reason"] not in (*ALL_END_REASONS, UNANSWERED):
         yield f"end_reason is {record['end_reason']!r}, expected one of {', '.join(ALL_END_REASONS)}"
 
 

@@ -27,6 +27,7 @@ class Row:
         messages: as in a log.
         emotions: the initial one first, then one after each reply of the policy.
         end: why it ended, or "" while it runs.
+        index: of its profile among all profiles; -1: not known.
         goodbye: whether the user's last reply takes leave.
         usage: of the agents behind an endpoint, by name.
     """
@@ -35,6 +36,7 @@ class Row:
     slot: int
     profile: Profile
     emotions: list[int]
+    index: int = -1
     messages: list[Record] = dataclasses.field(default_factory=list)
     end: str = ""
     goodbye: bool = False
@@ -89,20 +91,25 @@ async def play(rows: Sequence[Row], policy: Policy, user: User, *, rules: Emotio
         if not alive:
             return
         await policy.speak(alive)
-        spoke = [row for row in alive if row.turns > turn]
-        for row in spoke:
-            row.emotions.append(row.emotions[-1])
-            if row.messages[-1]["violation"]:
-                row.end = END_REASONS[FORMAT]
-        listening = [row for row in spoke if not row.end]
+        listening = heard_from(alive, turn)
         last = turn + 1 == max_turns
         if listening:
             await user.react(listening, may_reply=not last)
         for row in listening:
-            _conclude(row, rules, last=last)
+            conclude(row, rules, last=last)
 
 
-def _conclude(row: Row, rules: EmotionRules, *, last: bool) -> None:
+def heard_from(rows: Sequence[Row], turn: int) -> list[Row]:
+    """Of rows whose policy was asked to speak in turn `turn`, from 0: those whose user reacts; others have ended."""
+    spoke = [row for row in rows if row.turns > turn]
+    for row in spoke:
+        row.emotions.append(row.emotions[-1])
+        if row.messages[-1]["violation"]:
+            row.end = END_REASONS[FORMAT]
+    return [row for row in spoke if not row.end]
+
+
+def conclude(row: Row, rules: EmotionRules, *, last: bool) -> None:
     """Takes over the emotion of a reaction, and ends the dialogue where it must."""
     if row.messages[-1]["role"] == "assistant":  # no reaction came: the row has ended, its emotion stays
         return

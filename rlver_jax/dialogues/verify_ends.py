@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from rlver_jax.dialogues.log import UNREADABLE
+from rlver_jax.dialogues.log import UNANSWERED, UNREADABLE
 from rlver_jax.dialogues.trajectory import Message
 from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS, FORMAT, GOODBYE, RUNNING, end_reason
-from rlver_jax.rollout.profile_tokens import WIDTH_STEP
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP, widest_words
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutLimits
 from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.turn import UserLimits
 
-_OF_ENDPOINT = frozenset({UNREADABLE, END_REASONS[CONTEXT]})  # reasons that a log of endpoints does not show
+_OF_ENDPOINT = frozenset(
+    {UNREADABLE, UNANSWERED, END_REASONS[CONTEXT]}
+)  # reasons that a log of endpoints does not show
 Possible = Collection[bool]  # both where one dialogue does not decide it
 
 
@@ -53,6 +55,8 @@ class ContextLimits:
         opening: columns of the batch's first utterances.
         user_limits: tokens of a field, and of the reply.
         widest: the longest text that the model on the device can have prefilled at once, in tokens.
+        training: whether a turn's room depends on its own words alone, of which the policy hears no more than
+            `widest_words`.
     """
 
     agents: Agents
@@ -60,6 +64,7 @@ class ContextLimits:
     user_limits: tuple[int, int]
     endpoints: Collection[str] = ()
     widest: int = 0
+    training: bool = False
 
     def of(self, record: Mapping[str, Any], prefix: int) -> "ContextLengths":
         """The lengths of one dialogue; `prefix`: tokens in the user's context before the opening."""
@@ -93,8 +98,16 @@ class ContextLengths:
         if POLICY in limits.endpoints:  # a user on the device is checked after the policy's reply
             return {True}
         own = max(limits.agents.spec.user_tokens, round_up(len(self._user_tokens(turn)), WIDTH_STEP))
+        if limits.training:
+            return {self._alone_fits(turn, max(own, WIDTH_STEP))}
         needed = (limits.needed(width)[0] for width in (own, max(own, round_up(limits.widest, WIDTH_STEP))))
         return {self._policy_length(turn) + room <= limits.agents.spec.context for room in needed}
+
+    def _alone_fits(self, turn: int, width: int) -> bool:
+        """As `device_agents.TextPolicy` decides, whoever else is heard."""
+        spec = self.limits.agents.spec
+        heard = width <= max(widest_words(spec, self.limits.opening), spec.user_tokens)
+        return heard and self._policy_length(turn) + self.limits.needed(width)[0] <= spec.context
 
     def user_fits(self, turn: int) -> Possible:
         """Whether the reply of a policy behind an endpoint in turn `turn` fits in the user's context on the device."""

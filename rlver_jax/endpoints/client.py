@@ -25,12 +25,13 @@ from rlver_jax.config.credentials import Secret, Secrets, basic, guarded, key_fa
 from rlver_jax.endpoints.answer_cache import AnswerCache, request_key
 from rlver_jax.endpoints.body import CODINGS, LONGEST, BodyFault, read_body
 from rlver_jax.endpoints.completion import Answer, NoCompletion, answer_of, clean, completion_of, parsed
-from rlver_jax.endpoints.errors import ContextFull, EndpointError, Unavailable
+from rlver_jax.endpoints.errors import ContextFull, EndpointError, Refused, Unavailable
 from rlver_jax.endpoints.proxy import Proxy, proxy_of
 from rlver_jax.endpoints.rate_limits import pause_of
 
 Message = Mapping[str, str]  # role and content
 _PASSING = frozenset({408, 409, 425, 429})  # beside 5xx
+_OF_CONTENT = frozenset({400, 413, 422, 451})  # may be meant for one request alone
 _FULL = ("context_length_exceeded", "context length", "maximum context", "context window", "too many tokens")
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the endpoint asks for more
 _TOLD = 300  # characters of a body, in a message
@@ -133,6 +134,7 @@ class Client:
         Raises:
             ContextFull: the messages are too long for the model.
             Unavailable: no answer before the deadline.
+            Refused: this request is refused; another one may not be.
             EndpointError: a refusal that no other attempt would change.
         """
         body: dict[str, Any] = {
@@ -245,7 +247,8 @@ class Client:
         if status in (400, 413, 422) and any(word in text.lower() for word in _FULL):
             return ContextFull(f"{self._shown}: {reason}")
         through = f" (asked through {self._proxy}: if that refuses, {self._proxy.remedy})" if self._proxy else ""
-        return EndpointError(f"{self._shown}: {reason}{through}; {_remedy(status)}")
+        kind = Refused if status in _OF_CONTENT else EndpointError
+        return kind(f"{self._shown}: {reason}{through}; {_remedy(status)}")
 
     def _not_answered(self, error: Exception) -> Exception:
         """What to raise of an attempt that brought no response."""

@@ -11,3 +11,7 @@ class ContextFull(EndpointError):
 
 class Unavailable(EndpointError):
     """No answer before the deadline; the same request may be answered later."""
+
+
+class Refused(EndpointError):
+    """This one request is refused, as by a filter of contents; others may be answered."""

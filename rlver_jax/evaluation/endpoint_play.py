@@ -1,4 +1,7 @@
-"""Evaluations in which the policy, the user, or both are behind an OpenAI-compatible endpoint."""
+"""Evaluations in which text passes between policy and user.
+
+One of them, or both, are behind an OpenAI-compatible endpoint, or both are on the device with two tokenizers.
+"""
 
 import dataclasses
 import functools
@@ -16,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.credentials import Secret, key_fault
 from rlver_jax.config.validate import ConfigError, endpoint_sides, reward_settings
-from rlver_jax.dialogues.device_agents import DevicePolicy, DeviceUser
+from rlver_jax.dialogues.device_agents import USER_SAY, DevicePolicy, DeviceUser
 from rlver_jax.dialogues.endpoint_agents import RemotePolicy, RemoteUserSide
 from rlver_jax.dialogues.log import Record, generated_tokens
 from rlver_jax.dialogues.turn_by_turn import Policy, Row, User, play, record_of
@@ -84,7 +87,8 @@ class RemoteEvaluation:
         rows = [Row(n, slot, self.profiles[n % count], [start]) for slot, n in enumerate(numbers)]
         policy, user = (make(rows) for make in self.agents)
         await play(rows, policy, user, rules=self.rules, max_turns=self.config.eval.max_turns)  # type: ignore[arg-type]
-        return [record_of(row, reward=self._reward(row), **self.common) for row in rows]
+        records = [record_of(row, reward=self._reward(row), **self.common) for row in rows]
+        return [{name: x for name, x in one.items() if name != "remote" or self.clients} for one in records]
 
     def _reward(self, row: Row) -> float:
         result = reward(
@@ -99,7 +103,7 @@ class RemoteEvaluation:
         return {name: sum(getattr(client.traffic, name) for client in self.clients.values()) for name in _TRAFFIC}
 
     def _costs(self, records: Sequence[Record], began: float, before: dict[str, int]) -> dict[str, float]:
-        used = [side for record in records for side in record["remote"].values()]
+        used = [side for record in records for side in record.get("remote", {}).values()]
         return {
             "generated": sum(map(generated_tokens, records)) + sum(side["completion_tokens"] for side in used),
             "prefilled": sum(side["prompt_tokens"] for side in used),
@@ -113,7 +117,8 @@ class RemoteEvaluation:
     def scores(self, records: Sequence[Record]) -> dict[str, Any]:
         """`evaluation.scores`, the gold judge's, and the requests to each endpoint: `remote`."""
         gold = {"rule_score": self.gold(records, self.profiles)} if self.gold else {}
-        return scores(records) | gold | {"remote": {name: self._usage(name, records) for name in self.clients}}
+        used = {name: self._usage(name, records) for name in self.clients}
+        return scores(records) | gold | ({"remote": used} if used else {})
 
     def _usage(self, side: str, records: Sequence[Record]) -> dict[str, Any]:
         """Counts and cost of all answers that make up the dialogues, those from the cache included."""
@@ -128,7 +133,7 @@ def load(
     policy_weights: Weights | None = None,
     gold: Gold | None = None,
 ) -> RemoteEvaluation:
-    """Opens the endpoints, and loads the model that is on the device, if one is.
+    """Opens the endpoints, and loads the models that are on the device, if any are.
 
     Args:
         folder: of the evaluation; holds the answers unless remote.cache names another file.
@@ -139,12 +144,14 @@ def load(
     """
     remote = endpoint_sides(config)
     endpoints = {side: endpoint_of(config, side) for side in remote}
-    answers = AnswerCache(config.remote.cache or folder / ANSWERS)
+    answers = AnswerCache(config.remote.cache or folder / ANSWERS) if remote else AnswerCache(None)
     clients = {side: Client(endpoint, answers) for side, endpoint in endpoints.items()}
     batch = min(config.eval.batch, len(profiles))
     device: dict[str, Any] = {}
-    if len(remote) < 2:
-        batch, device = _device_side(config, profiles, "user" if "policy" in remote else "policy", policy_weights)
+    for side in ("policy", "user"):
+        if side not in remote:
+            batch, make = _device_side(config, profiles, side, policy_weights, alone=bool(remote))
+            device[side] = make
     agents = tuple(device.get(side) or _remote_side(config, side, clients[side]) for side in ("policy", "user"))
     return RemoteEvaluation(
         config, profiles, agents, clients,  # type: ignore[arg-type]
@@ -188,9 +195,13 @@ def prices_of(config: ConfigDict, side: str) -> tuple[float, float]:
     return float(config.remote[side].price_in), float(config.remote[side].price_out)
 
 
-def remote_user(config: ConfigDict, client: Client) -> RemoteUser:
-    """The simulated user of a config, behind the endpoint that `client` asks."""
-    user, rules = config.user, emotion_rules(config, config.eval.initial_emotion)
+def remote_user(config: ConfigDict, client: Client, initial: int | None = None) -> RemoteUser:
+    """The simulated user of a config, behind the endpoint that `client` asks.
+
+    Args:
+        initial: emotion; None: that of evaluations.
+    """
+    user, rules = config.user, emotion_rules(config, config.eval.initial_emotion if initial is None else initial)
     prompts = load_prompts(config.data.language, user.prompts or None)
     return RemoteUser(
         client, prompts, rules, user.style, user.scenario, user.field_tokens, user.reply_tokens,
@@ -214,9 +225,13 @@ def _remote_side(config: ConfigDict, side: str, client: Client) -> PolicyOf | Us
 
 
 def _device_side(
-    config: ConfigDict, profiles: Sequence[Profile], side: str, policy_weights: Weights | None
-) -> tuple[int, dict[str, Any]]:
-    """(rows of a batch, {side: what makes it for a batch}). The model stands in for the other side, which is unused."""
+    config: ConfigDict, profiles: Sequence[Profile], side: str, policy_weights: Weights | None, *, alone: bool
+) -> tuple[int, Any]:
+    """(rows of a batch, what makes the side for a batch). The model stands in for the other side, which is unused.
+
+    Args:
+        alone: whether the other side is behind an endpoint, so that a log holds this side's tokens alone.
+    """
     check_context(config, side)
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     rows = batch_parts(mesh)
@@ -229,10 +244,8 @@ def _device_side(
     limits = agents.check_limits(limits_of(config, spec, config.eval.temperature))
     seed = config.eval.seed
     if side == "user":
-        tokens = agents.tokens(profiles)
-        return batch, {
-            side: lambda rows: DeviceUser(agents, limits, batch, rows, seed, tokens),
-        }
+        tokens, field = agents.tokens(profiles), "say_tokens" if alone else USER_SAY
+        return batch, lambda rows: DeviceUser(agents, limits, batch, rows, seed, tokens, say_field=field)
     system = int(agents.tables[0].system.shape[0])
     room = int(room_needed(agents.tables, spec, limits, WIDTH_STEP)[0])
     if system + room > spec.context:
@@ -240,4 +253,4 @@ def _device_side(
             f"the policy's system prompt takes {system} tokens and a turn may take {room} more, but rollout.context is "
             f"{spec.context}; raise it to {system + room} for one turn at least"
         )
-    return batch, {side: functools.partial(DevicePolicy, agents, limits, batch, seed=seed)}
+    return batch, functools.partial(DevicePolicy, agents, limits, batch, seed=seed)

@@ -7,6 +7,7 @@ A new estimator is a function and an entry of `ESTIMATORS`, at the end; nothing 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -135,15 +136,25 @@ def gae(
     return Advantages(advantage, advantage + values)
 
 
-def group_advantages(reward: Num[Array, " B"], group: int, *, scale: bool, eps: float = 1e-6) -> Float[Array, " B"]:
+def group_advantages(
+    reward: Num[Array, " B"],
+    group: int,
+    *,
+    scale: bool,
+    eps: float = 1e-6,
+    counted: Bool[Array, " B"] | None = None,
+) -> Float[Array, " B"]:
     """GRPO (arXiv 2402.03300): (R - mean) / (std + eps) over the group; scale=False, Dr. GRPO (2503.20783): R - mean.
 
-    std is the sample one (ddof 1), as verl and TRL compute it. Groups of equal rewards give exactly 0. Raises
-    ValueError for a group of one, or one that doesn't divide B.
+    std is the sample one (ddof 1), as verl and TRL compute it. Groups of equal rewards give exactly 0, as do
+    dialogues that are not `counted`, and one that is left alone. Raises ValueError for a group of one, or one that
+    doesn't divide B.
     """
-    deviation = _deviation(reward, _of_many(group, "group_advantages"))
+    deviation = _deviation(reward, _of_many(group, "group_advantages"), counted)
     if scale:
-        std = jnp.sqrt((deviation**2).sum(1, keepdims=True) / (group - 1))
+        squares = (deviation**2).sum(1, keepdims=True)
+        of_some = lambda there: squares / _others(there)  # noqa: E731
+        std = jnp.sqrt(_if_whole(squares / (group - 1), of_some, group, counted))
         deviation = deviation / (std + eps)
     return deviation.reshape(-1)
 
@@ -193,22 +204,33 @@ def turns_played(turns: int, turn: Int[Array, "B L"], mask: Bool[Array, "B L"]) 
     return (jax.nn.one_hot(turn, turns, dtype=jnp.bool_) & mask[:, :, None]).any(1)
 
 
-def rloo(reward: Num[Array, " B"], group: int) -> Float[Array, " B"]:
-    """RLOO (arXiv 2402.14740): R minus the mean of the group's others. Raises ValueError as `group_advantages` does."""
+def rloo(reward: Num[Array, " B"], group: int, counted: Bool[Array, " B"] | None = None) -> Float[Array, " B"]:
+    """RLOO (arXiv 2402.14740): R minus the mean of the group's others; `counted` as in `group_advantages`.
+
+    Raises ValueError as `group_advantages` does.
+    """
     # R - (sum - R) / (n - 1) = (R - mean) n / (n - 1)
-    return _deviation(reward, _of_many(group, "rloo")).reshape(-1) * (group / (group - 1))
+    deviation = _deviation(reward, _of_many(group, "rloo"), counted)
+    of_some = lambda there: deviation * (there.sum(1, keepdims=True) / _others(there))  # noqa: E731
+    return _if_whole(deviation * (group / (group - 1)), of_some, group, counted).reshape(-1)
 
 
 def reinforce_pp(
-    reward: Num[Array, " B"], mask: Bool[Array, "B L"], group: int, *, eps: float = 1e-8
+    reward: Num[Array, " B"],
+    mask: Bool[Array, "B L"],
+    group: int,
+    *,
+    eps: float = 1e-8,
+    counted: Bool[Array, " B"] | None = None,
 ) -> Float[Array, "B L"]:
     """REINFORCE++ (arXiv 2501.03262): R, less the group's mean if group > 1, normalized over all action tokens.
 
     Each dialogue's number stands at all its actions; mean and (population) std are taken over the actions
-    of the whole batch, so longer dialogues weigh more in both. Raises ValueError if group doesn't divide B.
+    of the whole batch, so longer dialogues weigh more in both. Dialogues that are not `counted` have no actions and
+    count in no group. Raises ValueError if group doesn't divide B.
     """
     if group != 1:
-        reward = _deviation(reward, group).reshape(-1)
+        reward = _deviation(reward, group, counted).reshape(-1)
     return whiten(broadcast(reward, mask), mask, eps)
 
 
@@ -232,15 +254,40 @@ def _of_many(group: int, who: str) -> int:
     return group
 
 
-def _deviation(reward: Num[Array, " B"], group: int) -> Float[Array, "G n"]:
-    """R - mean of its group, exactly 0 where all of a group are equal (up to rounding)."""
+def _deviation(reward: Num[Array, " B"], group: int, counted: Bool[Array, " B"] | None = None) -> Float[Array, "G n"]:
+    """R - mean of its group, exactly 0 where all of a group are equal (up to rounding), and for what isn't counted."""
     if reward.ndim != 1 or group < 1 or reward.shape[0] % group:
         raise ValueError(f"rewards {reward.shape} can't be cut into groups of {group}: give [B], B a multiple of it")
     rewards = reward.astype(jnp.promote_types(reward.dtype, jnp.float32)).reshape(-1, group)
     spread = jnp.ptp(rewards, axis=1, keepdims=True)
     size = jnp.abs(rewards).max(axis=1, keepdims=True)
     equal = spread <= _SAME * jnp.maximum(size, 1.0)
-    return jnp.where(equal, 0.0, rewards - rewards.mean(axis=1, keepdims=True))
+    whole = jnp.where(equal, 0.0, rewards - rewards.mean(axis=1, keepdims=True))
+    return _if_whole(whole, functools.partial(_deviation_of_some, rewards), group, counted)
+
+
+def _deviation_of_some(rewards: Float[Array, "G n"], there: Bool[Array, "G n"]) -> Float[Array, "G n"]:
+    known = zero_outside(rewards, there)
+    spread = jnp.where(there, rewards, -jnp.inf).max(1, keepdims=True)
+    spread -= jnp.where(there, rewards, jnp.inf).min(1, keepdims=True)  # -inf where none is there
+    equal = spread <= _SAME * jnp.maximum(jnp.abs(known).max(1, keepdims=True), 1.0)
+    mean = known.sum(1, keepdims=True) / jnp.maximum(there.sum(1, keepdims=True), 1)
+    return zero_outside(jnp.where(equal, 0.0, rewards - mean), there)
+
+
+def _others(there: Bool[Array, "G n"]) -> Int[Array, "G 1"]:
+    """How many others each of a group is compared with; 1 where there are none."""
+    return jnp.maximum(there.sum(1, keepdims=True) - 1, 1)
+
+
+def _if_whole(
+    whole: Float[Array, "G _"], of_some: Callable, group: int, counted: Bool[Array, " B"] | None
+) -> Float[Array, "G _"]:
+    """`whole` for groups of which all are counted, to the bit; for the others `of_some` of who is ([G, n])."""
+    if counted is None:
+        return whole
+    there = counted.reshape(-1, group)
+    return jnp.where(there.all(1, keepdims=True), whole, of_some(there))
 
 
 def _gae(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
@@ -263,15 +310,18 @@ def _grpo(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
             rewards.turns, played, config.group, discount=config.turn_discount, scale=config.scale
         )
         return Advantages(at_turns(by_turn, turn, mask), None)
-    return Advantages(broadcast(group_advantages(rewards.reward, config.group, scale=config.scale), mask), None)
+    by_dialogue = group_advantages(rewards.reward, config.group, scale=config.scale, counted=rewards.counted)
+    return Advantages(broadcast(by_dialogue, mask), None)
 
 
 def _rloo(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
-    return Advantages(broadcast(rloo(inputs.rewards.reward, config.group), inputs.mask), None)
+    rewards = inputs.rewards
+    return Advantages(broadcast(rloo(rewards.reward, config.group, rewards.counted), inputs.mask), None)
 
 
 def _reinforce_pp(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:
-    return Advantages(reinforce_pp(inputs.rewards.reward, inputs.mask, config.group), None)
+    rewards = inputs.rewards
+    return Advantages(reinforce_pp(rewards.reward, inputs.mask, config.group, counted=rewards.counted), None)
 
 
 ESTIMATORS: dict[str, Estimator] = {

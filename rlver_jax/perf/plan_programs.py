@@ -27,7 +27,7 @@ from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
-from rlver_jax.training.loop import pack_program, row_sharding
+from rlver_jax.training.programs import pack_program, row_sharding
 from rlver_jax.training.setup import Weights, build_learning, dialogues_an_update, rollout_spec, updates_at_most
 
 

@@ -52,6 +52,18 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
         )
 
 
+def tokenizers_differ(config: ConfigDict) -> bool:
+    """Whether policy and user on the device have two tokenizers, so that they can exchange text alone.
+
+    Raises:
+        ValueError, OSError: a folder holds no tokenizer that can be used.
+    """
+    paths = [config[name].path for name in ("policy", "user")]
+    if not all(paths) or paths[0] == paths[1]:  # where none is named the loader says so
+        return False
+    return difference(*map(load_tokenizer, paths)) is not None
+
+
 def make_model(config: ConfigDict, name: str, architecture: Qwen2Config | None = None) -> Qwen2:
     """The module of `config.policy`, `config.user` or `config.critic`, without weights, as it plays.
 

@@ -19,9 +19,11 @@ from rlver_jax.parallel.distributed import rows_on
 from rlver_jax.profiles.indexed import IndexedProfiles
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.sampler import Profiles
+from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.text.padding import pad_rows, round_up
 
 WIDTH_STEP = 128  # widths are multiples of it, so that other profiles rarely mean another compilation
+WIDEST = 4  # times the longest reply or field of a user: words of a user by text that a policy hears
 KEPT = 4096  # profiles that stay in tokens; some 10 kB each
 _log = logging.getLogger(__name__)
 
@@ -140,3 +142,12 @@ def _kept_widths(key: str, count: int, lengths: Iterable[tuple[int, ...]]) -> Wi
             own.write_text(json.dumps(widths._asdict()), encoding="utf-8")
             own.replace(file)
     return widths
+
+
+def widest_words(spec: RolloutConfig, first_words: int) -> int:
+    """Tokens, of the policy, of the longest words that it hears from a user who answers by text.
+
+    Args:
+        first_words: tokens of the longest first words of a profile.
+    """
+    return round_up(max(WIDEST * spec.user_tokens, first_words, 1), WIDTH_STEP)

@@ -29,10 +29,15 @@ _TENTHS = np.asarray(np.arange(-100, 101) / 10, np.float32)
 
 @struct.dataclass
 class Rewards:
-    """reward: [B] float32, one number a dialogue; turns: [B, T] float32, by turn, 0 after the last."""
+    """reward: [B] float32, one number a dialogue; turns: [B, T] float32, by turn, 0 after the last.
+
+    counted: [B] bool, whether a dialogue is learned from: where False it has no actions, and no statistics of its group
+    or its batch know of it. None: all are.
+    """
 
     reward: Float[Array, " B"]
     turns: Float[Array, "B T"]
+    counted: Bool[Array, " B"] | None = None
 
 
 def final(emotions: Int[Array, "B T+1"], n_turns: Int[Array, " B"], violation: Bool[Array, " B"]) -> Rewards:

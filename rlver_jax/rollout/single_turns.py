@@ -56,7 +56,7 @@ def open_cache(lm: LM, tokens: Int[Array, "B L"], count: Int[Array, "B"], *, cap
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
 def single_policy_turn(
     lm: LM, tables: PolicyTables, cache: Cache, last_say: Words, heard: Words, keys: Key[Array, "B"],
-    limits: RolloutLimits, active: Bool[Array, "B"], first: Bool[Array, ""], *, spec: RolloutConfig,
+    limits: RolloutLimits, active: Bool[Array, "B"], first: Bool[Array, "*B"], *, spec: RolloutConfig,
 ) -> tuple[Cache, PolicyTurn]:  # fmt: skip
     """See `policy_turn`."""
     return policy_turn(lm, tables, cache, last_say, heard, keys, spec=spec, limits=limits, active=active, first=first)

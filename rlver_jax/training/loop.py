@@ -2,16 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -19,61 +19,32 @@ from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import flatten, reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import dialogue_records, write_dialogues
+from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.evaluation.play import Evaluation
-from rlver_jax.learning.sequences import build_sequences, row_lengths
-from rlver_jax.learning.train_step import TrainState, minibatch_order
+from rlver_jax.learning.train_step import TrainState
 from rlver_jax.parallel import distributed
-from rlver_jax.parallel.rules import mesh_axes
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.rollout.agents import Agents, sampling_copy
-from rlver_jax.rollout.policy_turn import PolicyTables
-from rlver_jax.rollout.rewards import Rewards, reward
+from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.rollout_metrics import rollout_metrics
 from rlver_jax.rollout.sampler import Dialogues
-from rlver_jax.rollout.spec import RolloutConfig, check_context
+from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.runs.settings import without_secrets
 from rlver_jax.training.alarms import CollapseError, check
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.metrics import MetricsWriter
+from rlver_jax.training.overlap import Overlap
+from rlver_jax.training.programs import order_program, pack_program, score_program
 from rlver_jax.training.progress import TrainingProgress
 from rlver_jax.training.setup import Run, build_run, check_learning, folders_of, models_of
+from rlver_jax.training.stops import Spending, StoppedError
+from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollout, counted_rows
+from rlver_jax.training.text_users import check_users, open_text_rollout
 from rlver_jax.training.workdir import Contents, RunFolder
-
-
-def score(
-    dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig, settings: tuple
-) -> tuple[Rewards, Int[Array, " B"], Int[Array, " B"]]:
-    """Rewards of a batch, tokens of its packed dialogues, their turns; `settings`: the items of `reward_settings`."""
-    rewards = reward(
-        emotions=dialogues.emotions, n_turns=dialogues.turns, violation=dialogues.violation, **dict(settings)
-    )
-    return rewards, row_lengths(dialogues, tables, spec), dialogues.turns
-
-
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Of rows on the training mesh, onto which the outputs of the sampling mesh are resharded."""
-    return NamedSharding(mesh, PartitionSpec(mesh_axes("batch")))
-
-
-def score_program(mesh: Mesh) -> Any:
-    """`score`, jitted: rewards on the training mesh, lengths and turns whole on each of its devices."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    shardings = (row_sharding(mesh), whole, whole)
-    return jax.jit(score, static_argnames=("spec", "settings"), out_shardings=shardings)
-
-
-def pack_program(mesh: Mesh) -> Any:
-    """`learning.sequences.build_sequences`, jitted for rows on the training mesh."""
-    return jax.jit(build_sequences, static_argnums=(2, 4), out_shardings=row_sharding(mesh))
-
-
-def order_program(mesh: Mesh) -> Any:
-    """`learning.train_step.minibatch_order`, jitted."""
-    return jax.jit(minibatch_order, static_argnums=(0, 3), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @dataclasses.dataclass
@@ -88,15 +59,29 @@ class Step:
     metrics: dict[str, Array]
     times: dict[str, float]
     learning_since: float
+    text: TextBatch | None  # where users answer by text
+    spent: float  # on requests, this step's included
     evaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
     """One run in its folder: `train` is the loop, the other methods are its steps."""
 
-    def __init__(self, config: ConfigDict, folder: RunFolder, run: Run, held_out: Evaluation | None, console: Console):
+    def __init__(
+        self,
+        config: ConfigDict,
+        folder: RunFolder,
+        run: Run,
+        held_out: Evaluation | TextEvaluation | None,
+        console: Console,
+        text: TextRollout | None = None,
+    ):
+        """`text`: plays the dialogues of a run whose users answer by text."""
         self.config, self.folder, self.run, self.console = config, folder, run, console
         self.held_out = held_out
+        self.text = text
+        self.overlap = Overlap(text) if text and config.rollout.overlap else None
+        self.spending = Spending(config.remote.budget)
         models = (run.agents.policy.model, run.agents.user.model)
         self.copy_policy, self.copy_user = (sampling_copy(model, run.agents.mesh) for model in models)
         self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
@@ -116,41 +101,46 @@ class Trainer:
 
         Raises:
             CollapseError: an alarm; what was saved before stays.
+            StoppedError: requests have cost what they may, or users stay away; the state is saved.
         """
         # 1. Newest whole checkpoint, if there is one  2. the reader's position  3. metrics and dialogues up to there
         state, done = self.resume(state)
         steps = self.config.train.steps
-        with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints):
+        ahead = contextlib.closing(self.overlap) if self.overlap else contextlib.nullcontext()
+        with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints), ahead:
             if not done:
-                self.evaluate_untrained(state)
+                with self.saved_on_failure(state, done):
+                    self.evaluate_untrained(state)
             stopped = stop(done)
             while done < steps and not stopped:
+                self.spending.check(done)
+                with self.saved_on_failure(state, done):
+                    state = self.step(state, done + 1)
                 done += 1
-                state = self.step(state, done)
-                stopped = stop(done)
+                stopped = stop(done) or self.spending.used_up
                 due = self.config.eval.every and done % self.config.eval.every == 0
                 if due and self.pending:
-                    self.pending.evaluated = self.evaluate(state)
+                    with self.saved_on_failure(state, done):
+                        self.pending.evaluated = self.evaluate(state)
                 if due or done == steps or stopped or done % self.config.checkpoint.every == 0:
                     self.save(state, done)
         if done >= steps and distributed.is_main():
             self.folder.mark_finished(done)
+        elif done < steps:
+            self.spending.check(done)
         return done
 
     def step(self, state: TrainState, number: int) -> TrainState:
         """Plays a batch of dialogues with the policy as it is, and learns from it."""
         run, started = self.run, time.monotonic()
-        batch = run.reader.next_batch()
-        size = self.config.rollout.batch
-        ids = [(number - 1) * size + i for i in range(size)]
-        profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.agents.mesh)
-        tables, spec = run.agents.tables[0], run.agents.spec
+        size, tables, spec = self.config.rollout.batch, run.agents.tables[0], run.agents.spec
+        batch, ids, dialogues, text = self.play(state, number)
+        dispatched = time.monotonic()
         with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
-            # The sampler's copies of both models are let go before the update, which has no room for them.
-            dialogues = self.agents(state).play(profiles, self.key, run.limits)
-            dispatched = time.monotonic()
             rewards, lengths, turns = self.score(dialogues, tables, spec, self.reward_settings)
         rewards = self.judge(dialogues, rewards, batch)
+        if text:
+            rewards = dataclasses.replace(rewards, counted=jax.device_put(text.counted, rewards.reward.sharding))
         self.finish()  # the step before, while this one is being played
         updates = self.order(run.setup.update, self.key, state.step, size)
         length, plan = run.plan_rows(*jax.device_get((lengths, updates, turns)))
@@ -162,16 +152,64 @@ class Trainer:
             state, metrics = run.learn(state, packed, rewards, run.grammar, self.key, run.reference, plan)
         times = {"time/rollout_s": played - began, "time/dispatch_s": dispatched - started}
         metrics["tokens/padded"] = jnp.float32(run.padded_tokens(length, plan))
-        self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played)
+        self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played, text, self.spending.total)
         return state
+
+    def play(self, state: TrainState, number: int) -> tuple[Batch, list[int], Dialogues, TextBatch | None]:
+        """Plays a step's batch: profiles, dialogues' numbers and dialogues, and what was said where users give text."""
+        run = self.run
+        if self.text is None:
+            batch, ids = self.next_batch(number)
+            profiles = run.tokens.batch([index for index, _ in batch], ids, mesh=run.agents.mesh)
+            # The sampler's copies of both models are let go before the update, which has no room for them.
+            with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
+                return batch, ids, self.agents(state).play(profiles, self.key, run.limits), None
+        ahead = self.overlap.take() if self.overlap else None
+        batch, ids = (ahead.batch, ahead.ids) if ahead else self.next_batch(number)
+        text = ahead.playing.result() if ahead else self.text.play(self.agents(state).policy, batch, ids)
+        self.spending.add(text.cost)
+        if self.overlap and not self.due(number) and not self.spending.used_up:
+            before = run.reader.state()
+            self.overlap.begin(self.agents(state).policy, *self.next_batch(number + 1), before)
+        return batch, ids, run.agents.replicate(text.dialogues), text
+
+    def next_batch(self, number: int) -> tuple[Batch, list[int]]:
+        """The profiles of a step, and its dialogues' numbers."""
+        size = self.config.rollout.batch
+        return self.run.reader.next_batch(), [(number - 1) * size + i for i in range(size)]
+
+    def due(self, done: int) -> bool:
+        """Whether the state is evaluated or saved after this step, whatever happens."""
+        every = (self.config.eval.every, self.config.checkpoint.every, self.config.train.steps)
+        return any(n and done % n == 0 for n in every)
+
+    def reader_state(self) -> dict[str, int]:
+        """Of the reader after the steps that are done: what is played ahead will be read again."""
+        ahead = self.overlap.ahead if self.overlap else None
+        return dict(ahead.reader) if ahead else self.run.reader.state()
+
+    @contextlib.contextmanager
+    def saved_on_failure(self, state: TrainState, done: int) -> Iterator[None]:
+        """Saves what there is when users stay away from a step or an evaluation; the same command resumes with it."""
+        reader = self.reader_state()
+        try:
+            yield
+        except (EndpointError, StoppedError) as error:
+            self.run.reader.restore(reader)
+            self.finish()
+            if done and done not in self.checkpoints.steps():
+                self.save(state, done)
+            raise StoppedError(f"after step {done}: {error}") from error
 
     def judge(self, dialogues: Dialogues, rewards: Rewards, batch: Batch) -> Rewards:
         """What the policy learns from: the user's own rewards. Experiments override it."""
         return rewards
 
     def agents(self, state: TrainState) -> Agents:
-        """The run's agents with the policy of this state, both ready to play."""
+        """The run's agents with the policy of this state, both ready to play; users by text have no model here."""
         policy, user = self.run.agents.policy.model, self.run.agents.user
+        if self.text is not None:
+            return dataclasses.replace(self.run.agents, policy=LM(self.copy_policy(state.params["policy"]), policy))
         return dataclasses.replace(
             self.run.agents,
             policy=LM(self.copy_policy(state.params["policy"]), policy),
@@ -185,8 +223,7 @@ class Trainer:
         step, self.pending = self.pending, None
         metrics, dialogues, rewards = distributed.fetch((step.metrics, step.dialogues, step.rewards))
         self.last_finished = time.monotonic()
-        agents = self.run.agents
-        row = rollout_metrics(dialogues, rewards.reward, agents.tokenizer, agents.spec.rules.max_change)
+        row = self.rollout_metrics(step, dialogues, rewards.reward)
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
         row["time/update_s"] = self.last_finished - step.learning_since - row.get("time/eval_s", 0.0)
         row["tokens/padding"] = 1 - row["tokens/packed"] / row["tokens/padded"]
@@ -199,6 +236,16 @@ class Trainer:
         if problem:
             raise CollapseError(f"{problem}. The dialogues are in {self.folder.dialogues(step.number)}")
 
+    def rollout_metrics(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> dict[str, float]:
+        """Metrics of a step's dialogues; those that are left out count in none but their own."""
+        agents, text = self.run.agents, step.text
+        settings = {"tokenizer": agents.tokenizer, "max_change": agents.spec.rules.max_change}
+        if text is None:
+            return rollout_metrics(dialogues, rewards, **settings)
+        counted = text.counted
+        row = rollout_metrics(counted_rows(dialogues, counted), rewards[counted], **settings)
+        return text.metrics(row) | {"remote/cost_total": step.spent}
+
     def write(self, step: int, row: dict[str, float]) -> None:
         """Appends a step's row to the metrics."""
         if self.writer is not None:
@@ -209,7 +256,10 @@ class Trainer:
         """Writes all dialogues of a step, so that `verify` can recompute them."""
         profiles = [profile for _, profile in step.batch]
         seed = self.config.train.seed
-        records = dialogue_records(dialogues, self.run.agents, profiles, step.ids, seed=seed, rewards=rewards)
+        if self.text is not None and step.text is not None:
+            records = self.text.records(step.text, rewards)
+        else:
+            records = dialogue_records(dialogues, self.run.agents, profiles, step.ids, seed=seed, rewards=rewards)
         self.folder.check()
         write_dialogues(self.folder.dialogues(step.number), records)
 
@@ -219,6 +269,7 @@ class Trainer:
         jax.block_until_ready(state)  # an update that is under way counts as such
         began = time.monotonic()
         metrics = self.held_out.metrics(self.agents(state))
+        self.spending.add(metrics.get("eval/cost", 0.0))
         return metrics | {"time/eval_s": time.monotonic() - began}
 
     def evaluate_untrained(self, state: TrainState) -> None:
@@ -234,7 +285,8 @@ class Trainer:
         scored = self.pending.evaluated.get("eval/score") if self.pending else None
         self.finish()
         distributed.all_or_none(self.folder.check)
-        self.checkpoints.save(done, state, {"reader": self.run.reader.state()}, scored)
+        spent = {"spent": self.spending.total} if self.text is not None else {}
+        self.checkpoints.save(done, state, {"reader": self.reader_state()} | spent, scored)
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or this one; and its number of steps."""
@@ -249,6 +301,7 @@ class Trainer:
                     self.notify("no checkpoint is there to resume from: begins again at step 1, and so do the metrics")
             return state, 0
         self.run.reader.restore(restored.extra["reader"])
+        self.spending.total = restored.extra.get("spent", 0.0)
         if distributed.is_main():
             self.folder.drop_after(restored.step)
         self.notify(f"resuming after step {restored.step} of {self.config.train.steps}")
@@ -306,6 +359,7 @@ def train(
         CollapseError: a metric went beyond the limits of config.alarms.
     """
     check_learning(config)
+    check_users(config)
     notify = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     check_context(RunFolder(Path(workdir)).to_load(config), *models_of(config))  # before weights are looked at
     with hold(workdir, "--workdir", notify) as lock:
@@ -313,12 +367,15 @@ def train(
         folder = RunFolder.open(workdir, config, contents=contents, check=lock.check, report=notify)
         with console.status("loading models and profiles"):
             run, state = build_run(folder.to_load(config), mesh)
-            held_out = None
+            text = open_text_rollout(config, run, folder.path) if run.widest else None
+            held_out: Evaluation | TextEvaluation | None = None
             if config.eval.every:
                 profiles = evaluation.chosen_profiles(config)
                 warn_shared_personas(run.profiles, profiles)
-                held_out = evaluation.of_agents(config, run.agents, profiles, gold)
-        return trainer(config, folder, run, held_out, console).train(state)
+                of_agents = functools.partial(evaluation.of_agents, config, run.agents)
+                held_out = TextEvaluation.of(text, profiles, gold) if text else of_agents(profiles, gold)
+        with contextlib.closing(text.users) if text else contextlib.nullcontext():
+            return trainer(config, folder, run, held_out, console, text).train(state)
 
 
 def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str, str]:

@@ -30,11 +30,13 @@ from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.profiles.sources import open_profiles
-from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of
-from rlver_jax.rollout.profile_tokens import ProfileTokens
+from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of, tokenizers_differ
+from rlver_jax.rollout.profile_tokens import WIDTH_STEP, EncodedProfile, ProfileTokens, measure_profiles, widest_words
+from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.user.prompts import load_prompts
 
 HEAD_STD = 0.02  # Qwen2.5's initializer_range, which verl's token classification head starts with
 LENGTH_STEP = 64  # packed rows are multiples of it
@@ -80,7 +82,7 @@ class Run:
     mesh: Mesh  # of training; agents.mesh is that of sampling
     agents: Agents  # with the policy that training starts from
     profiles: Sequence[Profile]
-    tokens: ProfileTokens
+    tokens: ProfileTokens  # with users by text, the profiles' first words alone
     reader: ProfileReader
     limits: RolloutLimits
     setup: TrainStepConfig
@@ -88,6 +90,7 @@ class Run:
     lengths: tuple[int, ...]  # that packed rows may have, rising
     grammar: Grammar  # the policy's, on the training mesh
     reference: Params | None  # for the KL penalty
+    widest: int = 0  # users by text: the longest words that the policy hears, in tokens; 0: all play in tokens
 
     def plan_rows(
         self, lengths: np.ndarray, orders: np.ndarray, turns: np.ndarray | None = None
@@ -136,13 +139,59 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         shuffle=config.data.shuffle,
     )
     spec = rollout_spec(config)
-    agents = Agents.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
-    tokens = agents.tokens(profiles)
+    widest = 0
+    if answers_by_text(config):
+        agents = policy_alone(config, spec, sampling_mesh(mesh, config.mesh_sampling), mesh)
+        tokens = first_words(agents, profiles)
+        widest = widest_words(spec, tokens.first_width)
+    else:
+        agents = Agents.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
+        tokens = agents.tokens(profiles)
     limits = agents.replicate(agents.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    setup, state, lengths, reference = build_learning(config, agents, tokens.first_width, mesh, LOADED)
+    setup, state, lengths, reference = build_learning(config, agents, widest or tokens.first_width, mesh, LOADED)
     grammar, learn = replicate(agents.tables[0].grammar, mesh), compile_step(setup, state)
-    run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, learn, lengths, grammar, reference)
+    run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, learn, lengths, grammar, reference, widest)
     return run, state
+
+
+def answers_by_text(config: ConfigDict) -> bool:
+    """Whether text passes between policy and user: an endpoint, or a model with another tokenizer on the device.
+
+    Raises:
+        ValueError: a folder holds no tokenizer that can be used.
+    """
+    return bool(config.remote.user.url) or tokenizers_differ(config)
+
+
+def policy_alone(config: ConfigDict, spec: RolloutConfig, mesh: Mesh, rest: Mesh) -> Agents:
+    """Agents of a run whose users answer by text: of the user there is no model.
+
+    Raises:
+        ValueError, OSError: the policy cannot be loaded, or has no room for a turn in rollout.context.
+    """
+    policy, tokenizer = load_model(config.policy, "policy", rest)
+    prompts = load_prompts(config.data.language, config.user.prompts or None)
+    told = {"style": config.user.style, "scenario": config.user.scenario}
+    agents = Agents.build(policy, LM({}, policy.model), tokenizer, prompts, spec, mesh, **told)
+    limits = limits_of(config, spec, config.rollout.temperature)
+    system, room = agents.tables[0].system.shape[0], int(room_needed(agents.tables, spec, limits, WIDTH_STEP)[0])
+    if system + room > spec.context:
+        raise ConfigError(
+            f"the policy's system prompt takes {system} tokens and a turn may take {room} more, but rollout.context is "
+            f"{spec.context}; raise it to {system + room} for one turn at least"
+        )
+    return agents
+
+
+def first_words(agents: Agents, profiles: Sequence[Profile]) -> ProfileTokens:
+    """What profiles say first, in the policy's tokens."""
+    nothing = np.zeros(0, np.int32)
+
+    def encoded(profile: Profile) -> EncodedProfile:
+        words = agents.tokenizer.encode((profile.first_talk or "").strip())
+        return EncodedProfile(nothing, np.array(words, np.int32))
+
+    return measure_profiles(profiles, encoded, ["first words", agents.tokenizer.fingerprint])[0]
 
 
 def build_learning(config: ConfigDict, agents: Agents, first_width: int, mesh: Mesh, weights: Weights) -> Learning:
@@ -209,7 +258,8 @@ def has_critic(config: ConfigDict) -> bool:
 def models_of(config: ConfigDict) -> list[str]:
     """The models that training loads."""
     critic = has_critic(config) and config.critic.kind == "separate"
-    return ["policy", "user", *["critic"] * critic, *["reference"] * bool(config.loss.kl)]
+    user = not config.remote.user.url
+    return ["policy", *["user"] * user, *["critic"] * critic, *["reference"] * bool(config.loss.kl)]
 
 
 def folders_of(config: ConfigDict) -> dict[str, tuple[str, bool]]:

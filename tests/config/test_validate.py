@@ -68,6 +68,8 @@ def test_fields_that_may_change_between_the_parts_of_a_run():
             "eval.rows",
             "eval.relationship",
         ]
+        + [f"remote.{name}" for name in ("concurrency", "timeout", "deadline", "budget", "unanswered_max")]
+        + [f"remote.{side}.price_{way}" for side in ("policy", "user") for way in ("in", "out")]
     )
     table = {"a": {"x": Field(1, "", free=True)}, "b": {"x": Field(1, "", free=True), "y": Field(1, "")}}
     assert free_names(table) == ("a", "b.x")

@@ -10,7 +10,7 @@ import pytest
 
 from rlver_jax.endpoints.answer_cache import AnswerCache
 from rlver_jax.endpoints.client import Client, Endpoint
-from rlver_jax.endpoints.errors import ContextFull, EndpointError, Unavailable
+from rlver_jax.endpoints.errors import ContextFull, EndpointError, Refused, Unavailable
 from tests.endpoints.server import ChatServer, one_in_five, rule
 
 KEY = "sk-secret-0123456789"
@@ -129,7 +129,7 @@ def test_a_server_that_hangs_or_is_not_there(server, cache):
     [
         ("401 who are you", EndpointError, "status 401.*key_env"),
         ("404 no such model", EndpointError, "no such model.*base address"),
-        ("400 seed is not supported", EndpointError, "seed is not supported.*extra"),
+        ("400 seed is not supported", Refused, "seed is not supported.*extra"),
         ("429 insufficient_quota", EndpointError, "insufficient_quota"),
         ("400 This model's maximum context length is 512 tokens", ContextFull, "maximum context"),
     ],

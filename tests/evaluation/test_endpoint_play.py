@@ -311,9 +311,9 @@ def test_an_endpoint_that_refuses_or_is_gone(tmp_path, capsys):
         assert len(bodies) == len(set(bodies)) == 64
 
 
-def test_training_needs_both_models(tmp_path, capsys):
+def test_training_needs_its_policy(tmp_path, capsys):
     from rlver_jax.train import main as train
 
-    remote = ["--config.remote.user.url=http://x/v1", "--config.remote.user.model=m"]
+    remote = ["--config.remote.policy.url=http://x/v1", "--config.remote.policy.model=m"]
     assert train([f"--config={debug.__file__}", f"--workdir={tmp_path / 'run'}", *remote]) == 2
-    assert "training needs both models on the device" in capsys.readouterr().err
+    assert "training needs the policy on the device" in capsys.readouterr().err

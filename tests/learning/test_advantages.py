@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlver_jax.learning import advantages
+from rlver_jax.learning.advantages import AdvantageConfig, EstimatorInputs, compute_advantages
+from rlver_jax.rollout.rewards import Rewards
 
 # Compiled whole, as training does it, which is also faster than op by op.
 token_rewards, terminal_on_every_turn, broadcast = map(
@@ -311,3 +313,42 @@ def test_turns_get_their_numbers_at_their_actions():
     numbers = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32)
     np.testing.assert_array_equal(advantages.at_turns(numbers, turn, mask), [[1, 0, 2, 2, 0], [4, 5, 5, 0, 0]])
     np.testing.assert_array_equal(advantages.turns_played(3, turn, mask), [[True, True, False], [True, True, False]])
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "turns"])
+def test_what_is_left_out_might_as_well_not_be_there(estimator):
+    """Groups of 4 of which 4, 3, 2, 1 and 0 are counted: those that are have what groups of as many give."""
+    rng = np.random.default_rng(5)
+    reward = rng.integers(0, 101, 20).astype(np.float32) / 100
+    counted = np.array([True] * 4 + [True, False, True, True] + [False, True, False, True] + [True] + [False] * 7)
+    mask = (rng.random((20, 30)) < 0.5) & counted[:, None]
+    mask[counted, 0] = True
+    turns, turn = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(0, 3, (20, 30))
+
+    def estimate(rows, group, counted=None):
+        config = AdvantageConfig(
+            "grpo" if estimator in ("dr_grpo", "turns") else estimator,
+            credit="turn" if estimator == "turns" else "dialogue",
+            scale=estimator != "dr_grpo",
+            group=group,
+        )
+        rewards = Rewards(reward[rows], turns[rows], None if counted is None else jnp.asarray(counted[rows]))
+        return np.asarray(compute_advantages(config, EstimatorInputs(rewards, turn[rows], mask[rows], None)).advantage)
+
+    found = estimate(np.arange(20), 4, counted)
+    assert not found[~counted].any()
+    alone = counted & (np.arange(20) == 12)
+    if estimator != "reinforce_pp":
+        assert not found[alone].any(), "nobody is left to compare it with"
+        for start, size in ((0, 4), (4, 3), (8, 2)):
+            rows = np.arange(start, start + 4)[counted[start : start + 4]]
+            close(found[rows], estimate(rows, size))
+        whole = np.ones(20, bool)
+        assert (estimate(np.arange(20), 4, whole) == estimate(np.arange(20), 4)).all(), "to the bit"
+    else:
+        centred = [reward[i] - reward[i // 4 * 4 : i // 4 * 4 + 4][counted[i // 4 * 4 : i // 4 * 4 + 4]].mean()
+                   for i in np.flatnonzero(counted)]  # fmt: skip
+        values = np.where(mask, np.zeros(20, np.float32)[:, None], 0)
+        values[counted] = np.array(centred)[:, None] * mask[counted]
+        mean, std = values[mask].mean(), values[mask].std()
+        close(found, np.where(mask, (values - mean) / std, 0), 1e-4)

@@ -7,7 +7,6 @@ rewards, dealt to other dialogues at random, so that nothing can be learned. Not
 judge only evaluates.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +22,7 @@ from rlver_jax.miniature import rule
 from rlver_jax.miniature.gold import gold_judge, judged_dialogue
 from rlver_jax.miniature.world import Person
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.rollout.rewards import Rewards, reward
+from rlver_jax.rollout.rewards import reward
 from rlver_jax.training.loop import Trainer, train
 
 
@@ -61,7 +60,7 @@ class ShuffledTrainer(Trainer):
         """The batch's rewards in another order at every step."""
         order = np.random.default_rng(int(np.abs(np.asarray(rewards.reward)).sum() * 1e4)).permutation
         places = order(rewards.reward.shape[0])
-        return Rewards(*(jax.device_put(np.asarray(x)[places], x.sharding) for x in dataclasses.astuple(rewards)))
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[places], x.sharding), rewards)
 
 
 TRAINERS = {"rule": RuleTrainer, "shuffled": ShuffledTrainer}

@@ -16,7 +16,7 @@ from rlver_jax.perf.plan_programs import Texts, bytes_per_chip, programs_of, sha
 from rlver_jax.rollout.agents import sampling_copy, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import sample_dialogues
-from rlver_jax.training.loop import row_sharding
+from rlver_jax.training.programs import row_sharding
 from rlver_jax.training.setup import build_run
 
 

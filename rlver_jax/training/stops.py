@@ -1,0 +1,32 @@
+"""Why a training run stops before its last step although nothing is wrong with it: it saves, and can be resumed."""
+
+import dataclasses
+
+
+class StoppedError(RuntimeError):
+    """The run has saved its state and stops; the message says why, and what lets the same command resume."""
+
+
+@dataclasses.dataclass
+class Spending:
+    """What the requests of a run have cost, and may cost (`remote.budget`; 0: anything)."""
+
+    budget: float
+    total: float = 0.0
+
+    def add(self, cost: float) -> None:
+        """Counts the cost of a step's or an evaluation's dialogues."""
+        self.total += cost
+
+    @property
+    def used_up(self) -> bool:
+        """Whether the budget is."""
+        return bool(self.budget) and self.total >= self.budget
+
+    def check(self, done: int) -> None:
+        """Raises StoppedError: the budget is used up after step `done`."""
+        if self.used_up:
+            raise StoppedError(
+                f"after step {done}: requests have cost {self.total:.4f}, and remote.budget={self.budget:g}; the same "
+                f"command with a larger --config.remote.budget goes on"
+            )

@@ -1,0 +1,93 @@
+"""The next batch is played while the update runs; and what a step takes where users answer after 300 ms."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from configs import debug
+from rlver_jax import train as command
+from rlver_jax.training.metrics import read_metrics
+from tests.endpoints.server import ChatServer
+from tests.training.test_loop import policy_of, same
+from tests.training.test_remote_users import records_of, rows_of, run
+
+FIELDS = {"loss.recompute": True, "loss.importance_cap": 2.0, "train.steps": 3, "eval.every": 0, "checkpoint.every": 50}
+LATENCY = 0.3
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ChatServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def overlapped(server, tmp_path_factory):
+    """A run whose answers come after delays of their own."""
+    folder, draw = tmp_path_factory.mktemp("overlapped"), random.Random(0)
+    server.before = lambda: time.sleep(draw.random() * 0.05)
+    run(folder, server.url, **FIELDS, **{"rollout.overlap": 1})
+    server.before = lambda: None
+    return folder
+
+
+def test_a_batch_is_played_by_the_policy_before_the_update(server, overlapped, tmp_path):
+    """Step 2 by the policy that step 1 was played by, which a run without learning plays with throughout."""
+    run(tmp_path / "still", server.url, **FIELDS, **{"train.learning_rate": 0.0})
+    played = [records_of(overlapped, step) for step in (1, 2, 3)]
+    still = [records_of(tmp_path / "still", step) for step in (1, 2, 3)]
+    assert played[:2] == still[:2]
+    assert played[2] != still[2], "step 3 has learned from step 1"
+    rows = rows_of(overlapped)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(np.isfinite(row["policy/loss"]) for row in rows)
+
+
+def test_who_is_faster_changes_nothing(server, overlapped, tmp_path):
+    run(tmp_path / "run", server.url, **FIELDS, **{"rollout.overlap": 1})
+    assert rows_of(tmp_path / "run") == rows_of(overlapped)
+    assert same(policy_of(tmp_path / "run"), policy_of(overlapped))
+
+
+def test_after_a_checkpoint_the_newest_policy_plays(server, tmp_path):
+    """So that a run which resumes there has the same bits."""
+    fields = FIELDS | {"rollout.overlap": 1, "checkpoint.every": 1}
+    run(tmp_path / "overlapped", server.url, **fields)
+    run(tmp_path / "exact", server.url, **fields | {"rollout.overlap": 0})
+    assert rows_of(tmp_path / "overlapped") == rows_of(tmp_path / "exact")
+
+
+@pytest.mark.parametrize("field", ["loss.importance_cap=0.0", "loss.recompute=False", "remote.user.url="])
+def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
+    given = FIELDS | {"rollout.overlap": 1, "remote.user.url": "http://x/v1", "remote.user.model": "m"}
+    if field.startswith("loss.recompute"):
+        given["loss.importance_cap"] = 0.0
+    flags = [f"--config.{name}={value}" for name, value in given.items()]
+    assert command.main([f"--config={debug.__file__}", f"--workdir={tmp_path / 'x'}", *flags, f"--config.{field}"]) == 2
+    assert "rollout.overlap=1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("overlap", "most"), [(0, 1.3), (1, 1.15)])
+def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap, most):
+    """64 dialogues at a time, 300 ms a request: by the rows of two runs, one with a server that answers at once."""
+    fields = FIELDS | {"rollout.batch": 64, "remote.concurrency": 64, "rollout.overlap": overlap, "train.steps": 5}
+
+    def seconds(folder, latency) -> float:
+        """The median step's, without the first two, which compile."""
+        server.before = lambda: time.sleep(latency)
+        try:
+            began = time.monotonic()
+            run(folder, server.url, **fields)
+        finally:
+            server.before = lambda: None
+        rows = read_metrics(folder / "metrics.jsonl")
+        assert time.monotonic() > began
+        return float(np.median([row["time/rollout_s"] + row["time/update_s"] for row in rows[2:]]))
+
+    device, step = seconds(tmp_path / "at_once", 0.0), seconds(tmp_path / "late", LATENCY)
+    endpoint = 2 * LATENCY * 2 - LATENCY  # two turns: two appraisals and one reply
+    print(f"overlap={overlap}: a step takes {step:.2f} s, the device {device:.2f} s, the endpoint {endpoint:.2f} s")
+    assert step <= most * max(device, endpoint)
