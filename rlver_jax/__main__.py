@@ -32,7 +32,7 @@ COMMANDS = {
     "chat": "chat",
     "serve": "serve",
     "export": "export",
-    "config": "config.compare",
+    "config": "reports.config_table",
     "prepare": "profiles.builder",
     "plan": "plan",
     "bench": "bench",

@@ -239,7 +239,7 @@ class Trainer:
     def rollout_metrics(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> dict[str, float]:
         """Metrics of a step's dialogues; those that are left out count in none but their own."""
         agents, text = self.run.agents, step.text
-        settings = {"tokenizer": agents.tokenizer, "max_change": agents.spec.rules.max_change}
+        settings: dict[str, Any] = {"tokenizer": agents.tokenizer, "max_change": agents.spec.rules.max_change}
         if text is None:
             return rollout_metrics(dialogues, rewards, **settings)
         counted = text.counted

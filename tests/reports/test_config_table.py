@@ -7,10 +7,10 @@ import pytest
 
 from configs import grpo_direct_7b, grpo_think_7b, ppo_direct_7b, ppo_think_7b, rlver_plus
 from rlver_jax import __main__ as rlver
-from rlver_jax.config.compare import main, published_rows
 from rlver_jax.config.fields import FIELDS
 from rlver_jax.config.published import RLVER, RUNS, UNKNOWN
 from rlver_jax.config.validate import flatten, validate
+from rlver_jax.reports.config_table import main, published_rows
 
 CONFIGS = dict(zip(RUNS, (ppo_think_7b, ppo_direct_7b, grpo_think_7b, grpo_direct_7b), strict=True))
 
