@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
