@@ -330,7 +330,7 @@ def test_a_judge_behind_our_own_server(dialogues):
     """Random weights seldom fill in a form, but they are asked, again as well, and answer alike each time."""
     asked = [load_forms("en").ask(dialogues[3])]
     with served("--rows=4", "--name=m", "--context=4000") as (_, url):
-        config = config_of(SimpleNamespace(url=f"{url}/v1"))
+        config = config_of(SimpleNamespace(url=f"{url}/v1"), **{"remote.deadline": 600})  # on a busy machine, too
         first, second = (
             judge_transcripts(RemoteJudge.load(config, "far", None), dialogues, None, QUIET) for _ in range(2)
         )
