@@ -59,6 +59,16 @@ def test_after_a_checkpoint_the_newest_policy_plays(server, tmp_path):
     assert rows_of(tmp_path / "overlapped") == rows_of(tmp_path / "exact")
 
 
+def test_a_run_resumes_with_the_same_bits(server, tmp_path):
+    """Four steps at once, and two by two: batch 2 is played ahead in both, batch 3 in neither."""
+    fields = FIELDS | {"rollout.overlap": 1, "checkpoint.every": 2}
+    run(tmp_path / "whole", server.url, **fields | {"train.steps": 4})
+    for steps in (2, 4):
+        run(tmp_path / "parts", server.url, **fields | {"train.steps": steps})
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    assert same(policy_of(tmp_path / "parts"), policy_of(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("field", ["loss.importance_cap=0.0", "loss.recompute=False", "remote.user.url="])
 def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
     given = FIELDS | {"rollout.overlap": 1, "remote.user.url": "http://x/v1", "remote.user.model": "m"}

@@ -82,6 +82,10 @@ def test_every_step_has_its_row(unbroken):
     assert [row["step"] for row in evaluated] == [0, 2]
     assert len({row["eval/score"] for row in evaluated}) == 2, "the policy moves"
     assert requests < len(bodies), "evaluations ask as well"
+    for row in read_metrics(folder / "metrics.jsonl")[1:]:
+        waited = row["time/policy_s"] + row["time/users_s"]
+        assert waited <= row["time/rollout_s"] + 0.1, "playing is no part of the update"
+        assert row["traffic/rounds"] >= 2
     total = 0.0
     for row in rows[1:]:
         assert row["remote/left_out"] == 0
