@@ -165,6 +165,7 @@ class Trainer:
             # The sampler's copies of both models are let go before the update, which has no room for them.
             with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
                 return batch, ids, self.agents(state).play(profiles, self.key, run.limits), None
+        self.finish()  # the step before, whose alarms come before anything else is asked
         ahead = self.overlap.take() if self.overlap else None
         batch, ids = (ahead.batch, ahead.ids) if ahead else self.next_batch(number)
         text = ahead.playing.result() if ahead else self.text.play(self.agents(state).policy, batch, ids)

@@ -14,7 +14,7 @@ from tests.training.test_loop import policy_of, same
 from tests.training.test_remote_users import records_of, rows_of, run
 
 FIELDS = {"loss.recompute": True, "loss.importance_cap": 2.0, "train.steps": 3, "eval.every": 0, "checkpoint.every": 50}
-LATENCY = 0.3
+LATENCY, TURNS = 0.3, 6
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,16 @@ def test_after_a_checkpoint_the_newest_policy_plays(server, tmp_path):
     assert rows_of(tmp_path / "overlapped") == rows_of(tmp_path / "exact")
 
 
+def test_a_run_resumes_with_the_same_bits(server, tmp_path):
+    """Four steps at once, and two by two: batch 2 is played ahead in both, batch 3 in neither."""
+    fields = FIELDS | {"rollout.overlap": 1, "checkpoint.every": 2}
+    run(tmp_path / "whole", server.url, **fields | {"train.steps": 4})
+    for steps in (2, 4):
+        run(tmp_path / "parts", server.url, **fields | {"train.steps": steps})
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    assert same(policy_of(tmp_path / "parts"), policy_of(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("field", ["loss.importance_cap=0.0", "loss.recompute=False", "remote.user.url="])
 def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
     given = FIELDS | {"rollout.overlap": 1, "remote.user.url": "http://x/v1", "remote.user.model": "m"}
@@ -73,7 +83,8 @@ def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
 @pytest.mark.parametrize(("overlap", "most"), [(0, 1.3), (1, 1.15)])
 def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap, most):
     """64 dialogues at a time, 300 ms a request: by the rows of two runs, one with a server that answers at once."""
-    fields = FIELDS | {"rollout.batch": 64, "remote.concurrency": 64, "rollout.overlap": overlap, "train.steps": 5}
+    fields = FIELDS | {"rollout.batch": 64, "rollout.group": 8, "rollout.max_turns": TURNS, "train.steps": 5}
+    fields |= {"remote.concurrency": 64, "rollout.overlap": overlap}
 
     def seconds(folder, latency) -> float:
         """The median step's, without the first two, which compile."""
@@ -88,6 +99,6 @@ def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap
         return float(np.median([row["time/rollout_s"] + row["time/update_s"] for row in rows[2:]]))
 
     device, step = seconds(tmp_path / "at_once", 0.0), seconds(tmp_path / "late", LATENCY)
-    endpoint = 2 * LATENCY * 2 - LATENCY  # two turns: two appraisals and one reply
+    endpoint = (2 * TURNS - 1) * LATENCY  # an appraisal and a reply a turn, no reply in the last one
     print(f"overlap={overlap}: a step takes {step:.2f} s, the device {device:.2f} s, the endpoint {endpoint:.2f} s")
     assert step <= most * max(device, endpoint)
