@@ -98,10 +98,11 @@ class ConsistencyCheck:
     ) -> "ConsistencyCheck":
         """For these records of one log, none with a schema error."""
         remote = plan.endpoints
-        end_check = EndCheck(agents, plan.max_turns, plan.fields["max_turns"], GoodbyeMatcher(agents, remote), remote)
+        training, limit = isinstance(plan, TrainingPlan), plan.fields["max_turns"]
+        end_check = EndCheck(agents, plan.max_turns, limit, GoodbyeMatcher(agents, remote), remote, training)
         width = plan.opening_width(agents.tokenizer) if len(remote) < 2 else 0
         widest = _widest(agents, records, remote)
-        limits = ContextLimits(agents, width, user_limits, remote, widest, isinstance(plan, TrainingPlan))
+        limits = ContextLimits(agents, width, user_limits, remote, widest, training)
         return cls(agents, plan, user_limits, temperature, end_check, limits)
 
     def errors(self, profile: Profile, record: Mapping[str, Any], reward: Reward, prefix: int) -> Iterator[str]:

@@ -19,9 +19,7 @@ from rlver_jax.text.automaton import GOODBYES
 from rlver_jax.text.padding import round_up
 from rlver_jax.user.turn import UserLimits
 
-_OF_ENDPOINT = frozenset(
-    {UNREADABLE, UNANSWERED, END_REASONS[CONTEXT]}
-)  # reasons that a log of endpoints does not show
+_OF_ENDPOINT = frozenset({UNREADABLE, END_REASONS[CONTEXT]})  # reasons that a log of endpoints does not show
 Possible = Collection[bool]  # both where one dialogue does not decide it
 
 
@@ -151,6 +149,7 @@ class EndCheck:
     Attributes:
         max_turns: of the config for dialogues of this kind.
         limit: the config field with its value, for messages.
+        training: whether a dialogue may have been left out, because its user stayed unanswered.
     """
 
     agents: Agents
@@ -158,6 +157,12 @@ class EndCheck:
     limit: str
     goodbye: GoodbyeMatcher
     endpoints: Collection[str] = ()
+    training: bool = False
+
+    @property
+    def of_endpoint(self) -> Collection[str]:
+        """Reasons that a log of endpoints does not show."""
+        return _OF_ENDPOINT | {UNANSWERED} if self.training else _OF_ENDPOINT
 
     def faults(self, record: Mapping[str, Any], violations: Sequence[bool], lengths: ContextLengths) -> Iterator[str]:
         """Where the dialogue continues after its end, stops before one, or gives another reason.
@@ -190,7 +195,7 @@ class EndCheck:
 
     def _opened(self, first: Message) -> Collection[str] | None:
         """Why it may have ended before the first turn; None: it continues."""
-        return _OF_ENDPOINT if USER in self.endpoints and first["generated"] and not first["content"] else None
+        return self.of_endpoint if USER in self.endpoints and first["generated"] and not first["content"] else None
 
     def _may_reply(self, number: int, reaction: Message) -> bool:
         return number < self.max_turns and not self.agents.spec.rules.ended(reaction["emotion"])
@@ -214,11 +219,11 @@ class EndCheck:
     def _unappraised(self, number: int, lengths: ContextLengths) -> Collection[str]:
         """Why a user may not have reacted."""
         if USER in self.endpoints:
-            return _OF_ENDPOINT
+            return self.of_endpoint
         return {END_REASONS[CONTEXT]} if POLICY in self.endpoints and False in lengths.user_fits(number - 1) else set()
 
     def _next(self, number: int, lengths: ContextLengths) -> Collection[str]:
         """Why there may be no turn after `number` of them, where no message ended the dialogue."""
         if POLICY in self.endpoints:
-            return _OF_ENDPOINT
+            return self.of_endpoint
         return {END_REASONS[CONTEXT]} if False in lengths.fits(number) else set()

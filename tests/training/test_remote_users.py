@@ -132,7 +132,7 @@ def test_what_has_been_answered_is_not_asked_again(unbroken, tmp_path):
     same_run(tmp_path / "run", folder)
 
 
-def test_a_budget_stops_the_run_and_a_larger_one_resumes_it(unbroken, tmp_path):
+def test_a_budget_stops_the_run_and_a_larger_one_resumes_it(unbroken, tmp_path, capsys):
     folder, _, server = unbroken
     first = rows_of(folder)[1]["remote/cost_total"]
     with pytest.raises(StoppedError, match=r"after step 1: requests have cost .* remote.budget=.*larger") as error:
@@ -140,9 +140,11 @@ def test_a_budget_stops_the_run_and_a_larger_one_resumes_it(unbroken, tmp_path):
     assert Checkpoints.reader(tmp_path / "run" / "checkpoints").steps() == [1]
     assert f"{first:.4f}" in str(error.value)
     count = server.count
-    with pytest.raises(StoppedError, match="after step 1"):  # the same budget: nothing more is asked
-        run(tmp_path / "run", server.url, **{"remote.budget": first})
-    assert server.count == count
+    fields = FIELDS | {"remote.user.url": server.url, "remote.budget": first, "mesh.fsdp": 1, "mesh.tensor": 8}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    assert command.main([f"--config={debug.__file__}", f"--workdir={tmp_path / 'run'}", *flags]) == 1
+    assert "train: stopped after step 1: requests have cost" in " ".join(capsys.readouterr().err.split())
+    assert server.count == count, "with the same budget nothing more is asked"
     run(tmp_path / "run", server.url, **{"remote.budget": 100 * first})
     same_run(tmp_path / "run", folder)
 
