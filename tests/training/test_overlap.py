@@ -83,7 +83,7 @@ def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
     assert "rollout.overlap=1" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long  # a time, which other work on the machine changes
 @pytest.mark.parametrize(("overlap", "most"), [(0, 1.3), (1, 1.15)])
 def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap, most):
     """The miniature's 64 dialogues, 300 ms a request, beside the same run with a server that answers at once."""
