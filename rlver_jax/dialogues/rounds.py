@@ -16,7 +16,7 @@ from rlver_jax.dialogues.turn_by_turn import Row, conclude, heard_from
 from rlver_jax.endpoints.errors import Refused, Unavailable
 from rlver_jax.user.emotion import EmotionRules
 
-LINGER = 0.25  # of what a round of decoding takes: how long the first answer waits for others to decode with
+LINGER = 0.5  # of what a round of decoding takes: how long the first answer waits for others to decode with
 LEAST_LINGER = 0.01  # seconds
 
 

@@ -92,7 +92,7 @@ def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap
         """The median step's, without the first, which compiles, and the last, beside which nothing is played."""
         config = miniature.get_config("")
         fields = FIELDS | {"remote.user.url": server.url, "remote.user.model": "m", "remote.concurrency": 64}
-        fields |= {"rollout.overlap": overlap, "train.steps": 5, "log.tensorboard": False, "alarms.readable_min": 0.0}
+        fields |= {"rollout.overlap": overlap, "train.steps": 4, "log.tensorboard": False, "alarms.readable_min": 0.0}
         config.update_from_flattened_dict(fields)
         server.before = lambda: time.sleep(latency)
         try:
