@@ -5,18 +5,16 @@ Every fault is reported at once; each message names the field, its value, what i
 
 import difflib
 import itertools
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
 from rlver_jax.config import hub, paths
 from rlver_jax.config.credentials import without_credentials
 from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate, profile_files
+from rlver_jax.config.endpoint_values import is_address, object_fault
 from rlver_jax.config.fields import FIELDS, PATHS, get_config
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
@@ -308,43 +306,15 @@ def _remote(values: dict[str, Any]) -> Iterator[str]:
         if set("@?#") & set(url):
             # Not repeated here, since it may hold a secret.
             yield f"{name}: holds a user, a password or a query; name an API key's variable in remote.{side}.key_env"
-        elif not _is_address(url):
+        elif not is_address(url):
             yield f"{name}={shown(url)}: expected the base address of a server, such as http://127.0.0.1:8000/v1"
         if not model:
             yield f"remote.{side}.model is empty; set it to the model's name at the endpoint"
-        if extra and (fault := _object_fault(extra)):
+        if extra and (fault := object_fault(extra)):
             # Nor this.
             yield f"remote.{side}.extra: {fault}; expected a JSON object of fields for each request, or nothing"
         if side == "policy" and values["rollout.top_k"]:
             yield "rollout.top_k: the protocol of remote.policy.url has none; set it to 0, or use remote.policy.extra"
-
-
-def _is_address(url: str) -> bool:
-    """Whether it is http:// or https:// with a host that can be looked up, and a port if any is given."""
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").rstrip(".").encode("idna").decode()
-        return (
-            parts.scheme in ("http", "https") and parts.port != 0 and bool(re.fullmatch(r"[\w.:%-]+", host, re.ASCII))
-        )
-    except (ValueError, UnicodeError):  # a bracket alone, a port that is none, a name with an empty part
-        return False
-
-
-def _object_fault(text: str) -> str:
-    """Why a text is no JSON object that can be sent; empty: it is."""
-    try:
-        found = json.loads(text)
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
-    except json.JSONDecodeError as error:
-        return f"is no JSON ({error})"
-    except UnicodeError:
-        return "holds half a character"
-    except ValueError:  # NaN, infinity, or thousands of digits
-        return "holds a number that JSON doesn't have"
-    except RecursionError:
-        return "is nested too deep"
-    return "" if isinstance(found, dict) else f"is of type {type(found).__name__}"
 
 
 def endpoint_sides(config: ConfigDict) -> list[str]:

@@ -67,7 +67,8 @@ def test_the_more_specific_class_counts(capsys):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
 from rlver_jax.text.command import run_command
 def body(command, argv):
     command.print(f"[b]{argv}[/b] " + "x" * 200)

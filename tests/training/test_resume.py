@@ -236,7 +236,7 @@ def test_fields_of_newer_and_older_versions(world, begun):
 
 def test_a_finish_that_says_nothing_is_named(world, begun):
     (begun / "finished.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"finished.json: says no step .*remove it to go on"):
+    with pytest.raises(ValueError, match=r"finished.json: says no step .*remove it to resume"):
         opened(begun, config_of(world))
 
 

@@ -90,7 +90,7 @@ def test_initial_values():
     [
         ({"initial": 9}, "floor < initial"),
         ({"initial": 100}, "initial < ceiling"),
-        ({"ceiling": 101}, "ceiling"),
+        ({"ceiling": 102}, "ceiling"),
         ({"floor": -2}, "floor=-2"),
         ({"max_change": 0}, "max_change=0"),
         ({"max_change": 11}, "max_change=11"),
