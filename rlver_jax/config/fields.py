@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.config.model_fields import CHALLENGING, CRITIC, FLOATS, NO_CRITIC, NO_THOUGHTS, POLICY, USER, endpoint
 from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, Field, defaults, flat_fields, free_names
-from rlver_jax.parallel.mesh import AXES
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
 NOT_GRPO = {"algorithm.estimator": ("gae", "rloo", "reinforce_pp")}
@@ -347,7 +346,6 @@ MESH_SAMPLING = {  # the same devices while dialogues are played (docs/pods.md)
     "fsdp": Field(0, "as mesh.fsdp; -1 here or above: all that are left; 0: as mesh", **_DEVICES),
     "tensor": Field(0, "as mesh.tensor; 0: as mesh", **_DEVICES),
 }
-assert tuple(MESH) == tuple(MESH_SAMPLING) == AXES
 
 TABLE = {
     "policy": POLICY,
