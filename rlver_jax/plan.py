@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(command: Command, argv: Sequence[str]) -> int:
     config, options = _arguments(argv)
+    validate(config)  # what needs no devices, and so no TPU compiler
     check_learning(config)
     devices = topology_devices(options.topology, options.slices)
     validate(config, len(devices))
