@@ -94,8 +94,12 @@ def plan_turns(
 
 
 def group_by_turns(turns: np.ndarray, per_update: int) -> list[np.ndarray]:
-    """Dialogues in their order, cut into updates of about `per_update` turns: each where its first turn falls."""
+    """Dialogues in their order, cut into updates of about `per_update` turns: each where its first turn falls.
+
+    One without turns makes no update of its own.
+    """
     update = (np.cumsum(turns) - turns) // per_update
+    update = np.minimum(update, update[turns > 0].max(initial=0))
     return [np.flatnonzero(update == i) for i in np.unique(update)]
 
 

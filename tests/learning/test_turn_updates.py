@@ -19,6 +19,10 @@ def test_dialogues_are_cut_where_their_first_turn_falls():
     groups = group_by_turns(np.array([3, 1, 5, 2, 3]), 4)
     assert [group.tolist() for group in groups] == [[0, 1], [2], [3, 4]]
     assert [group.tolist() for group in group_by_turns(np.array([9, 1]), 4)] == [[0], [1]], "no update is empty"
+    assert [group.tolist() for group in group_by_turns(np.array([0, 4, 0, 0]), 4)] == [[0, 1, 2, 3]], (
+        "nor without turns"
+    )
+    assert [group.tolist() for group in group_by_turns(np.zeros(2, int), 4)] == [[0, 1]]
     assert len(group_by_turns(np.full(32, 8), 32)) == 8, "RLVER's: as many updates as turns"
 
 
