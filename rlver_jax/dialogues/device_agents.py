@@ -5,7 +5,6 @@ the same seed, dialogue and context.
 """
 
 import collections
-import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -192,7 +191,7 @@ class TextPolicy(_Batch):
         self.widest = max(widest, self._width(0))
         # A row that waits keeps its slots while others write words that are wider than it could hear.
         slots = spec.context + self.widest - self._width(0)
-        with self._on_mesh():
+        with self.agents.on_mesh():
             self._cache = open_policy(agents.policy, agents.tables[0].system, batch=batch, context=slots)
         self._say = np.zeros((batch, spec.say_tokens), np.int32), np.zeros(batch, np.int32)
         self.log: PolicyTurn | None = None  # NumPy [T, B, …]; None: nobody has spoken yet
@@ -203,12 +202,9 @@ class TextPolicy(_Batch):
         for row in rows:
             heard = self.encode(row.aloud[-1])
             widths[self._width(len(heard))].append((row, heard))
-        with self._on_mesh():  # a thread has none of its own
+        with self.agents.on_mesh():  # a thread has none of its own
             for width in sorted(widths):
                 self._speak(width, dict(widths[width]))
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.agents.mesh is None else jax.set_mesh(self.agents.mesh)
 
     def _width(self, tokens: int) -> int:
         return max(self.agents.spec.user_tokens, round_up(max(tokens, 1), WIDTH_STEP))

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -85,10 +85,7 @@ class Evaluation:
     def metrics(self, agents: Agents) -> dict[str, float]:
         """`eval/…` of the models of these agents, played as this evaluation's are."""
         agents = dataclasses.replace(self.agents, policy=agents.policy, user=agents.user)
-        result = self.scores(dataclasses.replace(self, agents=agents).play_all())
-        counts = {"success_rate": result["success"] / result["n"], "failure_rate": result["failure"] / result["n"]}
-        named = {name: result[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in result}
-        return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
+        return eval_metrics(self.scores(dataclasses.replace(self, agents=agents).play_all()))
 
     def records(self, played: Dialogues, numbers: Sequence[int]) -> list[Record]:
         """What `play` played, as records."""
@@ -132,13 +129,23 @@ def load(
     return of_agents(config, agents, profiles, gold)
 
 
+def eval_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """`eval/…` of `scores`, with the gold judge's where there is one."""
+    counts = {"success_rate": result["success"] / result["n"], "failure_rate": result["failure"] / result["n"]}
+    named = {name: result[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in result}
+    return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
+
+
+def batch_size(config: ConfigDict, profiles: Sequence[Profile], mesh: Mesh | None) -> int:
+    """Dialogues played at once: no more than there are profiles, since padding rows cost as much as playing ones."""
+    return round_up(min(config.eval.batch, len(profiles)), batch_parts(mesh))
+
+
 def of_agents(config: ConfigDict, agents: Agents, profiles: Sequence[Profile], gold: Gold | None = None) -> Evaluation:
     """An evaluation by agents who are there already; raises ValueError as `load` does."""
-    rows = batch_parts(agents.mesh)
     agents = dataclasses.replace(agents, spec=eval_spec(config))
     limits = agents.check_limits(limits_of(config, agents.spec, config.eval.temperature))
-    # No wider than there are profiles: padding rows cost as much as playing ones.
-    batch = round_up(min(config.eval.batch, len(profiles)), rows)
+    batch = batch_size(config, profiles, agents.mesh)
     return Evaluation(config, agents, profiles, agents.tokens(profiles), limits, batch, gold)
 
 

@@ -339,8 +339,12 @@ class Agents:
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits) -> Dialogues:
         """Plays a batch; see `sampler.sample_dialogues`. The limits must have passed `check_limits`."""
         key, limits = self.replicate((key, limits))
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+        with self.on_mesh():
             return sample_dialogues(self.policy, self.user, self.tables, profiles, key, limits, spec=self.spec)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Within it the mesh, if there is one, is this thread's: a thread begins with none."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def replicate(self, tree: _T) -> _T:
         """Small arrays, whole on every device of the mesh."""

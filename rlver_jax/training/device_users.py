@@ -1,12 +1,10 @@
 """Simulated users on the device whose tokenizer is not the policy's: text passes between the two."""
 
 import asyncio
-import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -60,7 +58,7 @@ class DeviceUsers:
         began, model = time.monotonic(), self.agents.user.model
         limits = limits_of(self.config, self.agents.spec, 1.0)
         ready = dataclasses.replace(self.agents, user=LM(self._copy(self.agents.user.params), model))
-        with contextlib.nullcontext() if self.agents.mesh is None else jax.set_mesh(self.agents.mesh):
+        with self.agents.on_mesh():
             user = DeviceUser(
                 ready, limits, policy.batch, rows, seed, self.tokens, [row.index for row in rows], USER_SAY
             )

@@ -336,7 +336,7 @@ def _trained(config: ConfigDict, agents: Agents, mesh: Mesh, weights: Weights) -
         lm = _model(config, "critic", config.critic, mesh, agents, weights)
         width, trunk = lm.model.config.hidden_size, as_trained(lm.model, config.critic)
         critic["trunk"] = lm.params
-    init = lambda: nn.unbox(head.init(jax.random.key(config.train.seed), jnp.zeros((1, width))))["params"]  # noqa: E731  (constants)
+    init = lambda: nn.unbox(head.init(jax.random.key(config.train.seed), jnp.zeros((1, width))))["params"]  # noqa: E731
     critic["head"] = weights.make(init, NamedSharding(mesh, PartitionSpec()))
     return {"policy": policy, "critic": critic}, trunk
 

@@ -28,5 +28,5 @@ class Spending:
         if self.used_up:
             raise StoppedError(
                 f"after step {done}: requests have cost {self.total:.4f}, and remote.budget={self.budget:g}; the same "
-                f"command with a larger --config.remote.budget goes on"
+                f"command with a larger --config.remote.budget resumes it"
             )

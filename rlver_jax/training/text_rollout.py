@@ -6,7 +6,7 @@ so that nothing of what is learned knows who the users were.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -16,16 +16,14 @@ from rlver_jax.config.validate import reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.as_arrays import END_NAMES, dialogues_of, is_left_out
 from rlver_jax.dialogues.device_agents import TextPolicy
-from rlver_jax.dialogues.log import UNREADABLE, Record, rewards_of
+from rlver_jax.dialogues.log import UNANSWERED, UNREADABLE, Record, rewards_of
 from rlver_jax.dialogues.rounds import Waits
 from rlver_jax.dialogues.turn_by_turn import Row, record_of
-from rlver_jax.evaluation.play import Gold, eval_spec, scores
-from rlver_jax.parallel.mesh import batch_parts
+from rlver_jax.evaluation.play import Gold, batch_size, eval_metrics, eval_spec, scores
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents, limits_of
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
-from rlver_jax.text.padding import round_up
 from rlver_jax.training.stops import StoppedError
 
 # Shares of the rows of a sampler that plays without a host; by text it depends on who answers when.
@@ -216,7 +214,7 @@ class TextEvaluation:
         spec = eval_spec(config)
         agents = dataclasses.replace(rollout.agents, spec=spec)
         limits = agents.check_limits(limits_of(config, spec, config.eval.temperature))
-        batch = round_up(min(config.eval.batch, len(profiles)), batch_parts(agents.mesh))
+        batch = batch_size(config, profiles, agents.mesh)
         users = rollout.users.of(profiles, spec)
         own = dataclasses.replace(
             rollout, agents=agents, users=users, limits=limits, batch=batch, seed=config.eval.seed
@@ -235,13 +233,10 @@ class TextEvaluation:
             some = numbered[start : start + size]
             played = self.rollout.play(agents.policy, some, [index for index, _ in some])
             rewards = rewards_of(played.dialogues, reward_settings(self.rollout.config))
-            records += [r for r in self.rollout.records(played, rewards) if r["end_reason"] != END_NAMES[-1]]
+            records += [r for r in self.rollout.records(played, rewards) if r["end_reason"] != UNANSWERED]
             cost += played.cost
         result = scores(records) | ({"rule_score": self.gold(records, self.profiles)} if self.gold else {})
-        counts = {"success_rate": result["success"] / result["n"], "failure_rate": result["failure"] / result["n"]}
-        names = ("score", "rule_score", "turns_mean", "reward_mean")
-        named: dict[str, Any] = {name: result[name] for name in names if name in result}
-        return {f"eval/{name}": float(value) for name, value in (named | counts | {"cost": cost}).items()}
+        return eval_metrics(result) | {"eval/cost": cost}
 
 
 def counted_rows(dialogues: Dialogues, counted: np.ndarray) -> Dialogues:
