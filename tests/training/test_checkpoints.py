@@ -107,18 +107,28 @@ def test_a_state_comes_back_to_the_bit_and_where_it_was(mesh, tmp_path):
     again.close()
 
 
-@pytest.mark.slow
-def test_every_bfloat16_comes_back(mesh, tmp_path):
-    """All 65,536, as programs are compiled outside of default tests: signalling NaNs and payloads among them."""
+def every_bfloat16(folder: str) -> None:
+    """Saves and restores all 65,536, signalling NaNs and payloads among them; fails unless they come back."""
+    mesh = make_mesh(fsdp=4, tensor=2)
     state, every = make_state(mesh), np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16).reshape(4, 2, -1)
     place = state.params["critic"]["w"].sharding
     state = dataclasses.replace(state, params=state.params | {"critic": {"w": jax.device_put(every, place)}})
-    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    checkpoints = Checkpoints(folder, keep_last=1, keep_best=0)
     checkpoints.save(1, state, {})
     found = checkpoints.restore(abstract(state))
     checkpoints.close()
     assert found.step == 1
     assert np.array(found.state.params["critic"]["w"]).tobytes() == every.tobytes()
+
+
+@pytest.mark.slow
+def test_every_bfloat16_comes_back(tmp_path):
+    """As programs of users are compiled: in a process of its own, without the flags that tests may be started with."""
+    script = "import sys; from tests.training.test_checkpoints import every_bfloat16; every_bfloat16(sys.argv[1])"
+    environ = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    run = functools.partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = run([sys.executable, "-c", script, str(tmp_path)], env=environ)
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_mesh_may_read_it(origin, mesh):
