@@ -36,7 +36,7 @@ from rlver_jax.config.flags import config_from_flags, define_path, given_path, l
 from rlver_jax.config.validate import ConfigError, reward_settings, validate
 from rlver_jax.decoding.replay import Keys, ReplayInput
 from rlver_jax.decoding.replay_sequence import ReplaySequence
-from rlver_jax.dialogues.device_agents import USER_SAY
+from rlver_jax.dialogues import two_tokenizers
 from rlver_jax.dialogues.faults import POLICY_TOKENS, ConsistencyCheck, logged_turns, recomputed_rewards, unchecked
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.trajectory import reactions
@@ -177,7 +177,7 @@ def verify_records(
         consistency_errors = checks[case.plan].errors(case.profile, case.record, reward, prefix)
         report = Report(dialogues=1, faults=[f"{case.where}: {fault}" for fault in (*case.faults, *consistency_errors)])
         report.turns = sum(1 for _ in reactions(case.record))
-        report.unchecked |= dict.fromkeys(unchecked(case.record, case.plan.endpoints))
+        report.unchecked |= dict.fromkeys(unchecked(case.record, case.plan))
         if sequence and replayed:
             _check(agents, case, sequence, replayed, settings, report)
         yield report
@@ -273,15 +273,19 @@ def verify_logs(
     played = [one[1:3] for one in logged]
     policies = behaviour_policy.players_of(played, config, policy) if policy else {}
     config = next((one.config for one in policies.values() if isinstance(one, behaviour_policy.Player)), config)
-    agents = load_agents(config, {side for one in logged for side in one.plan.endpoints})
-    reports = verify_records(agents, profiles, logged, settings_of(config))
-    for one in track(reports, "verifying", len(logged), console=console):
-        total.add(one)
+    sides = _by_side(logged, config)
+    for side, dialogues in sides.items():
+        agents = load_agents(config, {other for one in dialogues for other in one.plan.endpoints})
+        reports = verify_records(agents, profiles, dialogues, settings_of(config))
+        for one in track(reports, "verifying", len(dialogues), console=console):
+            total.add(one if side == USER else dataclasses.replace(one, dialogues=0, turns=0))
+        if policies and side == next(iter(sides)):
+            results = behaviour_policy.findings(policies, agents, [one[:3] for one in dialogues])
+            for where, tokens in track(results, "the policy", len(dialogues), console=console):
+                total.add_tokens(where, tokens)
     if policies:
         total.unchecked.pop(POLICY_TOKENS, None)  # absent where no dialogue could be replayed
-        results = behaviour_policy.findings(policies, agents, [one[:3] for one in logged])
-        for where, tokens in track(results, "the policy", len(logged), console=console):
-            total.add_tokens(where, tokens)
+    total.faults = list(dict.fromkeys(total.faults))  # what both sides find is one fault
     return total
 
 
@@ -295,13 +299,20 @@ def _read_logs(
         part, name = read_log_file(path, plans, config), f"{path}, " if len(paths) > 1 else ""
         total.faults += part.faults
         logged += [LoggedDialogue(f"{name}dialogue {one.record['dialogue']}", *one) for one in part.dialogues]
-    apart = [one.where for one in logged if any(USER_SAY in message for message in one.record["messages"])]
-    if apart:
-        raise ConfigError(
-            f"{apart[0]}: its user has another tokenizer than its policy; the dialogues of two tokenizers cannot be "
-            f"recomputed"
-        )
     return logged
+
+
+def _by_side(logged: list[LoggedDialogue], config: ConfigDict) -> dict[str, list[LoggedDialogue]]:
+    """{side: the dialogues as they are checked for it}, the policy first; {USER: all} where both sides go together."""
+    if not two_tokenizers.played_as_text([one.record for one in logged], config):
+        return {USER: logged}
+    plans = two_tokenizers.plans_by_side([one.plan for one in logged])
+    return {
+        side: [
+            one._replace(record=two_tokenizers.seen_by(side, one.record), plan=plans[one.plan][side]) for one in logged
+        ]
+        for side in (POLICY, USER)
+    }
 
 
 def load_agents(config: ConfigDict, endpoints: Collection[str]) -> Agents:

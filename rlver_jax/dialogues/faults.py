@@ -117,14 +117,16 @@ class ConsistencyCheck:
         splits = [] if POLICY in remote else [self._split(message) for message in record["messages"][1::2]]
         violations = [split.violation for split in splits] or [m["violation"] for m in record["messages"][1::2]]
         yield from self._record_errors(profile, record, violations)
-        yield from verify_texts.opening_faults(agents, profile, record["messages"][0], self.user_limits[1], remote)
+        if not (plan.other_apart and USER in remote):
+            first = record["messages"][0]
+            yield from verify_texts.opening_faults(agents, profile, first, self.user_limits[1], remote)
         yield from emotion_faults(record, agents.spec.rules)
         yield from self.end_check.faults(record, violations, self.limits.of(record, prefix))
-        yield from verify_texts.policy_faults(agents, record, splits, plan.temperature, remote)
-        if USER in remote:
-            yield from verify_texts.remote_user_faults(agents, record)
-        else:
+        yield from verify_texts.policy_faults(agents, record, splits, plan)
+        if USER not in remote:
             yield from verify_texts.user_faults(agents, record, self.user_limits, self.temperature)
+        elif not plan.other_apart:
+            yield from verify_texts.remote_user_faults(agents, record)
         if not abs(record["reward"] - reward.value) <= reward.rounding:
             yield f"reward {record['reward']}, but its formula gives {np.float32(reward.value)}"
 
@@ -150,7 +152,7 @@ class ConsistencyCheck:
             yield f"violation is {record['violation']}, but its replies say otherwise"
         if "source" in record:
             yield "source names another program, whose logs cannot be recomputed"
-        yield from remote_faults(record, plan.endpoints)
+        yield from remote_faults(record, () if plan.other_apart else plan.endpoints)
 
 
 def _widest(agents: Agents, records: Sequence[Mapping[str, Any]], endpoints: Collection[str]) -> int:
@@ -162,12 +164,13 @@ def _widest(agents: Agents, records: Sequence[Mapping[str, Any]], endpoints: Col
     return max((len(agents.tokenizer.encode(text)) for text in texts), default=0)
 
 
-def unchecked(record: Mapping[str, Any], endpoints: Collection[str]) -> Iterator[str]:
+def unchecked(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """What of a dialogue is not checked, in words: texts of endpoints, and fields that other programs have added."""
-    if POLICY in endpoints:
-        yield "what the policy said at its endpoint"
-    else:
+    endpoints = plan.endpoints if not plan.other_apart else ()
+    if POLICY not in plan.endpoints:
         yield POLICY_TOKENS
+    elif endpoints:
+        yield "what the policy said at its endpoint"
     if USER in endpoints:
         yield "what the user said and felt at its endpoint"
     if endpoints:

@@ -72,6 +72,6 @@ def _replies(policy: Policy, record: Mapping[str, Any]) -> Iterator[Reply]:
     for user, message in zip(messages[::2], messages[1::2], strict=False):
         tokens, stopped = message["tokens"], message["stopped"]
         say = split_reply(policy.tokenizer, tokens, stopped=stopped, think=think).say
-        # A user behind an endpoint gives text alone; the policy reads the tokens of that (`sides.device.DevicePolicy`).
+        # A user behind an endpoint gives text alone; the policy reads the tokens of that (see `device_agents`).
         heard = policy.tokenizer.encode(user["content"] or "") if user["tokens"] is None else user["tokens"]
         yield Reply(heard, Completion(tokens, stopped), say)

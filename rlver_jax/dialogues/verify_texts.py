@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rlver_jax.decoding.grammar import CLOSING
 from rlver_jax.dialogues.log import thought_of
 from rlver_jax.dialogues.trajectory import Message, reactions
+from rlver_jax.dialogues.verify_set import Plan
 from rlver_jax.dialogues.verify_shape import POLICY, USER, script_names
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents
@@ -172,7 +173,15 @@ def remote_reply_faults(agents: Agents, message: Message, user_on_device: bool) 
         yield "a thought in direct mode"
     if message["violation"] != (think and not content):
         yield f"violation is {message['violation']}, but the policy said {'something' if content else 'nothing'}"
-    tokens = agents.tokenizer.encode(content) if user_on_device and not message["violation"] else None
+    if user_on_device:
+        yield from _heard_faults(agents, message)
+    elif message["say_tokens"] is not None:
+        yield "the say's tokens are not those of its text"
+
+
+def _heard_faults(agents: Agents, message: Message) -> Iterator[str]:
+    """Of the tokens in which a user on the device reads a reply that comes as text."""
+    tokens = None if message["violation"] else agents.tokenizer.encode(message["content"])
     if message["say_tokens"] != tokens:
         yield "the say's tokens are not those of its text"
 
@@ -248,13 +257,14 @@ def remote_user_faults(agents: Agents, record: Mapping[str, Any]) -> Iterator[st
             yield f"turn {turn + 1}: a reply without what was considered before it, or the other way round"
 
 
-def policy_faults(
-    agents: Agents, record: Mapping[str, Any], splits: Sequence[SplitReply], temperature: float | None, endpoints
-) -> Iterator[str]:
+def policy_faults(agents: Agents, record: Mapping[str, Any], splits: Sequence[SplitReply], plan: Plan) -> Iterator[str]:
     """Of the policy's replies, wherever the policy is; `splits` are those of a policy on the device."""
+    user_on_device = USER not in plan.endpoints
     for turn, message in enumerate(record["messages"][1::2], 1):
-        if POLICY in endpoints:
-            faults = remote_reply_faults(agents, message, USER not in endpoints)
+        if POLICY not in plan.endpoints:
+            faults = reply_faults(agents, message, splits[turn - 1], plan.temperature)
+        elif plan.other_apart:
+            faults = _heard_faults(agents, message)
         else:
-            faults = reply_faults(agents, message, splits[turn - 1], temperature)
+            faults = remote_reply_faults(agents, message, user_on_device)
         yield from (f"turn {turn}: {fault}" for fault in faults)
