@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Key
 from rlver_jax.decoding.cache import Cache
 from rlver_jax.dialogues.log import policy_message, user_message
 from rlver_jax.dialogues.turn_by_turn import Row
+from rlver_jax.parallel.distributed import fetch
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import CONTEXT, END_REASONS
 from rlver_jax.rollout.policy_turn import PolicyTurn
@@ -63,7 +64,7 @@ class _Batch:
 
     def fitting(self, rows: Sequence[Row], cache: Cache, room: int) -> list[Row]:
         """The rows that have room for a turn; the others end."""
-        lengths = np.asarray(cache.length)
+        lengths = fetch(cache.length)
         fits = [row for row in rows if lengths[row.slot] + room <= self.agents.spec.context]
         for row in rows:
             if row not in fits:
@@ -135,7 +136,7 @@ class DeviceUser(_Batch):
 
     async def begin(self, rows: Sequence[Row]) -> None:
         """Adds the first words: the profile's, or the model's."""
-        tokens, count = (np.asarray(x) for x in self._reply)
+        tokens, count = fetch(self._reply)
         for row in rows:
             first = tokens[row.slot, : count[row.slot]].tolist()
             opening = {"role": "user", "content": self.agents.tokenizer.decode(first), "tokens": first}
@@ -157,7 +158,7 @@ class DeviceUser(_Batch):
             agents.user, agents.tables[1], self._cache, self._reply, words, jnp.asarray(emotion),
             self.keys(turn), self.limits, self.active(rows), jnp.bool_(may_reply), spec=spec,
         )  # fmt: skip
-        log, goodbye = fetch_turn(user=reaction), np.asarray(reaction.goodbye)
+        log, goodbye = fetch_turn(user=reaction), fetch(reaction.goodbye)
         replies = []
         for row in rows:
             message = user_message(log, agents, 0, row.slot)
@@ -226,7 +227,7 @@ class TextPolicy(_Batch):
             self.words(rows, [heard[row] for row in rows], width), keys, self.limits, self.active(rows),
             jnp.asarray(turns == 0), spec=spec,
         )  # fmt: skip
-        self._keep(rows, jax.device_get(reply))
+        self._keep(rows, fetch(reply))
 
     def _keep(self, rows: Sequence[Row], reply: PolicyTurn) -> None:
         """Writes the rows' replies to their messages, and to the log."""

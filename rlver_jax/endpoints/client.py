@@ -28,6 +28,7 @@ from rlver_jax.endpoints.completion import Answer, NoCompletion, answer_of, clea
 from rlver_jax.endpoints.errors import ContextFull, EndpointError, Refused, Unavailable
 from rlver_jax.endpoints.proxy import Proxy, proxy_of
 from rlver_jax.endpoints.rate_limits import pause_of
+from rlver_jax.endpoints.silence import Silence
 
 Message = Mapping[str, str]  # role and content
 _PASSING = frozenset({408, 409, 425, 429})  # beside 5xx
@@ -116,6 +117,7 @@ class Client:
         self._url = endpoint.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._shown = without_credentials(self._url)  # in messages
         self._proxy = proxy_of(self._url)
+        self._silence = Silence(self._shown, endpoint.deadline)
         self._secrets = _secrets_of(endpoint, self._proxy)
         self._http = _http_client(endpoint, self._proxy, self._secrets)
 
@@ -198,7 +200,11 @@ class Client:
             await asyncio.sleep(pause)
         self.traffic.sent += 1
         outcome = await self._outcome(body)
-        self.traffic.failed += isinstance(outcome, _Passing)
+        if isinstance(outcome, _Passing):
+            self.traffic.failed += 1
+            self._silence.fault(str(outcome))
+        else:
+            self._silence.end()
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlver_jax.decoding.cache import LM, Cache, append, init_cache, read_one, repeat_rows, rollback
 from rlver_jax.decoding.generate import Generated
+from rlver_jax.parallel.distributed import fetch
 from rlver_jax.rollout.policy_turn import PolicyTables, PolicyTurn, policy_turn
 from rlver_jax.rollout.sampler import Profiles, open_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
@@ -29,7 +30,7 @@ class SingleTurn(NamedTuple):
 
 def fetch_turn(policy: PolicyTurn | None = None, user: UserTurn | None = None) -> Any:
     """What a turn produced, on the host: a `SingleTurn`."""
-    return SingleTurn(*(jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(one)) for one in (policy, user)))
+    return SingleTurn(*(jax.tree.map(lambda x: np.asarray(x)[None], fetch(one)) for one in (policy, user)))
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "context"))

@@ -1,15 +1,19 @@
-"""The simulated users of a training run behind an OpenAI-compatible endpoint. Needs the extra `remote`."""
+"""The simulated users of a training run behind an OpenAI-compatible endpoint. Needs the extra `remote`.
+
+Of several processes the first one asks them (see `announced`).
+"""
 
 import asyncio
 import concurrent.futures
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from rlver_jax.dialogues.device_agents import TextPolicy
 from rlver_jax.dialogues.endpoint_agents import RemoteUserSide
-from rlver_jax.dialogues.rounds import Waits, play_rounds
+from rlver_jax.dialogues.rounds import PolicyInRounds, Waits, play_rounds
 from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.dialogues.verify_settings import TEXT
 from rlver_jax.endpoints.answer_cache import AnswerCache
@@ -18,6 +22,7 @@ from rlver_jax.endpoints.usage import priced, summed
 from rlver_jax.evaluation.endpoint_play import ANSWERS, endpoint_of, prices_of, remote_user
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.spec import RolloutConfig
+from rlver_jax.training.announced import Announcer
 
 _TRAFFIC = ("sent", "failed", "from_cache")
 
@@ -71,15 +76,18 @@ class RemoteUsers:
             EndpointError: the endpoint refuses whatever it is asked; what has been answered is in the cache.
         """
         side = RemoteUserSide(remote_user(self.config, self._client, spec.rules.initial), seed)
-        playing = self._loop_thread.submit(self._runner.run, self._play(rows, policy, side, spec))
+        announcer = Announcer(policy) if jax.process_count() > 1 else None
+        playing = self._loop_thread.submit(self._runner.run, self._play(rows, announcer or policy, side, spec))
         try:
-            return playing.result()
+            return announcer.lead(playing, rows, self.costs) if announcer else playing.result()
         except KeyboardInterrupt:
             self.cancel()
             concurrent.futures.wait([playing])
             raise
 
-    async def _play(self, rows: Sequence[Row], policy: TextPolicy, side: RemoteUserSide, spec: RolloutConfig) -> Waits:
+    async def _play(
+        self, rows: Sequence[Row], policy: PolicyInRounds, side: RemoteUserSide, spec: RolloutConfig
+    ) -> Waits:
         self._task = asyncio.current_task()
         if self._ended:
             raise asyncio.CancelledError

@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.flags import import_remote
 from rlver_jax.config.validate import ConfigError
+from rlver_jax.parallel import distributed
+from rlver_jax.training.announced import AnnouncedUsers
 from rlver_jax.training.device_users import DeviceUsers
 from rlver_jax.training.setup import Run, answers_by_text
 from rlver_jax.training.text_rollout import TextRollout, Users
@@ -16,13 +18,12 @@ def check_users(config: ConfigDict) -> None:
     """Refuses what users who answer by text cannot do, before anything is loaded.
 
     Raises:
-        ConfigError: there are several processes.
+        ConfigError: batches shall overlap, but there are several processes.
     """
-    if jax.process_count() > 1 and answers_by_text(config):
+    if jax.process_count() > 1 and config.rollout.overlap and answers_by_text(config):
         raise ConfigError(
-            f"training with users who answer by text (remote.user.url, or another tokenizer than the policy's) runs in "
-            f"one process, and there are {jax.process_count()}; train on the devices of one host, or with a user on "
-            f"the devices that shares the policy's tokenizer"
+            f"rollout.overlap={config.rollout.overlap}: the next batch can be played during the update by one process "
+            f"alone, and there are {jax.process_count()}; set --config.rollout.overlap=0"
         )
 
 
@@ -34,9 +35,16 @@ def open_text_rollout(config: ConfigDict, run: Run, workdir: Path) -> TextRollou
     """
     users: Users
     if config.remote.user.url:
-        users = import_remote("rlver_jax.training.remote_users").RemoteUsers(config, workdir)
+        users = distributed.all_or_none(lambda: _endpoint_users(config, workdir))
     else:
         assert run.agents.mesh is not None
         users = DeviceUsers.load(config, run.agents.spec, run.agents.mesh, run.mesh, run.profiles)
     size, seed = config.rollout.batch, config.train.seed
     return TextRollout(config, run.agents, users, size, run.limits, run.widest, seed)
+
+
+def _endpoint_users(config: ConfigDict, workdir: Path) -> Users:
+    """On process 0 those that are asked."""
+    if not distributed.is_main():
+        return AnnouncedUsers()
+    return import_remote("rlver_jax.training.remote_users").RemoteUsers(config, workdir)

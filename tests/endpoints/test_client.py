@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from rlver_jax.endpoints import silence
 from rlver_jax.endpoints.answer_cache import AnswerCache
 from rlver_jax.endpoints.client import Client, Endpoint
 from rlver_jax.endpoints.errors import ContextFull, EndpointError, Refused, Unavailable
@@ -112,6 +113,22 @@ def test_the_deadline_ends_a_hopeless_request(server, cache, fault):
     assert time.monotonic() - began < 3
     assert server.count > 2
     assert len(cache) == 0
+
+
+def test_whoever_waits_is_told_why(server, cache, monkeypatch, caplog):
+    """Once in a while, and never of an endpoint that answers in between."""
+    monkeypatch.setattr(silence, "NOTICE", 0.4)
+    server.fault = lambda n: "500" if n <= 8 else ""
+    assert len(ask(server.url, cache, key=KEY)[0]) == 1
+    told = [record.getMessage() for record in caplog.records]
+    assert 1 <= len(told) < 8
+    assert all(f"{server.url}/chat/completions: no answer for" in line and "status 500" in line for line in told)
+    assert "remote.deadline=20 s" in told[0]
+    assert KEY not in caplog.text
+    caplog.clear()
+    with ChatServer(fault=lambda n: "500" if n % 2 else "") as troubled:
+        ask(troubled.url, cache, 40)
+    assert not caplog.records
 
 
 def test_a_server_that_hangs_or_is_not_there(server, cache):

@@ -177,10 +177,12 @@ def test_unanswered_dialogues_are_left_out_and_too_many_stop_the_run(unbroken, t
     assert verify.main([str(tmp_path / "run" / "dialogues" / "step_000001.jsonl"), *flags]) == 0
 
 
-def test_several_processes_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_several_processes_do_not_overlap_batches(tmp_path, monkeypatch):
+    """Refused before anything is loaded."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="runs in one process, and there are 2"):
-        run(tmp_path / "run", "http://x/v1", **{"policy.path": "/no/such", "user.path": "/no/such"})
+    paths = {"policy.path": "/no/such", "user.path": "/no/such"}
+    with pytest.raises(ConfigError, match="rollout.overlap=1: .* one process alone, and there are 2"):
+        run(tmp_path / "run", "http://x/v1", **paths, **{"rollout.overlap": 1, "loss.recompute": True})
     assert not (tmp_path / "run").exists()
 
 

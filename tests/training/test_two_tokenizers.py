@@ -12,14 +12,19 @@ from rlver_jax.text.tokenizer import load_tokenizer
 from tests.training.test_loop import SEED, records_of, rows_of, run
 
 
-@pytest.fixture(scope="module")
-def worlds(bpe_folder, bpe, tmp_path_factory):
-    """(folder of a model with Qwen's kind of tokenizer, one with SentencePiece)."""
-    folder = tmp_path_factory.mktemp("bpe_world")
+def make_bpe_world(folder, bpe_folder, bpe) -> None:
+    """A model like debug's with Qwen's kind of tokenizer."""
     for file in bpe_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((debug.WORLD / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": bpe.vocab_size + 3}))
+
+
+@pytest.fixture(scope="module")
+def worlds(bpe_folder, bpe, tmp_path_factory):
+    """(folder of a model with Qwen's kind of tokenizer, one with SentencePiece)."""
+    folder = tmp_path_factory.mktemp("bpe_world")
+    make_bpe_world(folder, bpe_folder, bpe)
     return folder, debug.WORLD
 
 
