@@ -30,6 +30,6 @@ class Silence:
             self._told = now
             seconds, last = now - self._since, reason.rstrip(".")
             _log.warning(
-                f"{self._endpoint}: no answer for {seconds:.0f} s; {self._attempts} attempts failed, the last one with: "
+                f"{self._endpoint}: no answer for {seconds:.0f} s; {self._attempts} attempts failed, the last with: "
                 f"{last}. Each request is tried again until remote.deadline={self._deadline:g} s"
             )
