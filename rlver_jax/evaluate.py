@@ -4,7 +4,8 @@
                    [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…] [--measures=FILE[:ARG]|HF_FOLDER]
                    [--sage=CLONE]
     rlver evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
-    rlver evaluate --agreement=SAGE_RESULT.jsonl,… [--config=… [--judge=…]] [--held_out=SHARE] [--contexts=N] [--out=DIR]
+    rlver evaluate --agreement=SAGE_RESULT.jsonl,… [--config=… [--judge=…]] [--held_out=SHARE] [--contexts=N]
+                   [--out=DIR]
 
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
 the settings; DIR/dialogues.jsonl holds every dialogue with its tokens. Of a training run the checkpoint with the best

@@ -95,7 +95,9 @@ def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> No
     readouts = [key for key in result if isinstance(result[key], dict) and "spearman" in result[key]]
     rows = {f"{name}, {readout}": result[readout] for readout in readouts}
     rows |= {shown: result["without_the_reply"][key] for key, shown in _BASELINES.items()}
-    table = Table(f"{result['n']} contexts of {result['dialogues']} dialogues", *_FIGURES.values())
+    counts = f"{result['n']} contexts of {result['dialogues']} dialogues"
+    console.print(f"{name}: {counts}", markup=False, highlight=False, soft_wrap=True)
+    table = Table("", *_FIGURES.values())
     for part, what in _PARTS.items():
         _add_part(table, part, what, rows)
     console.print(table, highlight=False)
