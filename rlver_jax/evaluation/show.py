@@ -127,7 +127,7 @@ def _add_part(table: Table, part: str, what: str, rows: Mapping[str, Mapping[str
     table.add_section()
     table.add_row(Text(f"{what}{count}", style="bold"))
     for shown, one in of_part.items():
-        table.add_row(Text(f"  {shown}"), *_cells(one, _FIGURES))
+        table.add_row(Text(shown), *_cells(one, _FIGURES))
 
 
 def _cells(figures: Mapping[str, Any], names: Iterable[str]) -> list[str]:

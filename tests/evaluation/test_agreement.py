@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rlver_jax.evaluation import agreement as module
 from rlver_jax.evaluation.agreement import agreement, value_of, without_the_reply
 
 
@@ -96,6 +97,13 @@ def test_profiles_are_drawn_whole(name):
     assert (found["dialogues"], expected["dialogues"]) == (12, 4)
     assert found[name] == expected[name]
     assert found[name]["interval"] != agreement(dialogues)[name]["interval"]
+
+
+def test_resamples_in_parts_are_the_same(monkeypatch):
+    """Weights of all resamples at once would take 2,000 times as much memory as the turns."""
+    whole = without_the_reply(*many(10, reads=1))
+    monkeypatch.setattr(module, "DRAWN_AT_ONCE", 7_000)  # 96 turns: 73 resamples, which 2,000 is no multiple of
+    assert without_the_reply(*many(10, reads=1)) == whole
 
 
 def partial_by_residuals(turns, given):
