@@ -4,7 +4,8 @@
                    [--before=DIR] [--repeats=N] [--judge=FILE[:ARG]|HF_FOLDER,…] [--measures=FILE[:ARG]|HF_FOLDER]
                    [--sage=CLONE]
     rlver evaluate --from=DIALOGUES,… [--judge=…] [--measures=…] [--config=…] [--out=DIR]
-    rlver evaluate --agreement=SAGE_RESULT.jsonl,… --config=… [--contexts=N] [--judge=…] [--out=DIR]
+    rlver evaluate --agreement=SAGE_RESULT.jsonl,… [--config=… [--judge=…]] [--held_out=SHARE] [--contexts=N]
+                   [--out=DIR]
 
 DIR/summary.json holds the score (mean final emotion, 0–100), successes (final emotion 100), failures (below 10) and
 the settings; DIR/dialogues.jsonl holds every dialogue with its tokens. Of a training run the checkpoint with the best
@@ -14,7 +15,8 @@ resumes when it is started again with the same settings and DIR.
 
 --judge has other users score the same dialogues. --measures has a model fill in questionnaires about them. --from takes
 finished dialogues, ours or SAGE's, and checks their arithmetic. --agreement compares the config's user with the one of
-a record. A judge runs on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
+a record, and both with what can be guessed without a look at the reply; --held_out takes that share of the profiles. A
+judge runs on the device, or at an endpoint where its config sets remote.user.url. See docs/judging.md.
 --sage takes the prompts of users at endpoints, and the policy's, from a clone of SAGE's repository; see docs/sage.md.
 
 On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them). There
@@ -41,9 +43,9 @@ from rlver_jax.dialogues.log import Record
 from rlver_jax.dialogues.render import print_comparison, print_dialogue
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import usage_text
+from rlver_jax.evaluation import contexts, sage_option
 from rlver_jax.evaluation import folder as evaluation_folder
 from rlver_jax.evaluation import judge_command as judging
-from rlver_jax.evaluation import sage_option
 from rlver_jax.evaluation.folder import EvaluationFolder, read_evaluation
 from rlver_jax.evaluation.play import Player, chosen_profiles, load
 from rlver_jax.evaluation.show import show_judges
@@ -122,6 +124,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --out=DIR; --help lists them")
     if not options.out:
         raise ConfigError("no --out was given; name the folder that summary.json and dialogues.jsonl are written to")
+    contexts.check_flags(options)
     sage_option.take(config, options)
     distributed.initialize(options, finish_steps=False)
     alone = [f"--{name}" for name in ("judge", "measures") if options[name].value]

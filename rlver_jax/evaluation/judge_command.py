@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,13 +16,14 @@ from rich.console import Console
 from rich.progress import track
 
 from rlver_jax.config.datasets import profile_files
+from rlver_jax.config.fields import get_config
 from rlver_jax.config.flags import config_from_flags, define_path, define_paths, import_remote, parse_flags
 from rlver_jax.config.hub import is_name, short_name
 from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.log import REMEDY, Record, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
-from rlver_jax.evaluation import sage_option
+from rlver_jax.evaluation import contexts, sage_option
 from rlver_jax.evaluation.folder import DIALOGUES, PROGRESS, SUMMARY
 from rlver_jax.evaluation.forms import load_forms
 from rlver_jax.evaluation.judge import Judge
@@ -33,7 +33,7 @@ from rlver_jax.evaluation.judge_settings import judge_settings
 from rlver_jax.evaluation.measures import summarize
 from rlver_jax.evaluation.play import Tally
 from rlver_jax.evaluation.rater import DeviceRater, Rater
-from rlver_jax.evaluation.score import judge_transcripts, measure, measure_agreement
+from rlver_jax.evaluation.score import judge_transcripts, measure, measure_agreement, measure_record
 from rlver_jax.evaluation.show import show_agreement, show_judges, show_scores
 from rlver_jax.evaluation.statistics import mean_with_interval
 from rlver_jax.evaluation.transcripts import (
@@ -73,9 +73,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define_paths("from", "", "score these finished dialogues (ours or SAGE's results)", values)
     sage_option.define_flag(values)
     define_paths("agreement", "", "compare the user's changes with the recorded ones in these files", values)
-    flags.DEFINE_integer(
-        "contexts", 0, "with --agreement: as many contexts at least, in whole dialogues; 0: all", 0, flag_values=values
-    )
+    contexts.define_flags(values)
     for name, text in helps.items():
         define_paths(name, "", text, values)
 
@@ -233,6 +231,7 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
         raise ConfigError(f"found {rest[0]!r}, expected flags only; several files are joined by commas: --from=A,B")
     if bool(options["from"].value) == bool(options.agreement):
         raise ConfigError("found --from and --agreement together, or one without a file; expected one of them")
+    contexts.check_flags(options)
     return config, options
 
 
@@ -322,53 +321,48 @@ def _scored(tally: Tally) -> dict[str, Any]:
 
 
 def _agreement(config: ConfigDict | None, options: flags.FlagValues, console: Console) -> int:
-    """Compares the config's user, and further judges, with what a record says."""
-    if config is None:
-        raise ConfigError("--agreement tests the simulated user of a config: give --config=FILE too")
-    if options.measures:
-        raise ConfigError("--measures belongs to --from or to playing, not to --agreement")
-    judges = Judges.of_flags(options, config)
-    _check_there(config)
-    if "user" in judges.users:
-        raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
+    """Compares the config's user, and further judges, with what a record says; without a config the record alone."""
+    judges = _agreeing(config, options)
     files = TranscriptFiles(profile_files(options.agreement))
-    counts = []
+    counts, profiles = [], []
     for _, one in files.scan():
         _check_texts(one)
         counts.append(len(turns_of(one.record)))
-    wanted = chosen(counts, options.contexts, config.eval.seed)
-    dialogues = with_profiles(LazySequence(wanted, lambda _, i: files[i]), KnownProfiles.of_sets(open_each(config)))
+        profiles.append(one.record["profile"])
+    wanted = contexts.chosen(counts, profiles, options, (config or get_config()).eval.seed)
+    dialogues: Sequence[Transcript] = LazySequence(wanted, lambda _, i: files[i])
+    if config:
+        dialogues = with_profiles(dialogues, KnownProfiles.of_sets(open_each(config)))
     faulty = faults(dialogues)
     with _folder(options, console) as (folder, check):
         results = {
             name: measure_agreement(_load_judge(name, one, folder), dialogues, folder, console)
-            for name, one in ({"user": config} | judges.users).items()
-        }
+            for name, one in judges.items()
+        } or {"record": measure_record(dialogues)}
         if folder:
             check()
             write_json(folder / "agreement.json", results)
     for name, result in results.items():
         show_agreement(name, result, console)
+    if not config:
+        console.print("no --config was given: only what needs no model", markup=False, highlight=False)
     _show_faults(faulty[:SHOWN], len(faulty), console)
     return 1 if faulty else 0
 
 
-def chosen(counts: Sequence[int], contexts: int, seed: int) -> list[int]:
-    """Indices of whole dialogues in a drawn order until they hold `contexts` appraised replies; 0: all, in their order.
-
-    Args:
-        counts: appraised replies of each.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if sum(counts) < max(contexts, 1):
-        raise ConfigError(f"--contexts={contexts}: the files hold {sum(counts)} appraised replies; ask for fewer")
-    if not contexts:
-        return list(range(len(counts)))
-    order = np.random.default_rng(seed).permutation(len(counts))
-    enough = int(np.searchsorted(np.cumsum(np.asarray(counts)[order]), contexts)) + 1
-    return [int(i) for i in order[:enough]]
+def _agreeing(config: ConfigDict | None, options: flags.FlagValues) -> dict[str, ConfigDict]:
+    """Configs of the judges that are compared with the record, by name, checked; none without --config."""
+    if options.measures:
+        raise ConfigError("--measures belongs to --from or to playing, not to --agreement")
+    if config is None:
+        if options.judge:
+            raise ConfigError("--agreement with --judge tests the simulated user of a config: give --config=FILE too")
+        return {}
+    judges = Judges.of_flags(options, config)
+    _check_there(config)
+    if "user" in judges.users:
+        raise ConfigError("a judge is called 'user', as the config's own user is here; rename its file or folder")
+    return {"user": config} | judges.users
 
 
 def _show_faults(first: Sequence[str], count: int, console: Console) -> None:

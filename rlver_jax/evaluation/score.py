@@ -13,12 +13,13 @@ from rich.console import Console
 
 from rlver_jax.dialogues.log import Record
 from rlver_jax.endpoints.usage import summed
+from rlver_jax.evaluation.agreement import OWN, Turns, agreement, value_of, without_the_reply
 from rlver_jax.evaluation.forms import Forms, Questionnaire
 from rlver_jax.evaluation.judge import Judge, Work
 from rlver_jax.evaluation.judge_folder import Line, WorkFile
 from rlver_jax.evaluation.measures import THOUGHTS, Answers, measures_of, with_thoughts
 from rlver_jax.evaluation.rater import Rater
-from rlver_jax.evaluation.statistics import Turns, agreement, mean_absolute_error, mean_with_interval, rank_correlation
+from rlver_jax.evaluation.statistics import mean_with_interval, rank_correlation
 from rlver_jax.evaluation.transcripts import LazySequence, Transcript, turns_of
 from rlver_jax.text.progress import Meter
 from rlver_jax.user.emotion import SAGE, change_readout
@@ -131,48 +132,68 @@ def measure_agreement(
 ) -> dict[str, Any]:
     """How a judge's changes compare with the recorded ones, by each of its readouts; contexts fixed to the record.
 
+    Beside them is what needs no look at the reply, on the turns that the judge has answered.
+
     Raises:
         ValueError: it answered nowhere.
     """
-    turns = [[(t.emotion, t.change) for t in turns_of(dialogue.record)] for dialogue in dialogues]
+    recorded = [recorded_turns(dialogue.record) for dialogue in dialogues]
 
     def compared(lines: dict[int, Line], readout: str) -> dict[int, Turns]:
-        """Of each dialogue (emotion before, own change, recorded change), turns without an answer left out."""
-        each = {i: _compared(lines[i], turns[i], readout) for i in sorted(lines)}
+        """The turns of each dialogue, without those that were not answered."""
+        each = {i: _compared(lines[i], recorded[i], readout) for i in sorted(lines)}
         return {i: one for i, one in each.items() if len(one)}
 
     def standing(lines: dict[int, Line]) -> str:
         known = list(compared(lines, judge.readouts[-1]).values())
-        return f"mean absolute error {mean_absolute_error(np.concatenate(known)):.2f}" if known else ""
+        return f"mean absolute error {value_of('mae', np.concatenate(known)):.2f}" if known else ""
 
     work = WorkFile(folder and folder / "agreement", judge.name, judge.settings, dialogues)
     lines = appraised_lines(judge, dialogues, own=False, work=work, console=console, standing=standing)
     each = {readout: compared(lines, readout) for readout in judge.readouts}
-    counts = [len(one) for one in each[judge.readouts[0]].values()]
-    if not counts:
-        raise ValueError(f"{judge.name}: not one appraisal could be read; the model is too weak to be a user")
-    agreements = {
-        readout: agreement(list(ours.values()), [dialogues[i].record["profile"] for i in ours])
-        for readout, ours in each.items()
-    }
-    usage = _usage(lines.values())
-    return {"n": sum(counts), "dialogues": len(counts)} | agreements | usage | {"settings": judge.settings}
-
-
-def _compared(line: Line, turns: Sequence[tuple[int, int]], readout: str) -> Turns:
-    """Emotion before, own change, recorded change of the turns that were answered.
-
-    Args:
-        turns: (emotion before, recorded change) of all.
-    """
-    answered = [i for i in range(len(turns)) if i not in line["unanswered"]]
+    answered = each[judge.readouts[0]]
     if not answered:
-        return np.zeros((0, 3), int)
+        raise ValueError(f"{judge.name}: not one appraisal could be read; the model is too weak to be a user")
+    profiles = [dialogues[i].record["profile"] for i in answered]
+    agreements = {readout: agreement(list(ours.values()), profiles) for readout, ours in each.items()}
+    return {
+        "n": sum(map(len, answered.values())),
+        "dialogues": len(answered),
+        **agreements,
+        "without_the_reply": without_the_reply(list(answered.values()), profiles),
+        **_usage(lines.values()),
+        "settings": judge.settings,
+    }
+
+
+def measure_record(dialogues: Sequence[Transcript]) -> dict[str, Any]:
+    """What `measure_agreement` says without a judge: how far a record can be predicted without a look at the reply."""
+    each = [(recorded_turns(dialogue.record), dialogue.record["profile"]) for dialogue in dialogues]
+    turns, profiles = zip(*[(one, profile) for one, profile in each if len(one)], strict=True)
+    found = without_the_reply(turns, profiles)
+    return {"n": sum(map(len, turns)), "dialogues": len(turns), "without_the_reply": found}
+
+
+def recorded_turns(record: Record) -> Turns:
+    """The turns that a dialogue's own user appraised; until a judge's changes are known, OWN holds recorded ones."""
+    turns = turns_of(record)
+    before = [0, *(turn.change for turn in turns)]
+    rows = [(t.emotion, t.change, t.change, previous, t.turn) for t, previous in zip(turns, before, strict=False)]
+    return np.array(rows, int).reshape(-1, 5)
+
+
+def _compared(line: Line, recorded: Turns, readout: str) -> Turns:
+    """The turns that were answered, with the judge's own changes."""
+    answered = [i for i in range(len(recorded)) if i not in line["unanswered"]]
+    turns = recorded[answered]
+    if not answered:
+        return turns
     if readout == TEXT:
-        own = [line["changes"][i] for i in answered]
+        turns[:, OWN] = [line["changes"][i] for i in answered]
     else:
-        own = np.asarray(change_readout(jnp.asarray([line["change_logprobs"][i] for i in answered]), readout)).tolist()
-    return np.array([(turns[i][0], change, turns[i][1]) for i, change in zip(answered, own, strict=True)])
+        logprobs = jnp.asarray([line["change_logprobs"][i] for i in answered])
+        turns[:, OWN] = np.asarray(change_readout(logprobs, readout))
+    return turns
 
 
 def measure(

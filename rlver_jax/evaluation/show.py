@@ -1,24 +1,31 @@
 """What judgements look like in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from rlver_jax.endpoints.usage import usage_text
 from rlver_jax.user.emotion import BANDS
 
-_STATISTICS = {
-    "spearman": "Spearman correlation of change",
-    "pearson": "Pearson correlation of change",
-    "mae": "mean absolute error of change",
-    "sign_agreement": "share with the same sign",
-    "band_agreement": "share that ends in the same band",
+_FIGURES = {
+    "spearman": "Spearman",
+    "spearman_given_emotion": "given emotion",
+    "spearman_given_past": "given both",
+    "mae": "mean error",
 }
+_FURTHER = {"pearson": "Pearson", "sign_agreement": "same sign", "band_agreement": "same band after"}
+_BASELINES = {"emotion": "emotion alone", "previous_change": "previous change", "constant": "the median"}
+_PARTS = {"": "all replies", "first_replies": "first replies", "later_replies": "later replies"}
+_EXPLANATION = """\
+Changes compared with the recorded ones; 95 % intervals over profiles. "Emotion alone" (the straight line in the emotion
+before the reply that fits these contexts best), "previous change" (the same change again, 0 at first) and "the median"
+have not read the reply: a judge that has must do better than they. "Given emotion", "given both": the rank correlation
+that is left when what the emotion, or emotion and previous change, explain is taken out. Before first replies there is
+no past that could explain the change."""
 
 
 def number_text(value: float | None, interval: list[float] | None = None, digits: int = 2) -> str:
@@ -79,25 +86,50 @@ def _show_usage(name: str, result: Mapping[str, Any], console: Console) -> None:
 
 
 def show_agreement(name: str, result: Mapping[str, Any], console: Console) -> None:
-    """Both readouts side by side, and their confusion of bands."""
+    """Each readout beside what needs no look at the reply, and the readouts' confusion of bands.
+
+    Args:
+        name: of the judge.
+        result: of `score.measure_agreement`, or of `score.measure_record`, which has no judge.
+    """
     readouts = [key for key in result if isinstance(result[key], dict) and "spearman" in result[key]]
-    table = Table(escape(f"{name}: {result['n']} contexts of {result['dialogues']} dialogues"), *readouts)
-    for key, what in _STATISTICS.items():
-        table.add_row(
-            what,
-            *(number_text(result[readout][key]["value"], result[readout][key]["interval"]) for readout in readouts),
-        )
-    table.add_row(
-        "error of always saying the record's median", *(number_text(result[r]["mae_of_the_median"]) for r in readouts)
-    )
-    for who in ("own", "recorded"):
-        table.add_row(
-            f"mean change, {who}", *(number_text(result[readout]["mean_change"][who]) for readout in readouts)
-        )
+    rows = {f"{name}, {readout}": result[readout] for readout in readouts}
+    rows |= {shown: result["without_the_reply"][key] for key, shown in _BASELINES.items()}
+    counts = f"{result['n']} contexts of {result['dialogues']} dialogues"
+    console.print(f"{name}: {counts}", markup=False, highlight=False, soft_wrap=True)
+    table = Table("", *_FIGURES.values())
+    for part, what in _PARTS.items():
+        _add_part(table, part, what, rows)
+    console.print(table, highlight=False)
+    console.print(_EXPLANATION, markup=False, highlight=False, soft_wrap=True)
+    table = Table("all replies", *_FURTHER.values(), *["mean change"] * bool(readouts))
+    for shown, one in rows.items():
+        mean = [number_text(one["mean_change"]["own"])] if "mean_change" in one else []
+        table.add_row(Text(shown), *_cells(one, _FURTHER), *mean)
+    if readouts:
+        table.add_row("the record", *[""] * len(_FURTHER), number_text(result[readouts[0]]["mean_change"]["recorded"]))
     console.print(table, highlight=False)
     for readout in readouts:
         bands = Table(f"bands with {readout}: recorded \\ own", *BANDS)
         for band, row in result[readout]["band_confusion"].items():
             bands.add_row(band, *(str(row[other]) for other in BANDS))
         console.print(bands, highlight=False)
-    _show_usage(name, result, console)
+    if readouts:
+        _show_usage(name, result, console)
+
+
+def _add_part(table: Table, part: str, what: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """The section of a table that is about all replies (part ""), the first or the later ones, where there are any."""
+    of_part = {shown: one[part] if part else one for shown, one in rows.items() if not part or part in one}
+    if not of_part:
+        return
+    count = f" ({next(iter(of_part.values()))['n']})" if part else ""
+    table.add_section()
+    table.add_row(Text(f"{what}{count}", style="bold"))
+    for shown, one in of_part.items():
+        table.add_row(Text(shown), *_cells(one, _FIGURES))
+
+
+def _cells(figures: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    # An interval without a space is not broken where the table is narrow.
+    return [number_text(**figures[name]).replace(", ", ",") for name in names]

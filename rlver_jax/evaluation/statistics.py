@@ -1,20 +1,18 @@
-"""How sure one can be of a mean, and how well two judges agree: statistics with bootstrap intervals."""
+"""How sure one can be: bootstrap intervals, of means and of anything else; and rank correlations."""
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from rlver_jax.user.emotion import BANDS, HIGHEST, LOWEST, SAGE
-
 RESAMPLES = 10_000
-RESAMPLES_OF_AGREEMENT = 2_000  # its correlations cost a hundred times as much as a mean
 CONFIDENCE = 0.95
-DRAWN_AT_ONCE = 1_000_000  # indices, 8 bytes each
+DRAWN_AT_ONCE = 1_000_000  # indices or weights, 8 bytes each
+NOTHING = 1e-9  # share of a variance that is rounding errors and no variance
 Interval = list[float] | None
 
 
@@ -81,93 +79,53 @@ def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable] | N
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's; NaN where one of them never varies."""
-    return _correlation(stats.spearmanr, np.asarray(a), np.asarray(b))
-
-
-def _correlation(of: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:
+    a, b = np.asarray(a), np.asarray(b)
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(of(a, b).statistic)
+    return float(stats.spearmanr(a, b).statistic)
 
 
-# Of n turns: the emotion before, a judge's own change, the recorded change.
-Turns = Int[np.ndarray, "n 3"]
+# How often each of n values is in each of R resamples: whole numbers, 0 where it wasn't drawn. Statistics of all
+# resamples at once are a hundred times as fast as one after another.
+Weights = Float[np.ndarray, "R n"]
 
 
-def spearman(turns: Turns) -> float:
-    """Rank correlation of the changes."""
-    return rank_correlation(turns[:, 1], turns[:, 2])
+def weighted_mean(values: Real[np.ndarray, "n"], weights: Weights) -> Float[np.ndarray, "R"]:
+    """The mean in each resample."""
+    return weights @ values / weights.sum(axis=-1)
 
 
-def pearson(turns: Turns) -> float:
-    """Linear correlation of the changes; NaN where one of them never varies."""
-    return _correlation(stats.pearsonr, turns[:, 1], turns[:, 2])
+def midranks(values: Real[np.ndarray, "n"], weights: Weights) -> Float[np.ndarray, "R n"]:
+    """Ranks from 1 in each resample, where equal values share the mean of theirs: `scipy.stats.rankdata` of each."""
+    _, codes = np.unique(values, return_inverse=True)
+    counts = weights @ np.eye(codes.max() + 1)[codes]
+    return (np.cumsum(counts, axis=-1) - (counts - 1) / 2)[:, codes]
 
 
-def mean_absolute_error(turns: Turns) -> float:
-    """Mean |own - recorded| change."""
-    return float(np.abs(turns[:, 1] - turns[:, 2]).mean())
+def partial_correlation(columns: Real[np.ndarray, "k #R n"], weights: Weights) -> Float[np.ndarray, "R"]:
+    """Correlation of the first two columns with the others held fixed, in each resample.
 
-
-def sign_agreement(turns: Turns) -> float:
-    """Share of turns in which both rise, fall or stay."""
-    return float((np.sign(turns[:, 1]) == np.sign(turns[:, 2])).mean())
-
-
-def band_agreement(turns: Turns) -> float:
-    """Share of turns after which both emotions lie in one band."""
-    own, recorded = _bands(turns)
-    return float((own == recorded).mean())
-
-
-def _bands(turns: Turns) -> tuple[np.ndarray, np.ndarray]:
-    # Not by SAGE.update: RLVER's logs hold changes beyond ten.
-    own, recorded = (SAGE.band(np.clip(turns[:, 0] + turns[:, column], LOWEST, HIGHEST)) for column in (1, 2))
-    return own, recorded
-
-
-STATISTICS: dict[str, Callable[[Turns], float]] = {
-    "spearman": spearman,
-    "pearson": pearson,
-    "mae": mean_absolute_error,
-    "sign_agreement": sign_agreement,
-    "band_agreement": band_agreement,
-}
-
-
-def agreement(dialogues: Sequence[Turns], profiles: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """All STATISTICS of turns, each with its interval, null where there is none; and the confusion of bands.
+    It is the correlation of what is left of the two after a linear regression on the others. With one other, c, it is
+    (r_ab - r_ac r_bc) / sqrt((1 - r_ac^2) (1 - r_bc^2)), where r are plain correlations; of ranks it is Spearman's
+    partial correlation. With more, S = R_xx - R_xg R_gg^-1 R_gx, the correlations R of a and b (x) less what the others
+    (g) explain, gives S_ab / sqrt(S_aa S_bb). See Kim 2015, ppcor, doi:10.5351/CSAM.2015.22.6.665.
 
     Args:
-        dialogues: the turns of each.
-        profiles: whose dialogue each is; those of one profile are drawn together. By default all differ.
+        columns: k at least 2; with 2 nothing is held fixed. One of the others that never varies explains nothing.
+
+    Returns:
+        NaN where one of the two never varies, or the others explain all of it.
     """
-    turns = np.concatenate(dialogues)
-    by_profile: dict[Hashable, list[Turns]] = {}
-    for profile, one in zip(profiles or range(len(dialogues)), dialogues, strict=True):
-        by_profile.setdefault(profile, []).append(one)
-    clusters = [np.concatenate(one) for one in by_profile.values()]
-    result: dict[str, Any] = {"n": len(turns), "dialogues": len(dialogues)}
-    for name, statistic in STATISTICS.items():
-        value = statistic(turns)
-        defined = bool(np.isfinite(value))
-        interval = _interval_of_turns(clusters, statistic) if defined else None
-        result[name] = {"value": value if defined else None, "interval": interval}
-    # The same error for a judge that knows nothing but the record's median.
-    result["mae_of_the_median"] = float(np.abs(turns[:, 2] - np.median(turns[:, 2])).mean())
-    result["mean_change"] = {"own": float(turns[:, 1].mean()), "recorded": float(turns[:, 2].mean())}
-    return result | {"band_confusion": band_confusion(*_bands(turns))}
-
-
-def _interval_of_turns(clusters: Sequence[Turns], statistic: Callable[[Turns], float]) -> Interval:
-    def of_drawn(drawn: Int[np.ndarray, "R N"]) -> Float[np.ndarray, "R"]:
-        return np.array([statistic(np.concatenate([clusters[i] for i in indices])) for indices in drawn.tolist()])
-
-    return bootstrap_interval(len(clusters), of_drawn, RESAMPLES_OF_AGREEMENT)
-
-
-def band_confusion(own: np.ndarray, recorded: np.ndarray) -> dict[str, dict[str, int]]:
-    """{recorded band: {own band: count}} of indices into BANDS."""
-    table = np.zeros((len(BANDS), len(BANDS)), int)
-    np.add.at(table, (recorded, own), 1)
-    return {band: dict(zip(BANDS, map(int, row), strict=True)) for band, row in zip(BANDS, table, strict=True)}
+    total = weights.sum(axis=-1, keepdims=True)
+    centred = columns - (columns * weights).sum(axis=-1, keepdims=True) / total
+    covariance = np.einsum("arn,brn->rab", centred * weights, centred)
+    variance = np.einsum("raa->ra", covariance)
+    varies = variance > NOTHING * (columns**2 * weights).sum(axis=-1).T
+    both = varies[:, :, None] & varies[:, None, :]
+    r = np.broadcast_to(np.eye(len(columns)), covariance.shape).copy()
+    np.divide(covariance, np.sqrt(variance[:, :, None] * variance[:, None, :]), out=r, where=both)
+    left = r[:, :2, :2] - r[:, :2, 2:] @ np.linalg.pinv(r[:, 2:, 2:], hermitian=True) @ r[:, 2:, :2]
+    unexplained = np.einsum("raa->ra", left)
+    defined = both[:, 0, 1] & (unexplained.min(axis=1) > NOTHING)
+    scale = np.sqrt(unexplained.prod(axis=1), out=np.ones(len(left)), where=defined)
+    return np.where(defined, left[:, 0, 1] / scale, np.nan)

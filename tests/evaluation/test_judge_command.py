@@ -20,7 +20,8 @@ def test_agreement_as_a_user_runs_it(file, results, tmp_path, capsys):
     args = [f"--agreement={file}", "--config=configs/debug.py", "--contexts=8", f"--out={tmp_path}"]
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert "Spearman correlation of change" in out
+    assert "user, argmax" in out
+    assert "previous change" in out
     assert "bands with mean" in out
     found = json.loads((tmp_path / "agreement.json").read_text())["user"]
     lines = [json.loads(line) for line in (tmp_path / "agreement" / "user.jsonl").read_text().splitlines()]
@@ -35,6 +36,13 @@ def test_agreement_as_a_user_runs_it(file, results, tmp_path, capsys):
     assert found["argmax"]["mae"]["value"] == pytest.approx(sum(errors) / len(errors))
     if len(set(own)) > 1:
         assert found["argmax"]["spearman"]["value"] == pytest.approx(stats.spearmanr(own, recorded).statistic)
+    before = [0, *recorded[:-1]]
+    first = [i for i, line in enumerate(lines) for _ in line["changes"]]
+    first = [i == 0 or first[i] != first[i - 1] for i in range(len(first))]
+    persistent = [0 if new else change for new, change in zip(first, before, strict=True)]
+    errors = [abs(a - b) for a, b in zip(persistent, recorded, strict=True)]
+    assert found["without_the_reply"]["previous_change"]["mae"]["value"] == pytest.approx(sum(errors) / len(errors))
+    assert found["argmax"]["first_replies"]["n"] == sum(first) == len(lines)
     assert found["settings"]["fingerprint.user"]
     before = (tmp_path / "agreement" / "user.jsonl").read_bytes()
     assert main(args) == 0, "nothing is left to do, and the figures are the same"

@@ -5,10 +5,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from rlver_jax.config.fields import get_config
 from rlver_jax.evaluate import main
+from rlver_jax.evaluation.score import measure_record
 from rlver_jax.evaluation.transcripts import TranscriptFiles, turns_of
 
 # Policy: score, successes, failures of 100 dialogues, as published (DeepSeek-V3 of 2024-12-27 as the user).
@@ -57,3 +60,33 @@ def test_no_tenth_reply_is_appraised(files):
         most["appraised"] = max(most["appraised"], len(turns_of(one.record)))
     assert most == {"replies": 10, "appraised": 9}
     assert get_config().eval.max_turns == 9
+
+
+def changes_of(history):
+    """(emotion before, change, change before) of each reply, by SAGE's own fields."""
+    emotion, before = history[0]["emotion-point"], 0
+    for message in history[1:]:
+        if message["role"] == "user":
+            change = int(message["planning"]["change"])
+            yield emotion, change, before
+            emotion, before = message["emotion-point"], change
+
+
+def test_a_change_is_predicted_without_a_look_at_the_reply(files):
+    """Spearman 0.55 by the emotion before and 0.60 by the previous change, over all published dialogues."""
+    if len(files) < len(PUBLISHED):
+        pytest.skip(f"needs all of {', '.join(PUBLISHED)}")
+    histories = [json.loads(line)["history"] for file in files for line in file.read_text("utf-8").splitlines()]
+    rows = np.array([(*row, i) for history in histories for i, row in enumerate(changes_of(history))])
+    emotion, change, before, turn = rows.T
+    found = measure_record([one for _, one in TranscriptFiles(files).scan()])
+    assert found["n"] == len(rows) == 7013
+    alone = found["without_the_reply"]
+    assert alone["emotion"]["spearman"]["value"] == pytest.approx(stats.spearmanr(emotion, change).statistic)
+    assert alone["emotion"]["spearman"]["value"] == pytest.approx(0.55, abs=0.005)
+    later = stats.spearmanr(before[turn > 0], change[turn > 0]).statistic
+    assert alone["previous_change"]["later_replies"]["spearman"]["value"] == pytest.approx(later)
+    assert later == pytest.approx(0.60, abs=0.005)
+    assert alone["previous_change"]["mae"]["value"] == pytest.approx(np.abs(change - before).mean())
+    assert alone["constant"]["mae"]["value"] == pytest.approx(np.abs(change - np.median(change)).mean())
+    assert (emotion[turn == 0] == 40).all(), "so it explains nothing of what follows first replies"

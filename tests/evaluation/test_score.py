@@ -9,7 +9,7 @@ from scipy import stats
 
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.judge import Appraised, Work
-from rlver_jax.evaluation.score import judge_transcripts, measure_agreement
+from rlver_jax.evaluation.score import judge_transcripts, measure_agreement, measure_record
 from rlver_jax.evaluation.transcripts import Transcript, turns_of
 from rlver_jax.profiles.schema import Profile
 
@@ -68,6 +68,39 @@ def test_agreement_of_both_readouts(given, dialogues, tmp_path):
             for j, ours in enumerate("FCBAS"):
                 want = int(((ends[1] == i) & (ends[0] == j)).sum())
                 assert found[how]["band_confusion"][theirs][ours] == want
+
+
+def test_beside_a_judge_stands_what_needs_no_look_at_the_reply(given, dialogues, tmp_path):
+    """Changes of 5 -3 0 · 10 10 10 10 10 10 · -10 -10 -10 -5 · 4, from 40 on; the own ones don't matter."""
+    found = measure_agreement(given, dialogues, tmp_path, QUIET)
+    recorded = [5, -3, 0, *[10] * 6, -10, -10, -10, -5, 4]
+    emotion = [40, 45, 42, 40, 50, 60, 70, 80, 90, 40, 30, 20, 10, 40]
+    previous = [0, 5, -3, 0, *[10] * 5, 0, -10, -10, -10, 0]
+    alone = found["without_the_reply"]
+    for name, values in {"emotion": emotion, "previous_change": previous}.items():
+        assert alone[name]["spearman"]["value"] == pytest.approx(stats.spearmanr(values, recorded).statistic)
+    assert alone["previous_change"]["mae"]["value"] == pytest.approx(np.abs(np.subtract(previous, recorded)).mean())
+    first = [0, 3, 9, 13]
+    assert found["argmax"]["first_replies"]["n"] == 4
+    own = [int(np.argmax(ours[0])) - 10 for ours in given.logprobs]
+    want = np.abs(np.array(own) - np.array(recorded)[first]).mean()
+    assert found["argmax"]["first_replies"]["mae"]["value"] == pytest.approx(want)
+    assert measure_record(dialogues) == {"n": 14, "dialogues": 4, "without_the_reply": alone}
+
+
+def test_turns_that_a_judge_left_unanswered_count_for_none(given, dialogues):
+    """Also what came before a turn stays the record's, whether the judge answered there or not."""
+    appraise = given.appraise
+    gap = lambda i: (0,) if i == 1 else (0, 1, 2, 3) if i == 2 else ()  # noqa: E731
+    given.appraise = lambda *args, **kwargs: (
+        [(i, one._replace(unanswered=gap(i))) for i, one in results] for results in appraise(*args, **kwargs)
+    )
+    found = measure_agreement(given, dialogues, None, QUIET)
+    assert (found["n"], found["dialogues"]) == (9, 3)
+    recorded, previous = [5, -3, 0, *[10] * 5, 4], [0, 5, -3, *[10] * 5, 0]
+    want = np.abs(np.subtract(previous, recorded)).mean()
+    assert found["without_the_reply"]["previous_change"]["mae"]["value"] == pytest.approx(want)
+    assert found["mean"]["first_replies"]["n"] == 2
 
 
 def test_scores_and_the_gap(given, dialogues, tmp_path):

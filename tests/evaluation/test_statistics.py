@@ -1,50 +1,16 @@
-"""Figures of agreement against numbers worked out by hand, and intervals against the normal theory."""
-
-import math
+"""Intervals against the normal theory, and correlations of many resamples against SciPy and a regression of each."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from rlver_jax.evaluation import statistics
-from rlver_jax.evaluation.statistics import agreement, mean_interval, mean_with_interval, pearson, spearman
-
-
-def turns(*pairs):
-    """Rows at emotion 50 from (own, recorded) changes."""
-    return np.array([(50, *pair) for pair in pairs])
-
-
-def test_figures_by_hand():
-    # own: 1 2 3 4 5; recorded: 2 1 4 3 5. Rank differences 1 1 1 1 0: rho = 1 - 6 * 4 / (5 * 24) = 0.8.
-    groups = [turns((1, 2), (2, 1)), turns((3, 4), (4, 3), (5, 5))]
-    found = agreement(groups)
-    assert (found["n"], found["dialogues"]) == (5, 2)
-    assert found["spearman"]["value"] == pytest.approx(0.8)
-    assert found["pearson"]["value"] == pytest.approx(0.8)  # ranks are the values
-    assert found["mae"]["value"] == pytest.approx(0.8)
-    assert found["sign_agreement"]["value"] == 1
-    assert found["mae_of_the_median"] == pytest.approx((2 + 1 + 0 + 1 + 2) / 5)  # of 1 2 3 4 5 around 3
-    low, high = found["mae"]["interval"]  # drawn groups give 1 (twice the first), 2/3 or 0.8
-    assert (low, high) == (pytest.approx(2 / 3), 1)
-
-
-def test_signs():
-    groups = [turns((0, 0), (1, 0)), turns((-2, -7), (3, -3))]
-    assert agreement(groups)["sign_agreement"]["value"] == 0.5
-
-
-def test_ties_share_ranks():
-    # own 0 0 1 has ranks 1.5 1.5 3, recorded 1 2 3: covariance 1.5/2, deviations sqrt(1.5/2) and 1.
-    assert spearman(turns((0, 1), (0, 2), (1, 3))) == pytest.approx(0.75 / math.sqrt(0.75))
-
-
-def test_a_judge_that_never_varies_has_no_correlation():
-    groups = [turns((3, 1), (3, -2)), turns((3, 4))]
-    found = agreement(groups)
-    assert found["spearman"] == found["pearson"] == {"value": None, "interval": None}
-    assert found["mae"]["value"] == pytest.approx((2 + 5 + 1) / 3)
-    assert math.isnan(pearson(turns((1, 2))))
+from rlver_jax.evaluation.statistics import (
+    mean_interval,
+    mean_with_interval,
+    midranks,
+    partial_correlation,
+    weighted_mean,
+)
 
 
 def test_the_interval_of_a_mean_is_the_normal_one():
@@ -82,27 +48,77 @@ def test_copies_within_a_profile_make_nothing_surer():
     assert mean_interval(draw, ["one"] * 60) is None
 
 
-def test_agreement_draws_profiles(monkeypatch):
-    """Dialogues with one profile, whether they are one or three, are drawn together."""
-    monkeypatch.setattr(statistics, "STATISTICS", {"mae": statistics.mean_absolute_error})  # the others take their time
-    draw = np.random.default_rng(6)
-    dialogues = [np.stack([np.full(4, 50), *draw.integers(-10, 11, (2, 4))], axis=1) for _ in range(12)]
-    profiles = [i // 3 for i in range(12)]
-    joined = [np.concatenate(dialogues[i : i + 3]) for i in range(0, 12, 3)]
-    found, expected = agreement(dialogues, profiles), agreement(joined)
-    assert (found["dialogues"], expected["dialogues"]) == (12, 4)
-    assert found["mae"] == expected["mae"]
-    assert found["mae"]["interval"] != agreement(dialogues)["mae"]["interval"]
+def resamples(count, size):
+    """Columns of whole numbers with many ties, and how often each of their values is in each resample."""
+    draw = np.random.default_rng(count)
+    columns = draw.integers(-3, 4, (4, size))
+    columns[1] += columns[0] + columns[2]
+    return columns, draw.multinomial(size, np.full(size, 1 / size), count).astype(float)
 
 
-def test_confusion_of_bands():
-    """Emotions after the turn, kept within 0 and 100."""
-    rows = [(95, 9, 5), (95, 4, 10), (65, 5, 4), (42, -3, -2), (12, -3, -2), (40, 5, 5)]
-    found = agreement([np.array(rows), np.array([(3, -10, -5)])])
-    table = found["band_confusion"]
-    assert table["S"] == {"S": 1, "A": 1, "B": 0, "C": 0, "F": 0}
-    assert table["A"] == {"S": 0, "A": 0, "B": 0, "C": 0, "F": 0}
-    assert table["B"] == {"S": 0, "A": 1, "B": 1, "C": 1, "F": 0}
-    assert table["C"] == {"S": 0, "A": 0, "B": 0, "C": 0, "F": 1}
-    assert table["F"] == {"S": 0, "A": 0, "B": 0, "C": 0, "F": 1}
-    assert found["band_agreement"]["value"] == pytest.approx(3 / 7)
+def drawn(column, weights):
+    return np.repeat(column, weights.astype(int))
+
+
+def test_weighted_means_and_ranks_are_those_of_what_was_drawn():
+    columns, weights = resamples(5, 40)
+    ranks = midranks(columns[1], weights)
+    for i, often in enumerate(weights):
+        values = drawn(columns[1], often)
+        assert weighted_mean(columns[1], weights)[i] == pytest.approx(np.mean(values))
+        np.testing.assert_array_equal(drawn(ranks[i], often), stats.rankdata(values))
+
+
+def test_correlations_are_scipys():
+    columns, weights = resamples(5, 40)
+    linear = partial_correlation(columns[:2, None], weights)
+    ranks = partial_correlation(np.stack([midranks(one, weights) for one in columns[:2]]), weights)
+    for i, often in enumerate(weights):
+        a, b = (drawn(one, often) for one in columns[:2])
+        assert linear[i] == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-12)
+        assert ranks[i] == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
+def midranks_by_counting(values):
+    return np.array([(values < one).sum() + ((values == one).sum() + 1) / 2 for one in values])
+
+
+def what_is_left(values, given):
+    """Residuals of least squares on `given` and a constant."""
+    known = np.column_stack([np.ones(len(values)), *given])
+    return values - known @ np.linalg.lstsq(known, values, rcond=None)[0]
+
+
+@pytest.mark.parametrize("held_fixed", [1, 2])
+def test_partial_correlations_are_those_of_residuals(held_fixed):
+    columns, weights = resamples(6, 50)
+    ranks = np.stack([midranks(one, weights) for one in columns[: 2 + held_fixed]])
+    found = partial_correlation(ranks, weights)
+    for i, often in enumerate(weights):
+        a, b, *given = (midranks_by_counting(drawn(one, often)) for one in columns[: 2 + held_fixed])
+        want = np.corrcoef(what_is_left(a, given), what_is_left(b, given))[0, 1]
+        assert found[i] == pytest.approx(want, abs=1e-10)
+    assert not np.allclose(found, partial_correlation(ranks[:2], weights), atol=0.05), "what is held fixed matters"
+
+
+def test_a_partial_correlation_by_hand():
+    """Ranks with r_ab = 1 - 6 * 4 / 120 = 0.8, r_ac = 0.8 and r_bc = 1 - 6 * 14 / 120 = 0.3."""
+    ranks = np.array([[1, 2, 3, 4, 5], [2, 1, 4, 3, 5], [1, 3, 2, 5, 4]])[:, None]
+    (found,) = partial_correlation(ranks, np.ones((1, 5)))
+    assert found == pytest.approx((0.8 - 0.8 * 0.3) / np.sqrt((1 - 0.8**2) * (1 - 0.3**2)))
+
+
+def test_where_nothing_is_left_there_is_no_partial_correlation():
+    ones, a, b = np.ones((1, 4)), [1, 2, 4, 3], [3, 1, 2, 4]
+    of = lambda *columns: partial_correlation(np.array(columns, float)[:, None], ones)[0]  # noqa: E731
+    assert np.isnan(of(a, b, a)), "one of the two is what is held fixed"
+    assert np.isnan(of(a, b, -0.1 * np.array(b)))
+    assert np.isnan(of(a, [0.1] * 4))
+    assert np.isnan(of([0.1] * 4, b, a))
+    assert of(a, b, [0.1] * 4) == pytest.approx(np.corrcoef(a, b)[0, 1]), "what never varies explains nothing"
+    c = [1, 0, 0, 1]
+    assert of(a, b, c, c) == pytest.approx(of(a, b, c)), "nor does the same thing twice"
+    only = np.array([[1.0, 0, 0, 2], [1, 1, 1, 1]])
+    found = partial_correlation(np.array([a, [0.1, 7, 7, 0.1]])[:, None], only)
+    assert np.isnan(found[0]), "it never varies in this resample"
+    assert np.isfinite(found[1])
