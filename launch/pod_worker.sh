@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_pod.sh does on each worker. Everything lies in ~/rlver_jax_pod: source/ (the package), venv/, worker.log,
-# and what is known of the command: command, pid, process (its pid, start and boot), exit_status. Needs Linux's /proc.
+# and what is known of the command: command, environment (of --env), pid, process (its pid, start and boot), exit_status.
+# Needs Linux's /proc.
 #   pod_worker.sh install [PYTHON] | start COMMAND… | resume | stop | status | logs LINES | free | run COMMAND…
 set -euo pipefail
 readonly HOME_FOLDER="$HOME/rlver_jax_pod"
@@ -73,7 +74,7 @@ install() {
   cd source
   source launch/environment.sh
   [ $# -eq 0 ] || export PYTHON="$1"
-  VENV="$HOME_FOLDER/venv" make_environment "[tpu]"
+  VENV="$HOME_FOLDER/venv" make_environment "[tpu,remote]"
   say "installed"
 }
 
@@ -127,6 +128,8 @@ keep_process() {
 # Runs the command and keeps its process id and exit status. Signals to this shell alone don't end it.
 run() {
   export PATH="$HOME_FOLDER/venv/bin:$PATH"
+  # shellcheck disable=SC1091 # what tpu_pod.sh --env has written
+  [ ! -e environment ] || source ./environment
   cd source
   "$@" &
   local status=0 process=$!

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Runs one command on all workers of a Cloud TPU that is there already: nothing is created, nothing is deleted.
 #
-#   ./launch/tpu_pod.sh TPU [--zone=ZONE] [--project=ID] [--setup=COMMAND] [--dry-run] -- COMMAND…
+#   ./launch/tpu_pod.sh TPU [--zone=ZONE] [--project=ID] [--setup=COMMAND] [--env=NAME] [--dry-run] -- COMMAND…
 #   ./launch/tpu_pod.sh TPU [--zone=ZONE] [--project=ID] [--dry-run] --status | --logs[=LINES] | --stop | --resume
 #
 #   COMMAND…      e.g. python -m rlver_jax.train --config=configs/ppo_think_7b.py --workdir=gs://BUCKET/runs/first …
-#                 The package is copied to every worker and installed there with its extra `tpu`; then the command is
+#                 The package is copied to every worker and installed there with its extras `tpu` and `remote`; then it is
 #                 started on all of them, in the background. The processes find each other by themselves.
 #   --setup=…     runs on every worker before the installation, e.g. 'sudo apt-get install -y python3.11-venv'
+#   --env=NAME    the command finds this variable of here in its environment, such as an API key; may be repeated. The
+#                 value travels in a file that only its owner may read, and stays on the workers for --resume
 #   --status      whether it runs on each worker, or with which exit status it ended
 #   --logs[=N]    the last N lines (default: 20) of each worker's log, ~/rlver_jax_pod/worker.log
 #   --stop        SIGTERM to all; training finishes its step and saves. Waits until it has ended
@@ -30,7 +32,7 @@ usage() {
   exit 2
 }
 
-action="" lines=20 setup="" dry="" tpu="" where=() command=()
+action="" lines=20 setup="" dry="" tpu="" where=() command=() variables=()
 set_action() {
   [ -z "$action" ] || usage "--$action and --$1 together; one at a time"
   action="$1"
@@ -40,6 +42,7 @@ while [ $# -gt 0 ]; do
     --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
     --zone=* | --project=*) where+=("$1") ;;
     --setup=*) setup="${1#*=}" ;;
+    --env=*) variables+=("${1#*=}") ;;
     --dry-run) dry=1 ;;
     --logs=*) set_action logs && lines="${1#*=}" ;;
     --status | --logs | --stop | --resume) set_action "${1#--}" ;;
@@ -52,6 +55,11 @@ done
 [ -n "$tpu" ] || usage "no TPU was named; 'gcloud compute tpus tpu-vm list' shows those that there are"
 [[ "$lines" =~ ^[0-9]+$ ]] || usage "--logs=$lines: expected a number of lines"
 [ -z "$action" ] || [ ${#command[@]} -eq 0 ] || usage "--$action takes no command"
+for name in ${variables[@]+"${variables[@]}"}; do
+  [[ "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || usage "--env takes the name of a variable; found something else (not shown)"
+  [ -n "${!name+set}" ] || usage "--env=$name: no such variable here; export it first"
+done
+[ -z "$action" ] || [ ${#variables[@]} -eq 0 ] || usage "--$action takes no --env: --resume has the variables of the last command"
 [ -n "$action" ] || [ ${#command[@]} -gt 0 ] || usage "neither a command after -- nor --status, --logs, --stop, --resume"
 [ -n "$dry" ] || command -v gcloud > /dev/null || usage "there is no gcloud on PATH; install the Google Cloud CLI"
 
@@ -85,6 +93,17 @@ copy_package() {
   on_workers "tar -xzf $FOLDER/package.tar.gz -C $FOLDER/source"
 }
 
+# Variables for the command. Their values stand in no command line, and in no file that others may read.
+copy_environment() {
+  local file=/tmp/environment name
+  [ -n "$dry" ] || file="$(mktemp)"  # with mode 600
+  [ -n "$dry" ] || for name in ${variables[@]+"${variables[@]}"}; do printf 'export %s=%q\n' "$name" "${!name}"; done > "$file"
+  on_workers "rm -f $FOLDER/environment && umask 077 && : > $FOLDER/environment"
+  [ ${#variables[@]} -eq 0 ] ||
+    run gcloud compute tpus tpu-vm scp "$file" "$tpu:$FOLDER/environment" ${where[@]+"${where[@]}"} --worker=all
+  [ -n "$dry" ] || rm "$file"
+}
+
 failed() {
   echo "tpu_pod.sh: a worker of $tpu failed; its message is above" >&2
   exit 1
@@ -95,6 +114,7 @@ start() {
   on_workers "! [ -e $SCRIPT ] || bash $SCRIPT free"
   [ -z "$setup" ] || on_workers "$setup"
   copy_package
+  copy_environment
   worker install ${PYTHON:+"$PYTHON"}
   worker start "${command[@]}"
 }

@@ -1,6 +1,7 @@
 """launch/tpu_pod.sh with a stand-in `gcloud` whose workers are processes of this machine; the rest is real."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -104,6 +105,8 @@ def test_what_cannot_be_is_refused(pod):
         (["pod", "--zoom=z", "--status"], "unknown option --zoom=z"),
         (["pod", "python"], "the command comes after --"),
         (["pod", "--logs=many"], "expected a number"),
+        (["pod", "--env=NO_SUCH_VARIABLE", "--", "x"], "--env=NO_SUCH_VARIABLE: no such variable here"),
+        (["pod", "--env=PATH", "--stop"], "--stop takes no --env"),
     ]:
         assert why in pod.call(*words, status=2)
 
@@ -128,7 +131,7 @@ def test_a_command_on_two_workers_from_start_to_stop(pod):
         assert f"worker-{worker}: file {pod.folder(worker)}/source/rlver_jax/__init__.py" in logs, "the copy is used"
         assert f"'two words', '--workdir={pod.folder(worker)}/buckets/bucket/run'" in logs
         assert (pod.root / f"worker-{worker}" / "was_set_up").is_dir()
-        assert "-e .[tpu]" in (pod.folder(worker) / "pip").read_text()
+        assert "-e .[tpu,remote]" in (pod.folder(worker) / "pip").read_text()
         assert (pod.folder(worker) / "buckets" / "bucket").samefile(pod.root / "buckets" / "bucket")
     assert pod.call("pod", "--status").count("running · ready") == 2
     assert "still runs python" in pod.call("pod", "--", "true", status=1)
@@ -136,6 +139,32 @@ def test_a_command_on_two_workers_from_start_to_stop(pod):
     assert pod.call("pod", "--stop").count("ended with exit status 3") == 2
     assert pod.call("pod", "--resume").count("started python") == 2
     assert pod.call("pod", "--stop").count("ended with exit status") == 2
+
+
+def test_a_key_reaches_the_command_and_nothing_else(pod):
+    """In a file of its owner's; --resume has it again, the next command without --env has not."""
+    pod.give_environment()
+    key = "sk-$(no) 'quoted' \\zq7xw4"
+    pod.environ["SOME_KEY"] = key
+    code = "import os, hashlib; print('key', hashlib.sha256(os.environ.get('SOME_KEY', '').encode()).hexdigest())"
+    wanted = [hashlib.sha256(text.encode()).hexdigest() for text in (key, "")]
+    said = pod.call("pod", "--env=SOME_KEY", "--dry-run", "--", "python", "-c", code)
+    assert "zq7xw4" not in said
+    said = pod.call("pod", "--env=SOME_KEY", "--", "python", "-c", code)
+    assert pod.wait() == ["0", "0"]
+    assert pod.call("pod", "--logs").count(f"key {wanted[0]}") == 2
+    (pod.folder(0) / "exit_status").unlink()
+    said += pod.call("pod", "--resume")
+    assert pod.wait() == ["0", "0"]
+    assert pod.call("pod", "--logs").count(f"key {wanted[0]}") == 2
+    for file in pod.root.rglob("*"):
+        if file.is_file() and "zq7xw4" in file.read_text(errors="replace"):
+            assert file.name == "environment", file
+            assert file.stat().st_mode & 0o777 == 0o600
+    pod.call("pod", "--", "python", "-c", code)
+    assert pod.wait() == ["0", "0"]
+    assert pod.call("pod", "--logs").count(f"key {wanted[1]}") == 2
+    assert "zq7xw4" not in said + (pod.root / "calls").read_text()
 
 
 def train_words(workdir, config: str, **fields) -> list[str]:
