@@ -171,7 +171,7 @@ stop() {
 
 # Before anything is taken for running or not.
 check_proc() {
-  [ -r "$BOOT_ID" ] && [ -r /proc/self/stat ] ||
+  { [ -r "$BOOT_ID" ] && [ -r /proc/self/stat ]; } ||
     refuse "needs /proc of Linux to tell its process from others, but $BOOT_ID or /proc/self/stat cannot be read"
 }
 
