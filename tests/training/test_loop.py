@@ -200,11 +200,11 @@ def moved(unbroken, tmp_path_factory):
     base = folder / "base"
     assert export.main([f"--workdir={unbroken[0]}", f"--out={base}", "--step=2", "--dtype=float32"]) == 0
     fields = {"policy.path": str(base), "policy.init": "path", "eval.every": 0}
-    run(folder / "run", **fields | {"train.steps": 2})
+    run(folder / "run", **fields | {"train.steps": 1})
     shutil.copytree(folder / "run", folder / "at_hand")
-    run(folder / "at_hand", **fields | {"train.steps": 3})
+    run(folder / "at_hand", **fields | {"train.steps": 2})
     base.rename(folder / "elsewhere")
-    assert "resuming after step 2 of 3" in run(folder / "run", **fields | {"train.steps": 3})
+    assert "resuming after step 1 of 2" in run(folder / "run", **fields | {"train.steps": 2})
     return folder / "run", folder / "at_hand", folder / "elsewhere"
 
 
@@ -212,7 +212,7 @@ def test_a_run_goes_on_without_its_base_model(moved):
     without, at_hand, _ = moved
     assert rows_of(without) == rows_of(at_hand)
     assert same(policy_of(without), policy_of(at_hand))
-    assert not same(policy_of(without), policy_of(without, 2))
+    assert not same(policy_of(without), policy_of(without, 1))
 
 
 def test_a_run_without_its_base_model_is_exported_and_evaluated(moved, tmp_path, capsys):

@@ -42,7 +42,7 @@ def check_texts(records, policy, user) -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 def test_one_step_is_played_and_learned_from(worlds, tmp_path, swapped):
     policy, user = worlds[::-1] if swapped else worlds
-    fields = {"policy.path": str(policy), "user.path": str(user), "train.steps": 1, "eval.every": 1}
+    fields = {"policy.path": str(policy), "user.path": str(user), "train.steps": 1, "eval.every": 2}
     run(tmp_path / "run", **fields, **{"rollout.context": 1600, "checkpoint.every": 1})
     rows, records = rows_of(tmp_path / "run"), records_of(tmp_path / "run", 1)
     assert [row["step"] for row in rows] == [0, 1]
