@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from configs import debug
@@ -53,9 +54,11 @@ def test_one_step_is_played_and_learned_from(worlds, tmp_path, swapped):
     check_texts(records, policy, user)
 
 
-def test_an_evaluation_with_two_tokenizers(worlds, tmp_path, capsys):
+def test_an_evaluation_with_two_tokenizers(worlds, tmp_path, capsys, monkeypatch):
+    """On one device, with the programs of a training's evaluation: sharding has its own tests."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     policy, user = worlds
-    fields = {"policy.path": policy, "user.path": user, "mesh.fsdp": 1, "mesh.tensor": 8, "rollout.context": 1600}
+    fields = {"policy.path": policy, "user.path": user, "mesh.fsdp": 1, "mesh.tensor": 1, "rollout.context": 1600}
     flags = [f"--config={debug.__file__}", *(f"--config.{name}={value}" for name, value in fields.items())]
     assert evaluate([*flags, f"--out={tmp_path / 'played'}"]) == 0
     log = tmp_path / "played" / "dialogues.jsonl"
