@@ -69,11 +69,11 @@ def arguments(world, *more, out="out"):
     ]
 
 
-def process(world, *args):
+def process(world, *args, words=("-m", "rlver_jax.evaluate")):
     """Runs `evaluate` on one device; programs are compiled quickly, and kept for the next run."""
     env = os.environ | {"COLUMNS": "100", "XLA_FLAGS": QUICK}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "rlver_jax.evaluate", *args]
+    command = [sys.executable, *words, *args]
     return subprocess.run(command, env=env, cwd=world[0], capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -82,6 +82,43 @@ def done(world):
     result = process(world, *arguments(world))
     assert result.returncode == 0, result.stdout + result.stderr
     return result, world[0] / "out"
+
+
+SEVERAL = """
+import contextlib, io, json, sys
+from rlver_jax.evaluate import main
+for words in map(json.loads, sys.argv[1:]):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+    print(json.dumps([status, *(x.buffer.getvalue().decode() for x in (out, err))]))
+"""
+
+
+@pytest.fixture(scope="module")
+def later(world, done):
+    """{name: (exit status, stdout, stderr)} of commands that a second process runs one after another."""
+    whole, resumed = done[1], world[0] / "resumed"
+    shutil.copytree(whole, world[0] / "judged")
+    shutil.copytree(whole, resumed)
+    (resumed / "summary.json").unlink()
+    lines = (whole / "dialogues.jsonl").read_bytes().splitlines(keepends=True)
+    (resumed / "dialogues.jsonl").write_bytes(lines[0] + lines[1] + lines[2][:200])
+    progress = json.loads((resumed / "progress.json").read_text())
+    progress["played"] = progress["played"][:1]
+    (resumed / "progress.json").write_text(json.dumps(progress))
+    commands = {
+        "resumed": arguments(world, f"--before={whole}", out="resumed"),
+        "judged": arguments(world, f"--judge={world[0] / 'user'},{world[0] / 'policy'}", out="judged"),
+        "narrow": arguments(world, "--config.rollout.context=300", out="narrow"),
+        "help": ["--help"],
+    }
+    result = process(world, *map(json.dumps, commands.values()), words=("-c", SEVERAL))
+    assert result.returncode == 0, result.stderr
+    return dict(zip(commands, map(json.loads, result.stdout.splitlines()), strict=True))
 
 
 def decoder(world):
@@ -153,22 +190,15 @@ def test_the_summary_follows_from_the_dialogues(done):
     assert "3/3 dialogues" in result.stdout, "progress, without a terminal a line a batch"
 
 
-def test_an_interrupted_evaluation_goes_on(world, done):
+def test_an_interrupted_evaluation_goes_on(world, done, later):
     """After the first batch and half a line of the second: the same dialogues, none played twice."""
     whole, out = done[1], world[0] / "resumed"
-    shutil.copytree(whole, out)
-    (out / "summary.json").unlink()
-    lines = (whole / "dialogues.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "dialogues.jsonl").write_bytes(lines[0] + lines[1] + lines[2][:200])
-    progress = json.loads((out / "progress.json").read_text())
-    progress["played"] = progress["played"][:1]
-    (out / "progress.json").write_text(json.dumps(progress))
-    first = (out / "dialogues.jsonl").read_bytes()[: len(lines[0])]
-    result = process(world, *arguments(world, f"--before={whole}", out="resumed"))
-    assert result.returncode == 0, result.stderr
-    assert "before" in result.stdout
-    assert "mean final emotion, by the simulated user" in result.stdout
-    assert "2 of 3 dialogues are in" in result.stdout
+    status, printed, said = later["resumed"]
+    assert status == 0, said
+    assert "before" in printed
+    assert "mean final emotion, by the simulated user" in printed
+    assert "2 of 3 dialogues are in" in printed
+    first = (whole / "dialogues.jsonl").read_bytes().splitlines(keepends=True)[0]
     assert (out / "dialogues.jsonl").read_bytes().startswith(first)
     # The compiled program and the batch's shape are the same, so even the last bits are.
     assert read(out / "dialogues.jsonl") == read(whole / "dialogues.jsonl")
@@ -176,14 +206,12 @@ def test_an_interrupted_evaluation_goes_on(world, done):
     assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
 
 
-def test_the_playing_user_as_judge_says_the_same(world, done):
+def test_the_playing_user_as_judge_says_the_same(world, done, later):
     """And a judge in its place that was never trained on says something else; nothing is played again."""
     out = world[0] / "judged"
-    shutil.copytree(done[1], out)
-    judges = f"--judge={world[0] / 'user'},{world[0] / 'policy'}"
-    result = process(world, *arguments(world, judges, out="judged"))
-    assert result.returncode == 0, result.stderr
-    assert "3 of 3 dialogues are in" in result.stdout
+    status, printed, said = later["judged"]
+    assert status == 0, said
+    assert "3 of 3 dialogues are in" in printed
     summary, dialogues = json.loads((out / "summary.json").read_text()), read(out / "dialogues.jsonl")
     before = json.loads((done[1] / "summary.json").read_text())
     assert {name: summary[name] for name in before} == before
@@ -274,17 +302,17 @@ def test_missing_flags(world, capsys):
     assert "no --out was given" in refused(world, capsys, *args)
 
 
-def test_bad_usage_exits_with_2_and_help_with_0(world, capsys):
+def test_bad_usage_exits_with_2_and_help_with_0(world, later, capsys):
     assert main(["--config=nowhere.py", "--out=x"]) == 2
     told = capsys.readouterr()
     assert told.out == ""
     assert "nowhere.py" in told.err
     # Found only once the models are loaded; the folder stays free for the corrected command.
-    result = process(world, *arguments(world, "--config.rollout.context=300", out="narrow"))
-    assert result.returncode == 2
-    assert "raise it to" in result.stderr
+    status, _, said = later["narrow"]
+    assert status == 2
+    assert "raise it to" in said
     assert not list((world[0] / "narrow").iterdir())
-    result = process(world, "--help")
-    assert result.returncode == 0
+    status, printed, _ = later["help"]
+    assert status == 0
     for flag in ("--config", "--checkpoint", "--out"):
-        assert flag in result.stdout
+        assert flag in printed

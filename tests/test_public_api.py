@@ -71,7 +71,7 @@ import jax
 import rich.console
 import rlver_jax
 
-config = rlver_jax.load_config("configs/debug.py:direct", {"train.steps": 1, "log.dialogues_every": 1, "eval.every": 0})
+config = rlver_jax.load_config("configs/debug.py", {"train.steps": 1, "log.dialogues_every": 1, "eval.every": 0})
 mesh = rlver_jax.make_mesh(**config.mesh, devices=jax.devices()[:1])
 assert rlver_jax.train_policy(config, "run", mesh, rich.console.Console(quiet=True)) == 1
 row = rlver_jax.read_metrics("run/metrics.jsonl")[-1]

@@ -1,6 +1,7 @@
 """AdamW whose arithmetic and second moments are float32, whatever the parameters are kept in; one for each model."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ class Optimizers:
         return getattr(self, name)
 
 
+@functools.cache  # equal settings give one object: `train_step.compile_step` knows its programs again by it
 def make_optimizer(
     *,
     learning_rate: float,

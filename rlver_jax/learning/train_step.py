@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Key
 
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import loss_terms
-from rlver_jax.learning.advantages import AdvantageConfig, EstimatorInputs, compute_advantages
+from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig, EstimatorInputs, compute_advantages
 from rlver_jax.learning.loss import (
     LossInputs,
     Trained,
@@ -76,7 +76,20 @@ def init_state(params: Trained, optimizers: Optimizers) -> TrainState:
 
 def compile_step(setup: TrainStepConfig, state: TrainState) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """`train_step` with its setup bound and jitted: the new state lies where the old one did, in its buffers."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
+    named = setup.models.loss
+    meanings = (  # part of the key: a registry may give a name another function between two runs of one process
+        ESTIMATORS.get(setup.advantage.estimator),
+        loss_terms.RATIOS.get(named.ratio),
+        loss_terms.NORMALIZATIONS.get(named.normalization),
+        loss_terms.KL_ESTIMATORS.get(named.kl_estimator),
+    )
+    return _program(setup, meanings, structure, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=8)  # jitted anew, it would be traced anew for each run of a process
+def _program(setup: TrainStepConfig, meanings: tuple, structure: Any, leaves: tuple) -> Any:
+    shardings = jax.tree.unflatten(structure, leaves)
     return jax.jit(functools.partial(train_step, setup), donate_argnums=0, out_shardings=(shardings, None))
 
 

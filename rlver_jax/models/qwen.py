@@ -333,6 +333,11 @@ def init_params(model: Qwen2, key: jax.Array, mesh: Mesh | None = None) -> Param
 
     With a mesh every leaf is created where `parallel.rules` places it: no device ever holds more than its part.
     """
+    return _init_program(model, mesh)(key)
+
+
+@functools.cache  # jitted anew, a program would be traced anew for each model
+def _init_program(model: Qwen2, mesh: Mesh | None) -> Any:
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def create(key: jax.Array) -> Params:
@@ -340,9 +345,9 @@ def init_params(model: Qwen2, key: jax.Array, mesh: Mesh | None = None) -> Param
         return scanned if model.scan_layers else unstack_layers(scanned)
 
     if mesh is None:
-        return jax.jit(create)(key)
+        return jax.jit(create)
     shapes, axes = abstract_params(model)
-    return jax.jit(create, out_shardings=rules.tree_shardings(axes, shapes, mesh))(key)
+    return jax.jit(create, out_shardings=rules.tree_shardings(axes, shapes, mesh))
 
 
 def abstract_params(model: Qwen2) -> tuple[Params, Params]:

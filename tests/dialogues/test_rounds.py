@@ -65,7 +65,7 @@ class Repeats:
         )
 
 
-@pytest.fixture(scope="module", params=[THINK, DIRECT], ids=["think", "direct"])
+@pytest.fixture(scope="module", params=[THINK, pytest.param(DIRECT, marks=pytest.mark.slow)], ids=["think", "direct"])
 def world(request, policy_lm, user_lm, bpe, prompts):
     """(agents, limits, what the sampler played)."""
     agents = Agents.build(policy_lm, user_lm, bpe, prompts, request.param, **HOW)

@@ -93,11 +93,11 @@ def test_the_second_moment_falls():
 
 
 def test_the_norm_of_many_arrays():
-    """400 ones: 20; a sum of squares in bfloat16 ends at 256, a norm at 16."""
-    ones = {str(i): jnp.ones((), jnp.bfloat16) for i in range(400)}
+    """324 ones: 18; a sum of squares in bfloat16 ends at 256, a norm at 16."""
+    ones = {str(i): jnp.ones((), jnp.bfloat16) for i in range(324)}
     optimizer = made(clip=1.0)
     _, state = jax.jit(optimizer.update)(ones, optimizer.init(ones), ones)
-    np.testing.assert_allclose(state[1][0].mu["7"], 0.1 / 20, rtol=1e-5)
+    np.testing.assert_allclose(state[1][0].mu["7"], 0.1 / 18, rtol=1e-5)
 
 
 def test_float32_is_the_same_program():

@@ -129,7 +129,11 @@ def plain_loss(trained, model, head, rows, forbidden, numbers):
     return objective.mean() - OPTIONS.entropy * entropy.mean() + critic.mean(), new
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    ("world", "scan"),
+    [("think", True), ("think", False), ("direct", False), pytest.param("direct", True, marks=pytest.mark.slow)],
+    indirect=["world"],
+)
 def test_packed_training_is_one_row_per_turn(world, bpe, scan):
     batch, rows = packed(world), plain_rows(world, bpe)
     lm, critic = small_lm(bpe, scan_layers=scan), small_lm(bpe, seed=4, scan_layers=scan)

@@ -77,10 +77,11 @@ def run(bpe, problem, setup, steps=1, **more):
     batch, rewards, grammar = problem
     state = init_state(trained(bpe, setup.models.value_head is not None), setup.optimizers)
     state = jax.device_put(state, jax.devices()[0])
-    step = compile_step(setup, state)
+    step, compiled = compile_step(setup, state), set()
     for _ in range(steps):
         state, metrics = step(state, batch, more.get("rewards", rewards), grammar, jax.random.key(0))
-    assert step._cache_size() == 1
+        compiled.add(step._cache_size())
+    assert len(compiled) == 1, "by the first step alone"
     return state, jax.device_get(metrics)
 
 
@@ -94,7 +95,7 @@ def whole(bpe, problem):
     return run(bpe, problem, setup_of(bpe))
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_number_of_microbatches_changes_nothing(bpe, problem, whole, parts):
     """Sums in another order: Adam turns the rounding of tiny gradients into steps, hence gradients are compared too."""
     state, metrics = run(bpe, problem, setup_of(bpe, UpdateConfig(microbatches=parts)))

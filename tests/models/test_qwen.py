@@ -35,16 +35,26 @@ def forward(model, params, tokens, pos, branch=None, cache=None, start=None):
     return logits(params, hidden), cache
 
 
-@pytest.mark.parametrize("name", NAMES)
+CHUNKED = {"attention": "chunked", "attention_chunk": 16}  # 40 queries: the last chunk is partly padding
+REMAT = {"remat": "full", "scan_layers": False, "attention": "chunked", "attention_chunk": 8}
+
+
+def combined(**ways):
+    """Each kind of model with each way to compute it; those are slow whose parts have nothing to do with one another.
+
+    A head of its own and longer rotary tables are the same code however layers are laid out, or computed again.
+    """
+    slow = {("untied", way) for way in ways if way != "scan"} | {("yarn", way) for way in ways if "unrolled" in way}
+    return [
+        pytest.param(name, options, id=f"{way}-{name}", marks=[pytest.mark.slow][: (name, way) in slow])
+        for way, options in ways.items()
+        for name in NAMES
+    ]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"scan_layers": False},
-        {"attention": "chunked", "attention_chunk": 16},  # 40 queries: the last chunk is partly padding
-        {"remat": "full", "scan_layers": False, "attention": "chunked", "attention_chunk": 8},
-    ],
-    ids=["scan", "unrolled", "chunked", "unrolled-chunked-remat"],
+    ("name", "options"),
+    combined(**{"scan": {}, "unrolled": {"scan_layers": False}, "chunked": CHUNKED, "unrolled-chunked-remat": REMAT}),
 )
 def test_logits_equal_transformers(name, options):
     config, tokens, expected = golden(name)
@@ -53,11 +63,9 @@ def test_logits_equal_transformers(name, options):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"scan_layers": False}, {"attention": "chunked", "attention_chunk": 8}],  # chunks read 1 to 5 eighths of it
-    ids=["scan", "unrolled", "chunked"],
+    ("name", "options"),  # chunks read 1 to 5 eighths of the cache
+    combined(scan={}, unrolled={"scan_layers": False}, chunked={"attention": "chunked", "attention_chunk": 8}),
 )
 def test_ragged_cache_equals_transformers(name, options):
     """Prefill rows of different lengths in one call, then the rest in pieces, each row at its own length."""

@@ -10,7 +10,7 @@ from rlver_jax.training import announced
 from tests.endpoints.server import ChatServer
 from tests.parallel.processes import processes
 from tests.parallel.test_processes import finish
-from tests.training.test_remote_users import FIELDS, records_of, rows_of
+from tests.training.test_remote_users import FIELDS, STEPS, records_of, rows_of
 from tests.training.test_two_tokenizers import make_bpe_world
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def start(count: int, workdir, **more):
 
 def check_equal(pair, alone) -> None:
     """The same dialogues before the first update, and the same run within rounding."""
-    assert [row["step"] for row in rows_of(pair)] == [row["step"] for row in rows_of(alone)] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows_of(pair)] == [row["step"] for row in rows_of(alone)] == list(range(STEPS + 1))
     says = [[[m["content"] for m in r["messages"]] for r in records_of(folder, 1)] for folder in (pair, alone)]
     assert says[0] == says[1]
     assert len(json.dumps(says)) > 1000

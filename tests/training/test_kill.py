@@ -67,7 +67,7 @@ def undisturbed(folder: Path, steps: int, evaluated: int) -> Unbroken:
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     """Without evaluations, whose program takes as long to compile as all steps to run."""
-    return undisturbed(tmp_path_factory.mktemp("short"), 6, 0)
+    return undisturbed(tmp_path_factory.mktemp("short"), 4, 0)
 
 
 @pytest.fixture(scope="module")

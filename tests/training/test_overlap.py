@@ -57,7 +57,7 @@ def test_who_is_faster_changes_nothing(server, overlapped, tmp_path):
 
 def test_after_a_checkpoint_the_newest_policy_plays(server, tmp_path):
     """So that a run which resumes there has the same bits."""
-    fields = FIELDS | {"rollout.overlap": 1, "checkpoint.every": 1}
+    fields = FIELDS | {"rollout.overlap": 1, "checkpoint.every": 1, "train.steps": 2}
     run(tmp_path / "overlapped", server.url, **fields)
     run(tmp_path / "exact", server.url, **fields | {"rollout.overlap": 0})
     assert rows_of(tmp_path / "overlapped") == rows_of(tmp_path / "exact")

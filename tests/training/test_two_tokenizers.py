@@ -1,7 +1,9 @@
 """A policy and a user on the device with two tokenizers: text passes between them, in training and evaluations."""
 
+import functools
 import json
 
+import jax
 import pytest
 
 from configs import debug
@@ -44,25 +46,27 @@ def check_texts(records, policy, user) -> None:
     assert len(set(changes)) > 3
 
 
+SWAPPED = [False, pytest.param(True, marks=pytest.mark.slow)]  # whether the policy has SentencePiece
+
+
 @pytest.fixture(scope="module")
 def played(worlds, tmp_path_factory):
-    """{whether the policy has SentencePiece: (folder of a run of one step, flags of its config)}."""
-    runs = {}
-    for swapped in (False, True):
+    """swapped -> (folder of a run of one step, flags of its config)."""
+
+    @functools.cache
+    def of(swapped):
         policy, user = worlds[::-1] if swapped else worlds
         fields = {"policy.path": str(policy), "user.path": str(user), "rollout.context": 1600, "train.seed": SEED}
         folder = tmp_path_factory.mktemp("run")
-        run(folder, **fields, **{"train.steps": 1, "eval.every": 1, "checkpoint.every": 1})
-        runs[swapped] = (
-            folder,
-            [f"--config={debug.__file__}", *(f"--config.{n}={value}" for n, value in fields.items())],
-        )
-    return runs
+        run(folder, **fields, **{"train.steps": 1, "eval.every": 2, "checkpoint.every": 1})
+        return folder, [f"--config={debug.__file__}", *(f"--config.{n}={value}" for n, value in fields.items())]
+
+    return of
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_one_step_is_played_and_learned_from(worlds, played, swapped):
-    (policy, user), (folder, _) = worlds[::-1] if swapped else worlds, played[swapped]
+    (policy, user), (folder, _) = worlds[::-1] if swapped else worlds, played(swapped)
     rows, records = rows_of(folder), records_of(folder, 1)
     assert [row["step"] for row in rows] == [0, 1]
     assert "eval/score" in rows[0]
@@ -87,9 +91,9 @@ def tokens_of(records) -> int:
     return count
 
 
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", SWAPPED)
 def test_both_sides_of_a_log_are_recomputed(played, swapped, capsys):
-    folder, flags = played[swapped]
+    folder, flags = played(swapped)
     log = folder / "dialogues" / "step_000001.jsonl"
     capsys.readouterr()
     assert verify.main([str(log), *flags]) == 0
@@ -169,10 +173,10 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", SWAPPED)
 def test_forged_logs(worlds, played, swapped, tmp_path, capsys, monkeypatch):
     """Each dialogue in another way."""
-    (folder, flags), sides = played[swapped], worlds[::-1] if swapped else worlds
+    (folder, flags), sides = played(swapped), worlds[::-1] if swapped else worlds
     tokenizers = list(map(load_tokenizer, sides))
     records = records_of(folder, 1)
     order = sorted(records, key=lambda record: len(record["messages"]) <= 2)  # edits of a reaction come first
@@ -195,9 +199,11 @@ def test_forged_logs(worlds, played, swapped, tmp_path, capsys, monkeypatch):
         assert len(set(own)) == len(own)
 
 
-def test_an_evaluation_with_two_tokenizers(worlds, tmp_path, capsys):
+def test_an_evaluation_with_two_tokenizers(worlds, tmp_path, capsys, monkeypatch):
+    """On one device, with the programs of a training's evaluation: sharding has its own tests."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     policy, user = worlds
-    fields = {"policy.path": policy, "user.path": user, "mesh.fsdp": 1, "mesh.tensor": 8, "rollout.context": 1600}
+    fields = {"policy.path": policy, "user.path": user, "mesh.fsdp": 1, "mesh.tensor": 1, "rollout.context": 1600}
     flags = [f"--config={debug.__file__}", *(f"--config.{name}={value}" for name, value in fields.items())]
     assert evaluate([*flags, f"--out={tmp_path / 'played'}"]) == 0
     log = tmp_path / "played" / "dialogues.jsonl"
@@ -205,7 +211,7 @@ def test_an_evaluation_with_two_tokenizers(worlds, tmp_path, capsys):
     assert len(records) == 8
     check_texts(records, policy, user)
     capsys.readouterr()
-    assert verify.main([str(log), *flags, "--config.mesh.tensor=1"]) == 0
+    assert verify.main([str(log), *flags]) == 0
     assert "0 faults" in (words := " ".join(capsys.readouterr().out.split())), words
     assert verify.main([str(log), *flags, "--config.policy.path="]) == 2
     assert "set --config.policy.path to the folder of the policy's tokenizer" in " ".join(
