@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.microbatches = 4  # a third of the memory: 24 GiB are enough
     c.log.dialogues_every = 1
     c.alarms.readable_min = 0.0  # its replies seldom end within 64 tokens
+    c.alarms.unreadable_max = 0.0  # as a user behind an endpoint it often fills in its forms wrongly
     c.eval.num_profiles = 4
     c.eval.batch = 4
     c.eval.max_turns = 3
