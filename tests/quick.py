@@ -18,6 +18,7 @@ WANTED = (
     "while-loop-trip-count-annotator",
     "--xla_cpu_use_fusion_emitters=false",  # gone from the XLA of JAX 0.12, whose emitters have no plain form
 )
+ALL_PASSES = {"xla_disable_hlo_passes": ""}  # compiler options of tests that read a compiled program, or its figures
 _KNOWN = "RLVER_JAX_TEST_XLA_FLAGS"  # what this process found, for those it starts: the question costs a second
 
 

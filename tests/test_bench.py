@@ -1,5 +1,6 @@
 """`bench` as a user runs it, and how it compares."""
 
+import dataclasses
 import importlib
 import json
 
@@ -81,7 +82,15 @@ def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
-    sizes = {"MODEL": TINY, "DIALOGUES": 2, "TURNS": 3, "SYSTEM": 5, "USER": 4, "THOUGHT": 6, "REPLY": 3}
+    sizes = {
+        "MODEL": dataclasses.replace(TINY, num_layers=1),
+        "DIALOGUES": 2,
+        "TURNS": 3,
+        "SYSTEM": 5,
+        "USER": 4,
+        "THOUGHT": 6,
+        "REPLY": 3,
+    }
     for name, value in sizes.items():
         monkeypatch.setattr(bench_update, name, value)
     found = measured("update", tmp_path)

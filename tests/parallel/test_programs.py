@@ -19,6 +19,7 @@ from tests.parallel.programs import (
     lower_update,
     operations,
 )
+from tests.quick import ALL_PASSES
 
 BATCH, LENGTH, CAPACITY = 16, 288, 1024
 LARGEST_MATRIX = CONFIG.hidden_size * CONFIG.intermediate_size
@@ -74,8 +75,8 @@ def check_copy(ops, mesh):
 
 
 def compiled(lowered) -> str:
-    """The program's text with the passes over loops that quick tests leave out: they move what is gathered."""
-    return lowered.compile(compiler_options={"xla_disable_hlo_passes": ""}).as_text()
+    """The program's text; passes over loops move what is gathered."""
+    return lowered.compile(compiler_options=ALL_PASSES).as_text()
 
 
 def test_update_gathers_a_layer_at_a_time():

@@ -8,6 +8,7 @@ from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.qwen import Qwen2, abstract_params, head
 from rlver_jax.perf import flops
+from tests.quick import ALL_PASSES
 
 # Wide enough that products outweigh elementwise work, as they do in real models.
 CONFIG = Qwen2Config(2048, 512, 1408, 2, 8, 4, 64)
@@ -15,7 +16,7 @@ ROWS, LENGTH = 2, 256
 
 
 def counted(function, *args) -> float:
-    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+    return jax.jit(function).lower(*args).compile(compiler_options=ALL_PASSES).cost_analysis()["flops"]
 
 
 def tokens():

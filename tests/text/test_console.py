@@ -215,9 +215,9 @@ def test_a_training_whose_output_is_closed(tmp_path):
 
 
 def test_help_of_a_python_without_docstrings(tmp_path):
-    status, out, err = run([sys.executable, "-OO", "-m", "rlver_jax.report", "--help"], tmp_path)
+    status, out, err = run([sys.executable, "-OO", "-m", "rlver_jax.bench", "--help"], tmp_path)
     assert status == 0, err
-    assert b"--out: HTML file to be written" in out
+    assert b"--json: file for all results" in out
 
 
 def test_what_is_printed_moves_no_cursor_and_turns_no_line(tmp_path):
