@@ -1,0 +1,152 @@
+"""What `rlver sft` learns from: dialogues of files, chosen by outcome, and split by the ids of their profiles."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from rlver_jax.config.datasets import profile_files
+from rlver_jax.config.validate import ConfigError, shown
+from rlver_jax.dialogues.known_profiles import KnownProfiles
+from rlver_jax.evaluation.transcripts import Transcript, TranscriptFiles, with_profile
+from rlver_jax.learning.sft_rows import Example
+from rlver_jax.profiles.sources import open_each
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.text.padding import longest
+from rlver_jax.training.sft_examples import Examples, PolicyExamples, UserExamples
+
+USER, POLICY = "user", "policy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogues:
+    """What is learned from, and what it is measured on."""
+
+    learned: Sequence[Example]
+    held_out: Sequence[Example]
+    summary: str
+
+
+class End(NamedTuple):
+    """How a dialogue ended."""
+
+    profile: str  # id
+    emotion: int
+
+
+def examples_of(config: ConfigDict, agents: Agents) -> Examples:
+    """What makes examples of the config's role."""
+    c = config.sft
+    if c.role == USER:
+        limits = {"field_tokens": config.user.field_tokens, "reply_tokens": config.user.reply_tokens}
+        return UserExamples(agents, **limits, soft=c.soft)
+    return PolicyExamples(agents, min_change=c.min_change, say_tokens=config.rollout.say_tokens)
+
+
+def read_dialogues(config: ConfigDict, agents: Agents, make: Examples) -> Dialogues:
+    """Reads, checks and splits all dialogues of `config.sft.data`.
+
+    Raises:
+        ValueError: no dialogues, a line that is none, one that was played with other prompts, a profile that is not
+            known, or too few dialogues to learn from.
+    """
+    files, ends = TranscriptFiles(profile_files(config.sft.data)), []
+    for _, one in files.scan():
+        check_prompts(one, config)
+        ends.append(End(one.record["profile"], one.record["emotion"]))
+    chosen = _chosen(ends, config) if config.sft.role == POLICY else range(len(files))
+    known = KnownProfiles.of_sets(open_each(config))
+    learned: list[Example] = []
+    held_out: list[Example] = []
+    for index in chosen:
+        one = files[index]
+        example = make.example(with_profile(one, known) if config.sft.role == USER else one)
+        if example is None:
+            make.left_out["dialogues with nothing to learn"] += 1
+        else:
+            (held_out if is_held_out(example.profile, config.sft.held_out) else learned).append(example)
+    _check_enough(config, learned, held_out, len(files), make)
+    return Dialogues(learned, held_out, _summary(learned, held_out, len(files), make.left_out))
+
+
+def is_held_out(profile: str, share: float) -> bool:
+    """Whether nothing is learned from a profile's dialogues: the same for every file, order and number of profiles."""
+    digest = hashlib.sha256(profile.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def check_prompts(one: Transcript, config: ConfigDict) -> None:
+    """Refuses a log of ours that was played with other prompts than the config's. SAGE's files don't say.
+
+    Raises:
+        ConfigError: it was.
+    """
+    wanted = {"language": ("data.language", config.data.language)}
+    if config.sft.role == USER:
+        wanted |= {name: (f"user.{name}", config.user[name]) for name in ("style", "scenario")}
+    for name, (field, value) in wanted.items():
+        if one.record[name] not in (None, value):
+            raise ConfigError(
+                f"{one.source}: was played with {name} {shown(one.record[name])}, but {field}={value}: the prompts "
+                f"differ; set --config.{field}={one.record[name]}, or leave the file out"
+            )
+
+
+def _chosen(ends: Sequence[End], config: ConfigDict) -> Sequence[int]:
+    """Indices of the dialogues that end as the config wants, in their order; of equal ends the first ones."""
+    c = config.sft
+    chosen = [i for i, end in enumerate(ends) if end.emotion >= c.min_emotion]
+    if not c.best_of_profile:
+        return chosen
+    by_profile = collections.defaultdict(list)
+    for i in chosen:
+        by_profile[ends[i].profile].append(i)
+    best = lambda indices: sorted(indices, key=lambda i: -ends[i].emotion)[: c.best_of_profile]  # noqa: E731
+    return sorted(i for indices in by_profile.values() for i in best(indices))
+
+
+def _check_enough(config: ConfigDict, learned: Sequence, held_out: Sequence, count: int, make: Examples) -> None:
+    if len(learned) < config.sft.batch:
+        left_out = "".join(f"; {number} {what}" for what, number in make.left_out.items())
+        raise ConfigError(
+            f"sft.batch={config.sft.batch}: only {len(learned)} of {count} dialogues are learned from, "
+            f"{len(held_out)} are held out{left_out}; give more, choose a smaller batch, or hold out fewer "
+            f"(sft.held_out={config.sft.held_out})"
+        )
+
+
+def _summary(learned: Sequence[Example], held_out: Sequence[Example], count: int, left_out: Mapping[str, int]) -> str:
+    def told(examples: Sequence[Example]) -> str:
+        profiles = len({one.profile for one in examples})
+        return f"{len(examples)} dialogues with {profiles} profiles ({sum(len(one.at) for one in examples)} targets)"
+
+    most = longest([one.tokens for one in (*learned, *held_out)])
+    text = f"{count} dialogues read, the longest {most} tokens; learned: {told(learned)}; held out: {told(held_out)}"
+    return text + "".join(f"\nleft out: {number} {what}" for what, number in sorted(left_out.items()))
+
+
+def field_weights(text: str, fields: Sequence[str]) -> list[float]:
+    """The weights of `fields` that `sft.weights` names, 1 for the others.
+
+    Raises:
+        ConfigError: it names another field, or gives no number of at least 0, or leaves none above 0.
+    """
+    weights = dict.fromkeys(fields, 1.0)
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if name.strip() not in weights or not 0 <= number < float("inf"):
+            raise ConfigError(
+                f"sft.weights={shown(text)}: found {shown(part)}, expected NAME=NUMBER of at least 0, joined by "
+                f"commas; the names are {', '.join(fields)}"
+            )
+        weights[name.strip()] = number
+    if not any(weights.values()):
+        raise ConfigError(f"sft.weights={shown(text)}: leaves nothing to learn; give one field a weight above 0")
+    return list(weights.values())
