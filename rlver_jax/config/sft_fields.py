@@ -2,9 +2,6 @@
 
 from rlver_jax.config.schema import COUNT, POSITIVE, SHARE, Field
 
-_OF_POLICY = {"sft.role": ("user",)}
-_OF_USER = {"sft.role": ("policy",)}
-
 SFT = {
     "role": Field("policy", "who learns: user | policy; --role sets it", ("user", "policy")),
     "data": Field(
@@ -16,16 +13,14 @@ SFT = {
     ),
     "appraisal": Field(
         True,
-        "False: the user names its change at once, without the fields before it, in training and in play; the prompts "
+        "user; False: it names its change at once, without the fields before it, in training and in play; the prompts "
         "for that are written to WORKDIR/prompts",
-        unused=_OF_USER,
     ),
     "soft": Field(
         0,
-        "changes on either side of the logged one that get a share of its target, falling linearly; 0: none",
+        "user: changes on either side of the logged one that get a share of its target, falling linearly; 0: none",
         range=(0, 20),
         unit="points",
-        unused=_OF_USER,
     ),
     "held_out": Field(
         0.3, "share of profile ids that nothing is learned from, chosen by a hash of the id", range=SHARE
@@ -34,21 +29,18 @@ SFT = {
         50, "between measurements on the held-out dialogues, besides first and last", range=POSITIVE, unit="steps"
     ),
     "min_emotion": Field(
-        0, "least final emotion of a dialogue that is learned from", range=(0, 100), unit="points", unused=_OF_POLICY
+        0, "policy: least final emotion of a dialogue that is learned from", range=(0, 100), unit="points"
     ),
     "best_of_profile": Field(
         0,
-        "dialogues of each profile that are learned from, those with the highest final emotion; 0: all",
+        "policy: dialogues of each profile that are learned from, those with the highest final emotion; 0: all",
         range=COUNT,
         unit="dialogues",
-        unused=_OF_POLICY,
     ),
     "min_change": Field(
         -10,
-        "least change of emotion that a reply must have earned to be learned; -10: any, replies that nobody appraised "
-        "among them",
+        "policy: least change of emotion after a reply that is learned; -10: any, also what nobody appraised",
         range=(-10, 10),
         unit="points",
-        unused=_OF_POLICY,
     ),
 }

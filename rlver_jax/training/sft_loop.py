@@ -211,13 +211,13 @@ class Fitter:
         row["time/step_s"] = now - self.last_finished - step.measured.get("time/held_out_s", 0.0)
         self.last_finished = now
         self.write(step.number, row)
-        self.progress.update(step.number, row)
         for name in ("sft/loss", "policy/grad_norm"):
             if not math.isfinite(row[name]):
                 raise CollapseError(
                     f"step {step.number}: {name} is {row[name]}, so this update was left out. Lower "
                     f"train.learning_rate, raise train.warmup_steps, or keep the weights in float32 (param_dtype)"
                 )
+        self.progress.update(step.number, row)
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Appends a step's row to the metrics."""
