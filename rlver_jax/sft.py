@@ -1,4 +1,4 @@
-"""Trains the user or the policy on logged dialogues: supervised fine-tuning, next token by next token.
+"""Trains the user or the policy on logged dialogues: supervised fine-tuning on the next token.
 
     rlver sft --config=FILE[:ARG] [--config.a.b=v …] --role=user|policy --data=FILE[,FILE…] --workdir=DIR
               [--coordinator=HOST:PORT --processes=N --process=I]

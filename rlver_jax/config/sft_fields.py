@@ -13,8 +13,7 @@ SFT = {
     ),
     "appraisal": Field(
         True,
-        "user; False: it names its change at once, without the fields before it, in training and in play; the prompts "
-        "for that are written to WORKDIR/prompts",
+        "user; False: it names its change at once, without the fields before it; play it with WORKDIR/prompts then",
     ),
     "soft": Field(
         0,

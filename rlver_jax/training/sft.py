@@ -24,12 +24,21 @@ from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.setup import as_trained, check_attention, first_state, rollout_spec
-from rlver_jax.training.sft_data import USER, Dialogues, examples_of, field_weights, read_dialogues
+from rlver_jax.training.sft_data import (
+    USER,
+    Dialogues,
+    Source,
+    examples_of,
+    field_weights,
+    fitting_prompts,
+    open_dialogues,
+    read_dialogues,
+)
 from rlver_jax.training.sft_examples import Examples
 from rlver_jax.training.sft_loop import Fit, Fitter
 from rlver_jax.training.workdir import Contents, RunFolder
-from rlver_jax.user.prompts import Prompts, load_prompts
-from rlver_jax.user.prompts.change_only import change_only, write_change_only
+from rlver_jax.user.prompts import load_prompts
+from rlver_jax.user.prompts.shorten import free_fields, write_prompts
 
 DATA, PROMPTS = "sft.data", "prompts"
 
@@ -75,32 +84,41 @@ def fit(config: ConfigDict, workdir: str | Path, mesh: Mesh, console: Console) -
     to_load = RunFolder(Path(workdir)).to_load(config)
     check_context(to_load, "policy")
     with console.status("reading dialogues"):
-        agents = without_weights(to_load)
+        source = open_dialogues(config)
+        agents, shortened = without_weights(to_load, source)
         make = examples_of(config, agents)
         weights = field_weights(config.sft.weights, make.fields)
-        dialogues = read_dialogues(config, agents, make)
+        dialogues = read_dialogues(config, source, make)
     with hold(workdir, "--workdir", notify) as lock:
         contents = Contents(lambda gone: fingerprints_of(config, gone), lambda name: _described(name, config))
         folder = RunFolder.open(workdir, config, contents=contents, check=lock.check, report=notify)
-        if config.sft.role == USER and not config.sft.appraisal and distributed.is_main():
-            write_change_only(agents.prompts, config.user.prompts, folder.path / PROMPTS)
         notify(dialogues.summary)
+        if shortened:
+            if distributed.is_main():
+                write_prompts(agents.prompts, config.user.prompts, folder.path / PROMPTS)
+            notify(f"{shortened}: play it with --config.user.prompts={folder.path / PROMPTS}")
         with console.status("loading the model"):
             fitting, state = build(to_load, mesh, dialogues, make, weights)
         return Fitter(config, folder, fitting, state, console).train(state)
 
 
-def without_weights(config: ConfigDict) -> Agents:
-    """Tokenizer, prompts and tables of the model that learns: all that dialogues are laid out by."""
+def without_weights(config: ConfigDict, source: Source) -> tuple[Agents, str]:
+    """Tokenizer, prompts and tables of the model that learns: all that dialogues are laid out by.
+
+    Returns:
+        them, and what the user's scripts lack of those that the config names, in words; empty: nothing.
+    """
     model, tokenizer = make_model(config.policy, config.sft.role), load_tokenizer(config.policy.path)
+    whole = load_prompts(config.data.language, config.user.prompts or None)
+    prompts = fitting_prompts(config, whole, source)
+    gone = [
+        f"{', '.join(names)} of the {kind}"
+        for kind in ("appraisal", "reply")
+        if (names := [x for x in free_fields(getattr(whole, kind)) if x not in free_fields(getattr(prompts, kind))])
+    ]
     told = {"style": config.user.style, "scenario": config.user.scenario}
-    return Agents.build(LM({}, model), LM({}, model), tokenizer, prompts_of(config), rollout_spec(config), **told)
-
-
-def prompts_of(config: ConfigDict) -> Prompts:
-    """The prompts that dialogues are laid out by."""
-    prompts = load_prompts(config.data.language, config.user.prompts or None)
-    return change_only(prompts) if config.sft.role == USER and not config.sft.appraisal else prompts
+    agents = Agents.build(LM({}, model), LM({}, model), tokenizer, prompts, rollout_spec(config), **told)
+    return agents, f"the user learns scripts without {' and '.join(gone)}" if gone else ""
 
 
 def build(

@@ -11,14 +11,34 @@ from ml_collections import ConfigDict
 from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.validate import ConfigError, shown
 from rlver_jax.dialogues.known_profiles import KnownProfiles
+from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.evaluation.transcripts import Transcript, TranscriptFiles, with_profile
 from rlver_jax.learning.sft_rows import Example
 from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.text.padding import longest
 from rlver_jax.training.sft_examples import Examples, PolicyExamples, UserExamples
+from rlver_jax.user.prompts import Prompts
+from rlver_jax.user.prompts.shorten import with_fields
 
 USER, POLICY = "user", "policy"
+
+
+class End(NamedTuple):
+    """How a dialogue ended."""
+
+    profile: str  # id
+    emotion: int
+
+
+@dataclasses.dataclass
+class Source:
+    """The dialogues of files, all of them checked, and what they have."""
+
+    dialogues: TranscriptFiles
+    ends: list[End]
+    appraisal: set[str]  # names of fields of which any dialogue has a text
+    considerations: set[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +50,28 @@ class Dialogues:
     summary: str
 
 
-class End(NamedTuple):
-    """How a dialogue ended."""
+def open_dialogues(config: ConfigDict) -> Source:
+    """Reads and checks all dialogues of `config.sft.data`.
 
-    profile: str  # id
-    emotion: int
+    Raises:
+        ValueError: no dialogues, a line that is none, or one that was played with other prompts.
+    """
+    source = Source(TranscriptFiles(profile_files(config.sft.data)), [], set(), set())
+    for _, one in source.dialogues.scan():
+        check_prompts(one, config)
+        source.ends.append(End(one.record["profile"], one.record["emotion"]))
+        for _, _, user in reactions(one.record):
+            source.appraisal |= {name for name, text in user["appraisal"].items() if text}
+            source.considerations |= {name for name, text in user["considerations"].items() if text}
+    return source
+
+
+def fitting_prompts(config: ConfigDict, prompts: Prompts, source: Source) -> Prompts:
+    """The user's prompts with the fields that it can learn: those that no dialogue has are left out of its scripts."""
+    if config.sft.role == POLICY:
+        return prompts
+    appraisal = source.appraisal if config.sft.appraisal else frozenset[str]()
+    return with_fields(prompts, appraisal.__contains__, source.considerations.__contains__)
 
 
 def examples_of(config: ConfigDict, agents: Agents) -> Examples:
@@ -46,18 +83,14 @@ def examples_of(config: ConfigDict, agents: Agents) -> Examples:
     return PolicyExamples(agents, min_change=c.min_change, say_tokens=config.rollout.say_tokens)
 
 
-def read_dialogues(config: ConfigDict, agents: Agents, make: Examples) -> Dialogues:
-    """Reads, checks and splits all dialogues of `config.sft.data`.
+def read_dialogues(config: ConfigDict, source: Source, make: Examples) -> Dialogues:
+    """Chooses dialogues, makes examples of them and splits these.
 
     Raises:
-        ValueError: no dialogues, a line that is none, one that was played with other prompts, a profile that is not
-            known, or too few dialogues to learn from.
+        ValueError: a profile that is not known, or too few dialogues to learn from.
     """
-    files, ends = TranscriptFiles(profile_files(config.sft.data)), []
-    for _, one in files.scan():
-        check_prompts(one, config)
-        ends.append(End(one.record["profile"], one.record["emotion"]))
-    chosen = _chosen(ends, config) if config.sft.role == POLICY else range(len(files))
+    files = source.dialogues
+    chosen = _chosen(source.ends, config) if config.sft.role == POLICY else range(len(files))
     known = KnownProfiles.of_sets(open_each(config))
     learned: list[Example] = []
     held_out: list[Example] = []

@@ -22,7 +22,7 @@ from rlver_jax.rollout.agents import make_model
 from rlver_jax.training import sft as fitting
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.metrics import read_metrics
-from rlver_jax.training.sft_data import examples_of, field_weights, is_held_out
+from rlver_jax.training.sft_data import examples_of, field_weights, is_held_out, open_dialogues
 from rlver_jax.training.sft_data import read_dialogues as read_sft
 from rlver_jax.training.sft_metrics import change_agreement, expected_change
 from tests.compare_runs import differences
@@ -146,9 +146,9 @@ def read(config_fields, logs):
     config = debug.get_config()
     config.update_from_flattened_dict({"sft.batch": 1, "sft.data": ",".join(map(str, logs)), **config_fields})
     fitting.settle_role(config)
-    agents = fitting.without_weights(config)
-    make = examples_of(config, agents)
-    return read_sft(config, agents, make), make
+    source = open_dialogues(config)
+    make = examples_of(config, fitting.without_weights(config, source)[0])
+    return read_sft(config, source, make), make
 
 
 def test_profiles_are_held_out_by_their_ids_whatever_the_lines(logs, tmp_path):
@@ -260,7 +260,7 @@ def test_lines_that_cannot_be_learned_are_told_at_once(name, told, logs, tmp_pat
         ({"sft__soft": 21}, "sft.soft=21: expected 0 to 20 points"),
         ({"sft__role": "judge"}, "--role"),
         ({"user__path": "nowhere/at/all"}, "nowhere/at/all"),
-        ({"data": "none.jsonl"}, "none.jsonl: No such file or directory"),
+        ({"data": "none.jsonl"}, "sft.data='none.jsonl': none.jsonl is not a file"),
         ({"data": ""}, "sft.data is empty; name dialogues with --data"),
         ({"workdir": ""}, "no --workdir was given"),
     ],

@@ -16,7 +16,7 @@ from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.training.sft_examples import PolicyExamples, UserExamples, as_line
 from rlver_jax.user.prompts import load_prompts
-from rlver_jax.user.prompts.change_only import change_only, write_change_only
+from rlver_jax.user.prompts.shorten import free_fields, with_fields, write_prompts
 from tests.conftest import some_profiles
 from tests.learning.plain_sft import transcripts
 from tests.test_verify import PROFILES, make_agents, play
@@ -187,26 +187,31 @@ def test_a_text_becomes_one_line():
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_prompts_without_an_appraisal_are_those_that_are_written(tmp_path, language):
+def test_prompts_without_some_fields_are_those_that_are_written(tmp_path, language):
     own = tmp_path / "own"
     own.mkdir()
     (own / "opening.txt").write_text("Begin.")
     for folder in ("", str(own)):
         prompts = load_prompts(language, folder or None)
-        short = change_only(prompts)
-        assert [part.value for part in short.appraisal if part.kind in ("free", "choose")] == ["change"]
-        assert {part.value for part in short.appraisal if part.kind == "slot"} == {"emotion", "band"}
-        write_change_only(short, folder, tmp_path / f"new{len(folder)}")
-        again = load_prompts(language, tmp_path / f"new{len(folder)}")
-        assert (again.appraisal, again.reply, again.opening) == (short.appraisal, prompts.reply, prompts.opening)
+        known = free_fields(prompts.appraisal), free_fields(prompts.reply)
+        for appraisal, reply in (((), ()), (known[0][1:3], known[1][1:2]), (known[0], known[1])):
+            short = with_fields(prompts, appraisal.__contains__, reply.__contains__)
+            assert free_fields(short.appraisal) == list(appraisal)
+            assert free_fields(short.reply) == [*(name for name in reply if name != "reply"), "reply"]
+            assert {part.value for part in short.appraisal if part.kind == "slot"} == {"emotion", "band"}
+            assert short.appraisal[-1] == prompts.appraisal[-1]
+            new = tmp_path / f"new{len(folder)}_{len(appraisal)}"
+            write_prompts(short, folder, new)
+            again = load_prompts(language, new)
+            assert (again.appraisal, again.reply, again.opening) == (short.appraisal, short.reply, prompts.opening)
+        assert (again.appraisal, again.reply) == (prompts.appraisal, prompts.reply)
 
 
 def test_a_user_without_an_appraisal_learns_its_change_alone(log, prompts):
     agents, dialogues = log
-    short = Agents.build(
-        agents.policy, agents.user, agents.tokenizer, change_only(prompts), agents.spec, style=agents.style,
-        scenario=agents.scenario,
-    )  # fmt: skip
+    told = {"style": agents.style, "scenario": agents.scenario}
+    nothing = with_fields(prompts, lambda name: False, lambda name: True)
+    short = Agents.build(agents.policy, agents.user, agents.tokenizer, nothing, agents.spec, **told)
     make = user_examples(short)
     assert make.fields == ["change", "tone", "reply"]
     assert not make.teaches_appraisal
