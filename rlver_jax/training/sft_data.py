@@ -18,7 +18,7 @@ from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.text.padding import longest
 from rlver_jax.training.sft_examples import Examples, PolicyExamples, UserExamples
-from rlver_jax.user.prompts import Prompts
+from rlver_jax.user.prompts import SCENARIOS, STYLES, Prompts
 from rlver_jax.user.prompts.shorten import with_fields
 
 USER, POLICY = "user", "policy"
@@ -112,19 +112,17 @@ def is_held_out(profile: str, share: float) -> bool:
 
 
 def check_prompts(one: Transcript, config: ConfigDict) -> None:
-    """Refuses a log of ours that was played with other prompts than the config's. SAGE's files don't say.
+    """Refuses a log of ours that was played in another language, or with a style or scenario that there is not.
 
     Raises:
         ConfigError: it was.
     """
-    wanted = {"language": ("data.language", config.data.language)}
-    if config.sft.role == USER:
-        wanted |= {name: (f"user.{name}", config.user[name]) for name in ("style", "scenario")}
-    for name, (field, value) in wanted.items():
-        if one.record[name] not in (None, value):
+    for name, known in (("language", (config.data.language,)), ("style", STYLES), ("scenario", SCENARIOS)):
+        value = one.record[name]
+        if value not in (None, *known):
             raise ConfigError(
-                f"{one.source}: was played with {name} {shown(one.record[name])}, but {field}={value}: the prompts "
-                f"differ; set --config.{field}={one.record[name]}, or leave the file out"
+                f"{one.source}: was played with {name} {shown(value)}, expected {' or '.join(known)}"
+                + (" as in data.language; set that field, or leave the file out" if name == "language" else "")
             )
 
 

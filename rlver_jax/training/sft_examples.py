@@ -6,6 +6,7 @@ field, cut at the limits that it plays under.
 """
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -100,7 +101,9 @@ class UserExamples:
         """See `Examples`."""
         assert one.profile is not None
         agents, record = self._agents, one.record
-        prefix, first = agents.prefix(one.profile), message_tokens(agents.tokenizer, record["messages"][0])
+        told = {name: record[name] or getattr(agents, name) for name in ("style", "scenario")}  # a log says what it was
+        prefix = dataclasses.replace(agents, **told).prefix(one.profile)
+        first = message_tokens(agents.tokenizer, record["messages"][0])
         turns = self._turns(record)
         packed = self._packer.dialogue(prefix, first, turns)
         while turns and _reach(packed) > agents.spec.context:

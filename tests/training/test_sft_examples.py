@@ -100,6 +100,28 @@ def test_a_policys_own_log_is_read_as_it_was_played(log, mode, policy_lm, user_l
     assert mode == "direct" or forced_closing < sum(len(one.record["messages"]) // 2 for one in dialogues)
 
 
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ({"style": "challenging", "scenario": None}, "challenging chit_chat who"),
+        ({"style": None, "scenario": "heart_to_heart"}, "vanilla heart_to_heart who"),
+    ],
+)
+def test_a_log_says_which_user_it_was(log, told, wanted, tmp_path):
+    """A user of another style reads another system prompt; the agents' own are those of files that don't say."""
+    (tmp_path / "user_system.j2").write_text(
+        "{{ style }} {{ scenario }} {{ persona }}{{ scene }}{{ hidden_intention }}"
+    )
+    (tmp_path / "appraisal.script").write_text("Change:\n<<choose:change>>")
+    (tmp_path / "reply.script").write_text("Say:<<free:reply>>")
+    own = {"style": "vanilla", "scenario": "chit_chat"}
+    lm, tokenizer, spec = log[0].user, log[0].tokenizer, log[0].spec
+    agents = Agents.build(lm, lm, tokenizer, load_prompts("en", tmp_path), spec, **own)
+    (one,) = transcripts(1)
+    example = user_examples(agents).example(dataclasses.replace(one, record=one.record | told))
+    assert wanted in tokenizer.decode(example.tokens.tolist())
+
+
 def test_texts_alone_make_the_tokens_of_the_log_again(log):
     """A log whose tokens are taken away: texts are encoded, as if the user had written them."""
     agents, _ = log
