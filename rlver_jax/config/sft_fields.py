@@ -27,6 +27,9 @@ SFT = {
     "eval_every": Field(
         50, "between measurements on the held-out dialogues, besides first and last", range=POSITIVE, unit="steps"
     ),
+    "eval_dialogues": Field(
+        0, "held-out dialogues that are measured, evenly out of all; 0: all", range=COUNT, unit="dialogues"
+    ),
     "min_emotion": Field(
         0, "policy: least final emotion of a dialogue that is learned from", range=(0, 100), unit="points"
     ),

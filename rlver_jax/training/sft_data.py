@@ -46,7 +46,7 @@ class Dialogues:
     """What is learned from, and what it is measured on."""
 
     learned: Sequence[Example]
-    held_out: Sequence[Example]
+    held_out: Sequence[Example]  # those of sft.eval_dialogues
     summary: str
 
 
@@ -102,7 +102,18 @@ def read_dialogues(config: ConfigDict, source: Source, make: Examples) -> Dialog
         else:
             (held_out if is_held_out(example.profile, config.sft.held_out) else learned).append(example)
     _check_enough(config, learned, held_out, len(files), make)
-    return Dialogues(learned, held_out, _summary(learned, held_out, len(files), make.left_out))
+    summary = _summary(learned, held_out, len(files), make.left_out)
+    measured = evenly(held_out, config.sft.eval_dialogues)
+    if len(measured) < len(held_out):
+        summary += f"\nmeasured: {len(measured)} of the {len(held_out)} held out"
+    return Dialogues(learned, measured, summary)
+
+
+def evenly(examples: Sequence[Example], count: int) -> Sequence[Example]:
+    """So many of the examples, evenly spread over all; 0: all."""
+    if not 0 < count < len(examples):
+        return examples
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def is_held_out(profile: str, share: float) -> bool:

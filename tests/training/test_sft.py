@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,38 @@ def test_profiles_are_held_out_by_their_ids_whatever_the_lines(logs, tmp_path):
     for name in known:
         digest = subprocess.run(["sha256sum"], input=name.encode(), capture_output=True, check=True).stdout
         assert is_held_out(name, 0.3) == (int(digest[:16], 16) < 0.3 * 2**64)
+
+
+def test_held_out_dialogues_are_measured_evenly(logs):
+    every, _ = read({"sft.held_out": 0.7}, logs)
+    some, _ = read({"sft.held_out": 0.7, "sft.eval_dialogues": 3}, logs)
+    count = len(every.held_out)
+    assert count > 5
+    wanted = [every.held_out[i].tokens.tolist() for i in (0, count // 3, 2 * count // 3)]
+    assert [one.tokens.tolist() for one in some.held_out] == wanted
+    assert len(some.learned) == len(every.learned)
+    assert f"measured: 3 of the {count} held out" in some.summary
+
+
+def test_a_run_goes_on_without_its_base_model(logs, tmp_path, capsys):
+    """Config and tokenizer are the run's own then, weights those of the checkpoint; of the user, too."""
+    world = shutil.copytree(debug.WORLD, tmp_path / "world")
+    flags = command(tmp_path / "run", "user", logs, user__path=world)
+    assert sft.main([*flags, "--config.train.steps=2"]) == 0
+    world.rename(tmp_path / "elsewhere")
+    assert sft.main([*flags, "--config.train.steps=3"]) == 0
+    assert "resuming after step 2 of 3" in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    other = command(tmp_path / "unbroken", "user", logs, user__path=tmp_path / "elsewhere")
+    assert sft.main([*other, "--config.train.steps=3"]) == 0
+    found = (
+        Checkpoints.reader(tmp_path / "run" / "checkpoints"),
+        Checkpoints.reader(tmp_path / "unbroken" / "checkpoints"),
+    )
+    assert found[0].fingerprint(3) == found[1].fingerprint(3)
+    for one in found:
+        one.close()
 
 
 def test_a_policy_learns_from_dialogues_that_end_well(logs):
