@@ -26,6 +26,7 @@ PACKAGE = "rlver_jax"
 # Command -> its module, whose docstring's first line describes it.
 COMMANDS = {
     "train": "train",
+    "sft": "sft",
     "evaluate": "evaluate",
     "verify": "verify",
     "report": "report",

@@ -29,21 +29,12 @@ from rlver_jax.config.validate import MODELS, ConfigError, check_training, flatt
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.runs.lock import LostLockError
-from rlver_jax.text.command import Command, Ending, run_command
-from rlver_jax.training.alarms import CollapseError
+from rlver_jax.text.command import Command, run_command
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import missing_steps, read_metrics
 from rlver_jax.training.setup import check_learning, folders_of
-from rlver_jax.training.stops import StoppedError
+from rlver_jax.training.stops import ENDINGS
 from rlver_jax.training.workdir import RunFolder
-
-ENDINGS = {
-    CollapseError: Ending(1, "stopped by an alarm at {error}. Its checkpoints stay in {output}"),
-    StoppedError: Ending(1, "stopped {error}. What was done is saved in {output}"),
-    LostLockError: Ending(1),
-    KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {output}"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlver_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS, LINES, FUNCTION, LONG_FUNCTIONS = 27, 400, 40, 5
+ROOMS, LINES, FUNCTION, LONG_FUNCTIONS = 28, 400, 40, 5
 
 
 def test_imports_go_downwards_and_in_no_circle():

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.config.model_fields import CHALLENGING, CRITIC, FLOATS, NO_CRITIC, NO_THOUGHTS, POLICY, USER, endpoint
 from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, Field, defaults, flat_fields, free_names
+from rlver_jax.config.sft_fields import SFT
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
 NOT_GRPO = {"algorithm.estimator": ("gae", "rloo", "reinforce_pp")}
@@ -175,6 +176,12 @@ TRAIN = {
     "learning_rate": Field(1e-6, "of the policy (RLVER)", range=COUNT),
     "warmup_steps": Field(
         50, "updates over which learning rates rise (RLVER: 20 steps, its critic's 50)", range=COUNT, unit="updates"
+    ),
+    "decay_steps": Field(
+        0,
+        "updates after these over which learning rates fall, like a cosine, to a twentieth; 0: they stay",
+        range=COUNT,
+        unit="updates",
     ),
     "grad_clip": Field(1.0, "largest norm of a gradient (RLVER); 0: any", range=COUNT),
     "beta1": Field(0.9, "AdamW's", range=(0, MOST_BETA)),
@@ -363,6 +370,7 @@ TABLE = {
     "log": LOG,
     "alarms": ALARMS,
     "eval": EVAL,
+    "sft": SFT,
     "remote": REMOTE,
     "mesh": MESH,
     "mesh_sampling": MESH_SAMPLING,

@@ -270,6 +270,10 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
             if not _is(Path.is_file, file):
                 wanted = "is not a file; expected JSONL profiles, comma-separated, or a data set"
                 yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
+    for file in profile_files(values["sft.data"]):
+        if not _is(Path.is_file, file):
+            wanted = "is not a file; expected dialogues, of ours, SAGE's or RLVER's, comma-separated"
+            yield f"sft.data={shown(values['sft.data'])}: {shortened(file)} {wanted}"
 
 
 def _sage(values: dict[str, Any]) -> Iterator[str]:

@@ -10,6 +10,8 @@ import optax
 
 from rlver_jax.models.precision import accum_dtype
 
+LEAST = 0.05  # of the learning rate is left after its decay
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizers:
@@ -34,15 +36,20 @@ def make_optimizer(
     weight_decay: float,
     moment_dtype: str,
     adam_eps: float = 1e-8,
+    decay_steps: int = 0,
 ) -> optax.GradientTransformation:
-    """AdamW behind a gradient clip (0: none); the learning rate rises linearly over `warmup_steps` updates and stays.
+    """AdamW behind a gradient clip (0: none); the learning rate rises linearly over `warmup_steps` updates.
 
-    The first update already moves: its rate is learning_rate / (warmup_steps + 1). Everything is computed in float32,
-    whatever the parameters are kept in, and so is the second moment; the first one is rounded to `moment_dtype`
-    once an update.
+    Then it stays, or falls like a cosine over `decay_steps` updates to a LEAST share of itself. The first update
+    already moves: its rate is learning_rate / (warmup_steps + 1). Everything is computed in float32, whatever the
+    parameters are kept in, and so is the second moment; the first one is rounded to `moment_dtype` once an update.
     """
     rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     rate = rise if warmup_steps else learning_rate
+    if decay_steps:
+        rate = optax.join_schedules(
+            [rise, optax.cosine_decay_schedule(learning_rate, decay_steps, LEAST)], [warmup_steps]
+        )
     moments = {"b1": beta1, "b2": beta2, "mu_dtype": jnp.dtype(moment_dtype)}
     adam = optax.adamw(rate, eps=adam_eps, weight_decay=weight_decay, **moments)
     # optax clips to a norm of 0 by 0/0.

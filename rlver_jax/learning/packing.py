@@ -18,6 +18,9 @@ from jaxtyping import Array, Int
 
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.parallel import rules
+from rlver_jax.text.padding import round_up
+
+LENGTH_STEP = 64  # packed rows are multiples of it
 
 
 @flax.struct.dataclass
@@ -122,6 +125,16 @@ def _choose_length(
             break
     assert best is not None
     return best[1:]
+
+
+def length_ladder(longest: int, buckets: int) -> tuple[int, ...]:
+    """Lengths of rows that may be compiled, rising, `buckets` an octave at most; the last holds `longest` tokens."""
+    up = lambda x: round_up(x, LENGTH_STEP)  # noqa: E731
+    lengths = [LENGTH_STEP]
+    while lengths[-1] < longest:
+        octave = 1 << (lengths[-1].bit_length() - 1)
+        lengths.append(min(lengths[-1] + up(-(-octave // buckets)), up(longest)))
+    return tuple(lengths)
 
 
 def assign_rows(lengths: np.ndarray, length: int, width: int) -> RowAssignment:

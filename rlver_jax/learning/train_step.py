@@ -257,7 +257,7 @@ def _minibatch(
         for name, gradient in gradients.items():
             norm = optax.tree.norm(widened(gradient))
             wanted = jnp.isfinite(norm) & ~frozen[name]
-            params[name], opt_state[name] = _apply(
+            params[name], opt_state[name] = apply_gradient(
                 setup.optimizers.of(name), gradient, state.opt_state[name], trained[name], wanted
             )
             skipped += ~jnp.isfinite(norm)
@@ -280,7 +280,7 @@ def _gradients(
 
 
 @jax.named_scope("optimizer")
-def _apply(optimizer, gradient: Params, opt_state: Any, params: Params, wanted: Array) -> tuple[Params, Any]:
+def apply_gradient(optimizer, gradient: Params, opt_state: Any, params: Params, wanted: Array) -> tuple[Params, Any]:
     """The optimizer's step, or everything as it was where it is not wanted."""
     updates, new_state = optimizer.update(gradient, opt_state, params)
     new_params = optax.apply_updates(params, updates)

@@ -41,7 +41,7 @@ def scatter_rows(x: Array, index: Int[Array, "R"], column: Int[Array, "R"], valu
 
 
 def _split(x: Array, parts: int) -> Array:
-    return x.reshape(parts, -1, *x.shape[1:])
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])  # not -1: a script may have no fields, and x no size
 
 
 def _local(index: Array, rows: int, parts: int) -> Array:

@@ -51,6 +51,11 @@ CHARTS = {
                 y_range=EMOTION_RANGE,
             ),
             Curve(
+                "Loss of supervised fine-tuning",
+                "Nats a learned token, weighted; dashed: of held-out dialogues.",
+                {"sft/loss": "", "held_out/loss": "early"},
+            ),
+            Curve(
                 "Turns", "Replies of the policy in a dialogue, mean.", {"dialogue/turns_mean": ""}, starts_at_zero=True
             ),
             Curve(

@@ -16,7 +16,7 @@ class Reply(NamedTuple):
     """What a log says of one turn of the policy."""
 
     heard: Sequence[int]  # the user's words
-    said: Completion  # as sampled
+    said: Completion | None  # as sampled; None: not to be replayed, and later turns see the say alone
     say: Sequence[int]  # what the user hears of it
 
 
@@ -41,21 +41,22 @@ class PolicyPacker:
         position, last = packed.add(self._system, 0, 0), list[int]()
         for turn, reply in enumerate(replies):
             position = packed.add([*last, *self._turns.exchange(reply.heard)], 0, position)
-            if self._think:
-                branch = (turn + 1) * BRANCH_RADIX
-                self._reply(packed, reply, turn, branch, packed.add(self._think_open, branch, position))
+            if self._think or reply.said is None:
+                if reply.said is not None:
+                    branch = (turn + 1) * BRANCH_RADIX
+                    self._reply(packed, reply.said, turn, branch, packed.add(self._think_open, branch, position))
                 last = [*reply.say, *self._turns.close]
             else:
-                position = self._reply(packed, reply, turn, 0, position)
+                position = self._reply(packed, reply.said, turn, 0, position)
                 last = list(self._turns.close)
         return packed
 
-    def _reply(self, packed: ReplaySequence, reply: Reply, turn: int, branch: int, position: int) -> int:
+    def _reply(self, packed: ReplaySequence, said: Completion, turn: int, branch: int, position: int) -> int:
         """A reply with a query for each of its tokens; returns the position after its text."""
         first = len(packed.queries)
-        packed.ask(self._states, reply.said.tokens, KEY_POLICY, turn, 0, DRAWN)
+        packed.ask(self._states, said.tokens, KEY_POLICY, turn, 0, DRAWN)
         packed.queries[first:] = map(self._marked, packed.queries[first:])
-        return packed.add(reply.said.text_tokens, branch, position)
+        return packed.add(said.text_tokens, branch, position)
 
     def _marked(self, query: Query) -> Query:
         """As GIVEN where the sampler put the token: the closing of a thought that reaches its limit."""

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlver_jax.config.hub import local_folder
-from rlver_jax.config.validate import flatten, reward_settings
+from rlver_jax.config.validate import reward_settings
 from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import dialogue_records, write_dialogues
 from rlver_jax.endpoints.errors import EndpointError
@@ -34,13 +34,13 @@ from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
-from rlver_jax.runs.settings import without_secrets
 from rlver_jax.training.alarms import CollapseError, check
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.metrics import MetricsWriter
 from rlver_jax.training.overlap import Overlap
 from rlver_jax.training.programs import order_program, pack_program, score_program
 from rlver_jax.training.progress import TrainingProgress
+from rlver_jax.training.resuming import begin_after, newest, open_metrics
 from rlver_jax.training.setup import Run, build_run, check_learning, folders_of, models_of
 from rlver_jax.training.stops import Spending, StoppedError
 from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollout, counted_rows
@@ -292,21 +292,12 @@ class Trainer:
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
         """The newest state saved, or this one; and its number of steps."""
-        if self.checkpoints.steps():
-            state = free_buffers(state)  # two states at once may not fit the devices
-        distributed.all_or_none(self.folder.check)
-        restored = self.checkpoints.restore(state, report=self.notify)
+        restored = newest(self.folder, self.checkpoints, state, self.notify)
         if restored is None:
-            if distributed.is_main():
-                self.folder.drop_after(0)
-                if self.folder.has_rows():
-                    self.notify("no checkpoint is there to resume from: begins again at step 1, and so do the metrics")
             return state, 0
         self.run.reader.restore(restored.extra["reader"])
         self.spending.total = restored.extra.get("spent", 0.0)
-        if distributed.is_main():
-            self.folder.drop_after(restored.step)
-        self.notify(f"resuming after step {restored.step} of {self.config.train.steps}")
+        begin_after(restored.step, self.config.train.steps, self.folder, self.notify)
         return restored.state, restored.step
 
     def notify(self, text: str) -> None:
@@ -316,30 +307,12 @@ class Trainer:
     @contextlib.contextmanager
     def writers(self, done: int) -> Iterator[None]:
         """Metrics and progress, open; metrics on process 0 alone."""
-        log = self.config.log
         self.last_finished = time.monotonic()
-        settings = {
-            "tensorboard": log.tensorboard,
-            "wandb": log.wandb,
-            "config": without_secrets(flatten(self.config)),
-            "resume_step": done,
-            "report": self.notify,
-        }
-        self.writer = distributed.all_or_none(
-            lambda: MetricsWriter(self.folder.path, **settings) if distributed.is_main() else None
-        )
+        self.writer = open_metrics(self.config, self.folder, done, self.notify)
         closing = contextlib.closing(self.writer) if self.writer else contextlib.nullcontext()
         with closing, TrainingProgress(self.console, self.config.train.steps, done) as progress:
             self.progress = progress
             yield
-
-
-def free_buffers(state: TrainState) -> TrainState:
-    """Frees a state's arrays; returns their shapes, dtypes and shardings, for another state to be read into."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    for leaf in jax.tree.leaves(state):
-        leaf.delete()
-    return like
 
 
 def train(

@@ -28,22 +28,23 @@ def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
 class TrainingProgress(Meter):
     """Shows how far a run is; a context manager."""
 
+    begins, course = "compiling and playing the first batch", "emotion/final_mean"
+
     def __init__(self, console: Console, total: int, done: int):
         """Of `total` steps, `done` were done before this process began."""
-        super().__init__(console, total, "compiling and playing the first batch", completed=done, times=False)
+        super().__init__(console, total, self.begins, completed=done, times=False)
         self._total = total
-        self._emotions: list[float] = []
+        self._course: list[float] = []
         self._times = [time.monotonic()]
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a step have come."""
         self._times.append(time.monotonic())
-        self._emotions.append(metrics["emotion/final_mean"])
-        state = f"{self._numbers(metrics)} · ETA {self._eta(step)}"
-        self.show(step, f"{sparkline(self._emotions)} {state}", line=f"step {step}/{self._total} · {state}")
+        self._course.append(metrics[self.course])
+        state = f"{self._numbers(metrics, self._times[-1] - self._times[-2])} · ETA {self._eta(step)}"
+        self.show(step, f"{sparkline(self._course)} {state}", line=f"step {step}/{self._total} · {state}")
 
-    def _numbers(self, metrics: Mapping[str, float]) -> str:
-        seconds = self._times[-1] - self._times[-2]
+    def _numbers(self, metrics: Mapping[str, float], seconds: float) -> str:
         text = f"emotion {metrics['emotion/final_mean']:.1f} · reward {metrics['reward/mean']:.3f}"
         if "eval/score" in metrics:
             text += f" · eval {metrics['eval/score']:.1f}"
@@ -54,3 +55,15 @@ class TrainingProgress(Meter):
         recent = self._times[-_RECENT:] if len(self._times) > 2 else self._times
         pace = (recent[-1] - recent[0]) / (len(recent) - 1)
         return str(timedelta(seconds=round(pace * (self._total - step))))
+
+
+class FittingProgress(TrainingProgress):
+    """The same of supervised fine-tuning."""
+
+    begins, course = "compiling", "sft/loss"
+
+    def _numbers(self, metrics: Mapping[str, float], seconds: float) -> str:
+        text = f"loss {metrics['sft/loss']:.4f}"
+        if "held_out/loss" in metrics:
+            text += f" · held out {metrics['held_out/loss']:.4f}"
+        return f"{text} · {seconds:.1f} s · {metrics['tokens/packed'] / seconds:.0f} tokens/s"

@@ -20,7 +20,7 @@ from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig
 from rlver_jax.learning.loss import LossConfig, Trained, TrainedModels
 from rlver_jax.learning.loss_terms import KL_ESTIMATORS, NORMALIZATIONS, RATIOS
 from rlver_jax.learning.optimizer import Optimizers, make_optimizer
-from rlver_jax.learning.packing import PackingPlan, group_by_turns, plan_packing, plan_turns
+from rlver_jax.learning.packing import PackingPlan, group_by_turns, length_ladder, plan_packing, plan_turns
 from rlver_jax.learning.sequences import max_length
 from rlver_jax.learning.train_step import TrainState, TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.models.qwen import Params, Qwen2
@@ -34,12 +34,10 @@ from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_m
 from rlver_jax.rollout.profile_tokens import WIDTH_STEP, EncodedProfile, ProfileTokens, measure_profiles, widest_words
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
-from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.prompts import load_prompts
 
 HEAD_STD = 0.02  # Qwen2.5's initializer_range, which verl's token classification head starts with
-LENGTH_STEP = 64  # packed rows are multiples of it
 # Fields whose values are names in a registry: a new entry there needs no word of it here, nor in the config.
 REGISTRIES: dict[str, Collection[str]] = {
     "algorithm.estimator": ESTIMATORS,
@@ -129,7 +127,7 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     Raises:
         ValueError, OSError: a model or the profiles cannot be loaded, or don't fit together.
     """
-    _check_attention(config, mesh)
+    check_attention(config, mesh)
     check_context(config, *models_of(config))
     profiles = open_profiles(config, "data.train")
     reader = ProfileReader(
@@ -207,11 +205,16 @@ def build_learning(config: ConfigDict, agents: Agents, first_width: int, mesh: M
     trained, trunk = _trained(config, agents, mesh, weights)
     setup = _step_config(config, agents, trunk, mesh)
     reference = _model(config, "reference", config.policy, mesh, agents, weights).params if config.loss.kl else None
-    shardings = state_shardings(trained, setup.optimizers, mesh)
-    moments = weights.make(lambda p: init_state(p, setup.optimizers).opt_state, shardings.opt_state, trained)
+    state = first_state(trained, setup.optimizers, mesh, weights)
+    return Learning(setup, state, row_lengths(config, agents, first_width, mesh), reference)
+
+
+def first_state(trained: Trained, optimizers: Optimizers, mesh: Mesh, weights: Weights = LOADED) -> TrainState:
+    """The state before the first step, of parameters on the training mesh."""
+    shardings = state_shardings(trained, optimizers, mesh)
+    moments = weights.make(lambda p: init_state(p, optimizers).opt_state, shardings.opt_state, trained)
     step, skipped = (weights.make(lambda: jnp.int32(0), shardings.step) for _ in range(2))  # two buffers to donate
-    lengths = row_lengths(config, agents, first_width, mesh)
-    return Learning(setup, TrainState(step, trained, moments, skipped), lengths, reference)
+    return TrainState(step, trained, moments, skipped)
 
 
 def check_learning(config: ConfigDict) -> None:
@@ -240,7 +243,8 @@ def rollout_spec(config: ConfigDict) -> RolloutConfig:
     return spec_of(config, group=c.group, max_turns=c.max_turns, initial_emotion=initial, rows=c.rows)
 
 
-def _check_attention(config: ConfigDict, mesh: Mesh) -> None:
+def check_attention(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses kernels that the devices don't have; a ValueError."""
     platform = mesh.devices.flat[0].platform
     for name in ("policy", "critic"):
         if config[name].attention == "splash" and platform != "tpu":
@@ -271,12 +275,7 @@ def folders_of(config: ConfigDict) -> dict[str, tuple[str, bool]]:
 def row_lengths(config: ConfigDict, agents: Agents, first_width: int, mesh: Mesh) -> tuple[int, ...]:
     """Lengths of packed rows that may be compiled, rising, so many an octave; the last holds the longest dialogues."""
     longest = dialogues_a_row(config, mesh) * max_length(agents.tables[0], agents.spec, first_width)
-    up = lambda x: round_up(x, LENGTH_STEP)  # noqa: E731
-    lengths = [LENGTH_STEP]
-    while lengths[-1] < longest:
-        octave = 1 << (lengths[-1].bit_length() - 1)
-        lengths.append(min(lengths[-1] + up(-(-octave // config.train.length_buckets)), up(longest)))
-    return tuple(lengths)
+    return length_ladder(longest, config.train.length_buckets)
 
 
 def dialogues_a_row(config: ConfigDict, mesh: Mesh) -> int:

@@ -1,10 +1,23 @@
-"""Why a training run stops before its last step although nothing is wrong with it: it saves, and can be resumed."""
+"""How training ends before its last step: where nothing is wrong with a run it saves, and can be resumed."""
 
 import dataclasses
+
+from rlver_jax.runs.lock import LostLockError
+from rlver_jax.text.command import Ending
+from rlver_jax.training.alarms import CollapseError
 
 
 class StoppedError(RuntimeError):
     """The run has saved its state and stops; the message says why, and what lets the same command resume."""
+
+
+# Of the commands that train.
+ENDINGS = {
+    CollapseError: Ending(1, "stopped by an alarm at {error}. Its checkpoints stay in {output}"),
+    StoppedError: Ending(1, "stopped {error}. What was done is saved in {output}"),
+    LostLockError: Ending(1),
+    KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {output}"),
+}
 
 
 @dataclasses.dataclass

@@ -28,15 +28,19 @@ from rlver_jax.user.turn import KEY_APPRAISAL, KEY_REPLY, UserTables
 
 @dataclasses.dataclass(frozen=True)
 class LoggedTurn:
-    """What a log says of one turn that the user appraised."""
+    """What a log says of one turn that the user appraised.
+
+    Where its scripts are not to be replayed, or not to their end, its words stand for them: no later turn sees more.
+    """
 
     turn: int
     emotion_before: int
     emotion_after: int
     say: Sequence[int]
-    appraisal: Sequence[Completion]
+    appraisal: Sequence[Completion] | None  # None: neither script is replayed
     change: int
     reply: Sequence[Completion]  # the reply script's fields, the reply last; empty if the dialogue ended before
+    words: Sequence[int] = ()  # what it said, where `reply` is empty and the dialogue went on
 
 
 class Packer:
@@ -74,8 +78,9 @@ class Packer:
         for index, turn in enumerate(turns):
             messages = [*last_reply, *self._turns.close, *self._turns.exchange(turn.say)]
             position = packed.add(messages, 0, position)
-            self._branch(packed, turn, (index + 1) * BRANCH_RADIX, position)
-            last_reply = list(turn.reply[-1].text_tokens) if turn.reply else []
+            if turn.appraisal is not None:
+                self._branch(packed, turn, turn.appraisal, (index + 1) * BRANCH_RADIX, position)
+            last_reply = list(turn.reply[-1].text_tokens if turn.reply else turn.words)
         return packed
 
     def _opening(self, packed: ReplaySequence, tokens: Sequence[int], most: int) -> None:
@@ -83,10 +88,12 @@ class Packer:
         ends = [ANY_END] * (len(tokens) < most)
         packed.ask(self._grammar, [*tokens, *ends], 0, OPENING, 0, DRAWN)
 
-    def _branch(self, packed: ReplaySequence, turn: LoggedTurn, branch: int, position: int) -> None:
+    def _branch(
+        self, packed: ReplaySequence, turn: LoggedTurn, appraisal: Sequence[Completion], branch: int, position: int
+    ) -> None:
         """The reasoning of one turn: appraisal, options as sibling branches, the chosen one, reply script."""
         literals = self._appraisal[turn.emotion_before]
-        for i, line in enumerate(turn.appraisal):
+        for i, line in enumerate(appraisal):
             position = packed.add(literals[i], branch, position)
             position = self._line(packed, line, branch, position, turn.turn, i, KEY_APPRAISAL + i, GREEDY)
         position = packed.add(literals[-1], branch, position)
@@ -101,7 +108,7 @@ class Packer:
         last = len(turn.reply) - 1
         for i, line in enumerate(turn.reply):
             position = packed.add(literals[i], branch, position)
-            field = len(turn.appraisal) + i
+            field = len(appraisal) + i
             origin = DRAWN if i == last else GREEDY
             position = self._line(packed, line, branch, position, turn.turn, field, KEY_REPLY + i, origin)
 

@@ -21,7 +21,11 @@ COMMANDS = sorted(
     if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8") and file.name != "__main__.py"
 )
 WORDS = {"step", "name", "host", "profile", "topology", "coordinator"}  # text that is no path
-TEXTS = {"log.wandb", *(f"remote.{s}.{n}" for s in ("policy", "user") for n in ("url", "model", "key_env", "extra"))}
+TEXTS = {
+    "log.wandb",
+    "sft.weights",
+    *(f"remote.{s}.{n}" for s in ("policy", "user") for n in ("url", "model", "key_env", "extra")),
+}
 URLS = [
     "gs://bucket/run",
     "gs:/bucket/run",
