@@ -12,7 +12,7 @@ _DIGITS = 16  # of the hash, hexadecimal: 64 bits
 def held_out(profile_id: str, share: float) -> bool:
     """Whether a profile is among the share of all that is held out.
 
-    It is if the first 64 bits of SHA-256 of `held_out:ID` (UTF-8), read as a fraction of 2^64, are below `share`. So
+    It is if the first 64 bits of SHA-256 of its id (UTF-8), read as a fraction of 2^64, are below `share`. So
     each profile is held out with probability `share`, independently of the others: of 100 profiles and a share of 0.3
     about 30 are. Those of a smaller share are among those of a larger one.
 
@@ -25,5 +25,5 @@ def held_out(profile_id: str, share: float) -> bool:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"the share of profiles to hold out is {share}, expected a number from 0 to 1")
-    digest = hashlib.sha256(f"held_out:{profile_id}".encode()).hexdigest()
+    digest = hashlib.sha256(profile_id.encode()).hexdigest()
     return int(digest[:_DIGITS], 16) < share * 16**_DIGITS

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.evaluation.transcripts import Transcript, TranscriptFiles, with_profile
 from rlver_jax.learning.sft_rows import Example
+from rlver_jax.profiles.held_out import held_out
 from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.text.padding import longest
@@ -93,19 +93,19 @@ def read_dialogues(config: ConfigDict, source: Source, make: Examples) -> Dialog
     chosen = _chosen(source.ends, config) if config.sft.role == POLICY else range(len(files))
     known = KnownProfiles.of_sets(open_each(config))
     learned: list[Example] = []
-    held_out: list[Example] = []
+    kept: list[Example] = []
     for index in chosen:
         one = files[index]
         example = make.example(with_profile(one, known) if config.sft.role == USER else one)
         if example is None:
             make.left_out["dialogues with nothing to learn"] += 1
         else:
-            (held_out if is_held_out(example.profile, config.sft.held_out) else learned).append(example)
-    _check_enough(config, learned, held_out, len(files), make)
-    summary = _summary(learned, held_out, len(files), make.left_out)
-    measured = evenly(held_out, config.sft.eval_dialogues)
-    if len(measured) < len(held_out):
-        summary += f"\nmeasured: {len(measured)} of the {len(held_out)} held out"
+            (kept if held_out(example.profile, config.sft.held_out) else learned).append(example)
+    _check_enough(config, learned, kept, len(files), make)
+    summary = _summary(learned, kept, len(files), make.left_out)
+    measured = evenly(kept, config.sft.eval_dialogues)
+    if len(measured) < len(kept):
+        summary += f"\nmeasured: {len(measured)} of the {len(kept)} held out"
     return Dialogues(learned, measured, summary)
 
 
@@ -114,12 +114,6 @@ def evenly(examples: Sequence[Example], count: int) -> Sequence[Example]:
     if not 0 < count < len(examples):
         return examples
     return [examples[i * len(examples) // count] for i in range(count)]
-
-
-def is_held_out(profile: str, share: float) -> bool:
-    """Whether nothing is learned from a profile's dialogues: the same for every file, order and number of profiles."""
-    digest = hashlib.sha256(profile.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def check_prompts(one: Transcript, config: ConfigDict) -> None:

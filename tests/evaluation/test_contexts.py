@@ -11,9 +11,9 @@ from rlver_jax.evaluate import main
 from rlver_jax.evaluation.contexts import chosen, define_flags
 from tests.evaluation.test_transcripts import write
 
-# `printf 'held_out:p0' | sha256sum` begins with 87f024…, those of p1, p2 and p3 with 136fc7…, 355b17… and 3796c0…: as
-# fractions of all ones 0.53, 0.08, 0.208 and 0.217.
-COUNTS, PROFILES = [3, 6, 4, 1, 6], ["p0", "p1", "p2", "p3", "p1"]
+# `printf p6 | sha256sum` begins with 7d087a…, those of p0, p11 and p2 with 169b5b…, 274c9c… and 3946ca…: as
+# fractions of all ones 0.49, 0.09, 0.154 and 0.224.
+COUNTS, PROFILES = [3, 6, 4, 1, 6], ["p6", "p0", "p11", "p2", "p0"]
 
 
 def options(**given):
@@ -67,7 +67,7 @@ def test_bad_usage(args, says, results, tmp_path, capsys):
 
 
 def test_without_a_config_the_record_speaks_alone(results, tmp_path, capsys):
-    """Of the held-out 10, 10, 10, 10, 10, 10 · -10, -10, -10, -5 · 4, from 40 on."""
+    """Of the held-out 5, -3, 0 · -10, -10, -10, -5 · 4, from 40 on."""
     file = write(tmp_path / "r.jsonl", results)
     assert main([f"--agreement={file}", "--held_out=0.3", f"--out={tmp_path / 'out'}"]) == 0
     out = capsys.readouterr().out
@@ -76,11 +76,11 @@ def test_without_a_config_the_record_speaks_alone(results, tmp_path, capsys):
     assert list(tmp_path.glob("out/*")) == [tmp_path / "out" / "agreement.json"]
     found = json.loads((tmp_path / "out" / "agreement.json").read_text())
     assert found.keys() == {"record"}
-    assert (found["record"]["n"], found["record"]["dialogues"]) == (11, 3)
-    recorded = [10] * 6 + [-10, -10, -10, -5] + [4]
-    emotion = [40, 50, 60, 70, 80, 90, 40, 30, 20, 10, 40]
-    previous = [0] + [10] * 5 + [0, -10, -10, -10] + [0]
+    assert (found["record"]["n"], found["record"]["dialogues"]) == (8, 3)
+    recorded = [5, -3, 0, -10, -10, -10, -5, 4]
+    emotion = [40, 45, 42, 40, 30, 20, 10, 40]
+    previous = [0, 5, -3, 0, -10, -10, -10, 0]
     alone = found["record"]["without_the_reply"]
     assert alone["emotion"]["spearman"]["value"] == pytest.approx(stats.spearmanr(emotion, recorded).statistic)
     assert alone["previous_change"]["spearman"]["value"] == pytest.approx(stats.spearmanr(previous, recorded).statistic)
-    assert alone["constant"]["mae"]["value"] == pytest.approx((3 * 20 + 15 + 6) / 11), "median 10"
+    assert alone["constant"]["mae"]["value"] == pytest.approx((9 + 1 + 4 + 6 + 6 + 6 + 1 + 8) / 8), "median -4"
