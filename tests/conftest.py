@@ -50,9 +50,9 @@ TINY["policy"] |= {"tie_embeddings": True}
 # Modules of the default tests that take longest, the longest first: a worker that began one last would keep the others.
 LONGEST = (
     "test_verify_policy", "test_loop", "test_forged_logs", "test_verify", "test_sampler", "test_qwen", "test_refill",
-    "test_kill", "test_sources", "test_evaluate", "test_train_step", "test_sequences", "test_debug",
-    "test_forged_training_logs", "test_programs", "test_packing", "test_console", "test_serve", "test_server",
-    "test_engine", "test_checkpoints", "test_hostile", "test_lock", "test_generate", "test_precision",
+    "test_kill", "test_sft", "test_sft_loss", "test_sources", "test_evaluate", "test_train_step", "test_sequences",
+    "test_debug", "test_forged_training_logs", "test_programs", "test_packing", "test_console", "test_serve",
+    "test_server", "test_engine", "test_checkpoints", "test_hostile", "test_lock", "test_generate", "test_precision",
 )  # fmt: skip
 
 
