@@ -146,11 +146,11 @@ def _chosen(ends: Sequence[End], config: ConfigDict) -> Sequence[int]:
 
 def _check_enough(config: ConfigDict, learned: Sequence, held_out: Sequence, count: int, make: Examples) -> None:
     if len(learned) < config.sft.batch:
-        left_out = "".join(f"; {number} {what}" for what, number in make.left_out.items())
+        left_out = ", ".join(f"{number} {what}" for what, number in make.left_out.items())
         raise ConfigError(
             f"sft.batch={config.sft.batch}: only {len(learned)} of {count} dialogues are learned from, "
-            f"{len(held_out)} are held out{left_out}; give more, choose a smaller batch, or hold out fewer "
-            f"(sft.held_out={config.sft.held_out})"
+            f"{len(held_out)} are held out{f'; left out: {left_out}' * bool(left_out)}; give more, choose a smaller "
+            f"batch, hold out fewer (sft.held_out={config.sft.held_out}), or mend what leaves them out"
         )
 
 
