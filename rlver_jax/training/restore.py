@@ -91,6 +91,11 @@ def take_checkpoint(config: ConfigDict, checkpoint: str, step: str, path: str = 
         config.policy.path, config.policy.init = checkpoint, "path"
         return None
     trained = TrainedPolicy.open(checkpoint, step, path)
+    if trained.config.sft.data and trained.config.sft.role == "user":
+        raise CheckpointError(
+            f"--checkpoint={checkpoint}: a simulated user that sft has fitted, and no policy; export it, and give the "
+            f"folder as --config.user.path"
+        )
     config.policy.path, config.policy.init = trained.config.policy.path, trained.config.policy.init
     return trained
 

@@ -24,6 +24,7 @@ from rlver_jax.rollout.agents import make_model
 from rlver_jax.training import sft as fitting
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.restore import take_checkpoint
 from rlver_jax.training.sft_data import examples_of, field_weights, open_dialogues
 from rlver_jax.training.sft_data import read_dialogues as read_sft
 from rlver_jax.training.sft_metrics import change_agreement, expected_change
@@ -142,6 +143,12 @@ def test_what_was_fitted_is_exported_and_played(unbroken, role, tmp_path, capsys
     assert evaluate.main([*play, "--config.eval.num_profiles=2", f"--out={tmp_path / 'played'}"]) == 0
     assert len(read_dialogues(tmp_path / "played" / "dialogues.jsonl")) == 2
     capsys.readouterr()
+
+
+def test_a_fitted_user_is_no_policy(unbroken):
+    with pytest.raises(ValueError, match="a simulated user that sft has fitted, and no policy; export it"):
+        take_checkpoint(debug.get_config(), str(unbroken["user"]), "")
+    assert take_checkpoint(debug.get_config(), str(unbroken["policy"]), "last").step == STEPS
 
 
 def read(config_fields, logs):
