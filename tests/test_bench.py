@@ -66,6 +66,7 @@ def measured(suite: str, tmp_path) -> dict:
     return json.loads((tmp_path / "f.json").read_text())
 
 
+@pytest.mark.slow
 def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
     """By hand: 3 dialogues of 10 + 2 x 5 tokens of the user, 3 x 4 generated."""
     monkeypatch.setattr(bench_rollout, "SMALL", TINY)
@@ -81,6 +82,7 @@ def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
     assert "of the limit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
     sizes = {
         "MODEL": dataclasses.replace(TINY, num_layers=1),
@@ -104,6 +106,7 @@ def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
     assert "x as fast as turns" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_logprobs_are_measured(tmp_path, capsys, monkeypatch):
     for name, value in {"LENGTH": 64, "VOCABULARY": 40_000, "HIDDEN": 16}.items():
         monkeypatch.setattr(bench_logprob, name, value)
@@ -134,6 +137,7 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
     assert "x as fast as waiting" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_loading_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_load, "MODEL", TINY)
     monkeypatch.setattr(bench_timing, "COPIED", 1024)

@@ -88,6 +88,7 @@ print(policy.step, len(records), [record["profile"] for record in played] == [pr
 """
 
 
+@pytest.mark.slow
 def test_a_script_trains_reads_recomputes_and_plays(tmp_path):
     assert run(SCRIPT, tmp_path).splitlines()[-1] == "1 8 True"
 

@@ -47,7 +47,9 @@ def make_agents(policy_lm, user_lm, bpe, prompts, readout):
     return Agents.build(policy_lm, user_lm, bpe, prompts, spec, style="vanilla", scenario="heart_to_heart")
 
 
-@pytest.fixture(scope="module", params=["argmax", "mean", pytest.param("sample", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["argmax", *(pytest.param(x, marks=pytest.mark.slow) for x in ("mean", "sample"))]
+)
 def log(request, policy_lm, user_lm, bpe, prompts):
     """(agents, profiles, records), with policy replies and user replies sampled. Sampled changes: test_forged_logs."""
     agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, request.param), some_profiles(PROFILES)
@@ -237,6 +239,7 @@ def test_planted_edits_are_found(log, edit, dtype):
     assert all(fault.startswith(f"dialogue {record['dialogue']}") for fault in faults)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log", ["mean"], indirect=True)
 def test_a_user_that_rounds(log, policy_lm, user_lm, bpe, prompts):
     """Played in float32, derived in bfloat16: as far apart as two programs that round may be."""

@@ -48,7 +48,7 @@ WAYS = {
     "truncated": ("think", False, 1.4, Truncation(20, 0.8)),
     "top_k": ("direct", False, 0.7, Truncation(5)),
 }
-REPEATED = {"top_k"}  # what "truncated" and "direct" hold each, together
+SLOW = {"top_k", "truncated", "enforced"}  # each takes a play program of its own, and the others hold most of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def play(way, policy_lm, user_lm, bpe, prompts, seed=SEED) -> Log:
     return Log(agents, temperature, records)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(way, marks=[pytest.mark.slow][: way in REPEATED]) for way in WAYS])
+@pytest.fixture(scope="module", params=[pytest.param(way, marks=[pytest.mark.slow][: way in SLOW]) for way in WAYS])
 def log(request, policy_lm, user_lm, bpe, prompts) -> Log:
     return play(request.param, policy_lm, user_lm, bpe, prompts)
 

@@ -17,6 +17,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.training.loop import train
 
 SIZE, STEPS = 8, 2
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

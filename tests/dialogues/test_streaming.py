@@ -74,7 +74,8 @@ def write_log(path, make, megabytes):
     return number
 
 
-@pytest.mark.parametrize("make", [ours, pytest.param(sages, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [ours, sages])
 def test_memory_does_not_grow_with_the_logs(make, tmp_path):
     """30 MB of dialogues more take less than 60 MB more, where they took 200."""
     grown = []

@@ -255,6 +255,7 @@ def test_bad_usage_of_the_command(world, tmp_path, capsys):
     assert "--data_dir" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_from_the_data_set_is_training_from_its_files(tmp_path, monkeypatch):
     """A step of debug.py: dialogues byte for byte, metrics but for times; then each goes on with the other's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

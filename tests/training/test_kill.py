@@ -22,6 +22,7 @@ from tests.quick import QUICK
 from tests.training.test_loop import records_of, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 FIELDS = {"checkpoint.every": 2, "log.dialogues_every": 1}
 STEPS = 14  # two more than the last kill of the plan saves
 # (moment, the row of metrics that it follows), each moment once a line. After odd rows nothing is evaluated or saved.
@@ -111,7 +112,7 @@ def same_as(folder: Path, other: Unbroken) -> None:
         assert len({json.dumps(json.loads(file.read_text()), sort_keys=True) for file in files}) == 1
 
 
-@pytest.mark.parametrize("run", ["short", pytest.param("unbroken", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", ["short", "unbroken"])
 def test_there_is_something_to_lose(run, request):
     """What is compared below differs from step to step: rewards within groups and between them, parameters, moments."""
     found = request.getfixturevalue(run)
@@ -207,7 +208,6 @@ def test_killed_again_and_again(kills, unbroken, tmp_path):
     assert any(names for moment, names in found if moment == "saving"), "a save was really cut off"
 
 
-@pytest.mark.slow
 def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
     run = start(tmp_path)
     wait_for(run, lambda: has_row(tmp_path, 3, 0))
@@ -223,7 +223,6 @@ def test_sigterm_finishes_the_step_and_saves(unbroken, tmp_path):
     same_as(tmp_path, unbroken)
 
 
-@pytest.mark.slow
 def test_a_truncated_newest_checkpoint_falls_back_and_says_so(unbroken, tmp_path):
     run = start(tmp_path)
     wait_for(run, lambda: has_row(tmp_path, 6, 0))

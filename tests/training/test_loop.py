@@ -208,6 +208,7 @@ def moved(unbroken, tmp_path_factory):
     return folder / "run", folder / "at_hand", folder / "elsewhere"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_base_model(moved):
     without, at_hand, _ = moved
     assert rows_of(without) == rows_of(at_hand)
@@ -221,6 +222,7 @@ def evaluate_flags(devices, monkeypatch) -> list[str]:
     return [f"--config={debug.__file__}", "--config.mesh.fsdp=1", f"--config.mesh.tensor={devices}"]
 
 
+@pytest.mark.slow
 def test_a_run_without_its_base_model_is_exported_and_evaluated(moved, tmp_path, capsys, monkeypatch):
     folder, _, base = moved
     assert export.main([f"--workdir={folder}", f"--out={tmp_path / 'own'}", "--dtype=float32"]) == 0
@@ -238,6 +240,7 @@ def test_a_run_without_its_base_model_is_exported_and_evaluated(moved, tmp_path,
     assert re.search("policy.path='/no/such': no such folder.*; leave it out to take the run's own", said)
 
 
+@pytest.mark.slow
 def test_a_run_without_its_base_model_is_served(moved):
     """Nor does a server need the user's model."""
     with served(f"--checkpoint={moved[0]}", "--config.user.path=/no/such", "--rows=2") as (_, url):
@@ -306,6 +309,7 @@ def check_equal(found, expected) -> None:
             assert row[name] == pytest.approx(theirs[row["step"]][name], abs=1e-3), f"step {row['step']}: {name}"
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_does(unbroken, tmp_path):
     """With every axis in use, and dialogues played on another mesh than the one that learns."""
     apart = {"mesh_sampling.replica": -1, "mesh_sampling.fsdp": 1}

@@ -37,6 +37,7 @@ def overlapped(server, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_batch_is_played_by_the_policy_before_the_update(server, overlapped, tmp_path):
     """Step 2 by the policy that step 1 was played by, which a run without learning plays with throughout."""
     run(tmp_path / "still", server.url, **FIELDS, **{"train.learning_rate": 0.0})
@@ -49,12 +50,14 @@ def test_a_batch_is_played_by_the_policy_before_the_update(server, overlapped, t
     assert all(np.isfinite(row["policy/loss"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_who_is_faster_changes_nothing(server, overlapped, tmp_path):
     run(tmp_path / "run", server.url, **FIELDS, **{"rollout.overlap": 1})
     assert rows_of(tmp_path / "run") == rows_of(overlapped)
     assert same(policy_of(tmp_path / "run"), policy_of(overlapped))
 
 
+@pytest.mark.slow
 def test_after_a_checkpoint_the_newest_policy_plays(server, tmp_path):
     """So that a run which resumes there has the same bits."""
     fields = FIELDS | {"rollout.overlap": 1, "checkpoint.every": 1, "train.steps": 2}
@@ -63,6 +66,7 @@ def test_after_a_checkpoint_the_newest_policy_plays(server, tmp_path):
     assert rows_of(tmp_path / "overlapped") == rows_of(tmp_path / "exact")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_same_bits(server, tmp_path):
     """Four steps at once, and two by two: batch 2 is played ahead in both, batch 3 in neither."""
     fields = FIELDS | {"rollout.overlap": 1, "checkpoint.every": 2}

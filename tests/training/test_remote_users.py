@@ -123,6 +123,7 @@ def test_faults_change_nothing(unbroken, tmp_path):
     assert sum(row.get("traffic/failed", 0) for row in rows) > 5
 
 
+@pytest.mark.slow
 def test_what_has_been_answered_is_not_asked_again(unbroken, tmp_path):
     """A run whose checkpoints are gone plays all of it out of the file of answers."""
     folder, _, server = unbroken
@@ -133,6 +134,7 @@ def test_what_has_been_answered_is_not_asked_again(unbroken, tmp_path):
     same_run(tmp_path / "run", folder)
 
 
+@pytest.mark.slow
 def test_a_budget_stops_the_run_and_a_larger_one_resumes_it(unbroken, tmp_path, capsys):
     folder, _, server = unbroken
     first = rows_of(folder)[1]["remote/cost_total"]

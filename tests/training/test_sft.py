@@ -184,6 +184,7 @@ def test_held_out_dialogues_are_measured_evenly(logs):
     assert f"measured: 3 of the {count} held out" in some.summary
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_base_model(logs, tmp_path, capsys):
     """Config and tokenizer are the run's own then, weights those of the checkpoint; of the user, too."""
     world = shutil.copytree(debug.WORLD, tmp_path / "world")

@@ -64,7 +64,7 @@ def played(worlds, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", SWAPPED)
 def test_one_step_is_played_and_learned_from(worlds, played, swapped):
     (policy, user), (folder, _) = worlds[::-1] if swapped else worlds, played(swapped)
     rows, records = rows_of(folder), records_of(folder, 1)
@@ -199,6 +199,7 @@ def test_forged_logs(worlds, played, swapped, tmp_path, capsys, monkeypatch):
         assert len(set(own)) == len(own)
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_two_tokenizers(worlds, tmp_path, capsys, monkeypatch):
     """On one device, with the programs of a training's evaluation: sharding has its own tests."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
