@@ -149,7 +149,7 @@ def test_loading_is_measured(tmp_path, capsys, monkeypatch):
     assert "x as long as safetensors" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_starts_are_measured(tmp_path, capsys, monkeypatch):
     """Of short dialogues: with the programs kept, less is compiled; what a run can't do is said."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # as on a user's machine: one device

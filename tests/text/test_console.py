@@ -181,7 +181,7 @@ def test_a_training_without_a_home(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [PLAIN, {"PYTHONIOENCODING": "gbk"}], ids=str)
+@pytest.mark.parametrize("changes", [PLAIN, pytest.param({"PYTHONIOENCODING": "gbk"}, marks=pytest.mark.long)], ids=str)
 def test_the_whole_chain_in_a_strange_encoding(changes, tmp_path):
     config, module = DEBUG[:1], [sys.executable, "-m"]
     play = [*config, "--config.eval.max_turns=1", "--config.eval.num_profiles=2"]
