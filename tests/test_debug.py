@@ -25,7 +25,10 @@ from tests.conftest import option_logprobs
 from tests.training.test_loop import policy_of, records_of
 
 STEPS = 3
-SLOW = [pytest.param(argument, marks=pytest.mark.slow) for argument in ("ppo", "direct", "ppo,direct,challenging")]
+SLOW = [
+    pytest.param(argument, marks=pytest.mark.slow)
+    for argument in ("challenging", "ppo", "direct", "ppo,direct,challenging")
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_changes_spread_and_depend_on_what_was_said():
     assert np.abs(probabilities[0] - probabilities[1]).sum() / 2 > 0.05, "total variation"
 
 
-@pytest.mark.parametrize("argument", ["", "challenging", *SLOW])
+@pytest.mark.parametrize("argument", ["", *SLOW])
 def test_rewards_differ_and_every_step_moves_the_policy(run, argument):
     folder, old = run(argument), None
     rows = read_metrics(folder / "metrics.jsonl")
@@ -79,7 +82,7 @@ def test_rewards_differ_and_every_step_moves_the_policy(run, argument):
         old = new
 
 
-@pytest.mark.parametrize("argument", ["challenging", *SLOW])
+@pytest.mark.parametrize("argument", SLOW)
 def test_an_argument_changes_what_is_said_and_felt(run, argument):
     """From the same seed: the challenging user reads another prompt, a policy without thoughts says other words."""
     felt = [[record["emotions"] for record in records_of(run(name), 1)] for name in ("", argument)]

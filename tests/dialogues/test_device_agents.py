@@ -105,6 +105,7 @@ def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bp
     assert "not recomputed: what the user said and felt at its endpoint" in said
 
 
+@pytest.mark.slow
 def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
     """`verify` derives every appraisal, change and reply again from one forward pass."""
     with ChatServer() as server:

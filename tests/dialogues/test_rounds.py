@@ -29,6 +29,7 @@ from rlver_jax.user.emotion import EmotionRules
 from tests.conftest import some_profiles
 from tests.rollout.test_sampler import HOW, limits
 
+pytestmark = pytest.mark.slow
 RULES = EmotionRules(initial=30, floor=20, ceiling=42)
 THINK = RolloutConfig("think", False, 4, 4, 704, 24, 24, 20, "sample", RULES)
 DIRECT = dataclasses.replace(THINK, mode="direct")
@@ -65,7 +66,7 @@ class Repeats:
         )
 
 
-@pytest.fixture(scope="module", params=[THINK, pytest.param(DIRECT, marks=pytest.mark.slow)], ids=["think", "direct"])
+@pytest.fixture(scope="module", params=[THINK, DIRECT], ids=["think", "direct"])
 def world(request, policy_lm, user_lm, bpe, prompts):
     """(agents, limits, what the sampler played)."""
     agents = Agents.build(policy_lm, user_lm, bpe, prompts, request.param, **HOW)

@@ -228,6 +228,7 @@ def test_a_dialogue_is_the_same_in_another_row(table, think):
     assert len(set(think.turns.tolist())) > 1, "rows end at different turns"
 
 
+@pytest.mark.slow
 def test_a_dialogue_is_the_same_in_another_group_and_batch(table, think):
     """Groups of one, five rows instead of sixteen, other company, a row of padding in between."""
     company = dataclasses.replace(some_profiles(3)[2], id="company")

@@ -102,9 +102,8 @@ def learned_of(folder, role):
     return sum(not held_out(record["profile"], 0.4) for file in files for record in read_dialogues(file))
 
 
-@pytest.mark.parametrize(
-    ("role", "rows"), [("user", [3]), pytest.param("policy", [3, 5], marks=pytest.mark.slow)], ids=["user", "policy"]
-)
+@pytest.mark.parametrize(("role", "rows"), [("user", [3]), ("policy", [3, 5])], ids=["user", "policy"])
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_one_that_never_was(unbroken, role, rows, logs, tmp_path):
     folder = tmp_path / "run"
     for row in rows:
@@ -125,7 +124,7 @@ def test_killed_and_resumed_it_ends_as_one_that_never_was(unbroken, role, rows, 
     assert differences(unbroken[role], folder) == []
 
 
-@pytest.mark.parametrize("role", ["user", "policy"])
+@pytest.mark.parametrize("role", ["user", pytest.param("policy", marks=pytest.mark.slow)])
 def test_what_was_fitted_is_exported_and_played(unbroken, role, tmp_path, capsys):
     """Weights of the folder are those of the checkpoint; `user.path` and `policy.path` read it."""
     out = tmp_path / "model"
@@ -334,6 +333,7 @@ def test_a_loss_that_is_no_number_stops_the_run(logs, tmp_path, capsys):
     assert rows[-1]["step"] < STEPS
 
 
+@pytest.mark.slow
 def test_a_user_without_its_appraisal_leaves_the_prompts_to_play_it(logs, tmp_path, capsys):
     """And the figures of its change are plain: no appraisal gave it away."""
     fields = {"sft__appraisal": False, "train__steps": 1, "sft__soft": 2}
