@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,9 @@ from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.training.alarms import CollapseError, check
-from rlver_jax.training.checkpoints import Checkpoints
-from rlver_jax.training.metrics import MetricsWriter
 from rlver_jax.training.overlap import Overlap
 from rlver_jax.training.programs import order_program, pack_program, score_program
-from rlver_jax.training.progress import TrainingProgress
-from rlver_jax.training.resuming import begin_after, newest, open_metrics
+from rlver_jax.training.run_loop import RunLoop
 from rlver_jax.training.setup import Run, build_run, check_learning, folders_of, models_of
 from rlver_jax.training.stops import Spending, StoppedError
 from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollout, counted_rows
@@ -65,7 +62,7 @@ class Step:
     evaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class Trainer:
+class Trainer(RunLoop):
     """One run in its folder: `train` is the loop, the other methods are its steps."""
 
     def __init__(
@@ -78,8 +75,8 @@ class Trainer:
         text: TextRollout | None = None,
     ):
         """`text`: plays the dialogues of a run whose users answer by text."""
-        self.config, self.folder, self.run, self.console = config, folder, run, console
-        self.held_out = held_out
+        super().__init__(config, folder, console)
+        self.run, self.held_out = run, held_out
         self.text = text
         self.overlap = Overlap(text) if text and config.rollout.overlap else None
         self.spending = Spending(config.remote.budget)
@@ -88,14 +85,12 @@ class Trainer:
         self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
         self.score, self.pack, self.order = score_program(run.mesh), pack_program(run.mesh), order_program(run.mesh)
         self.reward_settings = tuple(sorted(reward_settings(config).items()))
-        self.checkpoints = Checkpoints(
-            folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
-        )
         self.pending: Step | None = None
-        self.last_finished = time.monotonic()
-        # Opened by `writers`, when it is known after which step the run resumes.
-        self.writer: MetricsWriter | None = None
-        self.progress = TrainingProgress(console, config.train.steps, 0)
+
+    @property
+    def measured_first(self) -> bool:
+        """Whether the untrained policy is evaluated."""
+        return bool(self.config.eval.every)
 
     def train(self, state: TrainState) -> int:
         """Trains to the last step or until SIGTERM; returns the number of steps done.
@@ -248,12 +243,6 @@ class Trainer:
         row = rollout_metrics(counted_rows(dialogues, counted), rewards[counted], **settings)
         return text.metrics(row) | {"remote/cost_total": step.spent}
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """Appends a step's row to the metrics."""
-        if self.writer is not None:
-            self.folder.check()
-            self.writer.write(step, row)
-
     def log_dialogues(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> None:
         """Writes all dialogues of a step, so that `verify` can recompute them."""
         profiles = [profile for _, profile in step.batch]
@@ -276,7 +265,7 @@ class Trainer:
 
     def evaluate_untrained(self, state: TrainState) -> None:
         """Row 0 of the metrics: what the policy scores before any step."""
-        if self.config.eval.every:
+        if self.measured_first:
             self.progress.note("evaluating the untrained policy")
             metrics = self.evaluate(state)
             self.write(0, metrics)
@@ -290,29 +279,10 @@ class Trainer:
         spent = {"spent": self.spending.total} if self.text is not None else {}
         self.checkpoints.save(done, state, {"reader": self.reader_state()} | spent, scored)
 
-    def resume(self, state: TrainState) -> tuple[TrainState, int]:
-        """The newest state saved, or this one; and its number of steps."""
-        restored = newest(self.folder, self.checkpoints, state, self.notify)
-        if restored is None:
-            return state, 0
-        self.run.reader.restore(restored.extra["reader"])
-        self.spending.total = restored.extra.get("spent", 0.0)
-        begin_after(restored.step, self.config.train.steps, self.folder, self.notify)
-        return restored.state, restored.step
-
-    def notify(self, text: str) -> None:
-        """A line on the console."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def writers(self, done: int) -> Iterator[None]:
-        """Metrics and progress, open; metrics on process 0 alone."""
-        self.last_finished = time.monotonic()
-        self.writer = open_metrics(self.config, self.folder, done, self.notify)
-        closing = contextlib.closing(self.writer) if self.writer else contextlib.nullcontext()
-        with closing, TrainingProgress(self.console, self.config.train.steps, done) as progress:
-            self.progress = progress
-            yield
+    def take_over(self, extra: Mapping[str, Any]) -> None:
+        """The reader's position, and what the run has spent."""
+        self.run.reader.restore(extra["reader"])
+        self.spending.total = extra.get("spent", 0.0)
 
 
 def train(

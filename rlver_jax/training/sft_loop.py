@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,10 +25,8 @@ from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.training.alarms import CollapseError
-from rlver_jax.training.checkpoints import Checkpoints
-from rlver_jax.training.metrics import MetricsWriter
 from rlver_jax.training.progress import FittingProgress
-from rlver_jax.training.resuming import begin_after, newest, open_metrics
+from rlver_jax.training.run_loop import RunLoop
 from rlver_jax.training.setup import state_shardings
 from rlver_jax.training.sft_data import Dialogues
 from rlver_jax.training.sft_examples import CHANGE
@@ -89,34 +87,34 @@ class _Pending:
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class Fitter:
+class Fitter(RunLoop):
     """One run in its folder: `train` is the loop, the other methods are its steps."""
+
+    progress_type = FittingProgress
 
     def __init__(self, config: ConfigDict, folder: RunFolder, fit: Fit, state: TrainState, console: Console):
         """`state`: before the first step; of it only shapes and shardings are looked at."""
-        self.config, self.folder, self.fit, self.console = config, folder, fit, console
+        super().__init__(config, folder, console)
+        self.fit = fit
         learned, held_out = fit.dialogues.learned, fit.dialogues.held_out
         longest = max(len(one) for one in (*learned, *held_out))
         self.ladder = length_ladder(longest, config.train.length_buckets)
         self.reader: Any = ProfileReader(learned, seed=config.data.seed, batch_size=config.sft.batch)  # type: ignore[arg-type]
         self.held_out = fit.rows(held_out, self.ladder, config.train.padding) if held_out else None
-        shardings, whole = (
-            state_shardings(state.params, fit.optimizers, fit.mesh),
-            NamedSharding(fit.mesh, PartitionSpec()),
-        )
+        shardings = state_shardings(state.params, fit.optimizers, fit.mesh)
+        whole = NamedSharding(fit.mesh, PartitionSpec())
         params = shardings.params["policy"]
         jit = lambda function, of, **options: jax.jit(functools.partial(function, of), **options)  # noqa: E731
         self.zero = jit(sft_loss.zero_gradient, fit.of, out_shardings=params)
         self.add = jit(sft_loss.add_gradient, fit.of, donate_argnums=1, out_shardings=(params, whole))
         self.update = jit(sft_loss.update, fit.optimizers, donate_argnums=0, out_shardings=(shardings, whole))
         self.measure = jit(sft_loss.measure, fit.of, out_shardings=whole)
-        self.checkpoints = Checkpoints(
-            folder.checkpoints, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
-        )
         self.pending: _Pending | None = None
-        self.last_finished = time.monotonic()
-        self.writer: MetricsWriter | None = None
-        self.progress = FittingProgress(console, config.train.steps, 0)
+
+    @property
+    def measured_first(self) -> bool:
+        """Whether held-out dialogues are measured before the first step."""
+        return self.held_out is not None
 
     def train(self, state: TrainState) -> int:
         """Trains to the last step or until SIGTERM; returns the number of steps done.
@@ -127,7 +125,7 @@ class Fitter:
         state, done = self.resume(state)
         steps = self.config.train.steps
         with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints):
-            if not done and self.held_out:
+            if not done and self.measured_first:
                 self.write(0, self.measured(state))
             stopped = stop(done)
             while done < steps and not stopped:
@@ -219,12 +217,6 @@ class Fitter:
                 )
         self.progress.update(step.number, row)
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """Appends a step's row to the metrics."""
-        if self.writer is not None:
-            self.folder.check()
-            self.writer.write(step, row)
-
     def save(self, state: TrainState, done: int) -> None:
         """Saves the state with everything needed to resume; its metrics are written first. The best has least loss."""
         loss = self.pending.measured.get("held_out/loss") if self.pending else None
@@ -232,26 +224,6 @@ class Fitter:
         distributed.all_or_none(self.folder.check)
         self.checkpoints.save(done, state, {"reader": self.reader.state()}, None if loss is None else -loss)
 
-    def resume(self, state: TrainState) -> tuple[TrainState, int]:
-        """The newest state saved, or this one; and its number of steps."""
-        restored = newest(self.folder, self.checkpoints, state, self.notify)
-        if restored is None:
-            return state, 0
-        self.reader.restore(restored.extra["reader"])
-        begin_after(restored.step, self.config.train.steps, self.folder, self.notify)
-        return restored.state, restored.step
-
-    def notify(self, text: str) -> None:
-        """A line on the console."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def writers(self, done: int) -> Iterator[None]:
-        """Metrics and progress, open; metrics on process 0 alone."""
-        measured_first = self.held_out is not None
-        self.writer = open_metrics(self.config, self.folder, done, self.notify, measured_first=measured_first)
-        closing: Callable[..., Any] = contextlib.closing if self.writer else contextlib.nullcontext
-        with closing(self.writer), FittingProgress(self.console, self.config.train.steps, done) as progress:
-            self.progress = progress
-            self.last_finished = time.monotonic()
-            yield
+    def take_over(self, extra: Mapping[str, Any]) -> None:
+        """The reader's position."""
+        self.reader.restore(extra["reader"])

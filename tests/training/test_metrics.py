@@ -94,8 +94,8 @@ def test_rows_that_were_lost_are_said(tmp_path, kept, every, says):
     if kept is not None:
         write(tmp_path, [(step, {"a": 1.0}) for step in [*kept, 7, 8]])
     said = []
-    config = {"eval.every": every}
-    MetricsWriter(tmp_path, tensorboard=False, wandb="", config=config, resume_step=6, report=said.append).close()
+    settings = {"tensorboard": False, "wandb": "", "config": CONFIG, "resume_step": 6, "measured_first": every > 0}
+    MetricsWriter(tmp_path, **settings, report=said.append).close()
     assert len(said) == (says is not None)
     assert says is None or says in said[0]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == (kept or [])
