@@ -24,14 +24,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.config.flags import config_from_flags, define_path, define_paths
+from rlver_jax.config.flags import define_paths
 from rlver_jax.config.hub import fetch
-from rlver_jax.config.validate import ConfigError, flatten, validate
+from rlver_jax.config.validate import flatten, validate
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.text.command import Command, run_command
+from rlver_jax.training.arguments import run_arguments
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.sft import check_fitting, fit, settle_role
+from rlver_jax.training.sft_data import POLICY, USER
 from rlver_jax.training.stops import ENDINGS
 from rlver_jax.training.workdir import RunFolder
 
@@ -52,17 +54,10 @@ def _fit(command: Command, argv: Sequence[str]) -> int:
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     def define(values: flags.FlagValues) -> None:
-        define_path("workdir", None, "folder of the run; an interrupted run resumes", values)
         define_paths("data", "", "dialogues to learn from, joined by commas", values)
-        flags.DEFINE_enum("role", None, ["user", "policy"], "who learns", flag_values=values)
-        distributed.define_flags(values)
+        flags.DEFINE_enum("role", None, [USER, POLICY], "who learns", flag_values=values)
 
-    config, options, rest = config_from_flags(argv, __doc__, define)
-    if rest:
-        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --workdir=DIR; --help lists them")
-    if not options.workdir:
-        raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
-    distributed.initialize(options, finish_steps=True)
+    config, options = run_arguments(argv, __doc__, define)
     config.sft.role, config.sft.data = options.role or config.sft.role, options.data or config.sft.data
     validate(config, needs=())
     settle_role(config)

@@ -20,16 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.config.flags import config_from_flags, define_path
 from rlver_jax.config.hub import fetch
-from rlver_jax.config.validate import MODELS, ConfigError, check_training, flatten, validate
+from rlver_jax.config.validate import MODELS, check_training, flatten, validate
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.text.command import Command, run_command
+from rlver_jax.training.arguments import run_arguments
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics import missing_steps, read_metrics
 from rlver_jax.training.setup import check_learning, folders_of
@@ -52,16 +51,7 @@ def _train(command: Command, argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    def define(values: flags.FlagValues) -> None:
-        define_path("workdir", None, "folder of the run; an interrupted run resumes", values)
-        distributed.define_flags(values)
-
-    config, options, rest = config_from_flags(argv, __doc__, define)
-    if rest:
-        raise ConfigError(f"found {rest[0]!r}, expected flags only, such as --workdir=DIR; --help lists them")
-    if not options.workdir:
-        raise ConfigError("no --workdir was given; name the folder that metrics and checkpoints are written to")
-    distributed.initialize(options, finish_steps=True)
+    config, options = run_arguments(argv, __doc__)
     run = RunFolder(Path(options.workdir))
     needs = [model for model in MODELS if model != "policy" or not run.resumes_without_base(flatten(config))]
     needs = [model for model in needs if model != "user" or not config.remote.user.url]

@@ -11,6 +11,7 @@ from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.validate import ConfigError, shown
 from rlver_jax.dialogues.known_profiles import KnownProfiles
 from rlver_jax.dialogues.trajectory import reactions
+from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.evaluation.transcripts import Transcript, TranscriptFiles, with_profile
 from rlver_jax.learning.sft_rows import Example
 from rlver_jax.profiles.held_out import held_out
@@ -20,8 +21,6 @@ from rlver_jax.text.padding import longest
 from rlver_jax.training.sft_examples import Examples, PolicyExamples, UserExamples
 from rlver_jax.user.prompts import SCENARIOS, STYLES, Prompts
 from rlver_jax.user.prompts.shorten import with_fields
-
-USER, POLICY = "user", "policy"
 
 
 class End(NamedTuple):
