@@ -158,12 +158,12 @@ class DeviceUser(_Batch):
             agents.user, agents.tables[1], self._cache, self._reply, words, jnp.asarray(emotion),
             self.keys(turn), self.limits, self.active(rows), jnp.bool_(may_reply), spec=spec,
         )  # fmt: skip
-        log, goodbye = fetch_turn(user=reaction), fetch(reaction.goodbye)
+        log = fetch_turn(user=reaction)
         replies = []
         for row in rows:
             message = user_message(log, agents, 0, row.slot)
             row.messages.append(message)
-            row.goodbye = bool(goodbye[row.slot])
+            row.goodbye = bool(log.user.goodbye[0, row.slot])
             replies.append(message["tokens"])
         self._reply = self.words(rows, replies, self._reply[0].shape[1])
 

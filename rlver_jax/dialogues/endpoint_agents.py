@@ -5,7 +5,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlver_jax.dialogues.log import SCRIPT_FIELDS, Record
+from rlver_jax.dialogues.log import SCRIPT_FIELDS, TOKEN_FIELDS, Record
 from rlver_jax.dialogues.turn_by_turn import Row
 from rlver_jax.endpoints.client import Client, Message
 from rlver_jax.endpoints.completion import Answer
@@ -14,7 +14,7 @@ from rlver_jax.endpoints.usage import Usage
 from rlver_jax.user.endpoint import Reaction, RemoteUser, RequestIndex
 from rlver_jax.user.text_forms import Unreadable
 
-_NO_TOKENS = dict.fromkeys(("tokens", "logprobs", "raw_logprobs"))
+_NO_TOKENS = dict.fromkeys(TOKEN_FIELDS)
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, None]]) -> None:

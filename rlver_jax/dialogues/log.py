@@ -39,6 +39,9 @@ ALL_END_REASONS = (*END_REASONS, UNREADABLE)
 SCRIPT_FIELDS = tuple(
     f"{script}_{what}" for script in ("appraisal", "consideration") for what in ("tokens", "stopped", "logprobs")
 )
+# What only a model on the device has in its message, null of others.
+TOKEN_FIELDS = ("tokens", "logprobs", "raw_logprobs")
+REACTION_FIELDS = ("tokens", "all_tokens", "logprobs", "raw_logprobs", "change_logprobs", "stopped", *SCRIPT_FIELDS)
 _NUMBER, _TEXT, _NO = (int, float), (str,), (type(None),)
 # What a line must hold. Null where SAGE's files have nothing (`sage`).
 _RECORD: dict[str, tuple[type, ...]] = {

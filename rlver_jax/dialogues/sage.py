@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlver_jax.config.validate import shown
-from rlver_jax.dialogues.log import SCRIPT_FIELDS, Record
+from rlver_jax.dialogues.log import SCRIPT_FIELDS, TOKEN_FIELDS, Record
 from rlver_jax.dialogues.numbers import MOST
 from rlver_jax.dialogues.trajectory import RLVER
 from rlver_jax.profiles.schema import Profile, intention_at_end
@@ -29,7 +29,6 @@ _OURS = {theirs: ours for ours, theirs in PLANNING.items()}
 _OURS_OF_RLVER = _OURS | {"reason": "target"}
 _FAREWELLS = ("再见", "拜拜")  # by which RLVER's loop knows that the user has left
 _LINE = re.compile(r"([a-z][a-z0-9_]*): (.*)", re.DOTALL)
-_UNKNOWN = ("tokens", "logprobs", "raw_logprobs")
 
 
 def to_sage(record: Record, profile: Profile) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def _message(message: Any, index: int, rlver: bool) -> Record:
         raise ValueError(f"{where}.content is {shown(message.get('content'))}, expected a text")
     if role == "assistant":
         reply = {"role": "assistant", "thought": message.get("think"), "content": message["content"]}
-        return reply | dict.fromkeys((*_UNKNOWN, "stopped")) | {"say_tokens": None, "violation": False}
+        return reply | dict.fromkeys((*TOKEN_FIELDS, "stopped")) | {"say_tokens": None, "violation": False}
     emotion = _whole(message, "emotion-point", f"{where}.")
     if index == 0:
         opening = {"role": "user", "content": message["content"], "emotion": emotion}
@@ -164,7 +163,7 @@ def _message(message: Any, index: int, rlver: bool) -> Record:
     return {
         "role": "user",
         "content": message["content"] or None,
-        **dict.fromkeys((*_UNKNOWN, "stopped")),
+        **dict.fromkeys((*TOKEN_FIELDS, "stopped")),
         **dict.fromkeys((*SCRIPT_FIELDS, "all_tokens", "change_logprobs")),
         "appraisal": {name: text for name, text in appraisal.items() if text},
         "change": _whole(planning, "change", f"{where}.planning."),

@@ -12,13 +12,10 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import ConfigError, endpoint_sides
 from rlver_jax.dialogues.device_agents import USER_SAY
-from rlver_jax.dialogues.log import SCRIPT_FIELDS, Record
+from rlver_jax.dialogues.log import REACTION_FIELDS, TOKEN_FIELDS, Record
 from rlver_jax.dialogues.verify_set import Plan
 from rlver_jax.dialogues.verify_shape import POLICY, USER
 from rlver_jax.rollout.agents import tokenizers_differ
-
-_TOKENS = ("tokens", "logprobs", "raw_logprobs")
-_OF_USER = (*_TOKENS, "all_tokens", "change_logprobs", "stopped", *SCRIPT_FIELDS)
 
 
 def played_as_text(records: Sequence[Mapping[str, Any]], config: ConfigDict) -> bool:
@@ -60,8 +57,8 @@ def _policy_message(side: str, message: Mapping[str, Any]) -> Record:
     own = {name: value for name, value in message.items() if name != USER_SAY}
     if side == POLICY:
         return own
-    return own | dict.fromkeys(_TOKENS) | {"say_tokens": message.get(USER_SAY)}
+    return own | dict.fromkeys(TOKEN_FIELDS) | {"say_tokens": message.get(USER_SAY)}
 
 
 def _user_message(side: str, message: Mapping[str, Any]) -> Record:
-    return {**message, **{name: None for name in _OF_USER if side == POLICY and name in message}}
+    return {**message, **{name: None for name in REACTION_FIELDS if side == POLICY and name in message}}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlver_jax.dialogues.log import SCRIPT_FIELDS, record_faults
+from rlver_jax.dialogues.log import REACTION_FIELDS, TOKEN_FIELDS, record_faults
 from rlver_jax.dialogues.numbers import short
 from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.rollout.agents import Agents
@@ -71,7 +71,7 @@ class RecordSchema:
         if type(message["stopped"]) is not bool:
             yield f"{where}the reply's stopped is null, expected true or false"
         if POLICY in self.endpoints:
-            yield from _nulls(message, ("tokens", "logprobs", "raw_logprobs"), where, POLICY)
+            yield from _nulls(message, TOKEN_FIELDS, where, POLICY)
             if message["say_tokens"] is None and (USER in self.endpoints or (last and message["violation"])):
                 return  # no user on the device has read it
         else:
@@ -87,8 +87,7 @@ class RecordSchema:
         none = remote and not message["considerations"]
         yield from _texts(message["considerations"], () if none else self.considerations, "considerations", where)
         if remote:
-            names = ("tokens", "all_tokens", "logprobs", "raw_logprobs", "change_logprobs", "stopped", *SCRIPT_FIELDS)
-            yield from _nulls(message, names, where, USER)
+            yield from _nulls(message, REACTION_FIELDS, where, USER)
             return
         for name in ("tokens", "all_tokens"):
             yield from self._tokens(message, name, where)
