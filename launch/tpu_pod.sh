@@ -82,13 +82,18 @@ worker() {
   on_workers "[ -e $SCRIPT ] || { echo \"\$(hostname): nothing was started here\" >&2; exit 1; }; bash $SCRIPT $(printf '%q ' "$@")"
 }
 
+# to_workers FILE NAME: copies it into the folder of all workers.
+to_workers() {
+  run gcloud compute tpus tpu-vm scp "$1" "$tpu:$FOLDER/$2" ${where[@]+"${where[@]}"} --worker=all
+}
+
 copy_package() {
   local folder=/tmp
   [ -n "$dry" ] || folder="$(mktemp -d)"
   local archive="$folder/package.tar.gz"
   run tar -czf "$archive" --exclude=__pycache__ "${PACKAGE[@]}"
   on_workers "mkdir -p $FOLDER/source"
-  run gcloud compute tpus tpu-vm scp "$archive" "$tpu:$FOLDER/package.tar.gz" ${where[@]+"${where[@]}"} --worker=all
+  to_workers "$archive" package.tar.gz
   [ -n "$dry" ] || rm -r "$folder"
   on_workers "tar -xzf $FOLDER/package.tar.gz -C $FOLDER/source"
 }
@@ -99,8 +104,7 @@ copy_environment() {
   [ -n "$dry" ] || file="$(mktemp)"  # with mode 600
   [ -n "$dry" ] || for name in ${variables[@]+"${variables[@]}"}; do printf 'export %s=%q\n' "$name" "${!name}"; done > "$file"
   on_workers "rm -f $FOLDER/environment && umask 077 && : > $FOLDER/environment"
-  [ ${#variables[@]} -eq 0 ] ||
-    run gcloud compute tpus tpu-vm scp "$file" "$tpu:$FOLDER/environment" ${where[@]+"${where[@]}"} --worker=all
+  [ ${#variables[@]} -eq 0 ] || to_workers "$file" environment
   [ -n "$dry" ] || rm "$file"
 }
 

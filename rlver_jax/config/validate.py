@@ -266,14 +266,14 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
             except DatasetSpecError as error:
                 yield f"{name}={shown(values[name])}: {error}"
             continue
-        for file in profile_files(values[name]):
-            if not _is(Path.is_file, file):
-                wanted = "is not a file; expected JSONL profiles, comma-separated, or a data set"
-                yield f"{name}={shown(values[name])}: {shortened(file)} {wanted}"
-    for file in profile_files(values["sft.data"]):
+        yield from _files(name, values[name], "JSONL profiles, comma-separated, or a data set")
+    yield from _files("sft.data", values["sft.data"], "dialogues, of ours, SAGE's or RLVER's, comma-separated")
+
+
+def _files(name: str, value: str, expected: str) -> Iterator[str]:
+    for file in profile_files(value):
         if not _is(Path.is_file, file):
-            wanted = "is not a file; expected dialogues, of ours, SAGE's or RLVER's, comma-separated"
-            yield f"sft.data={shown(values['sft.data'])}: {shortened(file)} {wanted}"
+            yield f"{name}={shown(value)}: {shortened(file)} is not a file; expected {expected}"
 
 
 def _sage(values: dict[str, Any]) -> Iterator[str]:

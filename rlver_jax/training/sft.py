@@ -140,7 +140,8 @@ def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str,
     models = {} if "policy" in gone else {"policy": (local_folder(config.policy.path, weights=weights), weights)}
     digest = hashlib.sha256()
     for file in profile_files(config.sft.data):
-        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+        with Path(file).open("rb") as stream:  # logs may be larger than memory
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return run_fingerprints(config, {}, models) | {DATA: digest.hexdigest()[:16]}
 
 
