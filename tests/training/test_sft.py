@@ -1,4 +1,4 @@
-"""`rlver sft` as a command: what it reads and refuses, what it leaves behind, how it goes on after kill -9."""
+"""`rlver sft` as a command: what it reads and refuses, what it leaves behind, how it resumes after kill -9."""
 
 import json
 import math
