@@ -30,6 +30,10 @@ SFT = {
     "eval_dialogues": Field(
         0, "held-out dialogues that are measured, evenly out of all; 0: all", range=COUNT, unit="dialogues"
     ),
+    "logged_mode": Field(
+        False,
+        "policy: every dialogue is learned in the mode in which it was played, think or direct, not in policy.mode",
+    ),
     "min_emotion": Field(
         0, "policy: least final emotion of a dialogue that is learned from", range=(0, 100), unit="points"
     ),

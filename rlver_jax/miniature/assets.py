@@ -13,6 +13,7 @@ PROMPTS = Path(__file__).parent / "prompts"
 SHIPPED = Path(__file__).parent / "shipped"
 POLICY, USER, TRAIN, EVAL, CONFIG = "policy", "user", "train.jsonl", "eval.jsonl", "config.py"
 TRAINED, MANIFEST = "trained.jsonl", "manifest.json"
+RUNS = "runs"  # of a build; not shipped
 TURNS, INITIAL = 6, 40  # of a dialogue; the emotion at its start
 TRAIN_COUNT, EVAL_COUNT = 512, 128
 SEED = 0  # of the profiles

@@ -15,7 +15,7 @@ learns from their text too. Replies of another policy to held-out people are kep
 
 import functools
 import json
-import shutil
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,21 +27,15 @@ from rich.console import Console
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.validate import ConfigError
-from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import Record, read_dialogues
 from rlver_jax.evaluation import play as evaluation
-from rlver_jax.miniature import assets, check, recipe, texts
-from rlver_jax.miniature.fit import fit, small_model
-from rlver_jax.miniature.sequences import SequenceBuilder
+from rlver_jax.miniature import assets, check, fitting, recipe, texts
+from rlver_jax.miniature.fitting import Lesson, learn
 from rlver_jax.miniature.settings import STEPS, miniature_config
 from rlver_jax.miniature.world import people
-from rlver_jax.models.hf_weights import load_params, save_params
-from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.command import Command, Ending, run_command
-from rlver_jax.text.padding import round_up
-from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.loop import train
 from rlver_jax.training.restore import TrainedPolicy
@@ -49,7 +43,7 @@ from rlver_jax.training.workdir import FINISHED, RunFolder
 from rlver_jax.user.prompts import load_prompts
 
 USER_SEED, POLICY_SEED = 2, 3
-RUNS = "runs"  # of a build; not shipped
+UNTRAINED = f"{assets.RUNS}/untrained"
 
 
 class Steps(NamedTuple):
@@ -64,77 +58,62 @@ class Steps(NamedTuple):
 
 def build(out: Path, steps: Steps, console: Console) -> None:
     """Writes models and profiles into a folder; what an interrupted build has finished there is kept."""
-    prompts = load_prompts("en", assets.PROMPTS)
-    tokenizer = recipe.train_tokenizer(out / "tokenizer.model", prompts)
-    builder = SequenceBuilder(tokenizer, prompts)
+    tokenizer = recipe.train_tokenizer(out / "tokenizer.model", load_prompts("en", assets.PROMPTS))
     assets.write_config(out)
     for name, count, held_out in ((assets.TRAIN, assets.TRAIN_COUNT, False), (assets.EVAL, assets.EVAL_COUNT, True)):
         assets.write_profiles(out / name, people(count, seed=assets.SEED, held_out=held_out))
-    if not (out / assets.USER).exists():
-        source = recipe.user_batches(builder, USER_SEED)
-        lm, _ = fit(model_for(tokenizer), source, steps.user, console=console, name=assets.USER, seed=USER_SEED)
-        save(out / assets.USER, lm, tokenizer)
-    if not (out / assets.POLICY).exists():
-        learn_policy(out, builder, steps, console)
+    fitting.write_untrained(out / UNTRAINED, tokenizer)
+    assets.write_profiles(out / assets.RUNS / assets.TRAIN, recipe.crowd())
+    learn_user(out, steps, console)
+    learn_policy(out, steps, console)
     if steps.rl and not (out / assets.TRAINED).exists():
-        learn_from_rl(out, builder, steps, console)
+        learn_from_rl(out, steps, console)
 
 
-def model_for(tokenizer: Tokenizer) -> Qwen2:
-    """The architecture, its vocabulary a multiple of 8."""
-    return small_model(round_up(tokenizer.vocab_size, 8))
+def learn_user(out: Path, steps: Steps, console: Console) -> None:
+    """A user that has learned to appraise and to answer."""
+    logs = functools.partial(recipe.user_logs, random.Random(USER_SEED), dialogues_of(steps.user), ())
+    learn(out, Lesson("user", out / UNTRAINED, logs, steps.user), out / assets.USER, console)
 
 
-def save(folder: Path, lm: LM, tokenizer: Tokenizer) -> None:
-    """A Hugging Face folder; it is there whole or not at all."""
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    save_params(new, lm.params, lm.model.config)
-    tokenizer.save(new)
-    new.rename(folder)
-
-
-def learn_policy(out: Path, builder: SequenceBuilder, steps: Steps, console: Console) -> None:
+def learn_policy(out: Path, steps: Steps, console: Console) -> None:
     """A policy that has learned to follow hints, and then to mostly ignore them."""
-    model, taught, tokenizer = model_for(builder.tokenizer), out / RUNS / assets.POLICY, builder.tokenizer
-    learn = functools.partial(fit, model, console=console, seed=POLICY_SEED)
-    if not taught.exists():
-        source = recipe.policy_batches(builder, POLICY_SEED, texts.TAUGHT)
-        save(taught, learn(source, steps.policy, name=assets.POLICY)[0], tokenizer)
-    source, start = recipe.policy_batches(builder, POLICY_SEED + 1, texts.BASE), load_params(taught, model)
-    name = f"{assets.POLICY}, as it begins"
-    save(out / assets.POLICY, learn(source, steps.base, name=name, learning_rate=5e-4, params=start)[0], tokenizer)
+    logs = functools.partial(recipe.policy_logs, random.Random(POLICY_SEED), dialogues_of(steps.policy), texts.TAUGHT)
+    taught = out / assets.RUNS / assets.POLICY
+    learn(out, Lesson("policy", out / UNTRAINED, logs, steps.policy), taught, console)
+    logs = functools.partial(recipe.policy_logs, random.Random(POLICY_SEED + 1), dialogues_of(steps.base), texts.BASE)
+    learn(out, Lesson("policy", taught, logs, steps.base, 5e-4), out / assets.POLICY, console)
 
 
-def learn_from_rl(out: Path, builder: SequenceBuilder, steps: Steps, console: Console) -> None:
+def dialogues_of(steps: int) -> int:
+    """How many dialogues are learned from: each is read twice."""
+    return max(steps // 2, 1) * fitting.BATCH
+
+
+def learn_from_rl(out: Path, steps: Steps, console: Console) -> None:
     """Trains a policy against the user; with `again` the user on its replies, then a new policy; keeps the replies."""
-    run = out / RUNS / "first"
+    run = out / assets.RUNS / "first"
     reinforce(out, run, steps.rl, console)
     if steps.again:
-        direct = out / RUNS / "first_direct"
+        direct = out / assets.RUNS / "first_direct"
         reinforce(out, direct, steps.rl, console, "direct")
-        learn_again(out, (run, direct), builder, steps.again, console)
-        run = out / RUNS / "second"
+        learn_again(out, (run, direct), steps.again, console)
+        run = out / assets.RUNS / "second"
         reinforce(out, run, steps.rl, console)
     check.write_replies(out / assets.TRAINED, held_out_dialogues(out, run))
 
 
-def learn_again(out: Path, runs: Sequence[Path], builder: SequenceBuilder, steps: int, console: Console) -> None:
+def learn_again(out: Path, runs: Sequence[Path], steps: int, console: Console) -> None:
     """Trains the user on the replies of runs too; the earlier user is kept beside them."""
-    before = out / RUNS / assets.USER
+    before, new = out / assets.RUNS / assets.USER, out / "user.again"
     if before.exists():
         return
     files = [file for run in runs for file in sorted(RunFolder(run).dialogues(0).parent.iterdir())]
-    crowd = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
-    heard = [dialogue for file in files for dialogue in recipe.rl_dialogues(read_dialogues(file), crowd)]
-    source = recipe.user_batches(builder, USER_SEED, heard)
-    model = model_for(builder.tokenizer)
-    start = load_params(out / assets.USER, model)
-    name = f"{assets.USER}, on a run's text"
-    lm, _ = fit(model, source, steps, console=console, name=name, learning_rate=1e-3, params=start)
-    save(out / "user.again", lm, builder.tokenizer)
+    heard = [dialogue for file in files for dialogue in recipe.rl_dialogues(read_dialogues(file))]
+    logs = functools.partial(recipe.user_logs, random.Random(USER_SEED + 1), 2 * len(heard), heard)
+    learn(out, Lesson("user", out / assets.USER, logs, steps, 1e-3), new, console)
     (out / assets.USER).rename(before)
-    (out / "user.again").rename(out / assets.USER)
+    new.rename(out / assets.USER)
 
 
 def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str = "") -> None:

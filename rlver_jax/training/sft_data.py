@@ -18,8 +18,8 @@ from rlver_jax.profiles.held_out import held_out
 from rlver_jax.profiles.sources import open_each
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.text.padding import longest
-from rlver_jax.training.sft_examples import Examples, PolicyExamples, UserExamples
-from rlver_jax.user.prompts import SCENARIOS, STYLES, Prompts
+from rlver_jax.training.sft_examples import Examples, LoggedModeExamples, PolicyExamples, UserExamples
+from rlver_jax.user.prompts import MODES, SCENARIOS, STYLES, Prompts
 from rlver_jax.user.prompts.shorten import with_fields
 
 
@@ -79,7 +79,16 @@ def examples_of(config: ConfigDict, agents: Agents) -> Examples:
     if c.role == USER:
         limits = {"field_tokens": config.user.field_tokens, "reply_tokens": config.user.reply_tokens}
         return UserExamples(agents, **limits, soft=c.soft)
-    return PolicyExamples(agents, min_change=c.min_change, say_tokens=config.rollout.say_tokens)
+    limits = {"min_change": c.min_change, "say_tokens": config.rollout.say_tokens}
+    if c.logged_mode:
+        return LoggedModeExamples({mode: _in_mode(agents, mode) for mode in MODES}, **limits)
+    return PolicyExamples(agents, **limits)
+
+
+def _in_mode(agents: Agents, mode: str) -> Agents:
+    spec = dataclasses.replace(agents.spec, mode=mode)
+    same = agents.policy, agents.user, agents.tokenizer, agents.prompts
+    return Agents.build(*same, spec, style=agents.style, scenario=agents.scenario)
 
 
 def read_dialogues(config: ConfigDict, source: Source, make: Examples) -> Dialogues:
@@ -116,12 +125,13 @@ def evenly(examples: Sequence[Example], count: int) -> Sequence[Example]:
 
 
 def check_prompts(one: Transcript, config: ConfigDict) -> None:
-    """Refuses a log of ours that was played in another language, or with a style or scenario that there is not.
+    """Refuses a log of ours that was played in another language, or with a style, scenario or mode that there is not.
 
     Raises:
         ConfigError: it was.
     """
-    for name, known in (("language", (config.data.language,)), ("style", STYLES), ("scenario", SCENARIOS)):
+    language = (config.data.language,)
+    for name, known in (("language", language), ("style", STYLES), ("scenario", SCENARIOS), ("mode", MODES)):
         value = one.record[name]
         if value not in (None, *known):
             raise ConfigError(

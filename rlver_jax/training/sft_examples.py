@@ -171,12 +171,18 @@ def as_line(text: str) -> str:
 class PolicyExamples:
     """Examples of a policy: its thoughts, in think mode, and its replies; those that broke the format are left out."""
 
-    def __init__(self, agents: Agents, *, min_change: int, say_tokens: int):
-        """`min_change`: of the reaction to a reply that is learned; `say_tokens`: of a reply at most, in play."""
+    def __init__(self, agents: Agents, *, min_change: int, say_tokens: int, fields: Sequence[str] = ()):
+        """What makes examples in the mode of `agents`.
+
+        Args:
+            min_change: of the reaction to a reply that is learned.
+            say_tokens: of a reply at most, in play.
+            fields: names of all fields that are learned; those of the mode if there are none.
+        """
         self._agents, self._min_change, self._say_tokens = agents, min_change, say_tokens
         spec, tables = agents.spec, agents.tables[0]
         self._think = spec.mode == "think"
-        self.fields: Sequence[str] = [THOUGHT, REPLY] if self._think else [REPLY]
+        self.fields: Sequence[str] = fields or ([THOUGHT, REPLY] if self._think else [REPLY])
         self.options: Options | None = None
         self.teaches_appraisal = False
         self.left_out: collections.Counter[str] = collections.Counter()
@@ -236,6 +242,24 @@ class PolicyExamples:
             self.left_out[f"replies {'with too long' if tokens else 'without'} a thought"] += 1
             return None
         return Completion([*tokens, *reply.tokens], reply.stopped)
+
+
+class LoggedModeExamples:
+    """Examples of a policy, each in the mode in which its dialogue was played."""
+
+    def __init__(self, agents: Mapping[str, Agents], **limits: int):
+        """`agents`: of each mode; `limits` as in `PolicyExamples`."""
+        self.fields: Sequence[str] = [THOUGHT, REPLY]
+        self.options: Options | None = None
+        self.teaches_appraisal = False
+        self.left_out: collections.Counter[str] = collections.Counter()
+        self._of = {mode: PolicyExamples(one, **limits, fields=self.fields) for mode, one in agents.items()}
+        for one in self._of.values():
+            one.left_out = self.left_out
+
+    def example(self, one: Transcript) -> Example | None:
+        """See `Examples`."""
+        return self._of[one.record["mode"]].example(one)
 
 
 def _limited(tokens: list[int], limit: int) -> Completion:

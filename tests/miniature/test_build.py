@@ -12,11 +12,8 @@ import pytest
 from rich.console import Console
 
 from rlver_jax.miniature import assets, build, check
-from rlver_jax.miniature.sequences import SequenceBuilder
 from rlver_jax.profiles.schema import read_profiles
-from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.metrics import read_metrics
-from rlver_jax.user.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,10 +97,8 @@ def test_the_user_learns_again_from_what_a_run_said(built, tmp_path, monkeypatch
         return config
 
     monkeypatch.setattr(build, "miniature_config", small)
-    tokenizer = load_tokenizer(folder / assets.USER)
-    builder = SequenceBuilder(tokenizer, load_prompts("en", assets.PROMPTS))
     before = (folder / assets.USER / "model.safetensors").read_bytes()
-    build.learn_from_rl(folder, builder, build.Steps(0, 0, 0, rl=1, again=2), Console(file=io.StringIO()))
+    build.learn_from_rl(folder, build.Steps(0, 0, 0, rl=1, again=2), Console(file=io.StringIO()))
     assert (folder / "runs" / assets.USER / "model.safetensors").read_bytes() == before
     assert (folder / assets.USER / "model.safetensors").read_bytes() != before
     replies = check.read_replies(folder / assets.TRAINED)

@@ -14,7 +14,7 @@ from rlver_jax.learning.sft_loss import FieldLoss
 from rlver_jax.learning.sft_rows import Capacity, pack_rows
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.rollout.agents import Agents
-from rlver_jax.training.sft_examples import PolicyExamples, UserExamples, as_line
+from rlver_jax.training.sft_examples import LoggedModeExamples, PolicyExamples, UserExamples, as_line
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.prompts.shorten import free_fields, with_fields, write_prompts
 from tests.conftest import some_profiles
@@ -198,6 +198,25 @@ def test_what_a_policy_learns_is_chosen_by_turn(log):
     make = PolicyExamples(agents, min_change=-10, say_tokens=20)
     make.example(dataclasses.replace(one, record=one.record | {"messages": messages}))
     assert make.left_out == {"replies without a thought": 1, "replies that broke the format": 1}
+
+
+def test_each_dialogue_is_learned_in_its_own_mode(log):
+    """As by the examples of that mode alone; a log of SAGE's files says by its thoughts which one it is."""
+    agents, (one, *_) = log
+    direct = Agents.build(
+        agents.policy, agents.user, agents.tokenizer, agents.prompts, dataclasses.replace(agents.spec, mode="direct"),
+        style=agents.style, scenario=agents.scenario,
+    )  # fmt: skip
+    limits = {"min_change": -10, "say_tokens": 20}
+    both = LoggedModeExamples({"think": agents, "direct": direct}, **limits)
+    for mode, of_mode in (("think", agents), ("direct", direct)):
+        alone, told = PolicyExamples(of_mode, **limits), dataclasses.replace(one, record=one.record | {"mode": mode})
+        wanted, found = alone.example(told), both.example(told)
+        names = [[make.fields[i] for i in example.field] for make, example in ((alone, wanted), (both, found))]
+        assert names[0] == names[1]
+        for name in ("tokens", "positions", "branch", "at", "target"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+        assert set(names[0]) == ({"thought", "reply"} if mode == "think" else {"reply"})
 
 
 def test_a_text_becomes_one_line():
