@@ -216,7 +216,8 @@ class Client:
                 return await self._exchange(body)
         except TimeoutError:
             through = f" (asked through {self._proxy})" if self._proxy else ""
-            return _Passing(f"Timeout: no whole answer within {self.endpoint.timeout:g} s{through}")
+            remedy = "a slow server needs a larger remote.timeout or a smaller remote.concurrency"
+            return _Passing(f"Timeout: no whole answer within {self.endpoint.timeout:g} s{through}; {remedy}")
         except BodyFault as error:
             return _Passing(self._short(str(error)))
         except httpx.InvalidURL as error:
