@@ -1,11 +1,12 @@
 """Writes a trained policy as a Hugging Face folder, for transformers, vLLM or evaluate --checkpoint.
 
     rlver export --workdir=DIR --out=NEW_DIR [--step=best|last|N] [--dtype=bfloat16|float32]
-                 [--config.policy.path=FOLDER]
+                 [--merged] [--config.policy.path=FOLDER]
 
 Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
 Config and tokenizer are those of the base model, which the run keeps, or those of FOLDER. A SentencePiece model is also
 written as a tokenizer.json, which AutoTokenizer reads with the same ids.
+Of a run with LoRA it writes the adapter, as a folder of `peft`; with --merged the whole model, adapter and base as one.
 Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
@@ -13,17 +14,24 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh
 
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.models.hf_weights import save_params
+from rlver_jax.models.lora import merged
+from rlver_jax.models.peft_files import save_adapter
+from rlver_jax.models.quantization import unrounded
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import make_model
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from rlver_jax.training.restore import TrainedPolicy
+from rlver_jax.training.trained import lora_of
 
 POLICY_PATH = "config.policy.path"  # spelled as the commands do that read a config
 DTYPES = ("bfloat16", "float32")
@@ -38,18 +46,37 @@ def _export(command: Command, argv: Sequence[str]) -> int:
     options = _arguments(argv)
     policy = TrainedPolicy.open(options.workdir, options.step, options[POLICY_PATH].value or "")
     model = make_model(policy.config.policy, "policy")
-    tokenizer = load_tokenizer(policy.config.policy.path)
+    if model.param_dtype == jnp.int8:
+        model = unrounded(model)  # an adapter is written, or merged into the base as it was before it was rounded
+    mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
+    lora = lora_of(policy.config)
+    if options.merged and lora is None:
+        raise ConfigError(f"--merged: {options.workdir} trained all parameters, so there is no adapter; leave it out")
+    if lora is not None and not options.merged:
+        dtype = options.dtype or "float32"
+        with command.console.status(f"writing {options.out}"):
+            adapter = policy.adapter(model, lora, mesh)
+            save_adapter(options.out, adapter, model.config, lora, base=policy.base, dtype=jnp.dtype(dtype))
+    else:
+        dtype = options.dtype or "bfloat16"
+        _write_model(command, policy, model, mesh, options.out, dtype)
+    command.print(f"step {policy.step} of {options.workdir} → {options.out} ({dtype})")
+    return 0
+
+
+def _write_model(
+    command: Command, policy: TrainedPolicy, model: Qwen2, mesh: Mesh | None, out: str, dtype: str
+) -> None:
+    path = policy.config.policy.path
+    tokenizer = load_tokenizer(path)
     if isinstance(tokenizer, SentencePieceTokenizer):
         as_tokenizers(tokenizer)  # what can't be written is said before anything slow
-    mesh = make_mesh(**policy.config.mesh) if jax.device_count() > 1 else None
     with command.console.status(f"reading step {policy.step}"):
-        params = policy.weights(model, mesh)
-    with command.console.status(f"writing {options.out}"):
-        save_params(options.out, params, model.config, dtype=options.dtype, tokenizer_from=policy.config.policy.path)
+        params = merged(policy.weights(model, mesh))
+    with command.console.status(f"writing {out}"):
+        save_params(out, params, model.config, dtype=dtype, tokenizer_from=path)
         if isinstance(tokenizer, SentencePieceTokenizer) and jax.process_index() == 0:
-            write_for_transformers(tokenizer, options.out)
-    command.print(f"step {policy.step} of {options.workdir} → {options.out} ({options.dtype})")
-    return 0
+            write_for_transformers(tokenizer, out)
 
 
 def _arguments(argv: Sequence[str]) -> flags.FlagValues:
@@ -58,7 +85,10 @@ def _arguments(argv: Sequence[str]) -> flags.FlagValues:
         define_path("out", None, "folder to be written; new or empty", values, new="folder")
         flags.DEFINE_string("step", "", "best | last | a number", flag_values=values)
         define_path(POLICY_PATH, "", "folder to take config and tokenizer from, instead of the run's own", values)
-        flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "of the weights written", flag_values=values)
+        dtype = "of the weights written; default: bfloat16, of an adapter float32"
+        flags.DEFINE_enum("dtype", None, DTYPES, dtype, flag_values=values)
+        merge = "of a run with LoRA: write the whole model, its adapter merged into the base"
+        flags.DEFINE_boolean("merged", False, merge, flag_values=values)
 
     options, rest = parse_flags(argv, __doc__, define)
     if rest:

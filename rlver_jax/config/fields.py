@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlver_jax.config.languages import LANGUAGES
+from rlver_jax.config.lora_fields import LORA
 from rlver_jax.config.model_fields import CHALLENGING, CRITIC, FLOATS, NO_CRITIC, NO_THOUGHTS, POLICY, USER, endpoint
 from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, Field, defaults, flat_fields, free_names
 from rlver_jax.config.sft_fields import SFT
@@ -365,6 +366,7 @@ TABLE = {
     "loss": LOSS,
     "critic": CRITIC,
     "reference": REFERENCE,
+    "lora": LORA,
     "train": TRAIN,
     "checkpoint": CHECKPOINT,
     "log": LOG,

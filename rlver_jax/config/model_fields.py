@@ -37,7 +37,10 @@ def trained_model(**own: Field) -> dict[str, Field]:
     """Fields of a model that is trained: the policy, the critic."""
     return model(
         param_dtype=Field(
-            "float32", "of weights: updates of 1e-6 vanish in bfloat16; the sampler reads a copy in dtype", FLOATS
+            "float32",
+            "of weights: updates of 1e-6 vanish in bfloat16; the sampler reads a copy in dtype; int8: under adapters "
+            "(lora.rank)",
+            (*FLOATS, "int8"),
         ),
         attention=Field(
             "dense",

@@ -16,6 +16,7 @@ from rlver_jax.config.credentials import without_credentials
 from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate, profile_files
 from rlver_jax.config.endpoint_values import is_address, object_fault
 from rlver_jax.config.fields import FIELDS, PATHS, get_config
+from rlver_jax.config.lora_fields import rounding_faults, target_faults
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
@@ -76,7 +77,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, needs: Sequence
         sound = values | {name: FIELDS[name].default for name in alone}
         across = [*_emotion(sound), *_lengths(sound), *_learning(sound), *_mesh(sound, num_devices)]
         across += [*_local(sound)] or [*_paths(sound, needs)]
-        across += _remote(sound)
+        across += [*_remote(sound), *target_faults(sound)]
         faults = [*alone.values(), *(fault for fault in across if not any(name in fault for name in alone))]
     if faults:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
@@ -346,6 +347,7 @@ def check_training(config: ConfigDict) -> None:
             f"remote.budget={values['remote.budget']}: nothing costs anything; set --config.remote.user.price_in and "
             f"price_out, of a million tokens each"
         )
+    faults += rounding_faults(values)
     if values["rollout.overlap"]:
         faults += _overlap(values)
     if not values["rollout.temperature"]:

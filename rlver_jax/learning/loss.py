@@ -14,11 +14,13 @@ from rlver_jax.learning import loss_terms
 from rlver_jax.learning.packing import SharedRows
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.models.logprobs import Forbidden, TokenLogprobs, token_logprobs
-from rlver_jax.models.qwen import Params, Qwen2, abstract_params, head
+from rlver_jax.models.lora import LoRA, applied, trained_axes
+from rlver_jax.models.qwen import Params, Qwen2, head
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel import rules
 
-# {"policy": Qwen2 parameters, "critic": {"trunk": Qwen2 parameters, "head": …}}; those that there are
+# {"policy": Qwen2 parameters, "critic": {"trunk": Qwen2 parameters, "head": …}}; those that there are. With LoRA their
+# adapters stand for the parameters of models.
 Trained = dict[str, Any]
 
 
@@ -48,9 +50,19 @@ class TrainedModels:
     trunk: Qwen2 | None  # the critic's own; None: it shares the policy's, or there is no critic
     value_head: ValueHead | None
     loss: LossConfig
+    lora: LoRA | None = None  # what is trained of policy and trunk; None: all parameters
+    reference_is_base: bool = False  # with lora: the KL penalty holds the policy to its own base
     temperature: float = 1.0  # the policy was sampled at
     vocab_chunk: int = 8192
     vocab_shards: int = 1
+
+
+@flax.struct.dataclass
+class Base:
+    """Parameters that adapters stand on, and that nothing changes."""
+
+    policy: Params
+    critic: Params | None = None  # of its trunk; None: they are the policy's
 
 
 @flax.struct.dataclass
@@ -66,6 +78,19 @@ class LossInputs:
     importance: Float[Array, "B L"] | None = None  # truncated importance weights
     value: Float[Array, "B L"] | None = None  # the critic's before the update
     returns: Float[Array, "B L"] | None = None
+
+
+def whole(models: TrainedModels, trained: Trained, base: Base | None) -> Trained:
+    """Trained trees with all parameters of their models: adapters on their base; without one as they are."""
+    if base is None or models.lora is None:
+        return trained
+    complete = dict(trained)
+    if "policy" in trained:
+        complete["policy"] = applied(base.policy, trained["policy"], models.lora)
+    if "critic" in trained and models.trunk is not None:
+        under = base.policy if base.critic is None else base.critic
+        complete["critic"] = trained["critic"] | {"trunk": applied(under, trained["critic"]["trunk"], models.lora)}
+    return complete
 
 
 def forward(model: Qwen2, params: Params, batch: PackedBatch) -> Float[Array, "B L D"]:
@@ -98,9 +123,9 @@ def as_params(models: TrainedModels, gradients: Trained) -> Trained:
     """Shards gradients like their parameters, so that devices sum parts of them and none holds all."""
     sharded = dict(gradients)
     if "policy" in gradients:
-        sharded["policy"] = rules.constrain_tree(gradients["policy"], abstract_params(models.model)[1])
+        sharded["policy"] = rules.constrain_tree(gradients["policy"], trained_axes(models.model, models.lora))
     if "critic" in gradients and models.trunk is not None:
-        trunk = rules.constrain_tree(gradients["critic"]["trunk"], abstract_params(models.trunk)[1])
+        trunk = rules.constrain_tree(gradients["critic"]["trunk"], trained_axes(models.trunk, models.lora))
         sharded["critic"] = gradients["critic"] | {"trunk": trunk}
     return sharded
 
@@ -117,7 +142,7 @@ def values(
 
 
 def loss(
-    models: TrainedModels, trained: Trained, inputs: LossInputs, grammar: Grammar
+    models: TrainedModels, trained: Trained, inputs: LossInputs, grammar: Grammar, base: Base | None = None
 ) -> tuple[Array, dict[str, dict]]:
     """The part of a minibatch's loss that these rows make, and its metrics.
 
@@ -126,7 +151,9 @@ def loss(
 
     Args:
         trained: trees whose loss is wanted: all, or one of `split_trainables`.
+        base: that their adapters stand on.
     """
+    trained = whole(models, trained, base)
     total: Array = jnp.float32(0)
     metrics: dict[str, dict] = {"sum": {}, "max": {}}
     hidden = None

@@ -20,8 +20,9 @@ from rlver_jax.learning.optimizer import Optimizers, widened
 from rlver_jax.learning.sft_rows import Rows
 from rlver_jax.learning.train_step import TrainState, apply_gradient
 from rlver_jax.models.logprobs import token_logprobs
+from rlver_jax.models.lora import LoRA, applied, trained_axes
 from rlver_jax.models.precision import accum_dtype
-from rlver_jax.models.qwen import Params, Qwen2, abstract_params, head
+from rlver_jax.models.qwen import Params, Qwen2, head
 from rlver_jax.parallel import rules
 
 
@@ -33,6 +34,11 @@ class FieldLoss:
     fields: int
     vocab_chunk: int = 8192
     vocab_shards: int = 1
+    lora: LoRA | None = None  # what is trained; None: all parameters
+
+    def whole(self, params: Params, base: Params | None) -> Params:
+        """All parameters of the model, where an adapter of it is trained."""
+        return params if base is None or self.lora is None else applied(base, params, self.lora)
 
     def hidden(self, params: Params, rows: Rows) -> Float[Array, "R L D"]:
         """Hidden states of packed rows."""
@@ -54,26 +60,33 @@ class FieldLoss:
 
 
 def add_gradient(
-    of: FieldLoss, params: Params, total: Params, rows: Rows, weights: Float[Array, " F"]
+    of: FieldLoss,
+    params: Params,
+    total: Params,
+    rows: Rows,
+    weights: Float[Array, " F"],
+    base: Params | None = None,
 ) -> tuple[Params, Float[Array, " F"]]:
     """`total` with the gradient of sum_f weights_f S_f of these rows in it; and S_f.
 
     Args:
         total: like `zero_gradient`.
         weights: w_f / sum_f w_f N_f of the whole update.
+        base: that the adapter `params` stands on, with `of.lora`.
     """
 
     def loss(params: Params) -> tuple[Array, Array]:
+        params = of.whole(params, base)
         sums = of.sums(params, of.hidden(params, rows), rows)
         return (sums * weights).sum(), sums
 
     gradient, sums = jax.grad(loss, has_aux=True)(params)
-    return as_params(of.model, jax.tree.map(jnp.add, total, gradient)), sums
+    return as_params(of, jax.tree.map(jnp.add, total, gradient)), sums
 
 
 def zero_gradient(of: FieldLoss, params: Params) -> Params:
     """What gradients are added to: zeros in float32 or wider, sharded like the parameters."""
-    return as_params(of.model, jax.tree.map(lambda x: jnp.zeros(x.shape, accum_dtype(x.dtype)), params))
+    return as_params(of, jax.tree.map(lambda x: jnp.zeros(x.shape, accum_dtype(x.dtype)), params))
 
 
 def update(optimizers: Optimizers, state: TrainState, gradient: Params) -> tuple[TrainState, dict[str, Array]]:
@@ -88,20 +101,27 @@ def update(optimizers: Optimizers, state: TrainState, gradient: Params) -> tuple
     return TrainState(state.step + 1, {"policy": params}, {"policy": opt_state}, skipped), metrics
 
 
-def as_params(model: Qwen2, gradient: Params) -> Params:
+def as_params(of: FieldLoss, gradient: Params) -> Params:
     """Shards a gradient like its parameters, so that devices sum parts of it and none holds all."""
-    return rules.constrain_tree(gradient, abstract_params(model)[1])
+    return rules.constrain_tree(gradient, trained_axes(of.model, of.lora))
 
 
 def measure(
-    of: FieldLoss, params: Params, rows: Rows, options: Options | None, first: Int[Array, "R K"]
+    of: FieldLoss,
+    params: Params,
+    rows: Rows,
+    options: Options | None,
+    first: Int[Array, "R K"],
+    base: Params | None = None,
 ) -> tuple[Float[Array, " F"], Float[Array, "R K O"]]:
     """S_f of held-out rows, and the log-probability of every option of every change in them, as `decoding.choice`.
 
     Args:
         options: of a change; None: there are none, O is 0.
         first: place of the first option's first token; what is computed for 0, of no change, is no result.
+        base: as in `add_gradient`.
     """
+    params = of.whole(params, base)
     hidden = of.hidden(params, rows)
     sums = of.sums(params, hidden, rows)
     if options is None:

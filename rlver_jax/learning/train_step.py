@@ -15,6 +15,7 @@ from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import loss_terms
 from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig, EstimatorInputs, compute_advantages
 from rlver_jax.learning.loss import (
+    Base,
     LossInputs,
     Trained,
     TrainedModels,
@@ -25,6 +26,7 @@ from rlver_jax.learning.loss import (
     reduce_metrics,
     split_trainables,
     values,
+    whole,
 )
 from rlver_jax.learning.masked import masked_mean, masked_var
 from rlver_jax.learning.optimizer import Optimizers, widened
@@ -102,6 +104,7 @@ def train_step(
     key: Key[Array, ""],
     reference: Params | None = None,
     plan: PackingPlan | None = None,
+    base: Base | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Updates policy and critic on one batch of B dialogues.
 
@@ -111,20 +114,22 @@ def train_step(
         reference: parameters of the model that a KL penalty holds the policy to.
         plan: how dialogues share rows, from `plan_packing` for the `minibatch_order` of this step: the result is the
             same. None: one dialogue a row, `setup.update.microbatches` for each minibatch.
+        base: what the state's adapters stand on, with `setup.models.lora`.
 
     Returns:
         the new state, and metrics: float32 scalars by the names of metrics.jsonl.
     """
-    inputs, metrics = prepare(setup, state, batch, rewards, grammar, reference, plan)
+    inputs, metrics = prepare(setup, state, batch, rewards, grammar, reference, plan, base)
     order = minibatch_order(setup.update, key, state.step, batch.count.shape[0])
-    state, by_update = _epochs(setup, state, inputs, grammar, order, plan)
+    state, by_update = _epochs(setup, state, inputs, grammar, order, plan, base)
     count = None if plan is None else plan.count
     mean = jnp.mean if count is None else lambda x: x.sum() / count  # beyond the last update all are 0
     metrics |= {name: x.max() if name.endswith("_max") else mean(x) for name, x in by_update.items()}
     if count is not None:
         metrics["train/updates"] = count.astype(jnp.float32)
     metrics["policy/ratio_max_first"] = by_update["policy/ratio_max"][0]
-    metrics["policy/update_kl"] = post_update_kl(setup, state.params["policy"], inputs, grammar, plan)
+    policy = whole(setup.models, state.params, base)["policy"]
+    metrics["policy/update_kl"] = post_update_kl(setup, policy, inputs, grammar, plan)
     metrics["train/skipped_updates"] = state.skipped.astype(jnp.float32)
     return dataclasses.replace(state, step=state.step + 1), metrics
 
@@ -138,9 +143,12 @@ def prepare(
     grammar: Grammar,
     reference: Params | None = None,
     plan: PackingPlan | None = None,
+    base: Base | None = None,
 ) -> tuple[LossInputs, dict[str, Array]]:
     """The constants of the loss: values, log-probs to start from, advantages. Weights are still zero."""
-    models, update, params = setup.models, setup.update, state.params
+    models, update, params = setup.models, setup.update, whole(setup.models, state.params, base)
+    if base is not None and models.reference_is_base:
+        reference = base.policy
 
     def constants(part: PackedBatch) -> dict[str, Array]:
         outputs, hidden = {}, None
@@ -205,21 +213,22 @@ def _epochs(
     grammar: Grammar,
     order: Array,
     plan: PackingPlan | None,
+    base: Base | None,
 ):
     """Every minibatch of every epoch, one optimizer step each; metrics [epochs * minibatches]."""
 
     def one(state: TrainState, minibatch: tuple[Array, RowAssignment | None]) -> tuple[TrainState, dict[str, Array]]:
         rows, assignment = minibatch
-        whole = setup.update.minibatches == 1
-        picked = inputs if whole else constrain_rows(jax.tree.map(lambda x: x[rows], inputs))
-        return _minibatch(setup, state, picked, grammar, assignment)
+        all_of_it = setup.update.minibatches == 1
+        picked = inputs if all_of_it else constrain_rows(jax.tree.map(lambda x: x[rows], inputs))
+        return _minibatch(setup, state, picked, grammar, assignment, base)
 
     def members_alone(state: TrainState, minibatch: tuple[Array, RowAssignment]):
         member, assignment = minibatch
         batch = inputs.batch
         batch = dataclasses.replace(batch, mask=batch.mask & member[:, None], count=jnp.where(member, batch.count, 0))
         picked = dataclasses.replace(inputs, batch=batch)
-        return _minibatch(setup, state, picked, grammar, assignment, member.sum())
+        return _minibatch(setup, state, picked, grammar, assignment, base, member.sum())
 
     if plan is not None and plan.members is not None:
         return _loop(members_alone, state, (plan.members, plan.updates), plan.count, scope="updates")
@@ -232,6 +241,7 @@ def _minibatch(
     inputs: LossInputs,
     grammar: Grammar,
     assignment: RowAssignment | None,
+    base: Base | None,
     dialogues: Array | None = None,
 ):
     """One optimizer step of each tree. Those that share no parameters take turns: one gradient is alive at a time."""
@@ -252,7 +262,7 @@ def _minibatch(
     params, opt_state, skipped = {}, {}, state.skipped
     metrics: dict[str, Array] = {}
     for trained in split_trainables(setup.models, state.params):
-        gradients, more = _gradients(setup, trained, microbatches, grammar)
+        gradients, more = _gradients(setup, trained, microbatches, grammar, base)
         metrics |= more
         for name, gradient in gradients.items():
             norm = optax.tree.norm(widened(gradient))
@@ -266,12 +276,16 @@ def _minibatch(
 
 
 def _gradients(
-    setup: TrainStepConfig, trained: Trained, microbatches: tuple[LossInputs, Array | None], grammar: Grammar
+    setup: TrainStepConfig,
+    trained: Trained,
+    microbatches: tuple[LossInputs, Array | None],
+    grammar: Grammar,
+    base: Base | None,
 ):
     """Sums over the microbatches, and the minibatch's metrics."""
 
     def part(total: Trained, inputs: LossInputs) -> tuple[Trained, dict]:
-        gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.models, trained, inputs, grammar)
+        gradient, metrics = jax.grad(loss, argnums=1, has_aux=True)(setup.models, trained, inputs, grammar, base)
         return as_params(setup.models, jax.tree.map(jnp.add, total, gradient)), metrics
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accum_dtype(x.dtype)), trained)

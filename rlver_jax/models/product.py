@@ -1,10 +1,12 @@
-"""The product of activations and weights, with a backward pass that XLA's CPU compiler does not spoil."""
+"""Products of activations and weights, with a backward pass that XLA's CPU compiler does not spoil."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlver_jax.models.precision import matmul_options
+
+LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two factors beside a kernel (see `lora`)
 
 
 @jax.custom_vjp
@@ -32,3 +34,8 @@ def _backward(operands, cotangent):
 
 
 product.defvjp(_forward, _backward)
+
+
+def low_rank(x: Float[Array, "B S I"], a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "B S O"]:
+    """x A B, operands in x's dtype; returned in float32 (float64 for float64)."""
+    return product(product(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))

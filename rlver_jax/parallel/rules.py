@@ -24,6 +24,7 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
     "mlp": ("tensor",),
     "layers": None,
     "norm": None,
+    "rank": None,  # of adapters
     # batches, caches, activations
     "batch": ("replica", "fsdp"),
     "group": ("replica",),  # rows of a batch while their model dimension is the one that `fsdp` splits

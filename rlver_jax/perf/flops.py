@@ -90,12 +90,14 @@ def packed_update(
     remat: str,
     chunked: bool,
     moment: int = 4,
+    frozen: bool = False,
 ) -> Work:
     """Forward and backward pass over packed rows, and the optimizer.
 
     Args:
         itemsize: bytes of a weight as it is stored; moment: of Adam's first moment. Gradients and the second moment
             are float32.
+        frozen: no weight has a gradient: an adapter is trained on them, whose own part is left out.
 
     Backward costs twice the forward products. remat=full computes every layer but its last product once more, chunked
     attention its scores once more, and log-probs their logits. The optimizer reads gradients, and reads and writes
@@ -113,6 +115,9 @@ def packed_update(
         again += attention_flops(c, pairs)
     weights = (3 if remat == "none" else 4) * forward.weight_bytes
     optimizer = (4 + 2 * (itemsize + moment + 4)) * c.num_params
+    if frozen:
+        useful = 3 * forward.useful - layer_flops(c, rows * length) - logits * head_flops(c, rows * length)
+        return Work(useful, useful + again, weights, 0.0)
     return Work(3 * forward.useful, 3 * forward.useful + again, weights, optimizer)
 
 

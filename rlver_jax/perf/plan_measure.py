@@ -132,7 +132,7 @@ def measure(program: Program, shapes: Shapes) -> Measured:
         memory = Memory(0, 0, 0, 0, sum(idle.values()), used)
         return Measured(program.name, memory, idle, {}, [], warnings, time.monotonic() - began)
     seconds = time.monotonic() - began
-    memory = _memory(compiled, sum(idle.values()))
+    memory = _memory(compiled, sum(idle.values()), bytes_per_chip(program.again))
     module = Module.parse(compiled.as_text())
     uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes))
     faults = _logits(module, shapes) if program.name == "learn" else []
@@ -140,10 +140,16 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     return Measured(program.name, memory, idle, uses, faults, warnings, seconds)
 
 
-def _memory(compiled: Any, idle: int) -> Memory:
+def _memory(compiled: Any, idle: int, again: int) -> Memory:
+    """`again`: bytes of arguments that lie in the buffers of others."""
     sizes = compiled.memory_analysis()
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    parts = (sizes.argument_size_in_bytes, outputs, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
+    parts = (
+        sizes.argument_size_in_bytes - again,
+        outputs,
+        sizes.temp_size_in_bytes,
+        sizes.generated_code_size_in_bytes,
+    )
     return Memory(*parts, idle, sum(parts))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -131,10 +132,10 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     prepared = kl_pass
     if trunk is not None:
         prepared += _forward(trunk, rows, length, logits=False, parts=parts)
-    for _ in range(config.loss.recompute + (shapes.reference is not None)):
+    for _ in range(config.loss.recompute + bool(config.loss.kl)):
         prepared += _forward(model, rows, length, logits=True, parts=parts)
     moment = jnp.dtype(config.train.moment_dtype).itemsize
-    settings = {"parts": parts, "moment": moment}
+    settings: dict[str, Any] = {"parts": parts, "moment": moment, "frozen": shapes.base is not None}
     update = _update(model, config.policy, rows, length, logits=True, **settings).times(config.train.epochs)
     works = {"values and log-probs": (prepared, "learn"), "policy update": (update, "learn")}
     if trunk is not None:
@@ -148,18 +149,8 @@ def _forward(model: Qwen2, rows: int, length: int, *, logits: bool, parts: int) 
     return flops.packed_forward(model.config, rows, length, logits=logits, itemsize=size, parts=parts)
 
 
-def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, *, logits: bool, parts: int, moment: int) -> Work:
+def _update(model: Qwen2, c: ConfigDict, rows: int, length: int, **settings: Any) -> Work:
     # Splash, too, computes scores again in its backward pass.
     chunked = c.attention == "splash" or (c.attention == "chunked" and length > c.attention_chunk)
-    size = model.param_dtype.itemsize
-    return flops.packed_update(
-        model.config,
-        rows,
-        length,
-        logits=logits,
-        itemsize=size,
-        parts=parts,
-        remat=c.remat,
-        chunked=chunked,
-        moment=moment,
-    )
+    settings |= {"itemsize": model.param_dtype.itemsize, "remat": c.remat, "chunked": chunked}
+    return flops.packed_update(model.config, rows, length, **settings)

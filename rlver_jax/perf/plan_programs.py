@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import LM
+from rlver_jax.learning.loss import Base
 from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.learning.train_step import TrainState, TrainStepConfig, compile_step
 from rlver_jax.models.architecture import Qwen2Config, preset
+from rlver_jax.models.lora import join
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
@@ -28,7 +30,8 @@ from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.training.programs import pack_program, row_sharding
-from rlver_jax.training.setup import Weights, build_learning, dialogues_an_update, rollout_spec, updates_at_most
+from rlver_jax.training.setup import build_learning, dialogues_an_update, rollout_spec, updates_at_most
+from rlver_jax.training.trained import Weights, adapter_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Shapes:
     setup: TrainStepConfig
     lengths: tuple[int, ...]
     reference: Params | None
+    base: Base | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +73,14 @@ class Program:
         lower: what the trainer calls, lowered for the arguments that it gets.
         arguments: its large arguments, by name.
         idle: trees that stay in memory beside it, by name.
+        again: what it takes as two arguments that lie in the same buffers.
     """
 
     name: str
     lower: Callable[[], Any]
     arguments: dict[str, Any]
     idle: dict[str, Any]
+    again: Any = None
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
@@ -141,9 +147,9 @@ def shapes_of(config: ConfigDict, mesh: Mesh, texts: Texts) -> Shapes:
     agents = abstract_agents(config, texts.tokenizer, texts.language, rollout_spec(config), mesh)
     agents = dataclasses.replace(agents, mesh=playing, tables=_whole(agents.tables, playing))
     weights = abstract_weights(config, texts.tokenizer)
-    setup, state, lengths, reference = build_learning(config, agents, texts.first_talk, mesh, weights)
+    made = build_learning(config, agents, texts.first_talk, mesh, weights)
     profiles = _whole(_profiles(config, texts), playing)
-    return Shapes(config, mesh, agents, profiles, state, setup, lengths, reference)
+    return Shapes(config, mesh, agents, profiles, made.state, made.setup, made.lengths, made.reference, made.base)
 
 
 def abstract_agents(
@@ -181,17 +187,22 @@ def programs_of(shapes: Shapes) -> list[Program]:
     programs: list[Program] = []
     ready: dict[str, Params] = {}
     copies: dict[str, Params] = {}
-    for name in ("policy", "user"):
+    shared = "user" not in resident
+    for name in ("policy",) if shared else ("policy", "user"):
         ready[name] = resident[name]
         like = sampling_params(getattr(shapes.agents, name).model, shapes.agents.mesh)
         if not is_ready(resident[name], like):  # otherwise the sampler reads the model itself
             programs.append(_copy(name, like, resident, copies))
             ready[name] = copies[f"{name}'s copy"] = like
     read = {name: tree for name, tree in resident.items() if ready.get(name) is tree}
-    user = {"user": resident["user"]}
+    if shapes.base is not None:
+        read["adapters"] = resident["adapters"]
+    again = ready["policy"] if shared else None
+    ready["user"] = ready["policy"] if shared else ready["user"]
+    user = {} if shared else {"user": resident["user"]}
     return [
         *programs,
-        Program("play", lambda: _lower_play(shapes, ready), read | copies, _without(resident, read)),
+        Program("play", lambda: _lower_play(shapes, ready), read | copies, _without(resident, read), again),
         Program("pack", lambda: _lower_pack(shapes, ready), {}, resident),
         Program("learn", lambda: _lower_learn(shapes), _without(resident, user), user),
     ]
@@ -204,12 +215,22 @@ def _without(trees: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def _resident(shapes: Shapes) -> dict[str, Any]:
     """What is there from the beginning of a run to its end, by name."""
     state = shapes.state
+    if shapes.base is not None:
+        return _resident_with_adapters(shapes, shapes.base)
     trees = {"policy": state.params["policy"], "policy's moments": state.opt_state["policy"]}
     if "critic" in state.params:
         trees |= {"critic": state.params["critic"], "critic's moments": state.opt_state["critic"]}
     if shapes.reference:
         trees["reference"] = shapes.reference
     return trees | {"user": shapes.agents.user.params}
+
+
+def _resident_with_adapters(shapes: Shapes, base: Base) -> dict[str, Any]:
+    """With LoRA: models that share a base are there once, as the policy's."""
+    state = shapes.state
+    trees = {"policy": base.policy, "adapters": state.params, "adapters' moments": state.opt_state}
+    others = {"critic": base.critic, "reference": shapes.reference, "user": shapes.agents.user.params}
+    return trees | {name: tree for name, tree in others.items() if tree and tree is not base.policy}
 
 
 def _copy(name: str, like: Params, resident: dict[str, Any], made: dict[str, Any]) -> Program:
@@ -229,7 +250,11 @@ def _limits(shapes: Shapes) -> Any:
 
 def _ready(shapes: Shapes, params: dict[str, Params]) -> tuple[LM, LM]:
     """Policy and user as the sampler gets them."""
-    return LM(params["policy"], shapes.agents.policy.model), LM(params["user"], shapes.agents.user.model)
+    agents, policy, lora = shapes.agents, params["policy"], shapes.setup.models.lora
+    if lora is not None:
+        program = adapter_program(agents.policy.model, lora, agents.mesh)
+        policy = join(policy, program.lower(shapes.state.params["policy"]).out_info)
+    return LM(policy, agents.policy.model), LM(params["user"], agents.user.model)
 
 
 def _lower_play(shapes: Shapes, params: dict[str, Params]) -> Any:
@@ -273,7 +298,8 @@ def _lower_learn(shapes: Shapes) -> Any:
     plan = _whole(_packing_plan(config), mesh) if config.train.share_rows else None
     with jax.set_mesh(mesh):
         step = compile_step(shapes.setup, shapes.state)
-        return step.lower(shapes.state, packed, rewards, grammar, _key(mesh), shapes.reference, plan)  # type: ignore[attr-defined]
+        given = (packed, rewards, grammar, _key(mesh), shapes.reference, plan, shapes.base)
+        return step.lower(shapes.state, *given)  # type: ignore[attr-defined]
 
 
 def _packing_plan(config: ConfigDict) -> PackingPlan:

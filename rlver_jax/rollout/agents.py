@@ -19,6 +19,7 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
+from rlver_jax.models.lora import join, split
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
@@ -103,10 +104,20 @@ def load_model(
     if weights is not None:
         params = weights(stored, mesh)
     elif config.init == "random":
-        params = init_params(stored, jax.random.key(zlib.crc32(name.encode())), mesh)
+        params = random_params(stored, name, mesh)
     else:
         params = load_params(config.path, stored, mesh=mesh)
     return LM(quantize(params, model, mesh) if rounded else params, model), tokenizer
+
+
+def same_parameters(one: ConfigDict, other: ConfigDict) -> bool:
+    """Whether two models of a config are of one folder and read in one way, so that one copy serves both."""
+    return all(one[name] == other[name] for name in ("path", "size", "init", "dtype", "param_dtype", "scan_layers"))
+
+
+def random_params(model: Qwen2, name: str, mesh: Mesh | None = None) -> Params:
+    """Random weights of the model of `config.NAME`; always the same ones."""
+    return init_params(model, jax.random.key(zlib.crc32(name.encode())), mesh)
 
 
 def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
@@ -146,11 +157,18 @@ def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], 
     """What makes a model's parameters ready for the sampler; see `sampling_params`.
 
     The model would round weight matrices at every token anyway, so no output changes. Parameters that are
-    ready already are returned themselves: no second copy of a model.
+    ready already are returned themselves: no second copy of a model. An adapter beside them (`models.lora`) stays.
     """
     like = sampling_params(model, mesh)
     copy = sampling_program(like)
-    return lambda params: params if is_ready(params, like) else copy(params)
+
+    def ready(params: Params) -> Params:
+        base, adapter = split(params)
+        if is_ready(base, like):
+            return params
+        return join(copy(base), adapter)
+
+    return ready
 
 
 def is_ready(params: Params, like: Params) -> bool:
@@ -266,13 +284,12 @@ class Agents:
         """
         check_context(config, "policy", "user")
         policy, tokenizer = load(config.policy, "policy", rest or mesh, policy_weights)
-        shared = [name for name in config.user if name in config.policy]
-        same = (
-            policy_weights is None
-            and config.user.init == "path"
-            and all(config.policy[name] == config.user[name] for name in shared)
-        )
-        user, other = (policy, tokenizer) if same else load(config.user, "user", rest or mesh)
+        if policy_weights is None and config.user.init == "path" and same_parameters(config.policy, config.user):
+            own = {name: config.user[name] for name in ("attention", "attention_chunk")}
+            model = policy.model.clone(**own)
+            user, other = policy if model == policy.model else LM(policy.params, model), tokenizer
+        else:
+            user, other = load(config.user, "user", rest or mesh)
         check_tokenizers(tokenizer, other)
         prompts = load_prompts(config.data.language, config.user.prompts or None)
         told = {"style": config.user.style, "scenario": config.user.scenario}

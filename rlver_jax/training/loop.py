@@ -24,6 +24,7 @@ from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.learning.train_step import TrainState
+from rlver_jax.models.lora import split
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.profiles.sources import open_profiles
@@ -42,6 +43,7 @@ from rlver_jax.training.setup import Run, build_run, check_learning, folders_of,
 from rlver_jax.training.stops import Spending, StoppedError
 from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollout, counted_rows
 from rlver_jax.training.text_users import check_users, open_text_rollout
+from rlver_jax.training.trained import lora_of, playing_copy
 from rlver_jax.training.workdir import Contents, RunFolder
 
 
@@ -80,8 +82,8 @@ class Trainer(RunLoop):
         self.text = text
         self.overlap = Overlap(text) if text and config.rollout.overlap else None
         self.spending = Spending(config.remote.budget)
-        models = (run.agents.policy.model, run.agents.user.model)
-        self.copy_policy, self.copy_user = (sampling_copy(model, run.agents.mesh) for model in models)
+        self.copy_policy = playing_copy(run.agents.policy.model, lora_of(config), run.base, run.agents.mesh)
+        self.copy_user = sampling_copy(run.agents.user.model, run.agents.mesh)
         self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
         self.score, self.pack, self.order = score_program(run.mesh), pack_program(run.mesh), order_program(run.mesh)
         self.reward_settings = tuple(sorted(reward_settings(config).items()))
@@ -145,7 +147,7 @@ class Trainer(RunLoop):
         with jax.transfer_guard("disallow"), jax.set_mesh(run.agents.mesh):
             packed = self.pack(dialogues, tables, spec, run.limits, length)
         with jax.transfer_guard("disallow"), jax.set_mesh(run.mesh):
-            state, metrics = run.learn(state, packed, rewards, run.grammar, self.key, run.reference, plan)
+            state, metrics = run.learn(state, packed, rewards, run.grammar, self.key, run.reference, plan, run.base)
         times = {"time/rollout_s": played - began, "time/dispatch_s": dispatched - started}
         metrics["tokens/padded"] = jnp.float32(run.padded_tokens(length, plan))
         self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played, text, self.spending.total)
@@ -204,14 +206,13 @@ class Trainer(RunLoop):
 
     def agents(self, state: TrainState) -> Agents:
         """The run's agents with the policy of this state, both ready to play; users by text have no model here."""
-        policy, user = self.run.agents.policy.model, self.run.agents.user
+        user, base = self.run.agents.user, self.run.base
+        policy = LM(self.copy_policy(state.params["policy"]), self.run.agents.policy.model)
         if self.text is not None:
-            return dataclasses.replace(self.run.agents, policy=LM(self.copy_policy(state.params["policy"]), policy))
-        return dataclasses.replace(
-            self.run.agents,
-            policy=LM(self.copy_policy(state.params["policy"]), policy),
-            user=LM(self.copy_user(user.params), user.model),
-        )
+            return dataclasses.replace(self.run.agents, policy=policy)
+        one = base is not None and user.params is base.policy  # one copy serves both
+        params = split(policy.params)[0] if one else self.copy_user(user.params)
+        return dataclasses.replace(self.run.agents, policy=policy, user=LM(params, user.model))
 
     def finish(self) -> None:
         """Fetches, checks and writes the metrics of the pending step; every process checks, one writes."""

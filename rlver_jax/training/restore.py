@@ -8,12 +8,19 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from rlver_jax.config.foreign_weights import is_run
-from rlver_jax.config.hub import fault
+from rlver_jax.config.hub import fault, local_folder
+from rlver_jax.models.hf_weights import load_params
+from rlver_jax.models.lora import LoRA, abstract_adapter, applied
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
+from rlver_jax.rollout.agents import random_params
+from rlver_jax.runs.fingerprints import model_parts
 from rlver_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
 from rlver_jax.training.kept_model import base_folder, check_same_model, kept_model
-from rlver_jax.training.workdir import RunFolder
+from rlver_jax.training.trained import lora_of
+from rlver_jax.training.workdir import RunFolder, without_weights
+
+WEIGHTS = "policy.weights"  # in a run's fingerprints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +30,8 @@ class TrainedPolicy:
     folder: RunFolder
     config: ConfigDict  # of the run; its policy.path is where config and tokenizer lie now
     step: int
-    fingerprint: str  # of the checkpoint
+    fingerprint: str  # of the checkpoint, and with LoRA of the base's weights
+    base: str = ""  # with LoRA: folder of the model that its adapter stands on
 
     @classmethod
     def open(cls, workdir: str | Path, step: str = "", path: str = "") -> "TrainedPolicy":
@@ -43,21 +51,54 @@ class TrainedPolicy:
                 f"but {workdir} holds {_held(folder.path)}"
             )
         config = folder.typed_config()
+        base = (path or config.policy.path) if config.lora.rank else ""
         config.policy.path = _model_folder(folder, config.policy.path, path)
         checkpoints = Checkpoints.reader(folder.checkpoints)
         try:
             number = _number(checkpoints, step)
-            return cls(folder, config, number, checkpoints.fingerprint(number))
+            fingerprint = checkpoints.fingerprint(number)
         finally:
             checkpoints.close()
+        known = folder.fingerprints().get(WEIGHTS, "") if base else ""
+        return cls(folder, config, number, f"{fingerprint}.{known}" if known else fingerprint, base)
 
     def weights(self, model: Qwen2, mesh: Mesh | None = None) -> Params:
-        """The policy's parameters, each leaf sharded by `parallel.rules`.
+        """The policy's parameters, each leaf sharded by `parallel.rules`; of a run with LoRA as `models.lora.applied`.
 
         Raises:
             CheckpointError: they are not those of such a model, or damaged.
+            ValueError, OSError: the base that an adapter stands on is gone, or another one.
         """
-        shapes, axes = abstract_params(model)
+        lora = lora_of(self.config)
+        if lora is None:
+            return self._read(*abstract_params(model), mesh)
+        base = self._base(model, mesh)
+        return applied(base, self._read(*abstract_adapter(model, lora), mesh), lora)
+
+    def adapter(self, model: Qwen2, lora: LoRA, mesh: Mesh | None = None) -> Params:
+        """The adapter alone, of a run with LoRA; raises as `weights`."""
+        return self._read(*abstract_adapter(model, lora), mesh)
+
+    def _base(self, model: Qwen2, mesh: Mesh | None) -> Params:
+        c = self.config.policy
+        if c.init == "random":
+            role = self.config.sft.role if self.config.sft.data else "policy"
+            return random_params(model, role, mesh)
+        remedy = "name it with --config.policy.path=FOLDER"
+        if without_weights(self.base, c.init):
+            raise ValueError(
+                f"{self.folder.path}: holds an adapter on the model of policy.path={self.base!r}, whose weights are "
+                f"gone; {remedy}"
+            )
+        known = self.folder.fingerprints().get(WEIGHTS)
+        if known not in (None, model_parts(local_folder(self.base, weights=True), weights=True)["weights"]):
+            raise ValueError(
+                f"{self.base}: holds other weights than those that the adapter in {self.folder.path} was trained on; "
+                f"{remedy}"
+            )
+        return load_params(self.base, model, mesh=mesh)
+
+    def _read(self, shapes: Params, axes: Params, mesh: Mesh | None) -> Params:
         one = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,27 +16,35 @@ from rlver_jax.config.validate import ConfigError, choice_fault
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig
-from rlver_jax.learning.loss import LossConfig, Trained, TrainedModels
+from rlver_jax.learning.loss import Base, LossConfig, Trained, TrainedModels
 from rlver_jax.learning.loss_terms import KL_ESTIMATORS, NORMALIZATIONS, RATIOS
 from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.packing import PackingPlan, group_by_turns, length_ladder, plan_packing, plan_turns
 from rlver_jax.learning.sequences import max_length
 from rlver_jax.learning.train_step import TrainState, TrainStepConfig, UpdateConfig, compile_step, init_state
 from rlver_jax.models.qwen import Params, Qwen2
-from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.parallel.mesh import batch_parts, sampling_mesh
 from rlver_jax.profiles.reader import ProfileReader
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.profiles.sources import open_profiles
-from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of, tokenizers_differ
+from rlver_jax.rollout.agents import Agents, limits_of, load_model, spec_of, tokenizers_differ
 from rlver_jax.rollout.profile_tokens import WIDTH_STEP, EncodedProfile, ProfileTokens, measure_profiles, widest_words
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
-from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.training.trained import (
+    LOADED,
+    Weights,
+    as_trained,
+    has_critic,
+    learners,
+    lora_of,
+    reference_is_base,
+    reference_params,
+    value_head_of,
+)
 from rlver_jax.user.prompts import load_prompts
 
-HEAD_STD = 0.02  # Qwen2.5's initializer_range, which verl's token classification head starts with
 # Fields whose values are names in a registry: a new entry there needs no word of it here, nor in the config.
 REGISTRIES: dict[str, Collection[str]] = {
     "algorithm.estimator": ESTIMATORS,
@@ -47,29 +54,14 @@ REGISTRIES: dict[str, Collection[str]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Where the arrays of a run come from: models and initializers (`LOADED`), or nowhere, where shapes are enough.
-
-    Attributes:
-        load: (section of the config, its name, mesh) -> model and tokenizer, as `rollout.agents.load_model`.
-        make: (function, shardings, *arguments) -> what the function returns, so sharded.
-    """
-
-    load: Callable[..., tuple[LM, Tokenizer]]
-    make: Callable[..., Any]
-
-
-LOADED = Weights(load_model, lambda function, shardings, *args: jax.jit(function, out_shardings=shardings)(*args))
-
-
 class Learning(NamedTuple):
     """What is trained, and the update that trains it."""
 
     setup: TrainStepConfig
     state: TrainState  # before the first step
     lengths: tuple[int, ...]  # that packed rows may have, rising
-    reference: Params | None  # for the KL penalty
+    reference: Params | None  # for the KL penalty; None: there is none, or it is the base
+    base: Base | None  # with LoRA: what the state's adapters stand on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +79,8 @@ class Run:
     learn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # `train_step`, jitted
     lengths: tuple[int, ...]  # that packed rows may have, rising
     grammar: Grammar  # the policy's, on the training mesh
-    reference: Params | None  # for the KL penalty
+    reference: Params | None  # for the KL penalty; None: there is none, or it is the base
+    base: Base | None  # with LoRA: what the state's adapters stand on
     widest: int = 0  # users by text: the longest words that the policy hears, in tokens; 0: all play in tokens
 
     def plan_rows(
@@ -146,10 +139,11 @@ def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
         agents = Agents.load(config, spec, sampling_mesh(mesh, config.mesh_sampling), rest=mesh)
         tokens = agents.tokens(profiles)
     limits = agents.replicate(agents.check_limits(limits_of(config, spec, config.rollout.temperature)))
-    setup, state, lengths, reference = build_learning(config, agents, widest or tokens.first_width, mesh, LOADED)
-    grammar, learn = replicate(agents.tables[0].grammar, mesh), compile_step(setup, state)
-    run = Run(config, mesh, agents, profiles, tokens, reader, limits, setup, learn, lengths, grammar, reference, widest)
-    return run, state
+    made = build_learning(config, agents, widest or tokens.first_width, mesh, LOADED)
+    grammar, learn = replicate(agents.tables[0].grammar, mesh), compile_step(made.setup, made.state)
+    fixed = grammar, made.reference, made.base, widest
+    run = Run(config, mesh, agents, profiles, tokens, reader, limits, made.setup, learn, made.lengths, *fixed)
+    return run, made.state
 
 
 def answers_by_text(config: ConfigDict) -> bool:
@@ -202,11 +196,11 @@ def build_learning(config: ConfigDict, agents: Agents, first_width: int, mesh: M
     Raises:
         ValueError, OSError: a model cannot be loaded, or has another tokenizer.
     """
-    trained, trunk = _trained(config, agents, mesh, weights)
+    trained, trunk, base = learners(config, agents, mesh, weights)
     setup = _step_config(config, agents, trunk, mesh)
-    reference = _model(config, "reference", config.policy, mesh, agents, weights).params if config.loss.kl else None
+    reference = reference_params(config, agents, mesh, weights)
     state = first_state(trained, setup.optimizers, mesh, weights)
-    return Learning(setup, state, row_lengths(config, agents, first_width, mesh), reference)
+    return Learning(setup, state, row_lengths(config, agents, first_width, mesh), reference, base)
 
 
 def first_state(trained: Trained, optimizers: Optimizers, mesh: Mesh, weights: Weights = LOADED) -> TrainState:
@@ -252,11 +246,6 @@ def check_attention(config: ConfigDict, mesh: Mesh) -> None:
                 f"{name}.attention='splash' is made of kernels for TPU, but the devices are {platform}; set "
                 f"--config.{name}.attention=chunked"
             )
-
-
-def has_critic(config: ConfigDict) -> bool:
-    """Whether the config's estimator needs a critic."""
-    return ESTIMATORS[config.algorithm.estimator].needs_critic
 
 
 def models_of(config: ConfigDict) -> list[str]:
@@ -310,48 +299,6 @@ def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
     return -(-dialogues // (dialogues_a_row(config, mesh) * batch_parts(mesh)))
 
 
-def _model(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, agents: Agents, weights: Weights) -> LM:
-    """Model of `config.NAME`; an empty path is the policy's. It must share the policy's tokenizer."""
-    settings = like.copy_and_resolve_references()
-    settings.path = config[name].path or config.policy.path
-    lm, tokenizer = weights.load(settings, name, mesh)
-    check_tokenizers(agents.tokenizer, tokenizer)
-    return lm
-
-
-def _trained(config: ConfigDict, agents: Agents, mesh: Mesh, weights: Weights) -> tuple[Trained, Qwen2 | None]:
-    """All parameters that learn, and the module of the critic's own trunk, if it has one."""
-    policy = agents.policy.params
-    if agents.user.params is policy:  # one folder for both: the update reuses the policy's buffers, the user keeps its
-        policy = weights.make(
-            lambda params: jax.tree.map(jnp.copy, params), jax.tree.map(lambda x: x.sharding, policy), policy
-        )
-    if not has_critic(config):
-        return {"policy": policy}, None
-    head = value_head_of(config)
-    width = agents.policy.model.config.hidden_size
-    trunk, critic = None, {}
-    if config.critic.kind == "separate":
-        lm = _model(config, "critic", config.critic, mesh, agents, weights)
-        width, trunk = lm.model.config.hidden_size, as_trained(lm.model, config.critic)
-        critic["trunk"] = lm.params
-    init = lambda: nn.unbox(head.init(jax.random.key(config.train.seed), jnp.zeros((1, width))))["params"]  # noqa: E731
-    critic["head"] = weights.make(init, NamedSharding(mesh, PartitionSpec()))
-    return {"policy": policy, "critic": critic}, trunk
-
-
-def as_trained(model: Qwen2, c: ConfigDict) -> Qwen2:
-    """A model as the update reads it; `c` is `config.policy` or `config.critic`."""
-    return model.clone(remat=c.remat, attention=c.attention)
-
-
-def value_head_of(config: ConfigDict) -> ValueHead:
-    """It starts from what a dialogue would earn if nothing moved the user, or at random."""
-    if config.critic.head_init == "random":
-        return ValueHead(kernel_std=HEAD_STD)
-    return ValueHead(bias_init=config.emotion.initial / 100 if config.reward.kind == "final" else 0.0)
-
-
 def _step_config(config: ConfigDict, agents: Agents, trunk: Qwen2 | None, mesh: Mesh) -> TrainStepConfig:
     """What the update is compiled for; `trunk` is the module of the critic's own."""
     critic = has_critic(config)
@@ -361,6 +308,8 @@ def _step_config(config: ConfigDict, agents: Agents, trunk: Qwen2 | None, mesh: 
         trunk,
         value_head_of(config) if critic else None,
         LossConfig(**keywords(LossConfig, config.loss), length=length, turns=config.rollout.max_turns),
+        lora_of(config),
+        reference_is_base(config),
         **keywords(TrainedModels, config.rollout, config.loss),
         vocab_shards=mesh.shape["tensor"],
     )

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.hub import local_folder
+from rlver_jax.config.lora_fields import rounding_faults
 from rlver_jax.config.sections import keywords
-from rlver_jax.config.validate import ConfigError
+from rlver_jax.config.validate import ConfigError, flatten
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.sft_loss import FieldLoss
@@ -23,7 +24,7 @@ from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.text.tokenizer import load_tokenizer
-from rlver_jax.training.setup import as_trained, check_attention, first_state, rollout_spec
+from rlver_jax.training.setup import check_attention, first_state, rollout_spec
 from rlver_jax.training.sft_data import (
     USER,
     Dialogues,
@@ -36,6 +37,7 @@ from rlver_jax.training.sft_data import (
 )
 from rlver_jax.training.sft_examples import Examples
 from rlver_jax.training.sft_loop import Fit, Fitter
+from rlver_jax.training.trained import as_trained, lora_of, new_adapter
 from rlver_jax.training.workdir import Contents, RunFolder
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.prompts.shorten import free_fields, write_prompts
@@ -65,6 +67,7 @@ def check_fitting(config: ConfigDict) -> None:
         faults.append(f"{config.sft.role}.path is empty; set --config.{config.sft.role}.path to the folder of a model")
     if config.sft.role == USER and config.remote.user.url:
         faults.append("remote.user.url is set; a user at an endpoint learns nothing here: leave it out")
+    faults += (fault for fault in rounding_faults(flatten(config)) if fault.startswith("policy."))
     if faults:
         raise ConfigError("the config cannot be fitted with:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
@@ -127,10 +130,14 @@ def build(
     """Loads the model onto the mesh; returns the run and its state before the first step."""
     lm, _ = load_model(config.policy, config.sft.role, mesh)
     optimizers = Optimizers(make_optimizer(**keywords(make_optimizer, config.train)))
-    of = FieldLoss(as_trained(lm.model, config.policy), len(make.fields), config.loss.vocab_chunk, mesh.shape["tensor"])
-    state = first_state({"policy": lm.params}, optimizers, mesh)
+    lora, base = lora_of(config), None
+    sizes = len(make.fields), config.loss.vocab_chunk, mesh.shape["tensor"]
+    of, params = FieldLoss(as_trained(lm.model, config.policy), *sizes, lora), lm.params
+    if lora is not None:
+        params, base = new_adapter(lm.model, lora, config.train.seed, "policy", mesh), lm.params
+    state = first_state({"policy": params}, optimizers, mesh)
     options = None if make.options is None else distributed.replicate(make.options, mesh)
-    rest = make.fields, np.array(weights), options, make.teaches_appraisal
+    rest = make.fields, np.array(weights), options, make.teaches_appraisal, base
     return Fit(mesh, of, optimizers, dialogues, *rest), state
 
 

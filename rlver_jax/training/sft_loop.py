@@ -21,6 +21,7 @@ from rlver_jax.learning.packing import length_ladder, plan_packing
 from rlver_jax.learning.sft_loss import FieldLoss
 from rlver_jax.learning.sft_rows import Capacity, Choices, Example, Rows, pack_rows
 from rlver_jax.learning.train_step import TrainState
+from rlver_jax.models.qwen import Params
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.profiles.reader import ProfileReader
@@ -46,6 +47,7 @@ class Fit:
     weights: np.ndarray  # float64 [F]
     options: Options | None  # of a change
     teaches_appraisal: bool  # whether a logged appraisal stands before each logged change
+    base: Params | None = None  # that the adapter stands on; None: all parameters are trained
 
     @functools.cached_property
     def capacity(self) -> Capacity:
@@ -153,7 +155,7 @@ class Fitter(RunLoop):
             params = state.params["policy"]
             total = self.zero(params)
             for part in parts:
-                total, part_sums = self.add(params, total, part, weights)
+                total, part_sums = self.add(params, total, part, weights, self.fit.base)
                 sums.append(part_sums)
             state, metrics = self.update(state, total)
         self.finish()  # the step before, while this one is computed
@@ -185,7 +187,8 @@ class Fitter(RunLoop):
         for i in range(rows.tokens.shape[0]):
             part, first = self.read(rows, i), self.read(choices.first, i)
             with jax.transfer_guard("disallow"), jax.set_mesh(self.fit.mesh):
-                parts.append(self.measure(state.params["policy"], part, self.fit.options, first))
+                policy = state.params["policy"]
+                parts.append(self.measure(policy, part, self.fit.options, first, self.fit.base))
         fetched = distributed.fetch(parts)
         sums = np.sum([sums for sums, _ in fetched], axis=0, dtype=np.float64)
         found = self.fit.losses("held_out/", self.fit.dialogues.held_out, sums)

@@ -143,7 +143,7 @@ class RunFolder:
     ) -> dict[str, str]:
         """Fingerprints of what the run reads; those of files that it needs no more, and that are gone, stay."""
         gone = ["policy", *(name for name in ("critic", "reference") if not new.get(f"{name}.path"))]
-        base_gone = self.resumes_without_base(new) and _without_weights(new["policy.path"], new["policy.init"])
+        base_gone = self.resumes_without_base(new) and without_weights(new["policy.path"], new["policy.init"])
         now = contents.read(gone if base_gone else ())
         if not self._begun():
             return now
@@ -193,7 +193,7 @@ class RunFolder:
         Args:
             values: {"a.b": value} of the config that it shall resume with.
         """
-        refers = values.get("loss.kl") and not values.get("reference.path")
+        refers = (values.get("loss.kl") and not values.get("reference.path")) or values.get("lora.rank")
         return bool(kept_model(self.path) and not refers and saved_steps(self.checkpoints))
 
     def to_load(self, config: ConfigDict) -> ConfigDict:
@@ -202,7 +202,7 @@ class RunFolder:
         The parameters that are made instead of the weights are those of no model; `Checkpoints.restore` replaces them.
         """
         gone = lambda: (  # noqa: E731
-            self.resumes_without_base(flatten(config)) and _without_weights(config.policy.path, config.policy.init)
+            self.resumes_without_base(flatten(config)) and without_weights(config.policy.path, config.policy.init)
         )
         if not distributed.from_main(gone):
             return config
@@ -300,7 +300,7 @@ def _same_files(old: object, new: str) -> bool:
     return isinstance(old, str) and files(old) == files(new)
 
 
-def _without_weights(path: str, init: str) -> bool:
+def without_weights(path: str, init: str) -> bool:
     """Whether what policy.path and policy.init ask for is not at hand: gone, only config and tokenizer, not fetched."""
     folder = base_folder(path)
     return folder is None or (init == "path" and not any(folder.glob("*.safetensors")))

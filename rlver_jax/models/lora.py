@@ -1,0 +1,134 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): what is trained beside a frozen model, and how the two become one.
+
+    y = x W + s x A B        s = alpha / r, or rank-stabilized alpha / sqrt(r) (arXiv 2312.03732)
+
+An adapter is a tree of its own, shaped like the parameters: beside each targeted `kernel` [in, out] of a layer it has
+`lora_a` [in, r] and `lora_b` [r, out]. `applied` puts both into one tree, of which `qwen.Linear` computes y; B holds s
+by then, so that a model needs no word of how it was trained. B starts at zero: an untrained adapter changes nothing.
+"""
+
+import dataclasses
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Key
+
+from rlver_jax.config.lora_fields import TARGETS
+from rlver_jax.models.precision import accum_dtype, matmul_options
+from rlver_jax.models.product import LORA_A, LORA_B
+from rlver_jax.models.qwen import Params, Qwen2, abstract_params, unstack_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """What an adapter is made of (static and hashable); fields as in `config.lora`."""
+
+    rank: int  # r
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+    rank_stabilized: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+def abstract_adapter(model: Qwen2, lora: LoRA) -> tuple[Params, Params]:
+    """(shapes, logical axes) of a model's adapter as trees, like `qwen.abstract_params`; float32 or wider."""
+    return jax.tree.map(lambda x: x, _abstract_adapter(model, lora))  # trees of the caller's own
+
+
+@functools.cache
+def _abstract_adapter(model: Qwen2, lora: LoRA) -> tuple[Params, Params]:
+    dtype = accum_dtype(model.dtype)
+
+    def pair(kernel: Any, axes: Any) -> tuple[Params, Params]:
+        *stack, inputs, outputs = kernel.shape
+        *over, from_axis, to_axis = axes
+        shape = lambda *sizes: jax.ShapeDtypeStruct((*stack, *sizes), dtype)  # noqa: E731
+        return (
+            {LORA_A: shape(inputs, lora.rank), LORA_B: shape(lora.rank, outputs)},
+            {LORA_A: PartitionSpec(*over, from_axis, "rank"), LORA_B: PartitionSpec(*over, "rank", to_axis)},
+        )
+
+    def walk(shapes: Params, axes: Params) -> tuple[Params, Params]:
+        found: tuple[Params, Params] = {}, {}
+        for name, tree in shapes.items():
+            if not isinstance(tree, dict):
+                continue
+            target = name in lora.targets and "kernel" in tree
+            both = pair(tree["kernel"], axes[name]["kernel"]) if target else walk(tree, axes[name])
+            for whole, part in zip(found, both, strict=True):
+                whole.update({name: part} if part else {})
+        return found
+
+    return walk(*abstract_params(model))
+
+
+def trained_axes(model: Qwen2, lora: LoRA | None) -> Params:
+    """Logical axes of what is trained of a model: its adapter, or without one all parameters."""
+    return (abstract_params(model) if lora is None else abstract_adapter(model, lora))[1]
+
+
+def init_adapter(model: Qwen2, lora: LoRA, key: Key[Array, ""]) -> Params:
+    """A fresh adapter: B zero, A uniform within 1 / sqrt(in), as `peft` has it; the same with layers scanned or not."""
+    shapes, _ = abstract_adapter(model.clone(scan_layers=True), lora)
+
+    def leaf(path: Any, x: jax.ShapeDtypeStruct) -> Array:
+        if path[-1].key == LORA_B:
+            return jnp.zeros(x.shape, x.dtype)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        bound = x.shape[-2] ** -0.5
+        return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(name.encode())), x.shape, x.dtype, -bound, bound)
+
+    adapter = jax.tree_util.tree_map_with_path(leaf, shapes)
+    return adapter if model.scan_layers else unstack_layers(adapter)
+
+
+def applied(base: Params, adapter: Params, lora: LoRA) -> Params:
+    """Parameters of the adapted model, as `Qwen2` reads them: the base's arrays with the adapter's beside them."""
+    return join(base, scaled(adapter, lora))
+
+
+def scaled(adapter: Params, lora: LoRA) -> Params:
+    """The adapter with s in its B."""
+    part = lambda path, x: x * lora.scaling if path[-1].key == LORA_B else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(part, adapter)
+
+
+def join(base: Params, adapter: Params) -> Params:
+    """One tree of both; no array is copied."""
+    return base | {name: join(base[name], x) if isinstance(x, dict) else x for name, x in adapter.items()}
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """(base, adapter), what `join` was given; without an adapter (params, {})."""
+    base: Params = {}
+    adapter: Params = {}
+    for name, tree in params.items():
+        if isinstance(tree, dict):
+            base[name], inner = split(tree)
+            adapter |= {name: inner} if inner else {}
+        else:
+            (adapter if name in (LORA_A, LORA_B) else base)[name] = tree
+    return base, adapter
+
+
+def merged(params: Params) -> Params:
+    """Parameters of an unadapted model with the same outputs: W + s A B, in float32; the rest is passed on.
+
+    Args:
+        params: of `applied`, whose base is not in int8.
+    """
+    if LORA_A not in params:
+        return {name: merged(tree) if isinstance(tree, dict) else tree for name, tree in params.items()}
+    kernel, a, b = (params[name] for name in ("kernel", LORA_A, LORA_B))
+    wide = accum_dtype(a.dtype)
+    update = jnp.einsum("...ir,...ro->...io", a.astype(wide), b.astype(wide), **matmul_options(wide))
+    rest = {name: x for name, x in params.items() if name not in (LORA_A, LORA_B)}
+    return rest | {"kernel": kernel.astype(wide) + update}

@@ -1,0 +1,142 @@
+"""Adapters on a frozen model against W + s A B in NumPy's float64, against their parts, and at their beginning."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.lora import (
+    LoRA,
+    abstract_adapter,
+    applied,
+    init_adapter,
+    join,
+    merged,
+    scaled,
+    split,
+)
+from rlver_jax.models.quantization import quantize, unrounded
+from rlver_jax.models.qwen import Qwen2, logits, stack_layers
+from tests.conftest import appended, plain, random_params
+
+CONFIG = Qwen2Config(57, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4)
+TOKENS = np.random.default_rng(0).integers(0, 57, (2, 12)).astype(np.int32)
+SOME = LoRA(3, 12.0, ("q", "v", "down"), rank_stabilized=True)
+
+
+def drawn(model, lora, seed=5):
+    """An adapter that has learned something: no factor is zero."""
+    draw, (shapes, _) = np.random.default_rng(seed), abstract_adapter(model, lora)
+    return jax.tree.map(lambda x: jnp.asarray(0.1 * draw.standard_normal(x.shape), x.dtype), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens=TOKENS):
+    hidden, _ = model.apply({"params": params}, tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    return logits(params, hidden)
+
+
+def test_scaling():
+    assert LoRA(8, 16.0).scaling == 2
+    assert LoRA(16, 8.0, rank_stabilized=True).scaling == 2
+
+
+@pytest.mark.parametrize(
+    ("scan", "dtype", "param_dtype"),
+    [(True, "float32", "float32"), (False, "bfloat16", "bfloat16"), (False, "float32", "int8")],
+)
+def test_an_untrained_adapter_changes_no_bit(scan, dtype, param_dtype):
+    model = Qwen2(CONFIG, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), scan_layers=scan)
+    params = random_params(unrounded(model) if param_dtype == "int8" else model, 1)
+    params = quantize(params, model) if param_dtype == "int8" else params
+    lora = LoRA(4, 16.0)
+    adapter = init_adapter(model, lora, jax.random.key(0))
+    np.testing.assert_array_equal(forward(model, applied(params, adapter, lora)), forward(model, params))
+    adapter = drawn(model, lora)
+    assert np.abs(forward(model, applied(params, adapter, lora)) - forward(model, params)).max() > 0.01
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("lora", [LoRA(4, 6.0), SOME], ids=["all", "some"])
+def test_it_computes_what_whole_matrices_would(scan, lora):
+    model = Qwen2(CONFIG, scan_layers=scan)
+    params, adapter = random_params(model, 1), drawn(model, lora)
+    s = lora.alpha / (np.sqrt(lora.rank) if lora.rank_stabilized else lora.rank)
+
+    def by_hand(tree, factors):
+        if "lora_a" not in factors:
+            return tree | {name: by_hand(tree[name], inner) for name, inner in factors.items()}
+        a, b = (np.asarray(factors[name], np.float64) for name in ("lora_a", "lora_b"))
+        return tree | {"kernel": jnp.asarray(np.asarray(tree["kernel"], np.float64) + s * (a @ b), jnp.float32)}
+
+    whole = by_hand(params, adapter)
+    changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (whole, params)), strict=True)]
+    assert sum(changed) == len(lora.targets) * (1 if scan else 2)
+    together = applied(params, adapter, lora)
+    np.testing.assert_allclose(forward(model, together), forward(model, whole), atol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), merged(together), whole)
+
+
+def test_its_beginning_is_one_with_layers_stacked_or_not():
+    scanned, unrolled = (Qwen2(CONFIG, scan_layers=scan) for scan in (True, False))
+    stacked, apart = (init_adapter(model, SOME, jax.random.key(3)) for model in (scanned, unrolled))
+    jax.tree.map(np.testing.assert_array_equal, stacked, stack_layers(apart))
+    attention = stacked["layers"]["attn"]
+    assert set(stacked["layers"]) == {"attn", "down"}
+    assert set(attention) == {"q", "v"}
+    assert attention["v"]["lora_a"].shape == (2, 32, 3)
+    assert attention["v"]["lora_b"].shape == (2, 3, 16)
+    a = np.asarray(stacked["layers"]["down"]["lora_a"])
+    assert 0.9 / np.sqrt(48) < np.abs(a).max() <= 1 / np.sqrt(48)
+    assert not np.asarray(attention["q"]["lora_b"]).any()
+    other = init_adapter(scanned, SOME, jax.random.key(4))
+    assert not np.array_equal(other["layers"]["down"]["lora_a"], a)
+
+
+def test_base_and_adapter_come_apart_again():
+    model = Qwen2(CONFIG)
+    params, adapter = random_params(model, 1), drawn(model, SOME)
+    base, factors = split(join(params, adapter))
+    assert jax.tree.structure((base, factors)) == jax.tree.structure((params, adapter))
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, ((base, factors), (params, adapter))), strict=True))
+    assert split(params) == (params, {})
+
+
+def test_a_cache_holds_what_one_pass_reads(toy):
+    """As the sampler reads an adapted policy, token by token, and as the trainer does, in one row."""
+    lora = LoRA(4, 16.0)
+    lm = toy.replace(params=join(toy.params, scaled(drawn(toy.model, lora), lora)))
+    rows = [TOKENS[0].tolist(), TOKENS[1, :7].tolist()]
+    hidden, _ = plain(lm, rows)
+    cache = appended(lm, rows)
+    for b, row in enumerate(rows):
+        np.testing.assert_allclose(cache.hidden[b], hidden[b][len(row) - 1], atol=1e-5)
+    assert np.abs(hidden[0] - plain(toy, rows)[0][0]).max() > 0.1
+
+
+def test_gradients_are_those_of_whole_matrices():
+    """dL/dA = s G B^T and dL/dB = s A^T G, with G the gradient of W + s A B (arXiv 2106.09685, by the chain rule)."""
+    lora = LoRA(3, 12.0)
+    model = Qwen2(CONFIG, scan_layers=False, remat="full")
+    params, adapter = random_params(model, 1), drawn(model, lora)
+
+    def loss(params):
+        return jnp.square(forward(model, params)).mean()
+
+    found = jax.jit(jax.grad(lambda adapter: loss(applied(params, adapter, lora))))(adapter)
+    whole = jax.jit(jax.grad(loss))(merged(applied(params, adapter, lora)))
+    for layer, inner in found.items():
+        pairs = {("attn", name): both for name, both in inner["attn"].items()}
+        pairs |= {(name,): inner[name] for name in ("gate", "up", "down")}
+        assert len(pairs) == 7
+        for path, both in pairs.items():
+            factors, full = adapter[layer], whole[layer]
+            for name in path:
+                factors, full = factors[name], full[name]
+            g, a, b = (np.asarray(x, np.float64) for x in (full["kernel"], factors["lora_a"], factors["lora_b"]))
+            scale = np.abs(g).max()
+            np.testing.assert_allclose(both["lora_a"], 4 * g @ b.T, atol=1e-5 * scale, rtol=1e-4)
+            np.testing.assert_allclose(both["lora_b"], 4 * a.T @ g, atol=1e-5 * scale, rtol=1e-4)

@@ -1,0 +1,165 @@
+"""Runs that train adapters: what they save, how they resume, who reads them, and what is refused."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import debug
+from rlver_jax import export, verify
+from rlver_jax import train as command
+from rlver_jax.config.validate import ConfigError, check_training, validate
+from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.hf_weights import load_params, save_params
+from rlver_jax.models.qwen import Qwen2, init_params
+from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.training.checkpoints import Checkpoints
+from rlver_jax.training.loop import train
+from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.restore import TrainedPolicy
+from rlver_jax.training.setup import build_run
+from tests.compare_runs import differences
+from tests.conftest import random_params
+
+FIELDS = {
+    "train.steps": 2, "checkpoint.every": 1, "checkpoint.keep_last": 9, "log.dialogues_every": 1, "eval.every": 0,
+    "log.tensorboard": False, "lora.rank": 4, "loss.kl": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Folder of a tiny model with weights, and its model."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model = Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False)
+    save_params(folder, random_params(model, 3), model.config, tokenizer_from=debug.WORLD)
+    return folder, model
+
+
+def config_of(folder, arg="ppo", **fields):
+    config = debug.get_config(arg)
+    for model in (config.policy, config.user):
+        model.path, model.init = str(folder), "path"
+    config.critic.path, config.critic.init = "", "path"
+    config.update_from_flattened_dict(FIELDS | {name.replace("__", "."): x for name, x in fields.items()})
+    return config
+
+
+def one_device():
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def run(config, workdir):
+    train(config, workdir, one_device(), Console(file=io.StringIO(), width=200))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def unbroken(base, tmp_path_factory):
+    """A finished run of two steps: PPO with a critic and a KL penalty, all on one base."""
+    return run(config_of(base[0]), tmp_path_factory.mktemp("unbroken") / "run")
+
+
+def test_one_base_serves_all(base):
+    """No second copy: policy, critic, reference and user read the same arrays."""
+    made, state = build_run(config_of(base[0]), one_device())
+    assert made.base.policy is made.agents.policy.params is made.agents.user.params
+    assert made.base.critic is None
+    assert made.reference is None
+    assert made.setup.models.reference_is_base
+    weights = sum(x.size for x in jax.tree.leaves(made.base.policy))
+    learned = sum(x.size for x in jax.tree.leaves(state.params))
+    rank, config = 4, made.agents.policy.model.config
+    d, f, q, kv = config.hidden_size, config.intermediate_size, *(
+        heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)
+    )  # fmt: skip
+    adapter = config.num_layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + f))
+    assert learned == 2 * adapter + d + 1, "two adapters and a value head"
+    assert weights == config.num_params
+
+
+def test_other_bases_are_loaded_beside(base):
+    made, _ = build_run(config_of(base[0], critic__param_dtype="bfloat16", loss__kl=0.0), one_device())
+    assert made.base.critic is not None
+    assert made.base.critic["norm"]["scale"].dtype == "bfloat16"
+    assert not made.setup.models.reference_is_base
+
+
+def test_it_learns_from_where_the_base_is(unbroken):
+    rows = read_metrics(unbroken / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["policy/reference_kl"] == 0, "the untrained policy is its base, to the bit"
+    assert rows[1]["policy/reference_kl"] > 1e-5
+    for row in rows:
+        assert abs(row["policy/ratio_max_first"] - 1) < 1e-4, "sampler and trainer agree"
+        assert row["policy/grad_norm"] > 0 < row["critic/grad_norm"]
+
+
+def test_a_checkpoint_holds_adapters_and_moments_alone(unbroken):
+    record = json.loads((unbroken / "checkpoints" / "000002" / "record" / "metadata").read_text())["record"]
+    names = [name for name in record["leaves"] if name.startswith("params/")]
+    assert all(name.endswith(("lora_a", "lora_b")) or name.startswith("params/critic/head/") for name in names)
+    assert {name.split("/")[1] for name in names} == {"policy", "critic"}
+    moments = [name for name in record["leaves"] if "/mu/" in name]
+    assert len(moments) == len(names)
+
+
+def test_resumed_it_ends_as_one_that_was_never_interrupted(base, unbroken, tmp_path):
+    run(config_of(base[0], train__steps=1), tmp_path / "run")
+    run(config_of(base[0]), tmp_path / "run")
+    assert differences(unbroken, tmp_path / "run") == []
+
+
+def test_its_log_is_recomputed(base, unbroken):
+    """The policy of step 2 is the base with the adapter of step 1."""
+    flags = [f"--config.{side}.path={base[0]}" for side in ("policy", "user")]
+    flags += [f"--config.{side}.init=path" for side in ("policy", "user")]
+    log = unbroken / "dialogues" / "step_000002.jsonl"
+    words = [str(log), "--config=configs/debug.py:ppo", f"--policy={unbroken}", *flags]
+    assert verify.main([*words, "--config.train.steps=2", "--config.lora.rank=4"]) == 0
+
+
+def test_an_export_holds_the_adapter_or_the_whole_model(base, unbroken, tmp_path, capsys):
+    folder, model = base
+    assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'adapter'}"]) == 0
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'whole'}", "--merged", "--dtype=float32"]) == 0
+    whole, before = load_params(tmp_path / "whole", model), load_params(folder, model)
+    adapter = Checkpoints.reader(unbroken / "checkpoints")
+    kept = TrainedPolicy.open(unbroken, "last")
+    factors = kept.weights(model)["layer_0"]["attn"]["q"]
+    a, b = (np.asarray(factors[name], np.float64) for name in ("lora_a", "lora_b"))
+    expected = np.asarray(before["layer_0"]["attn"]["q"]["kernel"], np.float64) + a @ b
+    np.testing.assert_allclose(whole["layer_0"]["attn"]["q"]["kernel"], expected, atol=1e-6)
+    np.testing.assert_array_equal(whole["embed"]["kernel"], before["embed"]["kernel"])
+    adapter.close()
+
+
+def test_another_base_is_refused(base, unbroken, tmp_path):
+    other = tmp_path / "other"
+    save_params(other, init_params(base[1], jax.random.key(9)), base[1].config, tokenizer_from=debug.WORLD)
+    with pytest.raises(ValueError, match=r"other weights than those that the adapter in .* was trained on"):
+        TrainedPolicy.open(unbroken, "last", str(other)).weights(base[1])
+
+
+def test_a_run_without_adapters_has_none_to_merge(tmp_path, capsys):
+    words = ["--config=configs/debug.py", "--config.train.steps=1", "--config.eval.every=0", f"--workdir={tmp_path}/r"]
+    assert command.main([*words, "--config.log.tensorboard=False"]) == 0
+    assert export.main([f"--workdir={tmp_path / 'r'}", f"--out={tmp_path / 'out'}", "--merged"]) == 2
+    assert "trained all parameters, so there is no adapter" in capsys.readouterr().err
+
+
+def test_what_is_refused():
+    config = debug.get_config()
+    config.lora.rank, config.lora.targets = 4, "q,wv"
+    with pytest.raises(ConfigError, match=r"lora.targets='q,wv': expected some of q, k, v.* found 'wv'"):
+        validate(config)
+    config.lora.targets, config.lora.rank, config.policy.param_dtype = "q", 0, "int8"
+    with pytest.raises(ConfigError, match=r"policy.param_dtype='int8': .* set lora.rank"):
+        check_training(config)
