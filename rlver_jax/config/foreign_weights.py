@@ -16,6 +16,7 @@ _KINDS = (
     (
         r"adapter_(model\.(safetensors|bin)|config\.json)",
         "a LoRA adapter, not a model",
+        "name its base model as path, and this folder as policy.adapter or user.adapter, or "
         'merge it into its base model, python -c "from peft import AutoPeftModelForCausalLM as M; '
         "M.from_pretrained('{folder}').merge_and_unload().save_pretrained('NEW')\", copy the base model's tokenizer "
         "files to NEW, and name that",

@@ -18,6 +18,11 @@ def model(**own: Field) -> dict[str, Field]:
         "path": Field(
             "", "Hugging Face folder of a Qwen2.5 model with its tokenizer, or ORG/NAME[@REVISION]", path=True
         ),
+        "adapter": Field(
+            "",
+            "folder of a LoRA adapter (peft) that is merged into the weights as they are read; empty: none",
+            path=True,
+        ),
         "size": Field("", "published size that `plan` takes where path is empty", choices=SIZES),
         "init": Field(
             "path",

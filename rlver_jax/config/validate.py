@@ -256,6 +256,9 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
     for name in (f"{model}.path" for model in needs):
         if values[name] and (fault := hub.fault(values[name])):
             yield f"{name}={shown(values[name])}: {fault}"
+    for name in (f"{model}.adapter" for model in needs if f"{model}.adapter" in values):
+        if values[name] and not _is(Path.is_file, f"{values[name]}/adapter_config.json"):
+            yield f"{name}={shown(values[name])}: no folder with adapter_config.json; expected one that peft has saved"
     if values["user.prompts"] and not is_folder(values["user.prompts"]):
         yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
     elif values["user.prompts"] and "user" in needs and paths.sage_folder(values["user.prompts"]):

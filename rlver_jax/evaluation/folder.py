@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = (
 PATHS = (*CONFIG_PATHS, "remote.policy.url", "remote.user.url")
 # What of a side's fields still matters where its model is behind an endpoint, and the endpoint's fields that matter.
 _OF_DEVICE = (
-    *("path", "init", "dtype", "param_dtype", "scan_layers", "attention", "attention_chunk"),
+    *("path", "adapter", "init", "dtype", "param_dtype", "scan_layers", "attention", "attention_chunk"),
     *("readout", "enforce_format"),
 )
 _OF_ENDPOINT = ("url", "model", "extra")

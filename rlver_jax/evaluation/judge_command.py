@@ -162,7 +162,7 @@ def _judge_config(arg: str, config: ConfigDict | None, prompts: str | None) -> t
                 f"judge {arg}: a model's folder needs settings: give --config=FILE too, or a config file for the judge"
             )
         judge, name = config.copy_and_resolve_references(), short_name(arg)
-        judge.user.path, judge.user.init, judge.remote.user.url = arg, "path", ""
+        judge.user.path, judge.user.adapter, judge.user.init, judge.remote.user.url = arg, "", "path", ""
     else:
         judge, _, _ = config_from_flags([f"--config={arg}"], "")
         file, _, argument = arg.partition(":")

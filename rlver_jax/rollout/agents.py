@@ -20,6 +20,7 @@ from rlver_jax.decoding.generate import Truncation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.lora import join, split
+from rlver_jax.models.peft_files import with_adapter
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
 from rlver_jax.parallel import rules
@@ -37,6 +38,8 @@ from rlver_jax.user.prompts import Prompts, load_prompts
 from rlver_jax.user.turn import UserLimits, UserTables, build_user_tables
 
 _T = TypeVar("_T")
+# Fields that a model's parameters depend on.
+_OF_PARAMETERS = ("path", "adapter", "size", "init", "dtype", "param_dtype", "scan_layers")
 Weights = Callable[[Qwen2, Mesh | None], Params]  # where a model's parameters come from
 
 
@@ -106,13 +109,19 @@ def load_model(
     elif config.init == "random":
         params = random_params(stored, name, mesh)
     else:
-        params = load_params(config.path, stored, mesh=mesh)
+        params = read_params(config, stored, mesh)
     return LM(quantize(params, model, mesh) if rounded else params, model), tokenizer
+
+
+def read_params(config: ConfigDict, model: Qwen2, mesh: Mesh | None = None) -> Params:
+    """Weights of the folder `config.path`, with the adapter `config.adapter` merged into them, if there is one."""
+    params = load_params(config.path, model, mesh=mesh)
+    return with_adapter(params, model, config.adapter, mesh) if config.adapter else params
 
 
 def same_parameters(one: ConfigDict, other: ConfigDict) -> bool:
     """Whether two models of a config are of one folder and read in one way, so that one copy serves both."""
-    return all(one[name] == other[name] for name in ("path", "size", "init", "dtype", "param_dtype", "scan_layers"))
+    return all(one[name] == other[name] for name in _OF_PARAMETERS)
 
 
 def random_params(model: Qwen2, name: str, mesh: Mesh | None = None) -> Params:

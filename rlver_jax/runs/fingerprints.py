@@ -59,7 +59,7 @@ def model_fingerprint(config: ConfigDict, name: str) -> str:
     held = local_folder(folder, weights=weights)
     if weights and not any(held.glob("*.safetensors")):
         raise ValueError(f"{name}.path={folder!r} holds no *.safetensors; expected a Hugging Face folder of a model")
-    parts = model_parts(held, weights=weights)
+    parts = model_parts(held, weights=weights) | adapter_part(config.adapter if weights else "")
     return f"{_sampled(held, weights)}.{_digest(json.dumps(parts, sort_keys=True).encode())}"
 
 
@@ -85,6 +85,18 @@ def model_parts(folder: Path, *, weights: bool) -> dict[str, str]:
         "tokenizer": _digest(json.dumps(next((e for e in ends if e is not None), None)).encode(), *contents),
     }
     return parts | ({"weights": _weights(folder)} if weights else {})
+
+
+def adapter_part(folder: str) -> dict[str, str]:
+    """{"adapter": fingerprint} of an adapter's folder; without one nothing.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not folder:
+        return {}
+    files = [Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return {"adapter": _digest(*(file.read_bytes() for file in files))}
 
 
 def _weights(folder: Path) -> str:
@@ -192,7 +204,8 @@ def run_fingerprints(
     for name, (folder, weights) in models.items():
         key = (folder.resolve(), weights)
         read[key] = read.get(key) or model_parts(folder, weights=weights)
-        fingerprints |= {f"{name}.{part}": digest for part, digest in read[key].items()}
+        parts = read[key] | adapter_part(config[name].get("adapter", "") if weights else "")
+        fingerprints |= {f"{name}.{part}": digest for part, digest in parts.items()}
     return fingerprints
 
 

@@ -135,10 +135,13 @@ def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
     if step == BASE + 1 and is_run(choice.checkpoint) and not chosen:
         began = RunFolder(Path(choice.checkpoint)).typed_config().policy
         config.policy.path, config.policy.init = choice.path or began.path, began.init
+        config.policy.adapter = began.adapter
     else:
         if step is not None and is_run(choice.checkpoint) and not chosen:
             _check_kept(choice.checkpoint, step)
             chosen = str(step - 1)
+        if is_run(choice.checkpoint):
+            config.policy.adapter = ""  # that training began with: a checkpoint holds it
         trained = take_checkpoint(config, choice.checkpoint, chosen, choice.path)
     validate(config, needs=["policy"])
     return Player(config, trained)

@@ -9,11 +9,10 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.foreign_weights import is_run
 from rlver_jax.config.hub import fault, local_folder
-from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.lora import LoRA, abstract_adapter, applied
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
-from rlver_jax.rollout.agents import random_params
+from rlver_jax.rollout.agents import random_params, read_params
 from rlver_jax.runs.fingerprints import model_parts
 from rlver_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
 from rlver_jax.training.kept_model import base_folder, check_same_model, kept_model
@@ -96,7 +95,9 @@ class TrainedPolicy:
                 f"{self.base}: holds other weights than those that the adapter in {self.folder.path} was trained on; "
                 f"{remedy}"
             )
-        return load_params(self.base, model, mesh=mesh)
+        section = c.copy_and_resolve_references()
+        section.path = self.base
+        return read_params(section, model, mesh)
 
     def _read(self, shapes: Params, axes: Params, mesh: Mesh | None) -> Params:
         one = SingleDeviceSharding(jax.local_devices()[0])
@@ -131,6 +132,11 @@ def take_checkpoint(config: ConfigDict, checkpoint: str, step: str, path: str = 
     if not is_run(checkpoint):
         config.policy.path, config.policy.init = checkpoint, "path"
         return None
+    if config.policy.adapter:
+        raise CheckpointError(
+            f"policy.adapter={config.policy.adapter!r}: --checkpoint={checkpoint} is a training run, whose policy is "
+            f"whole; leave the adapter out"
+        )
     trained = TrainedPolicy.open(checkpoint, step, path)
     if trained.config.sft.data and trained.config.sft.role == "user":
         raise CheckpointError(

@@ -51,7 +51,8 @@ def settle_role(config: ConfigDict) -> None:
     Everything of a run's folder that serves a trained policy (checkpoints, export) so serves a fitted user, too.
     """
     if config.sft.role == USER:
-        config.policy.path, config.policy.init = config.user.path, config.user.init
+        for name in ("path", "adapter", "init"):
+            config.policy[name] = config.user[name]
 
 
 def check_fitting(config: ConfigDict) -> None:

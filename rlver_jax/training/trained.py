@@ -105,7 +105,8 @@ def critic_model(config: ConfigDict, agents: Agents, mesh: Mesh, weights: Weight
 def shares_base(config: ConfigDict) -> bool:
     """Whether critic and policy are adapters on one model: the same folder, read in the same way."""
     critic = config.critic.copy_and_resolve_references()
-    critic.path, critic.size = critic.path or config.policy.path, critic.size or config.policy.size
+    critic.size = critic.size or config.policy.size
+    critic.path, critic.adapter = folders_beside_policy(config, "critic")
     return same_parameters(config.policy, critic)
 
 
@@ -122,10 +123,19 @@ def reference_params(config: ConfigDict, agents: Agents, mesh: Mesh, weights: We
     return beside_policy(config, "reference", config.policy, mesh, agents, weights).params
 
 
+def folders_beside_policy(config: ConfigDict, name: str) -> tuple[str, str]:
+    """(path, adapter) of critic or reference: the policy's where they have no path."""
+    own = config[name]
+    if not own.path:
+        return config.policy.path, own.get("adapter") or config.policy.adapter
+    adapter = config.policy.adapter if name == "reference" and own.path == config.policy.path else ""
+    return own.path, own.get("adapter") or adapter
+
+
 def beside_policy(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, agents: Agents, weights: Weights) -> LM:
     """Model of `config.NAME`; an empty path is the policy's. It must share the policy's tokenizer."""
     settings = like.copy_and_resolve_references()
-    settings.path = config[name].path or config.policy.path
+    settings.path, settings.adapter = folders_beside_policy(config, name)
     lm, tokenizer = weights.load(settings, name, mesh)
     check_tokenizers(agents.tokenizer, tokenizer)
     return lm

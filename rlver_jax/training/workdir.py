@@ -148,6 +148,7 @@ class RunFolder:
         if not self._begun():
             return now
         changed = [contents.described(name) for name in now if known.get(name, now[name]) != now[name]]
+        changed += [contents.described(name) for name in _adapters_changed(known, now)]
         if changed:
             raise ValueError(
                 f"{self.path}: holds a run that began with others than these: {listed(changed, '; ')}; give what it "
@@ -292,6 +293,13 @@ class RunFolder:
                 f"{self.path}: holds a finished run of {done} steps; name another --workdir, or raise train.steps "
                 f"above {done} to resume it"
             )
+
+
+def _adapters_changed(known: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Adapters that models of a run had at its beginning and have no more, or the other way round."""
+    models = [name.removesuffix(".weights") for name in now if name.endswith(".weights") and name in known]
+    names = [f"{model}.adapter" for model in models]
+    return [name for name in names if (name in known) != (name in now)]
 
 
 def _same_files(old: object, new: str) -> bool:

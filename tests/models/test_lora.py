@@ -1,11 +1,14 @@
 """Adapters on a frozen model against W + s A B in NumPy's float64, against their parts, and at their beginning."""
 
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.lora import (
@@ -18,11 +21,14 @@ from rlver_jax.models.lora import (
     scaled,
     split,
 )
+from rlver_jax.models.peft_files import AdapterError, read_adapter, save_adapter, with_adapter
 from rlver_jax.models.quantization import quantize, unrounded
-from rlver_jax.models.qwen import Qwen2, logits, stack_layers
+from rlver_jax.models.qwen import Qwen2, abstract_params, logits, stack_layers
+from rlver_jax.parallel import rules
+from rlver_jax.parallel.mesh import make_mesh
 from tests.conftest import appended, plain, random_params
 
-CONFIG = Qwen2Config(57, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4)
+CONFIG = Qwen2Config(58, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4)
 TOKENS = np.random.default_rng(0).integers(0, 57, (2, 12)).astype(np.int32)
 SOME = LoRA(3, 12.0, ("q", "v", "down"), rank_stabilized=True)
 
@@ -140,3 +146,77 @@ def test_gradients_are_those_of_whole_matrices():
             scale = np.abs(g).max()
             np.testing.assert_allclose(both["lora_a"], 4 * g @ b.T, atol=1e-5 * scale, rtol=1e-4)
             np.testing.assert_allclose(both["lora_b"], 4 * a.T @ g, atol=1e-5 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_folder_of_peft_is_read_as_it_was_written(scan, tmp_path):
+    model = Qwen2(CONFIG, scan_layers=scan)
+    adapter = drawn(model, SOME)
+    save_adapter(tmp_path, adapter, CONFIG, SOME, base="BASE")
+    lora, found = read_adapter(tmp_path, model)
+    assert lora == SOME
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+    mesh = make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        _, spread = read_adapter(tmp_path, model, mesh)
+        jax.tree.map(np.testing.assert_array_equal, spread, adapter)
+        params = jax.device_put(random_params(model, 1), rules.tree_shardings(*abstract_params(model)[::-1], mesh))
+        placed = jax.tree.map(lambda x: x.sharding, params)
+        whole = with_adapter(params, model, tmp_path, mesh)
+    assert jax.tree.map(lambda x: x.sharding, whole) == placed
+    wanted = merged(applied(random_params(model, 1), adapter, SOME))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), whole, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, expected False"),
+        ({"peft_type": "IA3"}, "peft_type='IA3', expected 'LORA'"),
+        ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern=\{'q_proj': 2\}, expected \{\}"),
+        ({"r": 0}, "r=0 and lora_alpha=12.0; expected a rank above 0"),
+        ({"r": 5}, r"lora_A.weight has shape \(3, 32\), expected \(5, 32\): it is of another model"),
+    ],
+)
+def test_what_a_plain_adapter_is_not_is_refused(change, message, tmp_path):
+    model = Qwen2(CONFIG)
+    save_adapter(tmp_path, drawn(model, SOME), CONFIG, SOME, base="BASE")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(tmp_path, model)
+
+
+def test_tensors_of_another_model_or_none_are_refused(tmp_path):
+    model = Qwen2(CONFIG)
+    save_adapter(tmp_path, drawn(model, SOME), CONFIG, SOME, base="BASE")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    cases = [
+        ({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
+        (tensors | {"base_model.model.lm_head.lora_A.weight": tensors[name]}, "holds base_model.model.lm_head.lora_A"),
+        (tensors | {name: tensors[name] * np.nan}, "holds NaN or infinity"),
+    ]
+    for changed, message in cases:
+        save_file(changed, file)
+        with pytest.raises(AdapterError, match=message):
+            read_adapter(tmp_path, model)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(AdapterError, match="no adapter can be read"):
+        read_adapter(tmp_path, model)
+
+
+def test_no_gradient_of_a_frozen_matrix_is_computed():
+    """The compiled update has no product as large as a gate's kernel; that of full fine-tuning has one for each."""
+    config = Qwen2Config(58, 32, 96, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
+    model, lora = Qwen2(config, scan_layers=False, remat="full"), LoRA(4, 16.0)
+    params, adapter = abstract_params(model)[0], abstract_adapter(model, lora)[0]
+
+    def kernels(gradient, *given):
+        text = jax.jit(gradient).lower(*given).compile().as_text()
+        return len(re.findall(r"f32\[32,96\]\S* (?:dot|custom-call)\(", text))
+
+    loss = lambda params: jnp.square(forward(model, params)).sum()  # noqa: E731
+    assert kernels(jax.grad(loss), params) == 2
+    assert kernels(jax.grad(lambda adapter, params: loss(applied(params, adapter, lora))), adapter, params) == 0

@@ -8,7 +8,7 @@ import pytest
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.lora import LoRA, applied, merged
-from rlver_jax.models.peft_files import save_adapter
+from rlver_jax.models.peft_files import save_adapter, with_adapter
 from rlver_jax.models.qwen import Qwen2, head
 from tests.conftest import random_params
 from tests.models.test_lora import CONFIG, SOME, TOKENS, drawn, forward
@@ -67,3 +67,21 @@ def test_loss_gradients_and_merged_logits_are_those_of_peft(peft, lora, scan, tm
     found = np.asarray(forward(model, whole))
     assert np.linalg.norm(found - logits) <= 1e-5 * np.linalg.norm(logits)
     assert np.linalg.norm(np.asarray(forward(model, params)) - logits) > 0.05 * np.linalg.norm(logits)
+
+
+def test_an_adapter_of_peft_is_read(peft, tmp_path):
+    """Made and saved by peft: our merged logits are its own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = Qwen2(CONFIG)
+    save_params(tmp_path / "base", random_params(model, 1), CONFIG, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    kinds = {"r": 3, "lora_alpha": 7, "target_modules": ["k_proj", "gate_proj"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", use_rslora=True, **kinds))
+    theirs.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+    found = np.asarray(forward(model, with_adapter(random_params(model, 1), model, tmp_path / "adapter")))
+    assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
+    assert np.linalg.norm(np.asarray(forward(model, random_params(model, 1))) - wanted) > 0.1 * np.linalg.norm(wanted)

@@ -14,13 +14,14 @@ from rlver_jax import train as command
 from rlver_jax.config.validate import ConfigError, check_training, validate
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
+from rlver_jax.models.lora import merged
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.training.checkpoints import Checkpoints
-from rlver_jax.training.loop import train
+from rlver_jax.training.loop import fingerprints_of, train
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.restore import TrainedPolicy
 from rlver_jax.training.setup import build_run
+from rlver_jax.training.workdir import Contents, RunFolder
 from tests.compare_runs import differences
 from tests.conftest import random_params
 
@@ -131,14 +132,38 @@ def test_an_export_holds_the_adapter_or_the_whole_model(base, unbroken, tmp_path
     }
     assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'whole'}", "--merged", "--dtype=float32"]) == 0
     whole, before = load_params(tmp_path / "whole", model), load_params(folder, model)
-    adapter = Checkpoints.reader(unbroken / "checkpoints")
     kept = TrainedPolicy.open(unbroken, "last")
     factors = kept.weights(model)["layer_0"]["attn"]["q"]
     a, b = (np.asarray(factors[name], np.float64) for name in ("lora_a", "lora_b"))
     expected = np.asarray(before["layer_0"]["attn"]["q"]["kernel"], np.float64) + a @ b
     np.testing.assert_allclose(whole["layer_0"]["attn"]["q"]["kernel"], expected, atol=1e-6)
     np.testing.assert_array_equal(whole["embed"]["kernel"], before["embed"]["kernel"])
-    adapter.close()
+
+
+def test_an_exported_adapter_is_read_beside_its_base(base, unbroken, tmp_path):
+    """As policy: what was trained, with its weights merged."""
+    folder, model = base
+    assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'adapter'}"]) == 0
+    config = config_of(folder, policy__adapter=str(tmp_path / "adapter"), lora__rank=0)
+    validate(config)
+    made, _ = build_run(config, one_device())
+    wanted = merged(TrainedPolicy.open(unbroken).weights(model))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), made.agents.policy.params, wanted)
+    assert made.agents.user.params is not made.agents.policy.params, "the user has no adapter"
+    known = fingerprints_of(config)
+    assert known["policy.adapter"] != fingerprints_of(config_of(folder)).get("policy.adapter")
+    run_folder = RunFolder.open(tmp_path / "run", config, contents=Contents(fingerprints_of_(config), str))
+    run_folder.metrics.write_text('{"step": 1}\n')
+    plain = config_of(folder, lora__rank=0)
+    with pytest.raises(ValueError, match=r"began with others than these: policy.adapter"):
+        RunFolder.open(tmp_path / "run", plain, contents=Contents(fingerprints_of_(plain), str))
+    config.policy.adapter = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"policy.adapter=.*: no folder with adapter_config.json"):
+        validate(config)
+
+
+def fingerprints_of_(config):
+    return lambda gone: fingerprints_of(config, gone)
 
 
 def test_another_base_is_refused(base, unbroken, tmp_path):
