@@ -53,8 +53,8 @@ def one_device():
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
-def run(config, workdir):
-    train(config, workdir, one_device(), Console(file=io.StringIO(), width=200))
+def run(config, workdir, mesh=None):
+    train(config, workdir, mesh or one_device(), Console(file=io.StringIO(), width=200))
     return workdir
 
 
@@ -188,3 +188,39 @@ def test_what_is_refused():
     config.lora.targets, config.lora.rank, config.policy.param_dtype = "q", 0, "int8"
     with pytest.raises(ConfigError, match=r"policy.param_dtype='int8': .* set lora.rank"):
         check_training(config)
+
+
+def first_row(workdir):
+    return next(row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] == 1)
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_what_one_device_does(base, unbroken, tmp_path):
+    """Also where dialogues are played on another mesh, for which the base is copied."""
+    fields = {"mesh__fsdp": 4, "mesh__tensor": 2, "mesh_sampling__replica": 4, "mesh_sampling__fsdp": 1}
+    config = config_of(base[0], train__steps=1, **fields)
+    run(config, tmp_path / "run", make_mesh(1, 4, 2))
+    one, many = first_row(unbroken), first_row(tmp_path / "run")
+    for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss", "reward/mean"):
+        assert many[name] == pytest.approx(one[name], rel=1e-4), name
+    log = "dialogues/step_000001.jsonl"
+    tokens = lambda line: [message["tokens"] for message in json.loads(line)["messages"]]  # noqa: E731
+    said = [[tokens(line) for line in (w / log).open(encoding="utf-8")] for w in (unbroken, tmp_path / "run")]
+    assert said[0] == said[1]
+
+
+@pytest.mark.slow
+def test_a_base_in_int8_under_a_policy_whose_critic_shares_its_trunk(base, tmp_path):
+    rounded = {"policy__param_dtype": "int8", "user__param_dtype": "int8", "critic__kind": "shared"}
+    workdir = run(config_of(base[0], train__steps=1, policy__scan_layers=True, **rounded), tmp_path / "run")
+    row = first_row(workdir)
+    assert abs(row["policy/ratio_max_first"] - 1) < 1e-4
+    assert row["policy/reference_kl"] == 0 < row["policy/grad_norm"]
+    record = json.loads((workdir / "checkpoints" / "000001" / "record" / "metadata").read_text())["record"]
+    critic = {name for name in record["leaves"] if name.startswith("params/critic/")}
+    assert critic == {"params/critic/head/kernel", "params/critic/head/bias"}
+    assert all("int8" not in leaf["dtype"] for leaf in record["leaves"].values())
+    assert export.main([f"--workdir={workdir}", f"--out={tmp_path / 'whole'}", "--merged", "--dtype=float32"]) == 0
+    before, whole = load_params(base[0], base[1]), load_params(tmp_path / "whole", base[1])
+    moved = np.abs(np.asarray(whole["layer_0"]["up"]["kernel"]) - np.asarray(before["layer_0"]["up"]["kernel"])).max()
+    assert 0 < moved < 0.05, "merged into the weights as they were before they were rounded"
