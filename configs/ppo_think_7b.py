@@ -14,16 +14,17 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-USER_72B = "user72b"
+USER_72B, LORA = "user72b", "lora"
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """RLVER's values with their sources, then what only memory and speed depend on.
 
-    `arg` joins any of challenging (as in base.py) and user72b (a plan's size of the user) with commas. Sources: files
-    of RLVER's code (github.com/Tencent/digitalhuman, RLVER/code, commit 057e269), sections of the paper.
+    `arg` joins any of challenging (as in base.py), user72b (a plan's size of the user) and lora (`with_adapters`) with
+    commas. Sources: files of RLVER's code (github.com/Tencent/digitalhuman, RLVER/code, commit 057e269), sections of
+    the paper.
     """
-    words = base.words(arg, USER_72B, base.CHALLENGING)
+    words = base.words(arg, USER_72B, LORA, base.CHALLENGING)
     c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
     c.policy.prompt = "friend"  # system_prompt.py, in our words
     c.rollout.batch, c.rollout.group = 32, 1  # train_rlver.sh: train_batch_size 32, rollout.n 1; paper B.3
@@ -40,7 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.turns_per_update = 32  # train_rlver.sh: ppo_mini_batch_size 32, of turns
     c.train.warmup_steps = 160  # train_rlver.sh: 0.02 x 1,000 training steps, of about 8 updates
     c.critic.rate_warmup_steps = 400  # train_rlver.sh: 0.05 x 1,000 training steps, of about 8 updates
-    return on_a_pod(c, "72b" if USER_72B in words else "7b")
+    c = on_a_pod(c, "72b" if USER_72B in words else "7b")
+    return with_adapters(c) if LORA in words else c
 
 
 def on_a_pod(c: ConfigDict, user: str) -> ConfigDict:
@@ -54,6 +56,18 @@ def on_a_pod(c: ConfigDict, user: str) -> ConfigDict:
     c.mesh.tensor = 4  # Qwen2.5-7B has 4 key and value heads
     c.mesh_sampling.replica, c.mesh_sampling.fsdp = -1, 1  # no weights travel while dialogues are played
     c.eval.every, c.eval.max_turns = 25, 9
+    return c
+
+
+def with_adapters(c: ConfigDict) -> ConfigDict:
+    """Adapters on one frozen base, which the user reads too where its path is the policy's (docs/lora.md).
+
+    Not RLVER's: it trained all parameters. Learning rates are ten times its own; nothing here has been tuned.
+    """
+    c.lora.rank, c.lora.alpha = 16, 32.0
+    c.policy.param_dtype = c.critic.param_dtype = "bfloat16"
+    c.train.learning_rate *= 10
+    c.critic.learning_rate *= 10
     return c
 
 

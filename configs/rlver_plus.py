@@ -10,12 +10,12 @@ RLVER's values are in ppo_think_7b.py and its siblings. This code has not been r
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.ppo_think_7b import USER_72B, on_a_pod
+from configs.ppo_think_7b import LORA, USER_72B, on_a_pod, with_adapters
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` joins ppo or grpo, think or direct (ppo,think where none is named), challenging, user72b with commas."""
-    words = base.words(arg, "ppo", "grpo", "think", "direct", base.CHALLENGING, USER_72B)
+    """`arg` joins ppo or grpo, think or direct (default ppo,think), challenging, user72b, lora with commas."""
+    words = base.words(arg, "ppo", "grpo", "think", "direct", base.CHALLENGING, USER_72B, LORA)
     c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
     c.policy.mode = "direct" if "direct" in words else "think"
     c.policy.prompt = "coach"  # an untrained policy earns more with it, so that rewards spread from the first step
@@ -30,4 +30,5 @@ def get_config(arg: str = "") -> ConfigDict:
         c.algorithm.estimator = "grpo"
         c.rollout.group = 4
     c.train.microbatches = 2
-    return on_a_pod(c, "72b" if USER_72B in words else "7b")
+    c = on_a_pod(c, "72b" if USER_72B in words else "7b")
+    return with_adapters(c) if LORA in words else c

@@ -1,5 +1,6 @@
 """Runs that train adapters: what they save, how they resume, who reads them, and what is refused."""
 
+import importlib
 import io
 import json
 
@@ -17,10 +18,12 @@ from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.lora import merged
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.rollout.agents import same_parameters
 from rlver_jax.training.loop import fingerprints_of, train
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.restore import TrainedPolicy
 from rlver_jax.training.setup import build_run
+from rlver_jax.training.trained import shares_base
 from rlver_jax.training.workdir import Contents, RunFolder
 from tests.compare_runs import differences
 from tests.conftest import random_params
@@ -224,3 +227,15 @@ def test_a_base_in_int8_under_a_policy_whose_critic_shares_its_trunk(base, tmp_p
     before, whole = load_params(base[0], base[1]), load_params(tmp_path / "whole", base[1])
     moved = np.abs(np.asarray(whole["layer_0"]["up"]["kernel"]) - np.asarray(before["layer_0"]["up"]["kernel"])).max()
     assert 0 < moved < 0.05, "merged into the weights as they were before they were rounded"
+
+
+@pytest.mark.parametrize("name", ["ppo_think_7b", "ppo_direct_7b", "grpo_think_7b", "grpo_direct_7b", "rlver_plus"])
+def test_configs_for_7b_have_one_base(name):
+    config = importlib.import_module(f"configs.{name}").get_config("lora,challenging")
+    config.policy.path = config.user.path = "MODEL"
+    assert (config.lora.rank, config.user.style) == (16, "challenging")
+    assert shares_base(config)
+    assert same_parameters(config.policy, config.user)
+    full = importlib.import_module(f"configs.{name}").get_config("challenging")
+    assert config.train.learning_rate == pytest.approx(10 * full.train.learning_rate)
+    assert (full.lora.rank, full.policy.param_dtype) == (0, "float32")
