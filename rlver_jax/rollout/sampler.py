@@ -265,7 +265,7 @@ def sample_dialogues(
     """Plays a batch of dialogues to the end: one XLA program, no host in between.
 
     Args:
-        policy, user: any two Qwen2.5 models with one tokenizer (checked by `agents.check_tokenizers`).
+        policy, user: any two models with one tokenizer (checked by `agents.check_tokenizers`).
         tables: constants of the two sides.
         profiles: P profiles for B = P x spec.group dialogues.
         key: of the run; each dialogue folds its own id into it, so its course doesn't depend on its batch.
