@@ -277,3 +277,18 @@ def test_cache_writes_equal_numpy(rows, layer):
     np.testing.assert_array_equal(jax.jit(write)(*arguments), want)
     with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
         np.testing.assert_array_equal(jax.jit(write)(*arguments), want)
+
+
+@pytest.mark.slow
+def test_gradients_on_a_mesh_are_those_of_one_device():
+    """Of the norms of queries and keys too, which all heads share: devices that split heads add up their parts."""
+    config, tokens, _ = golden("qwen3")
+    config = dataclasses.replace(config, vocab_size=136)
+    model, mesh = Qwen2(config, remat="full"), make_mesh(fsdp=2, tensor=4)
+    params = init_params(model, jax.random.key(1))
+    batch = jnp.tile(tokens, (3, 1))[:8]
+    want = loss_and_gradient(model, params, batch)
+    with jax.set_mesh(mesh):
+        found = loss_and_gradient(model, init_params(model, jax.random.key(1), mesh), batch)
+    assert np.abs(want[1]["layers"]["attn"]["q_norm"]["scale"]).max() > 1e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-9), found, want)

@@ -12,7 +12,7 @@ from rlver_jax.text.tokenizer import load_tokenizer
 from tests.text.conftest import ADDED, THINK, write_bpe, write_qwen3
 from tests.training.test_loop import SEED, records_of, rows_of, run
 
-SIZES = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "init_std": 0.2, "tie_embeddings": True}
+SIZES = {"num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "init_std": 0.2, "tie_embeddings": True}
 
 pytestmark = pytest.mark.slow
 
@@ -42,29 +42,34 @@ def silent(tmp_path_factory):
     return file
 
 
-CASES = {
-    "think, user of Qwen2.5": {"user": "qwen2", "policy.attention": "chunked"},
-    "direct, user of Qwen3": {"user": "qwen3", "policy.mode": "direct", "user.param_dtype": "int8"},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_one_step_is_learned_from_and_recomputed(case, folders, silent, tmp_path, capsys):
-    fields = dict(CASES[case])
-    user = fields.pop("user")
-    paths = {"policy.path": folders["qwen3"], "user.path": folders[user]}
-    fields |= {name: str(path) for name, path in paths.items()} | {"data.train": str(silent), "data.eval": str(silent)}
-    fields |= {"policy.remat": "full", "policy.scan_layers": True, "rollout.context": 1024, "train.seed": SEED}
-    fields |= {"rollout.batch": 4, "rollout.group": 2}
-    run(tmp_path, **fields, **{"train.steps": 1, "eval.every": 0, "checkpoint.every": 1})
-    row, records = rows_of(tmp_path)[-1], records_of(tmp_path, 1)
+def trained(folder, folders, profiles, **fields) -> list[str]:
+    """A step of a Qwen3 policy, whose flags are returned: layers scanned and computed again, gradients not zero."""
+    fields |= {"policy.path": str(folders["qwen3"]), "data.train": str(profiles), "data.eval": str(profiles)}
+    fields |= {"policy.remat": "full", "policy.scan_layers": True, "user.scan_layers": True, "train.seed": SEED}
+    fields |= {"rollout.batch": 4, "rollout.group": 2, "rollout.context": 1024}
+    run(folder, **fields, **{"train.steps": 1, "eval.every": 0, "checkpoint.every": 1})
+    row, records = rows_of(folder)[-1], records_of(folder, 1)
     assert row["policy/grad_norm"] > 0
     assert abs(row["policy/ratio_max_first"] - 1) < 1e-4, "what is learned from is what was sampled"
     assert {record["messages"][0]["generated"] for record in records} == {False, True}
+    return [f"--config={debug.__file__}", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+def test_one_step_with_a_user_of_qwen25(folders, silent, tmp_path):
+    """With thoughts. The two families share a tokenizer here, so tokens pass between them."""
+    fields = {"user.path": str(folders["qwen2"]), "policy.attention": "chunked"}
+    trained(tmp_path, folders, silent, **fields)
+    replies = [message for record in records_of(tmp_path, 1) for message in record["messages"][1::2]]
+    (close,) = load_tokenizer(folders["qwen3"]).encode("</think>")
+    assert all(close in reply["tokens"] for reply in replies), "the tag that closes a thought at its limit is one token"
+
+
+def test_every_word_of_direct_dialogues_is_recomputed(folders, silent, tmp_path, capsys):
+    """Replies, appraisals and made-up first words follow an empty thought; the user is rounded to int8."""
+    fields = {"user.path": str(folders["qwen3"]), "user.param_dtype": "int8", "policy.mode": "direct"}
+    flags = trained(tmp_path, folders, silent, **fields)
     capsys.readouterr()
-    flags = [f"--config={debug.__file__}", *(f"--config.{name}={value}" for name, value in fields.items())]
-    log = tmp_path / "dialogues" / "step_000001.jsonl"
-    assert verify.main([str(log), *flags, f"--policy={tmp_path}"]) == 0
+    assert verify.main([str(tmp_path / "dialogues" / "step_000001.jsonl"), *flags, f"--policy={tmp_path}"]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "recomputed 4 dialogues" in words
     assert " 0 faults" in words
