@@ -183,10 +183,12 @@ class FolderTemplate:
     def before_last_reply(self) -> str:
         """What the template puts before a reply without a thought that ends a conversation: as `begun`, or nothing.
 
-        Raises:
-            ValueError: it can't be rendered.
+        Nothing too where it refuses such a conversation: then it says nothing of its last reply.
         """
-        rendered = self.render([{"role": role, "content": content} for role, content in _PROBE[:3]])
+        try:
+            rendered = self.render([{"role": role, "content": content} for role, content in _PROBE[:3]])
+        except ValueError:
+            return ""
         return rendered.rpartition("<|im_start|>assistant\n")[2].rpartition(_PROBE[2][1])[0]
 
     def default_system(self) -> str:

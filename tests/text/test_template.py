@@ -293,3 +293,11 @@ def test_what_goes_on_is_what_apply_chat_template_leaves_open(published, content
         pytest.skip("QwQ's template leaves the thought out even here, which transformers refuses")
     want = reference.apply_chat_template(messages, continue_final_message=True, tokenize=False)
     assert ChatTemplate(tokenizer).continued(messages) == reference.encode(want)
+
+
+def test_a_template_that_refuses_a_last_reply_lets_it_go_on(tmp_path):
+    refusal = "{%- if messages[-1].role == 'assistant' %}{{ raise_exception('ask something') }}{%- endif %}"
+    tokenizer = load_tokenizer(folder_of(tmp_path, refusal + EACH + PROMPT))
+    chat = ChatTemplate(tokenizer)
+    want = chat.as_rendered([KIND, USER], generation_prompt=True) + tokenizer.encode("It hurts, I")
+    assert chat.continued([KIND, USER, {"role": "assistant", "content": "It hurts, I"}]) == want
