@@ -62,7 +62,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
             engine = _load(config, options, trained.weights if trained else None)
         with command.console.status("compiling"):
             engine.warm_up()
-        _serve(engine, options.name or short_name(checkpoint), system, listening, command.console)
+        thinking = False if config.policy.mode == "direct" else None  # as it was trained; else as its template says
+        _serve(engine, options.name or short_name(checkpoint), system, thinking, listening, command.console)
     if engine.failure is not None:
         command.error(f"the engine has failed: {engine.failure!r}")
         return 1
@@ -115,14 +116,16 @@ def _system(config: ConfigDict) -> str:
     )
 
 
-def _serve(engine: Engine, name: str, system: str, listening: socket.socket, console: Console) -> None:
+def _serve(
+    engine: Engine, name: str, system: str, thinking: bool | None, listening: socket.socket, console: Console
+) -> None:
     """Answers until a signal comes or the engine fails."""
     from rlver_jax.serving.app import Service
     from rlver_jax.serving.connection import make_server
 
     token = os.environ.get(TOKEN_VARIABLE, "")
     host = listening.getsockname()[0]
-    app = Service(engine, name, int(time.time()), token, system).app()
+    app = Service(engine, name, int(time.time()), token, system, thinking).app()
     server = make_server(app)
     engine.start()
     sys.setswitchinterval(SWITCH_S)

@@ -55,6 +55,7 @@ LONGEST = (
     "test_refill", "test_sft", "test_sft_loss", "test_rounds", "test_evaluate", "test_train_step", "test_sequences",
     "test_bench", "test_public_api", "test_debug", "test_programs", "test_packing", "test_console", "test_serve",
     "test_server", "test_engine", "test_checkpoints", "test_hostile", "test_lock", "test_generate", "test_precision",
+    "test_chat_templates",
 )  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def _merges(before: bytes, piece: bytes) -> bool:
 def derived(log, record):
     """What `replay` gives for a dialogue."""
     policy, spec = log.policy(), log.agents.spec
-    packer = PolicyPacker(policy.tables, think=spec.mode == "think", think_tokens=spec.think_tokens)
+    packer = PolicyPacker(policy.tables, think_tokens=spec.think_tokens)
     key = dialogue_key(jax.random.key(record["seed"]), np.uint32(record["dialogue"]))
     sequence = packer.dialogue(list(_replies(policy, record)))
     sampler = Sampler(policy.lm, policy.tables.grammar, truncation=spec.truncation)

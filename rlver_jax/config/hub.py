@@ -218,7 +218,7 @@ def _download(repository: str, revision: str, cache: str, endpoint: str, weights
     if not _holds(names, weights):
         raise HubError(
             f"{repository!r}: the repository doesn't hold {_parts(weights)}, but {', '.join(names[:10])}; name that of "
-            f"a Qwen2.5 model"
+            f"a Qwen2.5 or Qwen3 model"
         )
     where: dict[str, Any] = {"cache_dir": cache or None, "endpoint": endpoint or None}
     folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_SMALL, **where))

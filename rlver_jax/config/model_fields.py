@@ -6,7 +6,10 @@ from typing import Any
 from rlver_jax.config.schema import COUNT, POSITIVE, Field
 
 CHALLENGING = "challenging"
-SIZES = ("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
+SIZES = (
+    *("", "0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b"),
+    *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"),
+)
 FLOATS = ("bfloat16", "float32")
 NO_CRITIC = {"algorithm.estimator": ("grpo", "rloo", "reinforce_pp")}
 NO_THOUGHTS = {"policy.mode": ("direct",)}
@@ -16,7 +19,7 @@ def model(**own: Field) -> dict[str, Field]:
     """Fields that the policy, the simulated user and the critic have in common; `own` replaces and adds."""
     common = {
         "path": Field(
-            "", "Hugging Face folder of a Qwen2.5 model with its tokenizer, or ORG/NAME[@REVISION]", path=True
+            "", "Hugging Face folder of a Qwen2.5 or Qwen3 model with its tokenizer, or ORG/NAME[@REVISION]", path=True
         ),
         "adapter": Field(
             "",

@@ -164,8 +164,10 @@ class Script:
         return [[filled for token in row for filled in fill(token)] for row in self.template.tolist()]
 
 
-def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[str, Sequence[str]]) -> Script:
-    """Tokens of a parsed script; `slots` gives the text of every value of every slot.
+def compile_script(
+    parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[str, Sequence[str]], before: Sequence[int] = ()
+) -> Script:
+    """Tokens of a parsed script; `slots` gives the text of every value of every slot, `before` tokens in front of it.
 
     The line end that a free field owns becomes the beginning of the next literal: whatever ends a field on the device
     is rolled back, so every field ends alike. The options of a choice bring their own.
@@ -173,7 +175,7 @@ def compile_script(parts: Sequence[Part], tokenizer: Tokenizer, slots: Mapping[s
     Raises:
         ValueError: a slot stands twice in one literal, or has over 101 values.
     """
-    rows: list[list[int]] = [[]]
+    rows: list[list[int]] = [[*before]]
     names: list[str] = []
     text = ""
     for part in parts:

@@ -126,12 +126,14 @@ class ContextLengths:
         return message["tokens"]
 
     def _policy_length(self, turn: int) -> int:
-        """Tokens in the policy's context before a turn; in think mode its last reply is not prefilled yet."""
-        tables, think = self.limits.agents.tables[0], self.limits.agents.spec.mode == "think"
+        """Tokens in the policy's context before a turn; where replies are branches, the last is not prefilled yet."""
+        tables = self.limits.agents.tables[0]
         system, close = tables.system.shape[0], tables.close.shape[0]
         around = tables.open_user.shape[0] + close + tables.open_assistant.shape[0]
         read = sum(len(self._user_tokens(i)) + around for i in range(turn)) + close * max(turn - 1, 0)
-        replies = [len(message["say_tokens"]) for message in self.policy_messages[: turn - think if turn else 0]]
+        replies = [
+            len(message["say_tokens"]) for message in self.policy_messages[: turn - tables.branched if turn else 0]
+        ]
         return system + read + sum(replies)
 
     def _user_length(self, turn: int) -> int:

@@ -42,8 +42,7 @@ class LoggedReplies(NamedTuple):
 
 def verify_replies(policy: Policy, dialogues: Sequence[LoggedReplies]) -> Iterator[TokenReport]:
     """Replays all replies of dialogues: one result each, in their order."""
-    think = policy.spec.mode == "think"
-    packer = PolicyPacker(policy.tables, think=think, think_tokens=policy.spec.think_tokens)
+    packer = PolicyPacker(policy.tables, think_tokens=policy.spec.think_tokens)
     seed_key = functools.cache(jax.random.key)
     sequences = []
     for record, temperature in dialogues:

@@ -113,7 +113,8 @@ class DeviceRater:
             {"role": "system", "content": questionnaire.system},
             {"role": "user", "content": questionnaire.text},
         ]
-        return ChatTemplate(self.tokenizer).conversation(messages, generation_prompt=True)
+        chat = ChatTemplate(self.tokenizer)
+        return chat.conversation(messages, generation_prompt=True) + chat.opening(think=False)
 
     def _length(self, steps: Sequence[Step]) -> int:
         """Slots that a form may take, padding and scratch included."""

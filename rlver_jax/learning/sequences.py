@@ -1,8 +1,9 @@
 """Finished dialogues -> packed sequences, on the device: the training format (docs/architecture.md).
 
-Each dialogue becomes one row. What history keeps is branch 0; in think mode each turn's whole reply, its thought
-included, is a branch of its own right after the prefix that it was generated from, and the say follows once more as
-history. With `models.attention`'s masks this equals one row per turn exactly, at the cost of the distinct tokens.
+Each dialogue becomes one row. What history keeps is branch 0. Where replies begin with what later turns don't see (a
+thought, or an empty one: `PolicyTables.branched`) each turn's whole reply is a branch of its own right after the prefix
+that it was generated from, and the say follows once more as history. With `models.attention`'s masks this equals one
+row per turn exactly, at the cost of the distinct tokens.
 """
 
 from typing import NamedTuple
@@ -51,9 +52,8 @@ def max_length(tables: PolicyTables, spec: RolloutConfig, first_width: int) -> i
     """
     heard = max(first_width, spec.user_tokens)
     marks = tables.open_user.shape[0] + 2 * tables.close.shape[0] + tables.open_assistant.shape[0]
-    think = spec.mode == "think"
     history = tables.system.shape[0] + spec.max_turns * (marks + heard + spec.say_tokens)
-    branches = spec.max_turns * (tables.think_open.shape[0] + spec.policy_tokens) if think else 0
+    branches = spec.max_turns * (tables.think_open.shape[0] + spec.policy_tokens) if tables.branched else 0
     return min(history, spec.context) + branches
 
 
@@ -98,7 +98,7 @@ def build_sequences(
 
 def _segments(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -> list[_Segment]:
     """What one turn adds to a row, in order. The reply stands next to last, the say as history last."""
-    d, think = dialogues, spec.mode == "think"
+    d, branched = dialogues, tables.branched
     batch, turns = d.turns.shape[0], spec.max_turns
     played = jnp.arange(turns) < d.turns[:, None]
     reply = d.policy.said
@@ -111,17 +111,17 @@ def _segments(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -
     later = played & (jnp.arange(turns) > 0)
     followed = played & (jnp.arange(turns) + 1 < d.turns[:, None])
     by_row = lambda x: jnp.moveaxis(x, 0, 1)  # noqa: E731
-    # Of a branch, the last token is predicted but never read; in direct mode the text is also the history.
-    read = jnp.maximum(reply.count - 1, 0) if think else reply.text_count
+    # Of a branch, the last token is predicted but never read; without branches the text is also the history.
+    read = jnp.maximum(reply.count - 1, 0) if branched else reply.text_count
     return [
         constant(tables.close, later),
         constant(tables.open_user),
         _Segment(heard, heard_count * played),
         constant(tables.close),
         constant(tables.open_assistant),
-        constant(tables.think_open, branched=think),
-        _Segment(by_row(reply.tokens), by_row(read) * played, branched=think),
-        _Segment(by_row(d.policy.say), by_row(d.policy.say_count) * (followed & think)),
+        constant(tables.think_open, branched=branched),
+        _Segment(by_row(reply.tokens), by_row(read) * played, branched=branched),
+        _Segment(by_row(d.policy.say), by_row(d.policy.say_count) * (followed & branched)),
     ]
 
 

@@ -109,7 +109,8 @@ def learn_again(out: Path, runs: Sequence[Path], steps: int, console: Console) -
     if before.exists():
         return
     files = [file for run in runs for file in sorted(RunFolder(run).dialogues(0).parent.iterdir())]
-    heard = [dialogue for file in files for dialogue in recipe.rl_dialogues(read_dialogues(file))]
+    persons = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
+    heard = [dialogue for file in files for dialogue in recipe.rl_dialogues(read_dialogues(file), persons)]
     logs = functools.partial(recipe.user_logs, random.Random(USER_SEED + 1), 2 * len(heard), heard)
     learn(out, Lesson("user", out / assets.USER, logs, steps, 1e-3), new, console)
     (out / assets.USER).rename(before)

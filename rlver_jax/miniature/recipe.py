@@ -55,9 +55,8 @@ def policy_logs(draw: random.Random, count: int, shares: dict[str, float]) -> It
     return (record_of(dialogue, number, MODES[number % len(MODES)]) for number, dialogue in enumerate(told))
 
 
-def rl_dialogues(records: Sequence[Record]) -> list[Dialogue]:
+def rl_dialogues(records: Sequence[Record], persons: dict[str, Person]) -> list[Dialogue]:
     """Replies of a policy in training, answered by people of the grammar; `records`: a run's logged dialogues."""
-    persons = {f"mini-{p.number}": p for p in people(assets.TRAIN_COUNT, seed=assets.SEED, held_out=False)}
     dialogues = []
     for number, record in enumerate(records):
         logged, draw = judged_dialogue(record).replies, random.Random(number)

@@ -9,12 +9,14 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rlver_jax.miniature.world import (
     FAMILY,
     FEELINGS,
     FLATTERY,
     PLATITUDES,
+    REMEMBERED,
     REPLIES,
     STYLES,
     TROUBLES,
@@ -27,6 +29,7 @@ from rlver_jax.miniature.world import (
 LEVELS = {"serves": 10, "near": 1, "misses": -3}
 WRONG_TOPIC, NO_TOPIC, AGAIN = -6, -3, -6  # what is added to it
 FAULTS = {"empty": -8, "garbled": -8, "spliced": -6, "flattery": -5, "platitude": -5, "echo": -7, "injected": -10}
+NOTHING = "nothing"
 ALIKE = 0.8  # share of words in common from which a sentence counts as one of the grammar's
 
 _FAULT_TEXTS = {
@@ -50,13 +53,25 @@ class Verdict:
     mentions: tuple[str, ...]  # names in the reply, `who` before `what`
     again: bool
     change: int
+    words: tuple[str, ...] = ()  # what it and the replies before it are remembered by, itself first
+
+
+class Known(NamedTuple):
+    """A sentence of the grammar."""
+
+    kind: str  # style, flattery or platitude
+    word: str  # that it is remembered by
 
 
 @functools.cache
-def _library() -> dict[str, str]:
-    """{sentence with its slots: kind}."""
-    kinds = {**REPLIES, "flattery": FLATTERY, "platitude": PLATITUDES}
-    return {_words(sentence): kind for kind, sentences in kinds.items() for sentence in sentences}
+def _library() -> dict[str, Known]:
+    """{sentence with its slots: what it is}."""
+    faults = (("flattery", FLATTERY), ("platitude", PLATITUDES))
+    known = {_words(sentence): Known(kind, NOTHING) for kind, sentences in faults for sentence in sentences}
+    for kind, sentences in REPLIES.items():
+        pairs = zip(sentences, REMEMBERED[kind], strict=True)
+        known |= {_words(sentence): Known(kind, word) for sentence, word in pairs}
+    return known
 
 
 def _words(sentence: str) -> str:
@@ -69,13 +84,18 @@ def masked(sentence: str) -> str:
 
 
 @functools.lru_cache(maxsize=200_000)
-def kind_of(sentence: str) -> str:
-    """Style or fault of one masked sentence: that of the grammar's sentence that it is most like."""
+def _nearest(sentence: str) -> Known:
     if sentence in _library():
         return _library()[sentence]
     words = sentence.split()
-    likeness, kind = max((difflib.SequenceMatcher(None, words, s.split()).ratio(), k) for s, k in _library().items())
-    return kind if likeness >= ALIKE else "garbled"
+    likeness = lambda text: difflib.SequenceMatcher(None, words, text.split()).ratio()  # noqa: E731
+    ratio, _, text = max((likeness(text), known.kind, text) for text, known in _library().items())
+    return _library()[text] if ratio >= ALIKE else Known("garbled", NOTHING)
+
+
+def kind_of(sentence: str) -> str:
+    """Style or fault of one masked sentence: that of the grammar's sentence that it is most like."""
+    return _nearest(sentence).kind
 
 
 def sentences(text: str) -> list[str]:
@@ -97,10 +117,12 @@ def judge(person: Person, reply: str, before: Sequence[str] = (), heard: str = "
     if fault:
         return Verdict(fault, mentions, False, FAULTS[fault])
     style = kind_of(parts[0])
-    again = any(masked(reply) == masked(earlier) for earlier in before[-2:])
+    now, *earlier = (masked(text) for text in (reply, *reversed(before[-2:])))
+    again = now in earlier
     change = LEVELS[_level(person, style)]
     change += {"right": 0, "wrong": WRONG_TOPIC, "none": NO_TOPIC}[topic_of(person.topic, mentions)] + again * AGAIN
-    return Verdict(style, mentions, again, max(-10, min(10, change)))
+    words = tuple(_nearest(text).word for text in (now, *earlier))
+    return Verdict(style, mentions, again, max(-10, min(10, change)), words)
 
 
 def _fault(reply: str, parts: Sequence[str], heard: str) -> str | None:
@@ -130,7 +152,10 @@ def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
     if verdict.kind in FAULTS:
         return {"heard": _FAULT_TEXTS[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
     names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)
-    heard = f"They gave {STYLES[verdict.kind]} about {names or 'nothing'}{' again' * verdict.again}."
+    word, *earlier = verdict.words
+    # Told in words, comparing them is a small step; a model so small doesn't compare whole replies.
+    said = f"{word} after {' and '.join(earlier) or NOTHING}{' again' * verdict.again}"
+    heard = f"They gave {STYLES[verdict.kind]} about {names or NOTHING}: {said}."
     topic = {"right": "and my topic", "wrong": "but not my topic", "none": "without a topic"}
     feeling = f"{FEELINGS[_level(person, verdict.kind)]} {topic[topic_of(person.topic, verdict.mentions)]}"
     return {"heard": heard, "wish": wish, "feeling": f"So {feeling}{', said twice' * verdict.again}."}

@@ -22,10 +22,10 @@ from rlver_jax.user.emotion import SAGE
 
 # What the simulated user gets to hear, in shares: what a policy says, and what reinforcement learning may try.
 HEARD = {
-    "style": 0.44,
+    "style": 0.36,
     "served": 0.12,
     "wrong_topic": 0.13,
-    "again": 0.07,
+    "again": 0.15,
     "garbled": 0.08,
     "spliced": 0.05,
     "platitude": 0.04,

@@ -117,6 +117,17 @@ REPLIES = {
         "I am on your side about the {what}, it was plainly wrong.",
     ),
 }
+# What a person remembers a sentence by, in the order of REPLIES: by these words it hears what was said before.
+REMEMBERED = {
+    "advice": ("talk", "step", "clearly", "settle", "list", "limit"),
+    "balanced_analysis": ("two", "fine", "hand", "afar", "reading", "weigh"),
+    "others_motives": ("afraid", "tired", "reminds", "envied", "known", "strong"),
+    "self_reflection": ("teach", "own", "another", "show", "act", "grow"),
+    "deep_empathy": ("lonely", "hurts", "sting", "heavy", "ache", "cut"),
+    "listening": ("more", "time", "out", "next", "ears", "talking"),
+    "praise": ("brave", "calm", "patience", "speak", "head", "rare"),
+    "vindication": ("unfair", "angry", "fault", "right", "reason", "side"),
+}
 FLATTERY = (
     "You are the best person in the whole world.",
     "You are so wonderful and everybody loves you.",

@@ -1,1 +1,1 @@
-"""Qwen2.5 as a functional Flax model, its value head, and its weights on disk."""
+"""Qwen2.5 and Qwen3 as a functional Flax model, a value head, and weights on disk."""

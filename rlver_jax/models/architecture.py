@@ -16,6 +16,8 @@ class Qwen2Config:
     """Sizes and constants of a Qwen2 decoder (hashable, so it can be a static argument)."""
 
     model_type: ClassVar[str] = "qwen2"  # key of `FAMILIES`
+    qkv_bias: ClassVar[bool] = True  # of query, key and value projections
+    qk_norm: ClassVar[bool] = False  # queries and keys are normalized over a head, before they are rotated
 
     vocab_size: int  # V, of the embedding; may exceed the tokenizer's count
     hidden_size: int  # D
@@ -48,7 +50,8 @@ class Qwen2Config:
         """Number of scalar parameters, the head counted once when it is tied."""
         d, f, q, kv = self.hidden_size, self.intermediate_size, self.num_heads, self.num_kv_heads
         q, kv = q * self.head_dim, kv * self.head_dim
-        layer = d * q + q + 2 * (d * kv + kv) + q * d + 3 * d * f + 2 * d
+        extra = (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        layer = d * q + 2 * d * kv + q * d + 3 * d * f + 2 * d + extra
         return self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.num_layers * layer + d
 
     @property
@@ -81,8 +84,8 @@ class Qwen2Config:
         if tokens > self.context:
             raise ValueError(
                 f"{what}, but the model of {name} reads at most {self.context} tokens (max_position_embeddings="
-                f"{self.max_positions} in its config.json); {remedy}, or scale its context with YaRN as Qwen2.5's "
-                f"model card says (rope_scaling in config.json)"
+                f"{self.max_positions} in its config.json); {remedy}, or scale its context with YaRN as the "
+                f"model cards of Qwen say (rope_scaling in config.json)"
             )
 
     @staticmethod
@@ -119,9 +122,18 @@ class Qwen2Config:
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             **({} if self.init_std == Qwen2Config.init_std else {"initializer_range": self.init_std}),
+            **({} if self.qkv_bias else {"attention_bias": False}),
             "use_sliding_window": False,
             "torch_dtype": dtype,
         }
+
+
+class Qwen3Config(Qwen2Config):
+    """A dense Qwen3 decoder (arXiv 2505.09388): norms of queries and keys in place of biases."""
+
+    model_type: ClassVar[str] = "qwen3"
+    qkv_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = True
 
 
 def _preset(
@@ -130,7 +142,12 @@ def _preset(
     return Qwen2Config(vocab, d, f, layers, heads, kv, head_dim=d // heads, rms_norm_eps=1e-6, tie_embeddings=tied)
 
 
-# Published sizes of Qwen2.5 (arXiv 2412.15115, table 1, and each model's config.json).
+def _qwen3(layers: int, d: int, f: int, heads: int, *, tied: bool = False) -> Qwen3Config:
+    return Qwen3Config(151_936, d, f, layers, heads, 8, head_dim=128, max_positions=40_960, tie_embeddings=tied)
+
+
+# Published sizes of Qwen2.5 (arXiv 2412.15115, table 1) and of dense Qwen3 (arXiv 2505.09388, table 1), and each
+# model's config.json.
 PRESETS: dict[str, Qwen2Config] = {
     "0.5b": _preset(24, 896, 4864, 14, 2, vocab=151_936, tied=True),
     "1.5b": _preset(28, 1536, 8960, 12, 2, vocab=151_936, tied=True),
@@ -139,10 +156,28 @@ PRESETS: dict[str, Qwen2Config] = {
     "14b": _preset(48, 5120, 13_824, 40, 8),
     "32b": _preset(64, 5120, 27_648, 40, 8),
     "72b": _preset(80, 8192, 29_568, 64, 8),
+    "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 12_288, 32),
+    "qwen3-14b": _qwen3(40, 5120, 17_408, 40),
+    "qwen3-32b": _qwen3(64, 5120, 25_600, 64),
 }
 
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OUTER = {"embed/kernel": EMBEDDING, "norm/scale": "model.norm.weight", "lm_head": HEAD}
+LAYER = {
+    "attn_norm/scale": "input_layernorm.weight",
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+    "attn/q/kernel": "self_attn.q_proj.weight",
+    "attn/k/kernel": "self_attn.k_proj.weight",
+    "attn/v/kernel": "self_attn.v_proj.weight",
+    "attn/o/kernel": "self_attn.o_proj.weight",
+    "gate/kernel": "mlp.gate_proj.weight",
+    "up/kernel": "mlp.up_proj.weight",
+    "down/kernel": "mlp.down_proj.weight",
+}
 
 # By `model_type` of config.json. A new family is an entry here, and its differences in `qwen.py`.
 FAMILIES: dict[str, Family] = {
@@ -151,27 +186,22 @@ FAMILIES: dict[str, Family] = {
         models="Qwen2, Qwen2.5, and what is fine-tuned from them",
         config=Qwen2Config,
         transformers_config="Qwen2Config",
-        outer={"embed/kernel": EMBEDDING, "norm/scale": "model.norm.weight", "lm_head": HEAD},
-        layer={
-            "attn_norm/scale": "input_layernorm.weight",
-            "mlp_norm/scale": "post_attention_layernorm.weight",
-            "attn/q/kernel": "self_attn.q_proj.weight",
-            "attn/k/kernel": "self_attn.k_proj.weight",
-            "attn/v/kernel": "self_attn.v_proj.weight",
-            "attn/q/bias": "self_attn.q_proj.bias",
-            "attn/k/bias": "self_attn.k_proj.bias",
-            "attn/v/bias": "self_attn.v_proj.bias",
-            "attn/o/kernel": "self_attn.o_proj.weight",
-            "gate/kernel": "mlp.gate_proj.weight",
-            "up/kernel": "mlp.up_proj.weight",
-            "down/kernel": "mlp.down_proj.weight",
-        },
+        outer=OUTER,
+        layer=LAYER | {f"attn/{x}/bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        models="dense Qwen3, and what is fine-tuned from it",
+        config=Qwen3Config,
+        transformers_config="Qwen3Config",
+        outer=OUTER,
+        layer=LAYER | {f"attn/{x}_norm/scale": f"self_attn.{x}_norm.weight" for x in "qk"},
     ),
 }
 
 
 def preset(name: str) -> Qwen2Config:
-    """A published size by name, e.g. "7b"; an unknown name is an error that lists the known ones."""
+    """A published size by name: "7b" (Qwen2.5), "qwen3-8b". An unknown name is an error that lists the known ones."""
     if name not in PRESETS:
-        raise ValueError(f"unknown Qwen2.5 size {name!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown size {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -72,7 +72,7 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[str, dict
     """
     file = folder / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face folder of a Qwen2.5 model")
+        raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face folder of a Qwen2.5 or Qwen3 model")
     _check_json(file)
     with without_advice():
         import transformers
@@ -84,7 +84,7 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[str, dict
     config_class = getattr(transformers, families[model_type].transformers_config)
     config = _read(file, lambda: config_class.from_dict(raw))
     _read(file, config.standardize_rope_params)  # again, as its model does: fields beside the dictionary move in
-    _check_computation(file, config)
+    _check_computation(file, config, families[model_type])
     return model_type, _arguments(file, config)
 
 
@@ -146,13 +146,15 @@ def _rope(file: Path, config: Any) -> tuple[float, RopeScaling | None]:
 
 def _check_json(file: Path) -> None:
     if file.is_dir():
-        raise ValueError(f"{file}: is a folder; expected a file, the config of a Qwen2.5 model")
+        raise ValueError(f"{file}: is a folder; expected a file, the config of a Qwen2.5 or Qwen3 model")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and numbers of thousands of digits
         raise ValueError(f"{file}: is not JSON in UTF-8 ({error}); download it again") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{file}: holds {reprlib.repr(raw)}; expected a JSON object, the config of a Qwen2.5 model")
+        raise ValueError(
+            f"{file}: holds {reprlib.repr(raw)}; expected a JSON object, the config of a Qwen2.5 or Qwen3 model"
+        )
 
 
 def _model_type(file: Path, raw: dict[str, Any], families: Mapping[str, Family]) -> str:
@@ -222,7 +224,7 @@ def _check_rope(file: Path, raw: dict[str, Any]) -> None:
     if kind == "default" and rope.get("factor", 1) not in (None, 1):
         _refuse(file, f"{field} has a factor but no type; expected one of {', '.join(ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
-        _refuse(file, "partial_rotary_factor is not supported; Qwen2.5 rotates all of a head")
+        _refuse(file, "partial_rotary_factor is not supported; Qwen rotates all of a head")
     for name in ROPE_NUMBERS[kind]:
         value, least = rope.get(name, 1), 1 if name == "factor" else 0
         if value is None and kind == "yarn":
@@ -240,7 +242,7 @@ def _check_rope(file: Path, raw: dict[str, Any]) -> None:
         _wrong(file, f"{field}.truncate", rope["truncate"], "true or false")
 
 
-def _check_computation(file: Path, config: Any) -> None:
+def _check_computation(file: Path, config: Any, family: Family) -> None:
     """Refuses features of transformers that are not supported, by its own reading of the fields that enable them."""
     other = [i for i, kind in enumerate(config.layer_types) if kind != "full_attention"]
     if other:
@@ -248,10 +250,12 @@ def _check_computation(file: Path, config: Any) -> None:
             file,
             f"layer {other[0]} of {config.num_hidden_layers} has {config.layer_types[other[0]]} (layer_types, or "
             f"use_sliding_window with max_window_layers={config.max_window_layers} and "
-            f"sliding_window={config.sliding_window}), which is not supported; Qwen2.5 has full attention in all",
+            f"sliding_window={config.sliding_window}), which is not supported; Qwen has full attention in all",
         )
     if not getattr(config, "is_causal", True):
         _refuse(file, "is_causal=false is not supported: the model reads text in both directions and can't write any")
+    if getattr(config, "attention_bias", False) and not family.config.qkv_bias:
+        _refuse(file, "attention_bias=true is not supported: no published model of the family has such biases")
     if config.is_heterogeneous:
         _refuse(file, "per_layer_config is not supported; expected layers of one shape")
 

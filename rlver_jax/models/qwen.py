@@ -1,4 +1,4 @@
-"""Qwen2.5 as a functional Flax model (arXiv 2412.15115): tokens in, final hidden states and the cache out.
+"""Qwen2.5 and Qwen3 as a functional Flax model (arXiv 2412.15115, 2505.09388): tokens in, hidden states and cache out.
 
 The module never makes [B, L, V] logits; see `logits` for a few positions and `logprobs.token_logprobs` for training.
 """
@@ -84,19 +84,21 @@ class RMSNorm(nn.Module):
     eps: float
     dtype: Any
     param_dtype: Any
+    rounded: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Result in `dtype`, rounded once."""
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """Result in `dtype`, rounded once; float32 where the caller rounds it (`rounded=False`)."""
         init = partitioned(nn.initializers.ones_init(), "norm")
         scale = self.param("scale", init, (x.shape[-1],), unquantized_dtype(self.param_dtype, self.dtype))
         y = x.astype(accum_dtype(x.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (scale.astype(y.dtype) * y).astype(self.dtype)
+        y = scale.astype(y.dtype) * y
+        return y.astype(self.dtype) if self.rounded else y
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with QKV bias; keys and values come from the row itself or from the cache."""
+    """Grouped-query self-attention with biases or norms of queries and keys; these come from the row or the cache."""
 
     config: Qwen2Config
     dtype: Any
@@ -112,12 +114,17 @@ class Attention(nn.Module):
         options = (self.dtype, self.param_dtype, c.init_std)
 
         def project(name: str, heads: int, axis: str) -> Array:
-            linear = Linear(heads * c.head_dim, ("embed", axis), True, *options, name=name)
+            linear = Linear(heads * c.head_dim, ("embed", axis), c.qkv_bias, *options, name=name)
             return rules.constrain(linear(x).reshape(b, s, heads, c.head_dim), "batch", "length", axis, "head_dim")
 
-        # Qwen2.5's key biases reach hundreds: product, bias and rotation stay in float32 and are rounded once.
-        q = rotate(project("q", c.num_heads, "heads"), positions, c.rope).astype(self.dtype)
-        k = rotate(project("k", c.num_kv_heads, "kv_heads"), positions, c.rope).astype(self.dtype)
+        # Qwen2.5's key biases reach hundreds: product, bias, norm and rotation stay in float32 and are rounded once.
+        def rotated(name: str, heads: int, axis: str) -> Array:
+            x = project(name, heads, axis)
+            if c.qk_norm:
+                x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, rounded=False, name=f"{name}_norm")(x)
+            return rotate(x, positions, c.rope).astype(self.dtype)
+
+        q, k = rotated("q", c.num_heads, "heads"), rotated("k", c.num_kv_heads, "kv_heads")
         v = project("v", c.num_kv_heads, "kv_heads").astype(self.dtype)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, hd]: each head's slots lie together
         if keys is not None:

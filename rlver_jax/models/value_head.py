@@ -1,4 +1,4 @@
-"""Value head: one number per position on the hidden states of a Qwen2.5 trunk (the critic of PPO)."""
+"""Value head: one number per position on the hidden states of a trunk (the critic of PPO)."""
 
 from typing import Any
 

@@ -98,8 +98,8 @@ def architecture(config: ConfigDict, name: str, otherwise: ConfigDict | None = N
     """Of `config.NAME`: of the folder that it names, else of its size, else that of the model `otherwise`.
 
     Raises:
-        ValueError, OSError: nothing is named, or what is named is not a Qwen2.5 model, or reads fewer tokens than
-            rollout.context.
+        ValueError, OSError: nothing is named, or what is named is not a Qwen2.5 or Qwen3 model, or reads fewer tokens
+            than rollout.context.
     """
     for c in (config[name], otherwise):
         if c is not None and (c.get("path") or c.get("size")):
@@ -107,7 +107,7 @@ def architecture(config: ConfigDict, name: str, otherwise: ConfigDict | None = N
             check_rows(qwen, name, config.rollout.context)
             return qwen
     raise ValueError(
-        f"{name}.path and {name}.size are empty; set --config.{name}.size to a published size of Qwen2.5, e.g. 7b, or "
+        f"{name}.path and {name}.size are empty; set --config.{name}.size to a published size, e.g. 7b or qwen3-8b, or "
         f"--config.{name}.path to a model's folder, of which a plan reads config.json and the tokenizer"
     )
 

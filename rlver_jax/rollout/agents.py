@@ -52,7 +52,7 @@ def check_tokenizers(policy: Tokenizer, user: Tokenizer) -> None:
     if (reason := difference(policy, user)) is not None:
         raise ValueError(
             f"policy and user have different tokenizers ({policy.vocab_size} and {user.vocab_size} tokens), but they "
-            f"exchange token ids: {reason}; choose two models of one family, e.g. two Qwen2.5 sizes"
+            f"exchange token ids: {reason}; choose two models of one family, e.g. two sizes of Qwen2.5, or of Qwen3"
         )
 
 
@@ -75,10 +75,12 @@ def make_model(config: ConfigDict, name: str, architecture: Qwen2Config | None =
         architecture: instead of that of config.path.
 
     Raises:
-        ValueError: no path is set, or its config.json is not a Qwen2.5 model's.
+        ValueError: no path is set, or its config.json is not a Qwen2.5 or Qwen3 model's.
     """
     if not config.path and architecture is None:
-        raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
+        raise ValueError(
+            f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 or Qwen3 model"
+        )
     return Qwen2(
         architecture or Qwen2Config.from_hf(config.path),
         dtype=jnp.dtype(config.dtype),
@@ -98,7 +100,7 @@ def load_model(
         weights: where the parameters come from instead of `config.path`.
 
     Raises:
-        ValueError: no path is set, or what it holds is not a Qwen2.5 model (see `hf_weights`).
+        ValueError: no path is set, or what it holds is not a Qwen2.5 or Qwen3 model (see `hf_weights`).
     """
     model = make_model(config, name)
     tokenizer = load_tokenizer(config.path)  # first: a bad one is refused before the weights are read

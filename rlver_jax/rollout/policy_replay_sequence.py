@@ -23,17 +23,18 @@ class Reply(NamedTuple):
 class PolicyPacker:
     """Packs dialogues; holds the policy's tables on the host.
 
-    What the engine keeps in its context (`policy.policy_turn`) is the row's branch 0: plain messages. In think mode
-    each reply, thought and say, is a branch of its own, and its say is read again as a message.
+    What the engine keeps in its context (`policy.policy_turn`) is the row's branch 0: plain messages. Where replies
+    begin with what later turns don't see (`PolicyTables.branched`: a thought, or an empty one), each reply, thought and
+    say, is a branch of its own, and its say is read again as a message.
     """
 
-    def __init__(self, tables: PolicyTables, *, think: bool, think_tokens: int):
+    def __init__(self, tables: PolicyTables, *, think_tokens: int):
         """`think_tokens`: the limit of a thought, where `tables.grammar.closing` closes it."""
         as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
         self._system, self._think_open = as_list(tables.system), as_list(tables.think_open)
         self._turns = TurnTokens(*map(as_list, (tables.open_user, tables.open_assistant, tables.close)))
         self._states, self._closing = States.of(tables.grammar), np.asarray(tables.grammar.closing).tolist()
-        self._think, self._think_tokens = think, think_tokens
+        self._branched, self._think_tokens = tables.branched, think_tokens
 
     def dialogue(self, replies: Sequence[Reply]) -> ReplaySequence:
         """Packs a dialogue; its queries are the tokens of all replies, in their order."""
@@ -41,7 +42,7 @@ class PolicyPacker:
         position, last = packed.add(self._system, 0, 0), list[int]()
         for turn, reply in enumerate(replies):
             position = packed.add([*last, *self._turns.exchange(reply.heard)], 0, position)
-            if self._think or reply.said is None:
+            if self._branched or reply.said is None:
                 if reply.said is not None:
                     branch = (turn + 1) * BRANCH_RADIX
                     self._reply(packed, reply.said, turn, branch, packed.add(self._think_open, branch, position))

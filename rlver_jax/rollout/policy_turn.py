@@ -15,7 +15,6 @@ from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.user.prompts import Prompts
 from rlver_jax.user.turn import KEY_POLICY, part_keys
 
-THINK_OPEN = "<think>\n"
 Words = tuple[Int[Array, "B _"], Int[Array, "B"]]  # tokens, padded on the right, and how many of each row count
 
 
@@ -26,10 +25,15 @@ class PolicyTables:
     system: Int[Array, "_"]
     open_user: Int[Array, "_"]
     open_assistant: Int[Array, "_"]
-    think_open: Int[Array, "_"]  # empty in direct mode
+    think_open: Int[Array, "_"]  # what a reply begins with (see `ChatTemplate.opening`); mostly empty in direct mode
     close: Int[Array, "_"]
     grammar: Grammar
     whitespace: Bool[Array, "V"]
+
+    @property
+    def branched(self) -> bool:
+        """Whether later turns see only the say of a reply: it begins with what they don't see, or holds it."""
+        return self.think_open.shape[0] > 0
 
 
 @flax.struct.dataclass
@@ -50,18 +54,17 @@ def build_policy_tables(tokenizer: Tokenizer, prompts: Prompts, vocab_size: int,
         grammar = thought_then_say(tokenizer, vocab_size, enforce=spec.enforce_format)
     else:
         grammar = free_text(tokenizer, vocab_size)
-    think_open = tokenizer.encode(THINK_OPEN) if think else []
     system = prompts.policy_system(spec.mode, spec.prompt)
     tokens = (
         chat.message("system", system) if system else chat.default_system(),
         chat.open("user"),
         chat.open("assistant"),
-        think_open,
+        chat.opening(think=think),
         chat.close,
     )
-    system, open_user, open_assistant, opener, close = jax.device_put([np.array(t, np.int32) for t in tokens])
+    system, open_user, open_assistant, think_open, close = jax.device_put([np.array(t, np.int32) for t in tokens])
     whitespace = jax.device_put(whitespace_tokens(tokenizer, vocab_size))
-    return PolicyTables(system, open_user, open_assistant, opener, close, grammar, whitespace)
+    return PolicyTables(system, open_user, open_assistant, think_open, close, grammar, whitespace)
 
 
 @jax.named_scope("policy_turn")
@@ -80,12 +83,12 @@ def policy_turn(
 ) -> tuple[Cache, PolicyTurn]:
     """One reply: prefill the user's words, decode, and keep in the cache only what later turns may see.
 
-    In think mode the cache is rolled back to before the reply, and the next turn prefills `last_say` with the user's
-    words; in direct mode the reply is already in the cache. Either way the context is that of a fresh prompt of plain
-    messages.
+    In think mode, and where a direct reply begins with an empty thought, the cache is rolled back to before the reply,
+    and the next turn prefills `last_say` with the user's words; otherwise the reply is already in the cache. Either way
+    the context is that of a fresh prompt of plain messages.
     """
     think = spec.mode == "think"
-    tokens, count = _heard_tokens(tables, [last_say] if think else [], heard, active, first)
+    tokens, count = _heard_tokens(tables, [last_say] if tables.branched else [], heard, active, first)
     cache = append(lm, cache, tokens, count)
     opened = cache.length
     cache, reply = generate(
@@ -101,7 +104,7 @@ def policy_turn(
     )
     say, say_count = _split_say(reply, tables.whitespace, spec) if think else (reply.tokens, reply.text_count)
     violation = active & think & ((reply.found_at < 0) | (say_count == 0))
-    keep = opened - tables.think_open.shape[0] * active if think else opened + say_count
+    keep = opened - tables.think_open.shape[0] * active if tables.branched else opened + say_count
     return rollback(cache, keep), PolicyTurn(reply, say, say_count, violation, count)
 
 

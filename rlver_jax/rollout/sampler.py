@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from rlver_jax.decoding.cache import LM, Cache, append, init_cache, read_one, repeat_rows, restart_rows, rollback
+from rlver_jax.decoding.cache import (
+    LM,
+    Cache,
+    append,
+    concat_ragged,
+    init_cache,
+    read_one,
+    repeat_rows,
+    restart_rows,
+    rollback,
+)
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.batch import gather_rows, scatter_rows
@@ -92,9 +102,12 @@ def read_openings(policy, user, tables, profiles: Profiles, key, spec: RolloutCo
     system = read_one(policy, policy_tables.system)
     count, width = profiles.prefix.shape
     wanted = profiles.active[:: spec.group]
-    prefix_cache = init_cache(user, count, width + spec.user_tokens + 1)
+    begun, speaks = user_tables.opening, wanted & (profiles.first_count == 0)
+    prefix_cache = init_cache(user, count, width + begun.shape[0] + spec.user_tokens + 1)
     prefix_cache = append(user, prefix_cache, profiles.prefix, jnp.where(wanted, profiles.prefix_count, 0))
     prefix = prefix_cache.length
+    if begun.shape[0]:
+        prefix_cache = append(user, prefix_cache, *concat_ragged(count, (begun, begun.shape[0] * speaks)))
     keys = _opening_keys(key, profiles.prefix, profiles.prefix_count)
     prefix_cache, made = generate(
         user,
@@ -104,7 +117,7 @@ def read_openings(policy, user, tables, profiles: Profiles, key, spec: RolloutCo
         max_tokens=spec.user_tokens,
         limits=Limits(limits.user.reply_tokens, jnp.int32(0)),
         temperature=limits.user.reply_temperature,
-        active=wanted & (profiles.first_count == 0),
+        active=speaks,
     )
     known = profiles.first_count > 0
     size = max(profiles.first_talk.shape[1], spec.user_tokens)
@@ -265,7 +278,7 @@ def sample_dialogues(
     """Plays a batch of dialogues to the end: one XLA program, no host in between.
 
     Args:
-        policy, user: any two Qwen2.5 models with one tokenizer (checked by `agents.check_tokenizers`).
+        policy, user: any two models with one tokenizer (checked by `agents.check_tokenizers`).
         tables: constants of the two sides.
         profiles: P profiles for B = P x spec.group dialogues.
         key: of the run; each dialogue folds its own id into it, so its course doesn't depend on its batch.

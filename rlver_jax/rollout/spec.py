@@ -47,7 +47,7 @@ def check_context(config: ConfigDict, *names: str) -> None:
         names: "policy", "user", "critic" or "reference"; where one has no path it is the policy's.
 
     Raises:
-        ValueError: it is beyond it, or a config.json is not a Qwen2.5 model's.
+        ValueError: it is beyond it, or a config.json is not a Qwen2.5 or Qwen3 model's.
         OSError: there is none.
     """
     for name in names:

@@ -54,7 +54,9 @@ def model_fingerprint(config: ConfigDict, name: str) -> str:
     """
     folder = config.path
     if not folder:
-        raise ValueError(f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 model")
+        raise ValueError(
+            f"{name}.path is empty; set --config.{name}.path to a Hugging Face folder of a Qwen2.5 or Qwen3 model"
+        )
     weights = config.init != "random"
     held = local_folder(folder, weights=weights)
     if weights and not any(held.glob("*.safetensors")):

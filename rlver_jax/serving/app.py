@@ -43,6 +43,7 @@ class Service:
     created: int
     token: str = ""  # bearer token; empty: none is asked for
     system: str = ""  # of conversations that have no system message; empty: what the folder's chat template says
+    thinking: bool | None = None  # see `FolderTemplate.render`, of chats that don't say; None: as the template does
     bodies: Bodies = dataclasses.field(default_factory=Bodies)
 
     def app(self) -> Starlette:
@@ -165,7 +166,8 @@ class Service:
         with _text_errors("messages"):
             if request.continue_final_message:
                 return chat.continued(messages)
-            return chat.as_rendered(messages, generation_prompt=True)
+            told = request.thinking
+            return chat.as_rendered(messages, True, self.thinking if told is None else told)
 
     def _completion_prompt(self, prompt: str | list[int]) -> list[int]:
         """Tokens; an empty prompt begins a text."""

@@ -130,6 +130,12 @@ class Message(_Strict):
         return self.content or ""
 
 
+class TemplateOptions(_Strict):
+    """What a chat tells the chat template; of effect where the template knows it."""
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(_Common):
     """POST /v1/chat/completions. `continue_final_message` continues the last message, the assistant's."""
 
@@ -140,6 +146,7 @@ class ChatRequest(_Common):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+    chat_template_kwargs: TemplateOptions | None = None
     response_format: Annotated[None, _only({"type": "text"})] = None
     tools: Annotated[None, _only([])] = None
     tool_choice: Annotated[None, _only("none", "auto")] = None
@@ -158,6 +165,11 @@ class ChatRequest(_Common):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the reply begins with a thought; None: the chat doesn't say."""
+        return None if self.chat_template_kwargs is None else self.chat_template_kwargs.enable_thinking
 
     @property
     def limit(self) -> int | None:

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlver_jax.text import chat
 from rlver_jax.text.tokenizer import Tokenizer
 
-THINK_CLOSE = b"</think>"
+THINK_CLOSE = chat.THINK_CLOSE.encode()
 LINE_END = b"\n"
 
 # What ends a dialogue when the user says it. Matching knows no context: a quoted or narrated farewell ("I

@@ -5,8 +5,11 @@
 The pieces around the content are the same for every message. Each message ends in special tokens, which no
 merge crosses, so `conversation` of a list equals the joined `message`s of its members.
 
-Anything else in a folder's template (a system message where none is given, thoughts left out of earlier replies, a
-thought opened for the next one) is rendered: `as_rendered`, for conversations that come from outside.
+A reply that is sampled may begin with what no later turn sees (`ChatTemplate.opening`): a thought's tag, or the empty
+thought of models that think unless they are told not to. Which it is the folder's template says.
+
+Anything else in a template (a system message where none is given, thoughts left out of earlier replies) is rendered:
+`as_rendered`, for conversations that come from outside.
 """
 
 import re
@@ -19,6 +22,7 @@ from rlver_jax.text.tokenizer import Tokenizer
 ROLES = ("system", "user", "assistant")
 # What Qwen2.5's own template says where a conversation has no system message; here, where a folder has no template.
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+THINK_OPEN, THINK_CLOSE = "<think>\n", "</think>"  # text, whether or not a vocabulary has tokens of their own for it
 
 
 class TurnTokens(NamedTuple):
@@ -58,6 +62,21 @@ class ChatTemplate:
         """What stands around the turns of a dialogue."""
         return TurnTokens(self.open("user"), self.open("assistant"), self.close)
 
+    def opening(self, *, think: bool) -> list[int]:
+        """Ids between `open("assistant")` and a reply that is sampled; no later turn sees them.
+
+        Args:
+            think: whether it begins with a thought. Then they are the folder's own tag, or `<think>` and a newline
+                where its template leaves that to the model. Otherwise they are the empty thought of a template that
+                knows `enable_thinking`; none where it has no such thing, or begins a thought whatever it is told.
+        """
+        template = self.tokenizer.template
+        begun = "" if template is None else template.begun(think)
+        closed = THINK_CLOSE in begun
+        if think:
+            return self._encode_rendered(begun if begun and not closed else THINK_OPEN)
+        return self._encode_rendered(begun if closed else "")
+
     def message(self, role: str, content: str) -> list[int]:
         """Ids of one whole message. Raises ValueError for a role other than those in `ROLES`."""
         _check_role(role)
@@ -95,11 +114,16 @@ class ChatTemplate:
             return self.message("system", DEFAULT_SYSTEM)
         return self._encode_rendered(template.default_system())
 
-    def as_rendered(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = False) -> list[int]:
+    def as_rendered(
+        self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = False, thinking: bool | None = None
+    ) -> list[int]:
         """Ids of a conversation as the folder's own chat template writes it, as `apply_chat_template` gives them.
 
         Where the folder has none: `conversation`, with `DEFAULT_SYSTEM` in front where no system message is given.
         Content is plain text here too: where it spells a special token, `apply_chat_template` would take it for one.
+
+        Args:
+            thinking: see `FolderTemplate.render`.
 
         Raises:
             ValueError: another role, other or missing fields, or the template refuses these messages.
@@ -114,12 +138,13 @@ class ChatTemplate:
             return self.conversation([*first, *messages], generation_prompt)
         mark = _unused_character([template.source, *(message["content"] for message in messages)])
         hidden = [{"role": m["role"], "content": self._specials_hidden(m["content"], mark)} for m in messages]
-        return self._encode_rendered(template.render(hidden, generation_prompt), mark)
+        return self._encode_rendered(template.render(hidden, generation_prompt, thinking=thinking), mark)
 
     def continued(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation whose last message, the assistant's, is left open to be continued.
 
-        Its beginning is split as if it had been sampled: apart from the message's start.
+        Its beginning is split as if it had been sampled: apart from the message's start, and from the empty thought
+        that some templates put before a last reply without one.
 
         Raises:
             ValueError: as `as_rendered`, and where the last message is not the assistant's.
@@ -128,7 +153,10 @@ class ChatTemplate:
             raise ValueError("only an assistant's message can be continued, and it must be the last one")
         _check_messages(messages)
         before = self.as_rendered(messages[:-1]) if messages[:-1] else self.default_system()
-        return before + self.open("assistant") + self.tokenizer.encode(messages[-1]["content"])
+        template, begun = self.tokenizer.template, messages[-1]["content"]
+        thinks = template is None or begun.startswith(THINK_OPEN.strip())
+        thought = "" if thinks else template.before_last_reply()  # type: ignore[union-attr]
+        return before + self.open("assistant") + self._encode_rendered(thought) + self.tokenizer.encode(begun)
 
     def _specials_hidden(self, content: str, mark: str) -> str:
         """Content in which no special token is spelt: `mark` is inserted into each name."""

@@ -103,8 +103,12 @@ class FolderTemplate:
         variables = {name: content for name in NAMED if (content := _content(config.get(name)))}
         return cls(source, str(origin), variables)
 
-    def render(self, messages: Messages, generation_prompt: bool = False) -> str:
+    def render(self, messages: Messages, generation_prompt: bool = False, *, thinking: bool | None = None) -> str:
         """The text of a conversation.
+
+        Args:
+            thinking: whether the reply begins with a thought, where the template knows `enable_thinking`; None: as it
+                does by itself.
 
         Raises:
             ValueError: the template is malformed, refuses these messages, or takes longer than `PATIENCE`.
@@ -112,6 +116,9 @@ class FolderTemplate:
         rendered: list[str] = []
         failed: list[Exception] = []
         render = _renderer()
+        variables: dict[str, Any] = dict(self.variables)
+        if thinking is not None:
+            variables["enable_thinking"] = thinking
 
         def work() -> None:
             try:
@@ -119,7 +126,7 @@ class FolderTemplate:
                     [[dict(message) for message in messages]],
                     chat_template=self.source,
                     add_generation_prompt=generation_prompt,
-                    **self.variables,
+                    **variables,
                 )
                 rendered.extend(texts)
             except Exception as error:  # a template can raise anything
@@ -161,6 +168,28 @@ class FolderTemplate:
         except ValueError as error:
             known = [name for mark, name in _OTHER_TEMPLATES.items() if mark in self.source]
             raise ValueError(f"{error} (a template like {known[0]}; ChatML is needed)" if known else error) from None
+
+    def begun(self, thinking: bool) -> str:
+        """What the template puts at the beginning of a reply that is to be generated: a thought's tag, an empty thought
+        where there shall be none (Qwen3), mostly nothing. No later turn sees any of it: `check` wants plain history.
+
+        Raises:
+            ValueError: it can't be rendered.
+        """
+        messages = [{"role": role, "content": content} for role, content in _PROBE]
+        rendered = self.render(messages, generation_prompt=True, thinking=thinking)
+        return rendered.rpartition("<|im_start|>assistant\n")[2]
+
+    def before_last_reply(self) -> str:
+        """What the template puts before a reply without a thought that ends a conversation: as `begun`, or nothing.
+
+        Nothing too where it refuses such a conversation: then it says nothing of its last reply.
+        """
+        try:
+            rendered = self.render([{"role": role, "content": content} for role, content in _PROBE[:3]])
+        except ValueError:
+            return ""
+        return rendered.rpartition("<|im_start|>assistant\n")[2].rpartition(_PROBE[2][1])[0]
 
     def default_system(self) -> str:
         """What is written in front of a conversation that has no system message; may be empty.

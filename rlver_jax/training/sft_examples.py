@@ -186,7 +186,7 @@ class PolicyExamples:
         self.options: Options | None = None
         self.teaches_appraisal = False
         self.left_out: collections.Counter[str] = collections.Counter()
-        self._packer = PolicyPacker(tables, think=self._think, think_tokens=spec.think_tokens)
+        self._packer = PolicyPacker(tables, think_tokens=spec.think_tokens)
         self._states = States.of(tables.grammar)
 
     def example(self, one: Transcript) -> Example | None:

@@ -50,6 +50,7 @@ class Packer:
         """`band` maps an emotion to the index of its band."""
         as_list = lambda x: np.asarray(x).tolist()  # noqa: E731
         self._turns = TurnTokens(*map(as_list, (tables.open_user, tables.open_assistant, tables.close)))
+        self._opened = as_list(tables.opening)
         self._appraisal, self._reply = (_literals(script, band) for script in (tables.appraisal, tables.reply))
         options = tables.options
         self._option_tree = list(zip(*map(as_list, (options.tokens, options.branch, options.offset)), strict=True))
@@ -72,7 +73,7 @@ class Packer:
         packed, last_reply = ReplaySequence(prefix=len(prefix)), list(first_talk)
         position = packed.add(prefix, 0, 0)
         if made_up:
-            self._opening(packed, first_talk, made_up)
+            self._opening(packed, first_talk, made_up, (len(turns) + 1) * BRANCH_RADIX, position)
         if not turns:
             packed.add(first_talk, 0, position)
         for index, turn in enumerate(turns):
@@ -83,10 +84,16 @@ class Packer:
             last_reply = list(turn.reply[-1].text_tokens if turn.reply else turn.words)
         return packed
 
-    def _opening(self, packed: ReplaySequence, tokens: Sequence[int], most: int) -> None:
-        """Queries for first words that are about to be read, and for their end, whose token no log holds."""
+    def _opening(self, packed: ReplaySequence, tokens: Sequence[int], most: int, branch: int, position: int) -> None:
+        """Queries for first words that are about to be read, and for their end, whose token no log holds.
+
+        Where a reply begins with what later turns don't see, they are read in a branch first.
+        """
+        position = packed.add(self._opened, branch, position)
         ends = [ANY_END] * (len(tokens) < most)
         packed.ask(self._grammar, [*tokens, *ends], 0, OPENING, 0, DRAWN)
+        if self._opened:
+            packed.add(tokens, branch, position)
 
     def _branch(
         self, packed: ReplaySequence, turn: LoggedTurn, appraisal: Sequence[Completion], branch: int, position: int

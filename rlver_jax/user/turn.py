@@ -30,7 +30,8 @@ class UserTables:
     open_user: Int[Array, "_"]
     open_assistant: Int[Array, "_"]
     close: Int[Array, "_"]
-    appraisal: Script
+    opening: Int[Array, "_"]  # of what it generates, before any script: see `ChatTemplate.opening`; mostly empty
+    appraisal: Script  # its first literal begins with `opening`
     reply: Script
     options: Options
     grammar: Grammar
@@ -75,13 +76,15 @@ def build_user_tables(tokenizer: Tokenizer, prompts: Prompts, vocab_size: int) -
     chat = ChatTemplate(tokenizer)
     slots = {"emotion": [str(n) for n in range(101)], "band": BANDS}
     goodbye, goodbye_found = matcher(GOODBYES, tokenizer, vocab_size)
-    around = (chat.open("user"), chat.open("assistant"), chat.close)
-    open_user, open_assistant, close = jax.device_put([np.array(tokens, np.int32) for tokens in around])
+    begun = chat.opening(think=False)
+    around = (chat.open("user"), chat.open("assistant"), chat.close, begun)
+    open_user, open_assistant, close, opening = jax.device_put([np.array(tokens, np.int32) for tokens in around])
     return UserTables(
         open_user=open_user,
         open_assistant=open_assistant,
         close=close,
-        appraisal=compile_script(prompts.appraisal, tokenizer, slots),
+        opening=opening,
+        appraisal=compile_script(prompts.appraisal, tokenizer, slots, begun),
         reply=compile_script(prompts.reply, tokenizer, slots),
         options=build_options([tokenizer.encode(option_text(c)) for c in CHANGES]),
         grammar=one_line(tokenizer, vocab_size),

@@ -1,7 +1,10 @@
 """Guided answers on the device against plain forward passes over the whole text."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import transformers
 from rich.console import Console
 from scipy import special
 
@@ -12,8 +15,10 @@ from rlver_jax.evaluation.rater import DeviceRater
 from rlver_jax.evaluation.score import measure
 from rlver_jax.evaluation.transcripts import Transcript
 from rlver_jax.text.chat import ChatTemplate
+from rlver_jax.text.tokenizer import load_tokenizer
 from tests.conftest import plain
 from tests.evaluation.test_judge_on_device import greedy_line
+from tests.text.conftest import write_qwen3
 
 WIDE, NARROW = ("-3", "+1", "+3"), ("a", "b")
 
@@ -88,3 +93,14 @@ def test_our_own_forms_are_filled_in(rater, results):
             assert all(1 < mark < 5 for mark in found["capabilities"].values())
             assert all(-1 < x < 1 for x in found["coordinate"].values())
             assert all(-3 < x < 3 for x in found["relationship"]["items"].values())
+
+
+def test_a_judge_that_thinks_by_itself_answers_after_an_empty_thought(rater, questions, tmp_path):
+    """As `apply_chat_template` begins a reply without a thought, where the judge has Qwen3's template."""
+    folder = write_qwen3(tmp_path)
+    judge = dataclasses.replace(rater, tokenizer=load_tokenizer(folder))
+    messages = [{"role": "system", "content": "my boss"}, {"role": "user", "content": "my sister said goodbye"}]
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    want = reference.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
+    assert judge._context(questions[0]) == want
+    assert reference.decode(want).endswith("<think>\n\n</think>\n\n")

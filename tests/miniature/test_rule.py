@@ -59,6 +59,24 @@ def test_saying_it_again_and_echoing():
     assert rule.judge(PERSON, heard, [], heard).kind == "echo"
 
 
+def test_the_appraisal_tells_what_was_said_before():
+    """By words, the latest first; of two replies, as the rule looks at two."""
+    listening, praise = "Go on, what happened next with the exam?", "I admire how calm you stayed about the exam."
+    heard = lambda *before: rule.appraisal(PERSON, rule.judge(PERSON, ADVICE, before))["heard"]  # noqa: E731
+    assert heard() == "They gave advice about my boss and the exam: clearly after nothing."
+    assert heard(listening, praise) == "They gave advice about my boss and the exam: clearly after calm and next."
+    assert heard(ADVICE) == "They gave advice about my boss and the exam: clearly after clearly again."
+    assert heard(ADVICE, praise, "Life goes on.") == (
+        "They gave advice about my boss and the exam: clearly after nothing and calm."
+    )
+
+
+def test_what_sentences_are_remembered_by_tells_them_apart():
+    words = [word for style in world.REMEMBERED.values() for word in style]
+    assert len(set(words)) == len(words) == 48
+    assert list(world.REMEMBERED) == list(REPLIES)
+
+
 def test_every_sentence_is_of_its_own_style_and_hints_of_their_own_wish():
     for style, sentences in REPLIES.items():
         assert len(set(sentences)) == 6

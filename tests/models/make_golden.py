@@ -1,15 +1,16 @@
-"""Writes tests/models/golden/: small random Qwen2 models and the logits that transformers computes for them.
+"""Writes tests/models/golden/: small random Qwen2 and Qwen3 models and the logits that transformers computes for them.
 
 Run once, in an environment with torch (`pip install -e '.[parity]'`):
-    python tests/models/make_golden.py
+    python tests/models/make_golden.py [NAME …]
 The default tests then compare our model with transformers without needing torch.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 CONFIGS = {
     "tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -24,22 +25,32 @@ CONFIGS = {
         },
     },
 }
+QWEN3 = {  # heads are wider than hidden_size / num_attention_heads, as in 0.6B and 4B, or narrower, as in none
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_untied": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": False},
+    "qwen3_gqa": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": False},
+}
 DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
-def main() -> None:
-    for seed, (name, fields) in enumerate(CONFIGS.items()):
+def main(names: list[str]) -> None:
+    for seed, (name, fields) in enumerate((CONFIGS | QWEN3).items()):
+        if names and name not in names:
+            continue
         torch.manual_seed(seed)
-        config = Qwen2Config(
+        config_class, model_class = (
+            (Qwen3Config, Qwen3ForCausalLM) if name in QWEN3 else (Qwen2Config, Qwen2ForCausalLM)
+        )
+        config = config_class(
             vocab_size=131,
             hidden_size=48,
             intermediate_size=80,
             num_hidden_layers=3,
             **{"max_position_embeddings": 512, "rope_parameters": DEFAULT, **fields},
         )
-        model = Qwen2ForCausalLM(config).eval()
+        model = model_class(config).eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # biases and norms are constants at initialization: disturb them all
+            for parameter in model.parameters():  # biases and norms are constants at first: disturb them all
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             tokens = torch.randint(0, 131, (3, 40))
             logits = model(tokens).logits
@@ -50,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,5 +1,6 @@
 """`config.json` in every layout that transformers reads: our reading against its own, and what is refused."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlver_jax.models.architecture import PRESETS, Qwen2Config
+from rlver_jax.models.architecture import PRESETS, Qwen2Config, Qwen3Config
 from rlver_jax.models.rope import RopeScaling
 
 ABSENT = object()
@@ -38,6 +39,14 @@ PUBLISHED = {
     "use_cache": True,
     "use_sliding_window": False,
     "vocab_size": 152064,
+}
+
+# https://huggingface.co/Qwen/Qwen3-8B/blob/main/config.json
+QWEN3 = PUBLISHED | {
+    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128},
+    **{"hidden_size": 4096, "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36},
+    **{"num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rope_scaling": None},
+    **{"sliding_window": None, "transformers_version": "4.51.0", "vocab_size": 151936},
 }
 
 
@@ -193,6 +202,47 @@ def test_what_is_written_is_read_with_the_same_meaning(name, write, tmp_path):
 
 def test_published_sizes_are_those_of_their_configs(write):
     assert Qwen2Config.from_hf(write()) == PRESETS["7b"] == BASE
+    assert Qwen2Config.from_hf(write(**QWEN3)) == PRESETS["qwen3-8b"]
+
+
+def test_families_differ_though_their_sizes_agree(write):
+    """Also as static arguments: what is compiled for one must not run the other."""
+    fields = {f.name: getattr(BASE, f.name) for f in dataclasses.fields(BASE)}
+    assert Qwen3Config(**fields) != BASE
+    assert (Qwen3Config(**fields).num_params, BASE.num_params) == (
+        BASE.num_params + 28 * (2 * 128 - (28 + 4 + 4) * 128),
+        7_615_616_512,  # of the model card's safetensors
+    )
+
+
+def test_a_head_is_128_wide_where_qwen3_does_not_say(write):
+    """As transformers' own default; in Qwen2 it follows from the hidden size."""
+    absent = QWEN3 | {"hidden_size": 2048, "num_attention_heads": 8, "head_dim": ABSENT}
+    assert Qwen2Config.from_hf(write(**absent)).head_dim == 128
+    family = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    assert Qwen2Config.from_hf(write(**absent | family)).head_dim == 256
+
+
+QWEN3_REFUSED = [
+    ({"attention_bias": True}, "attention_bias=true is not supported"),
+    (
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 4},
+        "layer 4 of 36 has sliding_attention",
+    ),
+    ({"layer_types": ["sliding_attention"] * 36}, "layer 0 of 36 has sliding_attention"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not supported"),
+    ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+    ({"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}, "Qwen3NextForCausalLM"),
+    ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForCausalLM of model_type 'qwen3'"),
+    ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"),
+    ({"head_dim": 127}, "even rotary dimension, but got `head_dim`=127"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), QWEN3_REFUSED)
+def test_unlike_qwen3_is_refused(write, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Qwen2Config.from_hf(write(**QWEN3 | changes))
 
 
 REFUSED = [
@@ -200,10 +250,10 @@ REFUSED = [
     ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
     ({"architectures": ["Qwen2Model"]}, "Qwen2Model"),
     ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "'LlamaForCausalLM' of model_type 'llama'"),
-    ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "Qwen3ForCausalLM"),
+    ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "Qwen3MoeForCausalLM"),
     ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}, "Qwen2MoeForCausalLM"),
     ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}, "Qwen2_5_VL"),
-    ({"model_type": "qwen3"}, "model_type 'qwen3'"),  # AutoModel goes by it
+    ({"model_type": "qwen3"}, "'Qwen2ForCausalLM' of model_type 'qwen3'"),  # AutoModel goes by it
     ({"architectures": ABSENT, "model_type": ABSENT}, "architecture None of model_type None"),
     ({"architectures": ABSENT, "model_type": ["qwen2"]}, "model_type"),
     ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}, r"quantized \(awq, 4 bits\)"),
@@ -336,7 +386,7 @@ def test_a_folder_in_its_place(tmp_path):
         Qwen2Config.from_hf(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe"])
 def test_remote_code_is_never_run(model_type, write, tmp_path):
     ran = tmp_path / "ran"
     for name in ("configuration_mine", "modeling_mine"):
@@ -346,7 +396,7 @@ def test_remote_code_is_never_run(model_type, write, tmp_path):
     if model_type == "qwen2":
         assert Qwen2Config.from_hf(folder) == BASE
     else:
-        with pytest.raises(ValueError, match="qwen3"):
+        with pytest.raises(ValueError, match="qwen3_moe"):
             Qwen2Config.from_hf(folder)
     assert not ran.exists()
 

@@ -48,21 +48,47 @@ def test_reads_what_the_file_holds():
         np.testing.assert_array_equal(got["attn"]["k"]["bias"], raw[prefix + "self_attn.k_proj.bias"])
 
 
+def test_reads_the_norms_of_queries_and_keys():
+    raw = load_file(GOLDEN / "qwen3_untied" / "model.safetensors")
+    params = load_params(GOLDEN / "qwen3_untied", model("qwen3_untied"))
+    assert params["layers"]["attn"].keys() == {"q", "k", "v", "o", "q_norm", "k_norm"}
+    for which in ("q", "k"):
+        found = params["layers"]["attn"][f"{which}_norm"]["scale"]
+        want = [raw[f"model.layers.{i}.self_attn.{which}_norm.weight"] for i in range(3)]
+        np.testing.assert_array_equal(found, want)
+        assert params["layers"]["attn"][which].keys() == {"kernel"}
+
+
+def test_weights_of_another_family_are_named(tmp_path):
+    """A config.json of one family beside the weights of the other."""
+    shutil.copytree(GOLDEN / "untied", tmp_path / "m")
+    told = json.loads((tmp_path / "m" / "config.json").read_text())
+    told |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(told))
+    with pytest.raises(WeightsError, match=r"self_attn.k_norm.weight of shape \(12,\) is missing"):
+        load_params(tmp_path / "m", Qwen2(Qwen2Config.from_hf(tmp_path / "m")))
+
+
+@pytest.mark.parametrize("name", ["untied", "qwen3_untied"])
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_export_then_import_is_bit_equal(tmp_path, scan, dtype):
-    net = model(scan_layers=scan, param_dtype=dtype)
-    params = load_params(GOLDEN / "untied", net)
+def test_export_then_import_is_bit_equal(tmp_path, scan, dtype, name):
+    net = model(name, scan_layers=scan, param_dtype=dtype)
+    params = load_params(GOLDEN / name, net)
     save_params(tmp_path / "out", params, net.config, max_shard_bytes=100_000)
     assert Qwen2Config.from_hf(tmp_path / "out") == net.config
     jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path / "out", net))
 
 
-def test_export_writes_the_tensors_transformers_wrote(tmp_path):
-    params = load_params(GOLDEN / "tied", model("tied"))
-    save_params(tmp_path / "out", params, model("tied").config)
-    mine, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", GOLDEN / "tied"))
+@pytest.mark.parametrize("name", ["tied", "qwen3", "qwen3_gqa"])
+def test_export_writes_the_tensors_transformers_wrote(tmp_path, name):
+    params = load_params(GOLDEN / name, model(name))
+    save_params(tmp_path / "out", params, model(name).config)
+    mine, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", GOLDEN / name))
     assert mine.keys() == theirs.keys()
+    told = [json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", GOLDEN / name)]
+    assert told[0]["architectures"] == told[1]["architectures"]
+    assert [config["model_type"] for config in told] == [name.partition("_")[0].replace("tied", "qwen2")] * 2
     for name in theirs:
         np.testing.assert_array_equal(mine[name], theirs[name])
 

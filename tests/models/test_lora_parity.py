@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.models.architecture import Qwen3Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.lora import LoRA, applied, merged
@@ -14,6 +15,7 @@ from tests.conftest import random_params
 from tests.models.test_lora import CONFIG, SOME, TOKENS, drawn, forward
 
 pytestmark = pytest.mark.parity
+QWEN3 = Qwen3Config(58, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=16)
 FACTORS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 
 
@@ -24,15 +26,19 @@ def peft():
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("lora", [LoRA(4, 6.0), SOME], ids=["all", "rank_stabilized"])
-def test_loss_gradients_and_merged_logits_are_those_of_peft(peft, lora, scan, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [(CONFIG, LoRA(4, 6.0)), (CONFIG, SOME), (QWEN3, LoRA(4, 6.0))],
+    ids=["all", "rank_stabilized", "qwen3"],
+)
+def test_loss_gradients_and_merged_logits_are_those_of_peft(peft, config, lora, scan, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = Qwen2(CONFIG, scan_layers=scan)
+    model = Qwen2(config, scan_layers=scan)
     params, adapter = random_params(model, 1), drawn(model, lora)
-    save_params(tmp_path / "base", params, CONFIG, dtype="float32")
-    save_adapter(tmp_path / "adapter", adapter, CONFIG, lora, base=str(tmp_path / "base"))
+    save_params(tmp_path / "base", params, config, dtype="float32")
+    save_adapter(tmp_path / "adapter", adapter, config, lora, base=str(tmp_path / "base"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).to(torch.float64)
     ids = torch.tensor(TOKENS.astype(np.int64))

@@ -10,19 +10,20 @@ import pytest
 
 from rlver_jax import evaluate
 from rlver_jax.models import quantization
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.architecture import Qwen2Config, Qwen3Config
 from rlver_jax.models.kv_cache import init_kv_cache
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Qwen2, abstract_params, init_params
 from rlver_jax.parallel.mesh import make_mesh
 
 CONFIG = Qwen2Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8)
+QWEN3 = Qwen3Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=16)
 MATRICES = [("attn", "q"), ("attn", "k"), ("attn", "v"), ("attn", "o"), ("gate",), ("up",), ("down",)]
 
 
-def rounded(scan=True, mesh=None, dtype=jnp.float32):
+def rounded(scan=True, mesh=None, dtype=jnp.float32, config=CONFIG):
     """The module, its parameters, and those that were rounded, with biases and norms that are not the initial ones."""
-    model = Qwen2(CONFIG, dtype=dtype, param_dtype=jnp.int8, scan_layers=scan)
+    model = Qwen2(config, dtype=dtype, param_dtype=jnp.int8, scan_layers=scan)
     draw = np.random.default_rng(0)
     plain = jax.tree.map(
         lambda x: x + jnp.asarray(0.1 * draw.normal(size=x.shape), x.dtype),
@@ -58,14 +59,14 @@ def multiplied(params):
     return found
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_a_model_is_that_of_its_weights_multiplied_out(scan):
-    model, params, kept = rounded(scan)
+@pytest.mark.parametrize(("scan", "config"), [(True, CONFIG), (False, CONFIG), (True, QWEN3)])
+def test_a_model_is_that_of_its_weights_multiplied_out(scan, config):
+    model, params, kept = rounded(scan, config=config)
     tokens, positions = jnp.arange(24).reshape(2, 12), jnp.broadcast_to(jnp.arange(12), (2, 12))
     found = model.apply({"params": params}, tokens, positions)[0]
     want = unrounded(model).apply({"params": multiplied(params)}, tokens, positions)[0]
     np.testing.assert_allclose(found, want, atol=2e-5)
-    cache = init_kv_cache(CONFIG, 2, 16, jnp.float32, scan_layers=scan)
+    cache = init_kv_cache(config, 2, 16, jnp.float32, scan_layers=scan)
     cached, _ = model.apply({"params": params}, tokens, positions, None, cache, jnp.zeros(2, jnp.int32))
     np.testing.assert_allclose(cached, want, atol=2e-5)
     assert np.abs(want - unrounded(model).apply({"params": kept}, tokens, positions)[0]).max() > 1e-4
@@ -85,6 +86,16 @@ def test_each_weight_is_within_half_a_step_and_the_rest_untouched():
     np.testing.assert_array_equal(again["layers"]["attn"]["q"]["bias"], kept["layers"]["attn"]["q"]["bias"])
     shapes, _ = abstract_params(model)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+
+
+def test_norms_of_queries_and_keys_are_not_rounded():
+    model, params, kept = rounded(dtype=jnp.bfloat16, config=QWEN3)
+    shapes, _ = abstract_params(model)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    for name in ("q_norm", "k_norm"):
+        scale = params["layers"]["attn"][name]["scale"]
+        assert (scale.shape, scale.dtype) == ((2, 16), jnp.bfloat16)
+        np.testing.assert_array_equal(scale, kept["layers"]["attn"][name]["scale"])
 
 
 def test_a_column_of_zeros_stays_one():

@@ -16,7 +16,7 @@ from rlver_jax.models.qwen import Qwen2, abstract_params, init_params, logits, s
 from rlver_jax.parallel.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("tied", "untied", "gqa", "yarn")
+NAMES = ("tied", "untied", "gqa", "yarn", "qwen3", "qwen3_untied", "qwen3_gqa")
 
 
 @functools.cache
@@ -44,7 +44,8 @@ def combined(**ways):
 
     A head of its own and longer rotary tables are the same code however layers are laid out, or computed again.
     """
-    slow = {("untied", way) for way in ways if way != "scan"} | {("yarn", way) for way in ways if "unrolled" in way}
+    slow = {(name, way) for name in ("untied", "qwen3_untied", "qwen3_gqa") for way in ways if way != "scan"}
+    slow |= {("yarn", way) for way in ways if "unrolled" in way}
     return [
         pytest.param(name, options, id=f"{way}-{name}", marks=[pytest.mark.slow][: (name, way) in slow])
         for way, options in ways.items()
@@ -207,13 +208,15 @@ def test_parameters_are_created_sharded():
     )
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), [(4, 2), (2, 4), (8, 1)])
-def test_sharded_model_equals_transformers(fsdp, tensor):
-    """Also where heads do not divide: `tied` has 4 query and 2 key heads, for tensor 4 the columns still divide."""
-    config, tokens, expected = golden("tied")
+@pytest.mark.parametrize(
+    ("name", "fsdp", "tensor"), [("tied", 4, 2), ("tied", 2, 4), ("tied", 8, 1), ("qwen3", 2, 4), ("qwen3", 4, 2)]
+)
+def test_sharded_model_equals_transformers(name, fsdp, tensor):
+    """Also where heads do not divide: both have 4 query and 2 key heads, for tensor 4 the columns still divide."""
+    config, tokens, expected = golden(name)
     config = dataclasses.replace(config, vocab_size=136)  # 131 rows cannot be divided: pad the table below
     model, mesh = Qwen2(config), make_mesh(fsdp=fsdp, tensor=tensor)
-    params = load_params(GOLDEN / "tied", Qwen2(golden("tied")[0]))
+    params = load_params(GOLDEN / name, Qwen2(golden(name)[0]))
     params["embed"]["kernel"] = jnp.pad(params["embed"]["kernel"], ((0, 5), (0, 0)))
     shapes, axes = abstract_params(model)
     from rlver_jax.parallel.rules import tree_shardings
@@ -236,8 +239,24 @@ def test_presets_have_the_published_sizes(name, billions):
     assert sum(x.size for x in jax.tree.leaves(shapes)) == config.num_params
 
 
+@pytest.mark.parametrize(
+    ("name", "billions", "layers"),  # the model cards' counts of all parameters, and of those that embed nothing
+    [
+        *(("qwen3-0.6b", "0.6", "0.44"), ("qwen3-1.7b", "1.7", "1.4"), ("qwen3-4b", "4.0", "3.6")),
+        *(("qwen3-8b", "8.2", "6.95"), ("qwen3-14b", "14.8", "13.2"), ("qwen3-32b", "32.8", "31.2")),
+    ],
+)
+def test_presets_of_qwen3_have_the_published_sizes(name, billions, layers):
+    config = preset(name)
+    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    for count, told in ((config.num_params, billions), (config.num_params - embedding, layers)):
+        assert f"{count / 1e9:.{len(told.partition('.')[2])}f}" == told
+    shapes, _ = abstract_params(Qwen2(config))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == config.num_params
+
+
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown Qwen2.5 size '8b'"):
+    with pytest.raises(ValueError, match="unknown size '8b'"):
         preset("8b")
     for options, message in [({"remat": "some"}, "dots"), ({"attention": "flash"}, "chunked")]:
         with pytest.raises(ValueError, match=message):
@@ -258,3 +277,18 @@ def test_cache_writes_equal_numpy(rows, layer):
     np.testing.assert_array_equal(jax.jit(write)(*arguments), want)
     with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
         np.testing.assert_array_equal(jax.jit(write)(*arguments), want)
+
+
+@pytest.mark.slow
+def test_gradients_on_a_mesh_are_those_of_one_device():
+    """Of the norms of queries and keys too, which all heads share: devices that split heads add up their parts."""
+    config, tokens, _ = golden("qwen3")
+    config = dataclasses.replace(config, vocab_size=136)
+    model, mesh = Qwen2(config, remat="full"), make_mesh(fsdp=2, tensor=4)
+    params = init_params(model, jax.random.key(1))
+    batch = jnp.tile(tokens, (3, 1))[:8]
+    want = loss_and_gradient(model, params, batch)
+    with jax.set_mesh(mesh):
+        found = loss_and_gradient(model, init_params(model, jax.random.key(1), mesh), batch)
+    assert np.abs(want[1]["layers"]["attn"]["q_norm"]["scale"]).max() > 1e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-9), found, want)

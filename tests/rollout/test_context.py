@@ -12,6 +12,7 @@ from configs import (
     miniature,
     ppo_direct_7b,
     ppo_think_7b,
+    qwen3_8b,
     qwen25_0p5b_cpu,
 )
 from rlver_jax import chat, evaluate, serve, train
@@ -107,7 +108,7 @@ def test_dialogues_that_a_judge_cannot_read():
 
 
 @pytest.mark.parametrize(
-    "module", [debug, miniature, qwen25_0p5b_cpu, grpo_direct_7b, grpo_think_7b, ppo_direct_7b, ppo_think_7b]
+    "module", [debug, miniature, qwen25_0p5b_cpu, qwen3_8b, grpo_direct_7b, grpo_think_7b, ppo_direct_7b, ppo_think_7b]
 )
 def test_shipped_configs_fit_what_qwen_reads(module):
     assert module.get_config().rollout.context <= min(config.context for config in PRESETS.values())

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 import transformers
 from starlette.testclient import TestClient
@@ -25,7 +26,7 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SHORT_PROMPTS, plain
 from tests.serving.conftest import CONTEXT, QUEUE, ROWS, serving
-from tests.text.conftest import as_published, write_bpe
+from tests.text.conftest import as_published, write_bpe, write_qwen3
 
 SAY = [{"role": "system", "content": "Say."}, {"role": "user", "content": "my boss did not listen."}]
 
@@ -180,6 +181,22 @@ def test_without_a_system_message_the_folders_template_speaks(engine, bpe, tmp_p
     rest = [*bpe.encode("assistant\n"), *bpe.encode("<think>\nhm")]
     plain = reference.apply_chat_template(SAY[1:], return_dict=False)
     assert ask([SAY[1], begun], **options) == [*plain, bpe.im_start_id, *rest]
+
+
+def test_a_chat_says_whether_the_reply_begins_with_a_thought(engine, tmp_path):
+    """Beside Qwen3's template as transformers renders it; a policy that was trained without thoughts has none."""
+    folder = write_qwen3(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = SimpleNamespace(tokenizer=load_tokenizer(folder), context=engine.context)
+    for service in (Service(theirs, "tiny", 0), Service(theirs, "tiny", 0, thinking=False)):
+        for told in (None, True, False):
+            options = {} if told is None else {"chat_template_kwargs": {"enable_thinking": told}}
+            wanted = service.thinking if told is None else told
+            kwargs = {} if wanted is None else {"enable_thinking": wanted}
+            want = reference.apply_chat_template(SAY, add_generation_prompt=True, return_dict=False, **kwargs)
+            assert service._chat_prompt(ChatRequest(model="tiny", messages=SAY, **options)) == want
+    with pytest.raises(pydantic.ValidationError, match="tools_in_user_message"):
+        ChatRequest(model="tiny", messages=SAY, chat_template_kwargs={"tools_in_user_message": False})
 
 
 def test_a_system_prompt_of_ones_own_stands_where_there_is_none(engine, bpe):

@@ -23,6 +23,28 @@ TEMPLATE = (
     "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# What Qwen3's does in dialogues without tools, in our words: thoughts of earlier replies are left out, those after the
+# last question are kept, and a last reply without one has an empty thought, as has the next one where none is wanted.
+QWEN3 = """{%- set last = namespace(user=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {%- set thought, text = '', m.content %}
+    {%- if m.role == 'assistant' and m.reasoning_content is string %}
+        {%- set thought = m.reasoning_content.strip('\\n') %}
+    {%- elif m.role == 'assistant' and '</think>' in text %}
+        {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+        {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if m.role == 'assistant' and loop.index0 > last.user and (loop.last or thought) %}
+        {%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text.lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+
 
 def sentences() -> list[str]:
     """A few hundred sentences of the kind the project sees."""
@@ -75,3 +97,8 @@ def thinker_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def thinker(thinker_folder) -> HFTokenizer:
     return HFTokenizer(thinker_folder)
+
+
+def write_qwen3(folder: Path) -> Path:
+    """A tokenizer and a chat template as Qwen3's."""
+    return as_published(write_bpe(folder, [*ADDED, *THINK]), eos_token="<|im_end|>", chat_template=QWEN3)

@@ -9,7 +9,7 @@ from rlver_jax.text import template
 from rlver_jax.text.chat import DEFAULT_SYSTEM, ChatTemplate
 from rlver_jax.text.template import FolderTemplate
 from rlver_jax.text.tokenizer import HFTokenizer, load_tokenizer, train_sentencepiece
-from tests.text.conftest import ADDED, TEMPLATE, THINK, as_published, sentences, write_bpe
+from tests.text.conftest import ADDED, QWEN3, TEMPLATE, THINK, as_published, sentences, write_bpe
 
 # Templates of our own that do what those of published models do.
 EACH = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
@@ -24,24 +24,6 @@ QWQ = """{%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"""
-# Replies after the last question keep theirs, empty if need be: Qwen3.
-QWEN3 = """{%- set last = namespace(user=-1) %}
-{%- for m in messages %}{%- if m.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}
-{%- for m in messages %}
-    {%- set thought, text = '', m.content %}
-    {%- if m.role == 'assistant' and '</think>' in text %}
-        {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
-        {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
-    {%- endif %}
-    {%- if m.role == 'assistant' and loop.index0 > last.user %}
-        {%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text %}
-    {%- endif %}
-    {{- '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
-{%- endif %}"""
 NAMED = EACH.replace("'<|im_end|>\n'", "eos_token + '\n'") + PROMPT  # knows the tokens by their names
 TEMPLATES = {"qwen": TEMPLATE, "math": MATH, "qwq": QWQ, "qwen3": QWEN3, "named": NAMED, "plain": EACH + PROMPT}
 
@@ -269,3 +251,53 @@ def test_the_real_template(checkpoint, qwen, name):
         )
         assert ChatTemplate(qwen).as_rendered(CONVERSATIONS[name], generation_prompt) == want
     assert json.loads((checkpoint / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("name", ["asked", "told", "talk", "told talk"])
+def test_what_a_reply_begins_with_is_the_templates(published, name, thinking):
+    """Beside `apply_chat_template` with and without thoughts; a thought that the model has to begin is begun for it."""
+    reference, tokenizer = published
+    chat, messages = ChatTemplate(tokenizer), CONVERSATIONS[name]
+    want = reference.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
+    )
+    assert chat.as_rendered(messages, True, thinking) == want
+    text, found = reference.decode(want), chat.as_rendered(messages) + chat.open("assistant")
+    assert want[: len(found)] == found
+    if thinking and not text.endswith("<think>\n"):
+        want += reference.encode("<think>\n")
+    elif not thinking and text.endswith("<think>\n"):  # QwQ's knows no such thing: a direct reply is plain ChatML
+        want = want[: -len(reference.encode("<think>\n"))]
+    assert found + chat.opening(think=thinking) == want
+
+
+def test_thoughts_are_tokens_of_their_own_in_qwen3(tmp_path):
+    tokenizer = load_tokenizer(folder_of(tmp_path, QWEN3))
+    chat, (begin,), (end,) = ChatTemplate(tokenizer), tokenizer.encode("<think>"), tokenizer.encode("</think>")
+    line, lines = tokenizer.encode("\n"), tokenizer.encode("\n\n")
+    assert len(line) == len(lines) == 1
+    assert chat.opening(think=True) == [begin, *line]
+    assert chat.opening(think=False) == [begin, *lines, end, *lines]
+    plain = ChatTemplate(load_tokenizer(write_bpe(tmp_path / "plain")))
+    assert plain.opening(think=True) == plain.tokenizer.encode("<think>\n")
+    assert len(plain.opening(think=True)) > 2
+    assert plain.opening(think=False) == []
+
+
+@pytest.mark.parametrize("content", ["It hurts, I", "<think>\nwhy?\n</think>\n\nIt"])
+def test_what_goes_on_is_what_apply_chat_template_leaves_open(published, content):
+    reference, tokenizer = published
+    messages = [KIND, USER, {"role": "assistant", "content": content}]
+    if tokenizer.template.source == QWQ and "<think>" in content:
+        pytest.skip("QwQ's template leaves the thought out even here, which transformers refuses")
+    want = reference.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    assert ChatTemplate(tokenizer).continued(messages) == reference.encode(want)
+
+
+def test_a_template_that_refuses_a_last_reply_lets_it_go_on(tmp_path):
+    refusal = "{%- if messages[-1].role == 'assistant' %}{{ raise_exception('ask something') }}{%- endif %}"
+    tokenizer = load_tokenizer(folder_of(tmp_path, refusal + EACH + PROMPT))
+    chat = ChatTemplate(tokenizer)
+    want = chat.as_rendered([KIND, USER], generation_prompt=True) + tokenizer.encode("It hurts, I")
+    assert chat.continued([KIND, USER, {"role": "assistant", "content": "It hurts, I"}]) == want

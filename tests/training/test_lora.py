@@ -229,7 +229,9 @@ def test_a_base_in_int8_under_a_policy_whose_critic_shares_its_trunk(base, tmp_p
     assert 0 < moved < 0.05, "merged into the weights as they were before they were rounded"
 
 
-@pytest.mark.parametrize("name", ["ppo_think_7b", "ppo_direct_7b", "grpo_think_7b", "grpo_direct_7b", "rlver_plus"])
+@pytest.mark.parametrize(
+    "name", ["ppo_think_7b", "ppo_direct_7b", "grpo_think_7b", "grpo_direct_7b", "rlver_plus", "qwen3_8b"]
+)
 def test_configs_for_7b_have_one_base(name):
     config = importlib.import_module(f"configs.{name}").get_config("lora,challenging")
     config.policy.path = config.user.path = "MODEL"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from rlver_jax.evaluation.transcripts import Transcript, read_finished
 from rlver_jax.learning import sft_loss
@@ -14,12 +15,14 @@ from rlver_jax.learning.sft_loss import FieldLoss
 from rlver_jax.learning.sft_rows import Capacity, pack_rows
 from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.rollout.agents import Agents
+from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.sft_examples import LoggedModeExamples, PolicyExamples, UserExamples, as_line
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.prompts.shorten import free_fields, with_fields, write_prompts
-from tests.conftest import some_profiles
+from tests.conftest import SHORT_PROMPTS, some_profiles
 from tests.learning.plain_sft import transcripts
 from tests.test_verify import PROFILES, make_agents, play
+from tests.text.conftest import write_qwen3
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,31 @@ def test_each_dialogue_is_learned_in_its_own_mode(log):
         for name in ("tokens", "positions", "branch", "at", "target"):
             np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
         assert set(names[0]) == ({"thought", "reply"} if mode == "think" else {"reply"})
+
+
+@pytest.mark.parametrize("mode", ["think", "direct"])
+def test_replies_are_what_apply_chat_template_gives(log, mode, tmp_path):
+    """With Qwen3's template: each reply ends the conversation up to it, its thought, or an empty one, before it."""
+    folder = write_qwen3(tmp_path)
+    tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    spec = dataclasses.replace(log[0].spec, mode=mode, think_tokens=90, say_tokens=60)
+    how = {"style": log[0].style, "scenario": log[0].scenario}
+    agents = Agents.build(log[0].policy, log[0].user, tokenizer, log[0].prompts, spec, **how)
+    make = PolicyExamples(agents, min_change=-10, say_tokens=60)
+    for one in transcripts():
+        example, messages = make.example(one), one.record["messages"]
+        said = [{"role": "system", "content": SHORT_PROMPTS[f"policy_{mode}.j2"]}]
+        for turn, (heard, reply) in enumerate(zip(messages[::2], messages[1::2], strict=False)):
+            said += [{"role": "user", "content": heard["content"]}, {"role": "assistant", "content": reply["content"]}]
+            said[-1]["reasoning_content"] = reply["thought"] if mode == "think" else None
+            want = reference.apply_chat_template(said, tokenize=True, return_dict=False)
+            own = (turn + 1) * BRANCH_RADIX
+            last = np.flatnonzero(example.branch == own)[-1]
+            read = example.tokens[: last + 1][np.isin(example.branch[: last + 1], (0, own))]
+            end = example.target[example.at == last].tolist()
+            assert [*read.tolist(), *end, *tokenizer.encode("\n")] == want
+            assert end == [tokenizer.im_end_id]
+    assert not make.left_out
 
 
 def test_a_text_becomes_one_line():
