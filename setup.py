@@ -80,7 +80,7 @@ setup(
         "test": TEST,
         "remote": REMOTE,
         "serve": SERVE,
-        "parity": ["torch==2.13.0"],
+        "parity": ["torch==2.13.0", "peft>=0.19"],
         "wandb": ["wandb>=0.21"],
     },
 )
