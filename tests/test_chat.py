@@ -55,6 +55,7 @@ class Screen:
         os.write(self.master, (text + "\n").encode())
 
 
+@pytest.mark.slow
 def test_a_person_talks_as_the_user_on_a_terminal(tmp_path):
     out = tmp_path / "talk.jsonl"
     screen = Screen("--seed=1", f"--out={out}")

@@ -66,6 +66,7 @@ def test_changes_spread_and_depend_on_what_was_said():
 
 
 @pytest.mark.parametrize("argument", ["", *SLOW])
+@pytest.mark.slow
 def test_rewards_differ_and_every_step_moves_the_policy(run, argument):
     folder, old = run(argument), None
     rows = read_metrics(folder / "metrics.jsonl")

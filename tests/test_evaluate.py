@@ -190,6 +190,7 @@ def test_the_summary_follows_from_the_dialogues(done):
     assert "3/3 dialogues" in result.stdout, "progress, without a terminal a line a batch"
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(world, done, later):
     """After the first batch and half a line of the second: the same dialogues, none played twice."""
     whole, out = done[1], world[0] / "resumed"

@@ -353,6 +353,7 @@ def run_verify(capsys, *argv) -> tuple[int, str]:
     return status, output.out + output.err
 
 
+@pytest.mark.slow
 def test_training_logs_are_held_against_the_policy_before_their_step(trained, capsys):
     run, config = trained
     logs = [run / "dialogues" / f"step_00000{step}.jsonl" for step in (1, 2, 3)]

@@ -120,6 +120,7 @@ def test_only_what_spells_a_key_is_taken_out():
 @pytest.mark.parametrize(
     "text", ["x", "s", "sk-", "%", "\\u00", "73", "c2st", "&#115;", "\u200b", "\n", "9876543210", "\\", "\\u{0", "é́"]
 )
+@pytest.mark.slow
 def test_hiding_takes_time_in_proportion(text):
     began = time.process_time()
     Secrets([KEY]).hide(text * (2_000_000 // len(text)))

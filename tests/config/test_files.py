@@ -38,6 +38,7 @@ def run(folder, *words):
 
 
 @pytest.mark.parametrize("kind", ["package", "module"])
+@pytest.mark.slow
 def test_commands_beside_a_foreign_configs(kind, tmp_path):
     foreign(tmp_path, kind)
     status, said = run(tmp_path, "-m", "rlver_jax.train", "--config=configs/grpo_think_7b.py", "--workdir=w")

@@ -56,6 +56,7 @@ def after(agents, lm):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1), (2, 2, 2)], ids=["fsdp4_tensor2", "fsdp8", "replica2"])
+@pytest.mark.slow
 def test_a_mesh_computes_what_one_device_does(after, shape):
     for a, b in zip(*map(jax.tree.leaves, (after(1, 1, 1), after(*shape))), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)

@@ -186,6 +186,7 @@ def test_options_are_scored_as_their_tokens(agents, lm):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=["replica2_fsdp2_tensor2", "fsdp8"])
+@pytest.mark.slow
 def test_a_mesh_computes_what_one_device_does(agents, lm, shape):
     """Gradient, norm and the parameters after one step, on eight devices and on one."""
     make, examples, lines = made(agents, "user", 1)

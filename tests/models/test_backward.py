@@ -31,6 +31,7 @@ def temporaries(scan: bool, remat: str, attention: str = "chunked", layers: int 
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_unrolled_layers_computed_again_are_not_kept():
     """XLA's CPU backend drops the barriers that should delay what is computed again."""
     assert temporaries(False, "full") < 0.35 * temporaries(False, "none")

@@ -167,6 +167,7 @@ def test_wide_matrices_are_freed_and_the_rest_is_passed_on(scan, spread):
     assert not any(x.is_deleted() for x in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_one_rounded_matrix_at_a_time_beside_the_wide_model(monkeypatch):
     """Bytes alive while each matrix is rounded: never a second model, less and less as it goes on."""
     model = Qwen2(CONFIG, dtype=jnp.float32, param_dtype=jnp.int8)

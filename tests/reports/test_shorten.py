@@ -28,6 +28,7 @@ def whole_length(text):
 
 
 @pytest.mark.parametrize("filler", [noise(48_000_000), "word " * 9_600_000], ids=["noise", "repetition"])
+@pytest.mark.slow
 def test_a_dialogue_of_48_megabytes_is_cut_and_all_others_are_whole(filler, tmp_path, capsys):
     records = some_records(0, 30)
     records[7]["messages"][1]["content"] = filler

@@ -103,6 +103,7 @@ def played(request, folder, policy_lm, user_lm, prompts):
     return agents, oracle, agents.play(encoded, jax.random.key(3), LIMITS)
 
 
+@pytest.mark.slow
 def test_log_probs_are_those_of_rendered_contexts(played, policy_lm, user_lm):
     agents, oracle, d = played
     d = jax.device_get(d)

@@ -10,6 +10,7 @@ from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.serving.conversation import Conversation
 
 
+@pytest.mark.slow
 def test_the_users_words_typed_again_give_the_same_dialogue(played, tmp_path):
     """The person says what the user said: every reply, appraisal, change and emotion is the sampler's."""
     d, records = played.dialogues, _records(played)

@@ -45,6 +45,7 @@ def prompt_ids(bpe, messages=SAY) -> list[int]:
     return ChatTemplate(bpe).conversation(messages, generation_prompt=True)
 
 
+@pytest.mark.slow
 def test_greedy_replies_are_those_of_the_dialogue_sampler(client, bpe, played):
     """Every reply of whole dialogues again through HTTP, thought and say: the first as chat, all as token ids."""
     d, tokenizer, compared = played.dialogues, ChatTemplate(bpe), 0

@@ -153,6 +153,7 @@ def test_training_logs_are_derived_completely(unbroken, tmp_path, capsys):
     assert f"{tmp_path / 'edited.jsonl'}, dialogue 27: reward" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_equals_an_unbroken_one(unbroken, tmp_path):
     """To the bit: metrics, dialogues, parameters. The first part is cut off between two checkpoints."""
     run(tmp_path, **{"train.steps": 2})

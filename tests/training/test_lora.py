@@ -111,12 +111,14 @@ def test_a_checkpoint_holds_adapters_and_moments_alone(unbroken):
     assert len(moments) == len(names)
 
 
+@pytest.mark.slow
 def test_resumed_it_ends_as_one_that_was_never_interrupted(base, unbroken, tmp_path):
     run(config_of(base[0], train__steps=1), tmp_path / "run")
     run(config_of(base[0]), tmp_path / "run")
     assert differences(unbroken, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_its_log_is_recomputed(base, unbroken):
     """The policy of step 2 is the base with the adapter of step 1."""
     flags = [f"--config.{side}.path={base[0]}" for side in ("policy", "user")]
@@ -176,6 +178,7 @@ def test_another_base_is_refused(base, unbroken, tmp_path):
         TrainedPolicy.open(unbroken, "last", str(other)).weights(base[1])
 
 
+@pytest.mark.slow
 def test_a_run_without_adapters_has_none_to_merge(tmp_path, capsys):
     words = ["--config=configs/debug.py", "--config.train.steps=1", "--config.eval.every=0", f"--workdir={tmp_path}/r"]
     assert command.main([*words, "--config.log.tensorboard=False"]) == 0

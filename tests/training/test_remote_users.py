@@ -105,6 +105,7 @@ def same_run(folder, other) -> None:
     assert same(policy_of(folder), policy_of(other))
 
 
+@pytest.mark.slow
 def test_faults_change_nothing(unbroken, tmp_path):
     """A fifth of all requests fails: nothing is lost, nothing is asked twice for the same answer."""
     folder, bodies, server = unbroken

@@ -321,6 +321,7 @@ def test_other_dialogues_or_settings_do_not_resume(unbroken, logs, tmp_path, cap
     assert "holds a finished run of 6 steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(logs, tmp_path, capsys):
     """At an absurd learning rate the second update's loss is NaN or infinite: an alarm, exit status 1, its row kept."""
     fields = {"train__learning_rate": 1e38, "train__grad_clip": 0.0, "train__weight_decay": 0.0}

@@ -62,6 +62,7 @@ def test_it_learns(unbroken):
     assert names == {f"params/policy/{path}/lora_{factor}" for path in paths for factor in "ab"}
 
 
+@pytest.mark.slow
 def test_resumed_it_ends_as_one_that_was_never_interrupted(unbroken, base, log, tmp_path):
     """The second process measures the held-out dialogues of step 1, its last, once more: all else is equal."""
     learn(tmp_path / "run", base, log, train__steps=1)

@@ -127,6 +127,7 @@ def reread(lm, cache, tokens):
     return append(lm, cache, tokens, jnp.ones(1, jnp.int32)).hidden[0]
 
 
+@pytest.mark.slow
 def test_hostile_replies_change_nothing_but_what_is_heard(user_lm, tables, bpe):
     """50 replies in one batch; every sixth option distribution is scored by plain passes as well."""
     texts = hostile()
