@@ -31,7 +31,7 @@ def run(module: str, *flags: str) -> subprocess.CompletedProcess:
 def built(tmp_path_factory):
     """(folder, flags that it was built with)."""
     folder = tmp_path_factory.mktemp("miniature") / "built"
-    flags = [f"--out={folder}", "--user_steps=4", "--policy_steps=4", "--base_steps=2", "--rl_steps=0"]
+    flags = [f"--out={folder}", "--user_steps=4", "--policy_steps=40", "--base_steps=2", "--rl_steps=0"]
     result = run("miniature.build", *flags, f"--json={folder.parent / 'figures.json'}")
     assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
     return folder, flags
