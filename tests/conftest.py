@@ -29,8 +29,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs.debug import WORLD
 from rlver_jax.decoding.cache import LM, append, init_cache
 from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, abstract_params, logits
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.text.chat import ChatTemplate
@@ -175,6 +177,13 @@ def random_params(model: Qwen2, seed: int):
         return jnp.asarray(1 + noise if path[-1].key == "scale" else noise, x.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def write_debug_model(folder: Path) -> Qwen2:
+    """Writes configs/debug.py's model with weights, not its initial ones, to a new folder; returns it, unrolled."""
+    model = Qwen2(Qwen2Config.from_hf(WORLD), scan_layers=False)
+    save_params(folder, random_params(model, 3), model.config, tokenizer_from=WORLD)
+    return model
 
 
 def vocabulary(tokenizer) -> np.ndarray:

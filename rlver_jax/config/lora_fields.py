@@ -6,6 +6,7 @@ from typing import Any
 from rlver_jax.config.schema import COUNT, Field
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # weight matrices of a layer
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # of a folder of `peft`
 _FULL = {"lora.rank": (0,)}
 
 LORA = {

@@ -16,7 +16,7 @@ from rlver_jax.config.credentials import without_credentials
 from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_dataset, locate, profile_files
 from rlver_jax.config.endpoint_values import is_address, object_fault
 from rlver_jax.config.fields import FIELDS, PATHS, get_config
-from rlver_jax.config.lora_fields import rounding_faults, target_faults
+from rlver_jax.config.lora_fields import CONFIG_FILE, rounding_faults, target_faults
 from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
@@ -257,8 +257,8 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
         if values[name] and (fault := hub.fault(values[name])):
             yield f"{name}={shown(values[name])}: {fault}"
     for name in (f"{model}.adapter" for model in needs if f"{model}.adapter" in values):
-        if values[name] and not _is(Path.is_file, f"{values[name]}/adapter_config.json"):
-            yield f"{name}={shown(values[name])}: no folder with adapter_config.json; expected one that peft has saved"
+        if values[name] and not _is(Path.is_file, f"{values[name]}/{CONFIG_FILE}"):
+            yield f"{name}={shown(values[name])}: no folder with {CONFIG_FILE}; expected one that peft has saved"
     if values["user.prompts"] and not is_folder(values["user.prompts"]):
         yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
     elif values["user.prompts"] and "user" in needs and paths.sage_folder(values["user.prompts"]):

@@ -123,8 +123,7 @@ def reinforce(out: Path, workdir: Path, steps: int, console: Console, arg: str =
         return
     config = miniature_config(arg, out)
     config.train.steps, config.eval.every, config.log.dialogues_every = steps, 0, 1
-    if train(config, workdir, make_mesh(**config.mesh), console) < steps:  # SIGTERM
-        raise SystemExit("build: interrupted; the same command resumes")
+    fitting.check_finished(train(config, workdir, make_mesh(**config.mesh), console), steps)
 
 
 def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:

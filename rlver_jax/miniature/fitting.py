@@ -54,11 +54,16 @@ def learn(out: Path, lesson: Lesson, result: Path, console: Console) -> None:
         write_dialogues(data, lesson.logs())
     config = lesson_config(out, lesson, data)
     console.print(f"{result.name}: {lesson.steps} steps", markup=False, highlight=False)
-    if fit(config, run, make_mesh(**config.mesh), console) < lesson.steps:
-        raise SystemExit("build: interrupted; the same command resumes")
+    check_finished(fit(config, run, make_mesh(**config.mesh), console), lesson.steps)
     trained = TrainedPolicy.open(run, "last")
     model = make_model(trained.config.policy, "policy")
     save(result, LM(trained.weights(model), model), load_tokenizer(lesson.start))
+
+
+def check_finished(done: int, steps: int) -> None:
+    """Ends a build whose run SIGTERM has stopped."""
+    if done < steps:
+        raise SystemExit("build: interrupted; the same command resumes")
 
 
 def lesson_config(out: Path, lesson: Lesson, data: Path) -> ConfigDict:

@@ -43,16 +43,19 @@ def crowd() -> list[Person]:
 
 def user_logs(draw: random.Random, count: int, heard: Sequence[Dialogue]) -> Iterator[Record]:
     """What the simulated user learns from: `heard`, and so many dialogues of the grammar."""
-    known, shares = crowd(), texts.HEARD_LATER if heard else texts.HEARD
-    told = (sample_dialogue(draw, known, shares, draw.choice(TURNS)) for _ in range(count))
+    told = _sampled(draw, count, texts.HEARD_LATER if heard else texts.HEARD)
     return (record_of(dialogue, number, "direct") for number, dialogue in enumerate((*heard, *told)))
 
 
 def policy_logs(draw: random.Random, count: int, shares: dict[str, float]) -> Iterator[Record]:
     """What the policy learns from, both modes in turn; `shares` of the kinds of replies."""
-    known = crowd()
-    told = (sample_dialogue(draw, known, shares, draw.choice(TURNS)) for _ in range(count))
+    told = _sampled(draw, count, shares)
     return (record_of(dialogue, number, MODES[number % len(MODES)]) for number, dialogue in enumerate(told))
+
+
+def _sampled(draw: random.Random, count: int, shares: dict[str, float]) -> Iterator[Dialogue]:
+    known = crowd()
+    return (sample_dialogue(draw, known, shares, draw.choice(TURNS)) for _ in range(count))
 
 
 def rl_dialogues(records: Sequence[Record], persons: dict[str, Person]) -> list[Dialogue]:

@@ -203,8 +203,7 @@ def save_params(
         FileExistsError: the folder already holds files.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: not empty; export into a new folder")
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
     saved_dtype, total = "", 0
@@ -218,6 +217,12 @@ def save_params(
     if writes:
         _finish(folder, shards, total)
         _write_settings(folder, config.to_hf(saved_dtype), tokenizer_from)
+
+
+def check_new(folder: Path) -> None:
+    """Raises FileExistsError where an export would mix its files with others."""
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: not empty; export into a new folder")
 
 
 def _write_settings(folder: Path, config: dict[str, Any], tokenizer_from: str | Path | None) -> None:

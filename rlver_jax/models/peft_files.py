@@ -16,14 +16,14 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from rlver_jax.config.lora_fields import TARGETS
+from rlver_jax.config.lora_fields import CONFIG_FILE, TARGETS, WEIGHTS_FILE
 from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.hf_weights import check_new
 from rlver_jax.models.lora import LoRA, abstract_adapter, applied, merged
 from rlver_jax.models.product import LORA_A, LORA_B
 from rlver_jax.models.qwen import Params, Qwen2, unstack_layers
 from rlver_jax.parallel import distributed, rules
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _FACTORS = {LORA_A: "lora_A", LORA_B: "lora_B"}
 # Settings of peft that would change what is computed: what they are in a plain adapter.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -64,8 +64,7 @@ def save_adapter(
         FileExistsError: the folder already holds files.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: not empty; export into a new folder")
+    check_new(folder)
     fetched = distributed.fetch(adapter)
     if jax.process_index():
         return

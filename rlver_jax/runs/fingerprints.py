@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlver_jax.config.hub import local_folder
+from rlver_jax.config.lora_fields import CONFIG_FILE, WEIGHTS_FILE
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
 from rlver_jax.profiles.fingerprint import profiles_fingerprint
@@ -97,7 +98,7 @@ def adapter_part(folder: str) -> dict[str, str]:
     """
     if not folder:
         return {}
-    files = [Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    files = [Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     return {"adapter": _digest(*(file.read_bytes() for file in files))}
 
 

@@ -86,6 +86,8 @@ def examples_of(config: ConfigDict, agents: Agents) -> Examples:
 
 
 def _in_mode(agents: Agents, mode: str) -> Agents:
+    if mode == agents.spec.mode:
+        return agents
     spec = dataclasses.replace(agents.spec, mode=mode)
     same = agents.policy, agents.user, agents.tokenizer, agents.prompts
     return Agents.build(*same, spec, style=agents.style, scenario=agents.scenario)

@@ -112,8 +112,8 @@ def shares_base(config: ConfigDict) -> bool:
 
 def reference_is_base(config: ConfigDict) -> bool:
     """Whether the KL penalty's reference is what the policy's adapter stands on: no further model is loaded."""
-    own = config.reference.path in ("", config.policy.path)
-    return bool(config.loss.kl and config.lora.rank and own)
+    of_policy = config.policy.path, config.policy.adapter
+    return bool(config.loss.kl and config.lora.rank and folders_beside_policy(config, "reference") == of_policy)
 
 
 def reference_params(config: ConfigDict, agents: Agents, mesh: Mesh, weights: Weights) -> Params | None:
@@ -125,11 +125,9 @@ def reference_params(config: ConfigDict, agents: Agents, mesh: Mesh, weights: We
 
 def folders_beside_policy(config: ConfigDict, name: str) -> tuple[str, str]:
     """(path, adapter) of critic or reference: the policy's where they have no path."""
-    own = config[name]
-    if not own.path:
-        return config.policy.path, own.get("adapter") or config.policy.adapter
-    adapter = config.policy.adapter if name == "reference" and own.path == config.policy.path else ""
-    return own.path, own.get("adapter") or adapter
+    own, policy = config[name], config.policy
+    inherits = not own.path or (name == "reference" and own.path == policy.path)
+    return own.path or policy.path, own.get("adapter") or (policy.adapter if inherits else "")
 
 
 def beside_policy(config: ConfigDict, name: str, like: ConfigDict, mesh: Mesh, agents: Agents, weights: Weights) -> LM:

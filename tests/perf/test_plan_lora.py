@@ -6,43 +6,24 @@ import pytest
 from configs import debug
 from rlver_jax.decoding.cache import LM
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.lora import split
-from rlver_jax.models.qwen import Qwen2
-from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf import flops
-from rlver_jax.perf.plan_programs import Texts, bytes_per_chip, programs_of, shapes_of
+from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of
 from rlver_jax.rollout.sampler import sample_dialogues
-from rlver_jax.training.setup import build_run
 from rlver_jax.training.trained import lora_of, playing_copy
-from tests.conftest import random_params
+from tests.conftest import write_debug_model
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "model"
-    model = Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False)
-    save_params(folder, random_params(model, 3), model.config, tokenizer_from=debug.WORLD)
+    write_debug_model(folder)
     c = debug.get_config("ppo")
     c.policy.path = c.user.path = str(folder)
     c.critic.path, c.loss.kl, c.lora.rank = "", 0.1, 4
     c.policy.init = c.user.init = c.critic.init = "path"
     c.mesh.fsdp, c.mesh.tensor = 4, 2
     return c
-
-
-@pytest.fixture(scope="module")
-def run_and_state(config):
-    mesh = make_mesh(**config.mesh)
-    with jax.set_mesh(mesh):
-        return build_run(config, mesh)
-
-
-@pytest.fixture(scope="module")
-def planned(config, run_and_state):
-    run = run_and_state[0]
-    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix_width, run.tokens.first_width)
-    return shapes_of(config, run.mesh, texts)
 
 
 @pytest.fixture(scope="module")

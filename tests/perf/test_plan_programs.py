@@ -10,14 +10,12 @@ from configs import debug
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.train_step import compile_step
 from rlver_jax.parallel.distributed import replicate
-from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.plan_measure import turns_of_loops
-from rlver_jax.perf.plan_programs import Texts, bytes_per_chip, programs_of, shapes_of
+from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of
 from rlver_jax.rollout.agents import sampling_copy, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import sample_dialogues
 from rlver_jax.training.programs import row_sharding
-from rlver_jax.training.setup import build_run
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +24,6 @@ def config():
     c.mesh.fsdp, c.mesh.tensor = 4, 2
     c.mesh_sampling.replica, c.mesh_sampling.fsdp = 4, 1
     return c
-
-
-@pytest.fixture(scope="module")
-def run_and_state(config):
-    mesh = make_mesh(**config.mesh)
-    with jax.set_mesh(mesh):
-        return build_run(config, mesh)
-
-
-@pytest.fixture(scope="module")
-def planned(config, run_and_state):
-    run = run_and_state[0]
-    first_talk = run.tokens.first_width
-    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix_width, first_talk)
-    return shapes_of(config, run.mesh, texts)
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from configs import debug
 from rlver_jax import export, verify
 from rlver_jax import train as command
 from rlver_jax.config.validate import ConfigError, check_training, validate
-from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.lora import merged
-from rlver_jax.models.qwen import Qwen2, init_params
+from rlver_jax.models.qwen import init_params
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import same_parameters
 from rlver_jax.training.loop import fingerprints_of, train
@@ -26,7 +25,7 @@ from rlver_jax.training.setup import build_run
 from rlver_jax.training.trained import shares_base
 from rlver_jax.training.workdir import Contents, RunFolder
 from tests.compare_runs import differences
-from tests.conftest import random_params
+from tests.conftest import write_debug_model
 
 FIELDS = {
     "train.steps": 2, "checkpoint.every": 1, "checkpoint.keep_last": 9, "log.dialogues_every": 1, "eval.every": 0,
@@ -38,9 +37,7 @@ FIELDS = {
 def base(tmp_path_factory):
     """Folder of a tiny model with weights, and its model."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    model = Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False)
-    save_params(folder, random_params(model, 3), model.config, tokenizer_from=debug.WORLD)
-    return folder, model
+    return folder, write_debug_model(folder)
 
 
 def config_of(folder, arg="ppo", **fields):

@@ -8,12 +8,11 @@ import pytest
 from configs import debug
 from rlver_jax import evaluate, export, sft
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.models.hf_weights import load_params, save_params
-from rlver_jax.models.qwen import Qwen2
+from rlver_jax.models.hf_weights import load_params
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.restore import TrainedPolicy
 from tests.compare_runs import differences
-from tests.conftest import random_params
+from tests.conftest import write_debug_model
 
 FIELDS = {
     "sft.batch": 4, "sft.eval_every": 2, "train.steps": 3, "checkpoint.every": 1, "checkpoint.keep_last": 9,
@@ -25,9 +24,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "model"
-    model = Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False)
-    save_params(folder, random_params(model, 3), model.config, tokenizer_from=debug.WORLD)
-    return folder, model
+    return folder, write_debug_model(folder)
 
 
 @pytest.fixture(scope="module")
