@@ -46,7 +46,7 @@ def main() -> None:
     changes = [option_text(change).strip() for change in CHANGES]
     tokenizer = train_sentencepiece(texts, OUT / "tokenizer.model", 480, symbols=("\n", *changes))
     rows = -(-tokenizer.vocab_size // 8) * 8  # so that up to eight devices can share them
-    sizes = {"num_layers": 2, "num_heads": 8, "num_kv_heads": 8, "head_dim": 8}
+    sizes = {"num_layers": 1, "num_heads": 8, "num_kv_heads": 8, "head_dim": 8}
     # Wider than 0.02, so that a model of this size says different things after different words.
     config = Qwen2Config(rows, 32, 64, **sizes, tie_embeddings=True, init_std=0.2)
     (OUT / "config.json").write_text(json.dumps(config.to_hf("float32"), indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,8 @@ from rlver_jax.text.chat import ChatTemplate
 from tests.conftest import plain, some_profiles
 from tests.test_verify import SEED, check, make_agents, play
 
+pytestmark = pytest.mark.slow
+
 REPLY_TOKENS, TEMPERATURE = 16, 0.9  # of test_verify's users
 
 

@@ -51,7 +51,12 @@ def setup_of(policy_lm, estimator) -> TrainStepConfig:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "mode"),
-    [("grpo", "think"), ("grpo", "direct"), pytest.param("gae", "think", marks=pytest.mark.long), ("gae", "direct")],
+    [
+        ("grpo", "think"),
+        ("gae", "direct"),
+        pytest.param("grpo", "direct", marks=pytest.mark.long),
+        pytest.param("gae", "think", marks=pytest.mark.long),
+    ],
 )
 def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, mode, estimator):
     agents, setup = make_agents(policy_lm, user_lm, bpe, prompts, mode), setup_of(policy_lm, estimator)

@@ -131,7 +131,11 @@ def plain_loss(trained, model, head, rows, forbidden, numbers):
 
 @pytest.mark.parametrize(
     ("world", "scan"),
-    [("think", True), ("think", False), ("direct", False), pytest.param("direct", True, marks=pytest.mark.slow)],
+    [
+        ("think", True),
+        ("direct", False),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("think", False), ("direct", True))),
+    ],
     indirect=["world"],
 )
 def test_packed_training_is_one_row_per_turn(world, bpe, scan):

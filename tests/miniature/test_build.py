@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
     """An entry point in a process with one device."""
-    code = f"import sys\nfrom rlver_jax.miniature import assets, check\nfrom rlver_jax.{module} import main\n"
+    code = f"import sys\nfrom rlver_jax.{module} import main\n"
+    code += "from rlver_jax.miniature import assets, check, fitting, recipe\n"
+    code += "fitting.BATCH, recipe.TURNS = 4, (2, 3)\n"  # learned from few, short dialogues
     code += "assets.EVAL_COUNT, check.ATTACKED = 16, 8\nsys.exit(main())"  # measured on few people
     command = [sys.executable, "-c", code, *flags]
     environ = os.environ | {"XLA_FLAGS": ""}
@@ -31,7 +33,7 @@ def run(module: str, *flags: str) -> subprocess.CompletedProcess:
 def built(tmp_path_factory):
     """(folder, flags that it was built with)."""
     folder = tmp_path_factory.mktemp("miniature") / "built"
-    flags = [f"--out={folder}", "--user_steps=4", "--policy_steps=40", "--base_steps=2", "--rl_steps=0"]
+    flags = [f"--out={folder}", "--user_steps=4", "--policy_steps=60", "--base_steps=2", "--rl_steps=0"]
     result = run("miniature.build", *flags, f"--json={folder.parent / 'figures.json'}")
     assert result.returncode == 1, f"so little training cannot hold the gates: {result.stderr}"
     return folder, flags
@@ -70,6 +72,8 @@ def test_a_built_miniature_trains_and_is_judged_twice(built, tmp_path):
     flags += [
         "--config.rollout.batch=16",
         "--config.rollout.group=2",
+        "--config.rollout.max_turns=3",
+        "--config.eval.max_turns=3",
         "--config.alarms.readable_min=0.0",
         "--config.alarms.reply_tokens_min=0.0",
     ]

@@ -40,12 +40,11 @@ REMAT = {"remat": "full", "scan_layers": False, "attention": "chunked", "attenti
 
 
 def combined(**ways):
-    """Each kind of model with each way to compute it; those are slow whose parts have nothing to do with one another.
+    """Each kind of model with each way to compute it; of the ways but the first, one kind of each family isn't slow.
 
     A head of its own and longer rotary tables are the same code however layers are laid out, or computed again.
     """
-    slow = {(name, way) for name in ("untied", "qwen3_untied", "qwen3_gqa") for way in ways if way != "scan"}
-    slow |= {("yarn", way) for way in ways if "unrolled" in way}
+    slow = {(name, way) for name in NAMES for way in ways if way != "scan" and name not in ("gqa", "qwen3")}
     return [
         pytest.param(name, options, id=f"{way}-{name}", marks=[pytest.mark.slow][: (name, way) in slow])
         for way, options in ways.items()

@@ -57,7 +57,7 @@ def test_two_processes_from_meeting_to_end(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("silent", [0, 1])
+@pytest.mark.parametrize("silent", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_silent_process_ends_the_others(two, silent):
     """Frozen, not dead: its connections stay open, so that only the missing heartbeats tell."""
     for member in two:

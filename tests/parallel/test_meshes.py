@@ -57,9 +57,8 @@ def alone(tmp_path_factory):
         pytest.param((1, 4, 2), {}, 5, marks=pytest.mark.long),
         pytest.param((2, 2, 2), {}, 5, marks=pytest.mark.long),
         pytest.param((1, 4, 2), APART, 5, marks=pytest.mark.long),
-        pytest.param((1, 4, 2), APART, 2, marks=pytest.mark.slow),
     ],
-    ids=["fsdp8", "fsdp4-tensor2", "replica2-fsdp2-tensor2", "fsdp4-tensor2-apart", "fsdp4-tensor2-apart-short"],
+    ids=["fsdp8", "fsdp4-tensor2", "replica2-fsdp2-tensor2", "fsdp4-tensor2-apart"],
 )
 def test_the_miniature_learns_the_same_on_eight_devices(shape, fields, steps, alone, tmp_path):
     check_equal(run(miniature_config(**{"train.steps": steps}, **fields), tmp_path, shape), alone(steps))

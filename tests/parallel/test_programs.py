@@ -109,7 +109,9 @@ def tpu_mesh(topology: str, *shape: int, slices: int = 1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "microbatches"), [((1, 4, 2), 1), ((2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    ("shape", "microbatches"), [pytest.param((1, 4, 2), 1, marks=pytest.mark.long), ((2, 2, 2), 2)]
+)
 def test_ppo_for_tpu(shape, microbatches):
     mesh = tpu_mesh("v5e:2x4", *shape)
     lowered = lower_update(mesh, batch=BATCH, length=LENGTH, ppo=True, microbatches=microbatches)
@@ -158,7 +160,7 @@ def test_splash_kernels_for_tpu(topology, width, dtype, length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_an_update_with_splash_attention_for_tpu(topology, scan):
     """Of rows that dialogues share: weights are gathered as with any attention."""
     mesh = tpu_mesh(topology, 1, 4, 2)

@@ -183,7 +183,8 @@ def test_sides_of_different_dtypes_play(agents, bpe):
         check_claims(user, fresh.user_rows(d, b, profiles[b // 2], 3), atol=0.15)
 
 
-@pytest.mark.parametrize("text", [None, pytest.param("Be brief.", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [None, "Be brief."])
 def test_without_a_prompt_of_ours_the_folders_template_speaks(policy_lm, user_lm, bpe, tmp_path, text):
     """An empty prompt file: no system message of ours, so the one that the folder's template begins with, if any."""
     for name, prompt in (SHORT_PROMPTS | {"policy_direct.j2": ""}).items():

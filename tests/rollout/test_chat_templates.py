@@ -25,6 +25,7 @@ from rlver_jax.user.turn import UserLimits
 from tests.conftest import SHORT_PROMPTS, Fresh, Row, check_claims, plain, some_profiles
 from tests.text.conftest import write_qwen3
 
+pytestmark = pytest.mark.slow
 RULES = EmotionRules(initial=30, floor=20, ceiling=42)
 SPECS = {
     mode: RolloutConfig(mode, mode == "think", 2, 3, 704, 24, 24, 20, "argmax", RULES) for mode in ("think", "direct")
@@ -91,7 +92,7 @@ class Rendered(Fresh):
         return rows
 
 
-@pytest.fixture(scope="module", params=[pytest.param("think", marks=pytest.mark.slow), "direct"])
+@pytest.fixture(scope="module", params=["think", "direct"])
 def played(request, folder, policy_lm, user_lm, prompts):
     """(agents, oracle, dialogues) of a mode."""
     tokenizer, spec = load_tokenizer(folder), SPECS[request.param]
@@ -103,7 +104,6 @@ def played(request, folder, policy_lm, user_lm, prompts):
     return agents, oracle, agents.play(encoded, jax.random.key(3), LIMITS)
 
 
-@pytest.mark.slow
 def test_log_probs_are_those_of_rendered_contexts(played, policy_lm, user_lm):
     agents, oracle, d = played
     d = jax.device_get(d)

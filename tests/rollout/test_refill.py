@@ -161,7 +161,7 @@ def test_other_limits_compile_nothing(queues):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rows"), [("think", 8), ("direct", 4)])
+@pytest.mark.parametrize(("name", "rows"), [("think", 8), pytest.param("direct", 4, marks=pytest.mark.long)])
 def test_parts_of_a_mesh_refill_their_own_rows(name, rows, plays, policy_lm, user_lm, bpe, prompts):
     """Four parts: two profiles, whole on each, are no multiple of them; four are, and lie where their rows do."""
     spec, profiles, ids = SPECS[name]

@@ -102,8 +102,11 @@ def learned_of(folder, role):
     return sum(not held_out(record["profile"], 0.4) for file in files for record in read_dialogues(file))
 
 
-@pytest.mark.parametrize(("role", "rows"), [("user", [3]), ("policy", [3, 5])], ids=["user", "policy"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("role", "rows"),
+    [pytest.param("user", [3], marks=pytest.mark.slow), pytest.param("policy", [3, 5], marks=pytest.mark.long)],
+    ids=["user", "policy"],
+)
 def test_killed_and_resumed_it_ends_as_one_that_never_was(unbroken, role, rows, logs, tmp_path):
     folder = tmp_path / "run"
     for row in rows:

@@ -75,7 +75,7 @@ def test_a_users_own_log_is_read_as_it_was_played(log):
     assert tokens > 200
 
 
-@pytest.mark.parametrize("mode", ["think", "direct"])
+@pytest.mark.parametrize("mode", ["think", pytest.param("direct", marks=pytest.mark.slow)])
 def test_a_policys_own_log_is_read_as_it_was_played(log, mode, policy_lm, user_lm, bpe, prompts):
     agents, dialogues = log
     if mode == "direct":

@@ -14,6 +14,7 @@ from rlver_jax.training.restore import TrainedPolicy
 from tests.compare_runs import differences
 from tests.conftest import write_debug_model
 
+pytestmark = pytest.mark.slow
 FIELDS = {
     "sft.batch": 4, "sft.eval_every": 2, "train.steps": 3, "checkpoint.every": 1, "checkpoint.keep_last": 9,
     "sft.held_out": 0.4, "log.tensorboard": False, "lora.rank": 4, "lora.targets": "q,o,up", "user.init": "path",
@@ -59,7 +60,6 @@ def test_it_learns(unbroken):
     assert names == {f"params/policy/{path}/lora_{factor}" for path in paths for factor in "ab"}
 
 
-@pytest.mark.slow
 def test_resumed_it_ends_as_one_that_was_never_interrupted(unbroken, base, log, tmp_path):
     """The second process measures the held-out dialogues of step 1, its last, once more: all else is equal."""
     learn(tmp_path / "run", base, log, train__steps=1)

@@ -46,7 +46,8 @@ def check_texts(records, policy, user) -> None:
     assert len(set(changes)) > 3
 
 
-SWAPPED = [False, pytest.param(True, marks=pytest.mark.slow)]  # whether the policy has SentencePiece
+pytestmark = pytest.mark.slow
+SWAPPED = [False, True]  # whether the policy has SentencePiece
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,6 @@ def test_forged_logs(worlds, played, swapped, tmp_path, capsys, monkeypatch):
         assert len(set(own)) == len(own)
 
 
-@pytest.mark.slow
 def test_an_evaluation_with_two_tokenizers(worlds, tmp_path, capsys, monkeypatch):
     """On one device, with the programs of a training's evaluation: sharding has its own tests."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
