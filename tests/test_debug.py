@@ -111,6 +111,7 @@ def test_fresh_weights_are_as_wide_as_the_model_says():
             assert x.std() == pytest.approx(width, rel=0.1)
 
 
+@pytest.mark.slow
 def test_runs_are_compared(run, tmp_path, capsys):
     """A run equals its copy; one digit of a metric, a word of a log and a checkpoint are noticed; times don't count."""
     mine, copy = run(""), tmp_path / "copy"

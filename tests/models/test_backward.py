@@ -53,8 +53,15 @@ def test_layers_computed_again_are_not_kept(capsys):
     assert more <= LAYERS * LENGTH * WIDTH * 4  # less where it lies in what later holds gradients
 
 
-@pytest.mark.parametrize("attention", ["dense", "chunked"])
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize(
+    ("remat", "attention"),
+    [
+        ("dots", "chunked"),
+        ("full", "dense"),
+        pytest.param("dots", "dense", marks=pytest.mark.slow),
+        pytest.param("full", "chunked", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_those_without(remat, attention):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 128)), jnp.int32)
     params = init_params(gradient_of(False, "none", attention, 2)[0], jax.random.key(1))

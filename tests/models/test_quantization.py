@@ -59,7 +59,9 @@ def multiplied(params):
     return found
 
 
-@pytest.mark.parametrize(("scan", "config"), [(True, CONFIG), (False, CONFIG), (True, QWEN3)])
+@pytest.mark.parametrize(
+    ("scan", "config"), [(False, CONFIG), (True, QWEN3), pytest.param(True, CONFIG, marks=pytest.mark.slow)]
+)
 def test_a_model_is_that_of_its_weights_multiplied_out(scan, config):
     model, params, kept = rounded(scan, config=config)
     tokens, positions = jnp.arange(24).reshape(2, 12), jnp.broadcast_to(jnp.arange(12), (2, 12))

@@ -1,5 +1,6 @@
 """`rlver sft` as a command: what it reads and refuses, what it leaves behind, how it resumes after kill -9."""
 
+import functools
 import json
 import math
 import os
@@ -59,13 +60,16 @@ def command(workdir, role, logs, **fields):
 
 @pytest.fixture(scope="module")
 def unbroken(logs, tmp_path_factory):
-    """A finished run of each role."""
-    folders = {}
-    for role in ("user", "policy"):
-        folders[role] = tmp_path_factory.mktemp(role) / "run"
-        done = start(folders[role], role, logs)
+    """role -> the folder of a finished run."""
+
+    @functools.cache
+    def of(role):
+        folder = tmp_path_factory.mktemp(role) / "run"
+        done = start(folder, role, logs)
         assert done.wait(600) == 0, done.stdout.read()
-    return folders
+        return folder
+
+    return of
 
 
 def start(workdir, role, logs):
@@ -75,9 +79,12 @@ def start(workdir, role, logs):
     return subprocess.Popen(words, cwd=ROOT, env=environment, **pipe)
 
 
-@pytest.mark.parametrize("role", ["user", "policy"])
+ROLES = ["user", pytest.param("policy", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("role", ROLES)
 def test_a_run_learns_and_says_so(unbroken, role):
-    rows = read_metrics(unbroken[role] / "metrics.jsonl")
+    rows = read_metrics(unbroken(role) / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     measured = [row["step"] for row in rows if "held_out/loss" in row]
     assert measured == [0, 4, STEPS], "before, every four steps, and at the end"
@@ -89,8 +96,8 @@ def test_a_run_learns_and_says_so(unbroken, role):
     assert np.mean([row["sft/loss"] for row in rows[-2:]]) < np.mean([row["sft/loss"] for row in rows[1:3]])
     agreement = {f"held_out/change_{name}_given_appraisal" for name in ("spearman", "mae")}
     assert {name for name in rows[0] if "change_" in name} == (agreement if role == "user" else set())
-    assert rows[-1]["data/epoch"] == pytest.approx(STEPS * 4 / learned_of(unbroken[role], role))
-    checkpoints = Checkpoints.reader(unbroken[role] / "checkpoints")
+    assert rows[-1]["data/epoch"] == pytest.approx(STEPS * 4 / learned_of(unbroken(role), role))
+    checkpoints = Checkpoints.reader(unbroken(role) / "checkpoints")
     best = min((row for row in rows[1:] if "held_out/loss" in row), key=lambda row: row["held_out/loss"])
     assert checkpoints.best_step() == best["step"]
     checkpoints.close()
@@ -124,19 +131,19 @@ def test_killed_and_resumed_it_ends_as_one_that_never_was(unbroken, role, rows, 
     last = start(folder, role, logs)
     said = last.communicate(timeout=600)[0]
     assert last.returncode == 0 or "holds a finished run" in said, said
-    assert differences(unbroken[role], folder) == []
+    assert differences(unbroken(role), folder) == []
 
 
-@pytest.mark.parametrize("role", ["user", pytest.param("policy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("role", ROLES)
 def test_what_was_fitted_is_exported_and_played(unbroken, role, tmp_path, capsys):
     """Weights of the folder are those of the checkpoint; `user.path` and `policy.path` read it."""
     out = tmp_path / "model"
-    words = [f"--workdir={unbroken[role]}", f"--out={out}", "--step=last", "--dtype=float32"]
+    words = [f"--workdir={unbroken(role)}", f"--out={out}", "--step=last", "--dtype=float32"]
     assert export.main(words) == 0
     config = debug.get_config()
     model = make_model(config.policy, "policy")
     held = load_params(out, model)
-    saved = Checkpoints.reader(unbroken[role] / "checkpoints")
+    saved = Checkpoints.reader(unbroken(role) / "checkpoints")
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)
     wanted = saved.restore_part(STEPS, like, "params/policy")
     saved.close()
@@ -149,8 +156,12 @@ def test_what_was_fitted_is_exported_and_played(unbroken, role, tmp_path, capsys
 
 def test_a_fitted_user_is_no_policy(unbroken):
     with pytest.raises(ValueError, match="a simulated user that sft has fitted, and no policy; export it"):
-        take_checkpoint(debug.get_config(), str(unbroken["user"]), "")
-    assert take_checkpoint(debug.get_config(), str(unbroken["policy"]), "last").step == STEPS
+        take_checkpoint(debug.get_config(), str(unbroken("user")), "")
+
+
+@pytest.mark.slow
+def test_a_fitted_policy_is_one(unbroken):
+    assert take_checkpoint(debug.get_config(), str(unbroken("policy")), "last").step == STEPS
 
 
 def read(config_fields, logs):
@@ -314,13 +325,13 @@ def test_settings_that_cannot_be_fitted_are_refused(fields, told, logs, tmp_path
 
 
 def test_other_dialogues_or_settings_do_not_resume(unbroken, logs, tmp_path, capsys):
-    assert sft.main(command(unbroken["user"], "user", logs[:1], train__steps=9)) == 2
+    assert sft.main(command(unbroken("user"), "user", logs[:1], train__steps=9)) == 2
     assert "holds a run that began with others than these: the dialogues (sft.data=" in capsys.readouterr().err
-    assert sft.main(command(unbroken["user"], "user", logs, train__steps=9, sft__soft=1)) == 2
+    assert sft.main(command(unbroken("user"), "user", logs, train__steps=9, sft__soft=1)) == 2
     assert "holds a run with another config" in capsys.readouterr().err
-    assert sft.main(command(unbroken["user"], "policy", logs, train__steps=9)) == 2
+    assert sft.main(command(unbroken("user"), "policy", logs, train__steps=9)) == 2
     assert "sft.role" in capsys.readouterr().err
-    assert sft.main(command(unbroken["user"], "user", logs)) == 2
+    assert sft.main(command(unbroken("user"), "user", logs)) == 2
     assert "holds a finished run of 6 steps" in capsys.readouterr().err
 
 
