@@ -400,7 +400,22 @@ FORGED = {
 }
 
 
-@pytest.mark.parametrize("name", FORGED)
+TOGETHER = [
+    ("thought emptied", "first words", "hidden intention", "initial emotion", "goodbye for turn limit"),
+    ("shown reply cut", "seed", "success for turn limit", "renumbered"),
+    ("invented violation, say emptied", "one twice", "mode"),
+    ("all cut at their best", "hidden intention", "say cut", "style"),
+    ("null log-probs", "swapped", "turn limit for goodbye"),
+    ("renumbered", "say", "consideration", "scenario", "log-prob below the model's"),
+    ("denied violation", "context for format", "remote", "unbounded"),
+    ("thought rewritten", "stop moved", "language", "failures dropped"),
+]
+TOLD_TOGETHER = {name for names in TOGETHER for name in names}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow][: name in TOLD_TOGETHER]) for name in FORGED]
+)
 def test_a_forged_log(world, check, name):
     edit, words = FORGED[name]
     records = copy.deepcopy(world[0])
@@ -412,18 +427,6 @@ def test_a_forged_log(world, check, name):
     for word in words:
         assert word in said
     assert f"recomputed {len(records)} dialogues" in said or "no field" in said or "role" in said, "the others as well"
-
-
-TOGETHER = [
-    ("thought emptied", "first words", "hidden intention", "initial emotion", "goodbye for turn limit"),
-    ("shown reply cut", "seed", "success for turn limit", "renumbered"),
-    ("invented violation, say emptied", "one twice", "mode"),
-    ("all cut at their best", "hidden intention", "say cut", "style"),
-    ("null log-probs", "swapped", "turn limit for goodbye"),
-    ("renumbered", "say", "consideration", "scenario", "log-prob below the model's"),
-    ("denied violation", "context for format", "remote", "unbounded"),
-    ("thought rewritten", "stop moved", "language", "failures dropped"),
-]
 
 
 @pytest.mark.parametrize("names", TOGETHER, ids="+".join)

@@ -118,6 +118,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair, tmp_path, vic
     same_as(tmp_path, pair)
 
 
+@pytest.mark.long
 def test_a_full_disk_on_one_ends_both(pair, tmp_path):
     """The folder of dialogues turns into a file: process 0 cannot write them."""
     shutil.copytree(pair, tmp_path, dirs_exist_ok=True)

@@ -58,6 +58,7 @@ def test_a_refused_key_ends_all(tmp_path):
             assert "Traceback" not in members[0].printed + members[1].printed
 
 
+@pytest.mark.long
 def test_users_with_another_tokenizer(tmp_path, bpe_folder, bpe):
     world = tmp_path / "world"
     world.mkdir()

@@ -196,9 +196,8 @@ def test_killed_amid_a_save(short, tmp_path):
     kill_and_go_on(tmp_path, short, [("saving", 0)])
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(8, marks=pytest.mark.slow), pytest.param(len(PLAN), marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [8, len(PLAN)])
 def test_killed_again_and_again(kills, unbroken, tmp_path):
     """While it starts, plays, updates, saves and right after, at moments that are drawn anew."""
     began = time.monotonic()
