@@ -32,6 +32,8 @@ FIELDS = {
     "log.tensorboard": False, "lora.rank": 4, "loss.kl": 0.1,
 }  # fmt: skip
 
+ROUNDING = 1e-12  # of a KL estimate, d^2 / 2 for log-probs that differ by d: a few of their last bits
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -92,7 +94,7 @@ def test_other_bases_are_loaded_beside(base):
 def test_it_learns_from_where_the_base_is(unbroken):
     rows = read_metrics(unbroken / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
-    assert rows[0]["policy/reference_kl"] == 0, "the untrained policy is its base, to the bit"
+    assert rows[0]["policy/reference_kl"] < ROUNDING, "the untrained policy is its base"
     assert rows[1]["policy/reference_kl"] > 1e-5
     for row in rows:
         assert abs(row["policy/ratio_max_first"] - 1) < 1e-4, "sampler and trainer agree"
@@ -218,7 +220,8 @@ def test_a_base_in_int8_under_a_policy_whose_critic_shares_its_trunk(base, tmp_p
     workdir = run(config_of(base[0], train__steps=1, policy__scan_layers=True, **rounded), tmp_path / "run")
     row = first_row(workdir)
     assert abs(row["policy/ratio_max_first"] - 1) < 1e-4
-    assert row["policy/reference_kl"] == 0 < row["policy/grad_norm"]
+    assert row["policy/reference_kl"] < ROUNDING
+    assert row["policy/grad_norm"] > 0
     record = json.loads((workdir / "checkpoints" / "000001" / "record" / "metadata").read_text())["record"]
     critic = {name for name in record["leaves"] if name.startswith("params/critic/")}
     assert critic == {"params/critic/head/kernel", "params/critic/head/bias"}
