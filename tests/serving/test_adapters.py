@@ -1,20 +1,28 @@
 """Several adapters on one model, in one batch: each row against a plain pass with W + s A B, by name and anew."""
 
+import contextlib
+import shutil
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
 
+from configs.debug import WORLD
 from rlver_jax.config.validate import ConfigError
+from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.lora import LoRA, abstract_adapter, applied, merged
 from rlver_jax.models.peft_files import save_adapter
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.serving import programs
 from rlver_jax.serving.adapters import Adapters, named_folders
 from rlver_jax.serving.engine import BASE, Engine, GenerationParams
 from tests.conftest import plain
 from tests.serving.conftest import serving
 from tests.serving.test_engine import generate
+from tests.test_serve import served
 
 LORAS = {"calm": LoRA(3, 6.0, ("q", "v", "down")), "bold": LoRA(2, 9.0, ("o", "up", "q"), rank_stabilized=True)}
 NEW, ROWS, CONTEXT = 12, 4, 64
@@ -112,3 +120,24 @@ def test_what_is_refused(adapters, tmp_path):
     assert named_folders(["a=x=y", "b=z"], "m") == {"a": "x=y", "b": "z"}
     with pytest.raises(ConfigError, match="the checkpoint's policy is an adapter itself"):
         Adapters(adapters.beside_model()[0], adapters.folders).beside_model()
+
+
+@pytest.mark.slow
+def test_a_server_reads_them_anew_at_a_signal(tmp_path):
+    model, lora, folder = Qwen2(Qwen2Config.from_hf(WORLD), scan_layers=False), LoRA(2, 8.0), tmp_path / "calm"
+    save = lambda seed: save_adapter(folder, drawn(model, lora, seed), model.config, lora, base="BASE")  # noqa: E731
+    save(1)
+    with contextlib.ExitStack() as stack:
+        process, url = stack.enter_context(served("--rows=2", "--name=mine", f"--adapter=calm={folder}"))
+        client = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0))
+        asked = {"prompt": "hello", "temperature": 0, "max_tokens": NEW}
+        say = lambda name: client.completions.create(model=name, **asked).choices[0].text  # noqa: E731
+        first = say("mine"), say("calm")
+        shutil.rmtree(folder)
+        save(2)
+        process.send_signal(signal.SIGHUP)
+        while "read anew: calm" not in (line := process.stdout.readline()):
+            assert line, "it has ended"
+        second = say("mine"), say("calm")
+        assert second[0] == first[0]
+        assert len({*first, *second}) == 3

@@ -215,6 +215,18 @@ def test_a_mesh_learns_what_one_device_does(base, unbroken, tmp_path):
 
 
 @pytest.mark.slow
+def test_it_moves_from_mesh_to_mesh(base, unbroken, tmp_path):
+    """One step over eight devices, the next one over two replicas of two by two."""
+    one, two = {"mesh__fsdp": 8, "mesh__tensor": 1}, {"mesh__replica": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    run(config_of(base[0], train__steps=1, **one), tmp_path / "run", make_mesh(1, 8, 1))
+    run(config_of(base[0], **two), tmp_path / "run", make_mesh(2, 2, 2))
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (unbroken, tmp_path / "run")]
+    for alone, spread in zip(*rows, strict=True):
+        for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss", "reward/mean"):
+            assert spread[name] == pytest.approx(alone[name], rel=1e-3), name
+
+
+@pytest.mark.slow
 def test_a_base_in_int8_under_a_policy_whose_critic_shares_its_trunk(base, tmp_path):
     rounded = {"policy__param_dtype": "int8", "user__param_dtype": "int8", "critic__kind": "shared"}
     workdir = run(config_of(base[0], train__steps=1, policy__scan_layers=True, **rounded), tmp_path / "run")
