@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """Short dialogues, two profiles a step and two dialogues of each; `arg` as in `base.get_config`, with lora."""
     words = base.words(arg, LORA, base.CHALLENGING)
     c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
-    c = with_adapters(c) if LORA in words else c
+    c = with_adapters(c) if LORA in words else c  # its base in bfloat16 is widened below
     for model in (c.policy, c.user):
         model.dtype = "float32"  # a log's log-probabilities are then recomputed to 1e-3
         model.param_dtype = "float32"
@@ -30,6 +30,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.user.attention_chunk = 32  # scores that stay in the cores' caches: a prefix is read in half the time
     c.policy.prompt = "coach"  # says how to be empathetic, which a model of this size doesn't know
     c.policy.remat = "full"  # a third of the work again, for a fraction of the memory (docs/performance.md)
+    if LORA in words:
+        c.policy.remat = "dots"  # there is room: no moments, and nothing of the base is copied
     c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
     c.user.field_tokens = 24
     c.user.reply_tokens = 48

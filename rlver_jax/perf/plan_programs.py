@@ -20,7 +20,7 @@ from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.learning.train_step import TrainState, TrainStepConfig, compile_step
 from rlver_jax.models.architecture import Qwen2Config, preset
-from rlver_jax.models.lora import join, same_arrays, split
+from rlver_jax.models.lora import abstract_adapter, join, same_arrays, split
 from rlver_jax.models.peft_files import read_adapter
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
@@ -169,8 +169,8 @@ def abstract_agents(
     playing = None if mesh is None else sampling_mesh(mesh, config.mesh_sampling)
 
     def adapt(folder: str, model: Qwen2, _: None) -> Params:
-        lora, adapter = read_adapter(folder, model)
-        return adapter_program(model, lora, playing).lower(adapter).out_info
+        lora, _ = read_adapter(folder, model)
+        return adapter_program(model, lora, playing).lower(abstract_adapter(model, lora)[0]).out_info
 
     return Agents.load(config, spec, rest=mesh, load=abstract_weights(config, tokenizer).load, adapt=adapt)
 

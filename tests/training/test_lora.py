@@ -214,7 +214,7 @@ def test_a_mesh_learns_what_one_device_does(base, unbroken, tmp_path):
     assert said[0] == said[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_moves_from_mesh_to_mesh(base, unbroken, tmp_path):
     """One step over eight devices, the next one over two replicas of two by two."""
     one, two = {"mesh__fsdp": 8, "mesh__tensor": 1}, {"mesh__replica": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
