@@ -169,7 +169,7 @@ def abstract_agents(
     playing = None if mesh is None else sampling_mesh(mesh, config.mesh_sampling)
 
     def adapt(folder: str, model: Qwen2, _: None) -> Params:
-        lora, _ = read_adapter(folder, model)
+        lora = read_adapter(folder, model)[0]
         return adapter_program(model, lora, playing).lower(abstract_adapter(model, lora)[0]).out_info
 
     return Agents.load(config, spec, rest=mesh, load=abstract_weights(config, tokenizer).load, adapt=adapt)
