@@ -3,7 +3,8 @@
 Use: python -m rlver_jax.train --config=configs/qwen25_0p5b_cpu.py --config.policy.path=DIR --config.user.path=DIR
      --config.data.train=PROFILES.jsonl --workdir=OUT
      python -m rlver_jax.evaluate --config=configs/qwen25_0p5b_cpu.py --config.policy.path=DIR --config.user.path=DIR
-     --config.data.eval=PROFILES.jsonl --out=OUT    (--config=configs/qwen25_0p5b_cpu.py:challenging for the hard user)
+     --config.data.eval=PROFILES.jsonl --out=OUT
+     (--config=configs/qwen25_0p5b_cpu.py:lora for adapters on one base, :challenging for the hard user, or both)
 
 DIR is the Hugging Face folder of Qwen2.5-0.5B or Qwen2.5-0.5B-Instruct; OUT of a training takes 5.1 GB. The three steps
 took 24 minutes on two cores (Intel Xeon): about six to play four dialogues, one and a half to learn from them.
@@ -12,11 +13,14 @@ took 24 minutes on two cores (Intel Xeon): about six to play four dialogues, one
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.ppo_think_7b import LORA, with_adapters
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Short dialogues, two profiles a step and two dialogues of each; `arg` as in `base.get_config`."""
-    c = base.get_config(arg)
+    """Short dialogues, two profiles a step and two dialogues of each; `arg` as in `base.get_config`, with lora."""
+    words = base.words(arg, LORA, base.CHALLENGING)
+    c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
+    c = with_adapters(c) if LORA in words else c  # its base in bfloat16 is widened below
     for model in (c.policy, c.user):
         model.dtype = "float32"  # a log's log-probabilities are then recomputed to 1e-3
         model.param_dtype = "float32"
@@ -26,6 +30,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.user.attention_chunk = 32  # scores that stay in the cores' caches: a prefix is read in half the time
     c.policy.prompt = "coach"  # says how to be empathetic, which a model of this size doesn't know
     c.policy.remat = "full"  # a third of the work again, for a fraction of the memory (docs/performance.md)
+    if LORA in words:
+        c.policy.remat = "dots"  # there is room: no moments, and nothing of the base is copied
     c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
     c.user.field_tokens = 24
     c.user.reply_tokens = 48

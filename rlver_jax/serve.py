@@ -1,11 +1,14 @@
 """Serves a policy to anything that speaks OpenAI's protocol: chat completions and completions.
 
-    rlver serve --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--port=8000]
+    rlver serve --config=FILE[:ARG] [--config.a.b=v …] [--checkpoint=WORKDIR|HF_FOLDER] [--adapter=NAME=FOLDER …]
+                [--port=8000]
 
 Requests that come together are answered together, --rows at a time. Of a training run the checkpoint with the best
 eval/score is taken, or the last one where none has a score; --step chooses another. The server listens on this machine
 only, unless --host says otherwise, and asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN.
-GET /stats tells how busy it is. Needs the extra `serve`: pip install 'rlver_jax[serve]'.
+GET /stats tells how busy it is. --adapter, given once for each, names low-rank adapters on the model (folders of
+`peft`), which requests then name as their model; SIGHUP has them read anew.
+Needs the extra `serve`: pip install 'rlver_jax[serve]'.
 Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage, 130 interrupted before it served.
 """
 
@@ -31,7 +34,9 @@ from rlver_jax.config.hub import fetch, short_name
 from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.decoding.cache import LM
 from rlver_jax.parallel.mesh import make_sampling_mesh
-from rlver_jax.rollout.agents import load_model, make_model, sampling_copy
+from rlver_jax.rollout.agents import load_model, make_model
+from rlver_jax.rollout.ready import sampling_copy
+from rlver_jax.serving.adapters import Adapters, named_folders
 from rlver_jax.serving.engine import Engine
 from rlver_jax.serving.listening import base_url, check_installed, listen
 from rlver_jax.text.command import Command, run_command
@@ -54,16 +59,18 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     _check_token(os.environ.get(TOKEN_VARIABLE, ""))
     checkpoint = options.checkpoint or config.policy.path
     trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
+    name = options.name or short_name(checkpoint)
+    folders = named_folders(options.adapter, name)
     validate(config, jax.device_count(), ["policy"])
     fetch({"policy": (config.policy.path, trained is None and config.policy.init == "path")})
     system = _system(config) if options.policy_prompt else ""
     with listen(options.host, options.port) as listening:
         with command.console.status("loading the model"):
-            engine = _load(config, options, trained.weights if trained else None)
+            engine, adapters = _load(config, options, trained.weights if trained else None, folders)
         with command.console.status("compiling"):
             engine.warm_up()
         thinking = False if config.policy.mode == "direct" else None  # as it was trained; else as its template says
-        _serve(engine, options.name or short_name(checkpoint), system, thinking, listening, command.console)
+        _serve(engine, name, adapters, system, thinking, listening, command.console)
     if engine.failure is not None:
         command.error(f"the engine has failed: {engine.failure!r}")
         return 1
@@ -75,6 +82,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         common: dict[str, Any] = {"flag_values": values}
         define_path("checkpoint", None, "training run or Hugging Face folder to take the policy from", values)
         flags.DEFINE_string("step", "", "of a training run: best | last | a number", **common)
+        flags.DEFINE_multi_string("adapter", [], "NAME=FOLDER of an adapter on the model; for each one again", **common)
         flags.DEFINE_string("name", "", "of the model in requests; default: the checkpoint's folder", **common)
         flags.DEFINE_boolean(
             "policy_prompt", False, "put the policy's own system prompt (policy.mode) where a chat has none", **common
@@ -98,7 +106,9 @@ def _check_token(token: str) -> None:
         raise ConfigError(f"{TOKEN_VARIABLE}: the token in this variable {fault}")
 
 
-def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine:
+def _load(
+    config: ConfigDict, options: flags.FlagValues, weights: Any, folders: dict[str, str]
+) -> tuple[Engine, Adapters]:
     context = options.context or config.rollout.context
     model_config = make_model(config.policy, "policy").config
     field = "--context" if options.context else "--config.rollout.context"
@@ -106,7 +116,10 @@ def _load(config: ConfigDict, options: flags.FlagValues, weights: Any) -> Engine
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     lm, tokenizer = load_model(config.policy, "policy", mesh, weights)
     lm = LM(sampling_copy(lm.model, mesh)(lm.params), lm.model)
-    return Engine(lm, tokenizer, rows=options.rows, context=context, block=options.block, queue=options.queue)
+    adapters = Adapters(lm, folders, mesh)
+    lm, owners = adapters.beside_model()
+    how = {"rows": options.rows, "context": context, "block": options.block, "queue": options.queue}
+    return Engine(lm, tokenizer, owners=owners, **how), adapters
 
 
 def _system(config: ConfigDict) -> str:
@@ -117,7 +130,13 @@ def _system(config: ConfigDict) -> str:
 
 
 def _serve(
-    engine: Engine, name: str, system: str, thinking: bool | None, listening: socket.socket, console: Console
+    engine: Engine,
+    name: str,
+    adapters: Adapters,
+    system: str,
+    thinking: bool | None,
+    listening: socket.socket,
+    console: Console,
 ) -> None:
     """Answers until a signal comes or the engine fails."""
     from rlver_jax.serving.app import Service
@@ -125,7 +144,7 @@ def _serve(
 
     token = os.environ.get(TOKEN_VARIABLE, "")
     host = listening.getsockname()[0]
-    app = Service(engine, name, int(time.time()), token, system, thinking).app()
+    app = Service(engine, name, int(time.time()), token, system, thinking, tuple(adapters.folders)).app()
     server = make_server(app)
     engine.start()
     sys.setswitchinterval(SWITCH_S)
@@ -134,6 +153,8 @@ def _serve(
     # uvicorn raises the signal again once it has stopped: by then there is nothing left to interrupt.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    again = lambda: console.print(adapters.swap(engine), markup=False)  # noqa: E731
+    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
     console.print(f"{name} at {base_url(listening)} · {engine.rows} rows of {engine.context} tokens", markup=False)
     if not token and not ipaddress.ip_address(host).is_loopback:
         console.print(f"anyone who reaches {host} can use it; set {TOKEN_VARIABLE} to ask for a token", markup=False)

@@ -10,16 +10,17 @@ by then, so that a model needs no word of how it was trained. B starts at zero: 
 import dataclasses
 import functools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from rlver_jax.config.lora_fields import TARGETS
 from rlver_jax.models.precision import accum_dtype, matmul_options
-from rlver_jax.models.product import LORA_A, LORA_B
+from rlver_jax.models.product import LORA_A, LORA_B, LORA_ROWS
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params, unstack_layers
 
 
@@ -117,6 +118,46 @@ def split(params: Params) -> tuple[Params, Params]:
         else:
             (adapter if name in (LORA_A, LORA_B) else base)[name] = tree
     return base, adapter
+
+
+def same_arrays(one: Params, other: Params) -> bool:
+    """Whether two trees hold the very same arrays: one copy in memory."""
+    pairs = [jax.tree.leaves_with_path(tree) for tree in (one, other)]
+    return len(pairs[0]) == len(pairs[1]) and all(
+        path == its and x is y for (path, x), (its, y) in zip(*pairs, strict=True)
+    )
+
+
+def side_by_side(model: Qwen2, adapters: Sequence[tuple[LoRA, Params]]) -> tuple[LoRA, Params]:
+    """Several adapters of one model as one whose ranks are all of theirs, one after the other, in the model's dtype.
+
+    Their scaling is in B already: s is 1. With `for_rows` each row of a batch takes the ranks of one of them.
+    """
+    targets = tuple(name for name in TARGETS if any(name in lora.targets for lora, _ in adapters))
+    whole = LoRA(sum(lora.rank for lora, _ in adapters), sum(float(lora.rank) for lora, _ in adapters), targets)
+
+    def filled(shapes: Params, adapter: Params) -> Params:  # without a target an adapter adds 0 there
+        return {
+            name: filled(x, adapter.get(name, {})) if isinstance(x, dict) else adapter.get(name, jnp.zeros(x.shape))
+            for name, x in shapes.items()
+        }
+
+    def beside(path: Any, *parts: Array) -> Array:
+        return jnp.concatenate([x.astype(model.dtype) for x in parts], -1 if path[-1].key == LORA_A else -2)
+
+    shapes = [abstract_adapter(model, dataclasses.replace(lora, targets=targets))[0] for lora, _ in adapters]
+    parts = [filled(like, scaled(adapter, lora)) for like, (lora, adapter) in zip(shapes, adapters, strict=True)]
+    return whole, jax.tree_util.tree_map_with_path(beside, *parts)
+
+
+def for_rows(params: Params, rows: Float[Array, "B R"] | None) -> Params:
+    """Parameters whose adapter counts, in row b of a batch, with the ranks whose rows[b] is 1; None: with all."""
+    if rows is None:
+        return params
+    if LORA_A in params:
+        stack = params[LORA_A].shape[:-2]
+        return params | {LORA_ROWS: jnp.broadcast_to(rows, (*stack, *rows.shape))}
+    return {name: for_rows(tree, rows) if isinstance(tree, dict) else tree for name, tree in params.items()}
 
 
 def merged(params: Params) -> Params:

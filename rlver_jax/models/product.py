@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 
 from rlver_jax.models.precision import matmul_options
 
-LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two factors beside a kernel (see `lora`)
+# Names of an adapter's two factors beside a kernel, and of which rows of a batch take which of their ranks (`lora`).
+LORA_A, LORA_B, LORA_ROWS = "lora_a", "lora_b", "lora_rows"
 
 
 @jax.custom_vjp
@@ -36,6 +37,14 @@ def _backward(operands, cotangent):
 product.defvjp(_forward, _backward)
 
 
-def low_rank(x: Float[Array, "B S I"], a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "B S O"]:
-    """x A B, operands in x's dtype; returned in float32 (float64 for float64)."""
-    return product(product(x, a.astype(x.dtype)).astype(x.dtype), b.astype(x.dtype))
+def low_rank(
+    x: Float[Array, "B S I"],
+    a: Float[Array, "I R"],
+    b: Float[Array, "R O"],
+    rows: Float[Array, "B R"] | None = None,
+) -> Float[Array, "B S O"]:
+    """x A B, operands in x's dtype; returned in float32 (float64 for float64). Ranks count as `rows` says, 0 or 1."""
+    inner = product(x, a.astype(x.dtype))
+    if rows is not None:
+        inner *= rows[:, None].astype(inner.dtype)
+    return product(inner.astype(x.dtype), b.astype(x.dtype))

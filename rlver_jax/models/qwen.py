@@ -18,7 +18,7 @@ from rlver_jax.models.attention import AttentionMask, chunked_attention, dense_a
 from rlver_jax.models.backward import late, lookup
 from rlver_jax.models.kv_cache import KVCache, write
 from rlver_jax.models.precision import accum_dtype, matmul_options
-from rlver_jax.models.product import LORA_A, LORA_B, low_rank, product
+from rlver_jax.models.product import LORA_A, LORA_B, LORA_ROWS, low_rank, product
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel import rules
 
@@ -70,7 +70,7 @@ class Linear(nn.Module):
             ones = partitioned(nn.initializers.ones_init(), *self.axes[1:])
             y *= self.param("scale", ones, (self.features,), jnp.float32).astype(y.dtype)
         if self.has_variable("params", LORA_A):
-            y += low_rank(x, *(self.get_variable("params", name) for name in (LORA_A, LORA_B)))
+            y += low_rank(x, *(self.get_variable("params", name) for name in (LORA_A, LORA_B, LORA_ROWS)))
         if self.use_bias:
             dtype = unquantized_dtype(self.param_dtype, self.dtype)
             bias = self.param("bias", partitioned(zeros, *self.axes[1:]), (self.features,), dtype)

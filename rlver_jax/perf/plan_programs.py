@@ -20,18 +20,22 @@ from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.learning.train_step import TrainState, TrainStepConfig, compile_step
 from rlver_jax.models.architecture import Qwen2Config, preset
-from rlver_jax.models.lora import join
+from rlver_jax.models.lora import abstract_adapter, join, same_arrays, split
+from rlver_jax.models.peft_files import read_adapter
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
-from rlver_jax.rollout.agents import Agents, is_ready, limits_of, make_model, sampling_params, sampling_program
+from rlver_jax.rollout.agents import Agents, limits_of, make_model
+from rlver_jax.rollout.ready import adapter_program, is_ready, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
 from rlver_jax.training.programs import pack_program, row_sharding
 from rlver_jax.training.setup import build_learning, dialogues_an_update, rollout_spec, updates_at_most
-from rlver_jax.training.trained import Weights, adapter_program
+from rlver_jax.training.trained import Weights
+
+USERS_ADAPTER = "user's adapter"  # on the policy's base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +166,13 @@ def abstract_agents(
     """
     config = config.copy_and_resolve_references()
     config.data.language = language
-    return Agents.load(config, spec, rest=mesh, load=abstract_weights(config, tokenizer).load)
+    playing = None if mesh is None else sampling_mesh(mesh, config.mesh_sampling)
+
+    def adapt(folder: str, model: Qwen2, _: None) -> Params:
+        lora = read_adapter(folder, model)[0]
+        return adapter_program(model, lora, playing).lower(abstract_adapter(model, lora)[0]).out_info
+
+    return Agents.load(config, spec, rest=mesh, load=abstract_weights(config, tokenizer).load, adapt=adapt)
 
 
 def _whole(tree: Any, mesh: Mesh | None) -> Any:
@@ -195,11 +205,10 @@ def programs_of(shapes: Shapes) -> list[Program]:
             programs.append(_copy(name, like, resident, copies))
             ready[name] = copies[f"{name}'s copy"] = like
     read = {name: tree for name, tree in resident.items() if ready.get(name) is tree}
-    if shapes.base is not None:
-        read["adapters"] = resident["adapters"]
+    read |= {name: resident[name] for name in ("adapters", USERS_ADAPTER) if name in resident}
     again = ready["policy"] if shared else None
     ready["user"] = ready["policy"] if shared else ready["user"]
-    user = {} if shared else {"user": resident["user"]}
+    user = {name: resident[name] for name in ("user", USERS_ADAPTER) if name in resident}
     return [
         *programs,
         Program("play", lambda: _lower_play(shapes, ready), read | copies, _without(resident, read), again),
@@ -229,8 +238,9 @@ def _resident_with_adapters(shapes: Shapes, base: Base) -> dict[str, Any]:
     """With LoRA: models that share a base are there once, as the policy's."""
     state = shapes.state
     trees = {"policy": base.policy, "adapters": state.params, "adapters' moments": state.opt_state}
-    others = {"critic": base.critic, "reference": shapes.reference, "user": shapes.agents.user.params}
-    return trees | {name: tree for name, tree in others.items() if tree and tree is not base.policy}
+    user, adapter = split(shapes.agents.user.params)
+    others = {"critic": base.critic, "reference": shapes.reference, "user": user, USERS_ADAPTER: adapter}
+    return trees | {name: tree for name, tree in others.items() if tree and not same_arrays(tree, base.policy)}
 
 
 def _copy(name: str, like: Params, resident: dict[str, Any], made: dict[str, Any]) -> Program:
@@ -254,7 +264,8 @@ def _ready(shapes: Shapes, params: dict[str, Params]) -> tuple[LM, LM]:
     if lora is not None:
         program = adapter_program(agents.policy.model, lora, agents.mesh)
         policy = join(policy, program.lower(shapes.state.params["policy"]).out_info)
-    return LM(policy, agents.policy.model), LM(params["user"], agents.user.model)
+    user = join(params["user"], split(agents.user.params)[1])
+    return LM(policy, agents.policy.model), LM(user, agents.user.model)
 
 
 def _lower_play(shapes: Shapes, params: dict[str, Params]) -> Any:

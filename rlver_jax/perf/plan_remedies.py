@@ -59,6 +59,8 @@ def find_remedy(
 ) -> Remedy | None:
     """The first of `candidates`, each on top of those before, with which all that did not fit does; None: none does.
 
+    After `TRIES` compilations only adapters are still tried.
+
     Args:
         remake: shapes of a changed config.
     """
@@ -66,6 +68,8 @@ def find_remedy(
     fields: dict[str, Any] = {}
     tries = 0
     for step in candidates(config, failing):
+        if tries >= TRIES and step.keys() != adapters(config).keys():
+            continue
         attempt = with_fields(config, fields | step)
         try:
             validate(attempt, mesh.size)
@@ -78,14 +82,18 @@ def find_remedy(
         attempted = compile_all(programs, shapes, tell)
         tries += len(attempted)
         if all(over(one, chip) <= 0 for one in attempted):
-            return Remedy(fields, max(one.memory.total for one in attempted))
-        if tries >= TRIES:
-            return None
+            return Remedy(fields, max((one.memory.total for one in attempted), default=0))
     return None
 
 
+def adapters(config: ConfigDict) -> dict[str, Any]:
+    """Adapters on a base in bfloat16, in place of all parameters, their gradients and moments (docs/lora.md)."""
+    bases = {f"{name}.param_dtype": "bfloat16" for name in trained_of(config)}
+    return {"lora.rank": 16, "lora.alpha": 32.0} | bases
+
+
 def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Changes, the cheapest first: only the last ones change what is learned."""
+    """Changes, the cheapest first: only the last three change what is learned."""
     trained = trained_of(config)
     if "learn" in failing:
         full = {f"{name}.remat": "full" for name in trained if config[name].remat != "full"}
@@ -99,5 +107,7 @@ def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str,
         yield {"mesh_sampling.fsdp": 4, "mesh_sampling.replica": -1}
     if config.train.moment_dtype != "bfloat16":
         yield {"train.moment_dtype": "bfloat16"}
+    if not config.lora.rank:
+        yield adapters(config)
     yield {"rollout.batch": config.rollout.batch // 2}
     yield {"rollout.batch": config.rollout.batch // 4}

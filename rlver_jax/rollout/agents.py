@@ -5,12 +5,12 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
@@ -19,15 +19,15 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.lora import join, split
+from rlver_jax.models.lora import join
 from rlver_jax.models.peft_files import with_adapter
 from rlver_jax.models.quantization import quantize, unrounded
-from rlver_jax.models.qwen import Params, Qwen2, abstract_params, init_params
-from rlver_jax.parallel import rules
+from rlver_jax.models.qwen import Params, Qwen2, init_params
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.policy_turn import PolicyTables, build_policy_tables
 from rlver_jax.rollout.profile_tokens import EncodedProfile, ProfileTokens, measure_profiles
+from rlver_jax.rollout.ready import fitted_adapter
 from rlver_jax.rollout.sampler import Dialogues, Profiles, room_needed, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
 from rlver_jax.text.chat import ChatTemplate
@@ -121,78 +121,23 @@ def read_params(config: ConfigDict, model: Qwen2, mesh: Mesh | None = None) -> P
     return with_adapter(params, model, config.adapter, mesh) if config.adapter else params
 
 
-def same_parameters(one: ConfigDict, other: ConfigDict) -> bool:
-    """Whether two models of a config are of one folder and read in one way, so that one copy serves both."""
-    return all(one[name] == other[name] for name in _OF_PARAMETERS)
+def same_parameters(one: ConfigDict, other: ConfigDict, but: str = "") -> bool:
+    """Whether two models of a config are of one folder and read in one way, so that one copy serves both.
+
+    but: a field in which they may differ.
+    """
+    return all(one[name] == other[name] for name in _OF_PARAMETERS if name != but)
+
+
+def stands_on_base(config: ConfigDict) -> bool:
+    """Whether the user is an adapter on the policy's frozen base, which stays one copy: it isn't merged."""
+    one = same_parameters(config.policy, config.user, but="adapter")
+    return bool(config.lora.rank and config.user.adapter and not config.policy.adapter and one)
 
 
 def random_params(model: Qwen2, name: str, mesh: Mesh | None = None) -> Params:
     """Random weights of the model of `config.NAME`; always the same ones."""
     return init_params(model, jax.random.key(zlib.crc32(name.encode())), mesh)
-
-
-def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
-    """What the sampler reads at every token, as ShapeDtypeStructs: weight matrices in the dtype of its products.
-
-    Args:
-        mesh: that dialogues are played on; None: the structs have no shardings.
-    """
-    shapes, axes = abstract_params(model)
-    shardings = jax.tree.map(lambda _: None, shapes) if mesh is None else rules.tree_shardings(axes, shapes, mesh)
-
-    def one(path: Any, x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-        dtype = model.dtype if _is_matrix(path) and x.dtype != jnp.int8 else x.dtype
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(one, shapes, shardings)
-
-
-def sampling_program(like: Params) -> Callable[[Params], Params]:
-    """The jitted copy of parameters to what `sampling_params` describes: rounded, and resharded where a mesh is named.
-
-    The two meshes must hold the same devices in the same order (`parallel.mesh.sampling_mesh`).
-    """
-    copied = lambda params: jax.tree_util.tree_map_with_path(cast_and_reshard, params, like)  # noqa: E731
-    return jax.jit(copied, out_shardings=jax.tree.map(lambda x: x.sharding, like))
-
-
-def cast_and_reshard(path: Any, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A weight rounded and resharded; stacked ones layer by layer: a gather then needs room for one layer only."""
-    if path[0].key != "layers" or not isinstance(like.sharding, NamedSharding):
-        return x.astype(like.dtype)
-    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
-    return jax.lax.map(lambda one: jax.lax.with_sharding_constraint(one.astype(like.dtype), sharding), x)
-
-
-def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], Params]:
-    """What makes a model's parameters ready for the sampler; see `sampling_params`.
-
-    The model would round weight matrices at every token anyway, so no output changes. Parameters that are
-    ready already are returned themselves: no second copy of a model. An adapter beside them (`models.lora`) stays.
-    """
-    like = sampling_params(model, mesh)
-    copy = sampling_program(like)
-
-    def ready(params: Params) -> Params:
-        base, adapter = split(params)
-        if is_ready(base, like):
-            return params
-        return join(copy(base), adapter)
-
-    return ready
-
-
-def is_ready(params: Params, like: Params) -> bool:
-    """Whether parameters, or shapes with shardings, are as `sampling_params` describes: none need be copied."""
-
-    def same(x: Any, y: jax.ShapeDtypeStruct) -> bool:
-        return x.dtype == y.dtype and (y.sharding is None or y.sharding.is_equivalent_to(x.sharding, x.ndim))
-
-    return all(jax.tree.leaves(jax.tree.map(same, params, like)))
-
-
-def _is_matrix(path: Any) -> bool:
-    return path[-1].key in ("kernel", "lm_head")
 
 
 def emotion_rules(config: ConfigDict, initial: int) -> EmotionRules:
@@ -281,13 +226,14 @@ class Agents:
         policy_weights: Weights | None = None,
         rest: Mesh | None = None,
         load: Callable[..., tuple[LM, Tokenizer]] = load_model,
+        adapt: Callable[..., Params] = fitted_adapter,
     ) -> "Agents":
         """Agents of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
 
         Args:
             mesh: that dialogues are played on; both models are loaded onto it.
             rest: that they are loaded onto instead, for training; `sampling_copy` brings them over.
-            load: of each model; a plan's makes shapes.
+            load, adapt: of each model, and of the user's adapter on the policy's base; a plan's make shapes.
 
         Raises:
             ValueError: the two models have different tokenizers, one of them cannot be loaded, or reads fewer tokens
@@ -295,10 +241,13 @@ class Agents:
         """
         check_context(config, "policy", "user")
         policy, tokenizer = load(config.policy, "policy", rest or mesh, policy_weights)
-        if policy_weights is None and config.user.init == "path" and same_parameters(config.policy, config.user):
+        one = same_parameters(config.policy, config.user) or stands_on_base(config)
+        if policy_weights is None and config.user.init == "path" and one:
             own = {name: config.user[name] for name in ("attention", "attention_chunk")}
-            model = policy.model.clone(**own)
-            user, other = policy if model == policy.model else LM(policy.params, model), tokenizer
+            model, params, other = policy.model.clone(**own), policy.params, tokenizer
+            if stands_on_base(config):
+                params = join(params, adapt(config.user.adapter, model, mesh))
+            user = policy if params is policy.params and model == policy.model else LM(params, model)
         else:
             user, other = load(config.user, "user", rest or mesh)
         check_tokenizers(tokenizer, other)

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rlver_jax.serving.engine import Emit, Engine, EngineDown, EngineFull, GenerationParams, StreamChunk
+from rlver_jax.serving.engine import BASE, Emit, Engine, EngineDown, EngineFull, GenerationParams, StreamChunk
 from rlver_jax.serving.errors import ProtocolError, quoted
 from rlver_jax.serving.protocol import ChatRequest, CompletionRequest, check_consistent, parse
 from rlver_jax.serving.request_bodies import MAX_BODY as MAX_BODY
@@ -44,6 +44,7 @@ class Service:
     token: str = ""  # bearer token; empty: none is asked for
     system: str = ""  # of conversations that have no system message; empty: what the folder's chat template says
     thinking: bool | None = None  # see `FolderTemplate.render`, of chats that don't say; None: as the template does
+    adapters: tuple[str, ...] = ()  # names in requests of the engine's adapters, which stand beside the model's
     bodies: Bodies = dataclasses.field(default_factory=Bodies)
 
     def app(self) -> Starlette:
@@ -80,22 +81,28 @@ class Service:
         return JSONResponse(self.engine.stats())
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """The model, and its adapters."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in (self.model, *self.adapters)]})
 
     async def one_model(self, request: Request) -> Response:
-        """The model by name."""
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        """One of them by name."""
+        name = request.path_params["name"]
+        self._adapter(name)
+        return JSONResponse(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
-        limit = {"max_model_len": self.engine.context}
-        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "rlver_jax"} | limit
+    def _model(self, name: str) -> dict[str, Any]:
+        more = {"max_model_len": self.engine.context} | ({"parent": self.model} if name != self.model else {})
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "rlver_jax"} | more
 
-    def _check_model(self, name: str) -> None:
-        if name != self.model:
-            message = f"the model {quoted(name)} does not exist; this server has {self.model!r}"
+    def _adapter(self, name: str) -> int:
+        """The engine's number of the model that a request names."""
+        if name == self.model:
+            return BASE
+        if name not in self.adapters:
+            known = ", ".join(map(repr, (self.model, *self.adapters)))
+            message = f"the model {quoted(name)} does not exist; this server has {known}"
             raise ProtocolError(404, message, code="model_not_found", param="model")
+        return self.adapters.index(name)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -108,18 +115,20 @@ class Service:
     def _chat(self, body: bytes) -> "_ParsedRequest":
         request = parse(ChatRequest, body)
         check_consistent(request)
-        self._check_model(request.model)
+        self._adapter(request.model)
         self._check_texts([message.text for message in request.messages], "messages")
         prompt = self._chat_prompt(request)
         room = self.engine.context - len(prompt)
         wanted = self._params_of(request, [prompt], room if request.limit is None else request.limit, "messages")
         top = (request.top_logprobs or 0) if request.logprobs else None
-        return _ParsedRequest(request, wanted, [prompt], ResponseWriter(self.engine.tokenizer, self.model, True, top))
+        return _ParsedRequest(
+            request, wanted, [prompt], ResponseWriter(self.engine.tokenizer, request.model, True, top)
+        )
 
     def _completion(self, body: bytes) -> "_ParsedRequest":
         request = parse(CompletionRequest, body)
         check_consistent(request)
-        self._check_model(request.model)
+        self._adapter(request.model)
         count, n, most = len(request.prompts), request.n or 1, max(self.engine.queue, MOST_REPLIES)
         if not 1 <= count * n <= most:
             raise ProtocolError(400, f"{count} prompts with n={n}: 1 to {most} replies a request", param="prompt")
@@ -130,7 +139,7 @@ class Service:
         wanted = self._params_of(request, prompts, 16 if request.max_tokens is None else request.max_tokens, "prompt")
         if request.echo and request.logprobs is not None:
             wanted = [dataclasses.replace(params, score_prompt=True) for params in wanted]
-        writer = ResponseWriter(self.engine.tokenizer, self.model, False, request.logprobs, bool(request.echo))
+        writer = ResponseWriter(self.engine.tokenizer, request.model, False, request.logprobs, bool(request.echo))
         return _ParsedRequest(request, wanted, prompts, writer)
 
     @functools.cached_property
@@ -189,6 +198,7 @@ class Service:
             if len(prompt) + max(limit, 1) > self.engine.context:
                 problem = f"the prompt has {len(prompt)} tokens and {max(limit, 1)} are asked for"
                 raise _too_long(problem, self.engine.context, param)
+        adapter = self._adapter(request.model)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         return [
             GenerationParams(
@@ -199,6 +209,7 @@ class Service:
                 stop=tuple(request.stop),
                 seed=zlib.crc32(f"{seed} {choice}".encode()),
                 details=request.details,
+                adapter=adapter,
             )
             for prompt in prompts
             for choice in range(request.n or 1)

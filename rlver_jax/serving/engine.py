@@ -23,6 +23,7 @@ from rlver_jax.text.padding import pad_rows
 from rlver_jax.text.tokenizer import Tokenizer
 
 CHUNKS = (32, 256)  # tokens of a prompt prefilled at a time
+BASE = -1  # as an adapter: the model alone
 FEW_CALLS = 4  # calls of the small chunk rather than one of the large one
 
 
@@ -38,6 +39,7 @@ class GenerationParams:
     seed: int = 0  # below 2**32
     details: bool = False  # return the likeliest tokens beside each generated one
     score_prompt: bool = False  # return log-probabilities of the prompt's tokens
+    adapter: int = BASE  # of those beside the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,22 @@ class _Slot:
 class Engine:
     """Serves replies of one model from one thread; `submit` may be called from any."""
 
-    def __init__(self, lm: LM, tokenizer: Tokenizer, *, rows: int, context: int, block: int = 8, queue: int = 256):
+    def __init__(
+        self,
+        lm: LM,
+        tokenizer: Tokenizer,
+        *,
+        rows: int,
+        context: int,
+        block: int = 8,
+        queue: int = 256,
+        owners: Sequence[int] = (),
+    ):
         """An engine that is not running yet: `warm_up`, then `start`.
 
         Args:
+            lm: with several adapters as `models.lora.side_by_side` puts them.
+            owners: of each of their ranks, the number of its adapter.
             rows: of the cache: requests that are answered at once.
             context: tokens of a prompt and its reply together.
             block: tokens that all rows decode between two looks at the host.
@@ -109,6 +123,7 @@ class Engine:
         """
         self.lm, self.tokenizer = lm, tokenizer
         self.rows, self.context, self.block, self.queue = rows, context, block, queue
+        self.owners = list(owners)
         self._grammar = free_text(tokenizer, lm.model.config.vocab_size)
         # Padding is written too: a chunk at the end of the context must not reach back over earlier tokens.
         cache = programs.empty_cache(lm, rows, context + max(CHUNKS))
@@ -134,6 +149,10 @@ class Engine:
         """Begins to serve."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    def swap(self, lm: LM) -> None:
+        """Goes on with other parameters of the same shapes, also in the replies that are being generated."""
+        self.lm = lm
 
     def close(self) -> None:
         """Ends the thread; requests that are not answered yet get the finish `error`."""
@@ -245,12 +264,18 @@ class Engine:
     def _prefill(
         self, row: int, length: int, part: Sequence[int], size: int, score: bool = False
     ) -> TokenLogprobs | None:
-        prompt = np.int32(row), np.int32(length), *pad_rows([part], size)
+        slot = self._slots[row]
+        ranks = self._ranks(np.array([BASE if slot is None else slot.request.params.adapter]))
+        prompt = np.int32(row), np.int32(length), *pad_rows([part], size), ranks
         if not score:
             self._cache = programs.prefill(self.lm, self._cache, *prompt)
             return None
         self._cache, scores = programs.prefill_and_score(self.lm, self._cache, *prompt)
         return jax.device_get(scores)
+
+    def _ranks(self, adapters: np.ndarray) -> Any:
+        """Which ranks rows with these adapters take."""
+        return (adapters[:, None] == np.array(self.owners)).astype(np.float32) if self.owners else None
 
     def _slot_requests(self, decoding: Sequence[int]) -> SlotRequest:
         def column(dtype: Any, value: Callable[[_Slot], Any]) -> Any:
@@ -269,6 +294,7 @@ class Engine:
             temperature=column(np.float32, lambda s: s.request.params.temperature),
             top_p=column(np.float32, lambda s: s.request.params.top_p),
             details=column(bool, lambda s: s.request.params.details),
+            ranks=self._ranks(column(np.int32, lambda s: s.request.params.adapter)),
         )
 
     def _take(self, row: int, output: BlockOutput) -> None:

@@ -16,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from rlver_jax.decoding.cache import LM, Cache, append, init_cache
 from rlver_jax.decoding.generate import Limits, Truncation, generate
 from rlver_jax.decoding.grammar import Grammar
+from rlver_jax.models.lora import for_rows
 
 TOP = 20  # likeliest tokens beside each token where someone asks: the protocol's most
 Scalar = Int[Array, ""]
+Ranks = Float[Array, "R K"] | None  # which ranks of the adapters beside the model each row takes: 0 or 1; None: all
 
 
 class TokenLogprobs(NamedTuple):
@@ -41,6 +43,7 @@ class SlotRequest:
     temperature: Float[Array, "R"]  # 0: greedy
     top_p: Float[Array, "R"]
     details: Bool[Array, "R"]  # whether the likeliest tokens are wanted
+    ranks: Ranks = None
 
 
 @flax.struct.dataclass
@@ -67,19 +70,37 @@ def _put_row(cache: Cache, row: Scalar, one: Cache) -> Cache:
     return Cache(kv, cache.length, put(cache.hidden, one.hidden, 0))
 
 
+def _of_rows(lm: LM, ranks: Ranks) -> LM:
+    return lm.replace(params=for_rows(lm.params, ranks))  # type: ignore[attr-defined]
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
 def prefill(
-    lm: LM, cache: Cache, row: Scalar, length: Scalar, tokens: Int[Array, "1 S"], count: Int[Array, "1"]
+    lm: LM,
+    cache: Cache,
+    row: Scalar,
+    length: Scalar,
+    tokens: Int[Array, "1 S"],
+    count: Int[Array, "1"],
+    ranks: Ranks = None,
 ) -> Cache:
     """Appends `count` tokens to one row that has `length` so far. Compiled once for every S."""
+    lm = _of_rows(lm, ranks)
     return _put_row(cache, row, append(lm, _row(cache, row, length), tokens, count))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def prefill_and_score(
-    lm: LM, cache: Cache, row: Scalar, length: Scalar, tokens: Int[Array, "1 S"], count: Int[Array, "1"]
+    lm: LM,
+    cache: Cache,
+    row: Scalar,
+    length: Scalar,
+    tokens: Int[Array, "1 S"],
+    count: Int[Array, "1"],
+    ranks: Ranks = None,
 ) -> tuple[Cache, TokenLogprobs]:
     """`prefill`, and the log-probabilities of each token [S]; at length 0 the first ones are meaningless."""
+    lm = _of_rows(lm, ranks)
     one = _row(cache, row, length)
     positions = one.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, kv = lm.read(tokens, positions, None, one)
@@ -118,6 +139,7 @@ def decode_block(
     The grammar must be one without memory (`free_text`): its state is not kept from token to token.
     """
     rows = requests.length.shape[0]
+    lm = _of_rows(lm, requests.ranks)
     keys = jax.vmap(jax.random.key)(requests.seed)
 
     def body(loop: _Loop) -> _Loop:

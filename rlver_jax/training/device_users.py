@@ -13,8 +13,9 @@ from rlver_jax.dialogues.device_agents import USER_SAY, DeviceUser, TextPolicy
 from rlver_jax.dialogues.rounds import Waits
 from rlver_jax.dialogues.turn_by_turn import Row, play
 from rlver_jax.profiles.schema import Profile
-from rlver_jax.rollout.agents import Agents, limits_of, load_model, sampling_copy
+from rlver_jax.rollout.agents import Agents, limits_of, load_model
 from rlver_jax.rollout.profile_tokens import ProfileTokens
+from rlver_jax.rollout.ready import sampling_copy
 from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.prompts import load_prompts
 

@@ -24,11 +24,12 @@ from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.learning.train_step import TrainState
-from rlver_jax.models.lora import split
+from rlver_jax.models.lora import join, same_arrays, split
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.reader import Batch, warn_shared_personas
 from rlver_jax.profiles.sources import open_profiles
-from rlver_jax.rollout.agents import Agents, sampling_copy
+from rlver_jax.rollout.agents import Agents
+from rlver_jax.rollout.ready import sampling_copy
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.rollout_metrics import rollout_metrics
 from rlver_jax.rollout.sampler import Dialogues
@@ -210,8 +211,11 @@ class Trainer(RunLoop):
         policy = LM(self.copy_policy(state.params["policy"]), self.run.agents.policy.model)
         if self.text is not None:
             return dataclasses.replace(self.run.agents, policy=policy)
-        one = base is not None and user.params is base.policy  # one copy serves both
-        params = split(policy.params)[0] if one else self.copy_user(user.params)
+        own, adapter = split(user.params)
+        if base is not None and same_arrays(own, base.policy):  # one copy serves both
+            params = join(split(policy.params)[0], adapter)
+        else:
+            params = self.copy_user(user.params)
         return dataclasses.replace(self.run.agents, policy=policy, user=LM(params, user.model))
 
     def finish(self) -> None:

@@ -15,11 +15,12 @@ from rlver_jax.config.lora_fields import named_targets
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.advantages import ESTIMATORS
 from rlver_jax.learning.loss import Base, Trained
-from rlver_jax.models.lora import LoRA, abstract_adapter, init_adapter, join, scaled
+from rlver_jax.models.lora import LoRA, abstract_adapter, init_adapter, join
 from rlver_jax.models.qwen import Params, Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel import rules
-from rlver_jax.rollout.agents import Agents, check_tokenizers, load_model, same_parameters, sampling_copy
+from rlver_jax.rollout.agents import Agents, check_tokenizers, load_model, same_parameters
+from rlver_jax.rollout.ready import adapter_program, sampling_copy
 from rlver_jax.text.tokenizer import Tokenizer
 
 HEAD_STD = 0.02  # Qwen2.5's initializer_range, which verl's token classification head starts with
@@ -157,7 +158,7 @@ def value_head_of(config: ConfigDict) -> ValueHead:
 
 
 def playing_copy(model: Qwen2, lora: LoRA | None, base: Base | None, mesh: Mesh | None) -> Callable[[Params], Params]:
-    """What makes the policy's trained parameters ready for the sampler, as `rollout.agents.sampling_copy`.
+    """What makes the policy's trained parameters ready for the sampler, as `rollout.ready.sampling_copy`.
 
     An adapter goes beside its base, unmerged: a base that is ready for the sampler is read where it lies.
     """
@@ -166,11 +167,3 @@ def playing_copy(model: Qwen2, lora: LoRA | None, base: Base | None, mesh: Mesh 
         return copy
     program = adapter_program(model, lora, mesh)
     return lambda adapter: join(copy(base.policy), program(adapter))
-
-
-def adapter_program(model: Qwen2, lora: LoRA, mesh: Mesh | None) -> Any:
-    """The jitted copy of a trained adapter for the sampler: scaled, rounded, and resharded where a mesh is named."""
-    shapes, axes = abstract_adapter(model, lora)
-    shardings = None if mesh is None else rules.tree_shardings(axes, shapes, mesh)
-    rounded = lambda adapter: jax.tree.map(lambda x: x.astype(model.dtype), scaled(adapter, lora))  # noqa: E731
-    return jax.jit(rounded, out_shardings=shardings)

@@ -22,6 +22,7 @@ from rlver_jax.models.lora import (
     split,
 )
 from rlver_jax.models.peft_files import AdapterError, read_adapter, save_adapter, with_adapter
+from rlver_jax.models.product import low_rank
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Qwen2, abstract_params, logits, stack_layers
 from rlver_jax.parallel import rules
@@ -54,13 +55,23 @@ def test_scaling():
     ("scan", "dtype", "param_dtype"),
     [(True, "float32", "float32"), (False, "bfloat16", "bfloat16"), (False, "float32", "int8")],
 )
-def test_an_untrained_adapter_changes_no_bit(scan, dtype, param_dtype):
+def test_an_untrained_adapter_adds_zero(scan, dtype, param_dtype):
+    """To the bit, operation by operation; compiled, sums may be fused and so rounded otherwise (docs/lora.md)."""
     model = Qwen2(CONFIG, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), scan_layers=scan)
     params = random_params(unrounded(model) if param_dtype == "int8" else model, 1)
     params = quantize(params, model) if param_dtype == "int8" else params
     lora = LoRA(4, 16.0)
     adapter = init_adapter(model, lora, jax.random.key(0))
-    np.testing.assert_array_equal(forward(model, applied(params, adapter, lora)), forward(model, params))
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 3, 32)), model.dtype)
+    for factors in jax.tree.leaves(adapter, is_leaf=lambda tree: "lora_a" in tree):
+        a, b = (np.asarray(factors[name]).reshape(-1, *factors[name].shape[-2:])[0] for name in ("lora_a", "lora_b"))
+        assert a.any()
+        if len(a) == x.shape[-1]:
+            added = np.asarray(low_rank(x, a, b))
+            assert added.dtype == np.float32
+            assert not added.any()
+    found, wanted = (np.asarray(forward(model, tree)) for tree in (applied(params, adapter, lora), params))
+    np.testing.assert_allclose(found, wanted, atol=4 * jnp.finfo(dtype).eps * np.abs(wanted).max(), rtol=0)
     adapter = drawn(model, lora)
     assert np.abs(forward(model, applied(params, adapter, lora)) - forward(model, params)).max() > 0.01
 

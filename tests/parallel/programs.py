@@ -23,7 +23,7 @@ from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.perf.hlo import COLLECTIVES, Module
 from rlver_jax.perf.plan_programs import params_of, placed
-from rlver_jax.rollout.agents import sampling_params, sampling_program
+from rlver_jax.rollout.ready import sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.training.setup import state_shardings
 

@@ -80,7 +80,11 @@ def test_cheap_remedies_come_first():
     found = list(candidates(config, ["learn"]))
     assert found[0] == {"critic.remat": "full"}
     assert found[1] == {"train.microbatches": 2 * config.train.microbatches}
+    base = {"policy.param_dtype": "bfloat16", "critic.param_dtype": "bfloat16"}
+    assert found[-3] == {"lora.rank": 16, "lora.alpha": 32.0} | base, "before fewer dialogues"
     assert found[-1] == {"rollout.batch": config.rollout.batch // 4}
+    config.lora.rank = 8
+    assert not any("lora.rank" in step for step in candidates(config, ["learn"]))
     assert all("mesh_sampling.fsdp" not in step for step in found), "of no use to the update"
 
 

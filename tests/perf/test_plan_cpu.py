@@ -5,21 +5,21 @@ import pytest
 from configs import qwen25_0p5b_cpu
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.plan_measure import GIB
-from rlver_jax.perf.plan_programs import programs_of, shapes_of
+from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of, shapes_of
 from rlver_jax.plan import texts_of
 
 
-def temporaries(remat: str, scan: bool) -> float:
-    """GiB of one device while the update runs, beside its state and its batch."""
+def update(arg: str = "", **fields):
+    """(program of the update, GiB of one device while it runs, beside its state and its batch)."""
     import jax
 
-    config = qwen25_0p5b_cpu.get_config()
-    fields = {"policy.size": "0.5b", "user.size": "0.5b", "policy.remat": remat, "policy.scan_layers": scan}
-    config.update_from_flattened_dict(fields)
+    config = qwen25_0p5b_cpu.get_config(arg)
+    sizes = {"policy.size": "0.5b", "user.size": "0.5b"}
+    config.update_from_flattened_dict(sizes | {name.replace("__", "."): x for name, x in fields.items()})
     mesh = make_mesh(**config.mesh, devices=jax.devices("cpu")[:1])
     shapes = shapes_of(config, mesh, texts_of(config)[0])
     learn = next(program for program in programs_of(shapes) if program.name == "learn")
-    return learn.lower().compile().memory_analysis().temp_size_in_bytes / GIB
+    return learn, learn.lower().compile().memory_analysis().temp_size_in_bytes / GIB
 
 
 @pytest.mark.long
@@ -29,8 +29,20 @@ def test_what_is_computed_again_is_not_kept(capsys):
     cases = [("none", False), ("full", False), ("full", True)]
     found = {}
     for remat, scan in cases:
-        found[remat, scan] = temporaries(remat, scan)
+        _, found[remat, scan] = update(policy__remat=remat, policy__scan_layers=scan)
         with capsys.disabled():
             print(f"{'scanned' if scan else 'unrolled'} layers, remat={remat}: {found[remat, scan]:.2f} GiB")
     assert found["full", False] < 0.6 * found["none", False]
     assert found["full", False] < 1.1 * found["full", True]
+
+
+@pytest.mark.long
+def test_adapters_take_half_the_memory(capsys):
+    """State, temporaries and what is alive beside them, with `:lora` and without."""
+    found = {}
+    for arg in ("", "lora"):
+        learn, temporaries = update(arg, policy__scan_layers=True, user__scan_layers=True)
+        found[arg] = temporaries + (bytes_per_chip(learn.arguments) + bytes_per_chip(learn.idle)) / GIB
+        with capsys.disabled():
+            print(f"{arg or 'all parameters'}: {found[arg]:.2f} GiB")
+    assert found["lora"] < 0.5 * found[""]

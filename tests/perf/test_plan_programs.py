@@ -12,7 +12,7 @@ from rlver_jax.learning.train_step import compile_step
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.perf.plan_measure import turns_of_loops
 from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of
-from rlver_jax.rollout.agents import sampling_copy, sampling_params, sampling_program
+from rlver_jax.rollout.ready import sampling_copy, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import sample_dialogues
 from rlver_jax.training.programs import row_sharding
