@@ -60,6 +60,7 @@ from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.progress import Meter
 from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
+from rlver_jax.user.profile_warnings import profile_warnings
 
 _RESUMES = "\nthe same command resumes with what is in {output}"
 ENDINGS = {
@@ -88,6 +89,8 @@ def _evaluate(command: Command, argv: Sequence[str]) -> int:
     check_context(config, *here)  # before weights are looked at
     judges = judging.Judges.of_flags(options, config)
     profiles = chosen_profiles(config)
+    for odd in profile_warnings(config, None, profiles):
+        command.print(f"warning: {odd}")
     before = read_evaluation(options.before) if options.before else None
     settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
     with hold(options.out, "--out", command.print) as lock:

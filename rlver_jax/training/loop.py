@@ -26,7 +26,7 @@ from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.learning.train_step import TrainState
 from rlver_jax.models.lora import split
 from rlver_jax.parallel import distributed
-from rlver_jax.profiles.reader import Batch, warn_shared_personas
+from rlver_jax.profiles.reader import Batch
 from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.rollout.agents import Agents, sampling_copy
 from rlver_jax.rollout.rewards import Rewards
@@ -45,6 +45,7 @@ from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollo
 from rlver_jax.training.text_users import check_users, open_text_rollout
 from rlver_jax.training.trained import lora_of, playing_copy
 from rlver_jax.training.workdir import Contents, RunFolder
+from rlver_jax.user.profile_warnings import profile_warnings
 
 
 @dataclasses.dataclass
@@ -315,9 +316,10 @@ def train(
             run, state = build_run(folder.to_load(config), mesh)
             text = open_text_rollout(config, run, folder.path) if run.widest else None
             held_out: Evaluation | TextEvaluation | None = None
-            if config.eval.every:
-                profiles = evaluation.chosen_profiles(config)
-                warn_shared_personas(run.profiles, profiles)
+            profiles = evaluation.chosen_profiles(config) if config.eval.every else None
+            for odd in profile_warnings(config, run.profiles, profiles):
+                notify(f"warning: {odd}")
+            if profiles is not None:
                 of_agents = functools.partial(evaluation.of_agents, config, run.agents)
                 held_out = TextEvaluation.of(text, profiles, gold) if text else of_agents(profiles, gold)
         with contextlib.closing(text.users) if text else contextlib.nullcontext():
