@@ -205,9 +205,15 @@ def headline(summary: dict[str, Any], path: Path) -> str:
         f"failure {summary['failure']} · n {summary['n']} · {summary['turns_mean']:.2f} turns · ends: {reasons}\n"
         f"{summary['tokens']['generated']} tokens generated, {summary['tokens']['prefilled']} prefilled, "
         f"{summary['seconds']:.1f} s ({rate:.1f} tokens/s)\n"
-        f"{_remote_text(summary)}"
+        f"{_remote_text(summary)}{_own_text(summary)}"
         f"{path / 'summary.json'} · {path / 'dialogues.jsonl'}"
     )
+
+
+def _own_text(summary: dict[str, Any]) -> str:
+    """A line of what a user's own functions have measured, where there are any."""
+    names = [name for name in summary if name == "judge_score" or name.startswith("own/")]
+    return " · ".join(f"{name} {summary[name]:.3g}" for name in names) + "\n" * bool(names)
 
 
 def _remote_text(summary: dict[str, Any]) -> str:

@@ -79,7 +79,9 @@ EMOTION = {
     "thresholds": Field((100, 70, 40, 10), "lower bounds of bands S, A, B, C; F lies below (SAGE)", unit="points"),
 }
 
+OWN = "FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION (docs/extending.md)"
 REWARD = {
+    "function": Field("", f"a function of your own in place of all below, {OWN}; empty: none"),
     "kind": Field("final", "final (emotion/100) | per_turn (change/10) | mixed", ("final", "per_turn", "mixed")),
     "discount": Field(1.0, "of later turns in `mixed`", range=SHARE, unused={"reward.kind": ("final", "per_turn")}),
     "final_weight": Field(
@@ -245,6 +247,12 @@ LOG = {
     ),
 }
 
+METRICS = {
+    "functions": Field(
+        "", f"functions of your own that measure finished dialogues, {OWN}, comma-separated; empty: none"
+    )
+}
+
 # A metric beyond its limit stops the run: rlver_jax/training/alarms.py.
 ALARMS = {
     "readable_min": Field(
@@ -302,6 +310,7 @@ EVAL = {
     ),
     "temperature": Field(1.0, "of the policy; 0: greedy", range=COUNT),
     "seed": Field(0, "of what is drawn in an evaluation", range=SEED),
+    "judge": Field("", f"a function of your own that scores finished dialogues, {OWN}; empty: none"),
     "gold": Field(
         "", "judge beside the user: miniature (its grammar's rule, eval/rule_score); empty: none", ("", "miniature")
     ),
@@ -370,6 +379,7 @@ TABLE = {
     "train": TRAIN,
     "checkpoint": CHECKPOINT,
     "log": LOG,
+    "metrics": METRICS,
     "alarms": ALARMS,
     "eval": EVAL,
     "sft": SFT,
