@@ -1,7 +1,7 @@
 """Looks at profiles before anything is played with them: what is odd, and what both models will read.
 
     rlver profiles check [FILE…] [--eval=FILE,…] [--config=FILE[:ARG] [--config.a.b=v …]]
-    rlver profiles show [FILE…] --config=FILE[:ARG] [--config.a.b=v …] [--id=ID]
+    rlver profiles show [FILE…] --config=FILE[:ARG] [--config.a.b=v …] [--profile=ID]
 
 `check` reads FILEs in RLVER's or SAGE's schema, or what the config's data.train and data.eval name. Beyond faults of
 the schema it warns of profiles in another language than the prompts', of tasks that are no known hidden intention, of
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: Command, argv: Sequence[str]) -> int:
     actions = {"check": _check, "show": _show}
     name, *rest = argv or [""]
-    if name.startswith("--help"):
-        parse_flags(argv, __doc__, _define)
+    if name.startswith("-"):  # among them --help
+        _flags(argv)
     if name not in actions:
         raise ConfigError(f"found {name!r}, expected check or show; --help shows their usage")
     return actions[name](command, rest)
@@ -52,15 +52,20 @@ def _run(command: Command, argv: Sequence[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     define_paths("eval", "", "held-out profiles, to be checked too, and for personas that they share", values)
-    flags.DEFINE_string("id", "", "show: of the profile to be shown; default: the first one", flag_values=values)
+    flags.DEFINE_string(
+        "profile", "", "show: id of the profile to be shown; default: the first one", flag_values=values
+    )
+
+
+def _flags(argv: Sequence[str]) -> tuple[ConfigDict | None, flags.FlagValues, list[str]]:
+    """A config where one is named, the flags, and what is no flag."""
+    if any(word.startswith(("--config", "-config", "--help")) for word in argv):
+        return config_from_flags(argv, __doc__, _define)
+    return None, *parse_flags(argv, __doc__, _define)
 
 
 def _check(command: Command, argv: Sequence[str]) -> int:
-    config = None
-    if any(word.startswith(("--config", "-config")) for word in argv):
-        config, options, words = config_from_flags(argv, __doc__, _define)
-    else:
-        options, words = parse_flags(argv, __doc__, _define)
+    config, options, words = _flags(argv)
     sets = _sets(config, local_paths(words), options.eval)
     if config is not None:
         prompts = load_prompts(config.data.language, config.user.prompts or None)
@@ -108,11 +113,11 @@ def _summary(prompts: Prompts, profiles: Sequence[Profile]) -> str:
 def _show(command: Command, argv: Sequence[str]) -> int:
     config, options, words = config_from_flags(argv, __doc__, _define)
     sets = _sets(config, local_paths(words), options.eval)
-    kept = (profile for one in sets.values() for profile in (one if options.id else one[:LOOKED_AT]))
+    kept = (profile for one in sets.values() for profile in (one if options.profile else one[:LOOKED_AT]))
     profiles = list({profile.id: profile for profile in kept}.values())  # two fields may name one file
-    wanted = [profile for profile in profiles if options.id in ("", profile.id)]
+    wanted = [profile for profile in profiles if options.profile in ("", profile.id)]
     if not wanted:
-        raise ConfigError(f"--id={options.id}: no profile has that id; the first one has {profiles[0].id}")
+        raise ConfigError(f"--profile={options.profile}: no profile has that id; the first one has {profiles[0].id}")
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     if prompts.sage:
         raise ConfigError(

@@ -33,7 +33,7 @@ NAMES = {
 
 def write_mine(folder: Path) -> None:
     """The page's files."""
-    found = re.findall(r"^File `([\w./]+)`:\n\n```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    found = re.findall(r"^New file `([\w./]+)`:\n\n```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
     for name, text in found:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

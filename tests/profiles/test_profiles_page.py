@@ -47,7 +47,7 @@ def test_nothing_is_odd_in_the_example(support, capsys):
 
 
 def test_both_prompts_are_shown_with_their_tokens(support, capsys):
-    assert main(["show", f"{support}/train.jsonl", "--id=boots", *told(support)]) == 0
+    assert main(["show", f"{support}/train.jsonl", "--profile=boots", *told(support)]) == 0
     out = capsys.readouterr().out
     entry = json.loads((support / "prompts/hidden_intentions.json").read_text("utf-8"))["owned"]
     for text in (
