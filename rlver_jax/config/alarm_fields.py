@@ -22,7 +22,8 @@ ALARMS = {
     ),
     "unreadable_max": Field(
         0.5,
-        "largest share of dialogues that end because an appraisal can't be read; 0: no limit",
+        "largest share of dialogues that end because an appraisal can't be read; an evaluation beyond it has no score; "
+        "0: no limit",
         range=SHARE,
         free=True,
     ),

@@ -19,7 +19,7 @@ from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, Field, default
 from rlver_jax.config.sft_fields import SFT
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
-NOT_GRPO = {"algorithm.estimator": ("gae", "rloo", "reinforce_pp")}
+NOT_GRPO = {"algorithm.estimator": ("gae", "ppo", "rloo", "reinforce_pp")}
 
 
 DATA = {
@@ -96,7 +96,7 @@ REWARD = {
 ALGORITHM = {
     "estimator": Field(
         "gae",
-        "of advantages: gae (PPO) | grpo | rloo | reinforce_pp; all but gae have no critic",
+        "of advantages: gae or ppo (the same) | grpo | rloo | reinforce_pp; the latter have no critic",
         registry="rlver_jax/learning/advantages.py:ESTIMATORS",
     ),
     "credit": Field(
@@ -255,7 +255,9 @@ METRICS = {
 }
 
 EVAL = {
-    "every": Field(0, "between evaluations in training, step 0 included; 0: never", range=COUNT, unit="steps"),
+    "every": Field(
+        0, "between evaluations in training, step 0 and the last one included; 0: never", range=COUNT, unit="steps"
+    ),
     "num_profiles": Field(100, "played (SAGE: 100); fewer if the file has fewer", range=POSITIVE, unit="profiles"),
     "initial_emotion": Field(40, "SAGE's", range=(0, 100), unit="points"),
     "max_turns": Field(
@@ -373,7 +375,11 @@ def words(arg: str, *known: str) -> list[str]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The base config; `arg` "challenging" picks the challenging simulated user (RLVER, section 4.3)."""
+    """The base config.
+
+    Args:
+        arg: "challenging" picks the challenging simulated user (RLVER, section 4.3); "ppo" says what it is.
+    """
     config = defaults(TABLE)
-    config.user.style = "".join(words(arg, CHALLENGING)) or config.user.style
+    config.user.style = CHALLENGING if CHALLENGING in words(arg, "ppo", CHALLENGING) else config.user.style
     return config

@@ -37,6 +37,10 @@ class Player(Protocol):
     """An evaluation, wherever its models are."""
 
     @property
+    def config(self) -> ConfigDict:
+        """That it is played by."""
+
+    @property
     def profiles(self) -> Sequence[Profile]:
         """In the order of the dialogues' numbers."""
 

@@ -77,6 +77,15 @@ def compute_advantages(config: AdvantageConfig, inputs: EstimatorInputs) -> Adva
     return estimator.compute(config, inputs)
 
 
+def tied_groups(config: AdvantageConfig, advantage: Float[Array, "B L"]) -> Bool[Array, " G"]:
+    """Whether a group earned the same throughout, so that it says nothing of which reply was better.
+
+    `config.group` is 1 where dialogues are compared with the whole batch; then a dialogue is tied by itself where its
+    advantages are exactly 0.
+    """
+    return (advantage == 0).reshape(-1, config.group * advantage.shape[1]).all(1)
+
+
 def token_rewards(
     turn_rewards: Num[Array, "B T"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B L"]:
@@ -326,6 +335,7 @@ def _reinforce_pp(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantage
 
 ESTIMATORS: dict[str, Estimator] = {
     "gae": Estimator(_gae, needs_critic=True),
+    "ppo": Estimator(_gae, needs_critic=True),  # as it is mostly called
     "grpo": Estimator(_grpo, needs_group=True),
     "rloo": Estimator(_rloo, needs_group=True),
     "reinforce_pp": Estimator(_reinforce_pp),

@@ -121,7 +121,8 @@ class Trainer(RunLoop):
                     state = self.step(state, done + 1)
                 done += 1
                 stopped = stop(done) or self.spending.used_up
-                due = self.config.eval.every and done % self.config.eval.every == 0
+                every = self.config.eval.every
+                due = every and (done % every == 0 or done == steps)
                 if due and self.pending:
                     with self.saved_on_failure(state, done):
                         self.pending.evaluated = self.evaluate(state)

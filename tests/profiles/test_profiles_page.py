@@ -26,7 +26,7 @@ def write_example(folder: Path) -> Path:
     for name, text in found:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    assert len(found) == 5
+    assert len(found) == 7
     return folder / "support"
 
 
