@@ -2,31 +2,39 @@
 
     rlver profiles check [FILE…] [--eval=FILE,…] [--config=FILE[:ARG] [--config.a.b=v …]]
     rlver profiles show [FILE…] --config=FILE[:ARG] [--config.a.b=v …] [--profile=ID]
+    rlver profiles generate --seeds=FILE.json --count=N --out=DIR --config=FILE[:ARG] [--config.a.b=v …]
+                            [--held_out=SHARE] [--against=FILE,…]
 
 `check` reads FILEs in RLVER's or SAGE's schema, or what the config's data.train and data.eval name. Beyond faults of
 the schema it warns of profiles in another language than the prompts', of tasks that are no known hidden intention, of
 profiles that are there twice, and of personas that --eval shares. Without a config the prompts are ours, in the
 profiles' language.
 `show` prints the prompts of both sides for one profile, as they are rendered, with their tokens by the config's
-models, of which it reads the tokenizers alone. See docs/profiles.md.
+models, of which it reads the tokenizers alone.
+`generate` has a model write profiles into DIR/train.jsonl and DIR/test.jsonl, from personas, topics and hidden
+intentions: the config's user.path on the device, or remote.user at an endpoint. See docs/profiles.md.
 
-Exit status: 0 nothing is odd, 1 there are warnings, 2 bad usage or profiles that cannot be used.
+Exit status: 0 nothing is odd, 1 there are warnings, or fewer profiles than wanted, 2 bad usage or profiles that cannot
+be used.
 """
 
 import collections
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from rlver_jax.config.datasets import profile_files
-from rlver_jax.config.flags import config_from_flags, define_paths, local_paths, parse_flags
+from rlver_jax.config.flags import config_from_flags, define_path, define_paths, local_paths, parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.profiles.check import LOOKED_AT, is_chinese, likely_language
 from rlver_jax.profiles.schema import Profile, read_profiles
+from rlver_jax.profiles.seeds import read_seeds
 from rlver_jax.profiles.sources import open_profiles
+from rlver_jax.reports.profiles_generate import generate
 from rlver_jax.rollout.agents import emotion_rules
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.command import Command, run_command
@@ -41,17 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Command, argv: Sequence[str]) -> int:
-    actions = {"check": _check, "show": _show}
+    actions = {"check": _check, "show": _show, "generate": _generate}
     name, *rest = argv or [""]
     if name.startswith("-"):  # among them --help
         _flags(argv)
     if name not in actions:
-        raise ConfigError(f"found {name!r}, expected check or show; --help shows their usage")
+        raise ConfigError(f"found {name!r}, expected check, show or generate; --help shows their usage")
     return actions[name](command, rest)
 
 
 def _define(values: flags.FlagValues) -> None:
     define_paths("eval", "", "held-out profiles, to be checked too, and for personas that they share", values)
+    define_path("seeds", "", "generate: JSON file with lists of personas, topics and intentions", values)
+    flags.DEFINE_integer("count", 0, "generate: profiles that are wanted", lower_bound=0, flag_values=values)
+    define_path("out", "", "generate: folder for the profiles; one that is there is continued", values)
+    what = "generate: share of the personas that test.jsonl is about, and train.jsonl is not"
+    flags.DEFINE_float("held_out", 0.2, what, 0.0, 1.0, flag_values=values)
+    define_paths("against", "", "generate: profiles that new ones must not resemble, and are measured beside", values)
     flags.DEFINE_string(
         "profile", "", "show: id of the profile to be shown; default: the first one", flag_values=values
     )
@@ -130,6 +144,18 @@ def _show(command: Command, argv: Sequence[str]) -> int:
             command.print(f"[{message['role']}]\n{message['content']}\n")
     command.print(_widths(config, prompts, profiles[:LOOKED_AT], tokenizers["user"]))
     return 0
+
+
+def _generate(command: Command, argv: Sequence[str]) -> int:
+    config, options, words = config_from_flags(argv, __doc__, _define)
+    if words or not (options.seeds and options.count and options.out):
+        raise ConfigError(
+            "generate needs --seeds, --count and --out, and nothing else but flags; --help shows its usage"
+        )
+    prompts = load_prompts(config.data.language, config.user.prompts or None)
+    seeds = read_seeds(options.seeds, options.held_out, list(prompts.intentions))
+    wanted = config, prompts, seeds, options.count, Path(options.out), profile_files(options.against)
+    return 0 if generate(command, *wanted) else 1
 
 
 def _read_by_both(

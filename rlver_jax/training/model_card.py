@@ -1,8 +1,8 @@
 """The model card of an export: which run and step it is of, how the policy was told to speak, how to serve it."""
 
+import sys
 from pathlib import Path
 
-from rlver_jax import __version__
 from rlver_jax.config.hub import is_name
 from rlver_jax.models.peft_files import CONFIG_FILE
 from rlver_jax.models.safetensors_files import give_usual_mode
@@ -36,10 +36,11 @@ def model_card(policy: TrainedPolicy, is_adapter: bool) -> str:
     told = (
         f"supervised fine-tuning ({c.sft.role})" if c.sft.data else f"{c.algorithm.estimator}, mode `{c.policy.mode}`"
     )
+    version = getattr(sys.modules["rlver_jax"], "__version__", "")
     lines = [
         *head,
         f"# {name}, step {policy.step}",
-        f"{what} trained with rlver_jax {__version__}: {told}, on {Path(base).name or 'a model'}; run `{name}`, "
+        f"{what} trained with rlver_jax {version}: {told}, on {Path(base).name or 'a model'}; run `{name}`, "
         f"step {policy.step} of {c.train.steps}{_score(policy)}.",
         "## How it speaks",
         _THOUGHTS if c.policy.mode == "think" else _DIRECT,

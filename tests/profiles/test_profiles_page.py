@@ -130,6 +130,6 @@ def test_a_language_without_a_rule_is_not_judged():
 
 def test_what_is_no_action_is_named(capsys):
     assert main(["chek"]) == 2
-    assert "expected check or show" in capsys.readouterr().err
+    assert "expected check, show or generate" in capsys.readouterr().err
     assert main(["check"]) == 2
     assert "no profiles were given" in capsys.readouterr().err
