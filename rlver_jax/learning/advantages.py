@@ -335,8 +335,8 @@ def _reinforce_pp(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantage
 
 ESTIMATORS: dict[str, Estimator] = {
     "gae": Estimator(_gae, needs_critic=True),
-    "ppo": Estimator(_gae, needs_critic=True),  # as it is mostly called
     "grpo": Estimator(_grpo, needs_group=True),
     "rloo": Estimator(_rloo, needs_group=True),
     "reinforce_pp": Estimator(_reinforce_pp),
+    "ppo": Estimator(_gae, needs_critic=True),  # as `gae` is mostly called
 }
