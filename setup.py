@@ -9,8 +9,9 @@ from setuptools.command.build_py import build_py
 
 REMOTE = ["httpx2>=2.16", "tenacity>=9.1"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.50", "pydantic>=2.12"]
+GENERATE = ["rapidfuzz>=3.10"]
 TEST = [
-    *(*REMOTE, *SERVE, "openai>=3.0", "playwright>=1.60"),
+    *(*REMOTE, *SERVE, *GENERATE, "openai>=3.0", "playwright>=1.60"),
     *("pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.17", "mypy>=2.4", "import-linter>=2.11"),
 ]
 
@@ -81,6 +82,7 @@ setup(
         "remote": REMOTE,
         "serve": SERVE,
         "parity": ["torch==2.13.0", "peft>=0.19"],
+        "generate": GENERATE,
         "wandb": ["wandb>=0.21"],
     },
 )

@@ -13,5 +13,5 @@ from configs import ppo_think_7b
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`ppo_think_7b` with groups in place of a critic, and without thoughts."""
-    return ppo_think_7b.grpo(ppo_think_7b.direct(ppo_think_7b.get_config(arg)))
+    """`ppo_think_7b` with groups in place of a critic, and without thoughts; `arg` as in grpo_think_7b.py."""
+    return ppo_think_7b.direct(ppo_think_7b.get_config(ppo_think_7b.with_grpo(arg)))

@@ -13,5 +13,5 @@ from configs import ppo_think_7b
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`ppo_think_7b` with groups in place of a critic."""
-    return ppo_think_7b.grpo(ppo_think_7b.get_config(arg))
+    """`ppo_think_7b` with groups in place of a critic; where `arg` says ppo, with the critic."""
+    return ppo_think_7b.get_config(ppo_think_7b.with_grpo(arg))

@@ -2,7 +2,8 @@
 
 Use: python -m rlver_jax.train --config=configs/ppo_think_7b.py --config.policy.path=QWEN_7B
      --config.user.path=QWEN_72B --config.data.train=TRAIN.jsonl --config.data.eval=TEST.jsonl --workdir=DIR
-     (--config=configs/ppo_think_7b.py:challenging for the user who never hints at what it hopes for)
+     (--config=configs/ppo_think_7b.py:challenging for the user who never hints at what it hopes for; :ppo and :grpo
+     choose the algorithm in all four of these configs)
 
 The same command on every host. The paper (arXiv 2507.03112) reports 13.3 before and 79.2 after on the Sentient
 benchmark, with DeepSeek-V3 as the user. This code has not been run at this size yet. `rlver config --diff=rlver` prints
@@ -20,11 +21,11 @@ USER_72B, LORA = "user72b", "lora"
 def get_config(arg: str = "") -> ConfigDict:
     """RLVER's values with their sources, then what only memory and speed depend on.
 
-    `arg` joins any of challenging (as in base.py), user72b (a plan's size of the user) and lora (`with_adapters`) with
-    commas. Sources: files of RLVER's code (github.com/Tencent/digitalhuman, RLVER/code, commit 057e269), sections of
-    the paper.
+    `arg` joins any of ppo (as it is), grpo (`grpo`), challenging (as in base.py), user72b (a plan's size of the user)
+    and lora (`with_adapters`) with commas. Sources: files of RLVER's code (github.com/Tencent/digitalhuman, RLVER/code,
+    commit 057e269), sections of the paper.
     """
-    words = base.words(arg, USER_72B, LORA, base.CHALLENGING)
+    words = base.words(arg, "ppo", "grpo", USER_72B, LORA, base.CHALLENGING)
     c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
     c.policy.prompt = "friend"  # system_prompt.py, in our words
     c.rollout.batch, c.rollout.group = 32, 1  # train_rlver.sh: train_batch_size 32, rollout.n 1; paper B.3
@@ -42,7 +43,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.warmup_steps = 160  # train_rlver.sh: 0.02 x 1,000 training steps, of about 8 updates
     c.critic.rate_warmup_steps = 400  # train_rlver.sh: 0.05 x 1,000 training steps, of about 8 updates
     c = on_a_pod(c, "72b" if USER_72B in words else "7b")
+    c = grpo(c) if "grpo" in words else c
     return with_adapters(c) if LORA in words else c
+
+
+def with_grpo(arg: str) -> str:
+    """The argument of a GRPO config for `get_config`: with grpo, unless ppo is asked for."""
+    return arg if "ppo" in arg.split(",") else f"{arg},grpo"
 
 
 def on_a_pod(c: ConfigDict, user: str) -> ConfigDict:

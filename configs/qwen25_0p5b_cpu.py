@@ -4,7 +4,8 @@ Use: python -m rlver_jax.train --config=configs/qwen25_0p5b_cpu.py --config.poli
      --config.data.train=PROFILES.jsonl --workdir=OUT
      python -m rlver_jax.evaluate --config=configs/qwen25_0p5b_cpu.py --config.policy.path=DIR --config.user.path=DIR
      --config.data.eval=PROFILES.jsonl --out=OUT
-     (--config=configs/qwen25_0p5b_cpu.py:lora for adapters on one base, :challenging for the hard user, or both)
+     (--config=configs/qwen25_0p5b_cpu.py:lora for adapters on one base, :challenging for the hard user, :ppo for a
+     critic in place of groups; joined by commas)
 
 DIR is the Hugging Face folder of Qwen2.5-0.5B or Qwen2.5-0.5B-Instruct; OUT of a training takes 5.1 GB. The three steps
 took 24 minutes on two cores (Intel Xeon): about six to play four dialogues, one and a half to learn from them.
@@ -17,11 +18,11 @@ from configs.ppo_think_7b import LORA, with_adapters
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Short dialogues, two profiles a step and two dialogues of each; `arg` as in `base.get_config`, with lora."""
-    words = base.words(arg, LORA, base.CHALLENGING)
+    """Short dialogues, two profiles a step and two dialogues of each; `arg` joins any of ppo, challenging, lora."""
+    words = base.words(arg, "ppo", LORA, base.CHALLENGING)
     c = base.get_config(base.CHALLENGING if base.CHALLENGING in words else "")
     c = with_adapters(c) if LORA in words else c  # its base in bfloat16 is widened below
-    for model in (c.policy, c.user):
+    for model in (c.policy, c.user, c.critic):
         model.dtype = "float32"  # a log's log-probabilities are then recomputed to 1e-3
         model.param_dtype = "float32"
         model.scan_layers = False  # scanned ones copy their weights at every decode step
@@ -29,14 +30,17 @@ def get_config(arg: str = "") -> ConfigDict:
         model.attention_chunk = 256
     c.user.attention_chunk = 32  # scores that stay in the cores' caches: a prefix is read in half the time
     c.policy.prompt = "coach"  # says how to be empathetic, which a model of this size doesn't know
-    c.policy.remat = "full"  # a third of the work again, for a fraction of the memory (docs/performance.md)
-    if LORA in words:
-        c.policy.remat = "dots"  # there is room: no moments, and nothing of the base is copied
+    # A third of the work again, for a fraction of the memory (docs/performance.md). With adapters there is room: no
+    # moments, and nothing of the base is copied.
+    c.policy.remat = c.critic.remat = "dots" if LORA in words else "full"
     c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
     c.user.field_tokens = 24
     c.user.reply_tokens = 48
-    c.algorithm.estimator = "grpo"
     c.rollout.batch, c.rollout.group = 4, 2
+    if "ppo" in words:
+        c.rollout.group = 1  # four profiles a step
+    else:
+        c.algorithm.estimator = "grpo"
     c.rollout.max_turns = 3
     c.rollout.context = 4608  # a published profile takes 2,000 to 3,000 tokens
     c.rollout.think_tokens = 64

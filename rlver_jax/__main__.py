@@ -34,6 +34,7 @@ COMMANDS = {
     "serve": "serve",
     "export": "export",
     "config": "reports.config_table",
+    "profiles": "reports.profiles_command",
     "prepare": "profiles.builder",
     "plan": "plan",
     "bench": "bench",

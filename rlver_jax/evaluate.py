@@ -22,8 +22,9 @@ judge runs on the device, or at an endpoint where its config sets remote.user.ur
 On several hosts the same command runs on each (--coordinator, --processes, --process; on TPU VMs without them). There
 it only plays; see docs/pods.md.
 
-Exit status: 0 done, 1 an emotion that is not the one before plus the change, an endpoint that does not answer, or
-another process is lost or has taken DIR over, 2 bad usage (also a DIR that another process uses), 130 interrupted.
+Exit status: 0 done, 1 no score, since too many dialogues ended unreadable (alarms.unreadable_max), an emotion that is
+not the one before plus the change, an endpoint that does not answer, or another process is lost or has taken DIR over,
+2 bad usage (also a DIR that another process uses), 130 interrupted.
 """
 
 import sys
@@ -39,7 +40,7 @@ from rich.console import Console
 
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
 from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
-from rlver_jax.dialogues.log import Record
+from rlver_jax.dialogues.log import UNREADABLE, Record
 from rlver_jax.dialogues.render import print_comparison, print_dialogue
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import usage_text
@@ -60,7 +61,12 @@ from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.progress import Meter
 from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
+from rlver_jax.user.profile_warnings import profile_warnings
 
+_NO_SCORE = (
+    "no score: {} ended because the user's answers could not be read (alarms.unreadable_max); that model is too weak a "
+    "user, or its prompts don't suit it"
+)
 _RESUMES = "\nthe same command resumes with what is in {output}"
 ENDINGS = {
     EndpointError: Ending(2, "{error}" + _RESUMES),
@@ -88,6 +94,8 @@ def _evaluate(command: Command, argv: Sequence[str]) -> int:
     check_context(config, *here)  # before weights are looked at
     judges = judging.Judges.of_flags(options, config)
     profiles = chosen_profiles(config)
+    for odd in profile_warnings(config, None, profiles):
+        command.print(f"warning: {odd}")
     before = read_evaluation(options.before) if options.before else None
     settings = evaluation_folder.settings_of(config, profiles, trained.fingerprint if trained else None)
     with hold(options.out, "--out", command.print) as lock:
@@ -106,7 +114,7 @@ def _evaluate(command: Command, argv: Sequence[str]) -> int:
         print_dialogue(records[0], console)
     show_judges(summary, console)
     command.print(headline(summary, folder.path))
-    return 0
+    return 1 if summary["score"] is None else 0
 
 
 def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
@@ -180,8 +188,12 @@ def play_missing(evaluation: Player, folder: EvaluationFolder, console: Console,
 def summarize(evaluation: Player, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
     """What summary.json holds."""
     how_sure = spread(records, len(evaluation.profiles))
+    scores = evaluation.scores(records)
+    unread, most = scores["end_reasons"][UNREADABLE] / scores["n"], evaluation.config.alarms.unreadable_max
+    if most and unread > most:
+        how_sure, scores["score"] = {"unreadable": f"{unread:.0%} of the dialogues, of {most:.0%} at most"}, None
     return (
-        evaluation.scores(records)
+        scores
         | how_sure
         | {
             "tokens": {name: int(folder.spent(name)) for name in ("generated", "prefilled")},
@@ -196,15 +208,25 @@ def headline(summary: dict[str, Any], path: Path) -> str:
     """The summary in a few lines."""
     reasons = ", ".join(f"{name} {count}" for name, count in summary["end_reasons"].items() if count)
     gold = f" ({summary['rule_score']:.2f} by the gold judge)" if "rule_score" in summary else ""
+    unread = summary.get("unreadable", "")
     rate = summary["tokens"]["generated"] / summary["seconds"] if summary["seconds"] else 0.0
+    scored = (
+        f"score {summary['score']:.2f} of 100{gold}{spread_text(summary)}" if not unread else _NO_SCORE.format(unread)
+    )
     return (
-        f"score {summary['score']:.2f} of 100{gold}{spread_text(summary)} · success {summary['success']} · "
+        f"{scored} · success {summary['success']} · "
         f"failure {summary['failure']} · n {summary['n']} · {summary['turns_mean']:.2f} turns · ends: {reasons}\n"
         f"{summary['tokens']['generated']} tokens generated, {summary['tokens']['prefilled']} prefilled, "
         f"{summary['seconds']:.1f} s ({rate:.1f} tokens/s)\n"
-        f"{_remote_text(summary)}"
+        f"{_remote_text(summary)}{_own_text(summary)}"
         f"{path / 'summary.json'} · {path / 'dialogues.jsonl'}"
     )
+
+
+def _own_text(summary: dict[str, Any]) -> str:
+    """A line of what a user's own functions have measured, where there are any."""
+    names = [name for name in summary if name == "judge_score" or name.startswith("own/")]
+    return " · ".join(f"{name} {summary[name]:.3g}" for name in names) + "\n" * bool(names)
 
 
 def _remote_text(summary: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@
 
 Without --step the checkpoint with the best eval/score is taken, or the last one where the run had no evaluations.
 Config and tokenizer are those of the base model, which the run keeps, or those of FOLDER. A SentencePiece model is also
-written as a tokenizer.json, which AutoTokenizer reads with the same ids.
+written as a tokenizer.json, which AutoTokenizer reads with the same ids. README.md, a model card, says of which run and
+step the folder is, with which system prompt the policy was trained, and how to serve it.
 Of a run with LoRA it writes the adapter, as a folder of `peft`; with --merged the whole model, adapter and base as one.
 Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
@@ -30,6 +31,7 @@ from rlver_jax.rollout.agents import make_model
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlver_jax.training.model_card import write_card
 from rlver_jax.training.restore import TrainedPolicy
 from rlver_jax.training.trained import lora_of
 
@@ -60,6 +62,8 @@ def _export(command: Command, argv: Sequence[str]) -> int:
     else:
         dtype = options.dtype or "bfloat16"
         _write_model(command, policy, model, mesh, options.out, dtype)
+    if jax.process_index() == 0:
+        write_card(options.out, policy)
     command.print(f"step {policy.step} of {options.workdir} → {options.out} ({dtype})")
     return 0
 

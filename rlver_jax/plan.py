@@ -110,7 +110,7 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
         topology, chip, dict(mesh.shape), dict(playing.shape), config.rollout.batch, shapes.lengths[-1], measured,
         phases_of(shapes, measured, chip), remedy, tried, assumed,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.monotonic() - began,
-        len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}),
+        len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}), config.train.steps,
     )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ interrupted.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -67,13 +68,13 @@ def _summary(workdir: str, done: int, config: ConfigDict) -> str:
     steps = config.train.steps
     records = read_metrics(RunFolder(Path(workdir)).metrics)
     trained = [record for record in records if "emotion/final_mean" in record]
-    scores = [record["eval/score"] for record in records if "eval/score" in record]
+    scores = _scores(records, "eval/score")
     text = f"{done} of {steps} steps"
     if trained:
         text += f" · emotion {trained[0]['emotion/final_mean']:.1f} → {trained[-1]['emotion/final_mean']:.1f}"
     if scores:
-        text += f" · eval/score {_course(scores)}"
-    gold = [record["eval/rule_score"] for record in records if "eval/rule_score" in record]
+        text += f" · eval/score {_course(scores)} ({_at(scores)})"
+    gold = _scores(records, "eval/rule_score")
     if gold:
         text += f" (by the gold judge {_course(gold)})"
     if missing := missing_steps(records, done, config.eval.every):
@@ -83,9 +84,21 @@ def _summary(workdir: str, done: int, config: ConfigDict) -> str:
     return f"{text}\n{workdir}"
 
 
-def _course(scores: list[float]) -> str:
+def _scores(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, score) of each evaluation."""
+    return [(record["step"], record[name]) for record in records if name in record]
+
+
+def _course(scores: Sequence[tuple[int, float]]) -> str:
     """The first and the last one; where there was one evaluation only, before training, that one."""
-    return " → ".join(f"{score:.2f}" for score in ([scores[0], scores[-1]] if len(scores) > 1 else scores))
+    ends = [scores[0], scores[-1]] if len(scores) > 1 else scores
+    return " → ".join(f"{score:.2f}" for _, score in ends)
+
+
+def _at(scores: Sequence[tuple[int, float]]) -> str:
+    """The steps of `_course`'s scores."""
+    first, last = scores[0][0], scores[-1][0]
+    return f"step {first}" if len(scores) == 1 else f"steps {first} and {last}"
 
 
 if __name__ == "__main__":

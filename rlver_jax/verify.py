@@ -37,17 +37,25 @@ from rlver_jax.config.validate import ConfigError, reward_settings, validate
 from rlver_jax.decoding.replay import Keys, ReplayInput
 from rlver_jax.decoding.replay_sequence import ReplaySequence
 from rlver_jax.dialogues import two_tokenizers
-from rlver_jax.dialogues.faults import POLICY_TOKENS, ConsistencyCheck, logged_turns, recomputed_rewards, unchecked
+from rlver_jax.dialogues.faults import (
+    POLICY_TOKENS,
+    ConsistencyCheck,
+    Reward,
+    logged_turns,
+    recomputed_rewards,
+    unchecked,
+)
 from rlver_jax.dialogues.known_profiles import KnownProfiles
+from rlver_jax.dialogues.own_functions import NO_FUNCTIONS, OwnFunctions, logged_reward
 from rlver_jax.dialogues.trajectory import reactions
 from rlver_jax.dialogues.verify_changes import compare_change
 from rlver_jax.dialogues.verify_files import plans_of, read_log_file
-from rlver_jax.dialogues.verify_set import Plan
+from rlver_jax.dialogues.verify_report import Report
+from rlver_jax.dialogues.verify_set import Plan, TrainingPlan
 from rlver_jax.dialogues.verify_shape import POLICY, USER, RecordSchema
 from rlver_jax.dialogues.verify_tokens import (
     TOLERANCES,
     Speaker,
-    TokenReport,
     Tolerance,
     check_tokens,
     user_fields,
@@ -70,38 +78,6 @@ from rlver_jax.user.turn import build_user_tables, dialogue_key
 SHOWN = 50  # faults and ties that are printed
 
 
-@dataclasses.dataclass
-class Report:
-    """The result of verifying dialogues."""
-
-    dialogues: int = 0
-    turns: int = 0
-    tokens: int = 0
-    logprob_error: float = 0.0  # the largest difference of a token's log-probability to the log's, in nats
-    ties: list[str] = dataclasses.field(default_factory=list)
-    faults: list[str] = dataclasses.field(default_factory=list)
-    unchecked: dict[str, None] = dataclasses.field(
-        default_factory=dict
-    )  # parts of the logs that nothing was compared with
-
-    def add_tokens(self, where: str, tokens: TokenReport) -> None:
-        """Adds the result for one model's tokens in the dialogue named `where`."""
-        self.tokens += tokens.tokens
-        self.logprob_error = max(self.logprob_error, tokens.logprob_error)
-        self.ties += [f"{where}, {tie}" for tie in tokens.ties]
-        self.faults += [f"{where}, {fault}" for fault in tokens.faults]
-
-    def add(self, other: "Report") -> None:
-        """Adds the result for other dialogues."""
-        self.dialogues += other.dialogues
-        self.turns += other.turns
-        self.tokens += other.tokens
-        self.logprob_error = max(self.logprob_error, other.logprob_error)
-        self.ties += other.ties
-        self.faults += other.faults
-        self.unchecked |= other.unchecked
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of the config that the recomputed values depend on."""
@@ -111,6 +87,7 @@ class Settings:
     reply_tokens: int
     readout: str
     reward: Mapping[str, Any]
+    own: OwnFunctions = NO_FUNCTIONS
     tolerance: Tolerance = TOLERANCES["float32"]
 
 
@@ -121,6 +98,7 @@ class LoggedDialogue(NamedTuple):
     record: Mapping[str, Any]
     plan: Plan
     faults: Sequence[str] = ()
+    whole: Mapping[str, Any] | None = None  # the record with both sides; None: that is `record`
 
 
 class _Case(NamedTuple):
@@ -132,6 +110,7 @@ class _Case(NamedTuple):
     profile: Profile
     turns: Sequence[LoggedTurn]  # empty where its user is behind an endpoint
     faults: list[str]
+    whole: Mapping[str, Any]  # the record with both sides
 
     @property
     def opening_generated(self) -> bool:
@@ -163,7 +142,7 @@ def verify_records(
         return
     cases.sort(key=lambda case: (case.profile.id, case.profile.hidden_intention, case.profile.background))
     replays = _replays(agents, [case for case in cases if case.has_user_tokens], settings)
-    rewards = recomputed_rewards([case.record for case in cases], settings.reward)
+    rewards = _rewards(cases, settings)
     limits = settings.field_tokens, settings.reply_tokens
     checks = {
         plan: ConsistencyCheck.of(
@@ -172,6 +151,9 @@ def verify_records(
         for plan in {case.plan for case in cases}
     }
     for case, reward in zip(cases, rewards, strict=True):
+        case.faults.extend(
+            settings.own.faults(case.whole, case.profile, evaluation=not isinstance(case.plan, TrainingPlan))
+        )
         sequence, replayed = next(replays) if case.has_user_tokens else (None, None)
         prefix = sequence.prefix if sequence else 0 if USER in case.plan.endpoints else len(agents.prefix(case.profile))
         consistency_errors = checks[case.plan].errors(case.profile, case.record, reward, prefix)
@@ -185,7 +167,7 @@ def verify_records(
 
 def _case(dialogue: LoggedDialogue, schema: RecordSchema, profiles: KnownProfiles) -> _Case | Report:
     """The dialogue as it can be replayed, or a report that says why it cannot."""
-    where, record, plan, faults = dialogue
+    where, record, plan, faults, whole = dialogue
     if schema_errors := list(schema.errors(record)):
         known = [f"{where}: {fault}" for fault in faults]
         return Report(dialogues=1, faults=known + [f"{where}, {error}" for error in schema_errors])
@@ -198,7 +180,16 @@ def _case(dialogue: LoggedDialogue, schema: RecordSchema, profiles: KnownProfile
         faults.append(f"profile {record['profile']!r} is not in data.eval or data.train of the config")
         return Report(dialogues=1, faults=[f"{where}: {fault}" for fault in faults])
     turns = [] if USER in plan.endpoints else logged_turns(record)
-    return _Case(where, record, plan, profile, turns, faults)
+    return _Case(where, record, plan, profile, turns, faults, whole or record)
+
+
+def _rewards(cases: Sequence[_Case], settings: Settings) -> list[Reward]:
+    """Rewards by the formula, or by what the log has of a user's own function, which is itself compared elsewhere."""
+    formula = recomputed_rewards([case.record for case in cases], settings.reward)
+    if not settings.own.reward:
+        return formula
+    own = [logged_reward(case.whole) for case in cases]
+    return [by_formula if value is None else Reward(value, 0.0) for value, by_formula in zip(own, formula, strict=True)]
 
 
 def _replays(agents: Agents, cases: Sequence[_Case], settings: Settings) -> Iterator[tuple[ReplaySequence, Replayed]]:
@@ -241,6 +232,7 @@ def settings_of(config: ConfigDict) -> Settings:
         reply_tokens=config.user.reply_tokens,
         readout=config.user.readout,
         reward=reward_settings(config),
+        own=OwnFunctions.of(config),
         tolerance=TOLERANCES[config.user.dtype],
     )
 
@@ -309,7 +301,8 @@ def _by_side(logged: list[LoggedDialogue], config: ConfigDict) -> dict[str, list
     plans = two_tokenizers.plans_by_side([one.plan for one in logged])
     return {
         side: [
-            one._replace(record=two_tokenizers.seen_by(side, one.record), plan=plans[one.plan][side]) for one in logged
+            one._replace(record=two_tokenizers.seen_by(side, one.record), plan=plans[one.plan][side], whole=one.record)
+            for one in logged
         ]
         for side in (POLICY, USER)
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlver_jax.config.alarm_fields import ALARMS
 from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.config.lora_fields import LORA
 from rlver_jax.config.model_fields import CHALLENGING, CRITIC, FLOATS, NO_CRITIC, NO_THOUGHTS, POLICY, USER, endpoint
@@ -18,7 +19,7 @@ from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, Field, default
 from rlver_jax.config.sft_fields import SFT
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
-NOT_GRPO = {"algorithm.estimator": ("gae", "rloo", "reinforce_pp")}
+NOT_GRPO = {"algorithm.estimator": ("gae", "ppo", "rloo", "reinforce_pp")}
 
 
 DATA = {
@@ -79,7 +80,9 @@ EMOTION = {
     "thresholds": Field((100, 70, 40, 10), "lower bounds of bands S, A, B, C; F lies below (SAGE)", unit="points"),
 }
 
+OWN = "FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION (docs/extending.md)"
 REWARD = {
+    "function": Field("", f"a function of your own in place of all below, {OWN}; empty: none"),
     "kind": Field("final", "final (emotion/100) | per_turn (change/10) | mixed", ("final", "per_turn", "mixed")),
     "discount": Field(1.0, "of later turns in `mixed`", range=SHARE, unused={"reward.kind": ("final", "per_turn")}),
     "final_weight": Field(
@@ -93,7 +96,7 @@ REWARD = {
 ALGORITHM = {
     "estimator": Field(
         "gae",
-        "of advantages: gae (PPO) | grpo | rloo | reinforce_pp; all but gae have no critic",
+        "of advantages: gae or ppo (the same) | grpo | rloo | reinforce_pp; the latter have no critic",
         registry="rlver_jax/learning/advantages.py:ESTIMATORS",
     ),
     "credit": Field(
@@ -245,38 +248,16 @@ LOG = {
     ),
 }
 
-# A metric beyond its limit stops the run: rlver_jax/training/alarms.py.
-ALARMS = {
-    "readable_min": Field(
-        0.5,
-        "least share of replies that are valid text, end by themselves, don't go in circles",
-        range=SHARE,
-        free=True,
-    ),
-    "reply_tokens_min": Field(1.0, "least mean length of a reply", range=COUNT, unit="tokens", free=True),
-    "reply_tokens_max": Field(0.0, "largest mean length; 0: no limit", range=COUNT, unit="tokens", free=True),
-    "entropy_min": Field(0.0, "least mean entropy of the policy", range=COUNT, unit="nats", free=True),
-    "entropy_max": Field(8.0, "largest (uniform over Qwen's vocabulary: 11.9)", range=COUNT, unit="nats", free=True),
-    "ratio_max": Field(100.0, "largest ratio of any token within an update; 0: no limit", range=COUNT, free=True),
-    "change_entropy_min": Field(
-        0.0, "least entropy of the user's changes in a step (21 alike: 3.04)", range=COUNT, unit="nats", free=True
-    ),
-    "change_at_limit_max": Field(
-        1.0, "largest share of changes at emotion.max_change, up or down; 0: no limit", range=SHARE, free=True
-    ),
-    "unreadable_max": Field(
-        0.5,
-        "largest share of dialogues that end because an appraisal can't be read; 0: no limit",
-        range=SHARE,
-        free=True,
-    ),
-    "kl_max": Field(
-        1.0, "largest KL that one step may move the policy by, a token", range=COUNT, unit="nats", free=True
-    ),
+METRICS = {
+    "functions": Field(
+        "", f"functions of your own that measure finished dialogues, {OWN}, comma-separated; empty: none"
+    )
 }
 
 EVAL = {
-    "every": Field(0, "between evaluations in training, step 0 included; 0: never", range=COUNT, unit="steps"),
+    "every": Field(
+        0, "between evaluations in training, step 0 and the last one included; 0: never", range=COUNT, unit="steps"
+    ),
     "num_profiles": Field(100, "played (SAGE: 100); fewer if the file has fewer", range=POSITIVE, unit="profiles"),
     "initial_emotion": Field(40, "SAGE's", range=(0, 100), unit="points"),
     "max_turns": Field(
@@ -302,6 +283,7 @@ EVAL = {
     ),
     "temperature": Field(1.0, "of the policy; 0: greedy", range=COUNT),
     "seed": Field(0, "of what is drawn in an evaluation", range=SEED),
+    "judge": Field("", f"a function of your own that scores finished dialogues, {OWN}; empty: none"),
     "gold": Field(
         "", "judge beside the user: miniature (its grammar's rule, eval/rule_score); empty: none", ("", "miniature")
     ),
@@ -370,6 +352,7 @@ TABLE = {
     "train": TRAIN,
     "checkpoint": CHECKPOINT,
     "log": LOG,
+    "metrics": METRICS,
     "alarms": ALARMS,
     "eval": EVAL,
     "sft": SFT,
@@ -392,7 +375,11 @@ def words(arg: str, *known: str) -> list[str]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The base config; `arg` "challenging" picks the challenging simulated user (RLVER, section 4.3)."""
+    """The base config.
+
+    Args:
+        arg: "challenging" picks the challenging simulated user (RLVER, section 4.3); "ppo" says what it is.
+    """
     config = defaults(TABLE)
-    config.user.style = "".join(words(arg, CHALLENGING)) or config.user.style
+    config.user.style = CHALLENGING if CHALLENGING in words(arg, "ppo", CHALLENGING) else config.user.style
     return config

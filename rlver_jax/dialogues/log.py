@@ -380,7 +380,7 @@ def record_faults(record: Any) -> Iterator[str]:
 def known_fields(index: int | None) -> set[str]:
     """Names of the fields of a record (None), or of its message of that index."""
     if index is None:
-        return {*_RECORD, "remote", "source"}
+        return {*_RECORD, "remote", "source", "functions"}
     return {"role", *(_OPENING if index == 0 else _ASSISTANT if index % 2 else _REACTION)}
 
 

@@ -67,7 +67,7 @@ def print_comparison(before: Evaluated, after: Evaluated, console: Console) -> N
             print_dialogue(record, console)
     table = Table("", "before", "after")
     for key, what in _COMPARED.items():
-        if key in before[0] and key in after[0]:
+        if before[0].get(key) is not None and after[0].get(key) is not None:
             table.add_row(what, *(f"{summary[key]:.2f}".removesuffix(".00") for summary, _ in (before, after)))
     console.print(table)
 

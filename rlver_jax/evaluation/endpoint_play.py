@@ -22,6 +22,7 @@ from rlver_jax.config.validate import ConfigError, endpoint_sides, reward_settin
 from rlver_jax.dialogues.device_agents import USER_SAY, DevicePolicy, DeviceUser
 from rlver_jax.dialogues.endpoint_agents import RemotePolicy, RemoteUserSide
 from rlver_jax.dialogues.log import Record, generated_tokens
+from rlver_jax.dialogues.own_functions import OwnFunctions
 from rlver_jax.dialogues.turn_by_turn import Policy, Row, User, play, record_of
 from rlver_jax.endpoints.answer_cache import AnswerCache
 from rlver_jax.endpoints.client import Client, Endpoint
@@ -88,7 +89,8 @@ class RemoteEvaluation:
         policy, user = (make(rows) for make in self.agents)
         await play(rows, policy, user, rules=self.rules, max_turns=self.config.eval.max_turns)  # type: ignore[arg-type]
         records = [record_of(row, reward=self._reward(row), **self.common) for row in rows]
-        return [{name: x for name, x in one.items() if name != "remote" or self.clients} for one in records]
+        records = [{name: x for name, x in one.items() if name != "remote" or self.clients} for one in records]
+        return OwnFunctions.of(self.config).judged(records, [row.profile for row in rows], evaluation=True)
 
     def _reward(self, row: Row) -> float:
         result = reward(

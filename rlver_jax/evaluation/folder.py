@@ -20,6 +20,7 @@ from rlver_jax.config.paths import check_folder_to_write
 from rlver_jax.config.validate import endpoint_sides, flatten
 from rlver_jax.dialogues.log import DialogueLogError, Record, read_dialogues, write_dialogues
 from rlver_jax.dialogues.logged import DialogueLog
+from rlver_jax.dialogues.own_functions import OwnFunctions
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.runs.files import write_json
@@ -175,7 +176,8 @@ def settings_of(config: ConfigDict, profiles: Sequence[Profile], checkpoint: str
         for side in ("policy", "user")
         if side not in remote
     }
-    return flat | weights | {"fingerprint.texts": texts_fingerprint(config, profiles)}
+    own = {f"fingerprint.{name}": source for name, source in OwnFunctions.of(config).sources().items()}
+    return flat | weights | own | {"fingerprint.texts": texts_fingerprint(config, profiles)}
 
 
 def at_endpoint(flat: dict[str, Any], config: ConfigDict, side: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import ConfigError, reward_settings
 from rlver_jax.dialogues.log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
+from rlver_jax.dialogues.own_functions import OwnFunctions, numbers_of
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
@@ -34,6 +35,10 @@ Batch = tuple[list[Record], dict[str, float]]
 
 class Player(Protocol):
     """An evaluation, wherever its models are."""
+
+    @property
+    def config(self) -> ConfigDict:
+        """That it is played by."""
 
     @property
     def profiles(self) -> Sequence[Profile]:
@@ -89,14 +94,10 @@ class Evaluation:
 
     def records(self, played: Dialogues, numbers: Sequence[int]) -> list[Record]:
         """What `play` played, as records."""
-        return dialogue_records(
-            played,
-            self.agents,
-            [self.profiles[i % len(self.profiles)] for i in numbers],
-            numbers,
-            seed=self.config.eval.seed,
-            rewards=rewards_of(played, reward_settings(self.config)),
-        )
+        profiles = [self.profiles[i % len(self.profiles)] for i in numbers]
+        rewards = rewards_of(played, reward_settings(self.config))
+        records = dialogue_records(played, self.agents, profiles, numbers, seed=self.config.eval.seed, rewards=rewards)
+        return OwnFunctions.of(self.config).judged(records, profiles, evaluation=True)
 
 
 def chosen_profiles(config: ConfigDict) -> Sequence[Profile]:
@@ -132,7 +133,10 @@ def load(
 def eval_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     """`eval/…` of `scores`, with the gold judge's where there is one."""
     counts = {"success_rate": result["success"] / result["n"], "failure_rate": result["failure"] / result["n"]}
-    named = {name: result[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in result}
+    own = {name: number for name, number in result.items() if name == "judge_score" or name.startswith("own/")}
+    named = {
+        name: result[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in result
+    } | own
     return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
 
 
@@ -173,6 +177,7 @@ class Tally:
         self._turns: list[int] = []
         self._rewards: list[float] = []
         self._rises: list[bool] = []
+        self._own: dict[str, list[float]] = {}
         self._reasons: collections.Counter[str] = collections.Counter()
 
     def add(self, record: Record) -> None:
@@ -183,12 +188,15 @@ class Tally:
         self._rewards.append(record["reward"])
         self._rises += [message["change"] > 0 for message in record["messages"] if "change" in message]
         self._reasons[record["end_reason"]] += 1
+        for name, number in numbers_of(record).items():
+            self._own.setdefault(name, []).append(number)
 
     def scores(self) -> dict[str, Any]:
         """What an evaluation says of its dialogues.
 
         `score` is the mean final emotion, 0-100; `success` and `failure` count by SAGE's borders, whatever the
-        config's; `acceptance` is the share of appraised replies after which the emotion was meant to rise.
+        config's; `acceptance` is the share of appraised replies after which the emotion was meant to rise. Functions
+        of a user's own add `own/…` and `judge_score`, means over the dialogues.
         """
         outcomes = [SAGE.outcome(emotion) for emotion in self.emotions]
         return {
@@ -200,4 +208,4 @@ class Tally:
             "acceptance": float(np.mean(self._rises)) if self._rises else 0.0,
             "end_reasons": {reason: self._reasons[reason] for reason in ALL_END_REASONS[1:]},
             "reward_mean": float(np.mean(self._rewards)),
-        }
+        } | {name: float(np.mean(numbers)) for name, numbers in self._own.items()}

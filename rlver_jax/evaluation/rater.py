@@ -119,7 +119,8 @@ class DeviceRater:
     def _length(self, steps: Sequence[Step]) -> int:
         """Slots that a form may take, padding and scratch included."""
         read = [len(self.tokenizer.encode(step.literal)) + self.field_tokens for step in steps]
-        scratch = max(len(self.tokenizer.encode(f"{o}\n")) * len(step.options) for step in steps for o in step.options)
+        spelled = [len(self.tokenizer.encode(f"{o}\n")) * len(step.options) for step in steps for o in step.options]
+        scratch = max(spelled, default=0)
         return sum(read) + _up(max(read) + 8) + scratch + 8 * len(steps)
 
     def _fill_form(self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int):

@@ -77,6 +77,15 @@ def compute_advantages(config: AdvantageConfig, inputs: EstimatorInputs) -> Adva
     return estimator.compute(config, inputs)
 
 
+def tied_groups(config: AdvantageConfig, advantage: Float[Array, "B L"]) -> Bool[Array, " G"]:
+    """Whether a group earned the same throughout, so that it says nothing of which reply was better.
+
+    `config.group` is 1 where dialogues are compared with the whole batch; then a dialogue is tied by itself where its
+    advantages are exactly 0.
+    """
+    return (advantage == 0).reshape(-1, config.group * advantage.shape[1]).all(1)
+
+
 def token_rewards(
     turn_rewards: Num[Array, "B T"], turn: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B L"]:
@@ -329,4 +338,5 @@ ESTIMATORS: dict[str, Estimator] = {
     "grpo": Estimator(_grpo, needs_group=True),
     "rloo": Estimator(_rloo, needs_group=True),
     "reinforce_pp": Estimator(_reinforce_pp),
+    "ppo": Estimator(_gae, needs_critic=True),  # as `gae` is mostly called
 }

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Key
 
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning import loss_terms
-from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig, EstimatorInputs, compute_advantages
+from rlver_jax.learning.advantages import ESTIMATORS, AdvantageConfig, EstimatorInputs, compute_advantages, tied_groups
 from rlver_jax.learning.loss import (
     Base,
     LossInputs,
@@ -120,8 +120,15 @@ def train_step(
         the new state, and metrics: float32 scalars by the names of metrics.jsonl.
     """
     inputs, metrics = prepare(setup, state, batch, rewards, grammar, reference, plan, base)
+    tied = None
+    if setup.models.value_head is None:  # a critic learns from any batch
+        tie = tied_groups(setup.advantage, inputs.advantage)
+        tied = tie.all()
+        metrics["train/tied"] = tied.astype(jnp.float32)
+        if ESTIMATORS[setup.advantage.estimator].needs_group:
+            metrics["advantage/tied_groups"] = tie.sum().astype(jnp.float32)
     order = minibatch_order(setup.update, key, state.step, batch.count.shape[0])
-    state, by_update = _epochs(setup, state, inputs, grammar, order, plan, base)
+    state, by_update = _epochs(setup, state, inputs, grammar, order, plan, base, tied)
     count = None if plan is None else plan.count
     mean = jnp.mean if count is None else lambda x: x.sum() / count  # beyond the last update all are 0
     metrics |= {name: x.max() if name.endswith("_max") else mean(x) for name, x in by_update.items()}
@@ -214,6 +221,7 @@ def _epochs(
     order: Array,
     plan: PackingPlan | None,
     base: Base | None,
+    tied: Array | None,
 ):
     """Every minibatch of every epoch, one optimizer step each; metrics [epochs * minibatches]."""
 
@@ -221,14 +229,14 @@ def _epochs(
         rows, assignment = minibatch
         all_of_it = setup.update.minibatches == 1
         picked = inputs if all_of_it else constrain_rows(jax.tree.map(lambda x: x[rows], inputs))
-        return _minibatch(setup, state, picked, grammar, assignment, base)
+        return _minibatch(setup, state, picked, grammar, assignment, base, tied)
 
     def members_alone(state: TrainState, minibatch: tuple[Array, RowAssignment]):
         member, assignment = minibatch
         batch = inputs.batch
         batch = dataclasses.replace(batch, mask=batch.mask & member[:, None], count=jnp.where(member, batch.count, 0))
         picked = dataclasses.replace(inputs, batch=batch)
-        return _minibatch(setup, state, picked, grammar, assignment, base, member.sum())
+        return _minibatch(setup, state, picked, grammar, assignment, base, tied, member.sum())
 
     if plan is not None and plan.members is not None:
         return _loop(members_alone, state, (plan.members, plan.updates), plan.count, scope="updates")
@@ -242,9 +250,14 @@ def _minibatch(
     grammar: Grammar,
     assignment: RowAssignment | None,
     base: Base | None,
+    tied: Array | None,
     dialogues: Array | None = None,
 ):
-    """One optimizer step of each tree. Those that share no parameters take turns: one gradient is alive at a time."""
+    """One optimizer step of each tree. Those that share no parameters take turns: one gradient is alive at a time.
+
+    None where all groups of the batch are `tied`: no advantage says where to go, and moments and weight decay, a KL
+    penalty or an entropy bonus would move the policy nevertheless.
+    """
     config, mask = setup.models.loss, inputs.batch.mask
     sizes: dict[str, Any] = {
         "length": config.length,
@@ -267,6 +280,8 @@ def _minibatch(
         for name, gradient in gradients.items():
             norm = optax.tree.norm(widened(gradient))
             wanted = jnp.isfinite(norm) & ~frozen[name]
+            if tied is not None:
+                wanted &= ~tied
             params[name], opt_state[name] = apply_gradient(
                 setup.optimizers.of(name), gradient, state.opt_state[name], trained[name], wanted
             )

@@ -23,7 +23,7 @@ from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.workdir import RunFolder
 
 USER, RULE = "eval/score", "eval/rule_score"
-_NAMES = {"gae": "PPO", "grpo": "GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}
+_NAMES = {"gae": "PPO", "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}
 
 
 class Outcome(NamedTuple):

@@ -232,6 +232,13 @@ def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> Tensor:
     return Tensor(file, name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
+def give_usual_mode(file: Path) -> None:
+    """Gives a file the mode that `open` would: `safetensors` writes files that none but their owner reads."""
+    mask = os.umask(0o077)  # the only way to read it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
 def read_index(file: Path) -> dict[str, str]:
     """{tensor: name of a file beside the index}.
 

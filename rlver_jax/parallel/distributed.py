@@ -258,7 +258,13 @@ def stop_signal(done: int) -> Iterator[Callable[[int], bool]]:
         yield lambda step: early or ask(step)
         return
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+
+    def receive(number: int, _: object) -> None:
+        if not received:
+            os.write(2, b"\nSIGTERM: finishing the step that is under way, then saving; a second one changes nothing\n")
+        received.append(number)
+
+    before = signal.signal(signal.SIGTERM, receive)
     try:
         yield lambda step: bool(received)
     finally:

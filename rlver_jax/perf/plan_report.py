@@ -26,6 +26,7 @@ class Plan:
         assumed: assumptions, in sentences.
         host_gib: most memory that planning took on this machine.
         seconds: that planning took.
+        steps: of a run.
     """
 
     topology: str
@@ -42,6 +43,7 @@ class Plan:
     host_gib: float
     seconds: float
     slices: int = 1
+    steps: int = 1
 
     @property
     def chips(self) -> int:
@@ -78,6 +80,16 @@ class Plan:
         """At the roofline."""
         return 3600 * self.rows / self.step_s
 
+    @property
+    def run_s(self) -> float:
+        """Roofline time of all steps of a run, without compilation, evaluations and checkpoints."""
+        return self.step_s * self.steps
+
+    @property
+    def chip_hours(self) -> float:
+        """What a run takes of all chips, at the roofline."""
+        return self.run_s * self.chips / 3600
+
     def verdict(self) -> str:
         """One or two sentences."""
         one, room = self.largest, self.chip.usable_gib
@@ -93,7 +105,8 @@ class Plan:
             return "no prediction: a program that does not fit has no HLO to read collectives from"
         return (
             f"prediction, not a measurement: at best {self.step_s:.1f} s a step, {self.dialogues_per_hour:,.0f} "
-            f"dialogues/hour, {100 * self.mfu:.1f} % of the chips' peak (MFU)"
+            f"dialogues/hour, {100 * self.mfu:.1f} % of the chips' peak (MFU); a run of train.steps={self.steps}: "
+            f"{self.run_s / 3600:.1f} hours ({self.run_s / 86400:.2f} days), {self.chip_hours:,.0f} chip-hours"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +125,14 @@ class Plan:
             "packed_length": self.length,
             "programs": [_program_json(one) for one in self.measured],
             "phases": [_phase_json(phase) for phase in self.phases],
-            "predicted": {"step_s": self.step_s, "mfu": self.mfu, "dialogues_per_hour": self.dialogues_per_hour},
+            "predicted": {
+                "step_s": self.step_s,
+                "mfu": self.mfu,
+                "dialogues_per_hour": self.dialogues_per_hour,
+                "steps": self.steps,
+                "days": self.run_s / 86400,
+                "chip_hours": self.chip_hours,
+            },
             "verdict": self.verdict(),
             "remedy": self.remedy.fields if self.remedy else None,
             "remat": [_remat_json(one) for one in self.remats],

@@ -5,7 +5,6 @@ was read before, so `{epoch, position}` is all that a checkpoint has to keep.
 """
 
 import operator
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -191,25 +190,6 @@ def shared_personas(train: Sequence[Profile], test: Sequence[Profile]) -> list[s
     """Persona texts that stand, to the letter, in both sets; each once, in the order of `test`."""
     known = train.has_persona if isinstance(train, IndexedProfiles) else {one.persona for one in train}.__contains__
     return list(dict.fromkeys(profile.persona for profile in test if known(profile.persona)))
-
-
-def warn_shared_personas(train: Sequence[Profile], test: Sequence[Profile]) -> list[str]:
-    """Warns (UserWarning) if training has seen personas of the test set; returns those personas.
-
-    RLVER's published test set of 100 (SAGE's) shares 47 personas, those of 54 profiles, with its training
-    set: a score on it is not one on strangers.
-    """
-    shared = shared_personas(train, test)
-    if shared:
-        ids = [profile.id for profile in test if profile.persona in set(shared)]
-        named = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
-        warnings.warn(
-            f"{len(shared)} personas of the evaluation profiles are also trained on "
-            f"({len(ids)} of {len(test)} profiles: {named}); leave these out to measure how the policy "
-            "does with people it has not met",
-            stacklevel=2,
-        )
-    return shared
 
 
 def _avoid(order: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:

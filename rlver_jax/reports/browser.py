@@ -128,7 +128,7 @@ def _packed(runs: Sequence[Run], selection: Selection, count: int) -> Packed:
                 "run": run,
                 "step": step,
                 "who": profiles.setdefault(outline["profile_key"], len(profiles)),
-                "intention": labels.index(intention_label(outline["hidden_intention"])),
+                "intention": labels.index(intention_label(outline)),
                 "outcome": OUTCOMES.index(outcome(outline["emotion"])),
             }
             yield b"," * (i > 0) + as_json(front)[:-1] + b"," + text[1:]

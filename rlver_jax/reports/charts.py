@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from rlver_jax.evaluation.measures import SPEECH, THOUGHTS
-from rlver_jax.reports.curves import Curve, shares_by_step
+from rlver_jax.reports.curves import Curve, own_curves, shares_by_step
 from rlver_jax.reports.group_charts import Marks, boxes, coordinate, stacked_shares, trajectories
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.statistics import OUTCOMES, Group, end_shares, outcome_shares, reply_lengths, turn_counts
@@ -66,6 +66,7 @@ CHARTS = {
             ),
         )
     ),
+    "Metrics of your own": Section((own_curves,), "What metrics.functions and eval.judge have measured."),
     "Outcomes by step": Section((shares_by_step,)),
     "Emotion over the turns, by hidden intention": Section(
         (trajectories,),

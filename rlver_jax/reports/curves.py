@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from rlver_jax.config.validate import shortened
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.statistics import OUTCOMES, Group, Point, points
 from rlver_jax.reports.svg import Chart, Figure, Key, ticks
 from rlver_jax.rollout.end_reason import END_REASONS
+from rlver_jax.text.console import plain_line
 
 MOST_POINTS, MOST_BARS = 240, 60
+MOST_OWN = 40  # charts of own metrics
+OWN = ("own/", "eval/own/", "eval/judge_score")  # how their names begin
 MOST_BANDS = 4  # more of them on one chart hide each other
 
 
@@ -93,6 +97,17 @@ def _add_tips(chart: Chart, lines: Sequence[_Line]) -> None:
             value = " ± ".join(f"{value:.2f}" for value in point.values)
             texts.setdefault(x, [point.steps]).append(name + value)
     chart.tips(sorted(texts), [" · ".join(texts[x]) for x in sorted(texts)])
+
+
+def own_curves(runs: Sequence[Run], groups: Sequence[Group] = ()) -> list[Figure]:
+    """A chart of each metric of a user's own functions: in training, and of held-out dialogues."""
+    names = sorted({name for run in runs for name in run.metrics.names if name.startswith(OWN)})
+    titles = [shortened(plain_line(name), 60) for name in names[:MOST_OWN]]
+    curves = [
+        Curve(title, "Mean over the dialogues that have one.", {name: ""})
+        for title, name in zip(titles, names, strict=False)
+    ]
+    return [figure for curve in curves for figure in curve(runs)]
 
 
 def shares_by_step(runs: Sequence[Run], groups: Sequence[Group] = ()) -> list[Figure]:

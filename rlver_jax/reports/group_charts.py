@@ -107,10 +107,10 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int, beyond: str) ->
     chart.y_axis(ticks(0.0, 100.0))
     chart.x_axis(ticks(0, turns, whole=True))
     tips: list[list[str]] = [[f"turn {turn}" if turn else "before the first turn"] for turn in range(turns + 1)]
-    counts = []
+    counts: list[str] = []
     for group in groups:
-        records = [record for record in group.records if intention_label(record["hidden_intention"]) == label]
-        counts.append(len(records))
+        records = [record for record in group.records if intention_label(record) == label]
+        counts.append(f"{len(records)} of {group.name}")
         if not records:
             continue
         path = statistics.trajectory(records)
@@ -122,7 +122,7 @@ def _trajectory(label: str, groups: Sequence[Group], turns: int, beyond: str) ->
         for turn, tip in enumerate(tips):
             tip.append(f"{group.name}: {mean[turn]:.1f} ({low[turn]:.0f}–{high[turn]:.0f}), n {len(records)}")
     chart.tips(range(turns + 1), [" · ".join(tip) for tip in tips])
-    return Figure(label, f"dialogues: {', '.join(map(str, counts))}{beyond}", chart)
+    return Figure(label, f"Dialogues: {', '.join(counts)}{beyond}", chart)
 
 
 def coordinate(runs: Sequence[Run], groups: Sequence[Group]) -> list[Figure]:

@@ -34,6 +34,11 @@ class MetricsTable:
         """Of the rows, rising."""
         return self._columns["step"].tolist()
 
+    @property
+    def names(self) -> list[str]:
+        """Of all metrics that a row has."""
+        return sorted(self._columns.keys() - {"step"})
+
     def complete(self, names: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
         """(steps, values of each name) of the rows that have all of them."""
         steps = np.array(self._columns["step"])

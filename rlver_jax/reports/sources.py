@@ -20,6 +20,7 @@ from rlver_jax.reports.metrics_table import MetricsTable
 from rlver_jax.text.console import plain_line
 from rlver_jax.training.metrics import iter_metrics
 from rlver_jax.training.workdir import RunFolder
+from rlver_jax.user.prompts import load_prompts
 
 MOST_RUNS = 8  # colours that can be told apart
 
@@ -87,7 +88,8 @@ def _read(folder: Path, name: str, watch: Watch, store: DialogueStore) -> Run:
     if run.metrics.exists():
         done = run.done()  # before the metrics are read: a run in progress writes them first
         files = sorted(run.dialogues(0).parent.glob("step_*.jsonl"), key=_step)
-        logs = [DialogueLog(_step(file), _outlines(file, store)) for file in watch(files, name)]
+        own = _own_intentions(run.config())
+        logs = [DialogueLog(_step(file), _outlines(file, store, own)) for file in watch(files, name)]
         metrics = MetricsTable(iter_metrics(run.metrics))
         if not metrics and not logs:
             raise ValueError(f"{folder}: its {run.metrics.name} holds no step yet; wait for the first one")
@@ -98,11 +100,12 @@ def _read(folder: Path, name: str, watch: Watch, store: DialogueStore) -> Run:
             f"{folder}: holds neither {run.metrics.name} nor {DIALOGUES}; expected the --workdir of a training run or "
             f"the --out of an evaluation"
         )
-    records = [record for file in watch([log], name) for record in _outlines(file, store)]
-    if not records:
-        raise ValueError(f"{log}: holds no dialogue; expected at least one")
     summary = _object(folder / SUMMARY)
     settings = (summary or _object(folder / PROGRESS)).get("settings", {})
+    own = _own_intentions(settings if isinstance(settings, dict) else {})
+    records = [record for file in watch([log], name) for record in _outlines(file, store, own)]
+    if not records:
+        raise ValueError(f"{log}: holds no dialogue; expected at least one")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder}: its settings are {shown(settings)}, expected a JSON object; evaluate again")
     return Run(name, folder, False, dict(settings), MetricsTable([]), summary, [DialogueLog(None, records)], store)
@@ -125,11 +128,22 @@ def _object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is no JSON object ({error}); restore it, or evaluate again") from error
 
 
-def _outlines(path: Path, store: DialogueStore) -> list[Outline]:
-    return [_outline(record, store) for record in iter_dialogues(path, unfinished=True, check=number_faults)]
+def _own_intentions(settings: Mapping[str, Any]) -> Callable[[str], str]:
+    """The id of a sentence in a run's own hidden_intentions.json; empty where it has none, or it is not at hand."""
+    try:
+        prompts = load_prompts(str(settings.get("data.language")), str(settings.get("user.prompts") or "") or None)
+    except (OSError, ValueError):
+        return lambda sentence: ""
+    if not Path(prompts.origins["hidden_intentions.json"]).is_file():  # ours
+        return lambda sentence: ""
+    return lambda sentence: known.key.replace("_", " ") if (known := prompts.intention(sentence)) else ""
 
 
-def _outline(record: Record, store: DialogueStore) -> Outline:
+def _outlines(path: Path, store: DialogueStore, own: Callable[[str], str]) -> list[Outline]:
+    return [_outline(record, store, own) for record in iter_dialogues(path, unfinished=True, check=number_faults)]
+
+
+def _outline(record: Record, store: DialogueStore, own: Callable[[str], str] = lambda sentence: "") -> Outline:
     """What tables and charts show of a dialogue, small: there may be a hundred thousand of them."""
     first = record["messages"][0]
     profile_key = record["profile"], record["hidden_intention"], None if first["generated"] else first["content"]
@@ -138,6 +152,7 @@ def _outline(record: Record, store: DialogueStore) -> Outline:
         "dialogue": record["dialogue"],
         "profile": sys.intern(shortened(plain_line(record["profile"]), 100)),
         "hidden_intention": sys.intern(shortened(record["hidden_intention"], 300)),
+        "intention": sys.intern(shortened(plain_line(own(record["hidden_intention"])), 28)),
         "end_reason": sys.intern(record["end_reason"]),
         "turns": record["turns"],
         "emotion": record["emotion"],
@@ -167,8 +182,11 @@ def _marks(part: Any) -> dict[str, float]:
     return {sys.intern(plain_line(name)[:100]): float(value) for name, value in named if is_number(value)}
 
 
-def intention_label(sentence: str) -> str:
-    """A short name of a hidden intention: of the eight published ones theirs, of another its first words."""
+def intention_label(outline: Mapping[str, Any]) -> str:
+    """A short name of a hidden intention: its id in the run's own file, a published one's, or its first words."""
+    sentence = outline["hidden_intention"]
+    if own := outline.get("intention"):
+        return own
     known = known_intention(sentence)
     if known:
         return known.key.replace("_", " ")
@@ -178,6 +196,6 @@ def intention_label(sentence: str) -> str:
 
 def intention_labels(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """The labels that occur: the published ones in their order, then others by name."""
-    labels = {intention_label(record["hidden_intention"]) for record in records}
+    labels = {intention_label(record) for record in records}
     published = [one.key.replace("_", " ") for one in HIDDEN_INTENTIONS]
     return [label for label in published if label in labels] + sorted(labels - set(published))

@@ -180,6 +180,9 @@ def _summarized(run: Run) -> dict[str, str]:
     for key, what in (("score", "score"), ("rule_score", "score by the gold judge")):
         if is_number(run.summary.get(key)):
             values[what] = f"{run.summary[key]:.1f}"
+    for key, value in run.summary.items():
+        if (key == "judge_score" or key.startswith("own/")) and is_number(value):
+            values[shortened(key)] = f"{value:.3g}"
     judges = run.summary.get("judges")
     for name, judge in judges.items() if isinstance(judges, dict) else ():
         if isinstance(judge, dict) and is_number(judge.get("score")):

@@ -257,15 +257,8 @@ class Agents:
 
     def prefix(self, profile: Profile) -> list[int]:
         """What the user reads before the first turn: its system prompt, the cue, the opening of its message."""
-        system = self.prompts.user_system(
-            profile.persona,
-            profile.background,
-            profile.hidden_intention,
-            style=self.style,
-            scenario=self.scenario,
-            rules=self.spec.rules,
-        )
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": self.prompts.opening}]
+        told = {"style": self.style, "scenario": self.scenario}
+        messages = self.prompts.before_first_turn(profile, **told, rules=self.spec.rules)
         return ChatTemplate(self.tokenizer).conversation(messages, generation_prompt=True)
 
     def tokens(self, profiles: Sequence[Profile]) -> ProfileTokens:

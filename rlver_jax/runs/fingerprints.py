@@ -26,6 +26,7 @@ _TOKENIZER = (
     *("tokenizer.json", "*.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
+OWN = "functions"  # how names of the sources of a user's own functions begin, which runs note too
 _WHOLE = 64 << 20  # bytes of weights that are read whole
 _WHOLE_TENSOR = 1 << 20  # bytes of a tensor of larger weights that is read whole
 _PIECES, _PIECE = 8, 16 << 10  # of a larger one: evenly spread pieces, and bytes of each
@@ -219,6 +220,8 @@ def described(name: str, config: ConfigDict) -> str:
         kind = "training" if part == "data.train" else "held-out"
         value = config.data.train if part == "data.train" else config.data.eval or config.data.train
         return f"the {kind} profiles ({part}={value!r})"
+    if what == OWN:
+        return f"the source of {part}"
     if what == "prompts":
         return f"the prompts of the {part} (user.prompts={config.user.prompts!r}, data.language={config.data.language})"
     path = config[what].path or config.policy.path

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +17,28 @@ from rlver_jax.text.console import plain
 HELP = "/quit (or the end of input) ends, /help shows this, /profile shows who the user is"
 
 
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """Within it the terminal shows nothing of what is typed; it stays in the line that is asked for next."""
+    try:
+        import termios
+    except ImportError:  # another system's terminal
+        yield
+        return
+    try:
+        stream = sys.stdin.fileno()
+        before = termios.tcgetattr(stream)
+    except (OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(stream, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(stream, termios.TCSANOW, before)
+
+
 class Left(Exception):
     """The person has left."""
 
@@ -27,6 +49,7 @@ class Terminal:
     def __init__(self, talk: Conversation, profile: Profile, side: str, out: Path, console: Console):
         """`side`: which one the person takes, "user" or "policy"."""
         self._talk, self._profile, self._side, self._out, self._console = talk, profile, side, out, console
+        self._compiled: set[str] = set()  # what has been done once
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):  # line editing and history where Python has them
                 import readline  # noqa: F401
@@ -68,7 +91,8 @@ class Terminal:
 
     def _as_policy(self) -> None:
         talk = self._talk
-        first = talk.user_begins()
+        with self._waiting("the user finds its first words"):
+            first = talk.user_begins()
         self._console.print(Text.assemble(("user  ", "bold magenta"), plain(first)))
         while not talk.ended:
             talk.policy_says(self._ask())
@@ -77,11 +101,22 @@ class Terminal:
 
     def _busy(self, what: str, act: Callable[[], dict]) -> None:
         """Runs a model's turn and prints its message."""
-        with self._console.status(what) if self._console.is_terminal else contextlib.nullcontext():
+        with self._waiting(what):
             message = act()
         for line in message_lines(message):
             self._console.print(line, highlight=False)
         self._keep()
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Says what is waited for, the first time mostly the compiler. What is typed meanwhile is not echoed."""
+        text = what if what in self._compiled else f"compiling, once, then {what}"
+        self._compiled.add(what)
+        if not self._console.is_terminal:
+            yield
+            return
+        with _without_echo(), self._console.status(text):
+            yield
 
     def _ask(self) -> list[int]:
         """What the person says, in tokens."""

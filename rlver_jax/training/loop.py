@@ -19,14 +19,15 @@ from rich.console import Console
 from rlver_jax.config.hub import local_folder
 from rlver_jax.config.validate import reward_settings
 from rlver_jax.decoding.cache import LM
-from rlver_jax.dialogues.log import dialogue_records, write_dialogues
+from rlver_jax.dialogues.log import Record, dialogue_records, write_dialogues
+from rlver_jax.dialogues.own_functions import OwnFunctionError, OwnFunctions, means_of
 from rlver_jax.endpoints.errors import EndpointError
 from rlver_jax.evaluation import play as evaluation
 from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.learning.train_step import TrainState
 from rlver_jax.models.lora import join, same_arrays, split
 from rlver_jax.parallel import distributed
-from rlver_jax.profiles.reader import Batch, warn_shared_personas
+from rlver_jax.profiles.reader import Batch
 from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.ready import sampling_copy
@@ -34,10 +35,11 @@ from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.rollout_metrics import rollout_metrics
 from rlver_jax.rollout.sampler import Dialogues
 from rlver_jax.rollout.spec import check_context
-from rlver_jax.runs.fingerprints import described, run_fingerprints
+from rlver_jax.runs.fingerprints import OWN, described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.training.alarms import CollapseError, check
 from rlver_jax.training.overlap import Overlap
+from rlver_jax.training.own_rewards import as_rewards
 from rlver_jax.training.programs import order_program, pack_program, score_program
 from rlver_jax.training.run_loop import RunLoop
 from rlver_jax.training.setup import Run, build_run, check_learning, folders_of, models_of
@@ -46,6 +48,7 @@ from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollo
 from rlver_jax.training.text_users import check_users, open_text_rollout
 from rlver_jax.training.trained import lora_of, playing_copy
 from rlver_jax.training.workdir import Contents, RunFolder
+from rlver_jax.user.profile_warnings import profile_warnings
 
 
 @dataclasses.dataclass
@@ -62,6 +65,7 @@ class Step:
     learning_since: float
     text: TextBatch | None  # where users answer by text
     spent: float  # on requests, this step's included
+    records: list[Record] | None  # with what a user's own functions say; None: there are none
     evaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -88,6 +92,7 @@ class Trainer(RunLoop):
         self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
         self.score, self.pack, self.order = score_program(run.mesh), pack_program(run.mesh), order_program(run.mesh)
         self.reward_settings = tuple(sorted(reward_settings(config).items()))
+        self.own = OwnFunctions.of(config)
         self.pending: Step | None = None
 
     @property
@@ -117,7 +122,8 @@ class Trainer(RunLoop):
                     state = self.step(state, done + 1)
                 done += 1
                 stopped = stop(done) or self.spending.used_up
-                due = self.config.eval.every and done % self.config.eval.every == 0
+                every = self.config.eval.every
+                due = every and (done % every == 0 or done == steps)
                 if due and self.pending:
                     with self.saved_on_failure(state, done):
                         self.pending.evaluated = self.evaluate(state)
@@ -141,6 +147,7 @@ class Trainer(RunLoop):
         if text:
             rewards = dataclasses.replace(rewards, counted=jax.device_put(text.counted, rewards.reward.sharding))
         self.finish()  # the step before, while this one is being played
+        rewards, records = self.call_functions(batch, ids, dialogues, text, rewards)
         updates = self.order(run.setup.update, self.key, state.step, size)
         length, plan = run.plan_rows(*jax.device_get((lengths, updates, turns)))
         plan = distributed.replicate(plan, run.mesh)
@@ -151,7 +158,8 @@ class Trainer(RunLoop):
             state, metrics = run.learn(state, packed, rewards, run.grammar, self.key, run.reference, plan, run.base)
         times = {"time/rollout_s": played - began, "time/dispatch_s": dispatched - started}
         metrics["tokens/padded"] = jnp.float32(run.padded_tokens(length, plan))
-        self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played, text, self.spending.total)
+        spent = self.spending.total
+        self.pending = Step(number, batch, ids, dialogues, rewards, metrics, times, played, text, spent, records)
         return state
 
     def play(self, state: TrainState, number: int) -> tuple[Batch, list[int], Dialogues, TextBatch | None]:
@@ -205,6 +213,34 @@ class Trainer(RunLoop):
         """What the policy learns from: the user's own rewards. Experiments override it."""
         return rewards
 
+    def call_functions(
+        self, batch: Batch, ids: list[int], dialogues: Dialogues, text: TextBatch | None, rewards: Rewards
+    ) -> tuple[Rewards, list[Record] | None]:
+        """What a user's own functions make of a step: its rewards, and its dialogues as a log has them.
+
+        Raises:
+            StoppedError: a function failed.
+        """
+        if not (self.own.reward or self.own.metrics):
+            return rewards, None
+        host, earned = distributed.fetch((dialogues, rewards.reward))
+        records = self.records(batch, ids, host, text, earned)
+        profiles = [profile for _, profile in batch for _ in range(len(ids) // len(batch))]
+        try:
+            records = self.own.judged(records, profiles, evaluation=False)
+        except OwnFunctionError as error:
+            raise StoppedError(f"{error}; docs/extending.md says how to resume") from error
+        return as_rewards(records, rewards) if self.own.reward else rewards, records
+
+    def records(
+        self, batch: Batch, ids: list[int], dialogues: Dialogues, text: TextBatch | None, rewards: np.ndarray
+    ) -> list[Record]:
+        """Dialogues on the host as a log has them."""
+        if self.text is not None and text is not None:
+            return self.text.records(text, rewards)
+        profiles, seed = [profile for _, profile in batch], self.config.train.seed
+        return dialogue_records(dialogues, self.run.agents, profiles, ids, seed=seed, rewards=rewards)
+
     def agents(self, state: TrainState) -> Agents:
         """The run's agents with the policy of this state, both ready to play; users by text have no model here."""
         user, base = self.run.agents.user, self.run.base
@@ -225,7 +261,7 @@ class Trainer(RunLoop):
         step, self.pending = self.pending, None
         metrics, dialogues, rewards = distributed.fetch((step.metrics, step.dialogues, step.rewards))
         self.last_finished = time.monotonic()
-        row = self.rollout_metrics(step, dialogues, rewards.reward)
+        row = self.rollout_metrics(step, dialogues, rewards.reward) | means_of(step.records or ())
         row |= {name: float(value) for name, value in metrics.items()} | step.times | step.evaluated
         row["time/update_s"] = self.last_finished - step.learning_since - row.get("time/eval_s", 0.0)
         row["tokens/padding"] = 1 - row["tokens/packed"] / row["tokens/padded"]
@@ -250,12 +286,7 @@ class Trainer(RunLoop):
 
     def log_dialogues(self, step: Step, dialogues: Dialogues, rewards: np.ndarray) -> None:
         """Writes all dialogues of a step, so that `verify` can recompute them."""
-        profiles = [profile for _, profile in step.batch]
-        seed = self.config.train.seed
-        if self.text is not None and step.text is not None:
-            records = self.text.records(step.text, rewards)
-        else:
-            records = dialogue_records(dialogues, self.run.agents, profiles, step.ids, seed=seed, rewards=rewards)
+        records = step.records or self.records(step.batch, step.ids, dialogues, step.text, rewards)
         self.folder.check()
         write_dialogues(self.folder.dialogues(step.number), records)
 
@@ -310,6 +341,7 @@ def train(
     """
     check_learning(config)
     check_users(config)
+    OwnFunctions.of(config)  # tried now, not after minutes of loading
     notify = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     check_context(RunFolder(Path(workdir)).to_load(config), *models_of(config))  # before weights are looked at
     with hold(workdir, "--workdir", notify) as lock:
@@ -319,9 +351,10 @@ def train(
             run, state = build_run(folder.to_load(config), mesh)
             text = open_text_rollout(config, run, folder.path) if run.widest else None
             held_out: Evaluation | TextEvaluation | None = None
-            if config.eval.every:
-                profiles = evaluation.chosen_profiles(config)
-                warn_shared_personas(run.profiles, profiles)
+            profiles = evaluation.chosen_profiles(config) if config.eval.every else None
+            for odd in profile_warnings(config, run.profiles, profiles):
+                notify(f"warning: {odd}")
+            if profiles is not None:
                 of_agents = functools.partial(evaluation.of_agents, config, run.agents)
                 held_out = TextEvaluation.of(text, profiles, gold) if text else of_agents(profiles, gold)
         with contextlib.closing(text.users) if text else contextlib.nullcontext():
@@ -342,4 +375,5 @@ def fingerprints_of(config: ConfigDict, gone: Collection[str] = ()) -> dict[str,
         path = path or (config.policy.path if name in ("critic", "reference") else "")
         if path and name not in gone:  # where none is named the loader says so
             models[name] = (local_folder(path, weights=weights), weights)
-    return run_fingerprints(config, profiles, models)
+    own = {f"{OWN}.{name}": source for name, source in OwnFunctions.of(config).sources().items()}
+    return run_fingerprints(config, profiles, models) | own

@@ -48,6 +48,8 @@ class TrainingProgress(Meter):
         text = f"emotion {metrics['emotion/final_mean']:.1f} · reward {metrics['reward/mean']:.3f}"
         if "eval/score" in metrics:
             text += f" · eval {metrics['eval/score']:.1f}"
+        if metrics.get("train/tied"):
+            text += " · all groups tie: no update"
         return f"{text} · {seconds:.1f} s · {metrics['tokens/generated'] / seconds:.0f} tokens/s"
 
     def _eta(self, step: int) -> str:

@@ -17,6 +17,7 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.as_arrays import END_NAMES, dialogues_of, is_left_out
 from rlver_jax.dialogues.device_agents import TextPolicy
 from rlver_jax.dialogues.log import UNANSWERED, UNREADABLE, Record, rewards_of
+from rlver_jax.dialogues.own_functions import OwnFunctions
 from rlver_jax.dialogues.rounds import Waits
 from rlver_jax.dialogues.turn_by_turn import Row, record_of
 from rlver_jax.evaluation.play import Gold, batch_size, eval_metrics, eval_spec, scores
@@ -233,7 +234,10 @@ class TextEvaluation:
             some = numbered[start : start + size]
             played = self.rollout.play(agents.policy, some, [index for index, _ in some])
             rewards = rewards_of(played.dialogues, reward_settings(self.rollout.config))
-            records += [r for r in self.rollout.records(played, rewards) if r["end_reason"] != UNANSWERED]
+            of_batch = self.rollout.records(played, rewards)
+            own = OwnFunctions.of(self.rollout.config)
+            of_batch = own.judged(of_batch, [profile for _, profile in some], evaluation=True)
+            records += [record for record in of_batch if record["end_reason"] != UNANSWERED]
             cost += played.cost
         result = scores(records) | ({"rule_score": self.gold(records, self.profiles)} if self.gold else {})
         return eval_metrics(result) | {"eval/cost": cost}

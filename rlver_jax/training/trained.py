@@ -154,7 +154,8 @@ def value_head_of(config: ConfigDict) -> ValueHead:
     """It starts from what a dialogue would earn if nothing moved the user, or at random."""
     if config.critic.head_init == "random":
         return ValueHead(kernel_std=HEAD_STD)
-    return ValueHead(bias_init=config.emotion.initial / 100 if config.reward.kind == "final" else 0.0)
+    final = config.reward.kind == "final" and not config.reward.function
+    return ValueHead(bias_init=config.emotion.initial / 100 if final else 0.0)
 
 
 def playing_copy(model: Qwen2, lora: LoRA | None, base: Base | None, mesh: Mesh | None) -> Callable[[Params], Params]:

@@ -102,7 +102,11 @@ class RunFolder:
         check_folder_to_write(self.path)
         own_model, source = kept_model(self.path), base_folder(new["policy.path"])
         known = self.fingerprints()
-        if (self.path / CONFIG).exists():
+        if (self.path / CONFIG).exists() and not (self._begun() or self._finished()):
+            if self.config() != new:
+                report(f"{self.path}: held a start that came to no step; it is taken over with this config")
+            own_model = None  # kept anew: the correction may name another model
+        elif (self.path / CONFIG).exists():
             free = (*free_fields, "policy.path") if self.resumes_without_base(new) else tuple(free_fields)
             self._check_same_config(new, (*free, *PATHS) if contents and known else free, free_fields, report)
             self._check_unfinished(steps)

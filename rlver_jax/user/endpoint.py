@@ -85,11 +85,7 @@ class RemoteUser:
 
     def opening(self, profile: Profile) -> list[Message]:
         """What the model reads before the first words: the profile and the cue."""
-        system = self.prompts.user_system(
-            profile.persona, profile.background, profile.hidden_intention,
-            style=self.style, scenario=self.scenario, rules=self.rules,
-        )  # fmt: skip
-        return [{"role": "system", "content": system}, {"role": "user", "content": self.prompts.opening}]
+        return self.prompts.before_first_turn(profile, style=self.style, scenario=self.scenario, rules=self.rules)
 
     async def begin(self, profile: Profile, index: RequestIndex, usage: Usage) -> str:
         """First words of a profile that has none.

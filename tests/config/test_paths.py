@@ -23,6 +23,9 @@ COMMANDS = sorted(
 WORDS = {"step", "name", "host", "profile", "topology", "coordinator"}  # text that is no path
 TEXTS = {
     "log.wandb",
+    "reward.function",
+    "metrics.functions",
+    "eval.judge",
     "lora.targets",
     "sft.weights",
     *(f"remote.{s}.{n}" for s in ("policy", "user") for n in ("url", "model", "key_env", "extra")),

@@ -92,7 +92,7 @@ def test_memory_does_not_grow_with_the_logs(make, tmp_path):
     assert shown - small_shown < 60
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("make", [ours, sages])
 def test_385_megabytes_take_at_most_600(make, tmp_path):
     """In two files, which are numbered over both; then as two runs of one report."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -110,3 +112,27 @@ def test_remat_policies():
     assert plan.to_json()["remat"][1] == {
         "fields": {"policy.remat": "dots"}, "hbm_gib": 12.0, "update_s": 1.25, "fits": True
     }  # fmt: skip
+
+
+def test_what_a_run_takes():
+    """Ten seconds a step on 8 chips: 900 steps are 9,000 s, 2.5 hours and 20 chip-hours."""
+    plan = dataclasses.replace(plan_of(measured("play", 10, 5)), steps=900)
+    assert plan.to_json()["predicted"] | {"mfu": 0} == {
+        "step_s": 10, "mfu": 0, "dialogues_per_hour": 1800, "steps": 900, "days": pytest.approx(9000 / 86400),
+        "chip_hours": 20,
+    }  # fmt: skip
+    assert "a run of train.steps=900: 2.5 hours (0.10 days), 20 chip-hours" in plan.prediction()
+
+
+def test_the_table_of_the_page_is_what_a_plan_would_say_of_its_rows():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "pods.md").read_text(encoding="utf-8")
+    rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if re.match(r"\| (PPO|GRPO)", line)]
+    assert len(rows) == 11
+    costs = []
+    for *_, chips, _, _, step, _, days, hours in rows:
+        count, seconds = int(re.search(r", (\d+)", chips)[1]), float(step.removesuffix(" s").replace(",", ""))
+        run_s = 500 * seconds
+        assert float(days) == pytest.approx(run_s / 86400, abs=0.006)
+        costs.append(float(hours.replace(",", "")))
+        assert costs[-1] == pytest.approx(run_s * count / 3600, abs=0.6)
+    assert costs == sorted(costs), "the cheapest first"

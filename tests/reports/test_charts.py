@@ -87,7 +87,7 @@ def test_trajectories_are_by_hidden_intention(small_run):
     last = tips(figures[0])[-1]
     assert last.startswith("turn 2 · small · step 1: 46.5 (")
     assert "small · step 2: 66.5 (66–67), n 2" in last
-    assert figures[0].caption == "dialogues: 2, 2"
+    assert figures[0].caption == "Dialogues: 2 of small · step 1, 2 of small · step 2"
 
 
 def test_dialogues_that_ended_before_a_turn_are_charted_too(tmp_path):

@@ -72,9 +72,27 @@ def test_too_many_folders_and_the_same_twice_are_refused(small_run):
         read_runs([small_run, small_run.parent / "." / "small"])
 
 
+def label(sentence):
+    return intention_label({"hidden_intention": sentence})
+
+
+def test_intentions_of_ones_own_have_their_ids(tmp_path):
+    """Whether a profile names one by its key, its sentence or an alias."""
+    entry = {"kind": "rational", "sentence": "You want it settled", "aliases": ["Settle it"]}
+    entry |= {"reaction": "r", "raises": "u", "lowers": "d"}
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "hidden_intentions.json").write_text(json.dumps({"be_settled": entry}))
+    wishes = ("be_settled", "You want it settled.", "Settle it", "Another wish")
+    played = [record(i, "p", [40, 45]) | {"hidden_intention": wish} for i, wish in enumerate(wishes)]
+    settings = {"user.prompts": str(tmp_path / "prompts"), "data.language": "en"}
+    seen = write_evaluation(tmp_path / "seen", played, {"settings": settings})
+    records = read_runs([seen])[0].logs[0].records
+    assert [intention_label(one) for one in records] == ["be settled"] * 3 + ["Another wish"]
+
+
 def test_intentions_have_short_names_in_the_published_order():
-    assert intention_label("你希望对方用心倾听你的情绪宣泄") == "listening"
-    assert intention_label("You want sincere praise for particular things that you did") == "praise"
-    assert intention_label("w " * 40) == "w w w w w w w w w w w w w w…"
+    assert label("你希望对方用心倾听你的情绪宣泄") == "listening"
+    assert label("You want sincere praise for particular things that you did") == "praise"
+    assert label("w " * 40) == "w w w w w w w w w w w w w w…"
     records = [record(0, "p", [40], wish=wish) for wish in ("to be <b>left</b> alone", "listening", "advice")]
     assert intention_labels(records) == ["advice", "listening", "to be <b>left</b> alone"]

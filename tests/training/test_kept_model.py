@@ -144,6 +144,7 @@ def test_another_tokenizer_is_refused_with_both_names(base, tmp_path):
 def test_the_base_may_move_once_there_are_checkpoints(base, tmp_path):
     """Before, and where the KL's reference is the base, its weights are needed."""
     folder = opened(tmp_path / "run", base)
+    folder.metrics.write_text('{"step": 1}\n')
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"policy\.path was .*base', is .*moved'"):
         opened(tmp_path / "run", moved)

@@ -80,14 +80,14 @@ def test_kernels_for_tpu_are_refused_elsewhere():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"algorithm__estimator": "grop"}, "algorithm.estimator='grop': expected one of gae, grpo, rloo, reinforce_pp;"
-         " did you mean 'grpo'?"),
+        ({"algorithm__estimator": "grop"}, "algorithm.estimator='grop': expected one of gae, grpo, rloo, reinforce_pp,"
+         " ppo; did you mean 'grpo'?"),
         ({"loss__normalization": "mean"}, "loss.normalization='mean': expected one of token_mean, turn_mean,"
          " dialogue_mean, dr_grpo"),
         ({"loss__kl_estimator": "k4"}, "loss.kl_estimator='k4': expected one of k1, k2, k3"),
         ({"loss__ratio": "dialogue"}, "loss.ratio='dialogue': expected one of token, sequence"),
         ({"algorithm__estimator": "rloo", "rollout__group": 1}, "algorithm.estimator='rloo' compares dialogues of one"
-         " profile, but rollout.group=1; raise rollout.group (RLVER: 4 with GRPO), or use gae or reinforce_pp"),
+         " profile, but rollout.group=1; raise rollout.group (RLVER: 4 with GRPO), or use gae or reinforce_pp or ppo"),
     ],
 )  # fmt: skip
 def test_names_in_registries_are_checked_before_anything_is_loaded(fields, message):
@@ -131,7 +131,7 @@ def test_a_new_estimator_is_an_entry_of_the_table(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "paired", Estimator(compute, needs_critic=True, needs_group=True))
     check_learning(config_of(algorithm__estimator="plain", rollout__group=1))
     assert models_of(config_of(algorithm__estimator="plain")) == ["policy", "user"]
-    with pytest.raises(ConfigError, match="estimator='paired' compares .* or use gae or reinforce_pp or plain"):
+    with pytest.raises(ConfigError, match="estimator='paired' compares .* or use gae or reinforce_pp or ppo or plain"):
         check_learning(config_of(algorithm__estimator="paired", rollout__group=1))
     assert has_critic(config_of(algorithm__estimator="paired"))
 

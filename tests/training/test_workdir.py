@@ -36,7 +36,7 @@ def test_the_same_config_goes_on_and_free_fields_may_change(tmp_path):
 
 
 def test_another_config_is_refused_field_by_field(tmp_path):
-    opened(tmp_path)
+    opened(tmp_path).metrics.write_text('{"step": 1}\n')
     with pytest.raises(
         ValueError, match=r"another config \(loss.kl was 0.0, is 0.5; train.seed was 0, is 1\)"
     ) as error:

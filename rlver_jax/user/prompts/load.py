@@ -22,6 +22,7 @@ from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.config.paths import sage_folder
 from rlver_jax.decoding.script import Part, check_appraisal, check_reply, parse_script
 from rlver_jax.profiles.intentions import Kind, published_intention
+from rlver_jax.profiles.schema import Profile
 from rlver_jax.user import sage_clone, sage_user
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 from rlver_jax.user.sage_clone import SagePrompts
@@ -117,6 +118,25 @@ class Prompts:
             profile["hidden_intention"] = known.sentence
         values = {name: text.strip() for name, text in profile.items()}
         return self._render("user_system.j2", **values, intention=known, style=style, scenario=scenario, rules=rules)
+
+    def before_first_turn(
+        self, profile: Profile, *, style: str, scenario: str, rules: EmotionRules
+    ) -> list[Mapping[str, str]]:
+        """What the simulated user reads before anything is said: its system prompt, and the cue for its first words."""
+        texts = profile.persona, profile.background, profile.hidden_intention
+        system = self.user_system(*texts, style=style, scenario=scenario, rules=rules)
+        return [{"role": "system", "content": system}, {"role": "user", "content": self.opening}]
+
+    @property
+    def tells_guidance(self) -> bool:
+        """Whether the user's system prompt says what raises and lowers the emotion of a known hidden intention."""
+        if self.sage:
+            return False
+        one = Intention("key", "rational", "wish", "<reaction>", "<raises>", "<lowers>")
+        told = {"style": STYLES[0], "scenario": SCENARIOS[0], "rules": TRAINING}
+        profile = {"persona": "persona", "scene": "scene", "hidden_intention": "wish"}
+        with_it, without = (self._render("user_system.j2", **profile, **told, intention=i) for i in (one, None))
+        return with_it != without
 
     def policy_system(self, mode: str, prompt: str = "sage") -> str:
         """Render the policy's system prompt for `mode`, "think" or "direct", and `prompt`, one of POLICY_PROMPTS.
