@@ -7,6 +7,7 @@ import numpy as np
 
 from rlver_jax.dialogues.log import Record
 from rlver_jax.dialogues.own_functions import REWARD, entries_of
+from rlver_jax.parallel import distributed
 from rlver_jax.rollout.rewards import Rewards
 
 
@@ -19,7 +20,7 @@ def as_rewards(records: Sequence[Record], formula: Rewards) -> Rewards:
         records: of the batch, in its order.
         formula: of the same batch, on the devices; gives shapes, shardings and what is left out.
     """
-    reward, turns = (np.array(jax.device_get(x)) for x in (formula.reward, formula.turns))
+    reward, turns = map(np.array, distributed.fetch((formula.reward, formula.turns)))
     for row, record in enumerate(records):
         for one in entries_of(record):
             if one["field"] == REWARD:

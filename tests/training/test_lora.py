@@ -91,6 +91,7 @@ def test_other_bases_are_loaded_beside(base):
     assert not made.setup.models.reference_is_base
 
 
+@pytest.mark.slow
 def test_it_learns_from_where_the_base_is(unbroken):
     rows = read_metrics(unbroken / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
@@ -101,6 +102,7 @@ def test_it_learns_from_where_the_base_is(unbroken):
         assert row["policy/grad_norm"] > 0 < row["critic/grad_norm"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_adapters_and_moments_alone(unbroken):
     record = json.loads((unbroken / "checkpoints" / "000002" / "record" / "metadata").read_text())["record"]
     names = [name for name in record["leaves"] if name.startswith("params/")]
@@ -127,6 +129,7 @@ def test_its_log_is_recomputed(base, unbroken):
     assert verify.main([*words, "--config.train.steps=2", "--config.lora.rank=4"]) == 0
 
 
+@pytest.mark.slow
 def test_an_export_holds_the_adapter_or_the_whole_model(base, unbroken, tmp_path, capsys):
     folder, model = base
     assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'adapter'}"]) == 0
@@ -144,6 +147,7 @@ def test_an_export_holds_the_adapter_or_the_whole_model(base, unbroken, tmp_path
     np.testing.assert_array_equal(whole["embed"]["kernel"], before["embed"]["kernel"])
 
 
+@pytest.mark.slow
 def test_an_exported_adapter_is_read_beside_its_base(base, unbroken, tmp_path):
     """As policy: what was trained, with its weights merged."""
     folder, model = base
@@ -170,6 +174,7 @@ def fingerprints_of_(config):
     return lambda gone: fingerprints_of(config, gone)
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(base, unbroken, tmp_path):
     other = tmp_path / "other"
     save_params(other, init_params(base[1], jax.random.key(9)), base[1].config, tokenizer_from=debug.WORLD)

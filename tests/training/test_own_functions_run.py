@@ -15,6 +15,7 @@ from tests.dialogues.test_own_functions import NAMES, write_mine
 pytestmark = pytest.mark.slow
 CONFIG = "--config=configs/debug.py:direct"
 FLAGS = [CONFIG, *(f"--config.{name}={value}" for name, value in NAMES.items())]
+pytestmark = pytest.mark.slow
 RUN = ["--config.log.dialogues_every=1", "--config.checkpoint.every=1", "--config.eval.every=2"]
 
 
