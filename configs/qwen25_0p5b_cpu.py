@@ -30,9 +30,10 @@ def get_config(arg: str = "") -> ConfigDict:
         model.attention_chunk = 256
     c.user.attention_chunk = 32  # scores that stay in the cores' caches: a prefix is read in half the time
     c.policy.prompt = "coach"  # says how to be empathetic, which a model of this size doesn't know
-    # A third of the work again, for a fraction of the memory (docs/performance.md). With adapters there is room: no
-    # moments, and nothing of the base is copied.
-    c.policy.remat = c.critic.remat = "dots" if LORA in words else "full"
+    c.policy.remat = c.critic.remat = "full"  # a third of the work again, a fraction of the memory (docs/performance.md)
+    if LORA in words:  # of attention alone, and nothing is computed again: two thirds of the time, half of the memory
+        c.lora.targets = "q,k,v,o"
+        c.policy.remat = c.critic.remat = "none"
     c.policy.enforce_format = True  # an untrained 0.5B model seldom keeps to it by itself
     c.user.field_tokens = 24
     c.user.reply_tokens = 48
