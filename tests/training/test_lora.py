@@ -133,10 +133,8 @@ def test_its_log_is_recomputed(base, unbroken):
 def test_an_export_holds_the_adapter_or_the_whole_model(base, unbroken, tmp_path, capsys):
     folder, model = base
     assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'adapter'}"]) == 0
-    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'whole'}", "--merged", "--dtype=float32"]) == 0
     whole, before = load_params(tmp_path / "whole", model), load_params(folder, model)
     kept = TrainedPolicy.open(unbroken, "last")
