@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
         model.attention_chunk = 256
     c.user.attention_chunk = 32  # scores that stay in the cores' caches: a prefix is read in half the time
     c.policy.prompt = "coach"  # says how to be empathetic, which a model of this size doesn't know
-    c.policy.remat = c.critic.remat = "full"  # a third of the work again, a fraction of the memory (docs/performance.md)
+    c.policy.remat = c.critic.remat = "full"  # a third of the work again, much less memory (docs/performance.md)
     if LORA in words:  # of attention alone, and nothing is computed again: two thirds of the time, half of the memory
         c.lora.targets = "q,k,v,o"
         c.policy.remat = c.critic.remat = "none"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from rlver_jax.config.paths import PathError, local
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.decoding.cache import LM
 from rlver_jax.models.lora import abstract_adapter, join, side_by_side, split
@@ -18,7 +19,7 @@ def named_folders(flags: Sequence[str], model: str) -> dict[str, str]:
     """{name in requests: folder} of flags NAME=FOLDER; `model` is the model's own name.
 
     Raises:
-        ConfigError: a flag has another form, or a name stands for two.
+        ConfigError: a flag has another form, a name stands for two, or a folder's name is no path.
     """
     folders: dict[str, str] = {}
     for flag in flags:
@@ -27,7 +28,10 @@ def named_folders(flags: Sequence[str], model: str) -> dict[str, str]:
             raise ConfigError(f"--adapter={flag}: expected NAME=FOLDER, the name that requests give and peft's folder")
         if name in folders or name == model:
             raise ConfigError(f"--adapter={flag}: {name!r} is the name of another model here; give each its own")
-        folders[name] = folder
+        try:
+            folders[name] = local(folder)
+        except PathError as error:
+            raise ConfigError(f"--adapter={flag}: {folder}: {error}") from error
     return folders
 
 

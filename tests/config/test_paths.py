@@ -20,7 +20,7 @@ COMMANDS = sorted(
     for file in PACKAGE.rglob("*.py")
     if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8") and file.name != "__main__.py"
 )
-WORDS = {"step", "name", "host", "profile", "topology", "coordinator"}  # text that is no path
+WORDS = {"step", "name", "host", "profile", "topology", "coordinator", "adapter"}  # text that is no path; NAME=FOLDER
 TEXTS = {
     "log.wandb",
     "reward.function",

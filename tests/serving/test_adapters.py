@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,9 @@ def test_what_is_refused(adapters, tmp_path):
     for flags, message in ((["calm"], "expected NAME=FOLDER"), (["a=x", "a=y"], "name of another"), (["m=x"], "'m'")):
         with pytest.raises(ConfigError, match=message):
             named_folders(flags, "m")
-    assert named_folders(["a=x=y", "b=z"], "m") == {"a": "x=y", "b": "z"}
+    with pytest.raises(ConfigError, match=r"--adapter=a=gs://b/c: gs://b/c: is a URL"):
+        named_folders(["a=gs://b/c"], "m")
+    assert named_folders(["a=x=y", "b=~/z"], "m") == {"a": "x=y", "b": str(Path.home() / "z")}
     with pytest.raises(ConfigError, match="the checkpoint's policy is an adapter itself"):
         Adapters(adapters.beside_model()[0], adapters.folders).beside_model()
 
