@@ -41,6 +41,7 @@ from rich.console import Console
 from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
 from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.log import UNREADABLE, Record
+from rlver_jax.dialogues.own_functions import of_functions
 from rlver_jax.dialogues.render import print_comparison, print_dialogue
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import usage_text
@@ -225,8 +226,8 @@ def headline(summary: dict[str, Any], path: Path) -> str:
 
 def _own_text(summary: dict[str, Any]) -> str:
     """A line of what a user's own functions have measured, where there are any."""
-    names = [name for name in summary if name == "judge_score" or name.startswith("own/")]
-    return " · ".join(f"{name} {summary[name]:.3g}" for name in names) + "\n" * bool(names)
+    found = of_functions(summary)
+    return " · ".join(f"{name} {number:.3g}" for name, number in found.items()) + "\n" * bool(found)
 
 
 def _remote_text(summary: dict[str, Any]) -> str:

@@ -20,12 +20,14 @@ from ml_collections import ConfigDict
 from rlver_jax.config.own_code import FIELDS, OwnFunction, load_functions
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.dialogues.log import UNANSWERED, Record, known_fields
+from rlver_jax.dialogues.numbers import is_number
 from rlver_jax.dialogues.own_sample import sample_dialogues
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.schema import Profile
 
 REWARD, METRICS, JUDGE = FIELDS
 KEY = "functions"  # of a record
+MEASURED, JUDGED = "own/", "judge_score"  # how names of own metrics begin; the name of what an own judge says
 Entry = dict[str, Any]  # of KEY's list: field, function, source, value
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)*")  # of a metric
 _EXPECTED = {
@@ -165,12 +167,17 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for one in entries_of(record):
         name, value = one["function"].rpartition(":")[2], one["value"]
-        if one["field"] == JUDGE and _is_number(value):
-            found["judge_score"] = value
+        if one["field"] == JUDGE and is_number(value):
+            found[JUDGED] = value
         elif one["field"] == METRICS:
             parts = value if isinstance(value, dict) else {name: value}
-            found |= {f"own/{key}": number for key, number in parts.items() if _is_number(number)}
+            found |= {f"{MEASURED}{key}": number for key, number in parts.items() if is_number(number)}
     return found
+
+
+def of_functions(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an evaluation's figures that functions have measured."""
+    return {name: x for name, x in figures.items() if name == JUDGED or name.startswith(MEASURED)}
 
 
 def means_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -215,10 +222,10 @@ def _value(field: str, value: Any, turns: int) -> Any:
 
 def _number(value: Any) -> Any:
     """A finite float32 as a Python float of few digits; _WRONG for anything else."""
-    if not isinstance(value, bool | int | float | np.number | np.bool_) or not math.isfinite(np.float32(value)):
+    if isinstance(value, bool | np.bool_ | np.floating):
+        value = float(value)
+    elif isinstance(value, np.integer):
+        value = int(value)
+    if not is_number(value) or not math.isfinite(np.float32(value)):
         return _WRONG
     return float(str(np.float32(value)))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

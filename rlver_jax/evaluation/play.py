@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.validate import ConfigError, reward_settings
 from rlver_jax.dialogues.log import ALL_END_REASONS, Record, dialogue_records, generated_tokens, rewards_of
-from rlver_jax.dialogues.own_functions import OwnFunctions, numbers_of
+from rlver_jax.dialogues.own_functions import OwnFunctions, numbers_of, of_functions
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import batch_parts, make_sampling_mesh
 from rlver_jax.profiles.schema import Profile
@@ -133,11 +133,8 @@ def load(
 def eval_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     """`eval/…` of `scores`, with the gold judge's where there is one."""
     counts = {"success_rate": result["success"] / result["n"], "failure_rate": result["failure"] / result["n"]}
-    own = {name: number for name, number in result.items() if name == "judge_score" or name.startswith("own/")}
-    named = {
-        name: result[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in result
-    } | own
-    return {f"eval/{name}": float(value) for name, value in (named | counts).items()}
+    named = {name: result[name] for name in ("score", "rule_score", "turns_mean", "reward_mean") if name in result}
+    return {f"eval/{name}": float(value) for name, value in (named | of_functions(result) | counts).items()}
 
 
 def batch_size(config: ConfigDict, profiles: Sequence[Profile], mesh: Mesh | None) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rlver_jax.config.validate import shortened
+from rlver_jax.dialogues.own_functions import JUDGED, MEASURED
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.statistics import OUTCOMES, Group, Point, points
 from rlver_jax.reports.svg import Chart, Figure, Key, ticks
@@ -13,7 +14,7 @@ from rlver_jax.text.console import plain_line
 
 MOST_POINTS, MOST_BARS = 240, 60
 MOST_OWN = 40  # charts of own metrics
-OWN = ("own/", "eval/own/", "eval/judge_score")  # how their names begin
+OWN = (MEASURED, f"eval/{MEASURED}", f"eval/{JUDGED}")  # how their names begin
 MOST_BANDS = 4  # more of them on one chart hide each other
 
 

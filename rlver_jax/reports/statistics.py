@@ -9,6 +9,7 @@ import numpy as np
 
 from rlver_jax.config.validate import shortened
 from rlver_jax.dialogues.numbers import is_number
+from rlver_jax.dialogues.own_functions import of_functions
 from rlver_jax.reports.metrics_table import MetricsTable
 from rlver_jax.reports.sources import Outline, Run
 from rlver_jax.rollout.end_reason import END_REASONS
@@ -180,8 +181,8 @@ def _summarized(run: Run) -> dict[str, str]:
     for key, what in (("score", "score"), ("rule_score", "score by the gold judge")):
         if is_number(run.summary.get(key)):
             values[what] = f"{run.summary[key]:.1f}"
-    for key, value in run.summary.items():
-        if (key == "judge_score" or key.startswith("own/")) and is_number(value):
+    for key, value in of_functions(run.summary).items():
+        if is_number(value):
             values[shortened(key)] = f"{value:.3g}"
     judges = run.summary.get("judges")
     for name, judge in judges.items() if isinstance(judges, dict) else ():

@@ -14,7 +14,7 @@ from rlver_jax.config.own_code import load_functions
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.dialogues import own_functions
 from rlver_jax.dialogues.log import record_faults
-from rlver_jax.dialogues.own_functions import OwnFunctions, entries_of, means_of, numbers_of
+from rlver_jax.dialogues.own_functions import OwnFunctions, entries_of, logged_reward, means_of, numbers_of
 from rlver_jax.dialogues.own_sample import sample_dialogues
 from rlver_jax.evaluation.play import eval_metrics, scores
 from rlver_jax.reports.charts import CHARTS
@@ -183,3 +183,6 @@ def test_a_log_from_anywhere_is_read_as_far_as_it_has_the_form():
     }
     assert len(entries_of(odd)) == 1
     assert numbers_of(odd) == numbers_of({"functions": 7}) == {}
+    entry = {"field": "reward.function", "function": "f", "source": "", "value": 10**400}
+    assert logged_reward({"turns": 1, "functions": [entry]}) is None
+    assert numbers_of({"functions": [entry | {"field": "eval.judge"}]}) == {}, "no float holds it"
