@@ -21,7 +21,7 @@ SEED = 0  # of the profiles
 
 _CONFIG = '''"""The miniature in this folder.
 
-Use: python -m rlver_jax.train --config=THIS_FILE --workdir=DIR    (THIS_FILE:ppo, :direct, :challenging, or joined)
+Use: python -m rlver_jax.train --config=THIS_FILE --workdir=DIR    (:ppo, :direct, :final, :challenging, or joined)
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ from rlver_jax.miniature.settings import miniature_config
 
 
 def get_config(arg=""):
-    """`arg` joins any of ppo, direct, challenging with commas."""
+    """`arg` joins any of ppo, direct, final, challenging with commas."""
     return miniature_config(arg, Path(__file__).parent)
 '''
 

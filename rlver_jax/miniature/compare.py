@@ -2,7 +2,8 @@
 
     python -m rlver_jax.miniature.compare WORKDIR...
 
-A kind is what decides how a run learns: estimator, mode of the policy, style of the user, steps, dialogues a step.
+A kind is what decides how a run learns: estimator, rank of adapters, mode of the policy, reward, style of the user,
+steps, dialogues a step.
 "gap" is how much higher the user, from whom the policy learned, scores it than the rule. `launch/compare.sh` makes the
 runs. Exit status: 0 done, 2 bad usage.
 """
@@ -53,10 +54,12 @@ def outcome(workdir: Path) -> Outcome:
 
 
 def kind_of(config: dict[str, Any]) -> tuple[str, ...]:
-    """Estimator, mode, user, size of a run."""
+    """Estimator (and rank of adapters), mode, reward, user, size of a run."""
     name = _NAMES.get(config["algorithm.estimator"], config["algorithm.estimator"])
+    if config.get("lora.rank"):
+        name += f", rank {config['lora.rank']}"
     size = f"{config['train.steps']} x {config['rollout.batch']}"
-    return name, config["policy.mode"], config["user.style"], size
+    return name, config["policy.mode"], config["reward.kind"], config["user.style"], size
 
 
 def spread(values: Sequence[float]) -> str:
@@ -70,7 +73,7 @@ def table(outcomes: Iterable[Outcome]) -> Table:
     kinds: dict[tuple[str, ...], list[Outcome]] = collections.defaultdict(list)
     for one in outcomes:
         kinds[one.kind].append(one)
-    names = ("runs", "mode", "user", "steps x dialogues", "seeds")
+    names = ("runs", "mode", "reward", "user", "steps x dialogues", "seeds")
     result = Table(*names, "before: user", "rule", "after: user", "rule", "gap", "minutes")
     for kind, runs in kinds.items():
         values = [(r.user[0], r.rule[0], r.user[1], r.rule[1], r.user[1] - r.rule[1], r.minutes) for r in runs]

@@ -18,10 +18,10 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
     """Eight people a step, one of each hidden intention, eight dialogues of six turns with each.
 
     Args:
-        arg: any of ppo, direct, challenging, joined with commas.
+        arg: any of ppo, direct, final, challenging, joined with commas.
         folder: that `build` wrote.
     """
-    words = fields.words(arg, "ppo", "direct", fields.CHALLENGING)
+    words = fields.words(arg, "ppo", "direct", "final", fields.CHALLENGING)
     c = fields.get_config(fields.CHALLENGING if fields.CHALLENGING in words else "")
     for model, name in ((c.policy, assets.POLICY), (c.user, assets.USER), (c.critic, assets.POLICY)):
         model.path = str(folder / name)
@@ -37,14 +37,16 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
     c.rollout.batch, c.rollout.group, c.rollout.max_turns = 64, 8, assets.TURNS
     c.rollout.context, c.rollout.think_tokens, c.rollout.say_tokens = 768, 32, 32
     c.emotion.initial = c.eval.initial_emotion = assets.INITIAL
-    c.reward.kind = "per_turn"
+    c.reward.kind = "final" if "final" in words else "per_turn"
     _set_learning(c)
     if "direct" in words:
         c.loss.kl = 0.2  # no thought that may change freely: replies lose their variety sooner
     if "ppo" in words:
         _set_ppo(c)
     else:
-        c.algorithm.estimator, c.algorithm.credit, c.algorithm.turn_discount = "grpo", "turn", 0.5
+        c.algorithm.estimator = "grpo"
+        if "final" not in words:  # the final emotion belongs to all turns alike, as in RLVER
+            c.algorithm.credit, c.algorithm.turn_discount = "turn", 0.5
     c.checkpoint.every = 20
     c.alarms.readable_min = 0.8
     c.alarms.ratio_max = 0.0  # a rare token of thousands leaps and nothing is lost; kl_max watches their mean

@@ -34,13 +34,16 @@ def test_the_manifest_tells_what_was_changed_added_and_lost(folder):
     assert assets.changed_files(folder) == ["eval.jsonl", "policy/more.json", "user/model.safetensors"]
 
 
-@pytest.mark.parametrize("arg", ["", "ppo", "direct", "challenging", "ppo,direct,challenging"])
+@pytest.mark.parametrize("arg", ["", "ppo", "direct", "final", "challenging", "ppo,direct,final,challenging"])
 def test_the_shipped_config_is_valid_with_no_path_given(arg):
     config = get_config(arg)
     validate(config, 1)
     check_training(config)
     assert (config.algorithm.estimator == "gae") == ("ppo" in arg)
     assert (config.policy.mode == "direct") == ("direct" in arg)
+    assert (config.reward.kind, config.algorithm.credit == "turn") == (
+        ("final", False) if "final" in arg else ("per_turn", "ppo" not in arg)
+    )
     assert (config.user.style == "challenging") == ("challenging" in arg)
 
 

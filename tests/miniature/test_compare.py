@@ -8,7 +8,7 @@ from rlver_jax.miniature import compare
 
 CONFIG = {
     "algorithm.estimator": "grpo", "policy.mode": "think", "user.style": "vanilla", "train.steps": 4,
-    "rollout.batch": 64,
+    "rollout.batch": 64, "reward.kind": "final", "lora.rank": 0,
 }  # fmt: skip
 
 
@@ -36,8 +36,8 @@ def test_a_row_holds_mean_and_spread_of_a_kind_s_seeds(tmp_path, capsys, monkeyp
     grpo, ppo = (next(line for line in lines if line and line[0] == name) for name in ("GRPO", "PPO"))
     # 70 and 74: mean 72, deviation 2 * sqrt(2); 60 and 68: 64, 4 * sqrt(2); gaps 10 and 6; 4 steps of 30 s
     after = ["72.0 ± 2.8", "64.0 ± 5.7", "8.0 ± 2.8", "2.0 ± 0.0"]
-    assert grpo == ["GRPO", "think", "vanilla", "4 x 64", "2", "31.0 ± 1.4", "29.0 ± 1.4", *after]
-    assert ppo == ["PPO", "think", "vanilla", "4 x 64", "1", "31.0", "29.0", "50.5", "45.2", "5.2", "2.0"]
+    assert grpo == ["GRPO", "think", "final", "vanilla", "4 x 64", "2", "31.0 ± 1.4", "29.0 ± 1.4", *after]
+    assert ppo == ["PPO", "think", "final", "vanilla", "4 x 64", "1", "31.0", "29.0", "50.5", "45.2", "5.2", "2.0"]
 
 
 def test_a_folder_that_is_no_judged_run_is_refused(tmp_path, capsys):

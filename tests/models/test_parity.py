@@ -13,7 +13,7 @@ import pytest
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.kv_cache import init_kv_cache
-from rlver_jax.models.qwen import Qwen2, logits
+from rlver_jax.models.qwen import Qwen2, logits, unstack_layers
 from rlver_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.parity
@@ -138,23 +138,24 @@ def test_through_the_cache(float32, prompts, expected):
 
 
 def test_greedy_tokens(torch, float32, reference, prompts):
-    model, params = float32
+    """One by one through the cache, the prompt's too; layers unrolled, as scanned ones copy their weights each time."""
+    model, params = float32[0].clone(scan_layers=False), unstack_layers(float32[1])
     for ids in prompts[:2]:
         with torch.no_grad():
             want = reference.generate(
                 torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False,
                 top_p=None, top_k=None, temperature=None, repetition_penalty=1.0,
             )[0, len(ids):].tolist()  # fmt: skip
-        cache = init_kv_cache(model.config, 1, 128, jnp.float32, scan_layers=True)
-        part, cache = forward(model, params, jnp.asarray([ids]), jnp.arange(len(ids))[None], cache, jnp.array([0]))
-        found, banned = [], {151643, 151645}  # min_new_tokens bans the end tokens in transformers
-        for step in range(64):
-            row = np.asarray(part[0, -1]).copy()
-            row[list(banned)] = -np.inf
-            found.append(int(row.argmax()))
-            at = len(ids) + step
-            part, cache = forward(model, params, jnp.array([[found[-1]]]), jnp.array([[at]]), cache, jnp.array([at]))
-        assert found == want
+        cache = init_kv_cache(model.config, 1, 128, jnp.float32, scan_layers=False)
+        found, banned = list(ids), [151643, 151645]  # min_new_tokens bans the end tokens in transformers
+        for at in range(len(ids) + 63):
+            token, place = jnp.array([found[at : at + 1]]), jnp.array([at])
+            part, cache = forward(model, params, token, place[None], cache, place)
+            if at >= len(ids) - 1:
+                row = np.asarray(part[0, -1]).copy()
+                row[banned] = -np.inf
+                found.append(int(row.argmax()))
+        assert found[len(ids) :] == want
 
 
 def test_on_a_mesh(checkpoint, prompts, expected):

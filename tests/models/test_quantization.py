@@ -134,6 +134,7 @@ def test_a_rounded_user_feels_the_same(profiles, tmp_path):
         f"--judge={tmp_path / 'int8.py'}",
         f"--out={out}",
         f"--config.eval.num_profiles={profiles}",
+        f"--config.eval.batch={profiles}",
     ]
     assert evaluate.main(command) == 0
     read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
