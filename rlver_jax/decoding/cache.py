@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlver_jax.models.kv_cache import KVCache, init_kv_cache, laid_out
+from rlver_jax.models.kv_cache import KVCache, Prefix, init_kv_cache, laid_out
 from rlver_jax.models.qwen import Params, Qwen2, head, logits
+from rlver_jax.parallel import rules
 from rlver_jax.parallel.batch import gather_rows
+
+PIECES, SMALLEST_PIECE = 8, 24  # of tokens that are prefilled: how many at most, and how many tokens each at least
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -38,7 +41,8 @@ class LM:
 
         held: branches [B, C] of what the cache holds; None: all of it is canonical.
         """
-        return _read(self.model, self.params, tokens, positions, branch, cache.kv, cache.length, None, held)
+        of_cache = cache.kv, cache.filled, None, held, cache.prefix
+        return _read(self.model, self.params, tokens, positions, branch, *of_cache)
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -48,16 +52,28 @@ class LM:
 
 @flax.struct.dataclass
 class Cache:
-    """The context of each row. Row b's tokens lie in slots 0..length[b]-1; what lies beyond is garbage and masked."""
+    """The context of each row: the prefix that it shares with others, if there is one, and then its own slots.
+
+    Its own tokens lie in slots 0..filled[b]-1; what lies beyond is garbage and masked.
+    """
 
     kv: KVCache
-    length: Int[Array, "B"]
+    length: Int[Array, "B"]  # of the context, in tokens
     hidden: Float[Array, "B D"]  # of each row's last token: what predicts the next one
+    prefix: Prefix | None = None
 
     @property
     def capacity(self) -> int:
-        """Slots of a row."""
+        """Slots of a row's own."""
         return self.kv.capacity
+
+    @property
+    def filled(self) -> Int[Array, "B"]:
+        """How many of its own slots a row has filled."""
+        if self.prefix is None:
+            return self.length
+        shared = self.prefix.length
+        return self.length - jnp.repeat(shared, self.length.shape[0] // shared.shape[0])
 
 
 def init_cache(lm: LM, batch: int, capacity: int) -> Cache:
@@ -68,19 +84,43 @@ def init_cache(lm: LM, batch: int, capacity: int) -> Cache:
 
 
 def append(lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B"]) -> Cache:
-    """Prefills the first count[b] tokens of row b (0: nothing changes for it). One forward pass over [B, S].
+    """Prefills the first count[b] tokens of row b (0: nothing changes for it).
 
-    Every row that is prefilled must have S free slots, padding included: length + S <= capacity. The caller checks it
-    once per turn, because a check per step would cost a host sync.
+    S is what a program is compiled for, and mostly far more than any row has: many tokens are read in pieces, up to the
+    longest row's last one. Every row that is prefilled must have S free slots, padding included: filled + S <=
+    capacity. The caller checks it once per turn, because a check per step would cost a host sync.
     """
-    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
-    hidden, kv = lm.read(tokens, positions, None, cache)
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return Cache(kv, cache.length + count, jnp.where(count[:, None] > 0, last, cache.hidden))
+    width = tokens.shape[1]
+    if width == 1:
+        return _append_piece(lm, cache, cache, tokens, count, jnp.int32(0))
+    pieces = min(PIECES, -(-width // SMALLEST_PIECE))
+    size = -(-width // pieces)
+
+    def piece(state: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        i, now = state
+        first = jnp.minimum(i * size, width - size)  # the last piece begins earlier, where `size` doesn't divide
+        part = jax.lax.dynamic_slice_in_dim(tokens, first, size, axis=1)
+        return i + 1, _append_piece(lm, cache, now, part, count, first)
+
+    longest = count.max()
+    with jax.named_scope(f"pieces_{pieces}"):  # by its name `plan` knows how often the loop runs at most
+        _, end = jax.lax.while_loop(lambda state: state[0] * size < longest, piece, (jnp.int32(0), cache))
+    return end
+
+
+def _append_piece(lm: LM, before: Cache, now: Cache, tokens: Int[Array, "B S"], count: Array, first: Array) -> Cache:
+    """Reads tokens first..first+S-1 of those that `append` adds to `before`; one forward pass over [B, S]."""
+    positions = before.length[:, None] + first + jnp.arange(tokens.shape[1])
+    hidden, kv = lm.read(tokens, positions, None, dataclasses.replace(now, length=before.length + first))
+    index = count - 1 - first
+    last = jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1, mode="clip")[:, 0]
+    here = (count > 0) & (index >= 0) & (index < tokens.shape[1])
+    length = before.length + jnp.minimum(count, first + tokens.shape[1])
+    return dataclasses.replace(now, kv=kv, length=length, hidden=jnp.where(here[:, None], last, now.hidden))
 
 
 def rollback(cache: Cache, length: Int[Array, "B"]) -> Cache:
-    """Forgets each row's tokens from slot length[b] on. Append before generating: the last hidden state is stale."""
+    """Forgets each row's own tokens from the length[b]-th on. Append before generating: the hidden state is stale."""
     return dataclasses.replace(cache, length=length)
 
 
@@ -96,6 +136,19 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
     axis = 0 if isinstance(cache.kv.k, tuple) else 1
     kv = laid_out(jax.tree.map(lambda x: grow(x, axis), cache.kv))
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
+
+
+def share_rows(lm: LM, cache: Cache, times: int, capacity: int) -> Cache:
+    """As `repeat_rows`, but nothing is copied: what `cache` holds becomes a prefix, which is read once for its rows.
+
+    `capacity`: slots of each row's own. Copies where devices could not split the prefixes as they split the rows.
+    """
+    count = cache.length.shape[0]
+    if times == 1 or count % rules.parts("batch"):
+        return repeat_rows(cache, times, capacity)
+    own = init_cache(lm, count * times, capacity)
+    length, hidden = (jnp.repeat(x, times, axis=0) for x in (cache.length, cache.hidden))
+    return Cache(own.kv, length, hidden, Prefix(cache.kv, cache.length))
 
 
 def read_one(lm: LM, tokens: Int[Array, "S"]) -> Cache:

@@ -9,6 +9,7 @@ attention. Padding needs no mask: it lies after every valid token of its row. Wh
 only keys of its own segment.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,22 @@ class AttentionMask(NamedTuple):
     blocks: Any = None  # the same in blocks, for `splash`
 
 
+class PrefixKeys(NamedTuple):
+    """Keys and values that neighbouring rows share: query row b sees those of row b // (B / P) before its own keys."""
+
+    k: Float[Array, "P K L hd"]
+    v: Float[Array, "P K L hd"]
+    length: Int[Array, "P"]  # slots of each that are seen
+
+
+class _Softmax(NamedTuple):
+    """A softmax over some of the keys: it goes on over others (the running softmax of arXiv 1805.02867)."""
+
+    highest: Float[Array, "B K R Q"]  # R = H / K
+    total: Float[Array, "B K R Q"]
+    out: Float[Array, "B K R Q hd"]
+
+
 def visible(mask: AttentionMask, num_keys: int, first: Int[Array, ""] | int = 0) -> Array:
     """Boolean mask [B, Q, C] of the C keys from slot `first` on, to which k_branch and k_segment belong."""
     slots = jnp.arange(num_keys)[None] if mask.q_slot is None else mask.q_slot
@@ -56,43 +73,72 @@ def _next_sibling(branch: Int[Array, "B C"]) -> Int[Array, "B C"]:
 
 
 def dense_attention(
-    q: Float[Array, "B Q H hd"], k: Float[Array, "B K C hd"], v: Float[Array, "B K C hd"], mask: AttentionMask
+    q: Float[Array, "B Q H hd"],
+    k: Float[Array, "B K C hd"],
+    v: Float[Array, "B K C hd"],
+    mask: AttentionMask,
+    prefix: PrefixKeys | None = None,
 ) -> Float[Array, "B Q H hd"]:
     """softmax(q k^T / sqrt(hd)) v with scores and softmax in float32; H/K query heads share a key head.
 
-    Of a cache only the blocks that hold `mask.filled` slots are read.
+    Of a cache only the blocks that hold `mask.filled` slots are read. The keys of a `prefix` are read once for all rows
+    that share them (arXiv 2402.05099), and the softmax goes on over each row's own.
     """
-    if mask.filled is None or k.shape[2] < 2 * BLOCK:
+    if prefix is None and (mask.filled is None or k.shape[2] < 2 * BLOCK):
         return _attend(q, k, v, mask)
-    return _in_blocks(q, k, v, mask, mask.filled)
+
+    def seen(first: Array, size: int) -> Array:
+        branch = None if mask.k_branch is None else jax.lax.dynamic_slice_in_dim(mask.k_branch, first, size, axis=1)
+        return visible(mask._replace(k_branch=branch), size, first)
+
+    before = _unread(q, k) if prefix is None else _over_prefix(q, prefix)
+    _, total, out = _in_blocks(q, k, v, seen, k.shape[2] if mask.filled is None else mask.filled, before)
+    return _rows(out / total[..., None], q)
 
 
-def _in_blocks(q: Array, k: Array, v: Array, mask: AttentionMask, filled: Int[Array, ""]) -> Array:
-    """`dense_attention` over the filled slots, a block at a time, with the running softmax of arXiv 1805.02867.
+def _unread(q: Array, k: Array) -> _Softmax:
+    """Before the first key."""
+    shape, dtype = (q.shape[0], k.shape[1], q.shape[2] // k.shape[1], q.shape[1]), accum_dtype(q.dtype)
+    return _Softmax(jnp.full(shape, MASKED, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, q.shape[3]), dtype))
+
+
+def _over_prefix(q: Array, prefix: PrefixKeys) -> _Softmax:
+    """Over the prefix of each row: the queries of the rows that share one stand together, as those of one row."""
+    rows, kv_heads = prefix.k.shape[:2]
+    together = q.reshape(rows, -1, *q.shape[2:])
+    length = prefix.length[:, None, None]
+    seen = lambda first, size: first + jnp.arange(size) < length  # noqa: E731
+    k, v = (x.astype(q.dtype) for x in (prefix.k, prefix.v))
+    found = _in_blocks(together, k, v, seen, prefix.length.max(), _unread(together, k))
+
+    def apart(x: Array) -> Array:
+        x = x.reshape(*x.shape[:3], -1, q.shape[1], *x.shape[4:])
+        return jnp.moveaxis(x, 3, 1).reshape(q.shape[0], kv_heads, -1, q.shape[1], *x.shape[5:])
+
+    return _Softmax(*map(apart, found))
+
+
+def _in_blocks(
+    q: Array, k: Array, v: Array, seen: Callable[[Array, int], Array], filled: Array | int, before: _Softmax
+) -> _Softmax:
+    """The softmax after `before` over the filled slots, a block at a time.
 
     A block is small enough to be copied into a core's own memory; a part of the cache of any size could not be read
-    without a copy of it.
+    without a copy of it. `seen(first, size)`: bool [B, Q, size] of the keys from slot `first` on.
     """
-    b, length, heads, dim = q.shape
-    kv_heads, slots = k.shape[1:3]
-    size = -(-slots // (MOST_BLOCKS * BLOCK)) * BLOCK
-    dtype = accum_dtype(q.dtype)
+    slots = k.shape[2]
+    size = min(-(-slots // (MOST_BLOCKS * BLOCK)) * BLOCK, slots)
 
-    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        highest, total, out = carry
+    def block(i: Array, softmax: _Softmax) -> _Softmax:
+        highest, total, out = softmax
         first = jnp.minimum(i * size, slots - size)  # the last block begins earlier, where `size` doesn't divide
         keys, values = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
-        branch = None if mask.k_branch is None else jax.lax.dynamic_slice_in_dim(mask.k_branch, first, size, axis=1)
-        seen = visible(mask._replace(k_branch=branch), size, first) & (first + jnp.arange(size) >= i * size)
-        scores = _scores(q, keys, seen)
+        scores = _scores(q, keys, seen(first, size) & (first + jnp.arange(size) >= i * size))
         new = jnp.maximum(highest, scores.max(axis=-1))
         weights, decay = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
-        return new, total * decay + weights.sum(axis=-1), out * decay[..., None] + _read(weights, values)
+        return _Softmax(new, total * decay + weights.sum(axis=-1), out * decay[..., None] + _read(weights, values))
 
-    shape = (b, kv_heads, heads // kv_heads, length)
-    start = (jnp.full(shape, MASKED, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, dim), dtype))
-    _, total, out = jax.lax.fori_loop(0, -(-filled // size), block, start)
-    return _rows(out / total[..., None], q)
+    return jax.lax.fori_loop(0, -(-filled // size), block, before)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
@@ -134,6 +180,7 @@ def chunked_attention(
     v: Float[Array, "B K C hd"],
     mask: AttentionMask,
     chunk: int,
+    prefix: PrefixKeys | None = None,
 ) -> Float[Array, "B Q H hd"]:
     """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
 
@@ -141,9 +188,9 @@ def chunked_attention(
     """
     length = q.shape[1]
     if length <= chunk:
-        return dense_attention(q, k, v, mask)
+        return dense_attention(q, k, v, mask, prefix)
     if mask.q_slot is not None:
-        return _chunks(q, k, v, mask, chunk)
+        return _chunks(q, k, v, mask, chunk, prefix)
     size = -(-length // (chunk * PARTS)) * chunk
     outs = []
     for start in range(0, length, size):
@@ -155,7 +202,7 @@ def chunked_attention(
     return jnp.concatenate(outs, axis=1)
 
 
-def _chunks(q: Array, k: Array, v: Array, mask: AttentionMask, chunk: int) -> Array:
+def _chunks(q: Array, k: Array, v: Array, mask: AttentionMask, chunk: int, prefix: PrefixKeys | None = None) -> Array:
     """One chunk of queries after the other, each against all keys."""
     pad = -q.shape[1] % chunk
     assert mask.q_slot is not None  # the caller has given every query its slot
@@ -167,7 +214,7 @@ def _chunks(q: Array, k: Array, v: Array, mask: AttentionMask, chunk: int) -> Ar
         q_piece, slot, branch, segment = piece
         filled = None if mask.filled is None else slot.max() + 1
         part = mask._replace(q_slot=slot, q_branch=branch, q_segment=segment, filled=filled)
-        return dense_attention(q_piece, k, v, part)
+        return dense_attention(q_piece, k, v, part, prefix)
 
     out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
     return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]

@@ -28,6 +28,13 @@ class KVCache(NamedTuple):
         return (self.k[0] if isinstance(self.k, tuple) else self.k).shape[-2]
 
 
+class Prefix(NamedTuple):
+    """What neighbouring rows of a batch share: row b begins with row b // (B / P) of this, before its own cache."""
+
+    kv: KVCache  # of P rows
+    length: Int[Array, "P"]  # valid slots of each
+
+
 def init_kv_cache(config: Qwen2Config, batch: int, capacity: int, dtype: jnp.dtype, *, scan_layers: bool) -> KVCache:
     """Zeroed cache for `batch` rows of `capacity` slots."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)

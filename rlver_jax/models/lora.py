@@ -3,8 +3,8 @@
     y = x W + s x A B        s = alpha / r, or rank-stabilized alpha / sqrt(r) (arXiv 2312.03732)
 
 An adapter is a tree of its own, shaped like the parameters: beside each targeted `kernel` [in, out] of a layer it has
-`lora_a` [in, r] and `lora_b` [r, out]. `applied` puts both into one tree, of which `qwen.Linear` computes y; B holds s
-by then, so that a model needs no word of how it was trained. B starts at zero: an untrained adapter changes nothing.
+`lora_a` [in, r] and `lora_b` [r, out]. `applied` puts both into one tree, of which `Linear` computes y; B holds s by
+then, so that a model needs no word of how it was trained. B starts at zero: an untrained adapter changes nothing.
 """
 
 import dataclasses

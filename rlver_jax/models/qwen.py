@@ -9,22 +9,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlver_jax.models.architecture import Qwen2Config
-from rlver_jax.models.attention import AttentionMask, chunked_attention, dense_attention, rotate, visible
-from rlver_jax.models.backward import late, lookup
-from rlver_jax.models.kv_cache import KVCache, write
-from rlver_jax.models.precision import accum_dtype, matmul_options
-from rlver_jax.models.product import LORA_A, LORA_B, LORA_ROWS, low_rank, product
+from rlver_jax.models.attention import AttentionMask, PrefixKeys, chunked_attention, dense_attention, rotate, visible
+from rlver_jax.models.backward import late
+from rlver_jax.models.kv_cache import KVCache, Prefix, write
+from rlver_jax.models.layers import WEIGHT_PRODUCT, Embedding, Linear, RMSNorm, partitioned, unquantized_dtype
+from rlver_jax.models.precision import matmul_options
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel import rules
 
 Params = dict[str, Any]
 
-WEIGHT_PRODUCT = "weight_product"
 # What is saved for the backward pass of a layer; everything else is recomputed.
 REMAT_POLICIES = {
     "none": None,  # save all activations
@@ -33,68 +31,6 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # save only the layer's input
 }
 ATTENTION = ("dense", "chunked", "splash")
-
-
-def partitioned(init: Any, *axes: str) -> Any:
-    """An initializer whose parameter remembers its logical axes."""
-    return nn.with_logical_partitioning(init, axes)  # plain partitioning would take the names for mesh axes
-
-
-def unquantized_dtype(param_dtype: Any, dtype: Any) -> Any:
-    """The dtype of what is not rounded where `param_dtype` is int8: all but the weight matrices of layers."""
-    return dtype if param_dtype == jnp.int8 else param_dtype
-
-
-class Linear(nn.Module):
-    """x @ kernel (+ bias), kernel [in, out] with logical axes. The result is float32: the caller rounds it, once.
-
-    A kernel in int8 has a scale for each column (see `int8`). An adapter beside it is added, if there is one (`lora`).
-    """
-
-    features: int
-    axes: tuple[str, str]
-    use_bias: bool
-    dtype: Any
-    param_dtype: Any
-    init_std: float = 0.02
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B S I"]) -> Float[Array, "B S O"]:
-        """Operands in `dtype`, accumulated and returned in float32."""
-        zeros, shape = nn.initializers.zeros_init(), (x.shape[-1], self.features)
-        rounded = self.param_dtype == jnp.int8
-        kernel_init = partitioned(zeros if rounded else nn.initializers.normal(self.init_std), *self.axes)
-        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
-        y = checkpoint_name(product(x, kernel.astype(self.dtype)), WEIGHT_PRODUCT)
-        if rounded:
-            ones = partitioned(nn.initializers.ones_init(), *self.axes[1:])
-            y *= self.param("scale", ones, (self.features,), jnp.float32).astype(y.dtype)
-        if self.has_variable("params", LORA_A):
-            y += low_rank(x, *(self.get_variable("params", name) for name in (LORA_A, LORA_B, LORA_ROWS)))
-        if self.use_bias:
-            dtype = unquantized_dtype(self.param_dtype, self.dtype)
-            bias = self.param("bias", partitioned(zeros, *self.axes[1:]), (self.features,), dtype)
-            y += bias.astype(y.dtype)
-        return y
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, statistics in float32 (arXiv 1910.07467)."""
-
-    eps: float
-    dtype: Any
-    param_dtype: Any
-    rounded: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """Result in `dtype`, rounded once; float32 where the caller rounds it (`rounded=False`)."""
-        init = partitioned(nn.initializers.ones_init(), "norm")
-        scale = self.param("scale", init, (x.shape[-1],), unquantized_dtype(self.param_dtype, self.dtype))
-        y = x.astype(accum_dtype(x.dtype))
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        y = scale.astype(y.dtype) * y
-        return y.astype(self.dtype) if self.rounded else y
 
 
 class Attention(nn.Module):
@@ -107,7 +43,7 @@ class Attention(nn.Module):
     attention_chunk: int
 
     @nn.compact
-    def __call__(self, x, positions, mask: AttentionMask, start, keys, values, layer):
+    def __call__(self, x, positions, mask: AttentionMask, start, keys, values, layer, prefix: Prefix | None):
         """x [B, S, D]; keys/values None, or caches to write at `start` [B]. Returns (out, keys, values)."""
         c = self.config
         b, s, _ = x.shape
@@ -130,14 +66,23 @@ class Attention(nn.Module):
         if keys is not None:
             keys, values = write(keys, k, start, layer), write(values, v, start, layer)
             k, v = (keys, values) if layer is None else (keys[layer], values[layer])
+        before = prefix_keys(prefix, layer)
         if mask.blocks is not None:
             out = splash_attention(q, k, v, mask.blocks)
         elif self.attention == "chunked":
-            out = chunked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.attention_chunk)
+            out = chunked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.attention_chunk, before)
         else:
-            out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+            out = dense_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, before)
         o = Linear(c.hidden_size, ("heads", "embed"), False, *options, name="o")
         return o(out.reshape(b, s, -1)).astype(self.dtype), keys, values
+
+
+def prefix_keys(prefix: Prefix | None, layer: Any) -> PrefixKeys | None:
+    """What one layer sees of a prefix, in which layers are stacked if they have an index."""
+    if prefix is None:
+        return None
+    kv: Any = prefix.kv if layer is None else jax.tree.map(lambda x: x[layer], prefix.kv)
+    return PrefixKeys(kv.k, kv.v, prefix.length)
 
 
 def gathered(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -164,7 +109,7 @@ class Block(nn.Module):
     attention_chunk: int
 
     @nn.compact
-    def __call__(self, carry, layer, positions, mask: AttentionMask, start):
+    def __call__(self, carry, layer, positions, mask: AttentionMask, start, prefix: Prefix | None):
         """Returns (carry, None) as `nn.scan` wants it."""
         c = self.config
         x, keys, values = carry
@@ -172,7 +117,7 @@ class Block(nn.Module):
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name=name)  # noqa: E731
         attention = Attention(c, self.dtype, self.param_dtype, self.attention, self.attention_chunk, name="attn")
         y = gathered(norm("attn_norm")(x))
-        out, keys, values = attention(y, positions, mask, start, keys, values, layer)
+        out, keys, values = attention(y, positions, mask, start, keys, values, layer, prefix)
         # Gathered for the backward pass, which would gather weights instead of cotangents.
         x = x + residual(gathered(out), spread)
         x = x + residual(gathered(self.mlp(gathered(norm("mlp_norm")(x)))), spread)
@@ -201,28 +146,6 @@ def _layer(block: type[nn.Module], fields: tuple, params: Params, *arguments: An
     """One of the unrolled layers: traced once for all of them, as their shapes are the same; compiled with the rest."""
     apply = lambda params, *arguments: block(*fields, parent=None).apply({"params": params}, *arguments)  # noqa: E731
     return apply(params, *arguments) if block is Block else late(apply)(params, *arguments)
-
-
-class Embedding(nn.Module):
-    """Token embedding [V, D]; also the output head when the model ties them."""
-
-    vocab_size: int
-    features: int
-    dtype: Any
-    param_dtype: Any
-    init_std: float = 0.02
-
-    @nn.compact
-    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Rows of the table in `dtype`."""
-        init = partitioned(nn.initializers.normal(self.init_std), "vocab", "embed")
-        table = self.param(
-            "kernel", init, (self.vocab_size, self.features), unquantized_dtype(self.param_dtype, self.dtype)
-        )
-        # Each device looks up its part of the model dimension for all rows that share it: tokens travel, not the table.
-        tokens = rules.constrain(tokens, "group", "length")
-        embedded = lookup(table, tokens)
-        return rules.constrain(embedded, "group", "length", "embed").astype(self.dtype)
 
 
 class Qwen2(nn.Module):
@@ -257,6 +180,7 @@ class Qwen2(nn.Module):
         start: Int[Array, "B"] | None = None,
         segment: Int[Array, "B S"] | None = None,
         held: Int[Array, "B C"] | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with the new tokens in it.
 
@@ -269,13 +193,14 @@ class Qwen2(nn.Module):
             segment: int32, equal for the tokens of one dialogue: only they see each other; None: a row is one. Without
                 a cache only.
             held: int32 branches of what the cache already holds; None: all of it is canonical.
+            prefix: what rows share, before all that their caches hold; canonical. With a cache only.
         """
         mask = self._attention_mask(tokens, branch, cache, start, segment, held)
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, c.init_std, name="embed")
         x = residual(embed(tokens), spread=cache is None)
         keys, values = (None, None) if cache is None else cache
-        x, keys, values = self._layers(x, keys, values, positions, mask, start)
+        x, keys, values = self._layers(x, keys, values, positions, mask, start, prefix)
         x = RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
         x = gathered(x)
         if not self.config.tie_embeddings:
@@ -308,7 +233,7 @@ class Qwen2(nn.Module):
             held = jnp.zeros((tokens.shape[0], cache.capacity), branch.dtype)
         return AttentionMask(slots, branch, held.at[rows, slots].set(branch, mode="drop"), filled)
 
-    def _layers(self, x, keys, values, positions, mask, start):
+    def _layers(self, x, keys, values, positions, mask, start, prefix: Prefix | None):
         fields = (self.config, self.dtype, self.param_dtype, self.attention, self.attention_chunk)
         block = _block(self.remat, self.scan_layers)
         if self.scan_layers:
@@ -316,17 +241,18 @@ class Qwen2(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, *[nn.broadcast] * 4),
                 length=self.config.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             layers = jnp.arange(self.config.num_layers)
-            carry, _ = scanned(*fields, name="layers")((x, keys, values), layers, positions, mask, start)
+            carry, _ = scanned(*fields, name="layers")((x, keys, values), layers, positions, mask, start, prefix)
             return carry
         new = []
         for i in range(self.config.num_layers):
             cached = (None, None) if keys is None else (keys[i], values[i])
-            arguments = ((x, *cached), None, positions, mask, start)
+            shared = None if prefix is None else Prefix(KVCache(prefix.kv.k[i], prefix.kv.v[i]), prefix.length)
+            arguments = ((x, *cached), None, positions, mask, start, shared)
             if self.is_initializing():
                 (x, *kv), _ = block(*fields, name=f"layer_{i}")(*arguments)
             else:

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlver_jax.models.layers import partitioned
 from rlver_jax.models.precision import matmul_options
-from rlver_jax.models.qwen import partitioned
 
 
 class ValueHead(nn.Module):

@@ -98,6 +98,8 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
             return reads["prepare" not in op_name]
         if re.search(r"[/(]attn/while", op_name):
             return MOST_BLOCKS  # of a cache
+        if pieces := re.search(r"[/(]pieces_(\d+)/while[^/]*$", op_name):
+            return int(pieces[1])
         if "policy_turn" in op_name:
             return spec.policy_tokens
         if "appraise" in op_name:

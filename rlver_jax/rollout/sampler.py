@@ -26,6 +26,7 @@ from rlver_jax.decoding.cache import (
     repeat_rows,
     restart_rows,
     rollback,
+    share_rows,
 )
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.parallel import rules
@@ -188,18 +189,22 @@ class _Game:
     opening: Opening
 
     def begin(self, slots: Slots) -> _State:
-        """All rows with their first dialogues."""
-        spec, rows = self.spec, slots.alive.shape[0]
-        none = jnp.zeros(rows, jnp.int32)
-        words = lambda size: (jnp.zeros((rows, size), jnp.int32), none)  # noqa: E731
-        policy = repeat_rows(self.opening.policy, rows, spec.context)
-        user = init_cache(self.user, rows, spec.context)
-        say, reply = words(spec.say_tokens), words(self.opening.first[0].shape[1])
-        state = _State(slots, policy, user, none, say, reply, None, (jnp.int32(0), jnp.int32(0)))
+        """All rows with their first dialogues, no turn of which is over."""
+        spec, rows, count = self.spec, slots.alive.shape[0], self.profiles.active.shape[0]
+        words = lambda size: (jnp.zeros((rows, size), jnp.int32), jnp.zeros(rows, jnp.int32))  # noqa: E731
+        policy = share_rows(self.policy, self.opening.policy, rows, spec.context)
+        if rows < count:
+            user, reply = init_cache(self.user, rows, spec.context), words(self.opening.first[0].shape[1])
+        else:  # a row for each dialogue, in their order: those of a profile stay neighbours
+            slots = slots._replace(dialogue=jnp.arange(rows, dtype=jnp.int32), alive=self.profiles.active)
+            user = share_rows(self.user, self.opening.user, spec.group, spec.context)
+            reply = jax.tree.map(lambda x: jnp.repeat(x, spec.group, axis=0), self.opening.first)
+        emotion = jnp.broadcast_to(self.limits.initial_emotion, rows).astype(jnp.int32)
+        state = _State(slots, policy, user, emotion, words(spec.say_tokens), reply, None, (jnp.int32(0), jnp.int32(0)))
         turn = jax.eval_shape(lambda state: self.turn(state)[1], state)
-        shape = (self.profiles.active.shape[0], spec.max_turns)
-        log = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), x.dtype), turn)
-        return self.refill(state._replace(log=rules.constrain_rows(log)))
+        log = jax.tree.map(lambda x: jnp.zeros((count, spec.max_turns, *x.shape[1:]), x.dtype), turn)
+        state = state._replace(log=rules.constrain_rows(log))
+        return self.refill(state) if rows < count else state
 
     def refill(self, state: _State) -> _State:
         """Rows that are free take the next dialogues: the user's prefix is copied, the policy's is there already."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rlver_jax.decoding.cache import LM, concat_ragged, init_cache, repeat_rows, restart_rows, rollback
+from rlver_jax.decoding.cache import (
+    LM,
+    append,
+    concat_ragged,
+    init_cache,
+    repeat_rows,
+    restart_rows,
+    rollback,
+    share_rows,
+)
 from rlver_jax.models.qwen import Qwen2, stack_layers
+from rlver_jax.parallel.mesh import make_mesh
 from tests.conftest import appended, plain, read
 
 
@@ -45,6 +57,82 @@ def test_ragged_pieces_equal_plain_rows(lm):
         np.testing.assert_array_equal(cache.length, done)
         want = last_hidden(lm, [row[:n] for row, n in zip(rows, done, strict=True)])
         np.testing.assert_allclose(cache.hidden, want, atol=2e-5)
+
+
+def padded(rows, width):
+    """The rows side by side, with garbage behind them, and their lengths."""
+    tokens = np.full((len(rows), width), 55, np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+    return tokens, jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+@pytest.mark.parametrize("width", [2, 24, 25, 50, 170, 200])
+def test_a_long_text_is_read_in_pieces(lm, width):
+    """Rows of any share of the width, whether pieces divide it or not; the second reading follows on the first."""
+    heads = random_rows([3, 5, 1, 2], 9)
+    cache = appended(lm, heads, 512)
+    first, second = random_rows([0, 1, width // 2, width], 10), random_rows([width, 0, width - 1, width // 3], 11)
+    rows = heads
+    for more in (first, second):
+        cache = read(lm, cache, *padded(more, width))
+        rows = [row + new for row, new in zip(rows, more, strict=True)]
+        np.testing.assert_array_equal(cache.length, [len(row) for row in rows])
+        np.testing.assert_allclose(cache.hidden, last_hidden(lm, rows), atol=2e-5)
+
+
+def test_pieces_that_no_row_has_are_not_read(toy):
+    """Of 200 slots pieces of 25 are read: two, where the longest row has 30 tokens; none, where no row has any."""
+    for counts, written in (([30, 1, 0, 26], 50), ([0] * 4, 0)):
+        cache = read(toy, init_cache(toy, 4, 256), *padded(random_rows(counts), 200))
+        for keys in cache.kv.k:
+            assert not np.asarray(keys[:, :, written:]).any()
+            assert np.asarray(keys[:, :, :written]).any() == (written > 0)
+
+
+@pytest.mark.parametrize("attention", ["dense", "chunked"])
+def test_rows_that_share_a_prefix_are_plain_rows(lm, attention):
+    """Prefixes of other lengths, one of them none; tails are read, forgotten in part, and go on token by token."""
+    lm = LM(lm.params, lm.model.clone(attention=attention, attention_chunk=8))
+    heads = random_rows([150, 0, 13], 12)
+    cache = share_rows(lm, appended(lm, heads, 192, 192), 2, 64)
+    assert cache.prefix is not None
+    assert cache.capacity == 64
+    np.testing.assert_array_equal(cache.length, [150, 150, 0, 0, 13, 13])
+    tails, more = random_rows([2, 24, 1, 7, 20, 5], 13), random_rows([1] * 6, 14)
+    rows = [heads[b // 2] + tail for b, tail in enumerate(tails)]
+    cache = read(lm, cache, *padded(tails, 24))
+    np.testing.assert_allclose(cache.hidden, last_hidden(lm, rows), atol=2e-5)
+    kept = [row[: len(heads[b // 2]) + 1] for b, row in enumerate(rows)]
+    cache = rollback(cache, jnp.asarray([len(row) for row in kept], jnp.int32))
+    cache = read(lm, cache, *padded(more, 1))
+    rows = [row + new for row, new in zip(kept, more, strict=True)]
+    np.testing.assert_array_equal(cache.length, [len(row) for row in rows])
+    np.testing.assert_allclose(cache.hidden, last_hidden(lm, rows), atol=2e-5)
+
+
+@pytest.mark.parametrize(("prefixes", "shared"), [(4, True), (2, False)])
+def test_on_a_mesh_prefixes_are_split_as_their_rows(toy, prefixes, shared):
+    """Four devices: no keys travel; what they can't divide is copied to each row."""
+    heads, tails = random_rows([9, 40, 1, 17][:prefixes], 15), random_rows([3, 1, 8, 5, 2, 7, 4, 6], 16)
+    mesh, group = make_mesh(1, 4, 1, devices=jax.devices()[:4]), len(tails) // prefixes
+
+    def play(lm, heads, tails):
+        cache = share_rows(lm, append(lm, init_cache(lm, prefixes, 48), *heads), group, 64)
+        assert (cache.prefix is not None) == shared
+        return append(lm, cache, *tails).hidden
+
+    with jax.set_mesh(mesh):
+        spread = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+        arrays = jax.tree.map(
+            lambda x: jax.device_put(x, spread[len(x) % 4 > 0]), (padded(heads, 48), padded(tails, 8))
+        )
+        program = jax.jit(play).lower(toy, *arrays).compile()
+        found = program(toy, *arrays)
+    if shared:
+        assert not re.findall(r"= f32.* all-gather", program.as_text()), "keys travel"
+    want = last_hidden(toy, [heads[b // group] + tail for b, tail in enumerate(tails)])
+    np.testing.assert_allclose(found, want, atol=2e-5)
 
 
 def test_nothing_read_changes_nothing_seen(toy):

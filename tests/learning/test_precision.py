@@ -10,7 +10,7 @@ import pytest
 from rlver_jax.learning import advantages, loss_terms, masked
 from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.train_step import init_state
-from rlver_jax.models.qwen import Embedding
+from rlver_jax.models.layers import Embedding
 
 RATE, BETA1, BETA2, DECAY, EPS = 1e-3, 0.9, 0.999, 0.01, 1e-8
 
