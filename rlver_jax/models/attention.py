@@ -1,4 +1,4 @@
-"""Grouped-query attention over causal, branched rows: a dense and a query-chunked implementation, equal in result.
+"""Grouped-query attention over causal, branched rows, of whole rows and of what a cache holds.
 
 The attention mask (a tree mask, for packed dialogues): the query at slot i sees the key at slot j iff j <= i and the
 key's branch is the query's own or an ancestor of it. The root is branch 0, the canonical history. Thoughts are the
@@ -22,7 +22,6 @@ from rlver_jax.models.rope import Frequencies
 CHILD_RADIX = 64  # a child and its own children
 BRANCH_RADIX = 64 * CHILD_RADIX  # a branch and its descendants
 BLOCK, MOST_BLOCKS = 128, 8  # slots of a cache that are read at a time, at least; how often, at most
-PARTS = 8  # of a row without a cache, at most: each is compiled, so their number decides how long that takes
 MASKED = -1e30  # finite: a padding row that sees nothing is garbage, but never NaN
 
 
@@ -166,64 +165,6 @@ def _rows(out: Array, q: Array) -> Array:
     Transposed after the product: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
     """
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
-
-
-def _up_to(end: int, mask: AttentionMask) -> AttentionMask:
-    """Without the keys from `end` on."""
-    branch, segment = (None if x is None else x[:, :end] for x in (mask.k_branch, mask.k_segment))
-    return mask._replace(k_branch=branch, k_segment=segment)
-
-
-def chunked_attention(
-    q: Float[Array, "B Q H hd"],
-    k: Float[Array, "B K C hd"],
-    v: Float[Array, "B K C hd"],
-    mask: AttentionMask,
-    chunk: int,
-    prefix: PrefixKeys | None = None,
-) -> Float[Array, "B Q H hd"]:
-    """`dense_attention` in chunks of queries, recomputed in the backward pass: [B, H, chunk, C] scores at a time.
-
-    Keys after the last query of a chunk, or of its part of the row, are left out: nearly half of the products.
-    """
-    length = q.shape[1]
-    if length <= chunk:
-        return dense_attention(q, k, v, mask, prefix)
-    if mask.q_slot is not None:
-        return _chunks(q, k, v, mask, chunk, prefix)
-    size = -(-length // (chunk * PARTS)) * chunk
-    outs = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        slots = jnp.broadcast_to(jnp.arange(start, end), (q.shape[0], end - start))
-        q_branch, q_segment = (None if x is None else x[:, start:end] for x in (mask.q_branch, mask.q_segment))
-        part = _up_to(end, mask)._replace(q_slot=slots, q_branch=q_branch, q_segment=q_segment)
-        outs.append(_chunks(q[:, start:end], k[:, :, :end], v[:, :, :end], part, chunk))
-    return jnp.concatenate(outs, axis=1)
-
-
-def _chunks(q: Array, k: Array, v: Array, mask: AttentionMask, chunk: int, prefix: PrefixKeys | None = None) -> Array:
-    """One chunk of queries after the other, each against all keys."""
-    pad = -q.shape[1] % chunk
-    assert mask.q_slot is not None  # the caller has given every query its slot
-    labels = (None if x is None else _split(x, chunk, pad) for x in (mask.q_branch, mask.q_segment))
-    pieces = (_split(q, chunk, pad), _split(mask.q_slot, chunk, pad), *labels)
-
-    @jax.checkpoint
-    def one(piece: tuple[Array, Array, Array | None, Array | None]) -> Array:
-        q_piece, slot, branch, segment = piece
-        filled = None if mask.filled is None else slot.max() + 1
-        part = mask._replace(q_slot=slot, q_branch=branch, q_segment=segment, filled=filled)
-        return dense_attention(q_piece, k, v, part, prefix)
-
-    out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
-    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
-
-
-def _split(x: Array, chunk: int, pad: int) -> Array:
-    """[B, Q, ...] -> [count, B, chunk, ...], padded at the end."""
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], rope: Frequencies) -> Float[Array, "B S N hd"]:

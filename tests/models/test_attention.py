@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.attention import BRANCH_RADIX, CHILD_RADIX, AttentionMask, chunked_attention, dense_attention
+from rlver_jax.models.attention import BRANCH_RADIX, CHILD_RADIX, AttentionMask, dense_attention
+from rlver_jax.models.chunked import chunked_attention
 
 SLOTS = 300  # blocks of 128 slots, the last one begins earlier
 
