@@ -87,9 +87,9 @@ class Generation:
         """Profiles so far."""
         return sum(map(len, self.profiles.values()))
 
-    def take(self, seed: Seed, lines: dict[str, Any], remote: dict[str, Any] | None) -> None:
-        """Takes an answer: a profile, or why it is refused."""
-        made, why = profile_of(seed, lines)
+    def take(self, seed: Seed, wish: str, lines: dict[str, Any], remote: dict[str, Any] | None) -> None:
+        """Takes an answer: a profile, or why it is refused. `wish`: the sentence of the seed's intention."""
+        made, why = profile_of(seed, wish, lines)
         if made is not None and (near := similarity(text_of(made), self.against)) >= SIMILAR:
             made, why = None, f"resembles another profile ({near:.0f} of 100)"
         self.tried[seed.number] = why
@@ -129,7 +129,7 @@ def generate(
         questions = [_questionnaire(prompts, seed) for seed in some]
         for batch in rater.fill(questions, lambda work: None):
             for index, rated in sorted(batch):
-                made.take(some[index], rated.answers[0], rated.remote)
+                made.take(some[index], _wish(prompts, some[index]), rated.answers[0], rated.remote)
             made.save(settings)
             command.print(f"{made.count} of {count} profiles, {len(made.tried)} seeds tried")
     for text in _told(made, published):
@@ -137,7 +137,7 @@ def generate(
     return made.count >= count
 
 
-def profile_of(seed: Seed, lines: dict[str, Any]) -> tuple[Profile | None, str]:
+def profile_of(seed: Seed, wish: str, lines: dict[str, Any]) -> tuple[Profile | None, str]:
     """The profile in a form that was filled in, or None and why it is refused."""
     texts = {name: " ".join(str(lines.get(name) or "").split()) for name in _HEADINGS["en"]}
     short = [name for name in ("player", "scene", "first_talk") if len(texts[name]) < SHORTEST]
@@ -145,6 +145,8 @@ def profile_of(seed: Seed, lines: dict[str, Any]) -> tuple[Profile | None, str]:
         return None, f"{', '.join(short)}: fewer than {SHORTEST} characters"
     if len(set(texts.values())) < len(texts):
         return None, "says the same in two fields"
+    if told := [name for name in ("player", "scene", "first_talk") if similarity(texts[name], [wish]) >= SIMILAR]:
+        return None, f"{', '.join(told)}: the secret wish itself"
     if "\ufffd" in "".join(texts.values()):
         return None, "holds characters that are none"
     temper = texts["temper"][:40] or "unknown"
@@ -154,10 +156,14 @@ def profile_of(seed: Seed, lines: dict[str, Any]) -> tuple[Profile | None, str]:
     ), ""  # fmt: skip
 
 
+def _wish(prompts: Prompts, seed: Seed) -> str:
+    known = prompts.intention(seed.intention)
+    return known.sentence if known else seed.intention
+
+
 def _questionnaire(prompts: Prompts, seed: Seed) -> Questionnaire:
-    known, language = prompts.intention(seed.intention), prompts.language
-    wish = known.sentence if known else seed.intention
-    text = _TEXT[language].format(persona=seed.persona, topic=seed.topic, wish=wish)
+    language = prompts.language
+    text = _TEXT[language].format(persona=seed.persona, topic=seed.topic, wish=_wish(prompts, seed))
     lines = [f"{heading} " for heading in _HEADINGS[language].values()]
     literals = [lines[0], *("\n" + line for line in lines[1:])]
     steps = tuple(Step(text, name, ()) for text, name in zip(literals, _HEADINGS[language], strict=True))

@@ -7,6 +7,7 @@ import pytest
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.profiles.seeds import SIMILAR, read_seeds, similarity, text_of
 from rlver_jax.reports.profiles_command import main
+from rlver_jax.reports.profiles_generate import profile_of
 from tests.endpoints.server import ChatServer, digest
 
 pytest.importorskip("rapidfuzz", reason="extra `generate` is not installed")
@@ -76,6 +77,16 @@ def test_an_endpoint_writes_profiles_that_are_new_and_checked(tmp_path, capsys):
     assert main(["check", str(out / "train.jsonl"), f"--eval={out}/test.jsonl", *FLAGS]) == 0
     assert main(["generate", f"--seeds={tmp_path}/seeds.json", f"--out={tmp_path}", "--count=1", *FLAGS, *remote]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_line_that_is_the_secret_wish_is_refused(tmp_path):
+    """But for its full stop; a word of it may be said."""
+    wish = "You want somebody to admit plainly that the company made the mistake"
+    seed = read_seeds(write_seeds(tmp_path), 0.5, [])[0]
+    lines = {"player": "Ann, 40, a baker", "temper": "calm", "scene": "A cake was recalled", "first_talk": wish + "."}
+    assert profile_of(seed, wish, lines) == (None, "first_talk: the secret wish itself")
+    made, why = profile_of(seed, wish, lines | {"first_talk": "Your company sent me a cake that cuts fingers."})
+    assert (made.first_talk, why) == ("Your company sent me a cake that cuts fingers.", "")
 
 
 def test_seeds_that_are_none_are_explained(tmp_path, capsys):
