@@ -5,6 +5,7 @@ move none of the others.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 _DIGITS = 16  # of the hash, hexadecimal: 64 bits
 
@@ -25,5 +26,20 @@ def held_out(profile_id: str, share: float) -> bool:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"the share of profiles to hold out is {share}, expected a number from 0 to 1")
-    digest = hashlib.sha256(profile_id.encode()).hexdigest()
-    return int(digest[:_DIGITS], 16) < share * 16**_DIGITS
+    return _place(profile_id) < share * 16**_DIGITS
+
+
+def _place(profile_id: str) -> int:
+    return int(hashlib.sha256(profile_id.encode()).hexdigest()[:_DIGITS], 16)
+
+
+def some_held_out(ids: Sequence[str], share: float) -> set[str]:
+    """Those of a few that are held out: by `held_out`, but of two or more neither none nor all, unless that is asked.
+
+    Raises:
+        ValueError: as `held_out`.
+    """
+    found = {one for one in ids if held_out(one, share)}
+    if 0 < share < 1 and len(ids) > 1 and len(found) in (0, len(ids)):
+        return {min(ids, key=_place)} if not found else found - {max(ids, key=_place)}
+    return found

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlver_jax.profiles.held_out import held_out
+from rlver_jax.profiles.held_out import some_held_out
 from rlver_jax.profiles.schema import Profile
 
 SIMILAR = 85.0  # of 100: profiles at or above it are near-duplicates
@@ -55,9 +55,10 @@ def read_seeds(path: str | Path, share: float, known: Sequence[str]) -> list[See
     personas, topics, intentions = (list(dict.fromkeys(text.strip() for text in found[name])) for name in _LISTS)
     pairs = [(persona, topic) for persona in personas for topic in topics]
     order = np.argsort(np.random.Philox(key=len(pairs)).random_raw(len(pairs)), kind="stable")
+    apart = some_held_out(personas, share)
     drawn = [pairs[pair] for pair in order.tolist()]
     return [
-        Seed(number, persona, topic, intentions[number % len(intentions)], held_out(persona, share))
+        Seed(number, persona, topic, intentions[number % len(intentions)], persona in apart)
         for number, (persona, topic) in enumerate(drawn)
     ]
 
