@@ -83,6 +83,11 @@ def init_cache(lm: LM, batch: int, capacity: int) -> Cache:
     return Cache(kv, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, model.config.hidden_size), model.dtype))
 
 
+def pieces(width: int) -> int:
+    """In how many pieces `append` reads texts of up to `width` tokens, at the most."""
+    return min(PIECES, -(-width // SMALLEST_PIECE))
+
+
 def append(lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B"]) -> Cache:
     """Prefills the first count[b] tokens of row b (0: nothing changes for it).
 
@@ -93,8 +98,8 @@ def append(lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B
     width = tokens.shape[1]
     if width == 1:
         return _append_piece(lm, cache, cache, tokens, count, jnp.int32(0))
-    pieces = min(PIECES, -(-width // SMALLEST_PIECE))
-    size = -(-width // pieces)
+    most = pieces(width)
+    size = -(-width // most)
 
     def piece(state: tuple[Array, Cache]) -> tuple[Array, Cache]:
         i, now = state
@@ -103,7 +108,7 @@ def append(lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B
         return i + 1, _append_piece(lm, cache, now, part, count, first)
 
     longest = count.max()
-    with jax.named_scope(f"pieces_{pieces}"):  # by its name `plan` knows how often the loop runs at most
+    with jax.named_scope(f"pieces_{most}"):  # by its name `plan` knows how often the loop runs at most
         _, end = jax.lax.while_loop(lambda state: state[0] * size < longest, piece, (jnp.int32(0), cache))
     return end
 
@@ -138,13 +143,18 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
 
 
+def shares(prefixes: int, times: int, parts: int) -> bool:
+    """Whether rows that begin alike, `times` neighbours each, share what they begin with; `parts` of a batch's rows."""
+    return times > 1 and prefixes % parts == 0
+
+
 def share_rows(lm: LM, cache: Cache, times: int, capacity: int) -> Cache:
     """As `repeat_rows`, but nothing is copied: what `cache` holds becomes a prefix, which is read once for its rows.
 
     `capacity`: slots of each row's own. Copies where devices could not split the prefixes as they split the rows.
     """
     count = cache.length.shape[0]
-    if times == 1 or count % rules.parts("batch"):
+    if not shares(count, times, rules.parts("batch")):
         return repeat_rows(cache, times, capacity)
     own = init_cache(lm, count * times, capacity)
     length, hidden = (jnp.repeat(x, times, axis=0) for x in (cache.length, cache.hidden))

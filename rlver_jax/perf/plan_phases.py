@@ -7,7 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from rlver_jax.decoding.cache import shares
 from rlver_jax.models.qwen import Qwen2
+from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.perf import flops
 from rlver_jax.perf.chips import Chip
 from rlver_jax.perf.flops import Work
@@ -86,12 +88,15 @@ def by_link(uses: dict[str, Use]) -> tuple[dict[str, Use], dict[str, Use], dict[
 def play_of(shapes: Shapes) -> flops.Play:
     """Lengths of the dialogues."""
     config, (policy, user) = shapes.config, shapes.agents.tables
-    batch = config.rollout.batch
+    batch, parts = config.rollout.batch, batch_parts(shapes.agents.mesh or shapes.mesh)
+    profiles, rows = batch // config.rollout.group, shapes.agents.spec.rows_of(batch)
     scripts = (user.appraisal, user.reply)
     return flops.Play(
         dialogues=batch,
-        profiles=batch // config.rollout.group,
-        rows=shapes.agents.spec.rows_of(batch),
+        profiles=profiles,
+        rows=rows,
+        prefixes=profiles if rows == batch and shares(profiles, config.rollout.group, parts) else rows,
+        systems=1 if shares(1, rows, parts) else rows,
         system=policy.system.shape[0],
         prefix=shapes.profiles.prefix.shape[1],
         user_reply=config.user.reply_tokens,

@@ -66,6 +66,18 @@ def test_a_token_of_seven_billion():
     assert work.weight_bytes == 2 * 7_615_616_512  # the published number of parameters
 
 
+def test_rows_that_share_a_prefix_read_it_once():
+    """Two layers, one key head of 8: 64 bytes a token. Four rows see 100 tokens and one of their own, 80 of them shared
+    by two and two: 2 x 80 + 4 x 20.5 are read, and 4 written."""
+    c = Qwen2Config(100, 16, 32, 2, num_heads=2, num_kv_heads=1, head_dim=8)
+    whole, shared = (
+        flops.forward_passes(c, 4, 1, 100, logits=0, passes=1, shared=tokens) for tokens in (0, (4 - 2) * 80)
+    )
+    assert whole.spread_bytes == 64 * (4 * 100.5 + 4)
+    assert shared.spread_bytes == 64 * (2 * 80 + 4 * 20.5 + 4)
+    assert whole.flops == shared.flops
+
+
 def test_the_optimizers_bytes():
     """Gradient, weight, first and second moment of each parameter: 4 + 2 x (4 + 4 + 4), or 4 + 2 x (2 + 2 + 4)."""
     c = Qwen2Config(100, 16, 32, 2, num_heads=2, num_kv_heads=1, head_dim=8)
