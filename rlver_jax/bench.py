@@ -1,6 +1,6 @@
 """Measures this program on this machine, each way of doing something against its alternative.
 
-    rlver bench SUITE [--json=FILE] [--repeats=N]
+    rlver bench SUITE [--json=FILE] [--repeats=N] [--against=CHECKOUT]
 
 Suites:
     dialogue   the miniature's dialogues in slots that take the next one when theirs has ended, and in slots that wait
@@ -8,10 +8,12 @@ Suites:
     update     gradients of whole dialogues: one sequence for each dialogue against one for each turn
     logprob    log-probabilities over 151,936 tokens: in chunks of the vocabulary against all logits at once
     load       weights of the size of Qwen2.5-0.5B onto the device, against reading the file alone
+    step       a whole training step of the miniature: playing and learning
     compile    the miniature from the command to its first step, with nothing compiled before, and once more
 
 Each way runs once first, for compilation, then all of them in turn, N times. Times are medians. Where other programs
-share the machine, ratios say more than seconds. Exit status: 0 done, 2 bad usage, 130 interrupted.
+share the machine, ratios say more than seconds. With --against the suite is measured here and in another checkout of
+this project, in turn: each time and rate beside the other's. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
 import importlib
@@ -23,6 +25,7 @@ from absl import flags
 
 from rlver_jax.config.flags import define_path, parse_flags
 from rlver_jax.config.validate import ConfigError
+from rlver_jax.perf import bench_against
 from rlver_jax.perf.bench_timing import machine
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.command import Command, run_command
@@ -34,6 +37,7 @@ SUITES = {
     "update": "bench_update",
     "logprob": "bench_logprob",
     "load": "bench_load",
+    "step": "bench_step",
     "compile": "bench_compile",
 }
 
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(command: Command, argv: Sequence[str]) -> int:
     suite, options = _arguments(argv)
     results = {"suite": suite, "repeats": options.repeats, "machine": machine()}
-    module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
+    checkout = bench_against.check_checkout(Path(options.against)) if options.against else None
+    module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}") if checkout is None else bench_against
     errors = command.errors
     with errors.status(suite) as status:
 
@@ -55,7 +60,10 @@ def _bench(command: Command, argv: Sequence[str]) -> int:
             if not errors.is_terminal:
                 errors.print(f"{suite}: {text}", markup=False, highlight=False)
 
-        results |= module.measure(options.repeats, tell)
+        if checkout is None:
+            results |= module.measure(options.repeats, tell)
+        else:
+            results |= bench_against.measure(suite, SUITES[suite], checkout, options.repeats, tell)
     if options.json:
         write_json(Path(options.json), results)
     for line in module.lines(results):
@@ -66,6 +74,7 @@ def _bench(command: Command, argv: Sequence[str]) -> int:
 def _arguments(argv: Sequence[str]) -> tuple[str, flags.FlagValues]:
     def define(values: flags.FlagValues) -> None:
         define_path("json", "", "file for all results", values, new="file")
+        define_path("against", "", "another checkout of this project, to measure in turn", values)
         flags.DEFINE_integer("repeats", 3, "runs of each way", 1, flag_values=values)
 
     options, suites = parse_flags(argv, __doc__, define)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -12,11 +13,13 @@ from rlver_jax.bench import SUITES, main
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.perf import (
+    bench_against,
     bench_compile,
     bench_dialogue,
     bench_load,
     bench_logprob,
     bench_rollout,
+    bench_step,
     bench_timing,
     bench_update,
 )
@@ -44,6 +47,7 @@ def test_ratios_are_of_one_round():
         (["dialog"], ["found dialog", *SUITES]),
         (["dialogue", "--json=/no/such/file.json"], ["/no/such/file.json", "its folder does not exist"]),
         (["dialogue", "--repeats=0"], ["repeats"]),
+        (["step", "--against=/no/such"], ["--against=/no/such: holds no rlver_jax/__init__.py"]),
     ],
 )
 def test_bad_usage_is_refused(arguments, parts, capsys):
@@ -61,8 +65,49 @@ def test_every_suite_has_its_module_and_is_in_the_help(suite):
     assert f"\n    {suite} " in bench.__doc__
 
 
-def measured(suite: str, tmp_path) -> dict:
-    assert main([suite, f"--json={tmp_path / 'f.json'}", "--repeats=2"]) == 0
+def write_checkout(folder: Path, bench: str) -> Path:
+    """A checkout whose `bench` writes given results into the file of its `--json`."""
+    package = folder / "rlver_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "bench.py").write_text(f"import sys\nopen(sys.argv[-1].split('=')[1], 'w').write({bench!r})\n")
+    return folder
+
+
+def test_against_another_checkout(tmp_path, capsys, monkeypatch):
+    """Here 2 s and 10 tokens a second, there 3 s and 4: 1.5 and 2.5 times as fast; what one lacks is left out."""
+    results = {"here": {"ways": {"a": {"seconds": 2.0}}, "tokens_per_s": 10, "new_s": 1.0, "same": 5}}
+    results["there"] = {"ways": {"a": {"seconds": 3.0}}, "tokens_per_s": 4, "same": 5, "all": [1.0]}
+    here, there = (write_checkout(tmp_path / name, json.dumps(found)) for name, found in results.items())
+    run = bench_against.run_in
+    monkeypatch.setattr(bench_against, "run_in", lambda root, module: run(root or here, module))
+    assert main(["load", f"--against={there}", "--repeats=2", f"--json={tmp_path / 'f.json'}"]) == 0
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["against"] == str(there)
+    assert {name: f["ratio"]["median"] for name, f in found["figures"].items()} == {
+        "ways/a/seconds": 1.5,
+        "tokens_per_s": 2.5,
+    }
+    assert "ways/a/seconds      2.000      3.000  1.50 (1.50 to 1.50)" in capsys.readouterr().out
+
+
+def test_a_checkout_that_fails_says_why(tmp_path, capsys):
+    there = write_checkout(tmp_path / "there", "")
+    (there / "rlver_jax" / "bench.py").write_text("raise SystemExit('no such suite')")
+    with pytest.raises(ValueError, match="ended with exit status 1: no such suite"):
+        bench_against.run_in(there, ["rlver_jax.bench", "load"])
+
+
+@pytest.mark.slow
+def test_a_step_of_the_miniature_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_step, "STEPS", 2)
+    found = measured("step", tmp_path, repeats=1)
+    assert found["step_s"] == pytest.approx(found["rollout_s"] + found["update_s"]), "one step counts"
+    assert min(found["rollout_s"], found["update_s"]) > 0
+
+
+def measured(suite: str, tmp_path, repeats: int = 2) -> dict:
+    assert main([suite, f"--json={tmp_path / 'f.json'}", f"--repeats={repeats}"]) == 0
     return json.loads((tmp_path / "f.json").read_text())
 
 
