@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.models.precision import accum_dtype, matmul_options
 from rlver_jax.models.rope import Frequencies
@@ -90,25 +90,56 @@ def dense_attention(
         branch = None if mask.k_branch is None else jax.lax.dynamic_slice_in_dim(mask.k_branch, first, size, axis=1)
         return visible(mask._replace(k_branch=branch), size, first)
 
-    before = _unread(q, k) if prefix is None else _over_prefix(q, prefix)
-    _, total, out = _in_blocks(q, k, v, seen, k.shape[2] if mask.filled is None else mask.filled, before)
-    return _rows(out / total[..., None], q)
+    by_key_head = grouped(q, k.shape[1])
+    before = _unread(by_key_head) if prefix is None else _over_prefix(q, prefix)
+    filled = k.shape[2] if mask.filled is None else mask.filled
+    _, total, out = _in_blocks(by_key_head, k, v, seen, filled, before)
+    return ungrouped(out / total[..., None], q)
 
 
-def _unread(q: Array, k: Array) -> _Softmax:
+def grouped(x: Float[Array, "B Q H hd"], kv_heads: int) -> Float[Array, "B K R Q hd"]:
+    """Query heads that read the same keys together (R = H / K)."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]), 1, 3)
+
+
+def ungrouped(x: Float[Array, "B K R Q hd"], like: Float[Array, "B Q H hd"]) -> Float[Array, "B Q H hd"]:
+    """The inverse, in the dtype of `like`.
+
+    Transposed after products: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
+    """
+    return jnp.moveaxis(x, 3, 1).reshape(like.shape).astype(like.dtype)
+
+
+def contract(of: str, x: Array, y: Array) -> Array:
+    """An einsum in the dtype of `y`, accumulated in float32."""
+    return jnp.einsum(of, x.astype(y.dtype), y, **matmul_options(y.dtype))
+
+
+def scores(q: Float[Array, "B K R Q hd"], k: Float[Array, "B K C hd"], seen: Bool[Array, "B Q C"]) -> Array:
+    """[B, K, R, Q, C] in float32; MASKED where a query doesn't see a key."""
+    return jnp.where(seen[:, None, None], contract("bkrqd,bkcd->bkrqc", q, k) * q.shape[-1] ** -0.5, MASKED)
+
+
+def weighted(weights: Float[Array, "B K R Q C"], v: Float[Array, "B K C hd"]) -> Float[Array, "B K R Q hd"]:
+    """Values by weights, which are rounded to the values' dtype."""
+    return contract("bkrqc,bkcd->bkrqd", weights, v)
+
+
+def _unread(q: Float[Array, "B K R Q hd"]) -> _Softmax:
     """Before the first key."""
-    shape, dtype = (q.shape[0], k.shape[1], q.shape[2] // k.shape[1], q.shape[1]), accum_dtype(q.dtype)
-    return _Softmax(jnp.full(shape, MASKED, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, q.shape[3]), dtype))
+    dtype = accum_dtype(q.dtype)
+    nothing = jnp.zeros(q.shape[:-1], dtype)
+    return _Softmax(jnp.full_like(nothing, MASKED), nothing, jnp.zeros(q.shape, dtype))
 
 
 def _over_prefix(q: Array, prefix: PrefixKeys) -> _Softmax:
     """Over the prefix of each row: the queries of the rows that share one stand together, as those of one row."""
     rows, kv_heads = prefix.k.shape[:2]
-    together = q.reshape(rows, -1, *q.shape[2:])
+    together = grouped(q.reshape(rows, -1, *q.shape[2:]), kv_heads)
     length = prefix.length[:, None, None]
     seen = lambda first, size: first + jnp.arange(size) < length  # noqa: E731
     k, v = (x.astype(q.dtype) for x in (prefix.k, prefix.v))
-    found = _in_blocks(together, k, v, seen, prefix.length.max(), _unread(together, k))
+    found = _in_blocks(together, k, v, seen, prefix.length.max(), _unread(together))
 
     def apart(x: Array) -> Array:
         x = x.reshape(*x.shape[:3], -1, q.shape[1], *x.shape[4:])
@@ -132,39 +163,18 @@ def _in_blocks(
         highest, total, out = softmax
         first = jnp.minimum(i * size, slots - size)  # the last block begins earlier, where `size` doesn't divide
         keys, values = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
-        scores = _scores(q, keys, seen(first, size) & (first + jnp.arange(size) >= i * size))
-        new = jnp.maximum(highest, scores.max(axis=-1))
-        weights, decay = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
-        return _Softmax(new, total * decay + weights.sum(axis=-1), out * decay[..., None] + _read(weights, values))
+        found = scores(q, keys, seen(first, size) & (first + jnp.arange(size) >= i * size))
+        new = jnp.maximum(highest, found.max(axis=-1))
+        weights, decay = jnp.exp(found - new[..., None]), jnp.exp(highest - new)
+        return _Softmax(new, total * decay + weights.sum(axis=-1), out * decay[..., None] + weighted(weights, values))
 
     return jax.lax.fori_loop(0, -(-filled // size), block, before)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
     """`dense_attention` over all keys at once."""
-    weights = jax.nn.softmax(_scores(q, k, visible(mask, k.shape[2])), axis=-1)
-    return _rows(_read(weights, v), q)
-
-
-def _scores(q: Array, k: Array, seen: Array) -> Array:
-    """[B, K, H/K, Q, C] in float32; MASKED where a query doesn't see a key."""
-    b, length, heads, dim = q.shape
-    grouped = q.reshape(b, length, k.shape[1], heads // k.shape[1], dim)
-    scores = jnp.einsum("bqkgd,bkcd->bkgqc", grouped, k, **matmul_options(q.dtype)) * dim**-0.5
-    return jnp.where(seen[:, None, None], scores, MASKED)
-
-
-def _read(weights: Array, v: Array) -> Array:
-    """Values [B, K, H/K, Q, hd] by weights as `_scores` has them."""
-    return jnp.einsum("bkgqc,bkcd->bkgqd", weights.astype(v.dtype), v, **matmul_options(v.dtype))
-
-
-def _rows(out: Array, q: Array) -> Array:
-    """The result of `_read` in the layout and dtype of the queries.
-
-    Transposed after the product: XLA's CPU backend has no bfloat16 product with the batch axes in that order.
-    """
-    return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
+    weights = jax.nn.softmax(scores(grouped(q, k.shape[1]), k, visible(mask, k.shape[2])), axis=-1)
+    return ungrouped(weighted(weights, v), q)
 
 
 def rotate(x: Float[Array, "B S N hd"], positions: Int[Array, "B S"], rope: Frequencies) -> Float[Array, "B S N hd"]:

@@ -12,8 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlver_jax.models.attention import MASKED, AttentionMask, PrefixKeys, dense_attention, visible
-from rlver_jax.models.precision import accum_dtype, matmul_options
+from rlver_jax.models.attention import (
+    AttentionMask,
+    PrefixKeys,
+    contract,
+    dense_attention,
+    grouped,
+    scores,
+    ungrouped,
+    visible,
+    weighted,
+)
+from rlver_jax.models.precision import accum_dtype
 
 PARTS = 8  # of a row without a cache, at most: each is compiled, so their number decides how long that takes
 
@@ -95,46 +105,28 @@ def _parts(length: int, chunk: int) -> Iterator[_Part]:
     return (_Part(first, min(first + size, length), chunk) for first in range(0, length, size))
 
 
-def _grouped(x: Float[Array, "B Q H hd"], kv_heads: int) -> Float[Array, "B K R Q hd"]:
-    """Query heads that read the same keys together (R = H / K)."""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]), 1, 3)
-
-
-def _ungrouped(x: Float[Array, "B K R Q hd"], like: Float[Array, "B Q H hd"]) -> Float[Array, "B Q H hd"]:
-    return jnp.moveaxis(x, 3, 1).reshape(like.shape).astype(like.dtype)
-
-
-def _product(of: str, x: Array, y: Array) -> Array:
-    """An einsum in the operands' dtype, accumulated in float32."""
-    return jnp.einsum(of, x, y, **matmul_options(y.dtype))
-
-
-def _scores(q: Array, k: Array, seen: Array) -> Array:
-    return jnp.where(seen[:, None, None], _product("bkrqd,bkcd->bkrqc", q, k) * q.shape[-1] ** -0.5, MASKED)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(chunk: int, q: Array, k: Array, v: Array, labels: _Labels) -> Array:
     return _forward(chunk, q, k, v, labels)[0]
 
 
 def _forward(chunk: int, q: Array, k: Array, v: Array, labels: _Labels) -> tuple[Array, tuple]:
-    grouped, outs = _grouped(q, k.shape[1]), []
+    queries, outs = grouped(q, k.shape[1]), []
     for part in _parts(q.shape[1], chunk):
         keys, values = k[:, :, : part.end], v[:, :, : part.end]
 
         def one(piece: tuple[Array, Array], part=part, keys=keys, values=values) -> tuple[Array, Array]:
             number, q = piece
-            scores = _scores(q, keys, part.seen(labels, number))
-            highest = scores.max(axis=-1)
-            weights = jnp.exp(scores - highest[..., None])
+            found = scores(q, keys, part.seen(labels, number))
+            highest = found.max(axis=-1)
+            weights = jnp.exp(found - highest[..., None])
             total = weights.sum(axis=-1)
-            out = _product("bkrqc,bkcd->bkrqd", weights.astype(v.dtype), values) / total[..., None]
+            out = weighted(weights, values) / total[..., None]
             return out, highest + jnp.log(total)
 
-        outs.append(_map(one, part, part.split(grouped)))
+        outs.append(_map(one, part, part.split(queries)))
     out, normalizer = (jnp.concatenate(x, axis=3) for x in zip(*outs, strict=True))
-    return _ungrouped(out, q), (q, k, v, labels, _ungrouped(out, q), normalizer)
+    return ungrouped(out, q), (q, k, v, labels, ungrouped(out, q), normalizer)
 
 
 def _map(one: Callable[[tuple[Array, Array]], Any], part: _Part, q: Array) -> Any:
@@ -146,7 +138,7 @@ def _map(one: Callable[[tuple[Array, Array]], Any], part: _Part, q: Array) -> An
 def _backward(chunk: int, saved: tuple, cotangent: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, labels, out, normalizer = saved
     kv_heads, dtype = k.shape[1], accum_dtype(q.dtype)
-    q_grouped, d_out, out = (_grouped(x, kv_heads) for x in (q, cotangent.astype(q.dtype), out))
+    queries, d_out, out = (grouped(x, kv_heads) for x in (q, cotangent.astype(q.dtype), out))
     inner = (d_out.astype(dtype) * out.astype(dtype)).sum(axis=-1)  # sum_c p d_p, as sum_d d_out out
     d_k, d_v = (jnp.zeros(x.swapaxes(2, 3).shape, dtype) for x in (k, v))
     d_q = []
@@ -155,25 +147,25 @@ def _backward(chunk: int, saved: tuple, cotangent: Array) -> tuple[Array, Array,
 
         def one(sums: Any, piece: Any, part=part, keys=keys, values=values) -> tuple[Any, Array]:
             number, (q, d_out, normalizer, inner) = piece
-            weights = jnp.exp(_scores(q, keys, part.seen(labels, number)) - normalizer[..., None])
-            d_weights = _product("bkrqd,bkcd->bkrqc", d_out, values)
+            weights = jnp.exp(scores(q, keys, part.seen(labels, number)) - normalizer[..., None])
+            d_weights = contract("bkrqd,bkcd->bkrqc", d_out, values)
             d_scores = (weights * (d_weights - inner[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
             d_keys, d_values = _pulled(q, d_scores), _pulled(d_out, weights.astype(q.dtype))
-            return (sums[0] + d_keys, sums[1] + d_values), _product("bkrqc,bkcd->bkrqd", d_scores, keys)
+            return (sums[0] + d_keys, sums[1] + d_values), weighted(d_scores, keys)
 
-        pieces = jax.tree.map(part.split, (q_grouped, d_out, normalizer, inner))
+        pieces = jax.tree.map(part.split, (queries, d_out, normalizer, inner))
         sums = d_k[..., : part.end], d_v[..., : part.end]
         sums, d = jax.lax.scan(one, sums, (jnp.arange(pieces[0].shape[0]), pieces))
         d_q.append(_joined(d, 3)[:, :, :, : part.end - part.first])
         d_k, d_v = (x.at[..., : part.end].set(new) for x, new in zip((d_k, d_v), sums, strict=True))
     d_k, d_v = (x.swapaxes(2, 3).astype(k.dtype) for x in (d_k, d_v))
-    return _ungrouped(jnp.concatenate(d_q, axis=3), q), d_k, d_v, None
+    return ungrouped(jnp.concatenate(d_q, axis=3), q), d_k, d_v, None
 
 
 def _pulled(x: Float[Array, "B K R Q hd"], weights: Float[Array, "B K R Q C"]) -> Float[Array, "B K hd C"]:
     """What the keys of weights have from the queries' side, transposed: so the small operand is, not the large one."""
     together = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731
-    return _product("bkdn,bknc->bkdc", together(x).swapaxes(2, 3), together(weights))
+    return contract("bkdn,bknc->bkdc", together(x).swapaxes(2, 3), together(weights))
 
 
 _rows.defvjp(_forward, _backward)
