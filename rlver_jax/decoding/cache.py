@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlver_jax.models.attention import BLOCK
 from rlver_jax.models.kv_cache import KVCache, Prefix, init_kv_cache, laid_out
 from rlver_jax.models.qwen import Params, Qwen2, head, logits
 from rlver_jax.parallel import rules
@@ -143,18 +144,22 @@ def repeat_rows(cache: Cache, times: int, capacity: int) -> Cache:
     return Cache(kv, jnp.repeat(cache.length, times), jnp.repeat(cache.hidden, times, axis=0))
 
 
-def shares(prefixes: int, times: int, parts: int) -> bool:
-    """Whether rows that begin alike, `times` neighbours each, share what they begin with; `parts` of a batch's rows."""
-    return times > 1 and prefixes % parts == 0
+def shares(prefixes: int, slots: int, times: int, parts: int) -> bool:
+    """Whether rows share prefixes of so many slots, `times` neighbours each, on a mesh with `parts` parts of a batch.
+
+    What is shorter than a block of a row's own cache isn't worth a loop of its own.
+    """
+    return times > 1 and slots >= BLOCK and prefixes % parts == 0
 
 
 def share_rows(lm: LM, cache: Cache, times: int, capacity: int) -> Cache:
     """As `repeat_rows`, but nothing is copied: what `cache` holds becomes a prefix, which is read once for its rows.
 
-    `capacity`: slots of each row's own. Copies where devices could not split the prefixes as they split the rows.
+    `capacity`: slots of each row's own. Copies where `shares` says so: of short prefixes, or where devices could not
+    split them as they split the rows.
     """
     count = cache.length.shape[0]
-    if not shares(count, times, rules.parts("batch")):
+    if not shares(count, cache.capacity, times, rules.parts("batch")):
         return repeat_rows(cache, times, capacity)
     own = init_cache(lm, count * times, capacity)
     length, hidden = (jnp.repeat(x, times, axis=0) for x in (cache.length, cache.hidden))

@@ -90,15 +90,15 @@ def play_of(shapes: Shapes) -> flops.Play:
     config, (policy, user) = shapes.config, shapes.agents.tables
     batch, parts = config.rollout.batch, batch_parts(shapes.agents.mesh or shapes.mesh)
     profiles, rows = batch // config.rollout.group, shapes.agents.spec.rows_of(batch)
-    scripts = (user.appraisal, user.reply)
+    scripts, system, prefix = (user.appraisal, user.reply), policy.system.shape[0], shapes.profiles.prefix.shape[1]
     return flops.Play(
         dialogues=batch,
         profiles=profiles,
         rows=rows,
-        prefixes=profiles if rows == batch and shares(profiles, config.rollout.group, parts) else rows,
-        systems=1 if shares(1, rows, parts) else rows,
-        system=policy.system.shape[0],
-        prefix=shapes.profiles.prefix.shape[1],
+        prefixes=profiles if rows == batch and shares(profiles, prefix, config.rollout.group, parts) else rows,
+        systems=1 if shares(1, system, rows, parts) else rows,
+        system=system,
+        prefix=prefix,
         user_reply=config.user.reply_tokens,
         fields=sum(len(script.names) for script in scripts) - 2,  # without the change and the reply
         literals=sum(script.template.shape[0] * script.template.shape[1] for script in scripts),

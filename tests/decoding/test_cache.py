@@ -111,6 +111,12 @@ def test_rows_that_share_a_prefix_are_plain_rows(lm, attention):
     np.testing.assert_allclose(cache.hidden, last_hidden(lm, rows), atol=2e-5)
 
 
+def test_short_prefixes_are_copied(toy):
+    cache = share_rows(toy, appended(toy, random_rows([6, 13], 4), 32), 2, 64)
+    assert cache.prefix is None
+    np.testing.assert_array_equal(cache.length, [6, 6, 13, 13])
+
+
 @pytest.mark.parametrize(("prefixes", "shared"), [(4, True), (2, False)])
 def test_on_a_mesh_prefixes_are_split_as_their_rows(toy, prefixes, shared):
     """Four devices: no keys travel; what they can't divide is copied to each row."""
@@ -118,7 +124,7 @@ def test_on_a_mesh_prefixes_are_split_as_their_rows(toy, prefixes, shared):
     mesh, group = make_mesh(1, 4, 1, devices=jax.devices()[:4]), len(tails) // prefixes
 
     def play(lm, heads, tails):
-        cache = share_rows(lm, append(lm, init_cache(lm, prefixes, 48), *heads), group, 64)
+        cache = share_rows(lm, append(lm, init_cache(lm, prefixes, 128), *heads), group, 192)
         assert (cache.prefix is not None) == shared
         return append(lm, cache, *tails).hidden
 
