@@ -98,7 +98,7 @@ def test_a_checkout_that_fails_says_why(tmp_path, capsys):
         bench_against.run_in(there, ["rlver_jax.bench", "load"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_of_the_miniature_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_step, "STEPS", 2)
     found = measured("step", tmp_path, repeats=1)
