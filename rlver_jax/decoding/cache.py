@@ -119,8 +119,8 @@ def _append_piece(lm: LM, before: Cache, now: Cache, tokens: Int[Array, "B S"], 
     positions = before.length[:, None] + first + jnp.arange(tokens.shape[1])
     hidden, kv = lm.read(tokens, positions, None, dataclasses.replace(now, length=before.length + first))
     index = count - 1 - first
-    last = jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1, mode="clip")[:, 0]
-    here = (count > 0) & (index >= 0) & (index < tokens.shape[1])
+    last = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    here = (index >= 0) & (index < tokens.shape[1])
     length = before.length + jnp.minimum(count, first + tokens.shape[1])
     return dataclasses.replace(now, kv=kv, length=length, hidden=jnp.where(here[:, None], last, now.hidden))
 
