@@ -16,10 +16,12 @@ share the machine, ratios say more than seconds. With --against the suite is mea
 this project, in turn: each time and rate beside the other's. Exit status: 0 done, 2 bad usage, 130 interrupted.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -50,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(command: Command, argv: Sequence[str]) -> int:
     suite, options = _arguments(argv)
     results = {"suite": suite, "repeats": options.repeats, "machine": machine()}
-    checkout = bench_against.check_checkout(Path(options.against)) if options.against else None
-    module = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}") if checkout is None else bench_against
+    module: Any = importlib.import_module(f"rlver_jax.perf.{SUITES[suite]}")
+    measure = module.measure
+    if options.against:
+        checkout = bench_against.check_checkout(Path(options.against))
+        module, measure = bench_against, functools.partial(bench_against.measure, suite, SUITES[suite], checkout)
     errors = command.errors
     with errors.status(suite) as status:
 
@@ -60,10 +65,7 @@ def _bench(command: Command, argv: Sequence[str]) -> int:
             if not errors.is_terminal:
                 errors.print(f"{suite}: {text}", markup=False, highlight=False)
 
-        if checkout is None:
-            results |= module.measure(options.repeats, tell)
-        else:
-            results |= bench_against.measure(suite, SUITES[suite], checkout, options.repeats, tell)
+        results |= measure(options.repeats, tell)
     if options.json:
         write_json(Path(options.json), results)
     for line in module.lines(results):
