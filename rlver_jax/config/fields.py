@@ -294,6 +294,11 @@ REMOTE = {
     "policy": endpoint(),
     "user": endpoint(),
     "concurrency": Field(8, "at once, to each endpoint", range=POSITIVE, unit="requests", free=True),
+    "cohorts": Field(
+        2,
+        "train: parts of a batch, at most, that take turns: one decodes while the users of the others answer",
+        range=POSITIVE,
+    ),
     "timeout": Field(120.0, "for one attempt", range=(0.001, None), unit="seconds", free=True),
     "deadline": Field(
         600.0,

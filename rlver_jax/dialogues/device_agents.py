@@ -37,14 +37,23 @@ USER_SAY = "user_say_tokens"  # of a policy's message: what a user with a tokeni
 
 
 class _Batch:
-    """What both agents have: the rows of a batch, their keys, and words as padded arrays."""
+    """What both agents have: the rows of a batch, their keys, and words as padded arrays.
 
-    def __init__(self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int):
-        self.agents, self.limits, self.batch = agents, limits, batch
+    `first`: the slot of row 0 of its arrays.
+    """
+
+    def __init__(
+        self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, first: int = 0
+    ):
+        self.agents, self.limits, self.batch, self.first = agents, limits, batch, first
         self.key = jax.random.key(seed)
         ids = np.zeros(batch, np.uint32)
-        ids[[row.slot for row in rows]] = [row.number for row in rows]
+        ids[self.at(rows)] = [row.number for row in rows]
         self._row_keys = jax.vmap(dialogue_key, (None, 0))(self.key, jnp.asarray(ids))
+
+    def at(self, rows: Sequence[Row]) -> list[int]:
+        """Of the rows in its arrays."""
+        return [row.slot - self.first for row in rows]
 
     def keys(self, turn: int) -> Key[Array, "B"]:
         return jax.vmap(jax.random.fold_in, (0, None))(self._row_keys, turn)
@@ -52,20 +61,20 @@ class _Batch:
     def words(self, rows: Sequence[Row], texts: Sequence[Sequence[int]], width: int = 0) -> Words:
         """Tokens of the rows in their slots, as wide as the widest needs in steps of WIDTH_STEP, `width` at least."""
         placed: list[Sequence[int]] = [()] * self.batch
-        for row, text in zip(rows, texts, strict=True):
-            placed[row.slot] = text
+        for i, text in zip(self.at(rows), texts, strict=True):
+            placed[i] = text
         tokens, count = pad_rows(placed, max(width, round_up(longest(texts), WIDTH_STEP)))
         return jnp.asarray(tokens), jnp.asarray(count)
 
     def active(self, rows: Sequence[Row]) -> Bool[Array, "B"]:
         mask = np.zeros(self.batch, bool)
-        mask[[row.slot for row in rows]] = True
+        mask[self.at(rows)] = True
         return jnp.asarray(mask)
 
     def fitting(self, rows: Sequence[Row], cache: Cache, room: int) -> list[Row]:
         """The rows that have room for a turn; the others end."""
-        lengths = fetch(cache.length)
-        fits = [row for row in rows if lengths[row.slot] + room <= self.agents.spec.context]
+        lengths = fetch(cache.length)[self.at(rows)] + room
+        fits = [row for row, length in zip(rows, lengths, strict=True) if length <= self.agents.spec.context]
         for row in rows:
             if row not in fits:
                 row.end = END_REASONS[CONTEXT]
@@ -174,20 +183,60 @@ class DeviceUser(_Batch):
         return int(room) + max(width - spec.policy_tokens, 0)
 
 
-class TextPolicy(_Batch):
+class TextPolicy:
     """The policy of one batch of dialogues whose users give text; each row stands at a turn of its own.
 
     A row's words do not depend on who speaks with it: rows are decoded together where the words that they hear are
-    equally wide once padded, and keep their slots. `log` holds all replies as the sampler's arrays.
+    equally wide once padded, and keep their slots. Rows lie in cohorts of neighbours with a cache each.
     """
 
-    def __init__(self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, widest: int):
+    def __init__(
+        self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, widest: int,
+        cohorts: int = 1,
+    ):  # fmt: skip
         """Of rows in their slots.
 
         Args:
             widest: tokens of the longest words that may be heard; a dialogue with longer ones ends for its context.
+            cohorts: a divisor of `batch`.
         """
-        super().__init__(agents, limits, batch, rows, seed)
+        self.batch, self._size = batch, batch // cohorts
+        self._cohorts = [
+            _TextCohort(agents, limits, self._size, own, seed, widest, index * self._size)
+            for index, own in enumerate(self._split(rows, cohorts))
+        ]
+
+    def cohorts(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows of each cohort that has any of them."""
+        return [own for own in self._split(rows, len(self._cohorts)) if own]
+
+    def speak(self, rows: Sequence[Row]) -> None:
+        """Adds a reply to each of the rows; one without room for it ends. Blocks; one call at a time."""
+        for cohort, own in zip(self._cohorts, self._split(rows, len(self._cohorts)), strict=True):
+            if own:
+                cohort.speak(own)
+
+    @property
+    def log(self) -> PolicyTurn | None:
+        """All replies as the sampler's arrays, NumPy [T, B, …]; None: nobody has spoken yet."""
+        logs = [cohort.log for cohort in self._cohorts]
+        spoken = next((log for log in logs if log is not None), None)
+        if spoken is None:
+            return None
+        logs = [jax.tree.map(np.zeros_like, spoken) if log is None else log for log in logs]
+        return jax.tree.map(lambda *parts: np.concatenate(parts, 1), *logs)
+
+    def _split(self, rows: Sequence[Row], cohorts: int) -> list[list[Row]]:
+        return [[row for row in rows if row.slot // self._size == index] for index in range(cohorts)]
+
+
+class _TextCohort(_Batch):
+    """The part of a `TextPolicy` that has a cache of its own; `log` holds its replies."""
+
+    def __init__(
+        self, agents: Agents, limits: RolloutLimits, batch: int, rows: Sequence[Row], seed: int, widest: int, first: int
+    ):
+        super().__init__(agents, limits, batch, rows, seed, first)
         spec = agents.spec
         self.widest = max(widest, self._width(0))
         # A row that waits keeps its slots while others write words that are wider than it could hear.
@@ -220,7 +269,7 @@ class TextPolicy(_Batch):
         if not rows:
             return
         turns = np.zeros(self.batch, np.int32)
-        turns[[row.slot for row in rows]] = [row.turns for row in rows]
+        turns[self.at(rows)] = [row.turns for row in rows]
         keys = jax.vmap(jax.random.fold_in)(self._row_keys, jnp.asarray(turns))
         self._cache, reply = single_policy_turn(
             agents.policy, agents.tables[0], self._cache, jax.tree.map(jnp.array, self._say),
@@ -234,11 +283,11 @@ class TextPolicy(_Batch):
         turns = self.agents.spec.max_turns
         if self.log is None:
             self.log = jax.tree.map(lambda x: np.zeros((turns, *x.shape), x.dtype), reply)
-        slots, at = [row.slot for row in rows], [row.turns for row in rows]
+        slots, turn = self.at(rows), [row.turns for row in rows]
         for kept, new in zip(jax.tree.leaves(self.log), jax.tree.leaves(reply), strict=True):
-            kept[at, slots] = new[slots]
+            kept[turn, slots] = new[slots]
         for say, new in zip(self._say, (reply.say, reply.say_count), strict=True):
             say[slots] = new[slots]
         log = SingleTurn(policy=jax.tree.map(lambda x: x[None], reply))
-        for row in rows:
-            row.messages.append(policy_message(log, self.agents, 0, row.slot))
+        for row, i in zip(rows, slots, strict=True):
+            row.messages.append(policy_message(log, self.agents, 0, i))

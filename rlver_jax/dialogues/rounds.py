@@ -16,12 +16,17 @@ from rlver_jax.dialogues.turn_by_turn import Row, conclude, heard_from
 from rlver_jax.endpoints.errors import Refused, Unavailable
 from rlver_jax.user.emotion import EmotionRules
 
-LINGER = 0.5  # of what a round of decoding takes: how long the first answer waits for others to decode with
+# Of what a round of decoding takes: how long the first answer waits for others to decode with. A round takes as long
+# whoever speaks in it, so a wait of one round costs at most twice what the best moment would have cost.
+LINGER = 1.0
 LEAST_LINGER = 0.01  # seconds
 
 
 class PolicyInRounds(Protocol):
     """Replies in dialogues of one batch, a few of them at a time."""
+
+    def cohorts(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows by the caches that they have a place in: a round takes as long for one row as for a whole cohort."""
 
     def speak(self, rows: Sequence[Row]) -> None:
         """Adds a reply to each of the rows, which may stand at different turns, or ends it. Blocks."""
@@ -43,7 +48,7 @@ class Waits:
 
     Attributes:
         device: in which the policy decoded.
-        users: in which the policy waited for users.
+        users: in which it had nothing to decode.
         rounds: of decoding.
         reasons: of dialogues that stayed unanswered, by their numbers.
     """
@@ -65,7 +70,8 @@ async def play_rounds(
 ) -> Waits:
     """Plays the rows to their ends, each at its own pace.
 
-    A dialogue whose user gives no answer in time, or is refused one, ends as `unanswered`.
+    The policy's cohorts take turns on the device: while one decodes, the users of the others answer. A dialogue whose
+    user gives no answer in time, or is refused one, ends as `unanswered`.
 
     Args:
         thread: in which the policy speaks; None: one of the event loop's.
@@ -73,40 +79,49 @@ async def play_rounds(
     Raises:
         EndpointError: an endpoint refuses whatever it is asked; what has been answered is in its cache.
     """
-    rounds = _Rounds(policy, user, rules, max_turns, thread)
+    waits, device, began = Waits(), asyncio.Lock(), time.monotonic()
+    cohorts = [_Cohort(some, policy, user, rules, max_turns, thread, waits, device) for some in policy.cohorts(rows)]
+    playing = [asyncio.ensure_future(cohort.play()) for cohort in cohorts]
     try:
-        await rounds.play(rows)
+        await asyncio.gather(*playing)
     finally:
-        await rounds.settle()
-    return rounds.waits
+        for one in playing:
+            one.cancel()
+        await asyncio.gather(*(cohort.settle() for cohort in cohorts))
+        waits.users = time.monotonic() - began - waits.device
+    return waits
 
 
-class _Rounds:
-    """The state of `play_rounds`."""
+@dataclass
+class _Cohort:
+    """Rows that decode together; `waits` and `device`, the right to decode, are shared with the other cohorts."""
 
-    def __init__(self, policy: PolicyInRounds, user: UserOfOne, rules: EmotionRules, turns: int, thread: Any):
-        self.policy, self.user, self.rules, self.max_turns, self.thread = policy, user, rules, turns, thread
-        self.waits = Waits()
-        self._ready: list[Row] = []
-        self._asked: set[asyncio.Future] = set()  # tasks of users
-        self._speaking: asyncio.Future | None = None
+    rows: Sequence[Row]
+    policy: PolicyInRounds
+    user: UserOfOne
+    rules: EmotionRules
+    max_turns: int
+    thread: Executor | None
+    waits: Waits
+    device: asyncio.Lock
+    _ready: list[Row] = field(default_factory=list)
+    _asked: set[asyncio.Future] = field(default_factory=set)  # tasks of users
+    _speaking: asyncio.Future | None = None
 
-    async def play(self, rows: Sequence[Row]) -> None:
+    async def play(self) -> None:
         """All rows to their ends."""
-        self._ask(rows, lambda row: self.user.begin_one(row))
+        self._ask(self.rows, lambda row: self.user.begin_one(row))
         while self._ready or self._asked or self._speaking:
             if self._ready and self._speaking is None:
                 await self._linger()
-                self._speaking = asyncio.ensure_future(self._speak(self._ready))
-                self._ready = []
-            began, idle = time.monotonic(), self._speaking is None
+                self._speaking = asyncio.ensure_future(self._speak())
             waiting = {*self._asked, *([self._speaking] if self._speaking else [])}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            self.waits.users += (time.monotonic() - began) * idle
             self._collect()
 
     async def settle(self) -> None:
         """Ends what is still under way; the device is waited for."""
+        self._ready = []
         for task in self._asked:
             task.cancel()
         left = [*self._asked, *([self._speaking] if self._speaking else [])]
@@ -114,12 +129,10 @@ class _Rounds:
 
     async def _linger(self) -> None:
         """Gives answers that come at about the same time the chance to decode together."""
-        began = time.monotonic()
-        until = began + max(LINGER * self.waits.device / max(self.waits.rounds, 1), LEAST_LINGER)
+        until = time.monotonic() + max(LINGER * self.waits.device / max(self.waits.rounds, 1), LEAST_LINGER)
         while self._asked and (left := until - time.monotonic()) > 0:
             await asyncio.wait(self._asked, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             self._collect()
-        self.waits.users += time.monotonic() - began
 
     def _collect(self) -> None:
         """Takes over what has come; raises what went wrong."""
@@ -146,10 +159,14 @@ class _Rounds:
         await self.user.react_one(row, may_reply=not last)
         conclude(row, self.rules, last=last)
 
-    async def _speak(self, rows: Sequence[Row]) -> list[Row]:
-        """A round of decoding; returns the rows whose users react."""
-        began, before = time.monotonic(), {row: row.turns for row in rows}
-        await asyncio.get_running_loop().run_in_executor(self.thread, self.policy.speak, rows)
-        self.waits.device += time.monotonic() - began
-        self.waits.rounds += 1
+    async def _speak(self) -> list[Row]:
+        """A round of decoding, of all who are ready when the device is free; returns the rows whose users react."""
+        async with self.device:
+            rows, self._ready = self._ready, []
+            if not rows:
+                return []
+            began, before = time.monotonic(), {row: row.turns for row in rows}
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.policy.speak, rows)
+            self.waits.device += time.monotonic() - began
+            self.waits.rounds += 1
         return [heard for row in rows for heard in heard_from([row], before[row])]

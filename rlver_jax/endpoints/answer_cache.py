@@ -36,7 +36,8 @@ class AnswerCache:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
             self._file.text_factory = bytes  # a damaged row may hold anything
-            self._file.execute("PRAGMA journal_mode=WAL")  # an answer is on disk as soon as `put` returns
+            self._file.execute("PRAGMA journal_mode=WAL")  # an answer is written as soon as `put` returns, and stays
+            self._file.execute("PRAGMA synchronous=NORMAL")  # if the process is killed; a power cut may lose the newest
             self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer TEXT)")
             self._file.execute("SELECT key, request, answer FROM answers LIMIT 1")
         except (sqlite3.Error, OSError) as error:

@@ -31,6 +31,10 @@ class Announcer:
         self._policy = policy
         self._rounds: queue.Queue[tuple[Sequence[Row], concurrent.futures.Future[None]] | None] = queue.Queue()
 
+    def cohorts(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """See `TextPolicy.cohorts`."""
+        return self._policy.cohorts(rows)
+
     def speak(self, rows: Sequence[Row]) -> None:
         """See `TextPolicy.speak`."""
         spoken: concurrent.futures.Future[None] = concurrent.futures.Future()

@@ -21,6 +21,7 @@ from rlver_jax.dialogues.own_functions import OwnFunctions
 from rlver_jax.dialogues.rounds import Waits
 from rlver_jax.dialogues.turn_by_turn import Row, record_of
 from rlver_jax.evaluation.play import Gold, batch_size, eval_metrics, eval_spec, scores
+from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.profiles.schema import Profile
 from rlver_jax.rollout.agents import Agents, limits_of
 from rlver_jax.rollout.sampler import Dialogues
@@ -130,8 +131,9 @@ class TextRollout:
             index, profile = profiles[slot // group]
             rows.append(Row(number, slot, profile, [spec.rules.initial], index))
         speaker = TextPolicy(
-            dataclasses.replace(self.agents, policy=policy), self.limits, self.batch, rows, self.seed, self.widest
-        )
+            dataclasses.replace(self.agents, policy=policy), self.limits, self.batch, rows, self.seed, self.widest,
+            self._cohorts(),
+        )  # fmt: skip
         waits = self.users.play(rows, speaker, spec, self.seed)
         self._check_answered(rows, waits)
         slots = [*rows, *_padding(len(rows), self.batch, rows[0])]
@@ -150,6 +152,12 @@ class TextRollout:
             if is_left_out(row):
                 rewards[row.slot] = self._reward(row)
         return [self._record(row, rewards[row.slot]) for row in played.rows]
+
+    def _cohorts(self) -> int:
+        """As many as the config allows and batch and mesh can be divided by; 1 where users on the device all answer."""
+        most = self.config.remote.cohorts if self.config.remote.user.url else 1
+        parts = self.batch // batch_parts(self.agents.mesh)
+        return max(count for count in range(1, most + 1) if parts % count == 0)
 
     def _record(self, row: Row, reward: np.float32) -> Record:
         c = self.config

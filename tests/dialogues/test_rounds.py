@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +76,11 @@ def world(request, policy_lm, user_lm, bpe, prompts):
     return agents, allowed, jax.device_get(agents.play(encoded, jax.random.key(SEED), allowed))
 
 
-def play(world, user, widest=WIDTH_STEP):
+def play(world, user, widest=WIDTH_STEP, cohorts=2):
     """(rows, the dialogues as arrays, waits) of a batch played in rounds."""
     agents, allowed, _ = world
     rows = [Row(i, i, PROFILES[i // 4], [RULES.initial]) for i in range(BATCH)]
-    policy = TextPolicy(agents, allowed, BATCH, rows, SEED, widest)
+    policy = TextPolicy(agents, allowed, BATCH, rows, SEED, widest, cohorts)
     waits = asyncio.run(play_rounds(rows, policy, user, rules=RULES, max_turns=agents.spec.max_turns))
     return rows, dialogues_of(rows, policy.log, agents.spec, agents.tokenizer, agents.tables[0].system.shape[0]), waits
 
@@ -105,12 +106,67 @@ def check_same(world, dialogues, expected, rows=slice(None)):
             np.testing.assert_array_equal(a, b, err_msg=field.name)
 
 
-def test_the_sampler_s_own_dialogues(world):
+@pytest.mark.parametrize("cohorts", [1, 2, 4])
+def test_the_sampler_s_own_dialogues(world, cohorts):
     """Tokens, masks, targets, grammar states, rewards' emotions and ends; log-probs to float32 rounding."""
-    rows, dialogues, waits = play(world, Repeats(world[2], world[0].tokenizer))
+    rows, dialogues, waits = play(world, Repeats(world[2], world[0].tokenizer), cohorts=cohorts)
     assert len({row.end for row in rows}) > 1, "they end in several ways"
     check_same(world, dialogues, world[2])
-    assert waits.rounds >= max(row.turns for row in rows)
+    size = BATCH // cohorts
+    longest = [max(row.turns for row in rows[start : start + size]) for start in range(0, BATCH, size)]
+    assert waits.rounds == sum(longest), "answers come at once: a cohort speaks together"
+
+
+class Sleeps:
+    """A policy that takes its time, whoever speaks, and holds how many cohorts were decoding, and for how long."""
+
+    def __init__(self, size, seconds):
+        self.size, self.seconds, self.now, self.most, self.busy = size, seconds, 0, 0, 0.0
+
+    def cohorts(self, rows):
+        return [list(rows[start : start + self.size]) for start in range(0, len(rows), self.size)]
+
+    def speak(self, rows):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(self.seconds)
+        for row in rows:
+            row.messages.append({"role": "assistant", "content": "x", "violation": False})
+        self.now -= 1
+        self.busy += self.seconds
+
+
+class Answers:
+    """Users who take their time."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    async def begin_one(self, row):
+        row.messages.append({"role": "user", "content": "x", "emotion": 30})
+
+    async def react_one(self, row, *, may_reply):
+        await asyncio.sleep(self.seconds)
+        row.messages.append({"role": "user", "content": "x", "change": 0, "emotion": 30})
+
+
+def test_cohorts_take_turns():
+    """A round of all rows takes 0.2 s, of half of them 0.1 s; a user takes 0.2 s, in which the other half decodes."""
+
+    def seconds(cohorts):
+        rows, policy = [Row(i, i, PROFILES[0], [30]) for i in range(BATCH)], Sleeps(BATCH // cohorts, 0.2 / cohorts)
+        began = time.monotonic()
+        waits = asyncio.run(play_rounds(rows, policy, Answers(0.2), rules=RULES, max_turns=4))
+        took = time.monotonic() - began
+        assert policy.most == 1, "one cohort decodes at a time"
+        assert waits.rounds == 4 * cohorts
+        assert waits.device == pytest.approx(policy.busy, abs=0.1)
+        assert waits.device + waits.users == pytest.approx(took, abs=0.1)
+        return took
+
+    together, in_turn = seconds(1), seconds(2)
+    assert together >= 4 * (0.2 + 0.2)
+    assert 4 * (0.1 + 0.2) + 0.1 <= in_turn < together
 
 
 def updated(world, dialogues):

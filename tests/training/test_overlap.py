@@ -90,7 +90,10 @@ def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
 @pytest.mark.long  # a time, which other work on the machine changes
 @pytest.mark.parametrize(("overlap", "most"), [(0, 1.3), (1, 1.15)])
 def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap, most):
-    """The miniature's 64 dialogues, 300 ms a request, beside the same run with a server that answers at once."""
+    """The miniature's 64 dialogues, 300 ms a request, beside the same run with a server that answers at once.
+
+    A run before both compiles what they need: rows of new lengths are met in later steps as well.
+    """
 
     def seconds(folder, latency) -> float:
         """The median step's, without the first, which compiles, and the last, beside which nothing is played."""
@@ -106,6 +109,7 @@ def test_a_step_takes_little_more_than_the_slower_side(server, tmp_path, overlap
         rows = read_metrics(folder / "metrics.jsonl")[1:-1]
         return float(np.median([row["time/rollout_s"] + row["time/update_s"] for row in rows]))
 
+    seconds(tmp_path / "compiles", 0.0)
     device, step = seconds(tmp_path / "at_once", 0.0), seconds(tmp_path / "late", LATENCY)
     endpoint = (2 * TURNS - 1) * LATENCY  # an appraisal and a reply a turn, no reply in the last one
     print(f"overlap={overlap}: a step takes {step:.2f} s, the device {device:.2f} s, the endpoint {endpoint:.2f} s")
