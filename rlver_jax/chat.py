@@ -34,7 +34,7 @@ from rlver_jax.rollout.spec import check_context
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
 from rlver_jax.text.command import Command, Ending, run_command
-from rlver_jax.training.restore import take_checkpoint
+from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
 SIDES = ("user", "policy")
@@ -60,7 +60,7 @@ def _chat(command: Command, argv: Sequence[str]) -> int:
     sides = {"user": True} | ({"policy": trained is None} if options.side == "user" else {})
     fetch({side: (config[side].path, new and config[side].init == "path") for side, new in sides.items()})
     with command.console.status("loading the models"):
-        conversation = _conversation(config, options, profile, trained.weights if trained else None)
+        conversation = _conversation(config, options, profile, trained)
     command.output = str(out)
     Terminal(conversation, profile, options.side, out, command.console).run()
     return 0
@@ -94,13 +94,16 @@ def _profile(profiles: Sequence[Profile], profile_id: str) -> Profile:
     return matches[0]
 
 
-def _conversation(config: ConfigDict, options: flags.FlagValues, profile: Profile, weights: Any) -> Conversation:
+def _conversation(
+    config: ConfigDict, options: flags.FlagValues, profile: Profile, trained: TrainedPolicy | None
+) -> Conversation:
     mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
     spec = eval_spec(config)
     if options.side == "user":
         # The person makes up the first words: the model need not.
         profile = dataclasses.replace(profile, first_talk=profile.first_talk or "-")
-        agents = Agents.load(config, spec, mesh, weights)
+        weights, base = (trained.weights, trained.base_section) if trained else (None, None)
+        agents = Agents.load(config, spec, mesh, weights, policy_base=base)
     else:
         check_context(config, "user")
         spec = dataclasses.replace(spec, mode="direct", say_tokens=typed_tokens(spec.context))

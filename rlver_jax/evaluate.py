@@ -166,7 +166,8 @@ def _load(
     if apart or endpoint_sides(config):
         remote_evaluation = import_remote("rlver_jax.evaluation.endpoint_play")
         return remote_evaluation.load(config, profiles, folder.path, weights, gold)
-    return load(config, profiles, policy_weights=weights, gold=gold)
+    base = trained.base_section if trained else None
+    return load(config, profiles, policy_weights=weights, gold=gold, policy_base=base)
 
 
 def play_missing(evaluation: Player, folder: EvaluationFolder, console: Console, repeats: int = 1) -> list[Record]:

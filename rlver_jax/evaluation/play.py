@@ -118,15 +118,16 @@ def load(
     mesh: Mesh | None = None,
     policy_weights: Weights | None = None,
     gold: Gold | None = None,
+    policy_base: ConfigDict | None = None,
 ) -> Evaluation:
-    """Loads the models and encodes all profiles; `policy_weights` replace those of policy.path.
+    """Loads the models and encodes all profiles; `policy_weights` and `policy_base` are those of `Agents.load`.
 
     Raises:
         ValueError, OSError: a model cannot be loaded, or a profile doesn't fit the context.
     """
     if mesh is None:
         mesh = make_sampling_mesh(config.mesh, config.mesh_sampling)
-    agents = Agents.load(config, eval_spec(config), mesh, policy_weights)
+    agents = Agents.load(config, eval_spec(config), mesh, policy_weights, policy_base=policy_base)
     return of_agents(config, agents, profiles, gold)
 
 

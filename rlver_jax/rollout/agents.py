@@ -19,7 +19,7 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.models.lora import join
+from rlver_jax.models.lora import join, split
 from rlver_jax.models.peft_files import with_adapter
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Params, Qwen2, init_params
@@ -227,10 +227,12 @@ class Agents:
         rest: Mesh | None = None,
         load: Callable[..., tuple[LM, Tokenizer]] = load_model,
         adapt: Callable[..., Params] = fitted_adapter,
+        policy_base: ConfigDict | None = None,
     ) -> "Agents":
         """Agents of a config; `policy_weights` replace those of policy.path. One folder for both is loaded once.
 
         Args:
+            policy_base: `config.policy` of the model whose weights `policy_weights` give with an adapter beside them.
             mesh: that dialogues are played on; both models are loaded onto it.
             rest: that they are loaded onto instead, for training; `sampling_copy` brings them over.
             load, adapt: of each model, and of the user's adapter on the policy's base; a plan's make shapes.
@@ -241,11 +243,16 @@ class Agents:
         """
         check_context(config, "policy", "user")
         policy, tokenizer = load(config.policy, "policy", rest or mesh, policy_weights)
-        one = same_parameters(config.policy, config.user) or stands_on_base(config)
-        if policy_weights is None and config.user.init == "path" and one:
+        if policy_weights is not None:
+            one = policy_base is not None and same_parameters(policy_base, config.user)
+        else:
+            one = same_parameters(config.policy, config.user) or stands_on_base(config)
+        if config.user.init == "path" and one:
             own = {name: config.user[name] for name in ("attention", "attention_chunk")}
             model, params, other = policy.model.clone(**own), policy.params, tokenizer
-            if stands_on_base(config):
+            if policy_weights is not None:
+                params = split(params)[0]
+            elif stands_on_base(config):
                 params = join(params, adapt(config.user.adapter, model, mesh))
             user = policy if params is policy.params and model == policy.model else LM(params, model)
         else:

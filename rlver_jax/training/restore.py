@@ -78,6 +78,15 @@ class TrainedPolicy:
         """The adapter alone, of a run with LoRA; raises as `weights`."""
         return self._read(*abstract_adapter(model, lora), mesh)
 
+    @property
+    def base_section(self) -> ConfigDict | None:
+        """`config.policy` of the model that the adapter stands on; None: a run without LoRA."""
+        if not self.base:
+            return None
+        section = self.config.policy.copy_and_resolve_references()
+        section.path = self.base
+        return section
+
     def _base(self, model: Qwen2, mesh: Mesh | None) -> Params:
         c = self.config.policy
         if c.init == "random":
@@ -95,9 +104,8 @@ class TrainedPolicy:
                 f"{self.base}: holds other weights than those that the adapter in {self.folder.path} was trained on; "
                 f"{remedy}"
             )
-        section = c.copy_and_resolve_references()
-        section.path = self.base
-        return read_params(section, model, mesh)
+        assert self.base_section is not None
+        return read_params(self.base_section, model, mesh)
 
     def _read(self, shapes: Params, axes: Params, mesh: Mesh | None) -> Params:
         one = SingleDeviceSharding(jax.local_devices()[0])

@@ -14,10 +14,10 @@ from rlver_jax import export, verify
 from rlver_jax import train as command
 from rlver_jax.config.validate import ConfigError, check_training, validate
 from rlver_jax.models.hf_weights import load_params, save_params
-from rlver_jax.models.lora import merged
+from rlver_jax.models.lora import merged, split
 from rlver_jax.models.qwen import init_params
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.rollout.agents import same_parameters
+from rlver_jax.rollout.agents import Agents, same_parameters, spec_of
 from rlver_jax.training.loop import fingerprints_of, train
 from rlver_jax.training.metrics import read_metrics
 from rlver_jax.training.restore import TrainedPolicy
@@ -170,6 +170,24 @@ def test_an_exported_adapter_is_read_beside_its_base(base, unbroken, tmp_path):
 
 def fingerprints_of_(config):
     return lambda gone: fingerprints_of(config, gone)
+
+
+@pytest.mark.slow
+def test_in_an_evaluation_one_base_serves_both(base, unbroken):
+    """The user reads the very arrays that the policy's adapter stands on; one with its own precision does not."""
+    trained = TrainedPolicy.open(unbroken)
+
+    def agents(**fields):
+        config = config_of(base[0], lora__rank=0, **fields)
+        spec = spec_of(config, group=1, max_turns=2, initial_emotion=30)
+        return Agents.load(config, spec, one_device(), trained.weights, policy_base=trained.base_section)
+
+    shared, apart = agents(), agents(user__param_dtype="bfloat16")
+    own, adapter = split(shared.policy.params)
+    assert adapter
+    for mine, policys in zip(jax.tree.leaves(shared.user.params), jax.tree.leaves(own), strict=True):
+        assert mine is policys
+    assert apart.user.params["norm"]["scale"].dtype == "bfloat16"
 
 
 @pytest.mark.slow
