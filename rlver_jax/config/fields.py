@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from rlver_jax.config.alarm_fields import ALARMS
 from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.config.lora_fields import LORA
-from rlver_jax.config.model_fields import CHALLENGING, CRITIC, FLOATS, NO_CRITIC, NO_THOUGHTS, POLICY, USER, endpoint
+from rlver_jax.config.model_fields import CHALLENGING, CRITIC, FLOATS, NO_CRITIC, NO_THOUGHTS, POLICY, USER
+from rlver_jax.config.remote_fields import REMOTE
 from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, Field, defaults, flat_fields, free_names
 from rlver_jax.config.sft_fields import SFT
 
@@ -286,45 +287,6 @@ EVAL = {
     "judge": Field("", f"a function of your own that scores finished dialogues, {OWN}; empty: none"),
     "gold": Field(
         "", "judge beside the user: miniature (its grammar's rule, eval/rule_score); empty: none", ("", "miniature")
-    ),
-}
-
-# Models that are not on the device (docs/remote_users.md); extra `remote`.
-REMOTE = {
-    "policy": endpoint(),
-    "user": endpoint(),
-    "concurrency": Field(8, "at once, to each endpoint", range=POSITIVE, unit="requests", free=True),
-    "cohorts": Field(
-        2,
-        "train: parts of a batch, at most, that take turns: one decodes while the users of the others answer",
-        range=POSITIVE,
-    ),
-    "timeout": Field(120.0, "for one attempt", range=(0.001, None), unit="seconds", free=True),
-    "deadline": Field(
-        600.0,
-        "for a request with all its attempts; then an evaluation stops, to be resumed, and training leaves the "
-        "dialogue out",
-        range=(0.001, None),
-        unit="seconds",
-        free=True,
-    ),
-    "asks": Field(
-        3, "at most, until an answer can be read; then the dialogue ends as unreadable", range=POSITIVE, unit="requests"
-    ),
-    "cache": Field("", "file that keeps answers by request; empty: answers.sqlite in --out or --workdir", path=True),
-    "budget": Field(
-        0.0,
-        "train: what a run's requests may cost by price_in and price_out; then it saves and stops, to be resumed with "
-        "a larger one; 0: any",
-        range=COUNT,
-        free=True,
-    ),
-    "unanswered_max": Field(
-        0.25,
-        "train: largest share of a step's dialogues that may stay unanswered and be left out; beyond it the run saves "
-        "and stops",
-        range=SHARE,
-        free=True,
     ),
 }
 

@@ -1,7 +1,6 @@
-"""Fields of the models that a config names: policy, simulated user, critic, and those behind endpoints."""
+"""Fields of the models that a config names: policy, simulated user and critic."""
 
 from dataclasses import replace
-from typing import Any
 
 from rlver_jax.config.schema import COUNT, POSITIVE, Field
 
@@ -62,21 +61,6 @@ def trained_model(**own: Field) -> dict[str, Field]:
         ),
         **own,
     )
-
-
-def endpoint() -> dict[str, Field]:
-    """Fields of a model behind an OpenAI-compatible endpoint."""
-    price: dict[str, Any] = {"range": COUNT, "unit": "a million tokens", "free": True}
-    return {
-        "url": Field("", "base address, such as http://127.0.0.1:8000/v1; empty: the model is on the device"),
-        "model": Field("", "its name there"),
-        "key_env": Field("", "environment variable that holds the API key; empty: none is sent"),
-        "extra": Field(
-            "", 'JSON object added to each request, such as {"reasoning_effort": "low"}; null removes a field of ours'
-        ),
-        "price_in": Field(0.0, "of tokens read, in any currency; for the cost in summaries and metrics", **price),
-        "price_out": Field(0.0, "of tokens generated", **price),
-    }
 
 
 POLICY = trained_model(
