@@ -87,7 +87,7 @@ async def play_rounds(
     finally:
         for one in playing:
             one.cancel()
-        await asyncio.gather(*(cohort.settle() for cohort in cohorts))
+        await asyncio.gather(*playing, *(cohort.settle() for cohort in cohorts), return_exceptions=True)
         waits.users = time.monotonic() - began - waits.device
     return waits
 
