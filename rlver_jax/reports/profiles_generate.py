@@ -29,11 +29,10 @@ _SYSTEM = {
     "en": "You write profiles of people for conversations that somebody plays. Concrete, plausible, in plain English.",
     "zh": "你为可扮演的对话编写人物档案：具体、可信、语言平实。",
 }
+# The hidden intention is not told: a small model copies it into what the person says first.
 _TEXT = {
-    "en": "A person: {persona}\nWhat it is about: {topic}\nWhat the person secretly wants of the conversation, and "
-    + "never says: {wish}\nWrite this person's profile. Leave the secret wish out of it.",
-    "zh": "人物：{persona}\n话题：{topic}\n此人在对话中暗自想要、从不说出的：{wish}\n"
-    + "写出此人的档案，不要写出暗自的愿望。",
+    "en": "A person: {persona}\nWhat it is about: {topic}\nWrite this person's profile.",
+    "zh": "人物：{persona}\n话题：{topic}\n写出此人的档案。",
 }
 _HEADINGS = {
     "en": {
@@ -126,7 +125,7 @@ def generate(
     settings = json.loads(json.dumps(settings))
     made = Generation.open(folder, settings, published)
     while made.count < count and (some := [s for s in seeds if s.number not in made.tried][: count - made.count]):
-        questions = [_questionnaire(prompts, seed) for seed in some]
+        questions = [_questionnaire(prompts.language, seed) for seed in some]
         for batch in rater.fill(questions, lambda work: None):
             for index, rated in sorted(batch):
                 made.take(some[index], _wish(prompts, some[index]), rated.answers[0], rated.remote)
@@ -161,9 +160,8 @@ def _wish(prompts: Prompts, seed: Seed) -> str:
     return known.sentence if known else seed.intention
 
 
-def _questionnaire(prompts: Prompts, seed: Seed) -> Questionnaire:
-    language = prompts.language
-    text = _TEXT[language].format(persona=seed.persona, topic=seed.topic, wish=_wish(prompts, seed))
+def _questionnaire(language: str, seed: Seed) -> Questionnaire:
+    text = _TEXT[language].format(persona=seed.persona, topic=seed.topic)
     lines = [f"{heading} " for heading in _HEADINGS[language].values()]
     literals = [lines[0], *("\n" + line for line in lines[1:])]
     steps = tuple(Step(text, name, ()) for text, name in zip(literals, _HEADINGS[language], strict=True))

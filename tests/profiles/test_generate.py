@@ -62,7 +62,8 @@ def test_an_endpoint_writes_profiles_that_are_new_and_checked(tmp_path, capsys):
         flags = ["generate", f"--seeds={write_seeds(tmp_path)}", f"--out={out}", "--held_out=0.5", *FLAGS, *remote]
         assert main([*flags, "--count=3"]) == 0
         assert main([*flags, "--count=12"]) == 1, "not as many are left"
-        asked = server.count
+        asked, sent = server.count, json.dumps(server.bodies).lower()
+    assert not any(word in sent for word in ("advice", "listen", "wish")), "a writer that isn't told can't tell"
     train, test = (read_profiles(out / name) for name in ("train.jsonl", "test.jsonl"))
     # of 12 seeds 3 lack their first words; of the other 9, three are about the letter, all alike
     assert len(train) + len(test) == 7
