@@ -25,8 +25,9 @@ REMOTE = {
     "user": endpoint(),
     "concurrency": Field(8, "at once, to each endpoint", range=POSITIVE, unit="requests", free=True),
     "cohorts": Field(
-        2,
-        "train: parts of a batch, at most, that take turns: one decodes while the users of the others answer",
+        1,
+        "train: parts of a batch, at most, that take turns: one decodes while the users of the others answer; pays "
+        "where half the rows decode in half the time",
         range=POSITIVE,
     ),
     "timeout": Field(120.0, "for one attempt", range=(0.001, None), unit="seconds", free=True),

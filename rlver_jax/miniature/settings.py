@@ -36,6 +36,7 @@ def miniature_config(arg: str, folder: Path) -> ConfigDict:
     c.data.shuffle = False  # the hidden intentions come in turn
     c.rollout.batch, c.rollout.group, c.rollout.max_turns = 64, 8, assets.TURNS
     c.rollout.context, c.rollout.think_tokens, c.rollout.say_tokens = 768, 32, 32
+    c.remote.cohorts = 2  # users behind an endpoint: on a CPU half the rows decode in half the time
     c.emotion.initial = c.eval.initial_emotion = assets.INITIAL
     c.reward.kind = "final" if "final" in words else "per_turn"
     _set_learning(c)
