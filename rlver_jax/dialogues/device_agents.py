@@ -52,7 +52,7 @@ class _Batch:
         self._row_keys = jax.vmap(dialogue_key, (None, 0))(self.key, jnp.asarray(ids))
 
     def at(self, rows: Sequence[Row]) -> list[int]:
-        """Of the rows in its arrays."""
+        """Indices of the rows in its arrays."""
         return [row.slot - self.first for row in rows]
 
     def keys(self, turn: int) -> Key[Array, "B"]:
