@@ -135,6 +135,13 @@ def stands_on_base(config: ConfigDict) -> bool:
     return bool(config.lora.rank and config.user.adapter and not config.policy.adapter and one)
 
 
+def _as_read(base: ConfigDict, policy: ConfigDict) -> ConfigDict:
+    """The weights of one section in the precision and layout of another, in which they have been read."""
+    section = policy.copy_and_resolve_references()
+    section.path, section.adapter, section.init, section.size = base.path, base.adapter, base.init, base.size
+    return section
+
+
 def random_params(model: Qwen2, name: str, mesh: Mesh | None = None) -> Params:
     """Random weights of the model of `config.NAME`; always the same ones."""
     return init_params(model, jax.random.key(zlib.crc32(name.encode())), mesh)
@@ -244,7 +251,7 @@ class Agents:
         check_context(config, "policy", "user")
         policy, tokenizer = load(config.policy, "policy", rest or mesh, policy_weights)
         if policy_weights is not None:
-            one = policy_base is not None and same_parameters(policy_base, config.user)
+            one = policy_base is not None and same_parameters(_as_read(policy_base, config.policy), config.user)
         else:
             one = same_parameters(config.policy, config.user) or stands_on_base(config)
         if config.user.init == "path" and one:

@@ -104,8 +104,9 @@ class TrainedPolicy:
                 f"{self.base}: holds other weights than those that the adapter in {self.folder.path} was trained on; "
                 f"{remedy}"
             )
-        assert self.base_section is not None
-        return read_params(self.base_section, model, mesh)
+        section = self.base_section
+        assert section is not None
+        return read_params(section, model, mesh)
 
     def _read(self, shapes: Params, axes: Params, mesh: Mesh | None) -> Params:
         one = SingleDeviceSharding(jax.local_devices()[0])

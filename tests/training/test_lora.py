@@ -182,12 +182,14 @@ def test_in_an_evaluation_one_base_serves_both(base, unbroken):
         spec = spec_of(config, group=1, max_turns=2, initial_emotion=30)
         return Agents.load(config, spec, one_device(), trained.weights, policy_base=trained.base_section)
 
-    shared, apart = agents(), agents(user__param_dtype="bfloat16")
+    shared, apart, policy_apart = agents(), agents(user__param_dtype="bfloat16"), agents(policy__param_dtype="bfloat16")
     own, adapter = split(shared.policy.params)
     assert adapter
     for mine, policys in zip(jax.tree.leaves(shared.user.params), jax.tree.leaves(own), strict=True):
         assert mine is policys
     assert apart.user.params["norm"]["scale"].dtype == "bfloat16"
+    assert policy_apart.policy.params["norm"]["scale"].dtype == "bfloat16"
+    assert policy_apart.user.params["norm"]["scale"].dtype == "float32"
 
 
 @pytest.mark.slow
