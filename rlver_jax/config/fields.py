@@ -52,6 +52,12 @@ ROLLOUT = {
         512, "at most, of a thought with its closing tag", range=(16, None), unit="tokens", unused=NO_THOUGHTS
     ),
     "say_tokens": Field(512, "at most, of a reply", range=POSITIVE, unit="tokens"),
+    "param_dtype": Field(
+        "",
+        "of the policy's weights while dialogues of training are played: int8 rounds them once a step "
+        "(docs/performance.md), needs loss.recompute and loss.importance_cap; empty: policy.dtype",
+        ("", "int8"),
+    ),
     "temperature": Field(1.0, "of the policy (RLVER: 1); 0: greedy", range=COUNT),
     "top_k": Field(0, "keep the k most likely tokens; 0: all", range=COUNT, unit="tokens"),
     "top_p": Field(1.0, "keep the smallest set with this probability", range=SHARE),

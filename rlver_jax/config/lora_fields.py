@@ -42,7 +42,18 @@ def target_faults(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def rounding_faults(values: Mapping[str, Any]) -> Iterator[str]:
-    """Weights in int8 that would have to be trained: they can only lie under an adapter."""
+    """Weights in int8 that would have to be trained, or that play without a correction."""
+    if values["rollout.param_dtype"] and values["lora.rank"]:
+        yield (
+            f"rollout.param_dtype={values['rollout.param_dtype']!r}: rounds a policy whose weights change, but with "
+            f"lora.rank={values['lora.rank']} they are frozen; set policy.param_dtype=int8, which rounds them once, or "
+            f"leave it out"
+        )
+    elif values["rollout.param_dtype"] and not (values["loss.recompute"] and values["loss.importance_cap"]):
+        yield (
+            f"rollout.param_dtype={values['rollout.param_dtype']!r}: the policy that plays isn't quite the one that is "
+            f"trained; set loss.recompute=True and loss.importance_cap, e.g. 2, which correct that"
+        )
     for model in ("policy", "critic"):
         if values[f"{model}.param_dtype"] == "int8" and not values["lora.rank"]:
             yield (

@@ -66,6 +66,7 @@ RLVER: dict[str, Published] = {
         "script: per_turn_length 5,000; without thoughts a dialogue is cut at 10,000",
         "1,000: with thoughts they have the other 4,000; without, nine replies share the 10,000",
     ),
+    "rollout.param_dtype": Published("", "script: dtype bfloat16, as the model's"),
     "rollout.temperature": Published(1.0, "script; paper B.3"),
     "rollout.top_p": Published(1.0, "script"),
     "rollout.top_k": Published(0, "script: -1, off"),

@@ -181,10 +181,10 @@ def prepare(
         batch, known.get("old", batch.logprob), advantage, zeros, zeros, known.get("reference"), importance,
         known.get("value"), returns,
     )  # fmt: skip
-    return inputs, _batch_metrics(inputs)
+    return inputs, _batch_metrics(inputs, update.recompute)
 
 
-def _batch_metrics(inputs: LossInputs) -> dict[str, Array]:
+def _batch_metrics(inputs: LossInputs, recomputed: bool) -> dict[str, Array]:
     mask = inputs.batch.mask
     metrics = {
         "advantage/mean": masked_mean(inputs.advantage, mask),
@@ -192,6 +192,9 @@ def _batch_metrics(inputs: LossInputs) -> dict[str, Array]:
         "tokens/actions": mask.sum().astype(jnp.float32),  # counted in whole numbers: float32 ends at 2^24
         "tokens/packed": inputs.batch.count.sum().astype(jnp.float32),
     }
+    if recomputed:
+        apart = loss_terms.kl_penalty(inputs.batch.logprob, inputs.old, mask, estimator="k3")
+        metrics["policy/rollout_kl"] = masked_mean(apart, mask)  # from the policy that played to the trainer's
     if inputs.value is not None and inputs.returns is not None:
         unexplained = masked_var(inputs.returns - inputs.value, mask)
         spread = masked_var(inputs.returns, mask)

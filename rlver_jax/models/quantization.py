@@ -37,6 +37,20 @@ def quantize(params: Params, model: Qwen2, mesh: Mesh | None = None) -> Params:
     }
 
 
+def rounded(params: Params) -> Params:
+    """As `quantize`, within a program, which the parameters given outlive."""
+    return {name: _rounded_matrices(tree) if name.startswith("layer") else tree for name, tree in params.items()}
+
+
+def _rounded_matrices(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    if "kernel" not in tree:
+        return {name: _rounded_matrices(inner) for name, inner in tree.items()}
+    kernel, scale = _rounded(tree["kernel"])
+    return tree | {"kernel": kernel, "scale": scale}
+
+
 def _quantized(tree: Any, shardings: Any) -> Any:
     if not isinstance(tree, dict):
         return tree

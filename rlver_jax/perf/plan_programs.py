@@ -26,7 +26,7 @@ from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
 from rlver_jax.parallel.mesh import sampling_mesh
 from rlver_jax.rollout.agents import Agents, limits_of, make_model
-from rlver_jax.rollout.ready import adapter_program, is_ready, sampling_params, sampling_program
+from rlver_jax.rollout.ready import adapter_program, is_ready, rollout_model, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_rows
@@ -200,7 +200,7 @@ def programs_of(shapes: Shapes) -> list[Program]:
     shared = "user" not in resident
     for name in ("policy",) if shared else ("policy", "user"):
         ready[name] = resident[name]
-        like = sampling_params(getattr(shapes.agents, name).model, shapes.agents.mesh)
+        like = sampling_params(_playing_model(shapes, name), shapes.agents.mesh)
         if not is_ready(resident[name], like):  # otherwise the sampler reads the model itself
             programs.append(_copy(name, like, resident, copies))
             ready[name] = copies[f"{name}'s copy"] = like
@@ -215,6 +215,12 @@ def programs_of(shapes: Shapes) -> list[Program]:
         Program("pack", lambda: _lower_pack(shapes, ready), {}, resident),
         Program("learn", lambda: _lower_learn(shapes), _without(resident, user), user),
     ]
+
+
+def _playing_model(shapes: Shapes, name: str) -> Qwen2:
+    """The module of policy or user as it plays dialogues of training."""
+    model = getattr(shapes.agents, name).model
+    return rollout_model(shapes.config, model) if name == "policy" else model
 
 
 def _without(trees: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -265,7 +271,7 @@ def _ready(shapes: Shapes, params: dict[str, Params]) -> tuple[LM, LM]:
         program = adapter_program(agents.policy.model, lora, agents.mesh)
         policy = join(policy, program.lower(shapes.state.params["policy"]).out_info)
     user = join(params["user"], split(agents.user.params)[1])
-    return LM(policy, agents.policy.model), LM(user, agents.user.model)
+    return LM(policy, _playing_model(shapes, "policy")), LM(user, agents.user.model)
 
 
 def _lower_play(shapes: Shapes, params: dict[str, Params]) -> Any:

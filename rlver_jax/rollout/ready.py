@@ -6,11 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from rlver_jax.models.lora import LoRA, abstract_adapter, join, scaled, split
 from rlver_jax.models.peft_files import read_adapter
+from rlver_jax.models.quantization import rounded
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.parallel import rules
+
+
+def rollout_model(config: ConfigDict, policy: Qwen2) -> Qwen2:
+    """The policy as it plays dialogues of training: with `rollout.param_dtype` its weights are rounded.
+
+    Evaluations play what is exported: the policy as it is trained.
+    """
+    return policy.clone(param_dtype=jnp.dtype(config.rollout.param_dtype)) if config.rollout.param_dtype else policy
 
 
 def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
@@ -32,9 +42,16 @@ def sampling_params(model: Qwen2, mesh: Mesh | None = None) -> Params:
 def sampling_program(like: Params) -> Callable[[Params], Params]:
     """The jitted copy of parameters to what `sampling_params` describes: rounded, and resharded where a mesh is named.
 
+    Weights that become int8 are rounded where they lie, so that int8 is what moves.
+
     The two meshes must hold the same devices in the same order (`parallel.mesh.sampling_mesh`).
     """
-    copied = lambda params: jax.tree_util.tree_map_with_path(cast_and_reshard, params, like)  # noqa: E731
+
+    def copied(params: Params) -> Params:
+        if not _have_same_leaves(params, like):  # scales are missing
+            params = rounded(params)
+        return jax.tree_util.tree_map_with_path(cast_and_reshard, params, like)
+
     return jax.jit(copied, out_shardings=jax.tree.map(lambda x: x.sharding, like))
 
 
@@ -49,7 +66,8 @@ def cast_and_reshard(path: Any, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax
 def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], Params]:
     """What makes a model's parameters ready for the sampler; see `sampling_params`.
 
-    The model would round weight matrices at every token anyway, so no output changes. Parameters that are
+    The model would round weight matrices at every token anyway, so no output changes (but for int8, if `model` has it
+    and the parameters don't). Parameters that are
     ready already are returned themselves: no second copy of a model. An adapter beside them (`models.lora`) stays.
     """
     like = sampling_params(model, mesh)
@@ -70,7 +88,12 @@ def is_ready(params: Params, like: Params) -> bool:
     def same(x: Any, y: jax.ShapeDtypeStruct) -> bool:
         return x.dtype == y.dtype and (y.sharding is None or y.sharding.is_equivalent_to(x.sharding, x.ndim))
 
-    return all(jax.tree.leaves(jax.tree.map(same, params, like)))
+    return _have_same_leaves(params, like) and all(jax.tree.leaves(jax.tree.map(same, params, like)))
+
+
+def _have_same_leaves(one: Params, other: Params) -> bool:
+    names = lambda tree: [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]  # noqa: E731
+    return names(one) == names(other)
 
 
 def _is_matrix(path: Any) -> bool:

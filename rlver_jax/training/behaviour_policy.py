@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.foreign_weights import is_run
 from rlver_jax.config.validate import ConfigError, validate
+from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.verify_policy import LoggedReplies, Policy, verify_replies
 from rlver_jax.dialogues.verify_set import Plan, TrainingPlan
 from rlver_jax.dialogues.verify_shape import POLICY, RecordSchema
@@ -23,6 +24,7 @@ from rlver_jax.dialogues.verify_tokens import TOLERANCES, TokenReport
 from rlver_jax.models.qwen import Params, Qwen2, stack_layers
 from rlver_jax.rollout.agents import Agents, check_tokenizers, load_model
 from rlver_jax.rollout.policy_turn import build_policy_tables
+from rlver_jax.rollout.ready import rollout_model, sampling_copy
 from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.prompts import load_prompts
 
@@ -61,6 +63,8 @@ class Player:
         """The policy on the device, as one pass over long rows reads it fastest."""
         c = reading(self.config.policy)
         lm, tokenizer = load_model(c, "policy", weights=self._weights if self.trained else None)
+        played = rollout_model(self.config, lm.model)
+        lm = LM(sampling_copy(played)(lm.params), played) if played != lm.model else lm
         prompts = load_prompts(self.config.data.language, self.config.user.prompts or None)
         tables = build_policy_tables(tokenizer, prompts, lm.model.config.vocab_size, spec)
         return Policy(lm, tokenizer, tables, spec, TOLERANCES[c.dtype])
@@ -132,6 +136,8 @@ def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
     from rlver_jax.training.workdir import RunFolder
 
     chosen, trained = choice.step, None
+    if step is None:
+        config.rollout.param_dtype = ""  # an evaluation's policy is as it is trained
     if step == BASE + 1 and is_run(choice.checkpoint) and not chosen:
         began = RunFolder(Path(choice.checkpoint)).typed_config().policy
         config.policy.path, config.policy.init = choice.path or began.path, began.init

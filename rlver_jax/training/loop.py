@@ -26,11 +26,12 @@ from rlver_jax.evaluation import play as evaluation
 from rlver_jax.evaluation.play import Evaluation
 from rlver_jax.learning.train_step import TrainState
 from rlver_jax.models.lora import join, same_arrays, split
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel import distributed
 from rlver_jax.profiles.reader import Batch
 from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.rollout.agents import Agents
-from rlver_jax.rollout.ready import sampling_copy
+from rlver_jax.rollout.ready import rollout_model, sampling_copy
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.rollout_metrics import rollout_metrics
 from rlver_jax.rollout.sampler import Dialogues
@@ -87,7 +88,10 @@ class Trainer(RunLoop):
         self.text = text
         self.overlap = Overlap(text) if text and config.rollout.overlap else None
         self.spending = Spending(config.remote.budget)
-        self.copy_policy = playing_copy(run.agents.policy.model, lora_of(config), run.base, run.agents.mesh)
+        self.evaluated_model = run.agents.policy.model
+        self.rollout_model = rollout_model(config, self.evaluated_model)
+        copies = functools.cache(lambda model: playing_copy(model, lora_of(config), run.base, run.agents.mesh))
+        self.copy_policy = lambda policy, model: copies(model)(policy)
         self.copy_user = sampling_copy(run.agents.user.model, run.agents.mesh)
         self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
         self.score, self.pack, self.order = score_program(run.mesh), pack_program(run.mesh), order_program(run.mesh)
@@ -241,10 +245,15 @@ class Trainer(RunLoop):
         profiles, seed = [profile for _, profile in batch], self.config.train.seed
         return dialogue_records(dialogues, self.run.agents, profiles, ids, seed=seed, rewards=rewards)
 
-    def agents(self, state: TrainState) -> Agents:
-        """The run's agents with the policy of this state, both ready to play; users by text have no model here."""
+    def agents(self, state: TrainState, model: Qwen2 | None = None) -> Agents:
+        """The run's agents with the policy of this state, both ready to play; users by text have no model here.
+
+        Args:
+            model: the policy's module; None: as it plays dialogues of training.
+        """
         user, base = self.run.agents.user, self.run.base
-        policy = LM(self.copy_policy(state.params["policy"]), self.run.agents.policy.model)
+        model = model or self.rollout_model
+        policy = LM(self.copy_policy(state.params["policy"], model), model)
         if self.text is not None:
             return dataclasses.replace(self.run.agents, policy=policy)
         own, adapter = split(user.params)
@@ -295,7 +304,7 @@ class Trainer(RunLoop):
         assert self.held_out is not None
         jax.block_until_ready(state)  # an update that is under way counts as such
         began = time.monotonic()
-        metrics = self.held_out.metrics(self.agents(state))
+        metrics = self.held_out.metrics(self.agents(state, self.evaluated_model))
         self.spending.add(metrics.get("eval/cost", 0.0))
         return metrics | {"time/eval_s": time.monotonic() - began}
 

@@ -116,6 +116,16 @@ def test_first_ratios_are_one(bpe, problem):
     assert metrics["policy/update_kl"] > 1e-4
 
 
+def test_how_far_the_sampler_is_from_the_trainer(bpe, problem):
+    """What ratios that start from the sampler's own log-probs show before the first update."""
+    update = UpdateConfig(recompute=True)
+    _, metrics = run(bpe, problem, setup_of(bpe, update, critic=False, advantage=RETURN))
+    _, plain = run(bpe, problem, setup_of(bpe, critic=False, advantage=RETURN))
+    assert metrics["policy/rollout_kl"] > 1e-3
+    assert metrics["policy/rollout_kl"] == pytest.approx(plain["policy/approx_kl"], rel=1e-5)
+    assert "policy/rollout_kl" not in plain
+
+
 def test_the_optimizer_is_adamw_behind_a_clip(bpe, problem, whole):
     """The policy's first update, from its gradient, in NumPy (arXiv 1711.05101)."""
     batch, rewards, grammar = problem

@@ -1,7 +1,10 @@
 """Weights in int8 against the same weights multiplied out, and what a rounded user says against the one that played."""
 
 import gc
+import itertools
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,12 @@ import pytest
 from rlver_jax import evaluate
 from rlver_jax.models import quantization
 from rlver_jax.models.architecture import Qwen2Config, Qwen3Config
+from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.kv_cache import init_kv_cache
 from rlver_jax.models.quantization import quantize, unrounded
-from rlver_jax.models.qwen import Qwen2, abstract_params, init_params
+from rlver_jax.models.qwen import Qwen2, abstract_params, init_params, logits
 from rlver_jax.parallel.mesh import make_mesh
+from rlver_jax.text.tokenizer import load_tokenizer
 
 CONFIG = Qwen2Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8)
 QWEN3 = Qwen3Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -150,6 +155,42 @@ def test_a_rounded_user_feels_the_same(profiles, tmp_path):
     print(f"the same change in {same:.1%} of {len(pairs)} turns")
     assert len(pairs) > 4.5 * profiles
     assert same >= 0.97
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_the_real_model_rounded_says_nearly_the_same(checkpoint):
+    """Qwen2.5-0.5B reads what SAGE's policies and people said: the likeliest next token, and the divergence."""
+    folder = os.environ.get("RLVER_JAX_SAGE_RESULTS")
+    if not folder:
+        pytest.skip("needs RLVER_JAX_SAGE_RESULTS, a folder of SAGE's result files")
+    tokenizer, length = load_tokenizer(checkpoint), 256
+    texts = []
+    for file in sorted(Path(folder).glob("*.jsonl"))[:3]:
+        with open(file, encoding="utf-8") as lines:
+            texts += [json.loads(line)["history"] for line in itertools.islice(lines, 2)]
+    rows = [tokenizer.encode("\n".join(said["content"] for said in text))[:length] for text in texts]
+    rows = jnp.asarray([row for row in rows if len(row) == length])
+    assert len(rows) >= 5
+    plain = Qwen2(Qwen2Config.from_hf(checkpoint), dtype=jnp.float32, param_dtype=jnp.float32)
+    rounded = plain.clone(param_dtype=jnp.int8)
+    params = load_params(checkpoint, plain)
+
+    def distributions(model, params):
+        @jax.jit
+        def one(params, row):
+            hidden = model.apply({"params": params}, row[None], jnp.arange(length)[None])[0]
+            return jax.nn.log_softmax(logits(params, hidden)[0, :, : tokenizer.vocab_size])
+
+        return [np.asarray(one(params, row)) for row in rows]
+
+    want = distributions(plain, params)
+    found = distributions(rounded, quantize(params, rounded))
+    same = np.mean([a.argmax(-1) == b.argmax(-1) for a, b in zip(want, found, strict=True)])
+    apart = np.mean([(np.exp(b) * (b - a)).sum(-1) for a, b in zip(want, found, strict=True)])
+    print(f"the same likeliest token at {same:.1%} of {rows.size} positions, mean KL {apart:.4f} nats")
+    assert same >= 0.97
+    assert apart <= 0.02
 
 
 @pytest.mark.parametrize("scan", [True, False])

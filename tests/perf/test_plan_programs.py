@@ -11,8 +11,8 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.train_step import compile_step
 from rlver_jax.parallel.distributed import replicate
 from rlver_jax.perf.plan_measure import turns_of_loops
-from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of
-from rlver_jax.rollout.ready import sampling_copy, sampling_params, sampling_program
+from rlver_jax.perf.plan_programs import Texts, bytes_per_chip, programs_of, shapes_of
+from rlver_jax.rollout.ready import rollout_model, sampling_copy, sampling_params, sampling_program
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import sample_dialogues
 from rlver_jax.training.programs import row_sharding
@@ -55,6 +55,23 @@ def test_the_sampler(run_and_state, programs):
     with jax.set_mesh(agents.mesh):
         played = sample_dialogues.lower(ready["policy"], ready["user"], agents.tables, *given, spec=agents.spec)
     assert programs["play"].lower().as_text() == played.as_text()
+
+
+def test_a_sampler_that_plays_in_int8(config, run_and_state):
+    """`copy policy` rounds, as the trainer's copy does, and `play` reads what it gives."""
+    run, state = run_and_state
+    rounded = config.copy_and_resolve_references()
+    rounded.rollout.param_dtype = "int8"
+    texts = Texts(run.agents.tokenizer, config.data.language, run.tokens.prefix_width, run.tokens.first_width)
+    programs = {program.name: program for program in programs_of(shapes_of(rounded, run.mesh, texts))}
+    model, policy = rollout_model(rounded, run.agents.policy.model), state.params["policy"]
+    copied = sampling_program(sampling_params(model, run.agents.mesh)).lower(policy)
+    assert programs["copy policy"].lower().as_text() == copied.as_text()
+    ready = programs["play"].arguments["policy's copy"]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), ready) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), sampling_copy(model, run.agents.mesh)(policy)
+    )
+    assert "xi8>" in programs["play"].lower().as_text()
 
 
 def test_the_update(run_and_state, programs):
