@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 DOCS = "https://docs.cloud.google.com/tpu/docs/"
+# A message from a chip to its neighbour takes that long, however short it is: "typically around 1us", of all families,
+# https://jax-ml.github.io/scaling-book/sharding (a note on ICI latency).
+HOP_S = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,48 @@ _HOST = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Torus:
+    """How the chips of a slice are linked.
+
+    Attributes:
+        sizes: chips along each axis.
+        rings: whether the last chip of an axis is linked with the first one.
+    """
+
+    sizes: tuple[int, ...]
+    rings: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, devices: Iterable[Any]) -> "Torus":
+        """Of a topology's devices, of any of its slices; devices without coordinates, as those of a CPU, are one ring.
+
+        v4 and v5p are rings where every axis is a multiple of 4, v5e and v6e along an axis of 16
+        (https://jax-ml.github.io/scaling-book/tpus).
+        """
+        devices = list(devices)
+        if not hasattr(devices[0], "coords"):
+            return cls((len(devices),), (True,))
+        sizes = tuple(int(max(x)) + 1 for x in zip(*(device.coords for device in devices), strict=True))
+        if "lite" in devices[0].device_kind:
+            return cls(sizes, tuple(size == 16 for size in sizes))
+        return cls(sizes, (all(size % 4 == 0 for size in sizes),) * len(sizes))
+
+    def hops(self, kind: str, chips: int) -> int:
+        """Hops, one after another, that a collective makes over so many neighbours: along a ring in both directions.
+
+        An all-reduce scatters sums and gathers them again. A permutation goes to a neighbour.
+        """
+        if kind == "collective-permute":
+            return 1
+        rest, way = chips, 0
+        for size, ring in sorted(zip(self.sizes, self.rings, strict=True), reverse=True):
+            along = min(size, rest)
+            way += along // 2 if ring and along == size else along - 1
+            rest = -(-rest // along)
+        return way * (2 if kind == "all-reduce" else 1)
 
 
 class PlanError(ValueError):

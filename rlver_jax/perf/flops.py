@@ -10,6 +10,8 @@ from rlver_jax.decoding.cache import pieces
 from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.rollout.spec import RolloutConfig
 
+ITEM = 2  # bytes of bfloat16: of the sampler's copies and caches
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -58,8 +60,35 @@ def cache_token_bytes(c: Qwen2Config, itemsize: int) -> int:
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A model as the sampler reads it.
+
+    Attributes:
+        rounded: weight matrices of layers are int8, with a float32 for each column; all else is bfloat16.
+    """
+
+    config: Qwen2Config
+    rounded: bool = False
+
+    @property
+    def stored_bytes(self) -> float:
+        """Of all parameters."""
+        c = self.config
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        columns = q + 2 * kv + c.hidden_size + 2 * c.intermediate_size + c.hidden_size
+        saved = c.num_layers * 4 * columns - layer_flops(c, 1) / 2
+        return ITEM * c.num_params + self.rounded * saved
+
+    @property
+    def pass_bytes(self) -> float:
+        """That one forward pass reads: an embedding that isn't the head as well is looked up, row by row."""
+        c = self.config
+        return self.stored_bytes - ITEM * c.vocab_size * c.hidden_size * (not c.tie_embeddings)
+
+
 def forward_passes(
-    c: Qwen2Config, rows: float, tokens: float, before: float, *, logits: float, passes: float, shared: float = 0.0
+    model: Reader, rows: float, tokens: float, before: float, *, logits: float, passes: float, shared: float = 0.0
 ) -> Work:
     """Forward passes over `tokens` tokens of each of `rows` rows, whose contexts hold `before` others.
 
@@ -68,12 +97,11 @@ def forward_passes(
         logits: positions of each row whose logits are computed.
         shared: tokens of all rows' contexts that are not read, as others' reading of the same ones serves them.
     """
-    pairs = rows * tokens * (before + (tokens + 1) / 2)
+    c, pairs = model.config, rows * tokens * (before + (tokens + 1) / 2)
     flops = layer_flops(c, rows * tokens) + attention_flops(c, pairs) + head_flops(c, rows * logits)
-    item = 2  # bytes of bfloat16: of the sampler's copy and its caches
     context = before + tokens / 2
-    cache = cache_token_bytes(c, item) * (passes * (rows * context - shared) + rows * tokens)
-    return Work(flops, flops, passes * item * c.num_params, cache)
+    cache = cache_token_bytes(c, ITEM) * (passes * (rows * context - shared) + rows * tokens)
+    return Work(flops, flops, passes * model.pass_bytes, cache)
 
 
 def packed_forward(c: Qwen2Config, rows: int, length: int, *, logits: bool, itemsize: int, parts: int) -> Work:
@@ -165,28 +193,28 @@ class Play:
         return self.fields * self.field_tokens + self.reply_tokens
 
 
-def prefill(policy: Qwen2Config, user: Qwen2Config, play: Play) -> Work:
+def prefill(policy: Reader, user: Reader, play: Play) -> Work:
     """Each profile, and the policy's system prompt, once."""
     own = forward_passes(policy, 1, play.system, 0, logits=0, passes=pieces(play.system))
     return own + forward_passes(user, play.profiles, play.prefix, 0, logits=0, passes=pieces(play.prefix))
 
 
-def policy_turns(c: Qwen2Config, play: Play, spec: RolloutConfig) -> Work:
+def policy_turns(policy: Reader, play: Play, spec: RolloutConfig) -> Work:
     """All replies of the policy: prefill of the user's words, then one decode step a token."""
     growth = play.user_reply + spec.say_tokens
     average, steps = play.system + growth * spec.max_turns / 2, spec.policy_tokens
     shared = (play.rows - play.systems) * play.system
-    prefilled = forward_passes(c, play.rows, growth, average, logits=0, passes=pieces(growth), shared=shared)
-    decoded = forward_passes(c, play.rows, steps, average, logits=steps, passes=steps, shared=shared)
+    prefilled = forward_passes(policy, play.rows, growth, average, logits=0, passes=pieces(growth), shared=shared)
+    decoded = forward_passes(policy, play.rows, steps, average, logits=steps, passes=steps, shared=shared)
     return (prefilled + decoded).times(spec.max_turns * play.rounds)
 
 
-def user_turns(c: Qwen2Config, play: Play, spec: RolloutConfig) -> Work:
+def user_turns(user: Reader, play: Play, spec: RolloutConfig) -> Work:
     """All reactions of the user: appraisal, choice and reply."""
     growth = play.user_reply + spec.say_tokens
     average = play.prefix + growth * spec.max_turns / 2
     shared, passes = (play.rows - play.prefixes) * play.prefix, pieces(growth) + play.fields + 2
-    prefilled = forward_passes(c, play.rows, growth + play.literals, average, logits=0, passes=passes, shared=shared)
+    prefilled = forward_passes(user, play.rows, growth + play.literals, average, logits=0, passes=passes, shared=shared)
     steps = play.user_steps
-    decoded = forward_passes(c, play.rows, steps, average + play.literals, logits=steps, passes=steps, shared=shared)
+    decoded = forward_passes(user, play.rows, steps, average + play.literals, logits=steps, passes=steps, shared=shared)
     return (prefilled + decoded).times(spec.max_turns * play.rounds)

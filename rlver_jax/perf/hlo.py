@@ -73,6 +73,7 @@ class Use(NamedTuple):
 
     times: float
     bytes: float  # that arrive from other chips (DCN: from other slices), with the ring algorithms' volumes
+    hops: float = 0.0  # from chip to chip inside a slice, one after another
 
 
 Uses = dict[tuple[str, str], Use]  # by (phase, kind)
@@ -109,15 +110,22 @@ class Module:
         """All instructions: names are unique in a program."""
         return {op.name: op for body in self.computations.values() for op in body}
 
-    def collectives(self, phase: str, phase_of: Callable[[str], str | None], trips_of: Callable[[str], float]) -> Uses:
+    def collectives(
+        self,
+        phase: str,
+        phase_of: Callable[[str], str | None],
+        trips_of: Callable[[str], float],
+        hops_of: Callable[[str, int], int] = lambda kind, chips: 0,
+    ) -> Uses:
         """Collectives of one run of the program.
 
         Args:
             phase: where no op says another.
             phase_of: phase of an op's name; None: that of what calls it.
             trips_of: turns of a loop whose condition the data decides, by the op's name.
+            hops_of: hops of a collective, by its kind and the chips that it goes over.
         """
-        walk = _Walk(self, phase_of, trips_of)
+        walk = _Walk(self, phase_of, trips_of, hops_of)
         return walk.uses(self.entry, phase, set())
 
     def arrays(self) -> dict[tuple[str, tuple[int, ...]], Instruction]:
@@ -140,6 +148,7 @@ class _Walk:
     module: Module
     phase_of: Callable[[str], str | None]
     trips_of: Callable[[str], float]
+    hops_of: Callable[[str, int], int]
 
     def uses(self, name: str, phase: str, seen: set[str]) -> Uses:
         """Of one run of a computation. `seen`: transfers counted already in this run of the loop around it.
@@ -153,7 +162,7 @@ class _Walk:
             moved = transfer(op, self.module.devices)
             if moved:
                 if moved.name not in seen:
-                    _add(total, {(here, moved.kind): Use(1, moved.bytes)})
+                    _add(total, {(here, moved.kind): Use(1, moved.bytes, self.hops_of(moved.kind, moved.chips))})
                 seen.add(moved.name)
             elif op.kind == "while":
                 known = trip_count(self.module, op)
@@ -173,7 +182,7 @@ class _Walk:
 def _add(total: Uses, more: Uses, times: float = 1) -> None:
     for key, use in more.items():
         old = total.get(key, Use(0, 0))
-        total[key] = Use(old.times + times * use.times, old.bytes + times * use.bytes)
+        total[key] = Use(*(before + times * now for before, now in zip(old, use, strict=True)))
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
@@ -244,6 +253,7 @@ class Transfer(NamedTuple):
     name: str  # the same for all instructions that are one transfer
     kind: str
     bytes: float
+    chips: int = 1  # that a collective inside a slice goes over
 
 
 def transfer(op: Instruction, devices: int = 1) -> Transfer | None:
@@ -255,7 +265,8 @@ def transfer(op: Instruction, devices: int = 1) -> Transfer | None:
     kind, channel = op.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", op.rest)
     name = f"{kind} {channel[1]}" if channel else op.name
     if kind in COLLECTIVES:
-        return Transfer(name, kind, _bytes_received(op, kind, devices))
+        chips = group_size(op.rest) or max(devices, 1)
+        return Transfer(name, kind, _bytes_received(op, kind, chips), chips)
     if kind in ("send", "recv"):
         return _sent(op, name)
     if op.kind == "copy-start" and len({_ON_HOST in part for part in _split(op.result.strip()[1:-1])[:2]}) == 2:
@@ -306,8 +317,7 @@ def _size(shapes: tuple[Shape, ...]) -> int:
     return sum(array_bytes(*shape) for shape in shapes)
 
 
-def _bytes_received(op: Instruction, kind: str, devices: int) -> float:
-    n = group_size(op.rest) or max(devices, 1)
+def _bytes_received(op: Instruction, kind: str, n: int) -> float:
     factor = {
         "all-gather": (n - 1) / n, "all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "all-to-all": (n - 1) / n,
         "ragged-all-to-all": (n - 1) / n,  # of all that there is room for

@@ -12,6 +12,7 @@ import jax
 
 from rlver_jax.models.attention import MOST_BLOCKS
 from rlver_jax.parallel.mesh import batch_parts
+from rlver_jax.perf.chips import Torus
 from rlver_jax.perf.hlo import HOST, UNKNOWN, Instruction, Module, Uses, array_bytes
 from rlver_jax.perf.plan_programs import Program, Shapes, bytes_per_chip
 from rlver_jax.training.setup import dialogues_an_update, reads_at_most, updates_at_most
@@ -136,7 +137,8 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     seconds = time.monotonic() - began
     memory = _memory(compiled, sum(idle.values()), bytes_per_chip(program.again))
     module = Module.parse(compiled.as_text())
-    uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes))
+    torus = Torus.of(shapes.mesh.devices.flat)
+    uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes), torus.hops)
     faults = _logits(module, shapes) if program.name == "learn" else []
     warnings += _gathered(module) + uncounted(uses)
     return Measured(program.name, memory, idle, uses, faults, warnings, seconds)

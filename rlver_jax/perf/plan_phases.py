@@ -11,11 +11,12 @@ from rlver_jax.decoding.cache import shares
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.perf import flops
-from rlver_jax.perf.chips import Chip
+from rlver_jax.perf.chips import HOP_S, Chip
 from rlver_jax.perf.flops import Work
 from rlver_jax.perf.hlo import DCN, HOST, Use
 from rlver_jax.perf.plan_measure import Measured
 from rlver_jax.perf.plan_programs import Shapes
+from rlver_jax.rollout.ready import rollout_model
 from rlver_jax.training.setup import dialogues_a_row, dialogues_an_update, reads_at_most, updates_at_most
 
 
@@ -29,6 +30,7 @@ class Phase:
         collectives: by kind, of one chip; kinds of `hlo.DCN` go between slices, of `hlo.HOST` to the chip's host.
         compute_s, memory_s, network_s, dcn_s: at the chip's peak rates, network_s inside a slice, dcn_s between slices;
             a phase takes the longest of the four at least. What goes to the host has no time.
+        latency_s: that collectives inside a slice take however little they move; nothing else goes on meanwhile.
     """
 
     name: str
@@ -40,11 +42,17 @@ class Phase:
     memory_s: float
     network_s: float
     dcn_s: float = 0.0
+    latency_s: float = 0.0
+
+    @property
+    def roofline_s(self) -> float:
+        """Everything overlaps, nothing waits."""
+        return max(self.compute_s, self.memory_s, self.network_s, self.dcn_s)
 
     @property
     def seconds(self) -> float:
-        """Roofline time: everything overlaps, nothing waits."""
-        return max(self.compute_s, self.memory_s, self.network_s, self.dcn_s)
+        """The roofline, and what collectives wait for their neighbours."""
+        return self.roofline_s + self.latency_s
 
     @property
     def mfu(self) -> float:
@@ -75,7 +83,7 @@ def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Sh
     ici, dcn, _ = (sum(use.bytes for use in over.values()) for over in by_link(uses))
     return Phase(
         name, program, work, hbm, uses, work.flops / mesh.size / chip.flops, hbm / chip.hbm_bandwidth,
-        ici / chip.ici_bandwidth, dcn / chip.dcn_bandwidth,
+        ici / chip.ici_bandwidth, dcn / chip.dcn_bandwidth, HOP_S * sum(use.hops for use in uses.values()),
     )  # fmt: skip
 
 
@@ -109,10 +117,11 @@ def play_of(shapes: Shapes) -> flops.Play:
 
 def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     agents, play = shapes.agents, play_of(shapes)
-    policy, user = agents.policy.model.config, agents.user.model.config
+    played = rollout_model(shapes.config, agents.policy.model)
+    policy, user = (flops.Reader(model.config, model.param_dtype == jnp.int8) for model in (played, agents.user.model))
     return {
-        "copy policy": (_copied(agents.policy.model), "copy policy"),
-        "copy user": (_copied(agents.user.model), "copy user"),
+        "copy policy": (_copied(agents.policy.model, policy), "copy policy"),
+        "copy user": (_copied(agents.user.model, user), "copy user"),
         "prefill": (flops.prefill(policy, user, play), "play"),
         "policy turns": (flops.policy_turns(policy, play, agents.spec), "play"),
         "user turns": (flops.user_turns(user, play, agents.spec), "play"),
@@ -120,11 +129,11 @@ def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     }
 
 
-def _copied(model: Qwen2) -> Work:
-    """Reads the stored dtype, and writes the sampler's."""
-    stored = model.param_dtype
-    played = stored if stored == jnp.int8 else model.dtype
-    return Work(0, 0, 0, model.config.num_params * float(stored.itemsize + played.itemsize))
+def _copied(model: Qwen2, played: flops.Reader) -> Work:
+    """Reads weights as they are stored, and writes what the sampler reads."""
+    count, stored = model.config.num_params, model.param_dtype
+    read = played.stored_bytes if stored == jnp.int8 else float(count * stored.itemsize)
+    return Work(0, 0, 0, read + played.stored_bytes)
 
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:

@@ -67,8 +67,13 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        """Roofline time of a step."""
+        """Predicted time of a step."""
         return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def roofline_s(self) -> float:
+        """Of a step in which collectives wait for nothing."""
+        return sum(phase.roofline_s for phase in self.phases)
 
     @property
     def mfu(self) -> float:
@@ -77,17 +82,17 @@ class Plan:
 
     @property
     def dialogues_per_hour(self) -> float:
-        """At the roofline."""
+        """In that time."""
         return 3600 * self.rows / self.step_s
 
     @property
     def run_s(self) -> float:
-        """Roofline time of all steps of a run, without compilation, evaluations and checkpoints."""
+        """Of all steps of a run, without compilation, evaluations and checkpoints."""
         return self.step_s * self.steps
 
     @property
     def chip_hours(self) -> float:
-        """What a run takes of all chips, at the roofline."""
+        """What a run takes of all chips."""
         return self.run_s * self.chips / 3600
 
     def verdict(self) -> str:
@@ -104,9 +109,10 @@ class Plan:
         if any(not one.memory.arguments for one in self.measured):
             return "no prediction: a program that does not fit has no HLO to read collectives from"
         return (
-            f"prediction, not a measurement: at best {self.step_s:.1f} s a step, {self.dialogues_per_hour:,.0f} "
-            f"dialogues/hour, {100 * self.mfu:.1f} % of the chips' peak (MFU); a run of train.steps={self.steps}: "
-            f"{self.run_s / 3600:.1f} hours ({self.run_s / 86400:.2f} days), {self.chip_hours:,.0f} chip-hours"
+            f"prediction, not a measurement: at best {self.step_s:.1f} s a step ({self.roofline_s:.1f} s without the "
+            f"latency of collectives), {self.dialogues_per_hour:,.0f} dialogues/hour, {100 * self.mfu:.1f} % of the "
+            f"chips' peak (MFU); a run of train.steps={self.steps}: {self.run_s / 3600:.1f} hours "
+            f"({self.run_s / 86400:.2f} days), {self.chip_hours:,.0f} chip-hours"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -127,6 +133,7 @@ class Plan:
             "phases": [_phase_json(phase) for phase in self.phases],
             "predicted": {
                 "step_s": self.step_s,
+                "roofline_s": self.roofline_s,
                 "mfu": self.mfu,
                 "dialogues_per_hour": self.dialogues_per_hour,
                 "steps": self.steps,
@@ -167,7 +174,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
         "host_per_chip": plain(host, HOST),
         "seconds": {
             "compute": phase.compute_s, "memory": phase.memory_s, "network": phase.network_s, "dcn": phase.dcn_s,
-            "roofline": phase.seconds,
+            "roofline": phase.roofline_s, "latency": phase.latency_s,
         },
         "mfu": phase.mfu,
         "hbm_bandwidth": phase.bandwidth,
@@ -221,15 +228,16 @@ def _sizes(mesh: dict[str, int]) -> str:
 
 
 def _phase_table(plan: Plan) -> Table:
-    columns = ["phase", "PFLOP", "GB a chip", "collectives a chip: count, GB", "compute s", "memory s", "network s"]
-    columns += ["DCN s"] * (plan.slices > 1)
-    title = "phases of a step, every dialogue at its limits; shares of the chips' peak at the roofline"
+    columns = ["phase", "PFLOP", "GB a chip", "collectives a chip: count, GB"]
+    columns += ["compute s", "memory s", "network s", "latency s"] + ["DCN s"] * (plan.slices > 1)
+    title = "phases of a step, every dialogue at its limits; shares of the chips' peak in that time"
     table = Table(*columns, "MFU", "HBM", title=title, title_justify="left")
     for phase in plan.phases:
         sent = ", ".join(
             f"{kind} {use.times:,.0f}, {use.bytes / 1e9:.2f}" for kind, use in sorted(phase.collectives.items())
         )
-        seconds = [phase.compute_s, phase.memory_s, phase.network_s] + [phase.dcn_s] * (plan.slices > 1)
+        seconds = [phase.compute_s, phase.memory_s, phase.network_s, phase.latency_s]
+        seconds += [phase.dcn_s] * (plan.slices > 1)
         times = [f"{s:.2f}" for s in seconds]
         done, moved = f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}"
         table.add_row(phase.name, done, moved, sent, *times, f"{phase.mfu:.0%}", f"{phase.bandwidth:.0%}")

@@ -1,13 +1,16 @@
 """What is said when a topology can't be planned for."""
 
 import importlib.util
+import itertools
 import os
 import re
+from typing import NamedTuple
 
+import jax
 import pytest
 
 from rlver_jax import plan
-from rlver_jax.perf.chips import CHIPS, PlanError, chip_of, topology_devices
+from rlver_jax.perf.chips import CHIPS, PlanError, Torus, chip_of, topology_devices
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "", "2x4"])
@@ -27,6 +30,43 @@ def test_the_network_between_slices():
     """Interfaces of a host by its chips, as documented: v5e 2 x 100 Gbit/s for 8, v6e 4 x 200 for 8; v5p 50 a chip."""
     wanted = {"v5e": 2 * 100 / 8, "v6e": 4 * 200 / 8, "v5p": 50}
     assert {name: CHIPS[name].dcn_bandwidth * 8 / 1e9 for name in wanted} == wanted
+
+
+class Chip(NamedTuple):
+    """A device of a topology."""
+
+    coords: tuple[int, int, int]
+    device_kind: str
+
+
+def torus(kind, *sizes):
+    return Torus.of(Chip(place, kind) for place in itertools.product(*map(range, sizes)))
+
+
+@pytest.mark.parametrize(
+    ("chips", "kind", "group", "hops"),
+    [
+        (("TPU v5", 4, 4, 4), "all-gather", 4, 2),  # a ring of four, both ways
+        (("TPU v5", 4, 4, 4), "all-reduce", 4, 4),
+        (("TPU v5", 4, 4, 4), "all-gather", 64, 6),
+        (("TPU v5", 4, 4, 8), "all-gather", 8, 4),
+        (("TPU v5", 2, 2, 1), "all-gather", 4, 2),  # no ring: once along each side
+        (("TPU v5 lite", 2, 4, 1), "all-gather", 4, 3),  # a line
+        (("TPU v5 lite", 2, 4, 1), "all-reduce", 8, 8),
+        (("TPU v5 lite", 16, 16, 1), "all-gather", 16, 8),  # the one size of v5e and v6e that is a ring
+        (("TPU v6 lite", 8, 8, 1), "reduce-scatter", 8, 7),
+        (("TPU v5", 4, 4, 4), "collective-permute", 64, 1),
+        (("TPU v5", 4, 4, 4), "all-reduce", 1, 0),
+        (("TPU v5", 4, 4, 4), "DCN all-reduce", 1, 0),
+    ],
+)
+def test_hops(chips, kind, group, hops):
+    """The farthest chip, by hand."""
+    assert torus(*chips).hops(kind, group) == hops
+
+
+def test_devices_without_coordinates_are_a_ring():
+    assert Torus.of(jax.devices()) == Torus((len(jax.devices()),), (True,))
 
 
 def test_without_the_compiler(monkeypatch, capsys):
@@ -52,7 +92,6 @@ def test_bad_usage(argv, message, capsys):
 def test_limits_are_the_compilers():
     """One array of 200 GiB fits no chip, and the compiler says how much would."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
-    import jax
     import jax.numpy as jnp
 
     before = dict(os.environ)

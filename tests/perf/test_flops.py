@@ -1,5 +1,7 @@
 """The formulas against what XLA counts in the same programs, on a model whose layers are unrolled."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -61,9 +63,21 @@ def test_a_token_of_seven_billion():
     """By hand: 2 x (parameters without the input embedding) a token, and 4 x 28 layers x 3,584 for each key seen."""
     config = Qwen2Config(152_064, 3584, 18_944, 28, 28, 4, 128)
     weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18_944) + 152_064 * 3584
-    work = flops.forward_passes(config, 1, 1, 999, logits=1, passes=1)
+    work = flops.forward_passes(flops.Reader(config), 1, 1, 999, logits=1, passes=1)
     assert work.flops == 2 * weights + 4 * 28 * 3584 * 1000
-    assert work.weight_bytes == 2 * 7_615_616_512  # the published number of parameters
+    # The published number of parameters; of the input embedding a row is looked up.
+    assert work.weight_bytes == 2 * (7_615_616_512 - 152_064 * 3584)
+
+
+def test_a_token_of_seven_billion_in_int8():
+    """By the arrays themselves: a byte for each weight of a layer's matrices, four for each of their columns."""
+    model = Qwen2(dataclasses.replace(CONFIG, tie_embeddings=False), param_dtype=jnp.int8, dtype=jnp.bfloat16)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model)[0])
+    stored = sum(x.size * x.dtype.itemsize for _, x in leaves)
+    embedding = next(x.size * 2 for path, x in leaves if path[0].key == "embed")
+    reader = flops.Reader(model.config, rounded=True)
+    assert reader.stored_bytes == stored
+    assert reader.pass_bytes == stored - embedding
 
 
 def test_rows_that_share_a_prefix_read_it_once():
@@ -71,7 +85,8 @@ def test_rows_that_share_a_prefix_read_it_once():
     by two and two: 2 x 80 + 4 x 20.5 are read, and 4 written."""
     c = Qwen2Config(100, 16, 32, 2, num_heads=2, num_kv_heads=1, head_dim=8)
     whole, shared = (
-        flops.forward_passes(c, 4, 1, 100, logits=0, passes=1, shared=tokens) for tokens in (0, (4 - 2) * 80)
+        flops.forward_passes(flops.Reader(c), 4, 1, 100, logits=0, passes=1, shared=tokens)
+        for tokens in (0, (4 - 2) * 80)
     )
     assert whole.spread_bytes == 64 * (4 * 100.5 + 4)
     assert shared.spread_bytes == 64 * (2 * 80 + 4 * 20.5 + 4)

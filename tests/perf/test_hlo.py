@@ -48,6 +48,11 @@ def test_collectives_in_nested_loops(gathering):
     assert gathers == {"scope": Use(3 * LAYERS, 3 * LAYERS * LAYER_BYTES * 7 / 8)}
 
 
+def test_hops_count_as_often_as_their_collectives(gathering):
+    found = gathering.collectives("", lambda name: None, lambda name: 3, lambda kind, chips: 10 * chips)
+    assert found["", "all-gather"].hops == 3 * LAYERS * 10 * 8
+
+
 def test_counted_loops(gathering):
     loops = [op for body in gathering.computations.values() for op in body if op.kind == "while"]
     assert sorted(str(trip_count(gathering, loop)) for loop in loops) == [str(LAYERS), "None"]

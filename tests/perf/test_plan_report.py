@@ -62,8 +62,19 @@ def test_prediction():
     assert plan.dialogues_per_hour == 5 * 360
     assert plan.mfu == pytest.approx(32e12 / (8 * 197e12 * 10))
     assert plan.prediction().startswith(
-        "prediction, not a measurement: at best 10.0 s a step, 1,800 dialogues/hour, 0.2 %"
+        "prediction, not a measurement: at best 10.0 s a step (10.0 s without the latency of collectives), 1,800 "
+        "dialogues/hour, 0.2 %"
     )
+
+
+def test_collectives_that_wait():
+    """500,000 sums of four hops at a microsecond each: 2 s on top of what the memory takes."""
+    chip = CHIPS["v5p"]
+    phase = Phase("play", "play", Work(8e12, 8e12, 0), 1e9, {}, 1.0, 6.0, 2.0, latency_s=2.0)
+    plan = dataclasses.replace(plan_of(measured("play", 10, 5)), chip=chip, phases=[phase])
+    assert (plan.step_s, plan.roofline_s, phase.bandwidth) == (8, 6, 0.75)
+    assert "at best 8.0 s a step (6.0 s without the latency of collectives)" in plan.prediction()
+    assert plan.to_json()["phases"][0]["seconds"]["latency"] == 2
 
 
 def test_tables_and_json_say_the_same():
@@ -94,9 +105,9 @@ def test_several_slices():
         assert part in text
     (phase_json,) = found["phases"]
     assert found["slices"] == 2
-    assert phase_json["collectives_per_chip"] == {"all-reduce": {"times": 56, "bytes": 2e9}}
-    assert phase_json["dcn_per_chip"] == {"all-reduce": {"times": 3, "bytes": 25e9}}
-    assert phase_json["host_per_chip"] == {"copy": {"times": 1, "bytes": 1e9}}
+    assert phase_json["collectives_per_chip"] == {"all-reduce": {"times": 56, "bytes": 2e9, "hops": 0}}
+    assert phase_json["dcn_per_chip"] == {"all-reduce": {"times": 3, "bytes": 25e9, "hops": 0}}
+    assert phase_json["host_per_chip"] == {"copy": {"times": 1, "bytes": 1e9, "hops": 0}}
     assert (phase_json["seconds"]["dcn"], phase_json["seconds"]["roofline"], plan.step_s) == (8.0, 8.0, 8.0)
 
 
@@ -118,8 +129,8 @@ def test_what_a_run_takes():
     """Ten seconds a step on 8 chips: 900 steps are 9,000 s, 2.5 hours and 20 chip-hours."""
     plan = dataclasses.replace(plan_of(measured("play", 10, 5)), steps=900)
     assert plan.to_json()["predicted"] | {"mfu": 0} == {
-        "step_s": 10, "mfu": 0, "dialogues_per_hour": 1800, "steps": 900, "days": pytest.approx(9000 / 86400),
-        "chip_hours": 20,
+        "step_s": 10, "roofline_s": 10, "mfu": 0, "dialogues_per_hour": 1800, "steps": 900,
+        "days": pytest.approx(9000 / 86400), "chip_hours": 20,
     }  # fmt: skip
     assert "a run of train.steps=900: 2.5 hours (0.10 days), 20 chip-hours" in plan.prediction()
 
