@@ -24,7 +24,7 @@ from rlver_jax.text.command import Command
 from rlver_jax.user.prompts import Prompts
 
 PROGRESS, TRAIN, TEST = "progress.json", "train.jsonl", "test.jsonl"
-SHORTEST = 12  # characters of a field
+SHORTEST = {"en": 12, "zh": 6}  # characters of a field, about two words
 _SYSTEM = {
     "en": "You write profiles of people for conversations that somebody plays. Concrete, plausible, in plain English.",
     "zh": "你为可扮演的对话编写人物档案：具体、可信、语言平实。",
@@ -59,9 +59,10 @@ class Generation:
     tried: dict[int, str]
     usage: list[dict[str, Any]]
     against: list[str]  # texts that new profiles must not resemble
+    shortest: int  # characters of a field
 
     @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any], against: Sequence[Profile]) -> "Generation":
+    def open(cls, folder: Path, settings: dict[str, Any], against: Sequence[Profile], shortest: int) -> "Generation":
         """A new folder, or one that is continued.
 
         Raises:
@@ -79,7 +80,7 @@ class Generation:
         profiles = {file: [Profile.from_json(one) for one in noted["profiles"][file]] for file in (TRAIN, TEST)}
         texts = [text_of(profile) for profile in (*against, *profiles[TRAIN], *profiles[TEST])]
         tried = {int(number): why for number, why in noted["tried"].items()}
-        return cls(folder, profiles, tried, noted["usage"], texts)
+        return cls(folder, profiles, tried, noted["usage"], texts, shortest)
 
     @property
     def count(self) -> int:
@@ -88,7 +89,7 @@ class Generation:
 
     def take(self, seed: Seed, wish: str, lines: dict[str, Any], remote: dict[str, Any] | None) -> None:
         """Takes an answer: a profile, or why it is refused. `wish`: the sentence of the seed's intention."""
-        made, why = profile_of(seed, wish, lines)
+        made, why = profile_of(seed, wish, lines, self.shortest)
         if made is not None and (near := similarity(text_of(made), self.against)) >= SIMILAR:
             made, why = None, f"resembles another profile ({near:.0f} of 100)"
         self.tried[seed.number] = why
@@ -123,7 +124,7 @@ def generate(
     rater = _rater(config, folder)
     settings = {"seeds": [list(seed) for seed in seeds], "model": rater.settings, "against": len(published)}
     settings = json.loads(json.dumps(settings))
-    made = Generation.open(folder, settings, published)
+    made = Generation.open(folder, settings, published, SHORTEST[prompts.language])
     while made.count < count and (some := [s for s in seeds if s.number not in made.tried][: count - made.count]):
         questions = [_questionnaire(prompts.language, seed) for seed in some]
         for batch in rater.fill(questions, lambda work: None):
@@ -136,12 +137,17 @@ def generate(
     return made.count >= count
 
 
-def profile_of(seed: Seed, wish: str, lines: dict[str, Any]) -> tuple[Profile | None, str]:
-    """The profile in a form that was filled in, or None and why it is refused."""
+def profile_of(seed: Seed, wish: str, lines: dict[str, Any], shortest: int) -> tuple[Profile | None, str]:
+    """The profile in a form that was filled in, or None and why it is refused.
+
+    Args:
+        wish: the sentence of the seed's intention.
+        shortest: characters that a field has at least.
+    """
     texts = {name: " ".join(str(lines.get(name) or "").split()) for name in _HEADINGS["en"]}
-    short = [name for name in ("player", "scene", "first_talk") if len(texts[name]) < SHORTEST]
+    short = [name for name in ("player", "scene", "first_talk") if len(texts[name]) < shortest]
     if short:
-        return None, f"{', '.join(short)}: fewer than {SHORTEST} characters"
+        return None, f"{', '.join(short)}: fewer than {shortest} characters"
     if len(set(texts.values())) < len(texts):
         return None, "says the same in two fields"
     if told := [name for name in ("player", "scene", "first_talk") if similarity(texts[name], [wish]) >= SIMILAR]:

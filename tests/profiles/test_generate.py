@@ -85,8 +85,8 @@ def test_a_line_that_is_the_secret_wish_is_refused(tmp_path):
     wish = "You want somebody to admit plainly that the company made the mistake"
     seed = read_seeds(write_seeds(tmp_path), 0.5, [])[0]
     lines = {"player": "Ann, 40, a baker", "temper": "calm", "scene": "A cake was recalled", "first_talk": wish + "."}
-    assert profile_of(seed, wish, lines) == (None, "first_talk: the secret wish itself")
-    made, why = profile_of(seed, wish, lines | {"first_talk": "Your company sent me a cake that cuts fingers."})
+    assert profile_of(seed, wish, lines, 12) == (None, "first_talk: the secret wish itself")
+    made, why = profile_of(seed, wish, lines | {"first_talk": "Your company sent me a cake that cuts fingers."}, 12)
     assert (made.first_talk, why) == ("Your company sent me a cake that cuts fingers.", "")
 
 
