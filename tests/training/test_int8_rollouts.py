@@ -61,6 +61,7 @@ def test_the_copy_that_plays_is_the_rounded_model(scan, dtype):
             assert y.dtype == jnp.int8
 
 
+@pytest.mark.slow
 def test_every_word_is_recomputed_from_rounded_weights(run, capsys):
     """The first step from what training began with, the second from a checkpoint of float32 weights."""
     logs = [str(run / "dialogues" / f"step_{step:06d}.jsonl") for step in (1, 2)]
@@ -74,6 +75,7 @@ def test_every_word_is_recomputed_from_rounded_weights(run, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_trainers_policy_is_not_quite_the_samplers(run):
     """Their divergence is that of weights rounded to 255 steps; without rounding it is that of float32."""
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"]]
@@ -81,6 +83,7 @@ def test_the_trainers_policy_is_not_quite_the_samplers(run):
         assert 1e-7 < row["policy/rollout_kl"] < 1e-2
 
 
+@pytest.mark.slow
 def test_evaluations_are_played_by_what_is_exported(run, tmp_path, capsys):
     """`evaluate` knows no rounding, and reaches the same score as the evaluation in training."""
     known = read_metrics(run / "metrics.jsonl")[-1]["eval/score"]
