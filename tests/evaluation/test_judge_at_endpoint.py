@@ -325,7 +325,7 @@ def test_judges_are_killed_and_taken_up_again(judged_play, tmp_path):
     assert ours["measures"] == unbroken["measures"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_judge_behind_our_own_server(dialogues):
     """Random weights seldom fill in a form, but they are asked, again as well, and answer alike each time."""
     asked = [load_forms("en").ask(dialogues[3])]

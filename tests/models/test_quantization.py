@@ -125,7 +125,7 @@ def test_on_a_mesh_it_lies_as_weights_do():
 
 
 @pytest.mark.parametrize(
-    "profiles", [pytest.param(16, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.long)]
+    "profiles", [pytest.param(16, marks=pytest.mark.long), pytest.param(64, marks=pytest.mark.long)]
 )
 def test_a_rounded_user_feels_the_same(profiles, tmp_path):
     """The miniature's user in int8 reads the dialogues that it played whole, keeping its own emotion."""
