@@ -307,6 +307,14 @@ MESH_SAMPLING = {  # the same devices while dialogues are played (docs/pods.md)
         0, "copies of both models' weights; with fsdp 1 no decode step gathers weights; 0: as mesh", **_DEVICES
     ),
     "fsdp": Field(0, "as mesh.fsdp; -1 here or above: all that are left; 0: as mesh", **_DEVICES),
+    "attention_data": Field(
+        1,
+        "chips of a copy that split rows in attention and columns in MLPs, beside tensor: more chips a copy than there "
+        "are key heads (docs/pods.md)",
+        range=POSITIVE,
+        unit="devices",
+        free=True,
+    ),
     "tensor": Field(0, "as mesh.tensor; 0: as mesh", **_DEVICES),
 }
 

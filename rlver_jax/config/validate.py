@@ -5,6 +5,7 @@ Every fault is reported at once; each message names the field, its value, what i
 
 import difflib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rlver_jax.config.datasets import DEFAULT_SPLITS, DatasetSpecError, is_datas
 from rlver_jax.config.endpoint_values import is_address, object_fault
 from rlver_jax.config.fields import FIELDS, PATHS, get_config
 from rlver_jax.config.lora_fields import CONFIG_FILE, rounding_faults, target_faults
-from rlver_jax.parallel.mesh import AXES, resolve_mesh_shape, resolve_sampling_shape
+from rlver_jax.parallel.mesh import ATTENTION_DATA, AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
 SHOWN = 5  # faults of a config that was not given by hand
@@ -184,7 +185,12 @@ def _lengths(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _learning(values: dict[str, Any]) -> Iterator[str]:
-    batch = values["rollout.batch"]
+    batch, group = values["rollout.batch"], values["rollout.group"]
+    if batch % group:
+        yield (
+            f"rollout.batch={batch}: must be a multiple of rollout.group={group} (profiles x group); "
+            f"choose {max(batch // group, 1) * group}"
+        )
     parts = values["train.minibatches"] * values["train.microbatches"]
     if batch % parts:
         yield (
@@ -208,26 +214,25 @@ def _learning(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
-    batch, group = values["rollout.batch"], values["rollout.group"]
-    if batch % group:
-        yield (
-            f"rollout.batch={batch}: must be a multiple of rollout.group={group} (profiles x group); "
-            f"choose {max(batch // group, 1) * group}"
-        )
     if num_devices is None:
         return
-    mesh, sampling = ({axis: values[f"{name}.{axis}"] for axis in AXES} for name in ("mesh", "mesh_sampling"))
+    batch = values["rollout.batch"]
+    mesh = {axis: values[f"mesh.{axis}"] for axis in AXES}
+    sampling = {axis: values[f"mesh_sampling.{axis}"] for axis in (*AXES, ATTENTION_DATA)}
     try:
         training_shape = resolve_mesh_shape(**mesh, num_devices=num_devices)
         sampling_shape = resolve_sampling_shape(sampling, training_shape)
     except ValueError as error:
         yield str(error)
         return
-    checks = [("rollout.batch", "mesh", training_shape)]
-    if sampling_shape != training_shape:
-        checks.append(("rollout.batch", "mesh_sampling", sampling_shape))
-    played_on = checks[-1][1]
-    checks += [(field, played_on, sampling_shape) for field in ("rollout.rows", "eval.batch", "eval.rows")]
+    trains_on = "mesh", training_shape[:2]
+    plays_on = (
+        ("mesh_sampling", sampling_shape[:3])
+        if math.prod(sampling_shape[:3]) != math.prod(training_shape[:2])
+        else trains_on
+    )
+    checks = [("rollout.batch", *trains_on)] + [("rollout.batch", *plays_on)] * (plays_on is not trains_on)
+    checks += [(field, *plays_on) for field in ("rollout.rows", "eval.batch", "eval.rows")]
     parts = values["train.minibatches"] * values["train.microbatches"]
     rows = training_shape[0] * training_shape[1]
     if not batch % parts and not batch % rows and batch // parts % rows:
@@ -237,11 +242,12 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
             f"fewer parts, a larger mesh.tensor, or rollout.batch={parts * rows}"
         )
     for field, name, shape in checks:
-        rows = shape[0] * shape[1]
+        rows, axes = math.prod(shape), f"{name}.replica x {name}.fsdp"
         if values[field] % rows:
+            axes += f" x {name}.{ATTENTION_DATA}" if shape[2:] not in ((), (1,)) else ""
             yield (
-                f"{field}={values[field]}: must be a multiple of {name}.replica x {name}.fsdp = {rows}, which split "
-                f"the batch; choose {-(-values[field] // rows) * rows}, or a larger {name}.tensor"
+                f"{field}={values[field]}: must be a multiple of {axes} = {rows}, which split the batch; choose "
+                f"{-(-values[field] // rows) * rows}, or a larger {name}.tensor"
             )
 
 

@@ -100,7 +100,7 @@ def _chunk_logits(
     kernel = jax.lax.dynamic_slice_in_dim(split, start, static.chunk, axis=1).astype(hidden.dtype)
     kernel = rules.constrain(kernel, "vocab", None, None)  # of the head, a chunk at a time is gathered over `fsdp`
     logits = jnp.einsum("nd,tcd->ntc", hidden, kernel, **matmul_options(hidden.dtype))
-    logits = rules.constrain(logits, "batch", "vocab", None)
+    logits = rules.constrain(logits, "mlp_batch", "vocab", None)
     local = start + jnp.arange(static.chunk)
     ids = jnp.arange(shards)[:, None] * shard_size + local
     allowed = jnp.broadcast_to(local >= i * static.chunk, (1, *ids.shape))
@@ -164,7 +164,9 @@ def _backward(static: _Static, saved, cotangents):
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, new, start, axis=1)
 
     # Each shard's part of d_hidden is added up by itself: they are summed over devices once, not for every chunk.
-    d_hidden = rules.constrain(jnp.zeros((shards, *hidden.shape), accum_dtype(hidden.dtype)), "vocab", "batch", None)
+    d_hidden = rules.constrain(
+        jnp.zeros((shards, *hidden.shape), accum_dtype(hidden.dtype)), "vocab", "mlp_batch", None
+    )
     d_head = rules.constrain(jnp.zeros((shards, shard_size, head.shape[1]), head.dtype), "vocab", None, "embed")
     carry = d_hidden, d_head
     d_hidden, d_head = jax.lax.fori_loop(0, _num_chunks(static, head.shape[0]), body, carry)

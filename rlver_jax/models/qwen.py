@@ -86,9 +86,13 @@ def prefix_keys(prefix: Prefix | None, layer: Any) -> PrefixKeys | None:
     return PrefixKeys(kv.k, kv.v, prefix.length)
 
 
-def gathered(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """Hidden states as products with weights read them: whole rows on each device."""
-    return rules.constrain(x, "batch", "length", "activation")
+def gathered(x: Float[Array, "B S D"], rows: str = "batch") -> Float[Array, "B S D"]:
+    """Hidden states as products with weights read them: whole rows on each device.
+
+    Args:
+        rows: mlp_batch for products with columns that the devices of `attention_data` split: each has all their rows.
+    """
+    return rules.constrain(x, rows, "length", "activation")
 
 
 def residual(x: Float[Array, "B S D"], spread: bool) -> Float[Array, "B S D"]:
@@ -121,7 +125,7 @@ class Block(nn.Module):
         out, keys, values = attention(y, positions, mask, start, keys, values, layer, prefix)
         # Gathered for the backward pass, which would gather weights instead of cotangents.
         x = x + residual(gathered(out), spread)
-        x = x + residual(gathered(self.mlp(gathered(norm("mlp_norm")(x)))), spread)
+        x = x + residual(gathered(self.mlp(gathered(norm("mlp_norm")(x), "mlp_batch"))), spread)
         return (residual(x, spread), keys, values), None
 
     def mlp(self, x: Array) -> Array:
@@ -130,7 +134,7 @@ class Block(nn.Module):
         options = (False, self.dtype, self.param_dtype, self.config.init_std)
         gate = Linear(f, ("embed", "mlp"), *options, name="gate")(x)
         up = Linear(f, ("embed", "mlp"), *options, name="up")(x)
-        inner = rules.constrain((nn.silu(gate) * up).astype(self.dtype), "batch", "length", "mlp")
+        inner = rules.constrain((nn.silu(gate) * up).astype(self.dtype), "mlp_batch", "length", "mlp")
         return Linear(d, ("mlp", "embed"), *options, name="down")(inner).astype(self.dtype)
 
 
@@ -308,9 +312,10 @@ def head(params: Params) -> Float[Array, "V D"]:
 
 def logits(params: Params, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """float32 logits for a few positions (decoding, tests); training uses `token_logprobs`."""
-    kernel = head(params).astype(hidden.dtype)
+    kernel, middle = head(params).astype(hidden.dtype), ("length",) * (hidden.ndim - 2)
+    hidden = rules.constrain(hidden, "mlp_batch", *middle, "activation")
     scores = jnp.einsum("...d,vd->...v", hidden, kernel, **matmul_options(hidden.dtype))
-    return rules.constrain(scores, "batch", *("length",) * (scores.ndim - 2), "vocab")
+    return rules.constrain(scores, "mlp_batch", *middle, "vocab")
 
 
 def stack_layers(params: Params) -> Params:

@@ -79,8 +79,9 @@ def splash_attention(
     attend: Callable[..., Array] = functools.partial(_rows, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         _check_division(q, k)
-        batch = rules.mesh_axes("batch")
-        heads = PartitionSpec(batch, rules.mesh_axes("heads"))
+        mesh: Any = jax.sharding.get_abstract_mesh()
+        batch = rules.axes_on(mesh, "batch")
+        heads = PartitionSpec(batch, rules.axes_on(mesh, "heads"))
         in_specs = (PartitionSpec(batch), heads, heads, heads)
         attend = jax.shard_map(attend, in_specs=in_specs, out_specs=heads, check_vma=False)
     return attend(blocks, *inputs)[:, :, :length].swapaxes(1, 2)

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlver_jax.parallel.mesh import batch_parts
-from rlver_jax.parallel.rules import mesh_axes
+from rlver_jax.parallel.rules import axes_on
 
 _T = TypeVar("_T")
 SILENCE = 30  # seconds without a sign of life after which a process counts as dead; the others then end
@@ -207,7 +207,8 @@ def rows_on(mesh: Mesh | None, count: int, rows: Callable[[slice], np.ndarray]) 
     if mesh is None:
         return jax.numpy.asarray(rows(slice(0, count)))
     rest = rows(slice(0, 0)).shape[1:]
-    where = NamedSharding(mesh, PartitionSpec() if count % batch_parts(mesh) else PartitionSpec(mesh_axes("batch")))
+    spec = PartitionSpec() if count % batch_parts(mesh) else PartitionSpec(axes_on(mesh, "batch"))
+    where = NamedSharding(mesh, spec)
 
     def part(index: Any) -> np.ndarray:
         return rows(index[0])[(slice(None), *index[1:])]

@@ -1,7 +1,9 @@
 """The device mesh: `replica` (across slices), `fsdp` (weights and batch), `tensor` (heads, MLP columns, vocabulary).
 
 Training and sampling may look at the same devices as two meshes: a decode step that finds its weights split over
-`fsdp` gathers them all for one token a row, so that sampling wants fewer `fsdp` and more `replica` or `tensor`.
+`fsdp` gathers them all for one token a row, so that sampling wants fewer `fsdp` and more `replica` or `tensor`. Where
+there are no more key heads for `tensor`, `attention_data` lets more devices share a copy: each has rows of its own in
+attention (data parallelism), and columns of its own in MLPs and in the vocabulary, for all their rows.
 """
 
 import math
@@ -13,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("replica", "fsdp", "tensor")
+ATTENTION_DATA = "attention_data"  # of the sampling mesh alone, between fsdp and tensor; a mesh of 1 has no such axis
 
 
 def resolve_mesh_shape(
@@ -43,17 +46,24 @@ def resolve_mesh_shape(
     return sizes["replica"], sizes["fsdp"], sizes["tensor"]
 
 
-def resolve_sampling_shape(sizes: Mapping[str, int], training: Sequence[int]) -> tuple[int, int, int]:
-    """Sizes of the sampling mesh over the devices of a training mesh of shape `training`.
+def resolve_sampling_shape(sizes: Mapping[str, int], training: Sequence[int]) -> tuple[int, int, int, int]:
+    """Sizes of the sampling mesh over the devices of a training mesh: replica, fsdp, attention_data, tensor.
 
     Args:
         sizes: by axis, as in config.mesh_sampling; 0: as in training.
+        training: sizes of AXES.
 
     Raises:
-        ValueError: as `resolve_mesh_shape`.
+        ValueError: as `resolve_mesh_shape`, or the devices can't be divided by attention_data.
     """
+    count, rows = math.prod(training), sizes.get(ATTENTION_DATA, 1)
+    if count % rows:
+        raise ValueError(
+            f"mesh_sampling.attention_data={rows}: {count} devices cannot be divided by it; choose a divisor"
+        )
     replica, fsdp, tensor = (sizes[axis] or size for axis, size in zip(AXES, training, strict=True))
-    return resolve_mesh_shape(replica, fsdp, tensor, math.prod(training), "mesh_sampling")
+    replica, fsdp, tensor = resolve_mesh_shape(replica, fsdp, tensor, count // rows, "mesh_sampling")
+    return replica, fsdp, rows, tensor
 
 
 def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -94,8 +104,11 @@ def sampling_mesh(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
     Raises:
         ValueError: the sizes don't fit the devices.
     """
-    shape = resolve_sampling_shape(sizes, mesh.devices.shape)
-    _slices(shape[0], mesh.devices.flat, "mesh_sampling")
+    replica, fsdp, rows, tensor = resolve_sampling_shape(sizes, mesh.devices.shape)
+    _slices(replica, mesh.devices.flat, "mesh_sampling")
+    if rows > 1:
+        return _mesh(mesh.devices.reshape(replica, fsdp, rows, tensor), (*AXES[:2], ATTENTION_DATA, AXES[2]))
+    shape = replica, fsdp, tensor
     return mesh if shape == mesh.devices.shape else _mesh(mesh.devices.reshape(shape))
 
 
@@ -109,7 +122,7 @@ def make_sampling_mesh(training: Mapping[str, int], sampling: Mapping[str, int])
 
 def batch_parts(mesh: Mesh | None) -> int:
     """Devices, or groups of `tensor` neighbours, that a batch's rows are split over."""
-    return 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
+    return 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"] * mesh.shape.get(ATTENTION_DATA, 1)
 
 
 def _slices(replica: int, devices: Iterable[jax.Device], name: str) -> int:
@@ -123,5 +136,5 @@ def _slices(replica: int, devices: Iterable[jax.Device], name: str) -> int:
     return slices
 
 
-def _mesh(grid: np.ndarray) -> Mesh:
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def _mesh(grid: np.ndarray, axes: tuple[str, ...] = AXES) -> Mesh:
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))

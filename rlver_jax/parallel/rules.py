@@ -14,19 +14,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LogicalAxes = Sequence[str | None]
 
-# Logical axis -> mesh axes, most significant first. None: replicated.
+# Logical axis -> mesh axes, most significant first; those that a mesh lacks don't count. None: replicated.
 RULES: Mapping[str, tuple[str, ...] | None] = {
     # parameters
-    "vocab": ("tensor",),
+    "vocab": ("tensor", "attention_data"),
     "embed": ("fsdp",),
     "heads": ("tensor",),  # query columns, H x head_dim, and query heads of activations
     "kv_heads": ("tensor",),  # key and value columns, K x head_dim, and key heads of caches
-    "mlp": ("tensor",),
+    "mlp": ("tensor", "attention_data"),
     "layers": None,
     "norm": None,
     "rank": None,  # of adapters
     # batches, caches, activations
-    "batch": ("replica", "fsdp"),
+    "batch": ("replica", "fsdp", "attention_data"),
+    "mlp_batch": ("replica", "fsdp"),  # rows of a batch while MLP columns or the vocabulary are what is split
     "group": ("replica",),  # rows of a batch while their model dimension is the one that `fsdp` splits
     "length": None,
     "residual_length": ("tensor",),  # of hidden states between the products of rows without a cache (arXiv 2205.05198)
@@ -46,6 +47,11 @@ def mesh_axes(axis: str | None, rules: Mapping[str, tuple[str, ...] | None] = RU
     if axis not in rules:
         raise ShardingError(f"unknown logical axis {axis!r}; known ones are {', '.join(sorted(rules))}")
     return rules[axis] or ()
+
+
+def axes_on(mesh: Mesh, axis: str) -> tuple[str, ...]:
+    """Those of the mesh axes of a logical axis that a mesh has."""
+    return tuple(name for name in mesh_axes(axis) if name in mesh.shape)
 
 
 def partition_spec(

@@ -22,12 +22,14 @@ class Work:
         flops: operations that run: layers that are computed again for the backward pass included.
         weight_bytes: of weights as products read them, once for each pass; chips along `tensor` share them.
         spread_bytes: of caches, and of weights and moments in the optimizer; all chips share them.
+        column_bytes: of weights whose columns chips along `tensor` and `attention_data` share.
     """
 
     useful: float
     flops: float
     weight_bytes: float
     spread_bytes: float = 0.0
+    column_bytes: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         """Both, one after the other."""
@@ -74,17 +76,36 @@ class Reader:
     @property
     def stored_bytes(self) -> float:
         """Of all parameters."""
+        rest = self.config.num_params - sum(rows * columns for rows, columns in (*self._attention, *self._mlp))
+        return self._bytes(self._attention) + self._bytes(self._mlp) + ITEM * rest
+
+    @property
+    def column_bytes(self) -> float:
+        """Of MLPs and the head, that one forward pass reads."""
         c = self.config
-        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        columns = q + 2 * kv + c.hidden_size + 2 * c.intermediate_size + c.hidden_size
-        saved = c.num_layers * 4 * columns - layer_flops(c, 1) / 2
-        return ITEM * c.num_params + self.rounded * saved
+        return self._bytes(self._mlp) + ITEM * c.vocab_size * c.hidden_size
 
     @property
     def pass_bytes(self) -> float:
-        """That one forward pass reads: an embedding that isn't the head as well is looked up, row by row."""
+        """Of all else that it reads: an embedding that isn't the head as well is looked up, row by row."""
         c = self.config
-        return self.stored_bytes - ITEM * c.vocab_size * c.hidden_size * (not c.tie_embeddings)
+        embedding = ITEM * c.vocab_size * c.hidden_size * (not c.tie_embeddings)
+        return self.stored_bytes - self.column_bytes - embedding
+
+    @property
+    def _attention(self) -> list[tuple[int, int]]:
+        """Rows and columns of the matrices of all layers."""
+        c = self.config
+        q, kv, d = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
+        return [(d, q), (d, kv), (d, kv), (q, d)] * c.num_layers
+
+    @property
+    def _mlp(self) -> list[tuple[int, int]]:
+        d, f = self.config.hidden_size, self.config.intermediate_size
+        return [(d, f), (d, f), (f, d)] * self.config.num_layers
+
+    def _bytes(self, matrices: list[tuple[int, int]]) -> float:
+        return float(sum(n * ((m + 4) if self.rounded else ITEM * m) for m, n in matrices))
 
 
 def forward_passes(
@@ -101,7 +122,7 @@ def forward_passes(
     flops = layer_flops(c, rows * tokens) + attention_flops(c, pairs) + head_flops(c, rows * logits)
     context = before + tokens / 2
     cache = cache_token_bytes(c, ITEM) * (passes * (rows * context - shared) + rows * tokens)
-    return Work(flops, flops, passes * model.pass_bytes, cache)
+    return Work(flops, flops, passes * model.pass_bytes, cache, passes * model.column_bytes)
 
 
 def packed_forward(c: Qwen2Config, rows: int, length: int, *, logits: bool, itemsize: int, parts: int) -> Work:

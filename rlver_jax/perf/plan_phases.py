@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import shares
 from rlver_jax.models.qwen import Qwen2
-from rlver_jax.parallel.mesh import batch_parts
+from rlver_jax.parallel.mesh import ATTENTION_DATA, batch_parts
 from rlver_jax.perf import flops
 from rlver_jax.perf.chips import HOP_S, Chip
 from rlver_jax.perf.flops import Work
@@ -79,7 +79,8 @@ def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[
 
 def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Shapes, chip: Chip) -> Phase:
     mesh = shapes.mesh if program == "learn" else shapes.agents.mesh or shapes.mesh
-    hbm = work.weight_bytes / mesh.shape["tensor"] + work.spread_bytes / mesh.size
+    tensor, columns = mesh.shape["tensor"], mesh.shape["tensor"] * mesh.shape.get(ATTENTION_DATA, 1)
+    hbm = work.weight_bytes / tensor + work.column_bytes / columns + work.spread_bytes / mesh.size
     ici, dcn, _ = (sum(use.bytes for use in over.values()) for over in by_link(uses))
     return Phase(
         name, program, work, hbm, uses, work.flops / mesh.size / chip.flops, hbm / chip.hbm_bandwidth,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from rlver_jax.learning.sequences import build_sequences, row_lengths
 from rlver_jax.learning.train_step import minibatch_order
-from rlver_jax.parallel.rules import mesh_axes
+from rlver_jax.parallel.rules import axes_on
 from rlver_jax.rollout.policy_turn import PolicyTables
 from rlver_jax.rollout.rewards import Rewards, reward
 from rlver_jax.rollout.sampler import Dialogues
@@ -27,7 +27,7 @@ def score(
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Of rows on the training mesh, onto which the outputs of the sampling mesh are resharded."""
-    return NamedSharding(mesh, PartitionSpec(mesh_axes("batch")))
+    return NamedSharding(mesh, PartitionSpec(axes_on(mesh, "batch")))
 
 
 def score_program(mesh: Mesh) -> Any:

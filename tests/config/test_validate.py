@@ -10,7 +10,7 @@ from configs.base import get_config
 from rlver_jax.config.fields import FIELDS, FREE_FIELDS, TABLE
 from rlver_jax.config.schema import Field, flat_fields, free_names, listing, without_effect
 from rlver_jax.config.validate import ConfigError, flatten, validate
-from rlver_jax.parallel.mesh import AXES
+from rlver_jax.parallel.mesh import ATTENTION_DATA, AXES
 
 CONFIGS = sorted(Path(__file__).resolve().parents[2].joinpath("configs").glob("[!_]*.py"))
 
@@ -57,7 +57,8 @@ def test_every_field_says_what_it_means_and_may_hold(name):
 
 def test_meshes_have_all_axes():
     """The table itself imports no JAX, so that profiles are prepared and read without it (tests/profiles)."""
-    assert tuple(TABLE["mesh"]) == tuple(TABLE["mesh_sampling"]) == AXES
+    assert tuple(TABLE["mesh"]) == AXES
+    assert set(TABLE["mesh_sampling"]) == {*AXES, ATTENTION_DATA}
 
 
 def test_fields_that_may_change_between_the_parts_of_a_run():

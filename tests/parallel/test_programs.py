@@ -6,7 +6,7 @@ import pytest
 
 from rlver_jax.models.attention import AttentionMask, visible
 from rlver_jax.models.splash import blocks_of, splash_attention
-from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
+from rlver_jax.parallel.mesh import batch_parts, make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.perf.chips import topology_devices
 from tests.parallel.programs import (
@@ -22,6 +22,7 @@ from tests.parallel.programs import (
 from tests.quick import ALL_PASSES
 
 BATCH, LENGTH, CAPACITY = 16, 288, 1024
+SHARED = {"replica": 2, "fsdp": 1, "tensor": 0, "attention_data": 2}
 LARGEST_MATRIX = CONFIG.hidden_size * CONFIG.intermediate_size
 
 
@@ -52,11 +53,16 @@ def check_update(ops, mesh, places: int = 0, length: int = LENGTH, stacked: bool
 
 
 def check_decode(ops, mesh):
-    """No weights travel, and nothing as large as a cache is made anew at any step."""
-    heads = CONFIG.num_kv_heads // mesh.shape["tensor"]
-    rows = BATCH // (mesh.shape["replica"] * mesh.shape["fsdp"])
+    """No weights travel, and nothing as large as a cache is made anew at any step.
+
+    Chips of `attention_data` gather hidden states, one of each of their rows.
+    """
+    heads, shared = CONFIG.num_kv_heads // mesh.shape["tensor"], mesh.shape.get("attention_data", 1)
+    rows = BATCH // batch_parts(mesh)
     cache = CONFIG.num_layers * rows * heads * CAPACITY * CONFIG.head_dim
-    assert max((op.largest for op in gathers(ops)), default=0) <= rows * mesh.shape["tensor"]
+    most = rows * mesh.shape["tensor"] if shared == 1 else rows * shared * CONFIG.hidden_size
+    assert most < CONFIG.hidden_size * CONFIG.head_dim, "less than the smallest part of a matrix"
+    assert max((op.largest for op in gathers(ops)), default=0) <= most
     assert any(op.largest == cache for op in ops), "the caches are there"
     for op in ops:
         if op.inside and op.largest >= cache:
@@ -82,6 +88,13 @@ def compiled(lowered) -> str:
 def test_update_gathers_a_layer_at_a_time():
     mesh = make_mesh(1, 4, 2)
     check_update(operations(compiled(lower_update(mesh, batch=BATCH, length=LENGTH, ppo=False))), mesh)
+
+
+def test_chips_that_share_a_copy_beyond_the_key_heads_gather_no_weights():
+    sampling = sampling_mesh(make_mesh(1, 4, 2), SHARED)
+    check_decode(
+        operations(compiled(lower_decode(sampling, batch=BATCH, capacity=CAPACITY, dtype=jnp.float32))), sampling
+    )
 
 
 def test_decoding_on_a_mesh_without_fsdp_gathers_nothing():
@@ -176,6 +189,8 @@ def test_decoding_for_tpu():
     training = tpu_mesh("v5e:2x4", 1, 4, 2)
     sampling = sampling_mesh(training, {"replica": 4, "fsdp": 1, "tensor": 0})
     check_decode(operations(lower_decode(sampling, batch=BATCH, capacity=CAPACITY).compile().as_text()), sampling)
+    shared = sampling_mesh(training, SHARED)
+    check_decode(operations(lower_decode(shared, batch=BATCH, capacity=CAPACITY).compile().as_text()), shared)
     copied = collectives(operations(lower_copy(training, sampling).compile().as_text()))
     assert {shape[0] for op in copied for shape in op.shapes} == {"bf16"}, "rounded before they travel"
     check_copy(copied, sampling)

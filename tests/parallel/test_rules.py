@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from rlver_jax.parallel.mesh import device_grid, make_mesh, resolve_mesh_shape, resolve_sampling_shape, sampling_mesh
+from rlver_jax.parallel.mesh import (
+    ATTENTION_DATA,
+    batch_parts,
+    device_grid,
+    make_mesh,
+    resolve_mesh_shape,
+    resolve_sampling_shape,
+    sampling_mesh,
+)
 from rlver_jax.parallel.rules import RULES, ShardingError, constrain, partition_spec, sharding
 
 
@@ -36,7 +44,7 @@ def test_errors_name_array_axis_and_sizes(mesh):
 
 def test_every_rule_names_mesh_axes(mesh):
     for axes in RULES.values():
-        assert set(axes or ()) <= set(mesh.axis_names)
+        assert set(axes or ()) <= {*mesh.axis_names, ATTENTION_DATA}
 
 
 def test_hints_are_hints(mesh):
@@ -67,9 +75,9 @@ def test_mesh_sizes():
 
 def test_sampling_mesh_sizes():
     """0 is the size in training; the devices keep their order, and groups of `tensor` stay together."""
-    none = {"replica": 0, "fsdp": 0, "tensor": 0}
-    assert resolve_sampling_shape(none, (2, 2, 2)) == (2, 2, 2)
-    assert resolve_sampling_shape(none | {"replica": -1, "fsdp": 1}, (1, 4, 2)) == (4, 1, 2)
+    none = {"replica": 0, "fsdp": 0, "tensor": 0, "attention_data": 1}
+    assert resolve_sampling_shape(none, (2, 2, 2)) == (2, 2, 1, 2)
+    assert resolve_sampling_shape(none | {"replica": -1, "fsdp": 1}, (1, 4, 2)) == (4, 1, 1, 2)
     training = make_mesh(1, 4, 2)
     assert sampling_mesh(training, none) is training
     playing = sampling_mesh(training, none | {"fsdp": -1, "tensor": 4})
@@ -77,6 +85,21 @@ def test_sampling_mesh_sizes():
     assert list(playing.devices.flat) == list(training.devices.flat)
     with pytest.raises(ValueError, match=r"mesh_sampling.fsdp=4, mesh_sampling.tensor=8: product 32, but there are 8"):
         sampling_mesh(training, none | {"tensor": 8})
+
+
+def test_a_sampling_mesh_whose_chips_share_a_copy_beyond_the_key_heads():
+    """Two of `attention_data`, neighbours of those of `tensor`: each its rows, and its columns of MLPs and head."""
+    sizes = {"replica": -1, "fsdp": 1, "tensor": 0, "attention_data": 2}
+    playing = sampling_mesh(make_mesh(1, 4, 2), sizes)
+    assert dict(playing.shape) == {"replica": 2, "fsdp": 1, "attention_data": 2, "tensor": 2}
+    assert batch_parts(playing) == 4
+    spec = lambda *axes: tuple(partition_spec(axes, (8,) * len(axes), playing))  # noqa: E731
+    assert spec("embed", "mlp") == ("fsdp", ("tensor", "attention_data"))
+    assert spec("embed", "heads") == ("fsdp", "tensor")
+    assert spec("batch", "kv_heads") == (("replica", "fsdp", "attention_data"), "tensor")
+    assert spec("mlp_batch", "mlp") == (("replica", "fsdp"), ("tensor", "attention_data"))
+    with pytest.raises(ValueError, match=r"mesh_sampling.attention_data=3: 8 devices cannot be divided by it"):
+        sampling_mesh(make_mesh(1, 4, 2), sizes | {"attention_data": 3})
 
 
 def test_replica_alone_goes_across_slices():

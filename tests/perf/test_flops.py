@@ -66,7 +66,8 @@ def test_a_token_of_seven_billion():
     work = flops.forward_passes(flops.Reader(config), 1, 1, 999, logits=1, passes=1)
     assert work.flops == 2 * weights + 4 * 28 * 3584 * 1000
     # The published number of parameters; of the input embedding a row is looked up.
-    assert work.weight_bytes == 2 * (7_615_616_512 - 152_064 * 3584)
+    assert work.weight_bytes + work.column_bytes == 2 * (7_615_616_512 - 152_064 * 3584)
+    assert work.column_bytes == 2 * (28 * 3 * 3584 * 18_944 + 152_064 * 3584)
 
 
 def test_a_token_of_seven_billion_in_int8():
@@ -77,7 +78,9 @@ def test_a_token_of_seven_billion_in_int8():
     embedding = next(x.size * 2 for path, x in leaves if path[0].key == "embed")
     reader = flops.Reader(model.config, rounded=True)
     assert reader.stored_bytes == stored
-    assert reader.pass_bytes == stored - embedding
+    assert reader.pass_bytes + reader.column_bytes == stored - embedding
+    wide = [x for path, x in leaves if {key.key for key in path} & {"gate", "up", "down", "lm_head"}]
+    assert reader.column_bytes == sum(x.size * x.dtype.itemsize for x in wide)
 
 
 def test_rows_that_share_a_prefix_read_it_once():

@@ -312,8 +312,9 @@ def check_equal(found, expected) -> None:
 
 @pytest.mark.slow
 def test_eight_devices_learn_what_one_does(unbroken, tmp_path):
-    """With every axis in use, and dialogues played on another mesh than the one that learns."""
-    apart = {"mesh_sampling.replica": -1, "mesh_sampling.fsdp": 1}
+    """With every axis in use, and dialogues played on another mesh than the one that learns: pairs of chips of
+    `tensor` share a copy, with rows and columns of their own."""
+    apart = {"mesh_sampling.replica": -1, "mesh_sampling.fsdp": 1, "mesh_sampling.attention_data": 2}
     run(tmp_path, make_mesh(2, 2, 2), **{"train.steps": 2, "eval.every": 0} | apart)
     check_equal(tmp_path, unbroken[0])
     for row in rows_of(tmp_path):
