@@ -25,17 +25,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax.config.flags import config_from_flags, define_path
-from rlver_jax.config.validate import ConfigError, validate
+from rlver_jax.config.lora_fields import rounding_faults
+from rlver_jax.config.validate import ConfigError, flatten, validate
 from rlver_jax.miniature.assets import POLICY, shipped
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.chips import chip_of, topology_devices
-from rlver_jax.perf.plan_measure import compile_all
+from rlver_jax.perf.plan_measure import GIB, compile_all
 from rlver_jax.perf.plan_phases import phases_of
-from rlver_jax.perf.plan_programs import Shapes, Texts, abstract_agents, programs_of, shapes_of
+from rlver_jax.perf.plan_programs import Shapes, Texts, abstract_agents, bytes_per_chip, programs_of, shapes_of
 from rlver_jax.perf.plan_remat import remats_of
 from rlver_jax.perf.plan_remedies import find_remedy, over
 from rlver_jax.perf.plan_report import Plan, show
 from rlver_jax.profiles.sources import open_profiles
+from rlver_jax.rollout.ready import rollout_model, sampling_params
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.tokenizer import load_tokenizer
@@ -53,6 +55,8 @@ def _plan(command: Command, argv: Sequence[str]) -> int:
     config, options = _arguments(argv)
     validate(config)  # what needs no devices, and so no TPU compiler
     check_learning(config)
+    if faults := list(rounding_faults(flatten(config))):
+        raise ConfigError("; ".join(faults))
     devices = topology_devices(options.topology, options.slices)
     validate(config, len(devices))
     mesh = make_mesh(**config.mesh, devices=devices)
@@ -104,6 +108,8 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
     remedy = None
     if any(over(one, chip) > 0 for one in measured):
         remedy = find_remedy(config, mesh, measured, chip, remake, tell)
+    if config.rollout.param_dtype and config.eval.every:
+        assumed.append(evaluations_unplanned(shapes))
     tried = remats_of(config, shapes, measured, chip, remake, tell) if remats else []
     playing = shapes.agents.mesh or mesh
     return Plan(
@@ -112,6 +118,17 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.monotonic() - began,
         len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}), config.train.steps,
     )  # fmt: skip
+
+
+def evaluations_unplanned(shapes: Shapes) -> str:
+    """What evaluations need beyond the programs of a step, where these play a rounded policy."""
+    policy, mesh = shapes.agents.policy.model, shapes.agents.mesh
+    rounded = rollout_model(shapes.config, policy)
+    wide, narrow = (bytes_per_chip(sampling_params(model, mesh)) for model in (policy, rounded))
+    return (
+        f"evaluations play the policy unrounded: its copy takes {(wide - narrow) / GIB:.2f} GiB a chip more than "
+        f"the one that plays in training, which is in no sum above"
+    )
 
 
 def texts_of(config: ConfigDict) -> tuple[Texts, list[str]]:

@@ -58,5 +58,6 @@ def rounding_faults(values: Mapping[str, Any]) -> Iterator[str]:
         if values[f"{model}.param_dtype"] == "int8" and not values["lora.rank"]:
             yield (
                 f"{model}.param_dtype='int8': weights in int8 can't be trained themselves; set lora.rank, e.g. 16, to "
-                f"train an adapter on them, or {model}.param_dtype to float32 or bfloat16"
+                f"train an adapter on them, or {model}.param_dtype to float32 or bfloat16 (rollout.param_dtype=int8 "
+                f"rounds the policy while it plays)"
             )

@@ -33,6 +33,7 @@ _SECTIONS = ("policy", "user", "data", "rollout", "emotion", "reward", "eval")
 _WITHOUT_EFFECT = (
     *("policy.remat", "data.seed", "rollout.batch", "rollout.group", "rollout.max_turns", "rollout.temperature"),
     *("emotion.initial", "eval.batch", "eval.every", "rollout.rows", "eval.rows", "eval.relationship"),
+    *("rollout.param_dtype", "rollout.overlap"),  # of training alone
 )
 # Where things lie; fingerprints tell what lies there, so that a moved model is still the same.
 PATHS = (*CONFIG_PATHS, "remote.policy.url", "remote.user.url")

@@ -29,7 +29,7 @@ def unquantized_dtype(param_dtype: Any, dtype: Any) -> Any:
 class Linear(nn.Module):
     """x @ kernel (+ bias), kernel [in, out] with logical axes. The result is float32: the caller rounds it, once.
 
-    A kernel in int8 has a scale for each column (see `int8`). An adapter beside it is added, if there is one (`lora`).
+    A kernel in int8 has a scale for each column (`quantization`). An adapter beside it, if any, is added (`lora`).
     """
 
     features: int

@@ -54,8 +54,8 @@ def token_logprobs(
         targets: int32 ids below V.
         chunk: logits per position at a time (per vocabulary shard); V need not be a multiple of it.
         temperature: of the distribution, > 0.
-        vocab_shards: devices over which the rows of `head` are split (the `tensor` axis): chunks are then cut inside
-            each shard, so no device needs another one's rows.
+        vocab_shards: devices over which the rows of `head` are split (`rules.parts("vocab")`): chunks are then cut
+            inside each shard, so no device needs another one's rows.
         forbidden: what the sampler's grammar left out, so that the result belongs to the distribution really sampled;
             a forbidden target's log-probability is -log of the allowed mass (its logit counts as 0): mask it out.
     """
@@ -76,6 +76,7 @@ def log_normalizer(
     hidden: Float[Array, "*b D"], head: Float[Array, "V D"], *, chunk: int = 8192, vocab_shards: int = 1
 ) -> Float[Array, "*b"]:
     """log sum_v exp(hidden . head_v), float32, in chunks of the vocabulary; not differentiable (for sampling)."""
+    hidden = rules.constrain(hidden, "mlp_batch", *("length",) * (hidden.ndim - 2), "activation")
     flat = hidden.reshape(-1, hidden.shape[-1])
     static = _Static(min(chunk, head.shape[0] // vocab_shards), 1.0, vocab_shards)
     _, (_, _, _, _, normalizer, _) = _forward(static, flat, head, jnp.zeros(flat.shape[:1], jnp.int32), None)

@@ -1,4 +1,4 @@
-"""Weights of a frozen model in int8: half the memory of bfloat16, and half of what every decode step reads.
+"""Weights in int8, of a frozen model or of a copy that only plays: half of what they take, and of what a step reads.
 
 Each column of a layer's weight matrices is rounded to 255 steps of its own size, kept as `scale` beside them:
 x @ kernel * scale. Activations, embedding, output head, norms and biases stay as they are: nothing needs calibration.
@@ -38,7 +38,7 @@ def quantize(params: Params, model: Qwen2, mesh: Mesh | None = None) -> Params:
 
 
 def rounded(params: Params) -> Params:
-    """As `quantize`, within a program, which the parameters given outlive."""
+    """As `quantize`, inside a jitted program; the parameters given stay as they are, in any dtype of floats."""
     return {name: _rounded_matrices(tree) if name.startswith("layer") else tree for name, tree in params.items()}
 
 

@@ -162,7 +162,7 @@ class Qwen2(nn.Module):
 
     config: Qwen2Config
     dtype: Any = jnp.float32  # of activations
-    param_dtype: Any = jnp.float32  # int8: of weight matrices that are not trained (see `int8`)
+    param_dtype: Any = jnp.float32  # int8: of weight matrices that are not trained (see `quantization`)
     scan_layers: bool = True
     remat: str = "none"
     attention: str = "dense"  # splash: kernels for TPU, for rows without a cache

@@ -62,7 +62,13 @@ def resolve_sampling_shape(sizes: Mapping[str, int], training: Sequence[int]) ->
             f"mesh_sampling.attention_data={rows}: {count} devices cannot be divided by it; choose a divisor"
         )
     replica, fsdp, tensor = (sizes[axis] or size for axis, size in zip(AXES, training, strict=True))
-    replica, fsdp, tensor = resolve_mesh_shape(replica, fsdp, tensor, count // rows, "mesh_sampling")
+    try:
+        replica, fsdp, tensor = resolve_mesh_shape(replica, fsdp, tensor, count // rows, "mesh_sampling")
+    except ValueError as error:
+        if rows == 1:
+            raise
+        reason = f"mesh_sampling.attention_data={rows} leaves {count // rows} of {count} devices for the other axes"
+        raise ValueError(f"{error} ({reason})") from None
     return replica, fsdp, rows, tensor
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 DOCS = "https://docs.cloud.google.com/tpu/docs/"
@@ -59,44 +59,48 @@ _HOST = {
 
 @dataclasses.dataclass(frozen=True)
 class Torus:
-    """How the chips of a slice are linked.
+    """Where the chips of a program are, and how they are linked.
 
     Attributes:
+        places: coordinates of each, by its number in the program; empty: they have none, as devices of a CPU.
         sizes: chips along each axis.
         rings: whether the last chip of an axis is linked with the first one.
     """
 
-    sizes: tuple[int, ...]
-    rings: tuple[bool, ...]
+    places: tuple[tuple[int, ...], ...] = ()
+    sizes: tuple[int, ...] = ()
+    rings: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, devices: Iterable[Any]) -> "Torus":
-        """Of a topology's devices, of any of its slices; devices without coordinates, as those of a CPU, are one ring.
+        """Of a mesh's devices, in its order.
 
         v4 and v5p are rings where every axis is a multiple of 4, v5e and v6e along an axis of 16
         (https://jax-ml.github.io/scaling-book/tpus).
         """
         devices = list(devices)
         if not hasattr(devices[0], "coords"):
-            return cls((len(devices),), (True,))
-        sizes = tuple(int(max(x)) + 1 for x in zip(*(device.coords for device in devices), strict=True))
+            return cls()
+        places = tuple(tuple(device.coords) for device in devices)
+        sizes = tuple(max(along) + 1 for along in zip(*places, strict=True))
         if "lite" in devices[0].device_kind:
-            return cls(sizes, tuple(size == 16 for size in sizes))
-        return cls(sizes, (all(size % 4 == 0 for size in sizes),) * len(sizes))
+            return cls(places, sizes, tuple(size == 16 for size in sizes))
+        return cls(places, sizes, (all(size % 4 == 0 for size in sizes),) * len(sizes))
 
-    def hops(self, kind: str, chips: int) -> int:
-        """Hops, one after another, that a collective makes over so many neighbours: along a ring in both directions.
+    def hops(self, kind: str, chips: Sequence[int]) -> int:
+        """Hops that a collective inside a slice makes one after another: as many as to the farthest of its chips.
 
-        An all-reduce scatters sums and gathers them again. A permutation goes to a neighbour.
+        An all-reduce scatters sums and gathers them again. A permutation, or a send, goes to a neighbour.
         """
-        if kind == "collective-permute":
+        if kind in ("collective-permute", "send"):
             return 1
-        rest, way = chips, 0
-        for size, ring in sorted(zip(self.sizes, self.rings, strict=True), reverse=True):
-            along = min(size, rest)
-            way += along // 2 if ring and along == size else along - 1
-            rest = -(-rest // along)
+        places = [self.places[chip] for chip in chips if self.places]
+        way = max((self._distance(one, other) for one in places for other in places), default=0)
         return way * (2 if kind == "all-reduce" else 1)
+
+    def _distance(self, one: Sequence[int], other: Sequence[int]) -> int:
+        steps = [abs(a - b) for a, b in zip(one, other, strict=True)]
+        return sum(min(n, size - n) if ring else n for n, size, ring in zip(steps, self.sizes, self.rings, strict=True))
 
 
 class PlanError(ValueError):

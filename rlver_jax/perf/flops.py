@@ -122,7 +122,8 @@ def forward_passes(
     flops = layer_flops(c, rows * tokens) + attention_flops(c, pairs) + head_flops(c, rows * logits)
     context = before + tokens / 2
     cache = cache_token_bytes(c, ITEM) * (passes * (rows * context - shared) + rows * tokens)
-    return Work(flops, flops, passes * model.pass_bytes, cache, passes * model.column_bytes)
+    columns = model.column_bytes - ITEM * c.vocab_size * c.hidden_size * (not logits)
+    return Work(flops, flops, passes * model.pass_bytes, cache, passes * columns)
 
 
 def packed_forward(c: Qwen2Config, rows: int, length: int, *, logits: bool, itemsize: int, parts: int) -> Work:

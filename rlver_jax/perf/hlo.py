@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
@@ -25,7 +27,11 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,<=]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]<=|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
+_GROUPS = re.compile(  # three ways to write them: the groups themselves, a grid cut into rows, axes of a mesh
+    r"replica_groups=(?:\{\{(?P<listed>[\d,]*)\}"
+    r"|\[(?P<count>\d+),(?P<size>\d+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
+    r"|mesh\[(?P<mesh>[^\]]*)\]\s*\{(?P<axes>[^}]*)\})"
+)
 _DEVICES = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -77,6 +83,7 @@ class Use(NamedTuple):
 
 
 Uses = dict[tuple[str, str], Use]  # by (phase, kind)
+HopsOf = Callable[[str, tuple[int, ...]], int]  # hops of a collective, by its kind and its chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Module:
         phase: str,
         phase_of: Callable[[str], str | None],
         trips_of: Callable[[str], float],
-        hops_of: Callable[[str, int], int] = lambda kind, chips: 0,
+        hops_of: HopsOf = lambda kind, chips: 0,
     ) -> Uses:
         """Collectives of one run of the program.
 
@@ -123,7 +130,7 @@ class Module:
             phase: where no op says another.
             phase_of: phase of an op's name; None: that of what calls it.
             trips_of: turns of a loop whose condition the data decides, by the op's name.
-            hops_of: hops of a collective, by its kind and the chips that it goes over.
+            hops_of: of each collective.
         """
         walk = _Walk(self, phase_of, trips_of, hops_of)
         return walk.uses(self.entry, phase, set())
@@ -148,7 +155,7 @@ class _Walk:
     module: Module
     phase_of: Callable[[str], str | None]
     trips_of: Callable[[str], float]
-    hops_of: Callable[[str, int], int]
+    hops_of: HopsOf
 
     def uses(self, name: str, phase: str, seen: set[str]) -> Uses:
         """Of one run of a computation. `seen`: transfers counted already in this run of the loop around it.
@@ -253,7 +260,7 @@ class Transfer(NamedTuple):
     name: str  # the same for all instructions that are one transfer
     kind: str
     bytes: float
-    chips: int = 1  # that a collective inside a slice goes over
+    chips: tuple[int, ...] = ()  # that a collective inside a slice goes over, by their numbers in the program
 
 
 def transfer(op: Instruction, devices: int = 1) -> Transfer | None:
@@ -265,8 +272,8 @@ def transfer(op: Instruction, devices: int = 1) -> Transfer | None:
     kind, channel = op.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", op.rest)
     name = f"{kind} {channel[1]}" if channel else op.name
     if kind in COLLECTIVES:
-        chips = group_size(op.rest) or max(devices, 1)
-        return Transfer(name, kind, _bytes_received(op, kind, chips), chips)
+        chips = group(op.rest, devices)
+        return Transfer(name, kind, _bytes_received(op, kind, len(chips)), chips)
     if kind in ("send", "recv"):
         return _sent(op, name)
     if op.kind == "copy-start" and len({_ON_HOST in part for part in _split(op.result.strip()[1:-1])[:2]}) == 2:
@@ -326,14 +333,19 @@ def _bytes_received(op: Instruction, kind: str, n: int) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def group_size(attributes: str) -> int:
-    """Chips that a collective goes over; 0: it names none, which means all."""
+def group(attributes: str, devices: int = 1) -> tuple[int, ...]:
+    """Partitions that a collective goes over, of its first group; all `devices` of the program if it names none."""
     match = _GROUPS.search(attributes)
     if not match:
-        return 0
-    if match[1] is not None:
-        return max(len(match[1].split(",")), 1)
-    if match[3] is not None:
-        return int(match[3])
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[4])}
-    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match[5]))
+        return tuple(range(max(devices, 1)))
+    if match["listed"] is not None:
+        return tuple(int(part) for part in match["listed"].split(",") if part) or tuple(range(max(devices, 1)))
+    if match["count"] is not None:
+        numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+        grid = np.arange(int(match["count"]) * int(match["size"])).reshape(numbers(match["dims"]))
+        grid = grid.transpose(numbers(match["order"])) if match["order"] else grid
+        return tuple(grid.reshape(-1, int(match["size"]))[0].tolist())
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
+    along = re.findall(r"'(\w+)'", match["axes"])
+    grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    return tuple(grid[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist())

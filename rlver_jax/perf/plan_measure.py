@@ -137,7 +137,7 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     seconds = time.monotonic() - began
     memory = _memory(compiled, sum(idle.values()), bytes_per_chip(program.again))
     module = Module.parse(compiled.as_text())
-    torus = Torus.of(shapes.mesh.devices.flat)
+    torus = Torus.of(shapes.mesh.devices.flat)  # both meshes take the devices in one order
     uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes), torus.hops)
     faults = _logits(module, shapes) if program.name == "learn" else []
     warnings += _gathered(module) + uncounted(uses)

@@ -29,8 +29,9 @@ class Phase:
         hbm_bytes: that one chip reads and writes.
         collectives: by kind, of one chip; kinds of `hlo.DCN` go between slices, of `hlo.HOST` to the chip's host.
         compute_s, memory_s, network_s, dcn_s: at the chip's peak rates, network_s inside a slice, dcn_s between slices;
-            a phase takes the longest of the four at least. What goes to the host has no time.
-        latency_s: that collectives inside a slice take however little they move; nothing else goes on meanwhile.
+            the longest of the four is the phase's roofline. What goes to the host has no time.
+        latency_s: of the hops of collectives inside a slice, however little they move, as if nothing else went on
+            meanwhile: so it is for the small sums of a decode step, less so for gathers that are started ahead.
     """
 
     name: str
@@ -134,7 +135,8 @@ def _copied(model: Qwen2, played: flops.Reader) -> Work:
     """Reads weights as they are stored, and writes what the sampler reads."""
     count, stored = model.config.num_params, model.param_dtype
     read = played.stored_bytes if stored == jnp.int8 else float(count * stored.itemsize)
-    return Work(0, 0, 0, read + played.stored_bytes)
+    written = played.stored_bytes if played.rounded else float(count * model.dtype.itemsize)
+    return Work(0, 0, 0, read + written)
 
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:

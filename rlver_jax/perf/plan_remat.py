@@ -22,7 +22,7 @@ class Remat:
     Attributes:
         fields: of the config, that set it.
         total: bytes of a chip while the update runs, with all that is alive beside it.
-        seconds: of the update at its roofline.
+        seconds: of the update as `Phase.seconds`.
     """
 
     fields: dict[str, Any]

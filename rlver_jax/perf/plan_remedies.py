@@ -89,7 +89,8 @@ def find_remedy(
 def adapters(config: ConfigDict) -> dict[str, Any]:
     """Adapters on a base in bfloat16, in place of all parameters, their gradients and moments (docs/lora.md)."""
     bases = {f"{name}.param_dtype": "bfloat16" for name in trained_of(config)}
-    return {"lora.rank": 16, "lora.alpha": 32.0} | bases
+    played = {"rollout.param_dtype": ""} if config.rollout.param_dtype else {}  # of weights that change alone
+    return {"lora.rank": 16, "lora.alpha": 32.0} | bases | played
 
 
 def candidates(config: ConfigDict, failing: Sequence[str]) -> Iterator[dict[str, Any]]:

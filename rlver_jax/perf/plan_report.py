@@ -105,13 +105,13 @@ class Plan:
         return f"does not fit: {total - room:.2f} GiB over ({one.name}: {total:.2f} of {room:.2f} GiB a chip); {tried}"
 
     def prediction(self) -> str:
-        """What the roofline says, or that a program is missing."""
+        """How long a step and a run take, or that a program is missing."""
         if any(not one.memory.arguments for one in self.measured):
             return "no prediction: a program that does not fit has no HLO to read collectives from"
         return (
-            f"prediction, not a measurement: at best {self.step_s:.1f} s a step ({self.roofline_s:.1f} s without the "
-            f"latency of collectives), {self.dialogues_per_hour:,.0f} dialogues/hour, {100 * self.mfu:.1f} % of the "
-            f"chips' peak (MFU); a run of train.steps={self.steps}: {self.run_s / 3600:.1f} hours "
+            f"prediction, not a measurement: {self.step_s:.1f} s a step ({self.roofline_s:.1f} s at the roofline, the "
+            f"rest is latency of collectives), {self.dialogues_per_hour:,.0f} dialogues/hour, {100 * self.mfu:.1f} % "
+            f"of the chips' peak (MFU); a run of train.steps={self.steps}: {self.run_s / 3600:.1f} hours "
             f"({self.run_s / 86400:.2f} days), {self.chip_hours:,.0f} chip-hours"
         )
 

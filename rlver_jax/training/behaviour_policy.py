@@ -60,7 +60,7 @@ class Player:
     trained: "TrainedPolicy | None" = None
 
     def load(self, spec: RolloutConfig) -> Policy:
-        """The policy on the device, as one pass over long rows reads it fastest."""
+        """The policy on the device, as one pass over long rows reads it fastest; rounded where it played so."""
         c = reading(self.config.policy)
         lm, tokenizer = load_model(c, "policy", weights=self._weights if self.trained else None)
         played = rollout_model(self.config, lm.model)
@@ -138,6 +138,8 @@ def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
     chosen, trained = choice.step, None
     if step is None:
         config.rollout.param_dtype = ""  # an evaluation's policy is as it is trained
+    elif is_run(choice.checkpoint):
+        _check_rounding(config, choice.checkpoint)
     if step == BASE + 1 and is_run(choice.checkpoint) and not chosen:
         began = RunFolder(Path(choice.checkpoint)).typed_config().policy
         config.policy.path, config.policy.init = choice.path or began.path, began.init
@@ -151,6 +153,17 @@ def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
         trained = take_checkpoint(config, choice.checkpoint, chosen, choice.path)
     validate(config, needs=["policy"])
     return Player(config, trained)
+
+
+def _check_rounding(config: ConfigDict, folder: str) -> None:
+    from rlver_jax.training.workdir import RunFolder
+
+    played, given = RunFolder(Path(folder)).typed_config().rollout.param_dtype, config.rollout.param_dtype
+    if played != given:
+        raise ConfigError(
+            f"--policy={folder}: its dialogues were played with rollout.param_dtype={played!r}, found {given!r}; give "
+            f"--config.rollout.param_dtype={played}"
+        )
 
 
 def _check_kept(folder: str, step: int) -> None:

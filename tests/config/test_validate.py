@@ -162,6 +162,11 @@ def test_faults(fields, parts):
             {"mesh__tensor": 8, "mesh_sampling__fsdp": 8, "mesh_sampling__tensor": 1, "eval__batch": 12},
             ["eval.batch=12", "mesh_sampling.replica x mesh_sampling.fsdp = 8", "choose 16"],
         ),
+        (
+            {"mesh__tensor": 8, "mesh_sampling__fsdp": 2, "mesh_sampling__tensor": 2, "eval__batch": 6}
+            | {"mesh_sampling__attention_data": 2},
+            ["eval.batch=6", "mesh_sampling.fsdp x mesh_sampling.attention_data = 4", "choose 8"],
+        ),
     ],
 )
 def test_mesh_faults(fields, parts):

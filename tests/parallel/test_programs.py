@@ -2,13 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rlver_jax.models.attention import AttentionMask, visible
 from rlver_jax.models.splash import blocks_of, splash_attention
 from rlver_jax.parallel.mesh import batch_parts, make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.perf.chips import topology_devices
+from rlver_jax.perf.plan_programs import params_of
+from rlver_jax.rollout.ready import rollout_model, sampling_params, sampling_program
 from tests.parallel.programs import (
     CONFIG,
     MODEL,
@@ -114,6 +118,19 @@ def test_weights_pass_to_the_sampling_mesh_by_gathers_alone():
     ops = collectives(operations(compiled(lower_copy(training, sampling))))
     assert {op.kind for op in ops} == {"all-gather"}
     check_copy(ops, sampling)
+
+
+def test_weights_that_become_int8_travel_as_such():
+    """Also where MLPs have more parts than attention: of floats, embedding and head alone leave their devices."""
+    training = make_mesh(1, 4, 2)
+    sampling = sampling_mesh(training, SHARED)
+    model = rollout_model(ConfigDict({"rollout": {"param_dtype": "int8"}}), MODEL)
+    lowered = sampling_program(sampling_params(model, sampling)).lower(params_of(MODEL, training))
+    moved = [shape for op in collectives(operations(compiled(lowered))) for shape in op.shapes]
+    least = CONFIG.hidden_size * CONFIG.num_kv_heads * CONFIG.head_dim // 8  # that a device has of a matrix
+    large = [(dtype, dims) for dtype, dims in moved if np.prod(dims) >= least]
+    assert sum(dtype == "s8" for dtype, _ in large) >= 7
+    assert {dims[-2] for dtype, dims in large if dtype != "s8"} == {CONFIG.vocab_size // 4}
 
 
 def tpu_mesh(topology: str, *shape: int, slices: int = 1):

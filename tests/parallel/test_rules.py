@@ -98,6 +98,8 @@ def test_a_sampling_mesh_whose_chips_share_a_copy_beyond_the_key_heads():
     assert spec("embed", "heads") == ("fsdp", "tensor")
     assert spec("batch", "kv_heads") == (("replica", "fsdp", "attention_data"), "tensor")
     assert spec("mlp_batch", "mlp") == (("replica", "fsdp"), ("tensor", "attention_data"))
+    with pytest.raises(ValueError, match=r"product 8, but there are 4 devices; .*=2 leaves 4 of 8 devices"):
+        sampling_mesh(make_mesh(1, 4, 2), {"replica": 0, "fsdp": 0, "tensor": 0, "attention_data": 2})
     with pytest.raises(ValueError, match=r"mesh_sampling.attention_data=3: 8 devices cannot be divided by it"):
         sampling_mesh(make_mesh(1, 4, 2), sizes | {"attention_data": 3})
 

@@ -1,13 +1,15 @@
 """What is said when a topology can't be planned for."""
 
+import dataclasses
 import importlib.util
 import itertools
 import os
 import re
-from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 
 from rlver_jax import plan
 from rlver_jax.perf.chips import CHIPS, PlanError, Torus, chip_of, topology_devices
@@ -32,41 +34,45 @@ def test_the_network_between_slices():
     assert {name: CHIPS[name].dcn_bandwidth * 8 / 1e9 for name in wanted} == wanted
 
 
-class Chip(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Chip:
     """A device of a topology."""
 
     coords: tuple[int, int, int]
     device_kind: str
-
-
-def torus(kind, *sizes):
-    return Torus.of(Chip(place, kind) for place in itertools.product(*map(range, sizes)))
+    id: int
+    platform: str = "tpu"
+    slice_index: int = 0
+    process_index: int = 0
+    core_on_chip: int = 0
 
 
 @pytest.mark.parametrize(
-    ("chips", "kind", "group", "hops"),
+    ("kind", "sizes", "mesh", "axes", "hops"),
     [
-        (("TPU v5", 4, 4, 4), "all-gather", 4, 2),  # a ring of four, both ways
-        (("TPU v5", 4, 4, 4), "all-reduce", 4, 4),
-        (("TPU v5", 4, 4, 4), "all-gather", 64, 6),
-        (("TPU v5", 4, 4, 8), "all-gather", 8, 4),
-        (("TPU v5", 2, 2, 1), "all-gather", 4, 2),  # no ring: once along each side
-        (("TPU v5 lite", 2, 4, 1), "all-gather", 4, 3),  # a line
-        (("TPU v5 lite", 2, 4, 1), "all-reduce", 8, 8),
-        (("TPU v5 lite", 16, 16, 1), "all-gather", 16, 8),  # the one size of v5e and v6e that is a ring
-        (("TPU v6 lite", 8, 8, 1), "reduce-scatter", 8, 7),
-        (("TPU v5", 4, 4, 4), "collective-permute", 64, 1),
-        (("TPU v5", 4, 4, 4), "all-reduce", 1, 0),
-        (("TPU v5", 4, 4, 4), "DCN all-reduce", 1, 0),
+        ("TPU v5", (4, 4, 4), (1, 16, 4), (2,), 2),  # a ring of four, both ways
+        ("TPU v5", (4, 4, 4), (1, 16, 4), (0, 1, 2), 6),
+        ("TPU v5", (2, 2, 1), (1, 1, 4), (2,), 2),  # no ring: once along each side of the square
+        ("TPU v5 lite", (2, 4, 1), (1, 2, 4), (2,), 2),  # a square as well
+        ("TPU v5 lite", (2, 4, 1), (1, 1, 8), (2,), 4),
+        ("TPU v5 lite", (16, 16, 1), (1, 16, 16), (2,), 8),  # the one size of v5e and v6e that is a ring
+        ("TPU v6 lite", (8, 8, 1), (1, 8, 8), (2,), 7),
     ],
 )
-def test_hops(chips, kind, group, hops):
-    """The farthest chip, by hand."""
-    assert torus(*chips).hops(kind, group) == hops
+def test_hops(kind, sizes, mesh, axes, hops):
+    """To the farthest chip, by hand, of groups that lie where `make_mesh` puts them."""
+    chips = [Chip(place, kind, i) for i, place in enumerate(itertools.product(*map(range, sizes)))]
+    grid = mesh_utils.create_device_mesh(mesh, devices=chips, allow_split_physical_axes=True)
+    torus, numbers = Torus.of(grid.flat), np.arange(len(chips)).reshape(mesh)
+    group = numbers[tuple(slice(None) if axis in axes else 0 for axis in range(3))].ravel()
+    assert torus.hops("all-gather", group) == hops
+    assert torus.hops("all-reduce", group) == 2 * hops
+    assert torus.hops("collective-permute", group) == 1
+    assert torus.hops("DCN all-reduce", ()) == 0
 
 
-def test_devices_without_coordinates_are_a_ring():
-    assert Torus.of(jax.devices()) == Torus((len(jax.devices()),), (True,))
+def test_devices_without_coordinates_are_no_torus():
+    assert Torus.of(jax.devices()).hops("all-reduce", range(len(jax.devices()))) == 0
 
 
 def test_without_the_compiler(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.chips import topology_devices
-from rlver_jax.perf.hlo import Module, Use, array_bytes, group_size, trip_count
+from rlver_jax.perf.hlo import Module, Use, array_bytes, group, trip_count
 from rlver_jax.perf.plan_measure import logits_among, uncounted
 
 LAYERS, WIDTH = 5, 64
@@ -49,7 +49,7 @@ def test_collectives_in_nested_loops(gathering):
 
 
 def test_hops_count_as_often_as_their_collectives(gathering):
-    found = gathering.collectives("", lambda name: None, lambda name: 3, lambda kind, chips: 10 * chips)
+    found = gathering.collectives("", lambda name: None, lambda name: 3, lambda kind, chips: 10 * len(chips))
     assert found["", "all-gather"].hops == 3 * LAYERS * 10 * 8
 
 
@@ -115,7 +115,7 @@ def test_volumes_of_ring_algorithms():
     ],
 )
 def test_group_sizes(attribute, size):
-    assert group_size(attribute) == size
+    assert len(group(attribute)) == (size or 1)
 
 
 def test_logits_are_found_however_they_lie():
@@ -198,6 +198,22 @@ def test_every_kind_of_collective(line, kind, size):
 )  # fmt: skip
 def test_what_sends_nothing(line):
     assert of_one(line) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
+        ("replica_groups=mesh['replica'=2,'fsdp'=2,'tensor'=2]{'replica','tensor'}", (0, 1, 4, 5)),
+        ("replica_groups={}", (0, 1, 2, 3, 4, 5, 6, 7)),
+    ],
+)
+def test_the_chips_of_a_group(text, wanted):
+    """Of eight, in the three ways in which XLA writes groups."""
+    assert group(f"channel_id=3, {text}, use_global_device_ids=true", 8) == wanted
 
 
 def test_groups_that_are_not_named_are_all_chips():

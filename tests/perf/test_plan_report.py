@@ -62,8 +62,8 @@ def test_prediction():
     assert plan.dialogues_per_hour == 5 * 360
     assert plan.mfu == pytest.approx(32e12 / (8 * 197e12 * 10))
     assert plan.prediction().startswith(
-        "prediction, not a measurement: at best 10.0 s a step (10.0 s without the latency of collectives), 1,800 "
-        "dialogues/hour, 0.2 %"
+        "prediction, not a measurement: 10.0 s a step (10.0 s at the roofline, the rest is latency of collectives), "
+        "1,800 dialogues/hour, 0.2 %"
     )
 
 
@@ -73,7 +73,7 @@ def test_collectives_that_wait():
     phase = Phase("play", "play", Work(8e12, 8e12, 0), 1e9, {}, 1.0, 6.0, 2.0, latency_s=2.0)
     plan = dataclasses.replace(plan_of(measured("play", 10, 5)), chip=chip, phases=[phase])
     assert (plan.step_s, plan.roofline_s, phase.bandwidth) == (8, 6, 0.75)
-    assert "at best 8.0 s a step (6.0 s without the latency of collectives)" in plan.prediction()
+    assert "8.0 s a step (6.0 s at the roofline, the rest is latency of collectives)" in plan.prediction()
     assert plan.to_json()["phases"][0]["seconds"]["latency"] == 2
 
 

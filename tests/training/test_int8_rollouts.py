@@ -70,9 +70,8 @@ def test_every_word_is_recomputed_from_rounded_weights(run, capsys):
     words = capsys.readouterr().out
     assert "0 faults" in words
     assert "not recomputed" not in words
-    assert verify.main([*logs[1:], "--config=configs/debug.py", f"--policy={run}"]) == 1, (
-        "unrounded ones said no such thing"
-    )
+    assert verify.main([*logs[1:], "--config=configs/debug.py", f"--policy={run}"]) == 2
+    assert "give --config.rollout.param_dtype=int8" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
