@@ -7,7 +7,7 @@ import pytest
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.profiles.seeds import SIMILAR, read_seeds, similarity, text_of
 from rlver_jax.reports.profiles_command import main
-from rlver_jax.reports.profiles_generate import profile_of
+from rlver_jax.reports.profiles_generate import SHORTEST, profile_of
 from tests.endpoints.server import ChatServer, digest
 
 pytest.importorskip("rapidfuzz", reason="extra `generate` is not installed")
@@ -88,6 +88,21 @@ def test_a_line_that_is_the_secret_wish_is_refused(tmp_path):
     assert profile_of(seed, wish, lines, 12) == (None, "first_talk: the secret wish itself")
     made, why = profile_of(seed, wish, lines | {"first_talk": "Your company sent me a cake that cuts fingers."}, 12)
     assert (made.first_talk, why) == ("Your company sent me a cake that cuts fingers.", "")
+
+
+def test_how_short_a_line_may_be_depends_on_the_language(tmp_path):
+    """Seven characters say as much in Chinese as twenty in English."""
+    seed = read_seeds(write_seeds(tmp_path), 0.5, [])[0]
+    lines = {
+        "player": "王敏，34岁，护士",
+        "temper": "温和",
+        "scene": "母亲住院，没人照顾",
+        "first_talk": "我妈昨天住院了",
+    }
+    assert profile_of(seed, "你想得到夸奖", lines, SHORTEST["zh"])[0].first_talk == "我妈昨天住院了"
+    assert profile_of(seed, "你想得到夸奖", lines, SHORTEST["en"])[1].startswith(
+        "player, scene, first_talk: fewer than 12"
+    )
 
 
 def test_seeds_that_are_none_are_explained(tmp_path, capsys):
