@@ -42,8 +42,11 @@ def test_a_share_that_is_none_is_refused(share):
 def test_of_a_few_there_are_some_on_either_side():
     """By the hashes above `b` is at 0.24, `c` at 0.18, `甲` at 0.20, `a` at 0.79 of the range."""
     few = ["a", "b", "c", "甲"]
-    assert some_held_out(few, 0.22) == {"c", "甲"}
+    assert some_held_out(few, 0.5) == {"c", "甲"}
+    assert some_held_out(few, 0.7) == {"b", "c", "甲"}
     assert some_held_out(few, 0.1) == {"c"}, "none would be"
     assert some_held_out(few, 0.9) == {"b", "c", "甲"}, "all would be"
+    with pytest.raises(ValueError, match="expected a number from 0 to 1"):
+        some_held_out(few, 1.5)
     assert some_held_out(["a"], 0.1) == some_held_out(few, 0.0) == set()
     assert some_held_out(few, 1.0) == set(few)
