@@ -376,6 +376,7 @@ def test_training_logs_are_held_against_the_policy_before_their_step(trained, ca
     assert "the policy's own choice" in output or "log-probability" in output
 
 
+@pytest.mark.slow
 def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path, capsys):
     """It would be of a step whose policy there never was."""
     run, config = trained
@@ -392,6 +393,7 @@ def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path
             assert f"training step {step} were played by the policy as it was after step {step - 1}" in output
 
 
+@pytest.mark.slow
 def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
     run, config = trained
     records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
@@ -403,6 +405,7 @@ def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
     assert "dialogue 16, seed is null" in output
 
 
+@pytest.mark.slow
 def test_a_dialogue_of_another_step_and_lines_that_are_none_are_faults(trained, tmp_path, capsys):
     """Not bad usage: the others are derived."""
     run, config = trained
@@ -428,6 +431,7 @@ def test_an_evaluation_is_held_against_the_checkpoint_that_played_it(trained, tm
         assert run_verify(capsys, log, config, few, *flags)[0] == expected, flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "output"),
     [

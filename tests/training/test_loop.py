@@ -253,7 +253,8 @@ def test_a_run_without_its_base_model_is_served(moved):
     assert reply["choices"][0]["message"]["role"] == "assistant"
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_evaluate_scores_a_checkpoint_as_the_run_did(unbroken, tmp_path, devices, monkeypatch):
     folder, _, _ = unbroken
     flags = evaluate_flags(devices, monkeypatch)
