@@ -225,14 +225,11 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    trains_on = "mesh", training_shape[:2]
-    plays_on = (
-        ("mesh_sampling", sampling_shape[:3])
-        if math.prod(sampling_shape[:3]) != math.prod(training_shape[:2])
-        else trains_on
-    )
-    checks = [("rollout.batch", *trains_on)] + [("rollout.batch", *plays_on)] * (plays_on is not trains_on)
-    checks += [(field, *plays_on) for field in ("rollout.rows", "eval.batch", "eval.rows")]
+    checks: list[tuple[str, str, tuple[int, ...]]] = [("rollout.batch", "mesh", training_shape[:2])]
+    if sampling_shape != (*training_shape[:2], 1, training_shape[2]):
+        checks.append(("rollout.batch", "mesh_sampling", sampling_shape[:3]))
+    played_on = checks[-1][1:]
+    checks += [(field, *played_on) for field in ("rollout.rows", "eval.batch", "eval.rows")]
     parts = values["train.minibatches"] * values["train.microbatches"]
     rows = training_shape[0] * training_shape[1]
     if not batch % parts and not batch % rows and batch // parts % rows:
@@ -244,7 +241,7 @@ def _mesh(values: dict[str, Any], num_devices: int | None) -> Iterator[str]:
     for field, name, shape in checks:
         rows, axes = math.prod(shape), f"{name}.replica x {name}.fsdp"
         if values[field] % rows:
-            axes += f" x {name}.{ATTENTION_DATA}" if shape[2:] not in ((), (1,)) else ""
+            axes += f" x {name}.{ATTENTION_DATA}" if math.prod(shape[2:]) > 1 else ""
             yield (
                 f"{field}={values[field]}: must be a multiple of {axes} = {rows}, which split the batch; choose "
                 f"{-(-values[field] // rows) * rows}, or a larger {name}.tensor"

@@ -5,6 +5,7 @@ x @ kernel * scale. Activations, embedding, output head, norms and biases stay a
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,37 +33,36 @@ def quantize(params: Params, model: Qwen2, mesh: Mesh | None = None) -> Params:
     shapes, axes = abstract_params(model)
     shardings = None if mesh is None else rules.tree_shardings(axes, shapes, mesh)
     return {
-        name: _quantized(tree, shardings and shardings[name]) if name.startswith("layer") else tree
+        name: _with_rounded(tree, _rounded_and_freed, shardings and shardings[name])
+        if name.startswith("layer")
+        else tree
         for name, tree in params.items()
     }
 
 
 def rounded(params: Params) -> Params:
     """As `quantize`, inside a jitted program; the parameters given stay as they are, in any dtype of floats."""
-    return {name: _rounded_matrices(tree) if name.startswith("layer") else tree for name, tree in params.items()}
+    one = lambda kernel, _: _rounded(kernel)  # noqa: E731
+    return {name: _with_rounded(tree, one) if name.startswith("layer") else tree for name, tree in params.items()}
 
 
-def _rounded_matrices(tree: Any) -> Any:
+def _with_rounded(tree: Any, one: Callable[[Array, Any], tuple[Array, Array]], shardings: Any = None) -> Any:
+    """A layer's parameters with each matrix as `one` makes it of the matrix and of the shardings that it gets."""
     if not isinstance(tree, dict):
         return tree
     if "kernel" not in tree:
-        return {name: _rounded_matrices(inner) for name, inner in tree.items()}
-    kernel, scale = _rounded(tree["kernel"])
+        return {name: _with_rounded(inner, one, shardings and shardings[name]) for name, inner in tree.items()}
+    kernel, scale = one(tree["kernel"], shardings)
     return tree | {"kernel": kernel, "scale": scale}
 
 
-def _quantized(tree: Any, shardings: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    if "kernel" not in tree:
-        return {name: _quantized(inner, shardings and shardings[name]) for name, inner in tree.items()}
-    wide = tree["kernel"]
+def _rounded_and_freed(wide: Array, shardings: Any) -> tuple[Array, Array]:
     out_shardings = None if shardings is None else (shardings["kernel"], shardings["scale"])
     # A donation would do nothing: no result has the size of what is given. Deleted before it has been read, it would
     # live on until then, and the next matrices' results be allocated meanwhile.
     kernel, scale = jax.block_until_ready(_program(out_shardings)(wide))
     wide.delete()
-    return tree | {"kernel": kernel, "scale": scale}
+    return kernel, scale
 
 
 @functools.cache

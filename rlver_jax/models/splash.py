@@ -79,7 +79,7 @@ def splash_attention(
     attend: Callable[..., Array] = functools.partial(_rows, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         _check_division(q, k)
-        mesh: Any = jax.sharding.get_abstract_mesh()
+        mesh = jax.sharding.get_abstract_mesh()
         batch = rules.axes_on(mesh, "batch")
         heads = PartitionSpec(batch, rules.axes_on(mesh, "heads"))
         in_specs = (PartitionSpec(batch), heads, heads, heads)

@@ -49,9 +49,9 @@ def mesh_axes(axis: str | None, rules: Mapping[str, tuple[str, ...] | None] = RU
     return rules[axis] or ()
 
 
-def axes_on(mesh: Mesh, axis: str) -> tuple[str, ...]:
+def axes_on(mesh: Any, axis: str | None, rules: Mapping[str, tuple[str, ...] | None] = RULES) -> tuple[str, ...]:
     """Those of the mesh axes of a logical axis that a mesh has."""
-    return tuple(name for name in mesh_axes(axis) if name in mesh.shape)
+    return tuple(name for name in mesh_axes(axis, rules) if name in mesh.shape)
 
 
 def partition_spec(
@@ -74,7 +74,7 @@ def partition_spec(
     used: dict[str, str] = {}
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        wanted = tuple(a for a in mesh_axes(axis, rules) if a in mesh.shape)
+        wanted = axes_on(mesh, axis, rules)
         for mesh_axis in wanted:
             if mesh_axis in used:
                 raise ShardingError(
@@ -137,7 +137,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     entries: list[Any] = []
     for axis, size in zip(axes, x.shape, strict=True):
-        wanted = tuple(a for a in mesh_axes(axis) if a in mesh.shape)
+        wanted = axes_on(mesh, axis)
         parts = 1
         for mesh_axis in wanted:
             parts *= mesh.shape[mesh_axis]

@@ -40,10 +40,21 @@ class Work:
         return Work(*(n * value for value in dataclasses.astuple(self)))
 
 
+def attention_matrices(c: Qwen2Config) -> list[tuple[int, int]]:
+    """Rows and columns of the weight matrices of a layer's attention."""
+    q, kv, d = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
+    return [(d, q), (d, kv), (d, kv), (q, d)]
+
+
+def mlp_matrices(c: Qwen2Config) -> list[tuple[int, int]]:
+    """Rows and columns of those of its MLP."""
+    d, f = c.hidden_size, c.intermediate_size
+    return [(d, f), (d, f), (f, d)]
+
+
 def layer_flops(c: Qwen2Config, tokens: float) -> float:
     """Weight products of all layers for so many tokens."""
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    weights = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+    weights = sum(rows * columns for rows, columns in (*attention_matrices(c), *mlp_matrices(c)))
     return 2.0 * tokens * weights * c.num_layers
 
 
@@ -76,14 +87,14 @@ class Reader:
     @property
     def stored_bytes(self) -> float:
         """Of all parameters."""
-        rest = self.config.num_params - sum(rows * columns for rows, columns in (*self._attention, *self._mlp))
-        return self._bytes(self._attention) + self._bytes(self._mlp) + ITEM * rest
+        rest = self.config.num_params - layer_flops(self.config, 1) / 2
+        return self._bytes(attention_matrices(self.config)) + self._bytes(mlp_matrices(self.config)) + ITEM * rest
 
     @property
     def column_bytes(self) -> float:
         """Of MLPs and the head, that one forward pass reads."""
         c = self.config
-        return self._bytes(self._mlp) + ITEM * c.vocab_size * c.hidden_size
+        return self._bytes(mlp_matrices(c)) + ITEM * c.vocab_size * c.hidden_size
 
     @property
     def pass_bytes(self) -> float:
@@ -92,20 +103,10 @@ class Reader:
         embedding = ITEM * c.vocab_size * c.hidden_size * (not c.tie_embeddings)
         return self.stored_bytes - self.column_bytes - embedding
 
-    @property
-    def _attention(self) -> list[tuple[int, int]]:
-        """Rows and columns of the matrices of all layers."""
-        c = self.config
-        q, kv, d = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
-        return [(d, q), (d, kv), (d, kv), (q, d)] * c.num_layers
-
-    @property
-    def _mlp(self) -> list[tuple[int, int]]:
-        d, f = self.config.hidden_size, self.config.intermediate_size
-        return [(d, f), (d, f), (f, d)] * self.config.num_layers
-
     def _bytes(self, matrices: list[tuple[int, int]]) -> float:
-        return float(sum(n * ((m + 4) if self.rounded else ITEM * m) for m, n in matrices))
+        """Of such matrices in all layers."""
+        one = sum(columns * (rows + 4 if self.rounded else ITEM * rows) for rows, columns in matrices)
+        return float(self.config.num_layers * one)
 
 
 def forward_passes(

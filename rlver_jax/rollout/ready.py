@@ -67,8 +67,8 @@ def sampling_copy(model: Qwen2, mesh: Mesh | None = None) -> Callable[[Params], 
     """What makes a model's parameters ready for the sampler; see `sampling_params`.
 
     The model would round weight matrices at every token anyway, so no output changes (but for int8, if `model` has it
-    and the parameters don't). Parameters that are
-    ready already are returned themselves: no second copy of a model. An adapter beside them (`models.lora`) stays.
+    and the parameters don't). Parameters that are ready already are returned themselves: no second copy of a model. An
+    adapter beside them (`models.lora`) stays.
     """
     like = sampling_params(model, mesh)
     copy = sampling_program(like)

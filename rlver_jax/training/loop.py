@@ -90,8 +90,9 @@ class Trainer(RunLoop):
         self.spending = Spending(config.remote.budget)
         self.evaluated_model = run.agents.policy.model
         self.rollout_model = rollout_model(config, self.evaluated_model)
-        copies = functools.cache(lambda model: playing_copy(model, lora_of(config), run.base, run.agents.mesh))
-        self.copy_policy = lambda policy, model: copies(model)(policy)
+        self.copy_policy = functools.cache(
+            lambda model: playing_copy(model, lora_of(config), run.base, run.agents.mesh)
+        )
         self.copy_user = sampling_copy(run.agents.user.model, run.agents.mesh)
         self.key = distributed.replicate(jax.random.key(config.train.seed), run.mesh)
         self.score, self.pack, self.order = score_program(run.mesh), pack_program(run.mesh), order_program(run.mesh)
@@ -253,7 +254,7 @@ class Trainer(RunLoop):
         """
         user, base = self.run.agents.user, self.run.base
         model = model or self.rollout_model
-        policy = LM(self.copy_policy(state.params["policy"], model), model)
+        policy = LM(self.copy_policy(model)(state.params["policy"]), model)
         if self.text is not None:
             return dataclasses.replace(self.run.agents, policy=policy)
         own, adapter = split(user.params)

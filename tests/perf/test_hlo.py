@@ -115,7 +115,7 @@ def test_volumes_of_ring_algorithms():
     ],
 )
 def test_group_sizes(attribute, size):
-    assert len(group(attribute)) == (size or 1)
+    assert len(group(attribute)) == size
 
 
 def test_logits_are_found_however_they_lie():
