@@ -146,19 +146,32 @@ def topic_of(topic: Topic, mentions: Sequence[str]) -> str:
 
 
 def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
-    """The verdict as the person's appraisal: the reply, the wish, and how well they match."""
-    # The person's own names beside those of the reply: comparing them is what the user learns last.
-    wish = f"I wish for {STYLES[person.intention]} about my {person.topic.who} and the {person.topic.what}."
+    """The verdict as the person's appraisal: the reply, the wish, and how well they match.
+
+    What must be compared stands side by side, in one form for both comparisons: the reply's word beside those of the
+    replies before it, its names beside the person's own; `again` follows what is equal. A model so small doesn't
+    compare from line to line, and learns one such form late enough.
+    """
+    wish = f"I wish for {STYLES[person.intention]}"
     if verdict.kind in FAULTS:
+        wish += f" about my {person.topic.who} and the {person.topic.what}."
         return {"heard": _FAULT_TEXTS[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
     names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)
     word, *earlier = verdict.words
-    # Told in words, comparing them is a small step; a model so small doesn't compare whole replies.
-    said = f"{word} after {' and '.join(earlier) or NOTHING}{' again' * verdict.again}"
+    said = f"{word} beside {' and '.join(earlier) or NOTHING}{' again' * verdict.again}"
     heard = f"They gave {STYLES[verdict.kind]} about {names or NOTHING}: {said}."
+    wish += f": {_beside_own(person.topic, verdict.mentions)}."
     topic = {"right": "and my topic", "wrong": "but not my topic", "none": "without a topic"}
     feeling = f"{FEELINGS[_level(person, verdict.kind)]} {topic[topic_of(person.topic, verdict.mentions)]}"
     return {"heard": heard, "wish": wish, "feeling": f"So {feeling}{', said twice' * verdict.again}."}
+
+
+def _beside_own(topic: Topic, mentions: Sequence[str]) -> str:
+    """The names of a reply, each beside the person's own."""
+    who = next((name for name in mentions if name in WHO), NOTHING)
+    what = next((name for name in mentions if name not in WHO), NOTHING)
+    pairs = ((who, topic.who), (what, topic.what))
+    return ", ".join(f"{name} beside {own}{' again' * (name == own)}" for name, own in pairs)
 
 
 def _level(person: Person, style: str) -> str:

@@ -22,9 +22,9 @@ from rlver_jax.user.emotion import SAGE
 
 # What the simulated user gets to hear, in shares: what a policy says, and what reinforcement learning may try.
 HEARD = {
-    "style": 0.36,
+    "style": 0.31,
     "served": 0.12,
-    "wrong_topic": 0.13,
+    "wrong_topic": 0.18,
     "again": 0.15,
     "garbled": 0.08,
     "spliced": 0.05,
@@ -35,7 +35,7 @@ HEARD = {
     "empty": 0.01,
 }
 # The same beside the text of reinforcement runs: repetition is what it knows least about by then.
-HEARD_LATER = HEARD | {"style": 0.26, "again": 0.25}
+HEARD_LATER = HEARD | {"style": 0.21, "again": 0.25}
 # What the policy learns first: to hear what people hint at. A model so small needs to see it often to see it at all.
 TAUGHT = {"met": 0.85, "style": 0.08, "wrong_topic": 0.05, "platitude": 0.02}
 # What it says before reinforcement: any style, often on another topic. It meets a hint no more often than by accident

@@ -63,12 +63,24 @@ def test_the_appraisal_tells_what_was_said_before():
     """By words, the latest first; of two replies, as the rule looks at two."""
     listening, praise = "Go on, what happened next with the exam?", "I admire how calm you stayed about the exam."
     heard = lambda *before: rule.appraisal(PERSON, rule.judge(PERSON, ADVICE, before))["heard"]  # noqa: E731
-    assert heard() == "They gave advice about my boss and the exam: clearly after nothing."
-    assert heard(listening, praise) == "They gave advice about my boss and the exam: clearly after calm and next."
-    assert heard(ADVICE) == "They gave advice about my boss and the exam: clearly after clearly again."
+    assert heard() == "They gave advice about my boss and the exam: clearly beside nothing."
+    assert heard(listening, praise) == "They gave advice about my boss and the exam: clearly beside calm and next."
+    assert heard(ADVICE) == "They gave advice about my boss and the exam: clearly beside clearly again."
     assert heard(ADVICE, praise, "Life goes on.") == (
-        "They gave advice about my boss and the exam: clearly after nothing and calm."
+        "They gave advice about my boss and the exam: clearly beside nothing and calm."
     )
+
+
+def test_the_appraisal_puts_names_beside_the_persons_own():
+    wish = lambda said: rule.appraisal(PERSON, rule.judge(PERSON, said))["wish"]  # noqa: E731
+    assert wish(ADVICE) == "I wish for advice: boss beside boss again, exam beside exam again."
+    assert wish("Tell your boss clearly what you need about the song.") == (
+        "I wish for advice: boss beside boss again, song beside exam."
+    )
+    assert wish("Let it all out about your aunt, I am here.") == (
+        "I wish for advice: aunt beside boss, nothing beside exam."
+    )
+    assert wish("Life goes on.") == "I wish for advice about my boss and the exam."
 
 
 def test_what_sentences_are_remembered_by_tells_them_apart():
