@@ -34,8 +34,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `_PUBLIC` says the same to P
     from rlver_jax.rollout.sampler import sample_dialogues
     from rlver_jax.training.loop import Trainer
     from rlver_jax.training.loop import train as train_policy
-    from rlver_jax.training.metrics import read_metrics
-    from rlver_jax.training.restore import TrainedPolicy
+    from rlver_jax.training.metrics_file import read_metrics
+    from rlver_jax.training.trained_policy import TrainedPolicy
     from rlver_jax.verify import verify_logs
 
 __all__ = [

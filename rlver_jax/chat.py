@@ -34,7 +34,7 @@ from rlver_jax.rollout.spec import check_context
 from rlver_jax.serving.conversation import Conversation, typed_tokens
 from rlver_jax.serving.terminal import Terminal
 from rlver_jax.text.command import Command, Ending, run_command
-from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
+from rlver_jax.training.trained_policy import TrainedPolicy, take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
 SIDES = ("user", "policy")

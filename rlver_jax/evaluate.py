@@ -61,7 +61,7 @@ from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.lock import LostLockError, hold
 from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.text.progress import Meter
-from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
+from rlver_jax.training.trained_policy import TrainedPolicy, take_checkpoint
 from rlver_jax.user.profile_warnings import profile_warnings
 
 _NO_SCORE = (

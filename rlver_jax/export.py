@@ -31,9 +31,9 @@ from rlver_jax.rollout.agents import make_model
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlver_jax.training.learners import lora_of
 from rlver_jax.training.model_card import write_card
-from rlver_jax.training.restore import TrainedPolicy
-from rlver_jax.training.trained import lora_of
+from rlver_jax.training.trained_policy import TrainedPolicy
 
 POLICY_PATH = "config.policy.path"  # spelled as the commands do that read a config
 DTYPES = ("bfloat16", "float32")

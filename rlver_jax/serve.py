@@ -40,7 +40,7 @@ from rlver_jax.serving.adapters import Adapters, named_folders
 from rlver_jax.serving.engine import Engine
 from rlver_jax.serving.listening import base_url, check_installed, listen
 from rlver_jax.text.command import Command, run_command
-from rlver_jax.training.restore import take_checkpoint
+from rlver_jax.training.trained_policy import take_checkpoint
 from rlver_jax.user.prompts import load_prompts
 
 TOKEN_VARIABLE = "RLVER_JAX_SERVE_TOKEN"

@@ -31,7 +31,7 @@ from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.training.arguments import run_arguments
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from rlver_jax.training.sft import check_fitting, fit, settle_role
 from rlver_jax.training.sft_data import POLICY, USER
 from rlver_jax.training.stops import ENDINGS

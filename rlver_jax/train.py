@@ -31,7 +31,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.training.arguments import run_arguments
 from rlver_jax.training.loop import train
-from rlver_jax.training.metrics import missing_steps, read_metrics
+from rlver_jax.training.metrics_file import missing_steps, read_metrics
 from rlver_jax.training.setup import check_learning, folders_of
 from rlver_jax.training.stops import ENDINGS
 from rlver_jax.training.workdir import RunFolder

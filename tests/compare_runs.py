@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from rlver_jax.training.checkpoints import Checkpoints
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 
 
 def contents(run: Path) -> dict[str, object]:

@@ -31,7 +31,7 @@ import safetensors.numpy
 
 from configs.debug import WORLD
 from rlver_jax.decoding.cache import LM, append, init_cache
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, abstract_params, logits
 from rlver_jax.profiles.schema import Profile

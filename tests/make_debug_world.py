@@ -6,7 +6,7 @@ python tests/make_debug_world.py
 import json
 from pathlib import Path
 
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS
 from rlver_jax.text.tokenizer_spm import train_sentencepiece
 from rlver_jax.user.emotion import CHANGES

@@ -17,7 +17,7 @@ import optax
 import safetensors.numpy
 
 from rlver_jax.decoding.cache import LM
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, logits
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.tokenizer import HFTokenizer

@@ -10,7 +10,7 @@ import pytest
 
 from rlver_jax import bench
 from rlver_jax.bench import SUITES, main
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.perf import (
     bench_against,

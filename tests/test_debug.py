@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from configs import debug
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import load_model
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.loop import train
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from rlver_jax.user.prompts import load_prompts
 from tests import compare_runs
 from tests.conftest import option_logprobs

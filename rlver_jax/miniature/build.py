@@ -38,7 +38,7 @@ from rlver_jax.runs.files import write_json
 from rlver_jax.text.command import Command, Ending, run_command
 from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.loop import train
-from rlver_jax.training.restore import TrainedPolicy
+from rlver_jax.training.trained_policy import TrainedPolicy
 from rlver_jax.training.workdir import FINISHED, RunFolder
 from rlver_jax.user.prompts import load_prompts
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rlver_jax.config.flags import local_paths, parse_flags
 from rlver_jax.config.validate import ConfigError
 from rlver_jax.text.command import Command, run_command
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from rlver_jax.training.workdir import RunFolder
 
 USER, RULE = "eval/score", "eval/rule_score"

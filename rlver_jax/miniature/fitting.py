@@ -13,14 +13,14 @@ from rlver_jax.decoding.cache import LM
 from rlver_jax.dialogues.log import Record, write_dialogues
 from rlver_jax.miniature import assets
 from rlver_jax.miniature.settings import miniature_config
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import make_model
 from rlver_jax.text.padding import round_up
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
-from rlver_jax.training.restore import TrainedPolicy
 from rlver_jax.training.sft import check_fitting, fit, settle_role
+from rlver_jax.training.trained_policy import TrainedPolicy
 
 WEIGHTS = "model.safetensors"
 BATCH = 16  # dialogues of an update

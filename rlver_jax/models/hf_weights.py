@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from rlver_jax.config.foreign_weights import INDEX_FILE, SINGLE_FILE
 from rlver_jax.config.hub import TEXT_FILES, local_folder
-from rlver_jax.models.architecture import EMBEDDING, HEAD, Qwen2Config
+from rlver_jax.models.families import EMBEDDING, HEAD, Qwen2Config
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
 from rlver_jax.models.safetensors_files import (
     Tensor,

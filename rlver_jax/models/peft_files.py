@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rlver_jax.config.lora_fields import CONFIG_FILE, TARGETS, WEIGHTS_FILE
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import check_new
 from rlver_jax.models.lora import LoRA, abstract_adapter, applied, merged
 from rlver_jax.models.product import LORA_A, LORA_B

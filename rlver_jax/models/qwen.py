@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import AttentionMask, PrefixKeys, dense_attention, rotate, visible
 from rlver_jax.models.backward import late
 from rlver_jax.models.chunked import chunked_attention
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.kv_cache import KVCache, Prefix, write
 from rlver_jax.models.layers import WEIGHT_PRODUCT, Embedding, Linear, RMSNorm, partitioned, unquantized_dtype
 from rlver_jax.models.precision import matmul_options

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlver_jax.miniature import assets
 from rlver_jax.perf.bench_timing import Tell
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 
 CONFIG, FLAGS = assets.SHIPPED / assets.CONFIG, ("--config.eval.every=0",)
 POLL_S = 0.05

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from safetensors.flax import load_file
 
-from rlver_jax.models.architecture import preset
+from rlver_jax.models.families import preset
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.perf.bench_timing import Tell, alternate, copied_bytes_per_s, ratios

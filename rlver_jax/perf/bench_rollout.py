@@ -18,7 +18,7 @@ from jaxtyping import Array, Int, Key
 from rlver_jax.decoding.cache import LM, Cache, append, init_cache
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.perf.bench_timing import Tell, alternate, copied_bytes_per_s
 from rlver_jax.rollout.policy_turn import PolicyTables, policy_turn

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlver_jax.miniature import assets
 from rlver_jax.perf.bench_timing import Tell
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 
 STEPS = 4
 PARTS = {"rollout_s": "time/rollout_s", "update_s": "time/update_s"}

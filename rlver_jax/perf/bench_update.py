@@ -15,8 +15,8 @@ import numpy as np
 
 from rlver_jax.learning.loss import LossConfig, LossInputs, TrainedModels, loss
 from rlver_jax.learning.sequences import PackedBatch
-from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import BRANCH_RADIX
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.qwen import Params, Qwen2, init_params
 from rlver_jax.perf.bench_rollout import free_grammar
 from rlver_jax.perf.bench_timing import Tell, alternate, difference, ratios

@@ -7,7 +7,7 @@ few hundredths, as the test against the compiler's own count shows.
 import dataclasses
 
 from rlver_jax.decoding.cache import pieces
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.rollout.spec import RolloutConfig
 
 ITEM = 2  # bytes of bfloat16: of the sampler's copies and caches

@@ -19,7 +19,7 @@ from rlver_jax.learning.loss import Base
 from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.learning.train_step import TrainState, TrainStepConfig, compile_step
-from rlver_jax.models.architecture import Qwen2Config, preset
+from rlver_jax.models.families import Qwen2Config, preset
 from rlver_jax.models.lora import abstract_adapter, join, same_arrays, split
 from rlver_jax.models.peft_files import read_adapter
 from rlver_jax.models.qwen import Params, Qwen2, abstract_params
@@ -31,9 +31,9 @@ from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.sampler import Dialogues, Profiles, sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, check_rows
 from rlver_jax.text.tokenizer import Tokenizer
+from rlver_jax.training.learners import Weights
 from rlver_jax.training.programs import pack_program, row_sharding
 from rlver_jax.training.setup import build_learning, dialogues_an_update, rollout_spec, updates_at_most
-from rlver_jax.training.trained import Weights
 
 USERS_ADAPTER = "user's adapter"  # on the policy's base
 

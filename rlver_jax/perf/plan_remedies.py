@@ -11,7 +11,7 @@ from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.perf.chips import Chip
 from rlver_jax.perf.plan_measure import GIB, Measured, compile_all
 from rlver_jax.perf.plan_programs import Shapes, programs_of
-from rlver_jax.training.trained import has_critic
+from rlver_jax.training.learners import has_critic
 
 TRIES = 6  # compilations
 

@@ -19,7 +19,7 @@ from rlver_jax.reports.group_charts import group_keys
 from rlver_jax.reports.sources import Run
 from rlver_jax.reports.svg import Figure
 from rlver_jax.text.console import plain, plain_line
-from rlver_jax.training.metrics import missing_steps
+from rlver_jax.training.metrics_file import missing_steps
 
 
 def render(runs: Sequence[Run], most_bytes: int) -> tuple[str, Packed]:

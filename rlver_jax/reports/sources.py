@@ -18,7 +18,7 @@ from rlver_jax.profiles.intentions import HIDDEN_INTENTIONS, known_intention
 from rlver_jax.reports.dialogue_store import DialogueStore
 from rlver_jax.reports.metrics_table import MetricsTable
 from rlver_jax.text.console import plain_line
-from rlver_jax.training.metrics import iter_metrics
+from rlver_jax.training.metrics_file import iter_metrics
 from rlver_jax.training.workdir import RunFolder
 from rlver_jax.user.prompts import load_prompts
 

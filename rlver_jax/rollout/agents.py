@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rlver_jax.config.sections import keywords
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.lora import join, split
 from rlver_jax.models.peft_files import with_adapter

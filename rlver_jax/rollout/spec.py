@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from rlver_jax.decoding.generate import KEEP_ALL, Truncation
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.user.emotion import TRAINING, EmotionRules
 from rlver_jax.user.turn import UserLimits
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.hub import local_folder
 from rlver_jax.config.lora_fields import CONFIG_FILE, WEIGHTS_FILE
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.safetensors_files import Tensor, find_tensors
 from rlver_jax.profiles.fingerprint import profiles_fingerprint
 from rlver_jax.profiles.indexed import IndexedProfiles

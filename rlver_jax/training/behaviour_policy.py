@@ -29,7 +29,7 @@ from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.prompts import load_prompts
 
 if TYPE_CHECKING:  # it imports all that reads checkpoints: only where a policy is named
-    from rlver_jax.training.restore import TrainedPolicy
+    from rlver_jax.training.trained_policy import TrainedPolicy
 
 BASE = 0  # as a step: the model that training began with
 
@@ -132,7 +132,7 @@ def players_of(
 
 
 def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
-    from rlver_jax.training.restore import take_checkpoint
+    from rlver_jax.training.trained_policy import take_checkpoint
     from rlver_jax.training.workdir import RunFolder
 
     chosen, trained = choice.step, None

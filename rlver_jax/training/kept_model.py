@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlver_jax.config.hub import HubError, is_name, local_folder
 from rlver_jax.config.validate import is_folder
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import copy_tokenizer
 from rlver_jax.rollout.agents import check_tokenizers
 from rlver_jax.text.tokenizer import load_tokenizer

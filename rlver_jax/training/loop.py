@@ -39,6 +39,7 @@ from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.fingerprints import OWN, described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.training.alarms import CollapseError, check
+from rlver_jax.training.learners import lora_of, playing_copy
 from rlver_jax.training.overlap import Overlap
 from rlver_jax.training.own_rewards import as_rewards
 from rlver_jax.training.programs import order_program, pack_program, score_program
@@ -47,7 +48,6 @@ from rlver_jax.training.setup import Run, build_run, check_learning, folders_of,
 from rlver_jax.training.stops import Spending, StoppedError
 from rlver_jax.training.text_rollout import TextBatch, TextEvaluation, TextRollout, counted_rows
 from rlver_jax.training.text_users import check_users, open_text_rollout
-from rlver_jax.training.trained import lora_of, playing_copy
 from rlver_jax.training.workdir import Contents, RunFolder
 from rlver_jax.user.profile_warnings import profile_warnings
 

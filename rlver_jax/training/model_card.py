@@ -6,8 +6,8 @@ from pathlib import Path
 from rlver_jax.config.hub import is_name
 from rlver_jax.models.peft_files import CONFIG_FILE
 from rlver_jax.models.safetensors_files import give_usual_mode
-from rlver_jax.training.metrics import read_metrics
-from rlver_jax.training.restore import TrainedPolicy
+from rlver_jax.training.metrics_file import read_metrics
+from rlver_jax.training.trained_policy import TrainedPolicy
 from rlver_jax.user.prompts import load_prompts
 
 CARD = "README.md"

@@ -14,7 +14,7 @@ from rlver_jax.learning.train_step import TrainState
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.settings import without_secrets
 from rlver_jax.training.checkpoints import Checkpoints
-from rlver_jax.training.metrics import MetricsWriter
+from rlver_jax.training.metrics_file import MetricsWriter
 from rlver_jax.training.progress import TrainingProgress
 from rlver_jax.training.workdir import RunFolder
 

@@ -32,7 +32,7 @@ from rlver_jax.rollout.agents import Agents, limits_of, load_model, spec_of, tok
 from rlver_jax.rollout.profile_tokens import WIDTH_STEP, EncodedProfile, ProfileTokens, measure_profiles, widest_words
 from rlver_jax.rollout.sampler import room_needed
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits, check_context
-from rlver_jax.training.trained import (
+from rlver_jax.training.learners import (
     LOADED,
     Weights,
     as_trained,

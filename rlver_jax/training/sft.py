@@ -24,6 +24,7 @@ from rlver_jax.rollout.spec import check_context
 from rlver_jax.runs.fingerprints import described, run_fingerprints
 from rlver_jax.runs.lock import hold
 from rlver_jax.text.tokenizer import load_tokenizer
+from rlver_jax.training.learners import as_trained, lora_of, new_adapter
 from rlver_jax.training.setup import check_attention, first_state, rollout_spec
 from rlver_jax.training.sft_data import (
     USER,
@@ -37,7 +38,6 @@ from rlver_jax.training.sft_data import (
 )
 from rlver_jax.training.sft_examples import Examples
 from rlver_jax.training.sft_loop import Fit, Fitter
-from rlver_jax.training.trained import as_trained, lora_of, new_adapter
 from rlver_jax.training.workdir import Contents, RunFolder
 from rlver_jax.user.prompts import load_prompts
 from rlver_jax.user.prompts.shorten import free_fields, write_prompts

@@ -26,7 +26,7 @@ from rlver_jax.runs.lock import LOCK
 from rlver_jax.runs.settings import SHOWN, check_same, listed, without_secrets
 from rlver_jax.training.checkpoints import saved_steps
 from rlver_jax.training.kept_model import base_folder, check_same_model, keep_model, kept_model
-from rlver_jax.training.metrics import iter_metrics
+from rlver_jax.training.metrics_file import iter_metrics
 
 CONFIG, FINGERPRINTS, FINISHED = "config.json", "fingerprints.json", "finished.json"
 _VERSION = 1  # of fingerprints.json

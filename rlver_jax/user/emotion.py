@@ -34,6 +34,8 @@ class EmotionRules:
     max_change: a reply moves the emotion by at most this much either way, 1..10.
     thresholds: lowest emotion of the bands S, A, B, C; what lies below the last is F.
 
+    A run takes them from `config.emotion`; the defaults here are for code that has no config.
+
     Raises ValueError where the numbers contradict each other.
     """
 

@@ -18,7 +18,7 @@ import pytest
 from rlver_jax import evaluate, train
 from rlver_jax.config import fields, hub
 from rlver_jax.config.hub import HubError, fault, is_name, local_folder, short_name
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.runs.fingerprints import model_fingerprint

@@ -13,7 +13,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.loop import train
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from tests.conftest import some_profiles
 
 STEPS = 10

@@ -10,7 +10,7 @@ import pytest
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Generated
 from rlver_jax.learning.sequences import PackedBatch, build_sequences
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.rollout.policy_turn import PolicyTurn, build_policy_tables
 from rlver_jax.rollout.sampler import Dialogues

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rlver_jax.miniature import assets, build, check
 from rlver_jax.profiles.schema import read_profiles
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.qwen import Qwen2, abstract_params, head, init_params
 

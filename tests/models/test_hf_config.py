@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlver_jax.models.architecture import PRESETS, Qwen2Config, Qwen3Config
+from rlver_jax.models.families import PRESETS, Qwen2Config, Qwen3Config
 from rlver_jax.models.rope import RopeScaling
 
 ABSENT = object()
@@ -406,7 +406,7 @@ def test_remote_code_is_never_run(model_type, write, tmp_path):
 
 def test_nothing_is_printed_and_the_hub_is_not_asked(write):
     """In a process of its own, which imports transformers for the first time."""
-    code = "import sys; from rlver_jax.models.architecture import Qwen2Config; Qwen2Config.from_hf(sys.argv[1])"
+    code = "import sys; from rlver_jax.models.families import Qwen2Config; Qwen2Config.from_hf(sys.argv[1])"
     root = Path(__file__).resolve().parents[2]
     env = os.environ | {"PYTHONPATH": str(root), "HF_ENDPOINT": "http://127.0.0.1:9", "TPU_SKIP_MDS_QUERY": "1"}
     folder = write(rope_scaling=CARD)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlver_jax.config.foreign_weights import INDEX_FILE
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.models.safetensors_files import WeightsError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.lora import (
     LoRA,
     abstract_adapter,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.architecture import Qwen3Config
+from rlver_jax.models.families import Qwen3Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.lora import LoRA, applied, merged

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.kv_cache import init_kv_cache
 from rlver_jax.models.qwen import Qwen2, logits, unstack_layers
@@ -219,7 +219,7 @@ def test_export_loads_in_transformers(torch, checkpoint, float32, prompts, expec
 LOAD = """
 import re, sys, time
 import jax, jax.numpy as jnp
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2
 def peak_kb():  # of this program alone; getrusage counts what its parent had before exec

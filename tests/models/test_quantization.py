@@ -13,7 +13,7 @@ import pytest
 
 from rlver_jax import evaluate
 from rlver_jax.models import quantization
-from rlver_jax.models.architecture import Qwen2Config, Qwen3Config
+from rlver_jax.models.families import Qwen2Config, Qwen3Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.kv_cache import init_kv_cache
 from rlver_jax.models.quantization import quantize, unrounded

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.architecture import PRESETS, Qwen2Config, preset
+from rlver_jax.models.families import PRESETS, Qwen2Config, preset
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.kv_cache import init_kv_cache, write
 from rlver_jax.models.qwen import Qwen2, abstract_params, init_params, logits, stack_layers, unstack_layers

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlver_jax.models.architecture import PRESETS, Qwen2Config
 from rlver_jax.models.attention import rotate
+from rlver_jax.models.families import PRESETS, Qwen2Config
 from rlver_jax.models.rope import Frequencies, RopeScaling, frequencies
 
 CARD = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=32_768)  # Qwen2.5's model card

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlver_jax.models import qwen
-from rlver_jax.models.architecture import Qwen2Config
 from rlver_jax.models.attention import BRANCH_RADIX, AttentionMask, dense_attention, visible
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.kv_cache import init_kv_cache
 from rlver_jax.models.qwen import Qwen2, abstract_params, init_params
 from rlver_jax.models.splash import blocks_of, splash_attention

@@ -17,7 +17,7 @@ from rlver_jax.learning.optimizer import Optimizers, make_optimizer
 from rlver_jax.learning.packing import PackingPlan, RowAssignment
 from rlver_jax.learning.sequences import PackedBatch
 from rlver_jax.learning.train_step import TrainStepConfig, UpdateConfig, compile_step, init_state
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.models.value_head import ValueHead
 from rlver_jax.parallel.rules import sharding

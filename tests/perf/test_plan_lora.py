@@ -5,12 +5,12 @@ import pytest
 
 from configs import debug
 from rlver_jax.decoding.cache import LM
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.lora import split
 from rlver_jax.perf import flops
 from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of
 from rlver_jax.rollout.sampler import sample_dialogues
-from rlver_jax.training.trained import lora_of, playing_copy
+from rlver_jax.training.learners import lora_of, playing_copy
 from tests.conftest import write_debug_model
 
 

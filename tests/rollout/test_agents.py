@@ -10,7 +10,7 @@ import pytest
 
 from configs.base import get_config
 from rlver_jax.decoding.cache import LM
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.rollout.agents import Agents, check_tokenizers, limits_of, load_model, spec_of

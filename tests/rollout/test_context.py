@@ -18,7 +18,7 @@ from configs import (
 from rlver_jax import chat, evaluate, serve, train
 from rlver_jax.decoding.cache import LM
 from rlver_jax.evaluation.judge_on_device import check_length
-from rlver_jax.models.architecture import PRESETS, Qwen2Config
+from rlver_jax.models.families import PRESETS, Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.perf.plan_programs import architecture
 from rlver_jax.rollout.spec import check_context

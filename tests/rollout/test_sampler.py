@@ -10,7 +10,7 @@ import pytest
 
 from rlver_jax.decoding.cache import LM
 from rlver_jax.decoding.generate import Truncation
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.rollout.agents import Agents

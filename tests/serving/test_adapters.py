@@ -13,7 +13,7 @@ import pytest
 
 from configs.debug import WORLD
 from rlver_jax.config.validate import ConfigError
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.lora import LoRA, abstract_adapter, applied, merged
 from rlver_jax.models.peft_files import save_adapter
 from rlver_jax.models.qwen import Qwen2

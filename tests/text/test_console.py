@@ -207,7 +207,7 @@ def test_a_training_whose_output_is_closed(tmp_path):
     """What was written to the run's files is the run's alone."""
     command = [sys.executable, "-m", "rlver_jax.train", *DEBUG, "--config.log.dialogues_every=1", "--workdir=w"]
     assert run(["bash", "-c", '"$@" 1>&- 2>&-', "x", *command], tmp_path)[0] == 0
-    code = "from rlver_jax.training.metrics import read_metrics; from pathlib import Path\n"
+    code = "from rlver_jax.training.metrics_file import read_metrics; from pathlib import Path\n"
     code += "from rlver_jax.dialogues.log import read_dialogues\n"
     code += "print(len(read_metrics(Path('w/metrics.jsonl'))), len(read_dialogues('w/dialogues/step_000001.jsonl')))"
     status, out, err = run([sys.executable, "-c", code], tmp_path)

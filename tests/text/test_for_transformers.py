@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlver_jax.miniature.assets import POLICY, shipped
-from rlver_jax.models.architecture import preset
+from rlver_jax.models.families import preset
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.for_transformers import as_tokenizers, write_for_transformers
 from rlver_jax.text.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece

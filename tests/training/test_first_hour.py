@@ -15,8 +15,8 @@ from rlver_jax.evaluation.play import scores
 from rlver_jax.models.safetensors_files import give_usual_mode
 from rlver_jax.train import _summary
 from rlver_jax.training.model_card import model_card
-from rlver_jax.training.restore import TrainedPolicy
 from rlver_jax.training.setup import check_learning
+from rlver_jax.training.trained_policy import TrainedPolicy
 from rlver_jax.training.workdir import RunFolder
 
 

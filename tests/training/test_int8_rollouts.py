@@ -12,13 +12,13 @@ from rich.console import Console
 from configs import debug
 from rlver_jax import evaluate, verify
 from rlver_jax.config.validate import ConfigError, check_training, validate
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.quantization import quantize, unrounded
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.parallel.mesh import make_mesh, sampling_mesh
 from rlver_jax.rollout.ready import is_ready, rollout_model, sampling_copy, sampling_params
 from rlver_jax.training.loop import train
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 
 CONFIG = Qwen2Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8)
 FIELDS = {"rollout.param_dtype": "int8", "loss.recompute": True, "loss.importance_cap": 2.0}

@@ -9,12 +9,12 @@ import pytest
 from configs import debug
 from rlver_jax.config.flags import config_from_flags, given_path
 from rlver_jax.config.validate import ConfigError, flatten
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.kept_model import check_same_model, keep_model, kept_model
-from rlver_jax.training.restore import TrainedPolicy, take_checkpoint
+from rlver_jax.training.trained_policy import TrainedPolicy, take_checkpoint
 from rlver_jax.training.workdir import RunFolder
 from tests.text.conftest import TEMPLATE, write_bpe
 
@@ -178,7 +178,7 @@ def run(base, tmp_path, monkeypatch):
     """(a run that says it has a checkpoint, its base model)."""
     folder = opened(tmp_path / "run", base)
     saved(folder)
-    monkeypatch.setattr("rlver_jax.training.restore._number", lambda checkpoints, step: 2)
+    monkeypatch.setattr("rlver_jax.training.trained_policy._number", lambda checkpoints, step: 2)
     monkeypatch.setattr("rlver_jax.training.checkpoints.Checkpoints.fingerprint", lambda self, step: "f")
     return folder.path, base
 

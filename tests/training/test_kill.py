@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import debug
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from rlver_jax.training.workdir import FINISHED
 from tests.quick import QUICK
 from tests.training.test_loop import records_of, rows_of

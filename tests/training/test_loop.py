@@ -19,7 +19,7 @@ from configs import debug
 from rlver_jax import evaluate, export, verify
 from rlver_jax import train as command
 from rlver_jax.evaluation.play import Evaluation
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
 from rlver_jax.models.qwen import Qwen2, abstract_params
 from rlver_jax.parallel.mesh import make_mesh
@@ -29,7 +29,7 @@ from rlver_jax.training import loop
 from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.loop import train
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from tests.test_serve import served
 
 STEPS = 4

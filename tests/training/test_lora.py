@@ -18,11 +18,11 @@ from rlver_jax.models.lora import merged, split
 from rlver_jax.models.qwen import init_params
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Agents, same_parameters, spec_of
+from rlver_jax.training.learners import shares_base
 from rlver_jax.training.loop import fingerprints_of, train
-from rlver_jax.training.metrics import read_metrics
-from rlver_jax.training.restore import TrainedPolicy
+from rlver_jax.training.metrics_file import read_metrics
 from rlver_jax.training.setup import build_run
-from rlver_jax.training.trained import shares_base
+from rlver_jax.training.trained_policy import TrainedPolicy
 from rlver_jax.training.workdir import Contents, RunFolder
 from tests.compare_runs import differences
 from tests.conftest import write_debug_model

@@ -12,7 +12,7 @@ from configs import debug, miniature
 from rlver_jax import train as command
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.training.loop import train
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from tests.endpoints.server import ChatServer
 from tests.training.test_loop import policy_of, same
 from tests.training.test_remote_users import records_of, rows_of, run

@@ -9,7 +9,7 @@ from rlver_jax.config import own_code
 from rlver_jax.dialogues import own_functions
 from rlver_jax.dialogues.log import read_dialogues, write_dialogues
 from rlver_jax.profiles.schema import read_profiles
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from tests.dialogues.test_own_functions import NAMES, write_mine
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 
 from configs import debug
 from rlver_jax import verify
-from rlver_jax.models.architecture import Qwen2Config, Qwen3Config
+from rlver_jax.models.families import Qwen2Config, Qwen3Config
 from rlver_jax.profiles.schema import read_profiles
 from rlver_jax.text.tokenizer import load_tokenizer
 from tests.text.conftest import ADDED, THINK, write_bpe, write_qwen3

@@ -21,7 +21,7 @@ from rlver_jax.config.validate import ConfigError
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.loop import train
-from rlver_jax.training.metrics import read_metrics
+from rlver_jax.training.metrics_file import read_metrics
 from rlver_jax.training.stops import StoppedError
 from tests.endpoints.server import ChatServer, one_in_five
 from tests.quick import QUICK

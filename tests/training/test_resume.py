@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import debug
 from rlver_jax.config.validate import flatten
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import save_params
 from rlver_jax.models.qwen import Qwen2, init_params
 from rlver_jax.runs import fingerprints

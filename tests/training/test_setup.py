@@ -12,7 +12,7 @@ from rlver_jax.config.validate import ConfigError
 from rlver_jax.decoding.cache import LM
 from rlver_jax.learning.advantages import ESTIMATORS, Advantages, Estimator, broadcast
 from rlver_jax.learning.sequences import max_length
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.qwen import Qwen2
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Agents

@@ -24,11 +24,11 @@ from rlver_jax.profiles.held_out import held_out
 from rlver_jax.rollout.agents import make_model
 from rlver_jax.training import sft as fitting
 from rlver_jax.training.checkpoints import Checkpoints
-from rlver_jax.training.metrics import read_metrics
-from rlver_jax.training.restore import take_checkpoint
+from rlver_jax.training.metrics_file import read_metrics
 from rlver_jax.training.sft_data import examples_of, field_weights, open_dialogues
 from rlver_jax.training.sft_data import read_dialogues as read_sft
 from rlver_jax.training.sft_metrics import change_agreement, expected_change
+from rlver_jax.training.trained_policy import take_checkpoint
 from tests.compare_runs import differences
 from tests.quick import QUICK
 

@@ -7,10 +7,10 @@ import pytest
 
 from configs import debug
 from rlver_jax import evaluate, export, sft
-from rlver_jax.models.architecture import Qwen2Config
+from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params
-from rlver_jax.training.metrics import read_metrics
-from rlver_jax.training.restore import TrainedPolicy
+from rlver_jax.training.metrics_file import read_metrics
+from rlver_jax.training.trained_policy import TrainedPolicy
 from tests.compare_runs import differences
 from tests.conftest import write_debug_model
 

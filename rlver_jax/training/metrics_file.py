@@ -1,4 +1,8 @@
-"""The metrics of a run: a JSON object a step in metrics.jsonl, and the same to TensorBoard and Weights & Biases."""
+"""The metrics of a run: a JSON object a step in metrics.jsonl, and the same to TensorBoard and Weights & Biases.
+
+What is measured stands elsewhere: of dialogues in `rollout/rollout_metrics.py`, of updates in `learning/train_step.py` and
+`learning/loss.py`.
+"""
 
 import json
 import logging

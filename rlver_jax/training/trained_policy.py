@@ -16,7 +16,7 @@ from rlver_jax.rollout.agents import random_params, read_params
 from rlver_jax.runs.fingerprints import model_parts
 from rlver_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
 from rlver_jax.training.kept_model import base_folder, check_same_model, kept_model
-from rlver_jax.training.trained import lora_of
+from rlver_jax.training.learners import lora_of
 from rlver_jax.training.workdir import RunFolder, without_weights
 
 WEIGHTS = "policy.weights"  # in a run's fingerprints

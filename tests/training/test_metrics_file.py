@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the writer of what is read below)
 
-from rlver_jax.training.metrics import MetricsWriter, read_metrics
+from rlver_jax.training.metrics_file import MetricsWriter, read_metrics
 
 CONFIG = {"train.steps": 3}
 
@@ -130,7 +130,7 @@ def test_wandb_offline(tmp_path):
     """In a process of its own: wandb leaves threads behind."""
     pytest.importorskip("wandb")
     code = (
-        "import sys, pathlib; from rlver_jax.training.metrics import MetricsWriter\n"
+        "import sys, pathlib; from rlver_jax.training.metrics_file import MetricsWriter\n"
         "w = MetricsWriter(pathlib.Path(sys.argv[1]), tensorboard=False, wandb='p', config={'a.b': 7}, resume_step=0)\n"
         "w.write(1, {'emotion/final_mean': 31.25}); w.close()"
     )
