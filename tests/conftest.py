@@ -41,7 +41,6 @@ from rlver_jax.user.prompts import load_prompts
 from tests.quick import QUICK, free_programs
 from tests.text.conftest import sentences, write_bpe
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
     "policy": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
@@ -103,12 +102,11 @@ def checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def published() -> Path:
-    """Folder of RLVER's published profiles: RLVER_JAX_PROFILES, else ../shared/data/rlver beside the clone."""
-    default = ROOT.parent / "shared" / "data" / "rlver"
-    folder = Path(os.environ.get("RLVER_JAX_PROFILES", default))
-    if not (folder / "train_profile.jsonl").exists():
-        pytest.skip(f"no published profiles in {folder}: set RLVER_JAX_PROFILES")
-    return folder
+    """Folder of RLVER's published profiles, named by RLVER_JAX_PROFILES."""
+    folder = os.environ.get("RLVER_JAX_PROFILES", "")
+    if not folder or not (Path(folder) / "train_profile.jsonl").exists():
+        pytest.skip("no published profiles: set RLVER_JAX_PROFILES to a folder with RLVER's train_profile.jsonl")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")
