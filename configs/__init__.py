@@ -1,1 +1,1 @@
-"""Configs: `base.py` documents every field; each other file changes a few lines of it."""
+"""Configs: each changes a few fields of `base.py`; `rlver train --helpfull` lists every field with its meaning."""
