@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if (error.name or PACKAGE).startswith(PACKAGE):
                 raise
-            told = f"rlver {name}: the package {error.name} is not installed; pip install --upgrade {PACKAGE}"
+            told = f"rlver {name}: the package {error.name} is not installed; pip install --upgrade -e . in the clone"
             errors.print(told, markup=False, highlight=False)
             return 1
         return command.main(rest)

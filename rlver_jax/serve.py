@@ -8,7 +8,7 @@ eval/score is taken, or the last one where none has a score; --step chooses anot
 only, unless --host says otherwise, and asks for a bearer token where the environment holds RLVER_JAX_SERVE_TOKEN.
 GET /stats tells how busy it is. --adapter, given once for each, names low-rank adapters on the model (folders of
 `peft`), which requests then name as their model; SIGHUP has them read anew.
-Needs the extra `serve`: pip install 'rlver_jax[serve]'.
+Needs the extra `serve`: pip install -e '.[serve]' in the clone.
 Exit status: 0 stopped by a signal, 1 the engine has failed, 2 bad usage, 130 interrupted before it served.
 """
 

@@ -123,7 +123,7 @@ def test_a_package_that_is_missing_is_named(tmp_path):
     (tmp_path / "absl.py").write_text("raise ModuleNotFoundError('none', name='absl')\n")
     status, out, err = rlver("doctor", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (status, out) == (1, "")
-    assert err == "rlver doctor: the package absl is not installed; pip install --upgrade rlver_jax\n"
+    assert err == "rlver doctor: the package absl is not installed; pip install --upgrade -e . in the clone\n"
 
 
 @pytest.mark.slow

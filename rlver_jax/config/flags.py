@@ -157,7 +157,7 @@ def import_remote(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"endpoints need {error.name}: pip install 'rlver_jax[remote]'") from error
+        raise ConfigError(f"endpoints need {error.name}: pip install -e '.[remote]' in the clone") from error
 
 
 def config_from_flags(

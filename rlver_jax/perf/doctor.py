@@ -94,7 +94,7 @@ def python() -> Iterator[Finding]:
             "broken",
             f"{PACKAGE}.train",
             _line(error),
-            f"reinstall: pip install --upgrade {PACKAGE}",
+            "reinstall: pip install --upgrade -e . in the clone",
         )
     else:
         yield Finding("ok", f"{PACKAGE}.train", f"imported in {time.monotonic() - began:.1f} s")
@@ -123,7 +123,7 @@ def extras() -> Iterator[Finding]:
         lacking = [text for requirement in _requirements(name) for text in _lacking(requirement)]
         note = EXTRAS.get(name, "")
         if lacking:
-            install = f"pip install '{PACKAGE}[{name}]'"
+            install = f"pip install -e '.[{name}]' in the clone"
             yield Finding("absent", f"extra {name}", ", ".join(lacking), f"{install}; {note}" if note else install)
         else:
             yield Finding("ok", f"extra {name}", "installed", note)
@@ -205,7 +205,7 @@ def _unused_accelerator() -> str:
     if Path("/dev/nvidia0").exists():
         return "an NVIDIA GPU is here, but JAX has no plug-in for it: pip install 'jax[cuda13]'"
     if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists():
-        return f"a TPU may be here: pip install '{PACKAGE}[tpu]'"
+        return "a TPU may be here: pip install -e '.[tpu]' in the clone"
     return ""
 
 

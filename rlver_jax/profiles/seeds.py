@@ -77,7 +77,7 @@ def similarity(text: str, others: Sequence[str]) -> float:
     try:
         from rapidfuzz import fuzz, process
     except ModuleNotFoundError:
-        raise SeedError("near-duplicates are found by rapidfuzz: pip install 'rlver_jax[generate]'") from None
+        raise SeedError("near-duplicates are found by rapidfuzz: pip install -e '.[generate]' in the clone") from None
     best = process.extractOne(text, others, scorer=fuzz.ratio) if others else None
     return best[1] if best else 0.0
 

@@ -12,7 +12,7 @@ def check_installed() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install 'rlver_jax[serve]'") from None
+        raise ConfigError(f"{error.name} is not installed; pip install -e '.[serve]' in the clone") from None
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,7 +1,7 @@
 """The metrics of a run: a JSON object a step in metrics.jsonl, and the same to TensorBoard and Weights & Biases.
 
-What is measured stands elsewhere: of dialogues in `rollout/rollout_metrics.py`, of updates in `learning/train_step.py` and
-`learning/loss.py`.
+Metrics are defined elsewhere: those of dialogues in `rollout/rollout_metrics.py`, those of updates in
+`learning/train_step.py` and `learning/loss.py`. docs/metrics.md lists them all.
 """
 
 import json
@@ -157,7 +157,7 @@ def _open_wandb(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError(
-            f"log.wandb={project!r} needs the package wandb: pip install 'rlver_jax[wandb]', or leave log.wandb empty"
+            f"log.wandb={project!r} needs the package wandb: pip install -e '.[wandb]' in the clone, or leave it empty"
         ) from error
     identity = folder / WANDB
     if not identity.exists():

@@ -134,7 +134,7 @@ def test_weights_that_become_int8_travel_as_such():
 
 
 def tpu_mesh(topology: str, *shape: int, slices: int = 1):
-    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'rlver_jax[tpu]'")
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install -e '.[tpu]' in the clone")
     return make_mesh(*shape, devices=topology_devices(topology, slices))
 
 

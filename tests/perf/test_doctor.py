@@ -64,7 +64,7 @@ def check_extras(rows):
             state, text = rows[f"extra {name}"]
             assert state == "absent"
             assert f"{package} is not installed" in text
-            assert text.endswith(f"pip install 'rlver_jax[{name}]'")
+            assert text.endswith(f"pip install -e '.[{name}]' in the clone")
 
 
 def test_devices_and_folders_that_cannot_be_used(tmp_path):
