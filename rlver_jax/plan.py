@@ -3,9 +3,9 @@
     rlver plan --config=FILE[:ARG] --topology=v5p:4x4x4 [--slices=N] [--config.a.b=v …] [--remat] [--json=FILE]
 
 The real programs are compiled ahead of time by the TPU compiler: pip install -e '.[tpu]' in the clone (on any machine).
-Prints memory of a chip while each program of a training step runs, with all that is alive beside it; operations, bytes and
-collectives of each phase; and a prediction of the time. A model is given by its folder (policy.path: config.json and
-the tokenizer are read, no weights) or its size (policy.size=7b).
+Prints memory of a chip while each program of a training step runs, with all that is alive beside it; operations, bytes
+and collectives of each phase; and a prediction of the time. A model is given by its folder (policy.path:
+config.json and the tokenizer are read, no weights) or its size (policy.size=7b).
 Exit status: 0 it fits, 1 it does not, or an array exists that must not, 2 bad usage, 130 interrupted.
 """
 
