@@ -41,6 +41,7 @@ from rlver_jax.user.prompts import load_prompts
 from tests.quick import QUICK, free_programs
 from tests.text.conftest import sentences, write_bpe
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
     "policy": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
