@@ -24,7 +24,9 @@ NOT_GRPO = {"algorithm.estimator": ("gae", "ppo", "rloo", "reinforce_pp")}
 
 
 DATA = {
-    "language": Field("zh", "of the prompts: zh (RLVER's published profiles) | en", tuple(LANGUAGES)),
+    "language": Field(
+        "zh", f"of the prompts: {' | '.join(f'{name} ({what})' for name, what in LANGUAGES.items())}", tuple(LANGUAGES)
+    ),
     "train": Field(
         "", "JSONL file(s) of profiles, comma-separated, or tfds:rlver_profiles[:VERSION][?split=NAME]", path=True
     ),

@@ -7,8 +7,7 @@ policy's manner lies in SAGE's social-cognition coordinate (appendix F), structu
 the user, how plainly it said what it needs (1-5).
 A choice becomes a number as the mean of its scale under the judge's probabilities: a rating of 3.4 is a judge in doubt.
 
-A new measure is an entry of MEASURES, and its form as `prompts/LANGUAGE/FORM.script`; a judge is asked for it in the
-languages that have the form.
+A new measure is an entry of MEASURES, and its form as `prompts/LANGUAGE/FORM.script` for each of LANGUAGES.
 """
 
 import collections

@@ -8,7 +8,7 @@ import pytest
 from rlver_jax.decoding.grammar import one_line
 from rlver_jax.decoding.script import compile_script, parse_script, run_fields
 from rlver_jax.user.emotion import BANDS
-from rlver_jax.user.prompts import load_prompts
+from rlver_jax.user.prompts import LANGUAGES, load_prompts
 from tests.conftest import appended, literals, plain
 
 SLOTS = {"emotion": [str(n) for n in range(101)], "band": BANDS}
@@ -38,7 +38,7 @@ def test_every_emotion_and_band_renders_as_formatted_text(name, tokenizer):
         assert on_host == [found[f][b] for f in range(len(found))]
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("which", ["appraisal", "reply"])
 def test_shipped_scripts_are_what_a_tokenizer_makes_of_the_whole_text(language, which, bpe):
     """No merge crosses a slot's border: encoding the formatted literal at once gives the same ids."""
@@ -56,7 +56,7 @@ def test_shipped_scripts_are_what_a_tokenizer_makes_of_the_whole_text(language, 
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_shipped_scripts_with_the_real_tokenizer(language, qwen):
     for which in ("appraisal", "reply"):
         test_shipped_scripts_are_what_a_tokenizer_makes_of_the_whole_text(language, which, qwen)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.dialogues.sage import from_sage
 from rlver_jax.evaluation.forms import Step, load_forms
 from rlver_jax.evaluation.measures import LETTERS, RATING, TRUTH
@@ -96,7 +97,7 @@ def test_only_what_was_answered_is_found():
     assert read(STEPS[1:2], "of 5: 4") == {}
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_our_own_forms_come_back(language, results):
     """Filled in with the form copied, and with bare marks; no form's heading is taken for another's."""
     for form in load_forms(language).ask(Transcript(from_sage(results[0]), None, "")).forms:

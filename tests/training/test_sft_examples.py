@@ -17,7 +17,7 @@ from rlver_jax.models.attention import BRANCH_RADIX
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.sft_examples import LoggedModeExamples, PolicyExamples, UserExamples, as_line
-from rlver_jax.user.prompts import load_prompts
+from rlver_jax.user.prompts import LANGUAGES, load_prompts
 from rlver_jax.user.prompts.shorten import free_fields, with_fields, write_prompts
 from tests.conftest import SHORT_PROMPTS, some_profiles
 from tests.learning.plain_sft import transcripts
@@ -255,7 +255,7 @@ def test_a_text_becomes_one_line():
     assert as_line(" \n ") == ""
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_prompts_without_some_fields_are_those_that_are_written(tmp_path, language):
     own = tmp_path / "own"
     own.mkdir()

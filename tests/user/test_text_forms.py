@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_jax.user.prompts import load_prompts, parse_script
+from rlver_jax.user.prompts import LANGUAGES, load_prompts, parse_script
 from rlver_jax.user.text_forms import Unreadable, make_form, read_form, read_wanted
 
 APPRAISAL = make_form(
@@ -128,7 +128,7 @@ def test_any_text_is_read_or_refused(text):
             assert all("\n" not in words for words in found.texts.values())
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_the_shipped_scripts_make_forms_that_read_back(language):
     prompts = load_prompts(language)
     for script, wanted in ((prompts.appraisal, "change"), (prompts.reply, "reply")):

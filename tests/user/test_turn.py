@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.decoding.cache import append
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import TRAINING, change_readout
@@ -205,7 +206,7 @@ def test_changes_are_written_so_that_none_begins_another():
     assert not [a for a in texts for b in texts if a != b and b.startswith(a)]
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_options_of_shipped_prompts_are_the_written_changes(language, bpe):
     from rlver_jax.user.prompts import load_prompts
 
