@@ -267,7 +267,7 @@ def test_both_forms_of_credit_agree_for_one_final_reward(problem):
 
 def test_unknown_names_are_refused(problem):
     batch, rewards, _ = problem
-    with pytest.raises(ValueError, match="estimator='vapo'; expected one of gae, grpo, rloo, reinforce_pp"):
+    with pytest.raises(ValueError, match=f"estimator='vapo'; expected one of {', '.join(ESTIMATORS)}"):
         compute_advantages(AdvantageConfig("vapo"), earned(rewards, batch, None))
     with pytest.raises(ValueError, match="credit='token'; expected dialogue or turn"):
         compute_advantages(AdvantageConfig(credit="token"), earned(rewards, batch, batch.logprob))
