@@ -121,7 +121,7 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
 
 def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"log.wandb='p' needs the package wandb: pip install 'rlver_jax\[wandb\]'"):
+    with pytest.raises(ValueError, match=r"log.wandb='p' needs the package wandb: pip install -e '.\[wandb\]'"):
         write(tmp_path, [], wandb="p")
 
 
