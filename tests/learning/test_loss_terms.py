@@ -307,9 +307,10 @@ def test_ratio_metrics_equal_loops_however_the_batch_is_cut():
 
 
 def test_unknown_names_are_errors_while_tracing():
-    with pytest.raises(ValueError, match=f"'mean' is unknown: use one of {', '.join(loss_terms.NORMALIZATIONS)}"):
+    normalizations, estimators = map(", ".join, (loss_terms.NORMALIZATIONS, loss_terms.KL_ESTIMATORS))
+    with pytest.raises(ValueError, match=f"normalization 'mean' is unknown: use one of {normalizations}"):
         token_weights(MASK, "mean")
-    with pytest.raises(ValueError, match=f"'k4' is unknown: use one of {', '.join(loss_terms.KL_ESTIMATORS)}"):
+    with pytest.raises(ValueError, match=f"KL estimator 'k4' is unknown: use one of {estimators}"):
         kl_penalty(MASK + 0.0, MASK + 0.0, MASK, estimator="k4")
     with pytest.raises(ValueError, match="length=0 must be above 0"):
         token_weights(MASK, "dr_grpo")

@@ -80,7 +80,22 @@ def test_kernels_for_tpu_are_refused_elsewhere():
 
 def without_groups():
     """The estimators that compare no dialogues of one profile, as messages list them."""
-    return " or ".join(name for name, estimator in ESTIMATORS.items() if not estimator.needs_group)
+    names = " or ".join(name for name, estimator in ESTIMATORS.items() if not estimator.needs_group)
+    assert "gae or reinforce_pp or ppo" in names
+    return names
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        (ESTIMATORS, "gae, grpo, rloo, reinforce_pp, ppo"),
+        (NORMALIZATIONS, "token_mean, turn_mean, dialogue_mean, dr_grpo"),
+        (KL_ESTIMATORS, "k1, k2, k3"),
+        (RATIOS, "token, sequence"),
+    ],
+)
+def test_names_that_configs_use_stay_in_their_tables(table, names):
+    assert ", ".join(name for name in table if name in names.split(", ")) == names
 
 
 @pytest.mark.parametrize(
