@@ -43,7 +43,7 @@ def shared_prefix(texts):
 
 @pytest.fixture(scope="module", params=LANGUAGES)
 def prompts(request):
-    return load_prompts(request.param)
+    return PROMPTS[request.param]
 
 
 @pytest.mark.parametrize("style", STYLES)
