@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rlver_jax.config import files as config_files
 from rlver_jax.config.credentials import without_credentials
+from rlver_jax.config.extras import install_command
 from rlver_jax.config.fields import PATHS, TABLE, get_config
 from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
 from rlver_jax.config.schema import listing, without_effect
@@ -157,7 +158,7 @@ def import_remote(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"endpoints need {error.name}: pip install -e '.[remote]' in the clone") from error
+        raise ConfigError(f"endpoints need {error.name}: {install_command('remote')}") from error
 
 
 def config_from_flags(

@@ -29,6 +29,7 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
+from rlver_jax.config.extras import REINSTALL, install_command
 from rlver_jax.config.flags import define_path, keep_compiled, parse_flags
 from rlver_jax.config.paths import PathError, check_folder_to_write
 from rlver_jax.config.validate import ConfigError, shortened
@@ -94,7 +95,7 @@ def python() -> Iterator[Finding]:
             "broken",
             f"{PACKAGE}.train",
             _line(error),
-            "reinstall: pip install --upgrade -e . in the clone",
+            f"reinstall: {REINSTALL}",
         )
     else:
         yield Finding("ok", f"{PACKAGE}.train", f"imported in {time.monotonic() - began:.1f} s")
@@ -123,7 +124,7 @@ def extras() -> Iterator[Finding]:
         lacking = [text for requirement in _requirements(name) for text in _lacking(requirement)]
         note = EXTRAS.get(name, "")
         if lacking:
-            install = f"pip install -e '.[{name}]' in the clone"
+            install = install_command(name)
             yield Finding("absent", f"extra {name}", ", ".join(lacking), f"{install}; {note}" if note else install)
         else:
             yield Finding("ok", f"extra {name}", "installed", note)
@@ -205,7 +206,7 @@ def _unused_accelerator() -> str:
     if Path("/dev/nvidia0").exists():
         return "an NVIDIA GPU is here, but JAX has no plug-in for it: pip install 'jax[cuda13]'"
     if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists():
-        return "a TPU may be here: pip install -e '.[tpu]' in the clone"
+        return f"a TPU may be here: {install_command('tpu')}"
     return ""
 
 

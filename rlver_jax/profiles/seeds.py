@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlver_jax.config.extras import install_command
 from rlver_jax.profiles.held_out import some_held_out
 from rlver_jax.profiles.schema import Profile
 
@@ -77,7 +78,7 @@ def similarity(text: str, others: Sequence[str]) -> float:
     try:
         from rapidfuzz import fuzz, process
     except ModuleNotFoundError:
-        raise SeedError("near-duplicates are found by rapidfuzz: pip install -e '.[generate]' in the clone") from None
+        raise SeedError(f"near-duplicates are found by rapidfuzz: {install_command('generate')}") from None
     best = process.extractOne(text, others, scorer=fuzz.ratio) if others else None
     return best[1] if best else 0.0
 

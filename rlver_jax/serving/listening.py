@@ -2,6 +2,7 @@
 
 import socket
 
+from rlver_jax.config.extras import install_command
 from rlver_jax.config.validate import ConfigError
 
 
@@ -12,7 +13,7 @@ def check_installed() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install -e '.[serve]' in the clone") from None
+        raise ConfigError(f"{error.name} is not installed; {install_command('serve')}") from None
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlver_jax.config.extras import install_command
 from rlver_jax.config.validate import shown
 from rlver_jax.dialogues.lines import each_line
 
@@ -157,7 +158,7 @@ def _open_wandb(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError(
-            f"log.wandb={project!r} needs the package wandb: pip install -e '.[wandb]' in the clone, or leave it empty"
+            f"log.wandb={project!r} needs the package wandb: {install_command('wandb')}, or leave it empty"
         ) from error
     identity = folder / WANDB
     if not identity.exists():
