@@ -331,8 +331,8 @@ class Fresh:
         for t in range(d.turns[b]):
             ids = ids + chat.open("user") + self.heard(d, b, t) + chat.close + chat.open("assistant")
             opened = ids + (self.tokenizer.encode("<think>\n") if self.think else [])
-            tokens = self.cut(d.policy.said, (t, b))[1]
-            rows.append(Row(opened + tokens, self.claims(d.policy.said, (t, b), len(opened))))
+            tokens = self.cut(d.policy.completion, (t, b))[1]
+            rows.append(Row(opened + tokens, self.claims(d.policy.completion, (t, b), len(opened))))
             ids = ids + self.spoken(tokens) + chat.close
         return rows
 
@@ -344,7 +344,7 @@ class Fresh:
         chat, rows = self.chat, []
         ids = self.opening(profile)
         for t in range(d.turns[b]):
-            say = self.spoken(self.cut(d.policy.said, (t, b))[1])
+            say = self.spoken(self.cut(d.policy.completion, (t, b))[1])
             if d.policy.violation[t, b]:
                 break
             ids = ids + self.heard(d, b, t) + chat.close + chat.open("user") + say + chat.close + chat.open("assistant")

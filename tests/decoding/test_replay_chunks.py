@@ -49,7 +49,7 @@ def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
         read, slots, queries, choices = 0, list[int](), list[Query](), list[Choice]()
         whole = np.array([sequence.tokens, sequence.positions, sequence.branch])
         for chunk in chunks_of(sequence, width):
-            slots = [slots[slot] for slot in chunk.keep]
+            slots = [slots[slot] for slot in chunk.retained]
             assert chunk.held.tolist() == [sequence.branch[index] for index in slots]
             own = range(read, read + chunk.rows.shape[1])
             assert 0 < len(own) <= width
@@ -97,7 +97,7 @@ def test_the_width_is_that_of_the_least_padding():
 
     assert positions(sizes.width) == min(map(positions, WIDTHS)) < max(map(positions, WIDTHS))
     chunks = [chunk for one in dialogues for chunk in chunks_of(one, sizes.width)]
-    assert sizes.capacity == max(len(chunk.keep) for chunk in chunks) + sizes.width
+    assert sizes.capacity == max(len(chunk.retained) for chunk in chunks) + sizes.width
     assert sizes.choices == max(len(chunk.choices) for chunk in chunks)
 
 
@@ -117,7 +117,7 @@ def test_hidden_states_are_those_of_one_forward_pass(width, toy):
 
     cache, found = init_cache(toy, 1, capacity), []
     for chunk in chunks_of(sequence, width):
-        keep, length = pad_rows([chunk.keep], capacity)
+        keep, length = pad_rows([chunk.retained], capacity)
         own = (pad_rows([row], width)[0] for row in chunk.rows)
         cache, hidden = read(toy, cache, keep[0], pad_rows([chunk.held], capacity)[0], length, *own)
         found.append(np.asarray(hidden[0, : chunk.rows.shape[1]]))

@@ -33,7 +33,7 @@ class Turn(NamedTuple):
     cut: bool = False  # the appraisal's last field and the reply ran into their limit
 
     @property
-    def said(self) -> str:
+    def completion(self) -> str:
         return self.thought if self.say is None else f"{self.thought}\n</think>\n\n{self.say}"
 
     @property
@@ -90,7 +90,7 @@ def written_by_hand(bpe) -> Dialogues:
     end, line = bpe.im_end_id, bpe.encode("\n")[0]
     for row, (_, turns) in enumerate(SCRIPT):
         for t, turn in enumerate(turns):
-            put(said, (t, row), bpe.encode(turn.said), None if turn.cut else end, draw)
+            put(said, (t, row), bpe.encode(turn.completion), None if turn.cut else end, draw)
             violation[t, row], appraised[t, row] = turn.say is None, turn.say is not None
             if turn.say is not None:
                 tokens = bpe.encode(turn.say)

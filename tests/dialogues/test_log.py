@@ -83,7 +83,7 @@ def test_numbers_are_those_of_the_arrays(played, played_records):
         for m in record["messages"][1:]:
             if m["role"] == "assistant":
                 turn += 1
-                said, count = log.policy.said, log.policy.said.count[turn, row]
+                said, count = log.policy.completion, log.policy.completion.count[turn, row]
                 assert m["tokens"] == list(said.tokens[turn, row, :count])
                 assert bits(m["logprobs"]) == bits(said.logprob[turn, row, :count])
                 assert bits(m["raw_logprobs"]) == bits(said.raw_logprob[turn, row, :count])
@@ -126,7 +126,7 @@ def test_the_configs_reward_is_used(played):
 
 def test_generated_tokens_count_what_the_arrays_count(played, played_records):
     log = played.dialogues
-    total = log.policy.said.count.sum() + log.user.appraisal.count.sum() + log.user.reply.count.sum()
+    total = log.policy.completion.count.sum() + log.user.appraisal.count.sum() + log.user.reply.count.sum()
     total += sum(int(log.first_count[row]) for row in (3, 4, 5))  # p1 has no first talk
     assert sum(map(generated_tokens, played_records)) == total
 

@@ -67,7 +67,7 @@ def test_the_pages_functions_by_hand(mine):
     own = OwnFunctions.of(config_with(**NAMES))
     (first, profile), (broken, _) = sample_dialogues()
     first["messages"][1]["content"] = "Was the long shift hard? " + "word " * 41
-    judged = own.judged([first, broken], [profile] * 2, evaluation=True)
+    judged = own.apply([first, broken], [profile] * 2, evaluation=True)
     assert [record["reward"] for record in judged] == [pytest.approx(0.3), 0.0], "40 of 100, a long reply; format"
     assert numbers_of(judged[0]) == {
         "own/questions": 0.5, "own/best_change": 6.0, "own/worst_change": 4.0, "judge_score": 50.0
@@ -75,7 +75,7 @@ def test_the_pages_functions_by_hand(mine):
     assert means_of(judged) == {
         "own/questions": 0.25, "own/best_change": 5.0, "own/worst_change": 4.0, "judge_score": 25.0
     }  # fmt: skip
-    assert "judge_score" not in means_of(own.judged([first], [profile], evaluation=False)), "of evaluations alone"
+    assert "judge_score" not in means_of(own.apply([first], [profile], evaluation=False)), "of evaluations alone"
     summary = scores(judged)
     assert summary["own/questions"] == eval_metrics(summary)["eval/own/questions"] == 0.25
     assert eval_metrics(summary)["eval/judge_score"] == 25.0
@@ -85,7 +85,7 @@ def test_the_pages_functions_by_hand(mine):
 def test_what_a_log_says_otherwise_is_named(mine):
     config = config_with(**NAMES)
     own, (record, profile) = OwnFunctions.of(config), sample_dialogues()[0]
-    judged = json.loads(json.dumps(own.judged([record], [profile], evaluation=True)[0]))
+    judged = json.loads(json.dumps(own.apply([record], [profile], evaluation=True)[0]))
     forged = json.loads(json.dumps(judged))
     forged["functions"][1]["value"] = 0.5
     assert list(own.faults(forged, profile, evaluation=True)) == [
@@ -150,7 +150,7 @@ def test_a_module_is_found_from_the_working_folder_and_its_helpers_count(tmp_pat
     assert function.call({"turns": 2}, None) == [0.0, 0.1]
     own = OwnFunctions.of(config_with(reward__function="own_package_of_a_test.rewards:f"))
     record, profile = sample_dialogues()[0]
-    assert own.judged([record], [profile], evaluation=False)[0]["reward"] == pytest.approx(0.1)
+    assert own.apply([record], [profile], evaluation=False)[0]["reward"] == pytest.approx(0.1)
 
 
 def test_rewards_of_the_batch_are_those_of_the_functions():

@@ -44,7 +44,7 @@ def limits_for(spec: RolloutConfig) -> RolloutLimits:
 
 class Turn(NamedTuple):
     heard: list[int]
-    said: list[int]  # as sampled, the stop token included
+    completion: list[int]  # as sampled, the stop token included
     stopped: bool
     say: list[int]  # what history keeps
     logprob: np.ndarray
@@ -107,10 +107,10 @@ def to_arrays(spec: RolloutConfig, dialogues: list[list[Turn]], draw) -> Dialogu
     reply, reply_count = noise(turns, 2, batch, spec.user_tokens), zero(turns, 2, batch)
     for b, dialogue in enumerate(dialogues):
         for t, turn in enumerate(dialogue):
-            said[t, b, : len(turn.said)], logprob[t, b, : len(turn.said)] = turn.said, turn.logprob
-            count[t, b], stopped[t, b] = len(turn.said), turn.stopped
+            said[t, b, : len(turn.completion)], logprob[t, b, : len(turn.completion)] = turn.completion, turn.logprob
+            count[t, b], stopped[t, b] = len(turn.completion), turn.stopped
             say[t, b, : len(turn.say)], say_count[t, b] = turn.say, len(turn.say)
-            found[t, b] = len(turn.said) - len(turn.say) - turn.stopped - 1
+            found[t, b] = len(turn.completion) - len(turn.say) - turn.stopped - 1
             if t == 0:
                 first[b, : len(turn.heard)], first_count[b] = turn.heard, len(turn.heard)
             else:
@@ -151,7 +151,7 @@ class PlainRow(NamedTuple):
     turn: int
     ids: list[int]
     start: int
-    said: list[int]
+    completion: list[int]
     states: list[int]
 
 
@@ -165,11 +165,11 @@ def plain_rows(world: World, tokenizer) -> list[PlainRow]:
         history = list(system)
         for t, turn in enumerate(dialogue):
             history += open_user + turn.heard + close + open_assistant
-            ids = history + opener + turn.said
+            ids = history + opener + turn.completion
             states = [world.tables.grammar.begin]
-            for token in turn.said[:-1]:
+            for token in turn.completion[:-1]:
                 states.append(int(table[states[-1], token]))
-            rows.append(PlainRow(b, t, ids, len(ids) - len(turn.said), turn.said, states))
+            rows.append(PlainRow(b, t, ids, len(ids) - len(turn.completion), turn.completion, states))
             history += turn.say + close
     return rows
 

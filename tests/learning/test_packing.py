@@ -33,7 +33,7 @@ from tests.learning.test_train_step import optimizer, trained
 def test_every_dialogue_has_its_place(width, most):
     lengths = np.random.default_rng(most).integers(1, most + 1, 41)
     found = assign_rows(lengths, 100, width)
-    taken = np.zeros((found.reads * width, 100), int)
+    taken = np.zeros((found.microbatches * width, 100), int)
     for row, start, length in zip(found.row, found.start, lengths, strict=True):
         taken[row, start : start + length] += 1
     assert taken.max() == 1, "no two in one place"
@@ -48,12 +48,12 @@ def test_every_dialogue_has_its_place(width, most):
 def test_reads_are_as_few_as_first_fit_needs():
     """By hand: six dialogues of 60 and six of 40 fill six rows of 100; with 61 instead of 60 no two fit together."""
     sixty = np.array([60, 40] * 6)
-    assert assign_rows(sixty, 100, 1).reads == 6
-    assert assign_rows(sixty, 100, 2).reads == 3
-    assert assign_rows(sixty, 100, 4).reads == 2
-    assert assign_rows(sixty + np.array([1, 0] * 6), 100, 1).reads == 9, "two of 40 in a row"
-    assert assign_rows(np.array([3]), 100, 8).reads == 1
-    assert assign_rows(np.array([100, 50, 50, 1]), 100, 1).reads == 3
+    assert assign_rows(sixty, 100, 1).microbatches == 6
+    assert assign_rows(sixty, 100, 2).microbatches == 3
+    assert assign_rows(sixty, 100, 4).microbatches == 2
+    assert assign_rows(sixty + np.array([1, 0] * 6), 100, 1).microbatches == 9, "two of 40 in a row"
+    assert assign_rows(np.array([3]), 100, 8).microbatches == 1
+    assert assign_rows(np.array([100, 50, 50, 1]), 100, 1).microbatches == 3
 
 
 def test_the_shortest_rows_with_little_padding_are_taken():
@@ -61,7 +61,7 @@ def test_the_shortest_rows_with_little_padding_are_taken():
     minibatch_order, lengths, ladder = np.arange(12).reshape(2, 6), np.full(12, 30), [16, 32, 61, 96]
     assert plan_packing(lengths, minibatch_order, ladder, 1, most=0.1)[0] == 32
     length, layout = plan_packing(lengths, minibatch_order, ladder, 1, most=0.05)
-    assert (length, layout.updates.reads.tolist(), layout.whole.reads) == (61, [3, 3], 6)
+    assert (length, layout.updates.microbatches.tolist(), layout.whole.microbatches) == (61, [3, 3], 6)
     assert layout.updates.row.shape == (2, 6)
     assert plan_packing(lengths, minibatch_order, ladder, 1, most=0.0)[0] == 61, "the least there is"
     assert plan_packing(lengths, minibatch_order, ladder, 4, most=0.1)[0] == 61, "one read of four rows, of 32 two"
@@ -82,7 +82,7 @@ def shared(world, batch, width=2, length=None):
 def test_rows_hold_the_dialogues_and_nothing_else(world):
     batch = packed(world)
     rows, places = shared(world, batch)
-    assert places.reads * 2 < len(batch.count) + 1, "some share a row"
+    assert places.microbatches * 2 < len(batch.count) + 1, "some share a row"
     seen = np.zeros(rows.mask.shape, bool)
     for b, (row, start) in enumerate(zip(places.row, places.start, strict=True)):
         count = int(batch.count[b])
@@ -166,8 +166,8 @@ def test_loss_and_gradients_are_those_of_one_dialogue_a_row(world, bpe, options,
     (want, metrics), want_gradient = graded(both, sample)
     places = assign_rows(np.asarray(sample.batch.count), LENGTH, 1)
     rows = jax.tree.map(lambda x: x[:, 0], pack(sample, places, sample.batch.count, 1))
-    (found, mine), gradient = graded(both, jax.tree.map(lambda x: x[: places.reads], rows))
-    assert places.reads < len(sample.batch.count)
+    (found, mine), gradient = graded(both, jax.tree.map(lambda x: x[: places.microbatches], rows))
+    assert places.microbatches < len(sample.batch.count)
     np.testing.assert_allclose(found, want, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(metrics), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -219,7 +219,7 @@ def first_step(setup, bpe, problem, width, mesh=None):
         order = np.asarray(minibatch_order(setup.update, key, jnp.int32(done), number))
         length, found = plan_packing(np.asarray(problem.batch.count), order, [256], width, most=0.1)
         assert length == 256
-        assert found.updates.reads.max() * width < number // setup.update.minibatches, "they do share rows"
+        assert found.updates.microbatches.max() * width < number // setup.update.minibatches, "they do share rows"
         return jax.device_put(found, where)
 
     after = step(state, *given, key, reference, layout(0) if width else None)

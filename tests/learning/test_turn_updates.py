@@ -31,7 +31,7 @@ def test_a_plan_has_only_the_updates_there_are():
     assert length == 64
     assert plan.count == 2
     assert plan.members.tolist() == [[True, False, True], [False, True, False], [False] * 3, [False] * 3]
-    assert plan.updates.reads.tolist() == [2, 1, 0, 0]
+    assert plan.updates.microbatches.tolist() == [2, 1, 0, 0]
     with pytest.raises(ValueError, match="2 updates, but the step is compiled for 1"):
         plan_turns(np.array([30, 40]), [np.array([0]), np.array([1])], 1, [64], 1, most=0.1)
 

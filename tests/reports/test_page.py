@@ -59,7 +59,7 @@ def test_the_page_loads_nothing_and_allows_only_its_own_script(small_run):
 
 def test_all_dialogues_come_back_out_of_the_page(small_run):
     text, packed = page.render(read_runs([small_run]), 5_000_000)
-    assert (packed.kept, packed.all) == (12, 12)
+    assert (packed.included, packed.all) == (12, 12)
     data = dialogues_of(text)
     assert data["runs"] == ["small"]
     assert data["intentions"] == ["advice", "listening", "to be <b>left</b> alone"]
@@ -149,7 +149,7 @@ def test_text_keeps_its_lines_and_joined_emoji(tmp_path):
 def test_sixty_steps_take_less_than_five_megabytes(sixty_steps):
     text, packed = page.render(read_runs([sixty_steps]), 5_000_000)
     assert len(text.encode()) <= 5_000_000
-    assert packed.kept == packed.all == 7 * 64
+    assert packed.included == packed.all == 7 * 64
 
 
 def test_a_small_page_keeps_whole_profiles_evenly(sixty_steps):
@@ -158,13 +158,13 @@ def test_a_small_page_keeps_whole_profiles_evenly(sixty_steps):
     text, packed = page.render(runs, 400_000)
     assert len(text.encode()) <= 400_000
     kept = dialogues_of(text)["dialogues"]
-    assert 0 < len(kept) == packed.kept < everything.kept == 448
+    assert 0 < len(kept) == packed.included < everything.included == 448
     profiles = {d["profile"] for d in kept}
     assert len(kept) == 7 * len(profiles), "each with its dialogues of all steps"
     numbers = sorted(int(name[1:]) for name in profiles)
     gaps = {b - a for a, b in itertools.pairwise(numbers)}
     assert max(gaps) - min(gaps) <= 1, "spread over all profiles"
-    assert f"{packed.kept} of 448 dialogues are in this page" in text
+    assert f"{packed.included} of 448 dialogues are in this page" in text
     assert "dialogues in its logs" in text, "the table counts all"
     assert re.search(r"dialogues in its logs</th><td>448</td>", text)
 
@@ -209,7 +209,7 @@ def test_a_run_whose_metrics_are_yet_to_come_shows_its_dialogues(tmp_path):
     """Dialogues of a step are written before its row."""
     runs = read_runs([write_run(tmp_path / "run", [], {1: some_records(0, 3)})])
     text, packed = page.render(runs, 5_000_000)
-    assert packed.kept == 3
+    assert packed.included == 3
     assert "Emotion at the end of a dialogue" not in text
 
 

@@ -55,7 +55,7 @@ def test_a_small_page_has_room_for_parts_of_several_giants(tmp_path):
         records[i]["messages"][2]["appraisal"]["feeling"] = noise(3_000_000, i)
     text, packed = page.render(read_runs([write_evaluation(tmp_path / "seen", records)]), 150_000)
     assert len(text.encode()) <= 150_000
-    assert (packed.kept, packed.all, packed.shortened) == (10, 10, 3)
+    assert (packed.included, packed.all, packed.shortened) == (10, 10, 3)
     for i in (2, 5, 6):
         (_, feeling) = dialogues_of(text)["dialogues"][i]["messages"][2]["appraisal"][0]
         assert whole_length(feeling) == 3_000_000
@@ -66,7 +66,7 @@ def test_many_turns_lose_their_middle(tmp_path):
     records = [*some_records(0, 3), record(3, "p3", emotions, words=noise_of(3))]
     text, packed = page.render(read_runs([write_evaluation(tmp_path / "seen", records)]), 300_000)
     assert len(text.encode()) <= 300_000
-    assert (packed.kept, packed.shortened) == (4, 1)
+    assert (packed.included, packed.shortened) == (4, 1)
     messages = dialogues_of(text)["dialogues"][3]["messages"]
     (skipped,) = [m["skipped"] for m in messages if "skipped" in m]
     assert sum("say" in m for m in messages) + skipped == 6_000
@@ -89,7 +89,7 @@ def test_one_profile_alone_may_be_too_much(tmp_path):
     }
     text, packed = page.render(read_runs([write_run(tmp_path / "run", [row(1, 45.0)], played)]), 200_000)
     assert len(text.encode()) <= 200_000
-    assert 20 < packed.kept < packed.all == 400
+    assert 20 < packed.included < packed.all == 400
     steps = [d["step"] for d in dialogues_of(text)["dialogues"]]
     assert (steps[0], steps[-1]) == (1, 100)
 

@@ -75,8 +75,8 @@ class Rendered(Fresh):
         for t in range(d.turns[b]):
             messages.append(("user", self.heard(d, b, t), None))
             opened = self.ids(messages, self.think) + (self.reference.encode("<think>\n") if self.think else [])
-            text, tokens = self.cut(d.policy.said, (t, b))
-            rows.append(Row(opened + tokens, self.claims(d.policy.said, (t, b), len(opened))))
+            text, tokens = self.cut(d.policy.completion, (t, b))
+            rows.append(Row(opened + tokens, self.claims(d.policy.completion, (t, b), len(opened))))
             messages.append(("assistant", self.spoken(tokens), text if self.think else None))  # thoughts are dropped
         return rows
 
@@ -85,7 +85,7 @@ class Rendered(Fresh):
         for t in range(d.turns[b]):
             if d.policy.violation[t, b]:
                 break
-            say = self.spoken(self.cut(d.policy.said, (t, b))[1])
+            say = self.spoken(self.cut(d.policy.completion, (t, b))[1])
             messages += [("assistant", self.heard(d, b, t), None), ("user", say, None)]
             emotions = d.emotions[b, t : t + 2]
             rows.append(self.reasoning(self.ids(messages, False), d.user, (t,), b, *emotions, t + 1 < max_turns))
@@ -110,7 +110,7 @@ def test_log_probs_are_those_of_rendered_contexts(played, policy_lm, user_lm):
     policy_rows = [row for b in range(6) for row in oracle.policy_rows(d, b)]
     user_rows = [row for b in range(6) for row in oracle.user_rows(d, b, PROFILES[b // 2], agents.spec.max_turns)]
     assert d.turns.max() > 1, "history is read"
-    assert check_claims(policy_lm, policy_rows) == d.policy.said.count.sum() > 100
+    assert check_claims(policy_lm, policy_rows) == d.policy.completion.count.sum() > 100
     assert check_claims(user_lm, user_rows) == d.user.appraisal.count.sum() + d.user.reply.count.sum() > 100
 
 
@@ -151,8 +151,8 @@ def test_a_replayed_row_reads_what_is_rendered(played):
     for b in range(6):
         replies = []
         for t in range(d.turns[b]):
-            tokens = oracle.cut(d.policy.said, (t, b))[1]
-            said = Completion(tokens, bool(d.policy.said.stopped[t, b]))
+            tokens = oracle.cut(d.policy.completion, (t, b))[1]
+            said = Completion(tokens, bool(d.policy.completion.stopped[t, b]))
             replies.append(Reply(oracle.heard(d, b, t), said, oracle.spoken(tokens)))
         packed = packer.dialogue(replies)
         branch = np.array(packed.branch)

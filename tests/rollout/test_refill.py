@@ -73,7 +73,7 @@ def test_log_probs_on_used_rows_equal_fresh_contexts(name, table, plays, policy_
     spec, profiles, _ = SPECS[name]
     found = plays[name][0][1]
     mine, theirs = table(spec, ROWS).rows(found, profiles)
-    assert check_claims(policy_lm, mine) == found.policy.said.count.sum() > 200
+    assert check_claims(policy_lm, mine) == found.policy.completion.count.sum() > 200
     assert check_claims(user_lm, theirs) == found.user.appraisal.count.sum() + found.user.reply.count.sum() > 200
 
 
@@ -103,7 +103,7 @@ def test_room_is_counted(name, plays):
             steps = 0
             for playing in loop:
                 row, turn = (np.array(x) for x in zip(*playing, strict=True))
-                steps += d.policy.said.count[turn, row].max()
+                steps += d.policy.completion.count[turn, row].max()
                 steps += sum(said.count[turn, :, row].max(0).sum() for said in (d.user.appraisal, d.user.reply))
             assert d.row_steps == rows * steps
             played, longest = sum(map(len, loop)), 1 + max(turn for playing in loop for _, turn in playing)

@@ -97,7 +97,7 @@ def test_log_probs_equal_fresh_contexts(spec, table, think, direct, policy_lm, u
     policy_rows, user_rows = table(spec).rows(d, profiles)
     said = check_claims(policy_lm, policy_rows)
     answered = check_claims(user_lm, user_rows)
-    assert said == d.policy.said.count.sum() > 200
+    assert said == d.policy.completion.count.sum() > 200
     assert answered == d.user.appraisal.count.sum() + d.user.reply.count.sum() > 200
 
 
@@ -135,7 +135,7 @@ def test_says_are_what_follows_the_thought(table, many):
         fresh = table(spec).fresh
         for b in range(len(d.turns)):
             for t in range(d.turns[b]):
-                tokens = fresh.cut(d.policy.said, (t, b))[1]
+                tokens = fresh.cut(d.policy.completion, (t, b))[1]
                 want = fresh.spoken(tokens)
                 assert d.policy.say[t, b, : d.policy.say_count[t, b]].tolist() == want
                 assert d.policy.violation[t, b] == (spec.mode == "think" and not want)
@@ -178,13 +178,13 @@ def test_dialogues_end_for_the_recorded_reason_and_stay_ended(table, many):
             reason = END_REASONS[d.end_reason[b]]
             assert reason == why_it_ended(table(spec).fresh, spec, d, b)
             ends.add((int(turns), reason))
-            for counts in (d.policy.said.count, d.policy.prefilled, d.user.prefilled):
+            for counts in (d.policy.completion.count, d.policy.prefilled, d.user.prefilled):
                 assert not counts[turns:, b].any()
             assert not d.user.appraisal.count[turns:, :, b].any()
             assert not d.user.reply.count[turns:, :, b].any()
             silent = reason in ("success", "failure", "format", "turn_limit")
             assert d.user.reply.count[turns - 1, -1, b] == 0 if silent else True
-            assert all(d.policy.said.count[t, b] > 0 for t in range(turns))
+            assert all(d.policy.completion.count[t, b] > 0 for t in range(turns))
     assert {turns for turns, _ in ends} >= {1, 2, 3, 4}
     assert {reason for _, reason in ends} >= set(END_REASONS[1:])
 
@@ -201,7 +201,7 @@ def test_a_full_context_ends_a_dialogue_before_it_overflows(table, many):
 
 def words(d, b) -> list:
     """Everything that the two sides said and felt in one dialogue."""
-    said = [d.policy.said.tokens[:, b], d.user.appraisal.tokens[:, :, b], d.user.reply.tokens[:, :, b]]
+    said = [d.policy.completion.tokens[:, b], d.user.appraisal.tokens[:, :, b], d.user.reply.tokens[:, :, b]]
     rest = [d.user.change[:, b], d.emotions[b], d.turns[b], d.end_reason[b], d.first_talk[b]]
     return [np.asarray(x).tolist() for x in (*said, *rest)]
 
@@ -215,7 +215,7 @@ def test_seeds_and_group_members_differ(think, many):
     other = many[1][1]
     assert sum(words(think, b) != words(other, b) for b in range(16)) >= 14
     for members in (range(8), range(8, 16)):
-        assert len({str(think.policy.said.tokens[:, b].tolist()) for b in members}) >= 7
+        assert len({str(think.policy.completion.tokens[:, b].tolist()) for b in members}) >= 7
         assert len({str(think.first_talk[b].tolist()) for b in members}) == 1
 
 
@@ -260,7 +260,7 @@ def test_prefilled_tokens_are_those_that_are_new(table, many, bpe):
             assert d.policy.prefilled[t, b] == frame + heard + extra
             if d.appraised[t, b]:
                 row = fresh.user_rows(d, b, some_profiles(4)[b // spec.group], spec.max_turns)[t]
-                said = fresh.spoken(fresh.cut(d.policy.said, (t, b))[1])
+                said = fresh.spoken(fresh.cut(d.policy.completion, (t, b))[1])
                 read = heard + len(said) + frame + len(chat.close)
                 texts = sum(len(fresh.cut(d.user.appraisal, (t, f, b))[0]) for f in range(2))
                 texts += sum(len(fresh.cut(d.user.reply, (t, f, b))[0]) for f in range(2))
@@ -272,7 +272,7 @@ def self_length(fresh, d, b, t, profile) -> int:
     """Tokens before the reasoning of turn t."""
     chat, total = fresh.chat, len(fresh.opening(profile))
     for i in range(t + 1):
-        say = fresh.spoken(fresh.cut(d.policy.said, (i, b))[1])
+        say = fresh.spoken(fresh.cut(d.policy.completion, (i, b))[1])
         total += len(fresh.heard(d, b, i) + chat.close + chat.open("user") + say + chat.close + chat.open("assistant"))
     return total
 
@@ -325,11 +325,11 @@ def test_other_profiles_counts_and_limits_compile_once(table, think):
     assert d.policy.say_count.max() == 5
     assert d.user.appraisal.count.max() == 3
     assert d.user.reply.count[:, -1].max() == 2
-    assert (d.policy.said.found_at < 14).all()
+    assert (d.policy.completion.found_at < 14).all()
     assert not d.turns[8:].any()
     greedy = table(THINK).play(PROFILES, range(16), 1, temperature=0)
     assert sample_dialogues._cache_size() == compiled
-    same = {str(greedy.policy.said.tokens[0, b].tolist()) for b in range(8)}
+    same = {str(greedy.policy.completion.tokens[0, b].tolist()) for b in range(8)}
     assert len(same) == 1, "greedy replies to the same words are the same"
 
 

@@ -55,7 +55,7 @@ def test_greedy_replies_are_those_of_the_dialogue_sampler(client, bpe, played):
         ids = tokenizer.message(**system)
         heard = d.first_talk[b, : d.first_count[b]].tolist()
         for turn in range(d.turns[b]):
-            said = d.policy.said
+            said = d.policy.completion
             count = said.count[turn, b] - said.stopped[turn, b]
             reply = bpe.decode(said.tokens[turn, b, :count])
             ids += tokenizer.open("user") + heard + tokenizer.close + tokenizer.open("assistant")

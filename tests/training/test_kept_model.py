@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import debug
-from rlver_jax.config.flags import config_from_flags, given_path
+from rlver_jax.config.flags import config_from_flags, path_override
 from rlver_jax.config.validate import ConfigError, flatten
 from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
@@ -185,7 +185,7 @@ def run(base, tmp_path, monkeypatch):
 
 def taken(run, *flags):
     config, options, _ = config_from_flags([f"--config={debug.__file__}", *flags], "")
-    trained = take_checkpoint(config, str(run), "", given_path(options))
+    trained = take_checkpoint(config, str(run), "", path_override(options))
     assert trained.config.policy.path == config.policy.path
     return config.policy.path
 

@@ -94,7 +94,7 @@ def test_rows_that_were_lost_are_said(tmp_path, kept, every, says):
     if kept is not None:
         write(tmp_path, [(step, {"a": 1.0}) for step in [*kept, 7, 8]])
     said = []
-    settings = {"tensorboard": False, "wandb": "", "config": CONFIG, "resume_step": 6, "measured_first": every > 0}
+    settings = {"tensorboard": False, "wandb": "", "config": CONFIG, "resume_step": 6, "evaluates_first": every > 0}
     MetricsWriter(tmp_path, **settings, report=said.append).close()
     assert len(said) == (says is not None)
     assert says is None or says in said[0]

@@ -24,8 +24,8 @@ from rlver_jax.training.setup import (
     check_learning,
     dialogues_a_row,
     has_critic,
+    microbatches_at_most,
     models_of,
-    reads_at_most,
     row_lengths,
 )
 
@@ -50,7 +50,7 @@ def config_of(**fields):
 def test_a_device_never_reads_more_at_a_time_than_it_has_room_for(fields, devices, fit, reads):
     config, mesh = config_of(**fields), make_mesh(1, devices, 1, devices=jax.devices()[:devices])
     assert dialogues_a_row(config, mesh) == fit
-    assert reads_at_most(config, mesh, config.rollout.batch) == reads
+    assert microbatches_at_most(config, mesh, config.rollout.batch) == reads
 
 
 def test_lengths_are_spread_up_to_the_longest_row(bpe, prompts):
