@@ -112,7 +112,7 @@ def test_hidden_states_are_those_of_one_forward_pass(width, toy):
     @jax.jit
     def forward(lm: LM, cache, retained, held, length, tokens, positions, branch):
         cache = keep_slots(cache, retained, length)
-        hidden, kv = lm.read(tokens, positions, branch, cache, held)
+        hidden, kv = lm.forward(tokens, positions, branch, cache, held)
         return cache.replace(kv=kv), hidden
 
     cache, states = init_cache(toy, 1, capacity), []
@@ -128,6 +128,6 @@ def test_hidden_states_are_those_of_one_forward_pass(width, toy):
 def test_branches_of_a_cache_are_refused_without_it_or_without_those_of_the_new_tokens(toy):
     one, held = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 8), jnp.int32)
     with pytest.raises(ValueError, match="`held`"):
-        toy.read(one, one, None, init_cache(toy, 1, 8), held)
+        toy.forward(one, one, None, init_cache(toy, 1, 8), held)
     with pytest.raises(ValueError, match="`held`"):
         toy.model.apply({"params": toy.params}, one, one, one, held=held)
