@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from rlver_jax.config.extras import install_command
+
 DOCS = "https://docs.cloud.google.com/tpu/docs/"
 # A message from a chip to its neighbour takes that long, however short it is: "typically around 1us", of all families,
 # https://jax-ml.github.io/scaling-book/sharding (a note on ICI latency).
@@ -133,7 +135,7 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
         raise PlanError(f"--slices={slices}: expected 1 or more slices of {topology}")
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(
-            "the TPU compiler is not installed: pip install '.[tpu]' (it runs on any machine, without a TPU)"
+            f"the TPU compiler is not installed: {install_command('tpu')} (it runs on any machine, without a TPU)"
         )
     from jax.experimental import topologies  # heavy, and of no use without libtpu
 

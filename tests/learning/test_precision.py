@@ -92,6 +92,7 @@ def test_the_second_moment_falls():
     np.testing.assert_allclose(updates["w"], -RATE * first / (np.sqrt(second / (1 - 0.999**5001)) + EPS), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_norm_of_many_arrays():
     """324 ones: 18; a sum of squares in bfloat16 ends at 256, a norm at 16."""
     ones = {str(i): jnp.ones((), jnp.bfloat16) for i in range(324)}

@@ -79,7 +79,7 @@ def field_weights_of(make, lines, wanted=WEIGHTS):
 
 
 @pytest.mark.parametrize(
-    ("role", "soft"), [pytest.param("user", 0, marks=pytest.mark.slow), ("user", 3), ("policy", 0)]
+    ("role", "soft"), [*(pytest.param("user", soft, marks=pytest.mark.slow) for soft in (0, 3)), ("policy", 0)]
 )
 def test_loss_and_gradient_are_those_of_float64(agents, lm, role, soft):
     make, examples, lines = made(agents, role, soft)
@@ -112,7 +112,7 @@ def test_loss_and_gradient_are_those_of_float64(agents, lm, role, soft):
         assert seed < 1 or slope > 0.1, "the gradient's own direction climbs"
 
 
-@pytest.mark.parametrize("role", ["user", pytest.param("policy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("role", [pytest.param("user", marks=pytest.mark.slow), "policy"])
 def test_shared_rows_are_one_row_per_example(agents, lm, role):
     make, examples, lines = made(agents, role, 2)
     of, weights = FieldLoss(lm.model, len(make.fields)), jnp.float32(field_weights_of(make, lines))

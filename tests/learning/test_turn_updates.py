@@ -53,7 +53,8 @@ def test_dr_grpo_counts_the_dialogues_of_the_update():
     np.testing.assert_allclose(weights, mask / 20, rtol=1e-6)
 
 
-@pytest.mark.parametrize("ppo", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ppo", [False, True])
 def test_a_step_is_that_of_the_same_minibatches(bpe, problem, ppo):  # noqa: F811
     """Two updates with the dialogues of two minibatches, in a program of five."""
     halves = setup_of(bpe, ppo, 2, "dense")

@@ -23,25 +23,36 @@ def row(length, labelled, dtype, seed=0):
 
 
 def graded(attend, arrays):
-    *inputs, cotangent = arrays
-    value, pull = jax.vjp(attend, *inputs)
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), (value, pull(cotangent)))
+    @jax.jit
+    def value_and_pullback(*arrays):
+        *inputs, cotangent = arrays
+        value, pull = jax.vjp(attend, *inputs)
+        return value, pull(cotangent)
+
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), value_and_pullback(*arrays))
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("length", [9, 33, 64, 75])  # one part, parts of two chunks, whole ones, a shorter last one
+@pytest.mark.parametrize(
+    ("length", "labelled"),  # one part, parts of two chunks, whole ones, a shorter last one
+    [
+        (9, False),
+        (75, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((9, True), (75, False))),
+        *(pytest.param(length, seen, marks=pytest.mark.slow) for length in (33, 64) for seen in (False, True)),
+    ],
+)
 def test_values_and_gradients_are_those_of_dense_attention(length, labelled):
     """In float64 they agree but for rounding; float32 and bfloat16 are as close to them as dense attention is."""
     with jax.enable_x64(True):
         arrays, mask = row(length, labelled, jnp.float64)
         expected = graded(lambda *x: dense_attention(*x, mask), arrays)
-        actual = graded(jax.jit(lambda *x: chunked_attention(*x, mask, 4)), arrays)
+        actual = graded(lambda *x: chunked_attention(*x, mask, 4), arrays)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12)
     for dtype, tolerance in ((jnp.float32, 4e-6), (jnp.bfloat16, 0.06)):
         arrays, mask = row(length, labelled, dtype)
         expected = graded(lambda *x, mask=mask: dense_attention(*x, mask), [x.astype(jnp.float32) for x in arrays])
-        actual = graded(jax.jit(lambda *x, mask=mask: chunked_attention(*x, mask, 4)), arrays)
+        actual = graded(lambda *x, mask=mask: chunked_attention(*x, mask, 4), arrays)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=tolerance)
 

@@ -78,7 +78,7 @@ def test_devices_without_coordinates_are_no_torus():
 def test_without_the_compiler(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert plan.main(["--config=configs/ppo_think_7b.py", "--topology=v5e:2x4"]) == 2
-    assert "pip install '.[tpu]'" in capsys.readouterr().err
+    assert "pip install -e '.[tpu]' in the clone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

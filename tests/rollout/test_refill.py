@@ -19,6 +19,9 @@ ROWS = 3  # 16 and 8 dialogues are no multiple of it
 SPECS = {"think": (THINK, PROFILES, range(16)), "direct": (DIRECT, make_profiles(4), range(8))}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def table(policy_lm, user_lm, bpe, prompts):
     tables = {}

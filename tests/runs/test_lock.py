@@ -219,6 +219,7 @@ def test_a_living_owner_on_another_host_is_seen_by_its_beats(tmp_path):
         assert one.line() == "still"
 
 
+@pytest.mark.slow
 def test_an_owner_that_was_suspended_notices_that_it_lost_the_lock(tmp_path):
     with holder(tmp_path, host="elsewhere") as one, holder(tmp_path, host="here") as two:
         assert one.line() == "held"
@@ -272,6 +273,7 @@ def test_a_lock_that_somebody_removed_is_lost(tmp_path):
             held.check()
 
 
+@pytest.mark.slow
 def test_of_many_newcomers_one_takes_a_stale_lock(tmp_path):
     """Five processes, each of which would hold it until all have tried."""
     write_owner(tmp_path, pid=2**22 + 1)
