@@ -94,8 +94,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, defined = _PUBLIC[name].partition(":")
-    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{module}"), defined)
-    return found
+    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{module}"), defined)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlver_jax.config.flags import config_from_flags, define_path, given_path
+from rlver_jax.config.flags import config_from_flags, define_path, path_override
 from rlver_jax.config.hub import fetch
 from rlver_jax.config.paths import check_file_to_write
 from rlver_jax.config.validate import ConfigError, validate
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _chat(command: Command, argv: Sequence[str]) -> int:
     config, options = _arguments(argv)
-    trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
+    trained = take_checkpoint(config, options.checkpoint, options.step, path_override(options))
     needs = ["policy", "user"] if options.side == "user" else ["user"]
     validate(config, jax.device_count(), needs)
     profile = _profile(chosen_profiles(config), options.profile)

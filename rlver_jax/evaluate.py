@@ -38,7 +38,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlver_jax.config.flags import config_from_flags, define_path, given_path, import_remote
+from rlver_jax.config.flags import config_from_flags, define_path, import_remote, path_override
 from rlver_jax.config.validate import ConfigError, endpoint_sides, validate
 from rlver_jax.dialogues.log import UNREADABLE, Record
 from rlver_jax.dialogues.own_functions import of_functions
@@ -106,8 +106,8 @@ def _evaluate(command: Command, argv: Sequence[str]) -> int:
         command.output = str(folder.path)
         records = play_missing(evaluation, folder, console, options.repeats)
         summary = summarize(evaluation, records, folder)
-        judged, marked = judges.judge(finished(records, profiles), folder.path, console)
-        summary |= judged
+        judge_summary, marked = judges.judge(finished(records, profiles), folder.path, console)
+        summary |= judge_summary
         folder.finish(marked, summary)
     if before:
         print_comparison(before, (summary, records), console)
@@ -150,20 +150,20 @@ def _trained(config: ConfigDict, options: flags.FlagValues) -> TrainedPolicy | N
     """Has --checkpoint replace the policy; what to read where it is a training run."""
     if options.checkpoint and config.remote.policy.url:
         raise ConfigError("--checkpoint and remote.policy.url both name the policy; give one of them")
-    return take_checkpoint(config, options.checkpoint, options.step, given_path(options))
+    return take_checkpoint(config, options.checkpoint, options.step, path_override(options))
 
 
 def _load(
     config: ConfigDict, profiles: Sequence[Profile], folder: EvaluationFolder, trained: TrainedPolicy | None
 ) -> Player:
     weights, gold = trained.weights if trained else None, gold_judge(config)
-    apart = not endpoint_sides(config) and tokenizers_differ(config)
-    if apart and jax.process_count() > 1:
+    separate = not endpoint_sides(config) and tokenizers_differ(config)
+    if separate and jax.process_count() > 1:
         raise ConfigError(
             f"policy and user have two tokenizers: text passes between them in one process, but there are "
             f"{jax.process_count()}"
         )
-    if apart or endpoint_sides(config):
+    if separate or endpoint_sides(config):
         remote_evaluation = import_remote("rlver_jax.evaluation.endpoint_play")
         return remote_evaluation.load(config, profiles, folder.path, weights, gold)
     base = trained.base_section if trained else None
@@ -189,14 +189,14 @@ def play_missing(evaluation: Player, folder: EvaluationFolder, console: Console,
 
 def summarize(evaluation: Player, records: Sequence[Record], folder: EvaluationFolder) -> dict[str, Any]:
     """What summary.json holds."""
-    how_sure = spread(records, len(evaluation.profiles))
+    uncertainty = spread(records, len(evaluation.profiles))
     scores = evaluation.scores(records)
     unread, most = scores["end_reasons"][UNREADABLE] / scores["n"], evaluation.config.alarms.unreadable_max
     if most and unread > most:
-        how_sure, scores["score"] = {"unreadable": f"{unread:.0%} of the dialogues, of {most:.0%} at most"}, None
+        uncertainty, scores["score"] = {"unreadable": f"{unread:.0%} of the dialogues, of {most:.0%} at most"}, None
     return (
         scores
-        | how_sure
+        | uncertainty
         | {
             "tokens": {name: int(folder.spent(name)) for name in ("generated", "prefilled")},
             "seconds": round(folder.spent("seconds"), 3),
@@ -227,8 +227,8 @@ def headline(summary: dict[str, Any], path: Path) -> str:
 
 def _own_text(summary: dict[str, Any]) -> str:
     """A line of what a user's own functions have measured, where there are any."""
-    found = of_functions(summary)
-    return " · ".join(f"{name} {number:.3g}" for name, number in found.items()) + "\n" * bool(found)
+    numbers = of_functions(summary)
+    return " · ".join(f"{name} {number:.3g}" for name, number in numbers.items()) + "\n" * bool(numbers)
 
 
 def _remote_text(summary: dict[str, Any]) -> str:

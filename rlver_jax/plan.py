@@ -104,17 +104,17 @@ def make_plan(config: ConfigDict, topology: str, mesh: Mesh, tell: Any, remats: 
     texts, assumed = texts_of(config)
     remake = lambda changed: shapes_of(changed, mesh, texts)  # noqa: E731
     shapes: Shapes = remake(config)
-    measured = compile_all(programs_of(shapes), shapes, tell)
+    measurements = compile_all(programs_of(shapes), shapes, tell)
     remedy = None
-    if any(over(one, chip) > 0 for one in measured):
-        remedy = find_remedy(config, mesh, measured, chip, remake, tell)
+    if any(over(one, chip) > 0 for one in measurements):
+        remedy = find_remedy(config, mesh, measurements, chip, remake, tell)
     if config.rollout.param_dtype and config.eval.every:
         assumed.append(evaluations_unplanned(shapes))
-    tried = remats_of(config, shapes, measured, chip, remake, tell) if remats else []
+    tried = remats_of(config, shapes, measurements, chip, remake, tell) if remats else []
     playing = shapes.agents.mesh or mesh
     return Plan(
-        topology, chip, dict(mesh.shape), dict(playing.shape), config.rollout.batch, shapes.lengths[-1], measured,
-        phases_of(shapes, measured, chip), remedy, tried, assumed,
+        topology, chip, dict(mesh.shape), dict(playing.shape), config.rollout.batch, shapes.lengths[-1], measurements,
+        phases_of(shapes, measurements, chip), remedy, tried, assumed,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.monotonic() - began,
         len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}), config.train.steps,
     )  # fmt: skip
@@ -124,9 +124,9 @@ def evaluations_unplanned(shapes: Shapes) -> str:
     """What evaluations need beyond the programs of a step, where these play a rounded policy."""
     policy, mesh = shapes.agents.policy.model, shapes.agents.mesh
     rounded = rollout_model(shapes.config, policy)
-    wide, narrow = (bytes_per_chip(sampling_params(model, mesh)) for model in (policy, rounded))
+    unrounded, narrow = (bytes_per_chip(sampling_params(model, mesh)) for model in (policy, rounded))
     return (
-        f"evaluations play the policy unrounded: its copy takes {(wide - narrow) / GIB:.2f} GiB a chip more than "
+        f"evaluations play the policy unrounded: its copy takes {(unrounded - narrow) / GIB:.2f} GiB a chip more than "
         f"the one that plays in training, which is in no sum above"
     )
 

@@ -51,7 +51,7 @@ def _report(command: Command, argv: Sequence[str]) -> int:
         with console.status("drawing"):
             text, packed = page.render(runs, int(options.max_mb * 1e6))
         cut = f", {packed.shortened} of them shortened" * bool(packed.shortened)
-        write(options.out, text, f"{packed.kept} of {packed.all} dialogues{cut}")
+        write(options.out, text, f"{packed.included} of {packed.all} dialogues{cut}")
     return 0
 
 

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlver_jax.config.credentials import key_fault
-from rlver_jax.config.flags import config_from_flags, define_path, given_path
+from rlver_jax.config.flags import config_from_flags, define_path, path_override
 from rlver_jax.config.hub import fetch, short_name
 from rlver_jax.config.validate import ConfigError, validate
 from rlver_jax.decoding.cache import LM
@@ -58,7 +58,7 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     check_installed()
     _check_token(os.environ.get(TOKEN_VARIABLE, ""))
     checkpoint = options.checkpoint or config.policy.path
-    trained = take_checkpoint(config, options.checkpoint, options.step, given_path(options))
+    trained = take_checkpoint(config, options.checkpoint, options.step, path_override(options))
     name = options.name or short_name(checkpoint)
     folders = named_folders(options.adapter, name)
     validate(config, jax.device_count(), ["policy"])
@@ -118,8 +118,8 @@ def _load(
     lm = LM(sampling_copy(lm.model, mesh)(lm.params), lm.model)
     adapters = Adapters(lm, folders, mesh)
     lm, owners = adapters.beside_model()
-    how = {"rows": options.rows, "context": context, "block": options.block, "queue": options.queue}
-    return Engine(lm, tokenizer, owners=owners, **how), adapters
+    sizes = {"rows": options.rows, "context": context, "block": options.block, "queue": options.queue}
+    return Engine(lm, tokenizer, owners=owners, **sizes), adapters
 
 
 def _system(config: ConfigDict) -> str:

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from rlver_jax.config.flags import config_from_flags, define_path, given_path, local_paths
+from rlver_jax.config.flags import config_from_flags, define_path, local_paths, path_override
 from rlver_jax.config.validate import ConfigError, reward_settings, validate
 from rlver_jax.decoding.replay import Keys, ReplayInput
 from rlver_jax.decoding.replay_sequence import ReplaySequence
@@ -380,7 +380,7 @@ def _verify(command: Command, argv: Sequence[str]) -> int:
     validate(config, needs=here[:1])
     if options.step and not options.policy:
         raise ConfigError(f"--step={options.step} is of the policy; add --policy=WORKDIR")
-    policy = behaviour_policy.Choice(options.policy, options.step, given_path(options)) if options.policy else None
+    policy = behaviour_policy.Choice(options.policy, options.step, path_override(options)) if options.policy else None
     choices = {"repeats": options.repeats, "partial": options.partial, "policy": policy}
     report = verify_logs(files, config, command.console, **choices)
     show(report, command.console)

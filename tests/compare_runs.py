@@ -15,14 +15,14 @@ from rlver_jax.training.metrics_file import read_metrics
 
 def contents(run: Path) -> dict[str, object]:
     """{what: its value} of everything that equal runs have in common."""
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for row in read_metrics(run / "metrics.jsonl"):
-        found |= {f"step {row['step']}: {name}": x for name, x in row.items() if not name.startswith("time/")}
-    found |= {f"dialogues/{file.name}": file.read_bytes() for file in (run / "dialogues").glob("*.jsonl")}
+        values |= {f"step {row['step']}: {name}": x for name, x in row.items() if not name.startswith("time/")}
+    values |= {f"dialogues/{file.name}": file.read_bytes() for file in (run / "dialogues").glob("*.jsonl")}
     checkpoints = Checkpoints.reader(run / "checkpoints")
-    found |= {f"checkpoint of step {step}": checkpoints.fingerprint(step) for step in checkpoints.steps()}
+    values |= {f"checkpoint of step {step}": checkpoints.fingerprint(step) for step in checkpoints.steps()}
     checkpoints.close()
-    return found
+    return values
 
 
 def differences(run: Path, other: Path) -> list[str]:
@@ -38,9 +38,9 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or not all((Path(run) / "metrics.jsonl").is_file() for run in arguments):
         print("compare_runs: expected two folders of training runs, with a metrics.jsonl in each", file=sys.stderr)
         return 2
-    found = differences(*map(Path, arguments))
-    print(*(f"differs: {name}" for name in found), "not equal" if found else "equal to the bit", sep="\n")
-    return bool(found)
+    names = differences(*map(Path, arguments))
+    print(*(f"differs: {name}" for name in names), "not equal" if names else "equal to the bit", sep="\n")
+    return bool(names)
 
 
 if __name__ == "__main__":

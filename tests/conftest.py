@@ -71,8 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+    order = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
@@ -156,7 +156,7 @@ def prompts(tmp_path_factory):
     return load_prompts("en", folder)
 
 
-def some_profiles(count: int) -> list[Profile]:
+def make_profiles(count: int) -> list[Profile]:
     """Profiles of different lengths; every third one leaves its first words to the user model."""
     talk = ["my boss did not listen.", None, "I felt awful"]
     who = ["I felt awful", "my friend said goodbye " * 4, "my boss did not listen, and she felt awful " * 2]
@@ -246,7 +246,7 @@ def plain(lm: LM, rows: list[list[int]], batch: int = 8) -> tuple[list[np.ndarra
     return cut(hidden), cut(logp)
 
 
-read = jax.jit(append)
+append_tokens = jax.jit(append)
 
 
 def appended(lm: LM, rows: list[list[int]], capacity: int = 64, width: int = 24):
@@ -255,17 +255,17 @@ def appended(lm: LM, rows: list[list[int]], capacity: int = 64, width: int = 24)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     count = jnp.asarray([len(row) for row in rows], jnp.int32)
-    return read(lm, init_cache(lm, len(rows), capacity), tokens, count)
+    return append_tokens(lm, init_cache(lm, len(rows), capacity), tokens, count)
 
 
 def literals(script: str, emotion: int, band: str) -> list[str]:
     """The literal before each field of a script's text, by string formatting; a free field owns its line end."""
-    found, start, after_free = [], 0, False
+    pieces, start, after_free = [], 0, False
     text = script.replace("{emotion}", str(emotion)).replace("{band}", band)
     for field in re.finditer(r"<<(free|choose):\w+>>\n?", text):
-        found.append("\n" * after_free + text[start : field.start()])
+        pieces.append("\n" * after_free + text[start : field.start()])
         start, after_free = field.end(), field[1] == "free"
-    return found
+    return pieces
 
 
 class Row(NamedTuple):
@@ -316,14 +316,14 @@ class Fresh:
             return d.first_talk[b, : d.first_count[b]].tolist()
         return self.cut(d.user.reply, (turn - 1, -1, b))[0]
 
-    def cut(self, said, at) -> tuple[list[int], list[int]]:
+    def cut(self, generated, at) -> tuple[list[int], list[int]]:
         """(text, all tokens) of one generation."""
-        tokens = said.tokens[at][: said.count[at]].tolist()
-        return (tokens[:-1] if said.stopped[at] else tokens), tokens
+        tokens = generated.tokens[at][: generated.count[at]].tolist()
+        return (tokens[:-1] if generated.stopped[at] else tokens), tokens
 
-    def claims(self, said, at, place: int) -> list[tuple[int, int, float]]:
-        tokens = self.cut(said, at)[1]
-        return [(place + i, t, float(said.raw_logprob[at][i])) for i, t in enumerate(tokens)]
+    def claims(self, generated, at, position: int) -> list[tuple[int, int, float]]:
+        tokens = self.cut(generated, at)[1]
+        return [(position + i, t, float(generated.raw_logprob[at][i])) for i, t in enumerate(tokens)]
 
     def policy_rows(self, d, b: int) -> list[Row]:
         chat, rows = self.chat, []
@@ -331,8 +331,8 @@ class Fresh:
         for t in range(d.turns[b]):
             ids = ids + chat.open("user") + self.heard(d, b, t) + chat.close + chat.open("assistant")
             opened = ids + (self.tokenizer.encode("<think>\n") if self.think else [])
-            tokens = self.cut(d.policy.said, (t, b))[1]
-            rows.append(Row(opened + tokens, self.claims(d.policy.said, (t, b), len(opened))))
+            tokens = self.cut(d.policy.completion, (t, b))[1]
+            rows.append(Row(opened + tokens, self.claims(d.policy.completion, (t, b), len(opened))))
             ids = ids + self.spoken(tokens) + chat.close
         return rows
 
@@ -344,7 +344,7 @@ class Fresh:
         chat, rows = self.chat, []
         ids = self.opening(profile)
         for t in range(d.turns[b]):
-            say = self.spoken(self.cut(d.policy.said, (t, b))[1])
+            say = self.spoken(self.cut(d.policy.completion, (t, b))[1])
             if d.policy.violation[t, b]:
                 break
             ids = ids + self.heard(d, b, t) + chat.close + chat.open("user") + say + chat.close + chat.open("assistant")
@@ -378,7 +378,7 @@ class Fresh:
 def check_claims(lm: LM, rows: list[Row], atol: float = 1e-4, batch: int = 8) -> int:
     """Asserts every claim against plain forward passes; returns how many there were."""
     for row, logp in zip(rows, plain(lm, [[*r.ids, 0] for r in rows], batch)[1], strict=True):
-        want = [logp[place - 1, token] for place, token, _ in row.claims]
+        want = [logp[position - 1, token] for position, token, _ in row.claims]
         np.testing.assert_allclose([value for *_, value in row.claims], want, atol=atol)
     return sum(len(row.claims) for row in rows)
 

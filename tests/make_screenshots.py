@@ -23,11 +23,11 @@ VIEWS = {
 def main(report: str, prefix: str) -> None:
     with sync_playwright() as driver:
         browser = launch(driver)
-        for name, (width, height, scheme, place) in VIEWS.items():
+        for name, (width, height, scheme, selector) in VIEWS.items():
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             page.goto(Path(report).absolute().as_uri())
             page.wait_for_selector(".panes article")
-            page.eval_on_selector(place, "(element) => element.scrollIntoView()")
+            page.eval_on_selector(selector, "(element) => element.scrollIntoView()")
             page.screenshot(path=f"{prefix}_{name}.png")
         browser.close()
 

@@ -33,7 +33,7 @@ def test_ways_are_run_in_turn():
     seconds = alternate({name: lambda name=name: order.append(name) for name in "ab"}, 3, told.append)
     assert order == ["a", "b"] * 3
     assert told[-1] == "b, 3 of 3"
-    assert {name: len(some) for name, some in seconds.items()} == {"a": 3, "b": 3}
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_ratios_are_of_one_round():
@@ -78,13 +78,13 @@ def test_against_another_checkout(tmp_path, capsys, monkeypatch):
     """Here 2 s and 10 tokens a second, there 3 s and 4: 1.5 and 2.5 times as fast; what one lacks is left out."""
     results = {"here": {"ways": {"a": {"seconds": 2.0}}, "tokens_per_s": 10, "new_s": 1.0, "same": 5}}
     results["there"] = {"ways": {"a": {"seconds": 3.0}}, "tokens_per_s": 4, "same": 5, "all": [1.0]}
-    here, there = (write_checkout(tmp_path / name, json.dumps(found)) for name, found in results.items())
+    here, there = (write_checkout(tmp_path / name, json.dumps(result)) for name, result in results.items())
     run = bench_against.run_in
     monkeypatch.setattr(bench_against, "run_in", lambda root, module: run(root or here, module))
     assert main(["load", f"--against={there}", "--repeats=2", f"--json={tmp_path / 'f.json'}"]) == 0
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert found["against"] == str(there)
-    assert {name: f["ratio"]["median"] for name, f in found["figures"].items()} == {
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert result["against"] == str(there)
+    assert {name: f["ratio"]["median"] for name, f in result["figures"].items()} == {
         "ways/a/seconds": 1.5,
         "tokens_per_s": 2.5,
     }
@@ -101,12 +101,12 @@ def test_a_checkout_that_fails_says_why(tmp_path, capsys):
 @pytest.mark.long
 def test_a_step_of_the_miniature_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_step, "STEPS", 2)
-    found = measured("step", tmp_path, repeats=1)
-    assert found["step_s"] == pytest.approx(found["rollout_s"] + found["update_s"]), "one step counts"
-    assert min(found["rollout_s"], found["update_s"]) > 0
+    result = run_bench("step", tmp_path, repeats=1)
+    assert result["step_s"] == pytest.approx(result["rollout_s"] + result["update_s"]), "one step counts"
+    assert min(result["rollout_s"], result["update_s"]) > 0
 
 
-def measured(suite: str, tmp_path, repeats: int = 2) -> dict:
+def run_bench(suite: str, tmp_path, repeats: int = 2) -> dict:
     assert main([suite, f"--json={tmp_path / 'f.json'}", f"--repeats={repeats}"]) == 0
     return json.loads((tmp_path / "f.json").read_text())
 
@@ -117,13 +117,13 @@ def test_rollouts_are_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_rollout, "SMALL", TINY)
     monkeypatch.setattr(bench_rollout, "SHAPE", bench_rollout.Shape(batch=3, prefix=10, turns=3, reply=4, user=5))
     monkeypatch.setattr(bench_timing, "COPIED", 1024)
-    found = measured("rollout", tmp_path)
-    assert (found["generated"], found["prefilled"]) == (36, 60)
-    assert found["generated_tokens_per_s"] == pytest.approx(36 / found["seconds"])
+    result = run_bench("rollout", tmp_path)
+    assert (result["generated"], result["prefilled"]) == (36, 60)
+    assert result["generated_tokens_per_s"] == pytest.approx(36 / result["seconds"])
     weights = sum(x.nbytes for x in jax.tree.leaves(init_params(Qwen2(TINY), jax.random.key(0))))
     half = (10 + 37) // 2 + 2  # slots that are filled on average while four more are said
-    assert found["step_bytes"] == weights + 2 * 2 * 3 * 2 * half * 8 * 4  # keys and values, layers, rows, heads
-    assert found["of_limit"] == pytest.approx(found["copy_ms"] / found["step_ms"])
+    assert result["step_bytes"] == weights + 2 * 2 * 3 * 2 * half * 8 * 4  # keys and values, layers, rows, heads
+    assert result["of_limit"] == pytest.approx(result["copy_ms"] / result["step_ms"])
     assert "of the limit" in capsys.readouterr().out
 
 
@@ -140,14 +140,14 @@ def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
     }
     for name, value in sizes.items():
         monkeypatch.setattr(bench_update, name, value)
-    found = measured("update", tmp_path)
+    result = run_bench("update", tmp_path)
     for mode, thought in (("think", 6), ("direct", 0)):
-        positions = {name: way["positions"] for name, way in found[mode]["ways"].items()}
+        positions = {name: way["positions"] for name, way in result[mode]["ways"].items()}
         turns = [5 + t * 7 + 4 + thought + 2 for t in range(3)]  # of each row: what is predicted last is not read
         assert positions["turns"] == 2 * sum(turns)
         assert positions["padded"] == 2 * 3 * turns[-1]
         assert positions["packed"] == 2 * (5 + 3 * 4 + 2 * 3 + (3 * (thought + 2) if thought else 2))
-        assert found[mode]["largest_difference"] < 1e-5
+        assert result[mode]["largest_difference"] < 1e-5
     assert "x as fast as turns" in capsys.readouterr().out
 
 
@@ -155,10 +155,10 @@ def test_updates_are_measured_at_equal_gradients(tmp_path, capsys, monkeypatch):
 def test_logprobs_are_measured(tmp_path, capsys, monkeypatch):
     for name, value in {"LENGTH": 64, "VOCABULARY": 40_000, "HIDDEN": 16}.items():
         monkeypatch.setattr(bench_logprob, name, value)
-    found = measured("logprob", tmp_path)
-    assert found["largest_difference"] < 1e-4
-    assert found["ways"]["full"]["extra_bytes"] > 2 * 64 * 40_000 * 4, "all logits are held"
-    assert found["full_over_chunked_memory"] > 2
+    result = run_bench("logprob", tmp_path)
+    assert result["largest_difference"] < 1e-4
+    assert result["ways"]["full"]["extra_bytes"] > 2 * 64 * 40_000 * 4, "all logits are held"
+    assert result["full_over_chunked_memory"] > 2
     assert "of the memory" in capsys.readouterr().out
 
 
@@ -167,18 +167,18 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
     """Few of them (a row for each of the eight devices); the figures follow from one another."""
     monkeypatch.setattr(bench_dialogue, "DIALOGUES", 16)
     monkeypatch.setattr(bench_dialogue, "ROWS", 8)
-    found = measured("dialogue", tmp_path)
-    assert found["suite"] == "dialogue"
-    assert sum(found["turns"].values()) == found["dialogues"] == 16
-    turns = sum(int(n) * count for n, count in found["turns"].items())
-    assert [way["rows"] for way in found["ways"].values()] == [8, 8, 16]
-    for way in found["ways"].values():
+    result = run_bench("dialogue", tmp_path)
+    assert result["suite"] == "dialogue"
+    assert sum(result["turns"].values()) == result["dialogues"] == 16
+    turns = sum(int(n) * count for n, count in result["turns"].items())
+    assert [way["rows"] for way in result["ways"].values()] == [8, 8, 16]
+    for way in result["ways"].values():
         row_turns = turns / way["occupancy"]
         assert row_turns == pytest.approx(round(row_turns))
         assert round(row_turns) % way["rows"] == 0
         assert len(way["seconds"]) == 2
         assert way["dialogues_per_s"] == pytest.approx(16 / (sum(way["seconds"]) / 2))
-    assert found["ways"]["refill"]["occupancy"] >= found["ways"]["waiting"]["occupancy"]
+    assert result["ways"]["refill"]["occupancy"] >= result["ways"]["waiting"]["occupancy"]
     assert "x as fast as waiting" in capsys.readouterr().out
 
 
@@ -186,11 +186,11 @@ def test_dialogues_are_measured(tmp_path, capsys, monkeypatch):
 def test_loading_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_load, "MODEL", TINY)
     monkeypatch.setattr(bench_timing, "COPIED", 1024)
-    found = measured("load", tmp_path)
+    result = run_bench("load", tmp_path)
     weights = sum(x.size for x in jax.tree.leaves(init_params(Qwen2(TINY), jax.random.key(0))))
-    assert 0 < found["bytes"] - 2 * weights < 8192, "bfloat16, and the file's head"
-    for way in found["ways"].values():
-        assert way["bytes_per_s"] == pytest.approx(found["bytes"] / way["seconds"])
+    assert 0 < result["bytes"] - 2 * weights < 8192, "bfloat16, and the file's head"
+    for way in result["ways"].values():
+        assert way["bytes_per_s"] == pytest.approx(result["bytes"] / way["seconds"])
     assert "x as long as safetensors" in capsys.readouterr().out
 
 
@@ -202,8 +202,8 @@ def test_starts_are_measured(tmp_path, capsys, monkeypatch):
     # Rows of one length: another one would be compiled in the second step, whose time stands for a step's without that.
     even = ("--config.train.share_rows=False", "--config.train.length_buckets=1")
     monkeypatch.setattr(bench_compile, "FLAGS", (*bench_compile.FLAGS, *short, *even))
-    found = measured("compile", tmp_path)
-    cold, warm = found["ways"]["cold"], found["ways"]["warm"]
+    result = run_bench("compile", tmp_path)
+    cold, warm = result["ways"]["cold"], result["ways"]["warm"]
     assert len(cold["all"]) == len(warm["all"]) == 2
     assert 0 < warm["compile_s"] < cold["compile_s"] < cold["start_s"]
     assert 0 < warm["begins_s"] < cold["begins_s"] < cold["start_s"], "the update is compiled after the first dialogues"

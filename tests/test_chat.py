@@ -86,15 +86,15 @@ def test_a_person_talks_as_the_user_on_a_terminal(tmp_path):
 def test_a_person_answers_the_simulated_user_through_a_pipe(tmp_path):
     out = tmp_path / "talk.jsonl"
     command = [sys.executable, "-m", "rlver_jax.chat", "--config=configs/debug.py", "--side=policy", f"--out={out}"]
-    said = "That sounds hard.\nWhat happened then?\nnever read\n"
+    typed = "That sounds hard.\nWhat happened then?\nnever read\n"
     done = subprocess.run(
-        command, input=said, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300, check=False
+        command, input=typed, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     record = read_dialogues(out)[0]
     profile = json.loads((ROOT / "configs/debug_world/profiles.jsonl").read_text().splitlines()[0])
     assert record["messages"][0]["content"] == profile["first_talk"]
-    assert [m["content"] for m in record["messages"][1::2]] == said.splitlines()[:2]
+    assert [m["content"] for m in record["messages"][1::2]] == typed.splitlines()[:2]
     assert record["end_reason"] == "turn_limit"
     assert "turn_limit" in done.stdout
 

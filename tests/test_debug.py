@@ -57,8 +57,8 @@ def test_changes_spread_and_depend_on_what_was_said():
     """By plain forward passes over two texts; ln 21 nats would be uniform."""
     lm, tokenizer = load_model(debug.get_config().user, "user")
     probabilities = []
-    for said in ("I am with you.", "Then work harder!"):
-        logp = option_logprobs(lm, tokenizer, tokenizer.encode(f"{said}\nChange:\n"))
+    for text in ("I am with you.", "Then work harder!"):
+        logp = option_logprobs(lm, tokenizer, tokenizer.encode(f"{text}\nChange:\n"))
         probabilities.append(np.exp(logp - np.logaddexp.reduce(logp)))
         entropy = -(probabilities[-1] * np.log(probabilities[-1])).sum()
         assert 0.5 * math.log(21) < entropy < math.log(21)
@@ -99,8 +99,8 @@ def test_the_user_is_told_that_it_is_challenging():
 
 def test_fresh_weights_are_as_wide_as_the_model_says():
     """`initializer_range`, as transformers has it."""
-    given = json.loads((debug.WORLD / "config.json").read_text())["initializer_range"]
-    for width in (given, 0.02):
+    configured = json.loads((debug.WORLD / "config.json").read_text())["initializer_range"]
+    for width in (configured, 0.02):
         config = dataclasses.replace(Qwen2Config.from_hf(debug.WORLD), init_std=width, tie_embeddings=False)
         model = load_model(debug.get_config().user, "user")[0].model.clone(config=config)
         params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))["params"]

@@ -22,12 +22,12 @@ def text_of(page: Path) -> str:
 @functools.cache
 def names_of(file: Path) -> set[str]:
     """Functions, classes, methods and top-level variables, as NAME or CLASS.NAME."""
-    found = set()
+    names = set()
     for node in ast.parse(text_of(file)).body:
-        found |= _defined(node)
+        names |= _defined(node)
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{name}" for inner in node.body for name in _defined(inner)}
-    return found
+            names |= {f"{node.name}.{name}" for inner in node.body for name in _defined(inner)}
+    return names
 
 
 def _defined(node: ast.stmt) -> set[str]:
@@ -40,7 +40,7 @@ def _defined(node: ast.stmt) -> set[str]:
 
 def located(name: str) -> Path | None:
     """The file of this name, in the repository or in the package."""
-    return next((place / name for place in (ROOT, ROOT / "rlver_jax") if (place / name).is_file()), None)
+    return next((folder / name for folder in (ROOT, ROOT / "rlver_jax") if (folder / name).is_file()), None)
 
 
 def faults(text: str) -> list[str]:

@@ -129,7 +129,7 @@ def decoder(world):
 
 def test_texts_are_the_sampled_tokens(world, done):
     decode, appraised = decoder(world), 0
-    for dialogue in read(done[1] / "dialogues.jsonl"):
+    for dialogue in read_lines(done[1] / "dialogues.jsonl"):
         for message in dialogue["messages"]:
             assert message["content"] == (decode(message["tokens"]) or message["content"] or None)
             if message["role"] == "assistant":
@@ -148,14 +148,14 @@ def test_texts_are_the_sampled_tokens(world, done):
     assert appraised >= 3
 
 
-def read(path):
+def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_summary_follows_from_the_dialogues(done):
     """Every number again from dialogues.jsonl, and from the messages rather than the totals."""
     result, out = done
-    summary, dialogues = json.loads((out / "summary.json").read_text()), read(out / "dialogues.jsonl")
+    summary, dialogues = json.loads((out / "summary.json").read_text()), read_lines(out / "dialogues.jsonl")
     assert [d["profile"] for d in dialogues] == ["p0", "p1", "p2"]
     assert [d["dialogue"] for d in dialogues] == [0, 1, 2]
     finals, turns, generated = [], [], 0
@@ -194,15 +194,15 @@ def test_the_summary_follows_from_the_dialogues(done):
 def test_an_interrupted_evaluation_goes_on(world, done, later):
     """After the first batch and half a line of the second: the same dialogues, none played twice."""
     whole, out = done[1], world[0] / "resumed"
-    status, printed, said = later["resumed"]
-    assert status == 0, said
+    status, printed, error_text = later["resumed"]
+    assert status == 0, error_text
     assert "before" in printed
     assert "mean final emotion, by the simulated user" in printed
     assert "2 of 3 dialogues are in" in printed
     first = (whole / "dialogues.jsonl").read_bytes().splitlines(keepends=True)[0]
     assert (out / "dialogues.jsonl").read_bytes().startswith(first)
     # The compiled program and the batch's shape are the same, so even the last bits are.
-    assert read(out / "dialogues.jsonl") == read(whole / "dialogues.jsonl")
+    assert read_lines(out / "dialogues.jsonl") == read_lines(whole / "dialogues.jsonl")
     ours, theirs = (json.loads((p / "summary.json").read_text()) for p in (out, whole))
     assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
 
@@ -210,25 +210,25 @@ def test_an_interrupted_evaluation_goes_on(world, done, later):
 def test_the_playing_user_as_judge_says_the_same(world, done, later):
     """And a judge in its place that was never trained on says something else; nothing is played again."""
     out = world[0] / "judged"
-    status, printed, said = later["judged"]
-    assert status == 0, said
+    status, printed, error_text = later["judged"]
+    assert status == 0, error_text
     assert "3 of 3 dialogues are in" in printed
-    summary, dialogues = json.loads((out / "summary.json").read_text()), read(out / "dialogues.jsonl")
+    summary, dialogues = json.loads((out / "summary.json").read_text()), read_lines(out / "dialogues.jsonl")
     before = json.loads((done[1] / "summary.json").read_text())
     assert {name: summary[name] for name in before} == before
     assert list(summary["judges"]) == ["user", "policy"]
     own, other = summary["judges"].values()
     assert (own["score"], own["gap"]) == (summary["score"], 0)
     assert other["gap"] == pytest.approx(summary["score"] - other["score"])
-    lines = {line["dialogue"]: line for line in read(out / "judges" / "user.jsonl")}
-    other_lines = read(out / "judges" / "policy.jsonl")
+    lines = {line["dialogue"]: line for line in read_lines(out / "judges" / "user.jsonl")}
+    other_lines = read_lines(out / "judges" / "policy.jsonl")
     for dialogue in dialogues:
         line = lines[dialogue["dialogue"]]
-        said = [message for message in dialogue["messages"] if "change" in message]
-        assert line["changes"] == [message["change"] for message in said]
-        assert line["appraisals"] == [message["appraisal"] for message in said]
+        error_text = [message for message in dialogue["messages"] if "change" in message]
+        assert line["changes"] == [message["change"] for message in error_text]
+        assert line["appraisals"] == [message["appraisal"] for message in error_text]
         assert line["emotions"] == dialogue["emotions"]
-        for ours, message in zip(line["change_logprobs"], said, strict=True):
+        for ours, message in zip(line["change_logprobs"], error_text, strict=True):
             assert ours == pytest.approx(message["change_logprobs"], abs=1e-4)
     assert [line["change_logprobs"] for line in other_lines] != [line["change_logprobs"] for line in lines.values()]
 
@@ -239,8 +239,8 @@ def test_measures_stand_with_the_dialogues(world, done):
     shutil.copytree(done[1], out)
     result = process(world, *arguments(world, f"--measures={world[0] / 'user'}", out="measured"))
     assert result.returncode == 0, result.stderr
-    summary, dialogues = json.loads((out / "summary.json").read_text()), read(out / "dialogues.jsonl")
-    for dialogue, before in zip(dialogues, read(done[1] / "dialogues.jsonl"), strict=True):
+    summary, dialogues = json.loads((out / "summary.json").read_text()), read_lines(out / "dialogues.jsonl")
+    for dialogue, before in zip(dialogues, read_lines(done[1] / "dialogues.jsonl"), strict=True):
         measures = dialogue.pop("measures")
         assert dialogue == before
         assert measures["coordinate"].keys() == {"creative", "empathy"}
@@ -291,8 +291,8 @@ def test_dialogues_of_unknown_origin_are_refused(world, done, capsys, tmp_path):
     ],
 )
 def test_bad_usage(world, args, says, capsys, tmp_path):
-    given = [a for a in arguments(world) if not a.startswith("--out")]
-    message = refused(world, capsys, *given, f"--out={tmp_path / 'new'}", *args)
+    flags = [a for a in arguments(world) if not a.startswith("--out")]
+    message = refused(world, capsys, *flags, f"--out={tmp_path / 'new'}", *args)
     assert says in message, message
     assert not (tmp_path / "new" / "progress.json").exists(), "a corrected command can use the folder"
 
@@ -309,9 +309,9 @@ def test_bad_usage_exits_with_2_and_help_with_0(world, later, capsys):
     assert told.out == ""
     assert "nowhere.py" in told.err
     # Found only once the models are loaded; the folder stays free for the corrected command.
-    status, _, said = later["narrow"]
+    status, _, error_text = later["narrow"]
     assert status == 2
-    assert "raise it to" in said
+    assert "raise it to" in error_text
     assert not list((world[0] / "narrow").iterdir())
     status, printed, _ = later["help"]
     assert status == 0

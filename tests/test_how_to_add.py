@@ -43,12 +43,12 @@ def follow(step: re.Match[str], root: Path) -> Path | None:
         file.write_text(code, encoding="utf-8")
     else:
         wanted, lines = step["line"] or step["odd"], file.read_text(encoding="utf-8").splitlines(keepends=True)
-        found = [i for i, line in enumerate(lines) if line.strip().startswith(wanted.strip())]
-        assert len(found) == 1, f"{file}: {len(found)} lines begin with {wanted!r}"
-        start = found[0] + (step["where"] == "below")
+        matches = [i for i, line in enumerate(lines) if line.strip().startswith(wanted.strip())]
+        assert len(matches) == 1, f"{file}: {len(matches)} lines begin with {wanted!r}"
+        start = matches[0] + (step["where"] == "below")
         blank = re.match(r"( *)(?:def|async def|class) ", code) if step["where"] == "above" else None
         space = "" if blank is None else "\n" if blank[1] else "\n\n"  # as a reader would leave
-        lines[start : found[0] + (step["where"] != "above")] = [code + space]
+        lines[start : matches[0] + (step["where"] != "above")] = [code + space]
         file.write_text("".join(lines), encoding="utf-8")
     return file
 

@@ -35,10 +35,10 @@ class Command:
     """A process; `printed` is what it has said when it has ended."""
 
     def __init__(self, command, *args, host=""):
-        how = ["-c", ELSEWHERE.format(command=command), host] if host else ["-m", f"rlver_jax.{command}"]
+        program = ["-c", ELSEWHERE.format(command=command), host] if host else ["-m", f"rlver_jax.{command}"]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         env = os.environ | {"XLA_FLAGS": QUICK, "COLUMNS": "300"}
-        self.process = subprocess.Popen([sys.executable, *how, *args], cwd=ROOT, env=env, **pipe)
+        self.process = subprocess.Popen([sys.executable, *program, *args], cwd=ROOT, env=env, **pipe)
 
     def ended(self, seconds=240) -> int:
         self.printed = self.process.communicate(timeout=seconds)[0]
@@ -61,13 +61,13 @@ def started(*args, **kwargs):
 
 
 def training(workdir, steps, **fields):
-    given = [f"--config.{name}={value}" for name, value in (FIELDS | {"train.steps": steps} | fields).items()]
-    return ["train", f"--config={debug.__file__}", *given, f"--workdir={workdir}"]
+    flags = [f"--config.{name}={value}" for name, value in (FIELDS | {"train.steps": steps} | fields).items()]
+    return ["train", f"--config={debug.__file__}", *flags, f"--workdir={workdir}"]
 
 
-def wait_until(found, one: Command, seconds=120):
+def wait_until(condition, one: Command, seconds=120):
     until = time.monotonic() + seconds
-    while not found():
+    while not condition():
         assert one.process.poll() is None, one.process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -27,10 +27,10 @@ def run(code, folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_what_is_defined(name):
     module, _, defined = rlver_jax._PUBLIC[name].partition(":")
-    found = getattr(importlib.import_module(f"rlver_jax.{module}"), defined)
-    assert getattr(rlver_jax, name) is found
-    assert found.__module__ == f"rlver_jax.{module}", "where it is defined, not where it is imported"
-    assert found.__doc__
+    value = getattr(importlib.import_module(f"rlver_jax.{module}"), defined)
+    assert getattr(rlver_jax, name) is value
+    assert value.__module__ == f"rlver_jax.{module}", "where it is defined, not where it is imported"
+    assert value.__doc__
 
 
 def test_type_checkers_are_told_the_same():

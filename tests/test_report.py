@@ -12,14 +12,14 @@ import pytest
 
 from rlver_jax.report import main
 from tests.quick import QUICK
-from tests.reports.conftest import row, some_records, write_evaluation, write_run
+from tests.reports.conftest import make_records, row, write_evaluation, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_process_writes_page_and_curve(tmp_path):
-    run = write_run(tmp_path / "run", [row(1, 40.0), row(2, 90.0)], {1: some_records(0, 3)})
-    seen = write_evaluation(tmp_path / "seen", some_records(0, 2))
+    run = write_run(tmp_path / "run", [row(1, 40.0), row(2, 90.0)], {1: make_records(0, 3)})
+    seen = write_evaluation(tmp_path / "seen", make_records(0, 2))
     out, curve = tmp_path / "r.html", tmp_path / "c.svg"
     command = [sys.executable, "-m", "rlver_jax.report", run, seen, "--out", out, f"--curve={curve}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -50,16 +50,16 @@ def test_a_run_and_an_evaluation_as_the_program_writes_them(tmp_path):
     config, run, seen = "--config=configs/debug.py", tmp_path / "run", tmp_path / "seen"
     python("train", config, f"--workdir={run}", "--config.train.steps=2", "--config.eval.every=2")
     python("evaluate", config, f"--checkpoint={run}", f"--out={seen}")
-    said = python("report", str(run), str(seen), f"--out={tmp_path / 'r.html'}")
+    output = python("report", str(run), str(seen), f"--out={tmp_path / 'r.html'}")
     logs = [*(run / "dialogues").glob("*.jsonl"), seen / "dialogues.jsonl"]
     count = sum(len(log.read_text().splitlines()) for log in logs)
-    assert said.strip().endswith(f"{count} of {count} dialogues")
+    assert output.strip().endswith(f"{count} of {count} dialogues")
     text = (tmp_path / "r.html").read_text()
     score = json.loads((seen / "summary.json").read_text())["score"]
     assert re.search(rf'<th scope="row">score</th><td></td><td>{score:.1f}</td>', text)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for figures in rows[1:]:
-        shown = f"step {figures['step']} · {figures['emotion/final_mean']:.2f} ± {figures['emotion/final_std']:.2f}"
+    for numbers in rows[1:]:
+        shown = f"step {numbers['step']} · {numbers['emotion/final_mean']:.2f} ± {numbers['emotion/final_std']:.2f}"
         assert f'data-tip="{shown}"' in text
     for title in ("Held-out score", "Success and failure: run", "How dialogues ended: run", "Length of a reply"):
         assert f"<h3>{title}</h3>" in text
@@ -80,8 +80,8 @@ def test_a_run_and_an_evaluation_as_the_program_writes_them(tmp_path):
 )
 def test_bad_usage(args, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "RUN", [row(1, 40.0)], {1: some_records(0, 1)})
-    write_evaluation(tmp_path / "SEEN", some_records(0, 1))
+    write_run(tmp_path / "RUN", [row(1, 40.0)], {1: make_records(0, 1)})
+    write_evaluation(tmp_path / "SEEN", make_records(0, 1))
     assert main(args) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html")) + list(tmp_path.glob("*.svg"))

@@ -29,18 +29,18 @@ def served(*args: str, **env: str):
     assert process.stdout is not None
     line = ""
     try:
-        while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line)):
+        while not (match := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line)):
             line = process.stdout.readline()
             assert line, "it ended before it served"
-        yield process, found[1]
+        yield process, match[1]
     finally:
         process.kill()
         process.wait()
 
 
 def test_a_server_starts_answers_and_stops(tmp_path):
-    how = {"RLVER_JAX_SERVE_TOKEN": "s3cret"}
-    with served("--rows=2", "--name=mine", "--policy_prompt", **how) as (process, url):
+    environment = {"RLVER_JAX_SERVE_TOKEN": "s3cret"}
+    with served("--rows=2", "--name=mine", "--policy_prompt", **environment) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0) as client:
             reply = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "hello"}], n=2)
             assert reply.usage.completion_tokens > 0
@@ -65,14 +65,14 @@ def test_a_hundred_clients(tmp_path):
     """No error, busy rows, nothing compiled, flat memory: for half a minute, or RLVER_JAX_LOAD_SECONDS."""
     seconds = float(os.environ.get("RLVER_JAX_LOAD_SECONDS", "30"))
     with served("--rows=16") as (process, url):
-        figures = load.run(url, clients=100, seconds=seconds, pid=process.pid)
-        print(json.dumps(figures, indent=1))
-        assert not figures["errors"], figures["first_errors"]
-        assert figures["requests"] > 100
-        assert figures["occupancy"] > 0.5
-        assert figures["programs_compiled"] == [4, 4]
-        assert figures["left"] == {"busy": 0, "waiting": 0}
-        first, last = figures["rss_mib"]
+        results = load.run(url, clients=100, seconds=seconds, pid=process.pid)
+        print(json.dumps(results, indent=1))
+        assert not results["errors"], results["first_errors"]
+        assert results["requests"] > 100
+        assert results["occupancy"] > 0.5
+        assert results["programs_compiled"] == [4, 4]
+        assert results["left"] == {"busy": 0, "waiting": 0}
+        first, last = results["rss_mib"]
         assert last < 1.05 * first
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -82,11 +82,11 @@ def test_a_hundred_clients(tmp_path):
 def test_health_is_told_while_large_bodies_arrive(tmp_path):
     """Bodies of 4 MB of thirty kinds, four at once: 100 ms, times the processes that share a core."""
     with served("--rows=4") as (_, url):
-        figures = stall.run(url, senders=4, seconds=20)
-        print(json.dumps(figures))
-        assert set(figures["status"]) <= {400, 413, 429}
-        assert figures["bodies"] > 30
-        assert figures["health_ms"]["max"] < 100 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+        results = stall.run(url, senders=4, seconds=20)
+        print(json.dumps(results))
+        assert set(results["status"]) <= {400, 413, 429}
+        assert results["bodies"] > 30
+        assert results["health_ms"]["max"] < 100 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3\tcret", "s3crét"])

@@ -22,7 +22,7 @@ from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules, change_readout
 from rlver_jax.user.turn import UserLimits
 from rlver_jax.verify import LoggedDialogue, Report, Settings, verify_records
-from tests.conftest import some_profiles
+from tests.conftest import make_profiles
 
 TURNS, PROFILES, GROUP, SEED = 4, 3, 2, 11  # as training plays: groups, the emotion starting at 30
 COUNT = PROFILES * GROUP
@@ -52,7 +52,7 @@ def make_agents(policy_lm, user_lm, bpe, prompts, readout):
 )
 def log(request, policy_lm, user_lm, bpe, prompts):
     """(agents, profiles, records), with policy replies and user replies sampled. Sampled changes: test_forged_logs."""
-    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, request.param), some_profiles(PROFILES)
+    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, request.param), make_profiles(PROFILES)
     return agents, profiles, play(agents, profiles)
 
 
@@ -111,10 +111,10 @@ def longest(log):
     )  # fmt: skip
 
 
-def other_token(agents, tokens, place=0):
+def other_token(agents, tokens, position=0):
     """The same tokens with one of them exchanged for another piece of text."""
     pieces = [t for t in range(agents.tokenizer.vocab_size) if agents.tokenizer.token_bytes(t).isalpha()]
-    tokens[place] = next(t for t in pieces if t != tokens[place])
+    tokens[position] = next(t for t in pieces if t != tokens[position])
 
 
 def user_messages(record):
@@ -144,9 +144,9 @@ def edit_change_and_all_that_follows(agents, r):
     before = r["emotions"][-2] if not r["violation"] else r["emotions"][-3]
     last["change"] += delta
     last["emotion"] = int(np.clip(before + last["change"], 0, 100))
-    places = [-1, -2] if r["violation"] else [-1]
-    for place in places:
-        r["emotions"][place] = last["emotion"]
+    positions = [-1, -2] if r["violation"] else [-1]
+    for position in positions:
+        r["emotions"][position] = last["emotion"]
     r["emotion"] = last["emotion"]
     r["reward"] = 0.0 if r["violation"] else float(np.float32(last["emotion"] / 100))
 
@@ -180,9 +180,9 @@ def edit_say_text(agents, r):
 def edit_say_tokens(agents, r):
     """A consistent forgery of what the policy said: found by what the user thought of it."""
     m = r["messages"][1]
-    place = len(m["tokens"]) - m["stopped"] - len(m["say_tokens"])
+    position = len(m["tokens"]) - m["stopped"] - len(m["say_tokens"])
     other_token(agents, m["say_tokens"])
-    m["tokens"][place] = m["say_tokens"][0]
+    m["tokens"][position] = m["say_tokens"][0]
     m["content"] = agents.tokenizer.decode(m["say_tokens"])
 
 
@@ -295,22 +295,22 @@ def test_rewards_of_many_dialogues_are_those_that_small_batches_gave(name, count
     emotions = np.clip(np.cumsum(np.insert(changes, 0, 40, axis=1), axis=1), 0, 100)
     turns, rows = draw.integers(1, 5, count), []
     for row, n in zip(emotions.tolist(), turns.tolist(), strict=True):
-        said = [{"role": "user", "emotion": emotion} for emotion in row[: n + 1]]
-        messages = [said[0], *(m for one in said[1:] for m in ({"role": "assistant"}, one))]
+        reactions = [{"role": "user", "emotion": emotion} for emotion in row[: n + 1]]
+        messages = [reactions[0], *(m for one in reactions[1:] for m in ({"role": "assistant"}, one))]
         rows.append({"messages": messages, "seed": 0, "violation": False, "turns": n})
-    found = recomputed_rewards(rows, settings)
-    for row, n, (value, rounding) in zip(emotions / 1.0, turns.tolist(), found, strict=True):
+    recomputed = recomputed_rewards(rows, settings)
+    for row, n, (value, rounding) in zip(emotions / 1.0, turns.tolist(), recomputed, strict=True):
         tenths, weights = np.diff(row[: n + 1]) / 10, 0.9 ** np.arange(n)
-        exact = {
+        expected = {
             "final": row[n] / 100,
             "per_turn": tenths.sum(),
             "mixed": (0.3 * tenths * weights).sum() + 0.7 * weights[-1] * row[n] / 100,
         }[name]
-        assert abs(value - exact) <= rounding < 1e-5
+        assert abs(value - expected) <= rounding < 1e-5
     played = np.concatenate(
         [played_rewards(emotions[i : i + 8], turns[i : i + 8], settings) for i in range(0, count, 8)]
     )
-    assert all(abs(one - value) <= rounding for one, (value, rounding) in zip(played, found, strict=True))
+    assert all(abs(one - value) <= rounding for one, (value, rounding) in zip(played, recomputed, strict=True))
 
 
 def played_rewards(emotions, turns, settings):

@@ -34,7 +34,7 @@ from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.training.loop import train
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits, dialogue_key
-from tests.conftest import SHORT_PROMPTS, plain, some_profiles
+from tests.conftest import SHORT_PROMPTS, make_profiles, plain
 
 TURNS, COUNT, SEED = 3, 6, 9
 THINK, SAY = 20, 10  # short: both are cut by limits, too
@@ -83,7 +83,7 @@ def play(way, policy_lm, user_lm, bpe, prompts, seed=SEED) -> Log:
     limits = RolloutLimits(
         jnp.int32(TURNS), jnp.int32(THINK), jnp.int32(SAY), jnp.float32(temperature), jnp.int32(40), user
     )
-    profiles = some_profiles(COUNT)
+    profiles = make_profiles(COUNT)
     played = jax.device_get(agents.play(agents.encode(profiles, range(COUNT)), jax.random.key(seed), limits))
     rewards = rewards_of(played, {"name": "final", "gamma": 1.0, "weight": 0.5})
     records = dialogue_records(played, agents, profiles, range(COUNT), seed=seed, rewards=rewards)
@@ -105,10 +105,10 @@ def replies(record) -> list[dict]:
 
 
 def test_an_honest_log_is_derived_completely(log):
-    found = log.results()
-    assert [one.faults for one in found] == [[]] * COUNT
-    assert sum(one.tokens for one in found) == sum(len(m["tokens"]) for r in log.records for m in replies(r)) > 60
-    assert 0 < max(one.logprob_error for one in found) < 1e-4
+    results = log.results()
+    assert [one.faults for one in results] == [[]] * COUNT
+    assert sum(one.tokens for one in results) == sum(len(m["tokens"]) for r in log.records for m in replies(r)) > 60
+    assert 0 < max(one.logprob_error for one in results) < 1e-4
 
 
 def test_replies_of_all_kinds_are_among_them(thinking, policy_lm, user_lm, bpe, prompts):
@@ -121,13 +121,13 @@ def test_replies_of_all_kinds_are_among_them(thinking, policy_lm, user_lm, bpe, 
 def fresh(log, record) -> list[tuple[list[int], dict]]:
     """(the prompt of plain messages before each reply, the reply)."""
     spec, tokenizer = log.agents.spec, log.agents.tokenizer
-    chat, found = ChatTemplate(tokenizer), []
+    chat, contexts = ChatTemplate(tokenizer), []
     ids = chat.message("system", SHORT_PROMPTS[f"policy_{spec.mode}.j2"])
     for heard, reply in zip(record["messages"][::2], replies(record), strict=False):
         ids = ids + chat.open("user") + heard["tokens"] + chat.close + chat.open("assistant")
-        found.append((ids + (tokenizer.encode("<think>\n") if spec.mode == "think" else []), reply))
+        contexts.append((ids + (tokenizer.encode("<think>\n") if spec.mode == "think" else []), reply))
         ids = ids + reply["say_tokens"] + chat.close
-    return found
+    return contexts
 
 
 def noise_of(record, turn, step, size):
@@ -139,15 +139,15 @@ def noise_of(record, turn, step, size):
 
 def truncated(log_p, truncation):
     """top-k, then top-p of what is left, by sorting."""
-    kept = log_p.copy()
+    truncated_logp = log_p.copy()
     if truncation.top_k:
-        kept[np.argsort(-kept)[truncation.top_k :]] = -np.inf
+        truncated_logp[np.argsort(-truncated_logp)[truncation.top_k :]] = -np.inf
     if truncation.top_p < 1:
-        p = np.exp(log_softmax(kept))
+        p = np.exp(log_softmax(truncated_logp))
         order = np.argsort(-p)
         before = np.cumsum(p[order]) - p[order]
-        kept[order[before >= truncation.top_p]] = -np.inf
-    return kept
+        truncated_logp[order[before >= truncation.top_p]] = -np.inf
+    return truncated_logp
 
 
 def expected(log, record):
@@ -161,12 +161,12 @@ def expected(log, record):
     for turn, ((prompt, reply), rows) in enumerate(zip(prompts, logp, strict=True)):
         for step, token in enumerate(reply["tokens"]):
             raw = rows[len(prompt) - 1 + step].astype(np.float64)
-            said = b"".join(tokenizer.token_bytes(t) for t in reply["tokens"][:step])
-            thinks = spec.mode == "think" and b"</think>" not in said
+            text = b"".join(tokenizer.token_bytes(t) for t in reply["tokens"][:step])
+            thinks = spec.mode == "think" and b"</think>" not in text
             ruled_out = set(never) - set(stops)
             if thinks:  # no token that ends the tag and says something
-                ruled_out |= {t for t in range(tokenizer.vocab_size) if _merges(said, tokenizer.token_bytes(t))}
-            visible = said.partition(b"</think>")[2].strip()
+                ruled_out |= {t for t in range(tokenizer.vocab_size) if _merges(text, tokenizer.token_bytes(t))}
+            visible = text.partition(b"</think>")[2].strip()
             if spec.enforce_format and not visible:
                 ruled_out |= set(stops)
             if spec.enforce_format and thinks and step >= THINK - len(closing):
@@ -178,10 +178,10 @@ def expected(log, record):
             if not log.temperature:
                 yield allowed.max() - allowed[token], raw[token], 0.0
                 continue
-            kept = truncated(allowed / log.temperature, spec.truncation)
-            scores = kept + noise_of(record, turn, step, size)
+            allowed_logp = truncated(allowed / log.temperature, spec.truncation)
+            scores = allowed_logp + noise_of(record, turn, step, size)
             margin = (scores.max() - scores[token]) * min(log.temperature, 1)
-            yield margin, raw[token], kept[token] - logsumexp(kept)
+            yield margin, raw[token], allowed_logp[token] - logsumexp(allowed_logp)
 
 
 def _merges(before: bytes, piece: bytes) -> bool:
@@ -206,31 +206,31 @@ def test_every_figure_is_that_of_plain_forward_passes(log):
     record = max(log.records, key=lambda r: sum(len(m["tokens"]) for m in replies(r)))
     forged = copy.deepcopy(record)
     for message in replies(forged):  # words of another kind, but none that ends something
-        place = len(message["tokens"]) - message["stopped"] - 1
-        swap = next(t for t in (80, 81) if t != message["tokens"][place])
+        position = len(message["tokens"]) - message["stopped"] - 1
+        swap = next(t for t in (80, 81) if t != message["tokens"][position])
         if not log.agents.spec.enforce_format:
-            message["tokens"][place] = swap
+            message["tokens"][position] = swap
             if message["say_tokens"]:
                 message["say_tokens"][-1] = swap
     for one, honest in ((record, True), (forged, log.agents.spec.enforce_format)):
-        found = derived(log, one)
+        actual = derived(log, one)
         margin, raw, sampled = np.array(list(expected(log, one))).T
-        np.testing.assert_allclose(found.logprob, raw, atol=1e-4)
+        np.testing.assert_allclose(actual.logprob, raw, atol=1e-4)
         finite = np.isfinite(margin)
-        np.testing.assert_allclose(found.margin[finite], margin[finite], atol=1e-4)
-        np.testing.assert_array_equal(found.margin[~finite], np.inf)
-        for bound in found.sampled.T:
+        np.testing.assert_allclose(actual.margin[finite], margin[finite], atol=1e-4)
+        np.testing.assert_array_equal(actual.margin[~finite], np.inf)
+        for bound in actual.sampled.T:
             np.testing.assert_allclose(bound[finite], sampled[finite], atol=1e-4)
         assert honest == (margin.max() < 1e-4)
 
 
 def refit(log, record):
     """A forged dialogue with the log-probabilities that the policy really gives its words."""
-    figures = iter(list(expected(log, record)))
+    values = iter(list(expected(log, record)))
     for message in replies(record):
-        some = [next(figures) for _ in message["tokens"]]
-        message["raw_logprobs"] = [raw for _, raw, _ in some]
-        message["logprobs"] = [sampled for _, _, sampled in some]
+        of_message = [next(values) for _ in message["tokens"]]
+        message["raw_logprobs"] = [raw for _, raw, _ in of_message]
+        message["logprobs"] = [sampled for _, _, sampled in of_message]
     return record
 
 
@@ -238,17 +238,19 @@ def test_the_second_best_word_is_found(thinking):
     """The log's own log-probabilities refitted: nothing but the key tells them apart."""
     record = copy.deepcopy(thinking.records[0])
     message = replies(record)[-1]
-    place = len(message["tokens"]) - message["stopped"] - 1
+    position = len(message["tokens"]) - message["stopped"] - 1
     prompt, _ = fresh(thinking, record)[-1]
     (rows,) = plain(thinking.agents.policy, [prompt + message["tokens"]])[1]
-    scores = rows[len(prompt) - 1 + place] + noise_of(record, len(replies(record)) - 1, place, rows.shape[1])
+    scores = rows[len(prompt) - 1 + position] + noise_of(record, len(replies(record)) - 1, position, rows.shape[1])
     scores[[t for t in range(len(scores)) if t >= 300 or not thinking.agents.tokenizer.token_bytes(t)]] = -np.inf
-    scores[message["tokens"][place]] = -np.inf
-    message["tokens"][place] = int(scores.argmax())
+    scores[message["tokens"][position]] = -np.inf
+    message["tokens"][position] = int(scores.argmax())
     faults = thinking.faults(refit(thinking, record))
     turn = len(replies(record))
     assert faults
-    assert faults[0].startswith(f"turn {turn}, 'reply of the policy', token {place + 1}: not the policy's own choice")
+    assert faults[0].startswith(
+        f"turn {turn}, 'reply of the policy', token {position + 1}: not the policy's own choice"
+    )
     assert not any("log-probability" in fault for fault in faults)
 
 

@@ -61,9 +61,9 @@ def key_fault(key: str) -> str:
         return "begins with a byte order mark; save the file that it comes from without one"
     if key[-1] in "\r\n":
         return 'ends with a line end; mounted secrets often do: export it without, as "$(cat FILE)" gives it'
-    for place, char in (("begins", key[0]), ("ends", key[-1])):
+    for position, char in (("begins", key[0]), ("ends", key[-1])):
         if char.isspace():
-            return f"{place} with white space; export it without"
+            return f"{position} with white space; export it without"
     if any(char.isspace() for char in key):
         scheme = key.split()[0].lower() in ("bearer", "basic", "authorization:")
         return "holds white space; " + (f"give the key alone, without {key.split()[0]}" if scheme else "a key has none")
@@ -83,8 +83,8 @@ class Secrets:
             whole: hidden as they are, however short.
         """
         long = sorted({value for value in values if _is_secret(value)}, key=len, reverse=True)
-        found = [re.escape(text) for text in whole if text] + [one for value in long for one in _spellings(value)]
-        self._plain = re.compile("|".join(found), re.IGNORECASE) if found else None
+        patterns = [re.escape(text) for text in whole if text] + [one for value in long for one in _spellings(value)]
+        self._plain = re.compile("|".join(patterns), re.IGNORECASE) if patterns else None
         escaped = [_escaped(value) for value in long]
         self._escaped = re.compile("|".join(escaped), re.IGNORECASE) if escaped else None
         bare = {one for value in long for one in _bare_spellings(value) if len(one) >= _SHORTEST_BARE}
@@ -101,12 +101,12 @@ class Secrets:
         """Looks at letters and digits alone, since anything may stand between them."""
         bare = {char: _bare(char) for char in set(text)}
         whole = "".join(map(bare.__getitem__, text))
-        found = [re.escape(one) for one in self._bare if one in whole]
-        if not found:
+        patterns = [re.escape(one) for one in self._bare if one in whole]
+        if not patterns:
             return text
         ends = list(itertools.accumulate(len(bare[char]) for char in text))
         pieces, at = [], 0
-        for match in re.finditer("|".join(found), whole):
+        for match in re.finditer("|".join(patterns), whole):
             pieces += [text[at : bisect.bisect_right(ends, match.start())], MASK]
             at = bisect.bisect_left(ends, match.end()) + 1
         return "".join([*pieces, text[at:]])
@@ -146,9 +146,9 @@ def _bare_spellings(value: str) -> Iterator[str]:
     for one in (value, value[::-1]):
         data = one.encode()
         for text in (one, codecs.encode(one, "rot13")):
-            found = "".join(map(_bare, text))
-            if not found.isalpha() and not found.isdecimal():
-                yield found
+            spelling = "".join(map(_bare, text))
+            if not spelling.isalpha() and not spelling.isdecimal():
+                yield spelling
         for form in ("d", "o", "03o", "08b", "02x", "04x", "08x"):
             yield "".join(format(byte, form) for byte in data)
         yield "".join(f"u{byte:04x}" for byte in data)
@@ -217,8 +217,8 @@ def secret_values(value: Any, secret: bool = False) -> Iterator[str]:
 
 def basic(url: str) -> str:
     """User and password of an address as they are sent, in base64; empty without."""
-    found = _USER.search(url)
-    return base64.b64encode(unquote(found[0][:-1]).encode("utf-8", "replace")).decode() if found else ""
+    match = _USER.search(url)
+    return base64.b64encode(unquote(match[0][:-1]).encode("utf-8", "replace")).decode() if match else ""
 
 
 def guarded(value: Any, secret: bool = False) -> Any:
@@ -233,11 +233,11 @@ def guarded(value: Any, secret: bool = False) -> Any:
 def redacted(text: str, secrets: Secrets | None = None) -> str:
     """A JSON text with *** for what its secret fields hold; the very same text where there are none."""
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return without_credentials(text)
-    hidden = _masked(secrets.hide_in(found) if secrets else found)
-    return text if hidden == found else json.dumps(hidden, ensure_ascii=False)
+    hidden = _masked(secrets.hide_in(parsed) if secrets else parsed)
+    return text if hidden == parsed else json.dumps(hidden, ensure_ascii=False)
 
 
 def _masked(value: Any, secret: bool = False) -> Any:

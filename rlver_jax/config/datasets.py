@@ -81,17 +81,17 @@ def locate(spec: str, data_dir: str, default_split: str) -> PreparedSplit:
             )
         prepared = {folder: splits for folder, splits in prepared.items() if not wanted or of(folder) == wanted}
     split = fields["split"] or default_split
-    found = [folder for folder, splits in prepared.items() if split in splits]
-    if not found:
+    matches = [folder for folder, splits in prepared.items() if split in splits]
+    if not matches:
         known = sorted({name for splits in prepared.values() for name in splits})
         raise DatasetSpecError(
             f"{NAME} has no split {split!r} in {root}, but {', '.join(known)}; name one with ?split={known[0]}, or "
             f"prepare it with {prepare}{' --eval=FILE' if split == 'eval' else ''}"
         )
-    if len(found) > 1:
-        names = ", ".join(f"{SCHEME}{NAME}/{folder.parent.name}:{folder.name}" for folder in found)
+    if len(matches) > 1:
+        names = ", ".join(f"{SCHEME}{NAME}/{folder.parent.name}:{folder.name}" for folder in matches)
         raise DatasetSpecError(f"{root} holds several {NAME} with a split {split!r}; name one of {names}")
-    return PreparedSplit(found[0], split)
+    return PreparedSplit(matches[0], split)
 
 
 def _parse(spec: str) -> dict[str, str]:

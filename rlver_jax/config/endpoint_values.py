@@ -20,8 +20,8 @@ def is_address(url: str) -> bool:
 def object_fault(text: str) -> str:
     """Why a text is no JSON object that can be sent; empty: it is."""
     try:
-        found = json.loads(text)
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+        parsed = json.loads(text)
+        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
     except json.JSONDecodeError as error:
         return f"is no JSON ({error})"
     except UnicodeError:
@@ -30,4 +30,4 @@ def object_fault(text: str) -> str:
         return "holds a number that JSON doesn't have"
     except RecursionError:
         return "is nested too deep"
-    return "" if isinstance(found, dict) else f"is of type {type(found).__name__}"
+    return "" if isinstance(parsed, dict) else f"is of type {type(parsed).__name__}"

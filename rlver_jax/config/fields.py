@@ -350,11 +350,11 @@ FREE_FIELDS = free_names(TABLE)
 
 def words(arg: str, *known: str) -> list[str]:
     """The words of a config's argument, "a,b"; raises ValueError for one that the config doesn't know."""
-    found = [word for word in arg.split(",") if word]
-    for word in found:
+    parts = [word for word in arg.split(",") if word]
+    for word in parts:
         if word not in known:
             raise ValueError(f"config argument {word!r}; expected any of {', '.join(known)}, joined by commas")
-    return found
+    return parts
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -30,7 +30,7 @@ def located(file: str) -> str:
 
 def shipped() -> list[str]:
     """The config files of this installation, as --config takes them in any folder: configs/NAME.py."""
-    return sorted(f"{_NAME}/{found.name}" for found in FOLDER.glob("[a-z]*.py"))
+    return sorted(f"{_NAME}/{file.name}" for file in FOLDER.glob("[a-z]*.py"))
 
 
 def missing(file: str) -> str:
@@ -52,11 +52,11 @@ def imports_of(file: str) -> Iterator[None]:
     That is the folder that the file lies in, where it is called so; then the package's; then what Python would find.
     """
     folder = Path(file).absolute().parent
-    places = [folder] if folder.name == _NAME else []
-    places += [FOLDER, *(Path(entry or ".").absolute() / _NAME for entry in sys.path)]
+    folders = [folder] if folder.name == _NAME else []
+    folders += [FOLDER, *(Path(entry or ".").absolute() / _NAME for entry in sys.path)]
     before = _set_aside()
     try:
-        _make_package([str(place) for place in dict.fromkeys(places) if place.is_dir()])
+        _make_package([str(path) for path in dict.fromkeys(folders) if path.is_dir()])
         yield
     finally:
         _set_aside()
@@ -68,16 +68,16 @@ def _set_aside() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def _make_package(places: Sequence[str]) -> None:
+def _make_package(folders: Sequence[str]) -> None:
     """`configs` with modules from several folders, and the __init__.py of the first one."""
-    init = Path(places[0]) / "__init__.py"
+    init = Path(folders[0]) / "__init__.py"
     if not init.exists():
         spec = importlib.machinery.ModuleSpec(_NAME, None, is_package=True)
-        spec.submodule_search_locations = list(places)
+        spec.submodule_search_locations = list(folders)
         sys.modules[_NAME] = importlib.util.module_from_spec(spec)
         return
-    found = importlib.util.spec_from_file_location(_NAME, init, submodule_search_locations=list(places))
-    assert found is not None
-    assert found.loader is not None
-    sys.modules[_NAME] = module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    package_spec = importlib.util.spec_from_file_location(_NAME, init, submodule_search_locations=list(folders))
+    assert package_spec is not None
+    assert package_spec.loader is not None
+    sys.modules[_NAME] = module = importlib.util.module_from_spec(package_spec)
+    package_spec.loader.exec_module(module)

@@ -111,13 +111,13 @@ def local_paths(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: one of them cannot be used.
     """
-    found = []
+    located = []
     for word in words:
         try:
-            found.append(local(word))
+            located.append(local(word))
         except PathError as error:
             raise ConfigError(f"{word}: {error}") from error
-    return found
+    return located
 
 
 def keep_compiled() -> None:
@@ -140,11 +140,11 @@ def keep_compiled() -> None:
     if folder := cache_folder("compiled", platform.node()):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     else:
-        _say_that_nothing_is_kept()
+        _report_no_cache()
 
 
 @functools.cache
-def _say_that_nothing_is_kept() -> None:
+def _report_no_cache() -> None:
     told = "no cache folder can be written, so what is compiled is not kept; JAX_COMPILATION_CACHE_DIR names one"
     print(told, file=sys.stderr)
 
@@ -223,11 +223,11 @@ def load_config(file: str, fields: Mapping[str, Any] | None = None) -> ConfigDic
     return config
 
 
-def given_path(options: flags.FlagValues) -> str:
+def path_override(options: flags.FlagValues) -> str:
     """The config's `policy.path` where the command line sets it; empty where it is the config file's."""
     overrides = config_flags.get_override_values(options["config"])
-    given = "policy.path" in overrides or "path" in overrides.get("policy", {})
-    return options.config.policy.path if given else ""
+    overridden = "policy.path" in overrides or "path" in overrides.get("policy", {})
+    return options.config.policy.path if overridden else ""
 
 
 def _with_files_read(argv: Sequence[str]) -> list[str]:
@@ -242,18 +242,18 @@ def _with_config_located(argv: Sequence[str]) -> tuple[list[str], str]:
     """(the arguments with the config file's real place, that place)."""
     words, file = list(argv), ""
     for i, word in enumerate(words):
-        flag, equals, given = word.partition("=")
+        flag, equals, value = word.partition("=")
         if flag not in ("--config", "-config"):
             continue
         at = i if equals else i + 1
-        given = given if equals else "".join(words[at : at + 1])
+        value = value if equals else "".join(words[at : at + 1])
         try:
-            name, *arg = local(given).split(":", 1)
+            name, *arg = local(value).split(":", 1)
         except PathError as error:
-            raise ConfigError(f"--config={given}: {error}") from error
+            raise ConfigError(f"--config={value}: {error}") from error
         file = config_files.located(name)
         if not Path(file).is_file():
-            raise ConfigError(f"--config={given}: {config_files.missing(name)}")
+            raise ConfigError(f"--config={value}: {config_files.missing(name)}")
         words[at : at + 1] = [flag * bool(equals) + equals + ":".join([file, *arg])]
     return words, file
 
@@ -285,14 +285,14 @@ def _explained(error: BaseException, argv: Sequence[str]) -> str:
             error = error.__context__
         return _not_loaded(error)
     overrides = [arg.lstrip("-").removeprefix("config.") for arg in argv if re.match(r"--?config\.", arg)]
-    unknown = [field for field in overrides if _place(field) is None]
+    unknown = [field for field in overrides if _base_value(field) is None]
     if unknown and not isinstance(error, OSError):
         close = re.search(r'Did you mean "(\w+)"', text)  # how ml_collections reports --config.no.such=field
         hint = f"did you mean {close[1]}? " if close else ""
         return f"{', '.join(map(without_credentials, unknown))}: unknown field; {hint}configs/base.py has all fields"
     if isinstance(error, flags.Error | OSError):
-        found = re.match(r"flag --config\.([\w.]+)=", text)
-        wanted = f"; expected {_WANTED[type(_place(found[1]))]}" if found else ""
+        match = re.match(r"flag --config\.([\w.]+)=", text)
+        wanted = f"; expected {_WANTED[type(_base_value(match[1]))]}" if match else ""
         return f"{shortened(str(error))}{wanted}; --help lists the flags, configs/base.py the fields"
     # Whatever else a value can do to the parser.
     fields = f" with {', '.join(map(shortened, overrides))}" if overrides else ""
@@ -318,9 +318,9 @@ _WANTED = {
 }
 
 
-def _place(override: str) -> Any:
+def _base_value(override: str) -> Any:
     """What `configs/base.py` has where `FIELD=VALUE` sets a field; None where it has nothing there."""
-    found: Any = get_config()
+    value: Any = get_config()
     for part in override.split("=")[0].split("."):
-        found = found.get(part) if isinstance(found, ConfigDict) else None
-    return found
+        value = value.get(part) if isinstance(value, ConfigDict) else None
+    return value

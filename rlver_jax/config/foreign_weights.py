@@ -103,6 +103,6 @@ def foreign_kind(names: Iterable[str], model: str | Path) -> str:
     if SINGLE_FILE in names or INDEX_FILE in names:
         return ""
     for pattern, what, remedy in _KINDS:
-        if found := next((name for name in names if re.fullmatch(pattern, name)), None):
-            return f"{found} is there: {what}; {remedy.replace('{folder}', str(model)).replace('{file}', found)}"
+        if match := next((name for name in names if re.fullmatch(pattern, name)), None):
+            return f"{match} is there: {what}; {remedy.replace('{folder}', str(model)).replace('{file}', match)}"
     return ""

@@ -46,8 +46,8 @@ def fault(path: str) -> str:
     """Why a path can be no model: neither a folder nor a name on the hub; empty where it may be one."""
     if is_name(path):
         return ""
-    if found := _ADDRESS.fullmatch(path):
-        return f"is an address; write the model's name on the Hugging Face hub, {found['name']}"
+    if match := _ADDRESS.fullmatch(path):
+        return f"is an address; write the model's name on the Hugging Face hub, {match['name']}"
     if os.path.isdir(path):
         return _of_cache(Path(path))
     if is_name(bare := path.rstrip("/")):
@@ -114,14 +114,14 @@ def _of_cache(folder: Path) -> str:
     """What to name instead of a cache's `models--ORG--NAME`, or a folder in it; empty for any other folder."""
     folder = folder.absolute()
     top = folder.parent if folder.name in ("snapshots", "blobs", "refs") else folder
-    found = _CACHED.fullmatch(top.name)
-    if not found or not (top / "snapshots").is_dir():
+    match = _CACHED.fullmatch(top.name)
+    if not match or not (top / "snapshots").is_dir():
         return ""
     snapshots = sorted(str(one) for one in (top / "snapshots").iterdir())
     ref = top / "refs" / "main"
     current = top / "snapshots" / ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
     one = str(current) if current and current.is_dir() else ", ".join(snapshots[:3]) or "(there is none: fetch it)"
-    return f"is a cached repository of the Hugging Face hub; name {found['org']}/{found['name']}, or its folder {one}"
+    return f"is a cached repository of the Hugging Face hub; name {match['org']}/{match['name']}, or its folder {one}"
 
 
 def _nearest(path: str) -> Path | None:
@@ -148,26 +148,26 @@ def _environment() -> tuple[str, str, bool]:
 
 
 @functools.cache
-def _fetched(given: str, weights: bool, cache: str, endpoint: str, offline: bool) -> Path:
+def _fetched(name: str, weights: bool, cache: str, endpoint: str, offline: bool) -> Path:
     """The snapshot of a name on the hub; see `local_folder`."""
-    repository, _, revision = given.partition("@")
-    found = _cached(repository, revision, cache, weights)
-    if found is not None:
-        return found
+    repository, _, revision = name.partition("@")
+    cached = _cached(repository, revision, cache, weights)
+    if cached is not None:
+        return cached
     from huggingface_hub import constants
 
     if offline or constants.HF_HUB_OFFLINE:
         raise HubError(
-            f"{given!r}: no such folder, so it was taken for a model on the Hugging Face hub, but HF_HUB_OFFLINE is "
+            f"{name!r}: no such folder, so it was taken for a model on the Hugging Face hub, but HF_HUB_OFFLINE is "
             f"set and the cache {cache or constants.HF_HUB_CACHE} doesn't hold {_parts(weights)} of it. "
-            f"{_otherwise(given)}"
+            f"{_otherwise(name)}"
         )
     try:
         return _download(repository, revision, cache, endpoint, weights)
     except HubError:
         raise
     except Exception as error:  # of three libraries below, each with its own kinds
-        raise HubError(f"{given!r}: {_explained(error, given, endpoint, cache)}") from error
+        raise HubError(f"{name!r}: {_explained(error, name, endpoint, cache)}") from error
 
 
 def _cached(repository: str, revision: str, cache: str, weights: bool) -> Path | None:
@@ -175,9 +175,9 @@ def _cached(repository: str, revision: str, cache: str, weights: bool) -> Path |
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    given: dict[str, Any] = {"revision": revision or None, "cache_dir": cache or None, "local_files_only": True}
+    options: dict[str, Any] = {"revision": revision or None, "cache_dir": cache or None, "local_files_only": True}
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=_SMALL, **given))
+        folder = Path(snapshot_download(repository, allow_patterns=_SMALL, **options))
     except LocalEntryNotFoundError:
         return None
     return folder if _complete(folder, weights) else None
@@ -242,20 +242,20 @@ def _parts(weights: bool) -> str:
     return "config.json, a tokenizer and safetensors" if weights else "config.json and a tokenizer"
 
 
-def _otherwise(given: str) -> str:
+def _otherwise(name: str) -> str:
     return (
-        f"Fetch it where there is a network (hf download {given.partition('@')[0]}) and bring that cache along "
+        f"Fetch it where there is a network (hf download {name.partition('@')[0]}) and bring that cache along "
         f"(HF_HOME), or name a local folder"
     )
 
 
-def _explained(error: Exception, given: str, endpoint: str, cache: str) -> str:
+def _explained(error: Exception, name: str, endpoint: str, cache: str) -> str:
     """What went wrong, and the remedy."""
     from huggingface_hub import constants
 
-    hub, (repository, _, revision) = endpoint or constants.ENDPOINT, given.partition("@")
+    hub, (repository, _, revision) = endpoint or constants.ENDPOINT, name.partition("@")
     taken = "no such folder, so it was taken for a model on the Hugging Face hub"
-    close = _nearest(given)
+    close = _nearest(name)
     hint = f". Did you mean {close}?" if close else ""
     kinds = {one.__name__ for one in type(error).__mro__}
     if "GatedRepoError" in kinds:
@@ -278,7 +278,7 @@ def _explained(error: Exception, given: str, endpoint: str, cache: str) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
     return (
         f"{taken}, but {hub} could not be reached or didn't send it ({type(error).__name__}: {reason}). "
-        f"The same command resumes it. {_otherwise(given)}{hint}"
+        f"The same command resumes it. {_otherwise(name)}{hint}"
     )
 
 

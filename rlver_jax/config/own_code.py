@@ -57,15 +57,15 @@ def _load(field: str, name: str, folder: str) -> OwnFunction:
     if not where or not function.isidentifier():
         raise ConfigError(f"{field}={name!r}: expected FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION")
     file, module = _module(field, name, os.path.expanduser(where), folder)
-    found = getattr(module, function, None)
-    if not callable(found):
+    attribute = getattr(module, function, None)
+    if not callable(attribute):
         own = {n: value for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
         known = [n for n, value in own.items() if callable(value)]
         close = difflib.get_close_matches(function, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"it defines {', '.join(known) or 'no function'}"
         what = "is no function" if hasattr(module, function) else "is not there"
         raise ConfigError(f"{field}={name!r}: {function} {what}; {hint}")
-    return OwnFunction(field, name, found, hashlib.sha256(file.read_bytes()).hexdigest()[:16])
+    return OwnFunction(field, name, attribute, hashlib.sha256(file.read_bytes()).hexdigest()[:16])
 
 
 @functools.cache

@@ -27,8 +27,8 @@ class PathError(ValueError):
 
 def fault(path: str) -> str | None:
     """Why `path` is no local path, and what to do; None where it is one, whether or not anything lies there."""
-    if found := _URL.match(path):
-        return _no_url((found["any"] or found["known"]).lower(), found["rest"])
+    if match := _URL.match(path):
+        return _no_url((match["any"] or match["known"]).lower(), match["rest"])
     if path and not path.strip():
         return "is blank; name a file or a folder"
     if "\0" in path or not _is_utf8(path):
@@ -50,8 +50,8 @@ def local(path: str) -> str:
     Raises:
         PathError: it is a URL, or cannot be a path.
     """
-    if found := fault(path):
-        raise PathError(found)
+    if problem := fault(path):
+        raise PathError(problem)
     return os.path.expanduser(path)
 
 
@@ -62,7 +62,7 @@ def check_folder_to_write(path: str | os.PathLike[str]) -> None:
         PathError: it is a file or lies in one, or may not be written.
     """
     folder = Path(path).absolute()
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not there.is_dir():
         what = "is no folder" if there == folder else f"cannot be made, since {there} is no folder"
         raise PathError(f"{path}: {what}; name another one")
@@ -121,8 +121,8 @@ def _no_url(scheme: str, rest: str) -> str:
             f"place in FOLDER, or start the command with launch/tpu_pod.sh, which mounts it; what is only read can be "
             f"copied: gcloud storage cp -r gs://{rest} FOLDER"
         )
-    if found := _HUB.match(f"{scheme}://{rest}"):
-        return f"{told}. A model goes by its name alone, {found[1]}; other files: hf download, and name their folder"
+    if match := _HUB.match(f"{scheme}://{rest}"):
+        return f"{told}. A model goes by its name alone, {match[1]}; other files: hf download, and name their folder"
     return f"{told}. Mount what holds it, or download it, and name its local path"
 
 

@@ -19,7 +19,7 @@ PIECES, SMALLEST_PIECE = 8, 24  # of tokens that are prefilled: how many at most
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read(model: Qwen2, params: Params, *arguments: Any) -> Any:
+def _forward(model: Qwen2, params: Params, *arguments: Any) -> Any:
     """Traced once for all calls in a program with as many tokens, and compiled with the rest of it."""
     return model.apply({"params": params}, *arguments)
 
@@ -35,7 +35,7 @@ class LM:
         """float32 logits of a few positions."""
         return logits(self.params, hidden)
 
-    def read(
+    def forward(
         self, tokens: Array, positions: Array, branch: Array | None, cache: "Cache", held: Array | None = None
     ) -> tuple[Array, KVCache]:
         """Hidden states [B, S, D] of new tokens after each row's length, and keys and values with them.
@@ -43,7 +43,7 @@ class LM:
         held: branches [B, C] of what the cache holds; None: all of it is canonical.
         """
         of_cache = cache.kv, cache.filled, None, held, cache.prefix
-        return _read(self.model, self.params, tokens, positions, branch, *of_cache)
+        return _forward(self.model, self.params, tokens, positions, branch, *of_cache)
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -117,7 +117,7 @@ def append(lm: LM, cache: Cache, tokens: Int[Array, "B S"], count: Int[Array, "B
 def _append_piece(lm: LM, before: Cache, now: Cache, tokens: Int[Array, "B S"], count: Array, first: Array) -> Cache:
     """Reads tokens first..first+S-1 of those that `append` adds to `before`; one forward pass over [B, S]."""
     positions = before.length[:, None] + first + jnp.arange(tokens.shape[1])
-    hidden, kv = lm.read(tokens, positions, None, dataclasses.replace(now, length=before.length + first))
+    hidden, kv = lm.forward(tokens, positions, None, dataclasses.replace(now, length=before.length + first))
     index = count - 1 - first
     last = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
     here = (index >= 0) & (index < tokens.shape[1])

@@ -114,7 +114,7 @@ def choose(lm: LM, cache: Cache, options: Options) -> tuple[Cache, Float[Array, 
         return cache, score_options(lm, options, cache.hidden[:, None])
     tokens, branch = (jnp.broadcast_to(x, (batch, x.shape[0])) for x in (options.tokens, options.branch))
     positions = cache.length[:, None] + options.offset
-    hidden, kv = lm.read(tokens, positions, branch, cache)
+    hidden, kv = lm.forward(tokens, positions, branch, cache)
     contexts = jnp.concatenate([cache.hidden[:, None], hidden], axis=1)[:, options.contexts]
     return dataclasses.replace(cache, kv=kv), score_options(lm, options, contexts)
 

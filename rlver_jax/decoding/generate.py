@@ -231,13 +231,13 @@ def _record(loop: _Loop, grammar: Grammar, token, logprob, raw, state, limits: L
     def put(array: Array, value: Array) -> Array:
         return array.at[:, loop.step].set(jnp.where(alive, value, 0).astype(array.dtype))
 
-    newly_found = alive & grammar.found(state) & (generated.found_at < 0)
-    found_at = jnp.where(newly_found, loop.step, generated.found_at)
+    newly_matched = alive & grammar.matched(state) & (generated.found_at < 0)
+    found_at = jnp.where(newly_matched, loop.step, generated.found_at)
     return Generated(
         tokens=put(generated.tokens, token),
         count=generated.count + alive,
         logprob=put(generated.logprob, logprob),
         raw_logprob=put(generated.raw_logprob, raw),
         found_at=found_at,
-        stopped=generated.stopped | (alive & ((state == grammar.stop) | (newly_found & (limits.after == 0)))),
+        stopped=generated.stopped | (alive & ((state == grammar.stop) | (newly_matched & (limits.after == 0)))),
     )

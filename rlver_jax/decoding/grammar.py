@@ -30,7 +30,7 @@ class Grammar:
     # Forced before the limit where the pattern has not been found by then; empty: nothing is forced.
     closing: Int[Array, "K"] = flax.struct.field(default_factory=lambda: jnp.zeros(0, jnp.int32))
 
-    def found(self, state: Int[Array, "B"]) -> Bool[Array, "B"]:
+    def matched(self, state: Int[Array, "B"]) -> Bool[Array, "B"]:
         """Whether a pattern has been found (and no stop token has come since)."""
         return (state >= self.first_found) & (state < self.begin)
 
@@ -96,13 +96,15 @@ def thought_then_say(tokenizer: Tokenizer, vocab_size: int, *, enforce: bool = F
         state, token = divmod(int(key), vocab_size)
         forbidden[state, token] = left > 0 and bool(pieces[token][-int(left) :].strip())
     if enforce:
-        stops, found = list(tokenizer.stop_ids), automaton.first_found
+        stops, first_found = list(tokenizer.stop_ids), automaton.first_found
         # One more found state, `found + 1`: the reply has visible text. Until then no stop.
-        visible = np.full((1, vocab_size), found + 1, automaton.table.dtype)
-        silent = np.where(whitespace_tokens(tokenizer, vocab_size), found, found + 1).astype(automaton.table.dtype)
-        table = np.concatenate([automaton.table[:found], silent[None], visible])
+        visible = np.full((1, vocab_size), first_found + 1, automaton.table.dtype)
+        silent = np.where(whitespace_tokens(tokenizer, vocab_size), first_found, first_found + 1).astype(
+            automaton.table.dtype
+        )
+        table = np.concatenate([automaton.table[:first_found], silent[None], visible])
         forbidden = np.concatenate([forbidden, np.zeros((1, vocab_size), bool)])
-        forbidden[: found + 1, stops] = True
+        forbidden[: first_found + 1, stops] = True
         automaton = dataclasses.replace(automaton, table=table)
     return _grammar(tokenizer, vocab_size, automaton, forbidden, np.zeros(vocab_size, bool), CLOSING if enforce else "")
 

@@ -81,7 +81,7 @@ class ReplayInput(NamedTuple):
 class _Inputs(NamedTuple):
     """A chunk as arrays of one shape for all."""
 
-    keep: Int[Array, "C"]
+    retained: Int[Array, "C"]
     held: Int[Array, "1 C"]
     length: Int[Array, "1"]  # slots in use
     tokens: Int[Array, "1 W"]
@@ -92,13 +92,20 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, chunk: Chunk, sizes: Sizes) -> "_Inputs":
-        (keep, held), lengths = pad_rows([chunk.keep, chunk.held], sizes.capacity)
+        (retained, held), lengths = pad_rows([chunk.retained, chunk.held], sizes.capacity)
         rows, _ = pad_rows(list(chunk.rows), sizes.width)
         queries, choices = (np.insert(x, 0, 1, axis=1) for x in (chunk.queries, chunk.choices))
         padded_queries, _ = pad_rows(list(queries), queries.shape[1], round_up(sizes.width, QUERY_STEP))
         padded_choices, _ = pad_rows(list(choices), choices.shape[1], sizes.choices)
         groups = padded_queries.reshape(-1, QUERY_STEP, queries.shape[1])
-        arrays: Any = (keep, held[None], lengths[:1], *rows[:, None], groups, padded_choices)  # jit takes NumPy arrays
+        arrays: Any = (
+            retained,
+            held[None],
+            lengths[:1],
+            *rows[:, None],
+            groups,
+            padded_choices,
+        )  # jit takes NumPy arrays
         return cls(*arrays)
 
 
@@ -182,8 +189,8 @@ def _replay_chunk(
     sampler: Sampler, cache: Cache, chunk: _Inputs, sampling: _Sampling
 ) -> tuple[Cache, tuple[tuple[Array, ...], tuple[Array, ...]]]:
     """The cache with the chunk in it, `_query_results` of each query and `_choice_results` of each choice."""
-    cache = keep_slots(cache, chunk.keep, chunk.length)
-    hidden, kv = sampler.lm.read(chunk.tokens, chunk.positions, chunk.branch, cache, chunk.held)
+    cache = keep_slots(cache, chunk.retained, chunk.length)
+    hidden, kv = sampler.lm.forward(chunk.tokens, chunk.positions, chunk.branch, cache, chunk.held)
     results = jax.lax.map(
         lambda group: _if_any(lambda: _query_results(sampler, hidden[0], group, sampling), group),
         chunk.queries,
@@ -249,7 +256,7 @@ def _token_score(
 
     def of_end() -> Array:
         after = grammar.table[state].astype(jnp.int32)
-        best = jnp.where((after == grammar.stop) | grammar.found(after), scores, -jnp.inf).max(-1)
+        best = jnp.where((after == grammar.stop) | grammar.matched(after), scores, -jnp.inf).max(-1)
         return jnp.where(token == ANY_END, best, score)
 
     return jax.lax.cond((token == ANY_END).any(), of_end, lambda: score)

@@ -21,7 +21,7 @@ _INDICES, _BOUNDS = np.isin(Query._fields, "previous"), np.isin(Choice._fields, 
 class Chunk(NamedTuple):
     """Tokens that are prefilled together, and the queries and choices among them, with indices into the chunk."""
 
-    keep: Int[np.ndarray, "K"]  # slots of the cache after the chunk before that stay, moved to its front
+    retained: Int[np.ndarray, "K"]  # slots of the cache after the chunk before that stay, moved to its front
     held: Int[np.ndarray, "K"]  # their branches
     rows: Int[np.ndarray, "3 N"]  # tokens, positions and branches
     queries: Int[np.ndarray, "Q 8"]  # a `Query` each

@@ -63,8 +63,8 @@ class States(NamedTuple):
         """Those of a grammar on the device."""
         return cls(np.asarray(grammar.table), grammar.first_found, grammar.begin)
 
-    def found(self, state: int) -> bool:
-        """Whether the pattern has been found; see `Grammar.found`."""
+    def matched(self, state: int) -> bool:
+        """Whether the pattern has been found; see `Grammar.matched`."""
         return self.first_found <= state < self.begin
 
 

@@ -81,18 +81,18 @@ def _words(
 
 def _user_turns(reactions: Sequence[Sequence], emotions: np.ndarray, spec: RolloutConfig, tokenizer) -> UserTurn:
     turns, count = spec.max_turns, len(reactions)
-    said, said_count = _words([[m["content"] or "" for m in row] for row in reactions], turns, spec, tokenizer)
+    replies, reply_count = _words([[m["content"] or "" for m in row] for row in reactions], turns, spec, tokenizer)
     change = np.zeros((turns, count), np.int32)
     for row, messages in enumerate(reactions):
         change[: len(messages), row] = [message["change"] for message in messages]
     none = np.zeros((turns, count), np.int32)
-    silence = _silence(turns, 1, count, said.shape[2])
+    silence = _silence(turns, 1, count, replies.shape[2])
     arrays: dict[str, Any] = {
         "appraisal": _silence(turns, 1, count, 1),
         "change_logprobs": np.zeros((turns, count, len(CHANGES)), np.float32),
         "change": change,
         "emotion": emotions[:, 1:].T,
-        "reply": dataclasses.replace(silence, tokens=said[:, None], count=said_count[:, None]),  # type: ignore[arg-type]
+        "reply": dataclasses.replace(silence, tokens=replies[:, None], count=reply_count[:, None]),  # type: ignore[arg-type]
         "goodbye": none > 0,
         "prefilled": none,
     }

@@ -276,16 +276,16 @@ class _TextCohort(_Batch):
             self.words(rows, [heard[row] for row in rows], width), keys, self.limits, self.active(rows),
             jnp.asarray(turns == 0), spec=spec,
         )  # fmt: skip
-        self._keep(rows, fetch(reply))
+        self._store(rows, fetch(reply))
 
-    def _keep(self, rows: Sequence[Row], reply: PolicyTurn) -> None:
+    def _store(self, rows: Sequence[Row], reply: PolicyTurn) -> None:
         """Writes the rows' replies to their messages, and to the log."""
         turns = self.agents.spec.max_turns
         if self.log is None:
             self.log = jax.tree.map(lambda x: np.zeros((turns, *x.shape), x.dtype), reply)
         slots, turn = self.at(rows), [row.turns for row in rows]
-        for kept, new in zip(jax.tree.leaves(self.log), jax.tree.leaves(reply), strict=True):
-            kept[turn, slots] = new[slots]
+        for logged, new in zip(jax.tree.leaves(self.log), jax.tree.leaves(reply), strict=True):
+            logged[turn, slots] = new[slots]
         for say, new in zip(self._say, (reply.say, reply.say_count), strict=True):
             say[slots] = new[slots]
         log = SingleTurn(policy=jax.tree.map(lambda x: x[None], reply))

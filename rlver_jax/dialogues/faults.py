@@ -123,7 +123,7 @@ class ConsistencyCheck:
         splits = [] if POLICY in remote else [self._split(message) for message in record["messages"][1::2]]
         violations = [split.violation for split in splits] or [m["violation"] for m in record["messages"][1::2]]
         yield from self._record_errors(profile, record, violations)
-        if not (plan.other_apart and USER in remote):
+        if not (plan.other_on_device and USER in remote):
             first = record["messages"][0]
             yield from verify_texts.opening_faults(agents, profile, first, self.user_limits[1], remote)
         yield from emotion_faults(record, agents.spec.rules)
@@ -131,7 +131,7 @@ class ConsistencyCheck:
         yield from verify_texts.policy_faults(agents, record, splits, plan)
         if USER not in remote:
             yield from verify_texts.user_faults(agents, record, self.user_limits, self.temperature)
-        elif not plan.other_apart:
+        elif not plan.other_on_device:
             yield from verify_texts.remote_user_faults(agents, record)
         if not abs(record["reward"] - reward.value) <= reward.rounding:
             yield f"reward {record['reward']}, but its formula gives {np.float32(reward.value)}"
@@ -158,7 +158,7 @@ class ConsistencyCheck:
             yield f"violation is {record['violation']}, but its replies say otherwise"
         if "source" in record:
             yield "source names another program, whose logs cannot be recomputed"
-        yield from remote_faults(record, () if plan.other_apart else plan.endpoints)
+        yield from remote_faults(record, () if plan.other_on_device else plan.endpoints)
 
 
 def _widest(agents: Agents, records: Sequence[Mapping[str, Any]], endpoints: Collection[str]) -> int:
@@ -172,7 +172,7 @@ def _widest(agents: Agents, records: Sequence[Mapping[str, Any]], endpoints: Col
 
 def unchecked(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """What of a dialogue is not checked, in words: texts of endpoints, and fields that other programs have added."""
-    endpoints = plan.endpoints if not plan.other_apart else ()
+    endpoints = plan.endpoints if not plan.other_on_device else ()
     if POLICY not in plan.endpoints:
         yield POLICY_TOKENS
     elif endpoints:

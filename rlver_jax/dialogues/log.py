@@ -187,7 +187,7 @@ def _messages(log: Dialogues, agents: Agents, profile: Profile, row: int) -> Ite
 
 def policy_message(log: Turns, agents: Agents, turn: int, row: int) -> Record:
     """A reply of the policy as in a record."""
-    generation = _generation(log.policy.said, turn, row)
+    generation = _generation(log.policy.completion, turn, row)
     say = log.policy.say[turn, row, : int(log.policy.say_count[turn, row])].tolist()
     think = agents.spec.mode == "think"
     return {

@@ -65,7 +65,7 @@ class OwnFunctions:
         """{"FIELD=NAME": fingerprint} of each, as runs and evaluations note them."""
         return {f"{f.field}={f.name}": f.source for f in (*self.reward, *self.metrics, *self.judge)}
 
-    def judged(self, records: Sequence[Record], profiles: Sequence[Profile], *, evaluation: bool) -> list[Record]:
+    def apply(self, records: Sequence[Record], profiles: Sequence[Profile], *, evaluation: bool) -> list[Record]:
         """The records with what the functions say of them; `reward` is that of an own one.
 
         Of several processes, which all call it, the first one alone calls the functions.
@@ -79,8 +79,8 @@ class OwnFunctions:
         if not self:
             return list(records)
         pairs = list(zip(records, profiles, strict=True))
-        found = distributed.from_main(lambda: [self.entries(*pair, evaluation=evaluation) for pair in pairs])
-        return [with_entries(record, entries) for record, entries in zip(records, found, strict=True)]
+        all_entries = distributed.from_main(lambda: [self.entries(*pair, evaluation=evaluation) for pair in pairs])
+        return [with_entries(record, entries) for record, entries in zip(records, all_entries, strict=True)]
 
     def entries(self, record: Mapping[str, Any], profile: Profile, *, evaluation: bool) -> list[Entry]:
         """What the functions say of a dialogue; of one that stayed unanswered none is asked."""
@@ -96,11 +96,11 @@ class OwnFunctions:
         """Where a log says something else of a dialogue than the functions do."""
         logged = {(one["field"], one["function"]): one for one in entries_of(record)}
         try:
-            found = self.entries(record, profile, evaluation=evaluation)
+            entries = self.entries(record, profile, evaluation=evaluation)
         except OwnFunctionError as error:
             yield str(error)
             return
-        for one in found:
+        for one in entries:
             known = logged.pop((one["field"], one["function"]), None)
             name = f"{one['field']}={one['function']}"
             if known is None:
@@ -147,11 +147,11 @@ def total(value: float | Sequence[float]) -> float:
 
 def entries_of(record: Mapping[str, Any]) -> list[Entry]:
     """What a log has of functions, as far as it has the form; a log may come from anywhere."""
-    found = record.get(KEY)
+    entries = record.get(KEY)
     texts = ("field", "function", "source")
     return [
         one
-        for one in (found if isinstance(found, list) else ())
+        for one in (entries if isinstance(entries, list) else ())
         if isinstance(one, dict) and all(isinstance(one.get(name), str) for name in texts) and "value" in one
     ]
 
@@ -164,20 +164,20 @@ def logged_reward(record: Mapping[str, Any]) -> float | None:
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     """What functions have measured of a dialogue: {"own/NAME": number} of metrics, {"judge_score": number}."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for one in entries_of(record):
         name, value = one["function"].rpartition(":")[2], one["value"]
         if one["field"] == JUDGE and is_number(value):
-            found[JUDGED] = value
+            numbers[JUDGED] = value
         elif one["field"] == METRICS:
             parts = value if isinstance(value, dict) else {name: value}
-            found |= {f"{MEASURED}{key}": number for key, number in parts.items() if is_number(number)}
-    return found
+            numbers |= {f"{MEASURED}{key}": number for key, number in parts.items() if is_number(number)}
+    return numbers
 
 
-def of_functions(figures: Mapping[str, Any]) -> dict[str, Any]:
+def of_functions(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Those of an evaluation's figures that functions have measured."""
-    return {name: x for name, x in figures.items() if name == JUDGED or name.startswith(MEASURED)}
+    return {name: x for name, x in metrics.items() if name == JUDGED or name.startswith(MEASURED)}
 
 
 def means_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -195,8 +195,8 @@ def _called(function: OwnFunction, record: Mapping[str, Any], profile: Profile) 
         value = function.call(copy.deepcopy(dict(record)), profile)  # a copy: what it changes is in no log
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{line.filename}:{line.lineno}"
-        raise OwnFunctionError(f"{where}: raised {type(error).__name__}: {error} ({place})") from error
+        location = f"{line.filename}:{line.lineno}"
+        raise OwnFunctionError(f"{where}: raised {type(error).__name__}: {error} ({location})") from error
     checked = _value(function.field, value, record["turns"])
     if checked is _WRONG:
         raise OwnFunctionError(f"{where}: returned {value!r:.200}, expected {_EXPECTED[function.field]}")

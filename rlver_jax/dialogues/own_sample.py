@@ -51,13 +51,13 @@ def _record(messages: list[Record], emotions: list[int], end: str, *, violation:
 
 def _reply(content: str, *, violation: bool = False) -> Record:
     tokens = {"tokens": [7, 8, 9], "say_tokens": [8], "logprobs": [-1.0] * 3, "raw_logprobs": [-1.0] * 3}
-    said = {"role": "assistant", "thought": "She is tired.", "content": content, **tokens}
-    return said | {"stopped": True, "violation": violation}
+    message = {"role": "assistant", "thought": "She is tired.", "content": content, **tokens}
+    return message | {"stopped": True, "violation": violation}
 
 
 def _reaction(content: str, change: int, emotion: int) -> Record:
     fields: dict[str, Any] = {name: {} for name in REACTION_FIELDS}
     numbers = {"tokens": [5], "all_tokens": [5, 4], "logprobs": [-1.0] * 2, "raw_logprobs": [-1.0] * 2}
     told = {"appraisal": {"content": "It asks."}, "considerations": {"tone": "open"}}
-    said = {"role": "user", "content": content, "change": change, "emotion": emotion, **told}
-    return said | fields | numbers | {"stopped": True, "change_logprobs": [-3.0] * len(CHANGES)}
+    message = {"role": "user", "content": content, "change": change, "emotion": emotion, **told}
+    return message | fields | numbers | {"stopped": True, "change_logprobs": [-3.0] * len(CHANGES)}

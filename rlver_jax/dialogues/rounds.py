@@ -80,7 +80,9 @@ async def play_rounds(
         EndpointError: an endpoint refuses whatever it is asked; what has been answered is in its cache.
     """
     waits, device, began = Waits(), asyncio.Lock(), time.monotonic()
-    cohorts = [_Cohort(some, policy, user, rules, max_turns, thread, waits, device) for some in policy.cohorts(rows)]
+    cohorts = [
+        _Cohort(subset, policy, user, rules, max_turns, thread, waits, device) for subset in policy.cohorts(rows)
+    ]
     playing = [asyncio.ensure_future(cohort.play()) for cohort in cohorts]
     try:
         await asyncio.gather(*playing)

@@ -42,7 +42,9 @@ def plans_by_side(plans: Sequence[Plan]) -> dict[Plan, dict[str, Plan]]:
     """{plan: {side that is checked: how}}."""
     other = {POLICY: USER, USER: POLICY}
     return {
-        plan: {side: dataclasses.replace(plan, endpoints=frozenset({other[side]}), other_apart=True) for side in other}
+        plan: {
+            side: dataclasses.replace(plan, endpoints=frozenset({other[side]}), other_on_device=True) for side in other
+        }
         for plan in dict.fromkeys(plans)
     }
 

@@ -30,7 +30,7 @@ class GoodbyeMatcher:
         self._remote = USER in endpoints
         if not self._remote:
             tables = agents.tables[1]
-            self._table, self._found = np.asarray(tables.goodbye), tables.goodbye_found
+            self._table, self._first_found = np.asarray(tables.goodbye), tables.goodbye_found
 
     def __call__(self, message: Message) -> bool:
         """Whether a reaction says goodbye."""
@@ -40,7 +40,7 @@ class GoodbyeMatcher:
         state, end = 0, len(message["all_tokens"]) - message["stopped"]
         for token in message["all_tokens"][:end]:
             state = int(self._table[state, token])
-        return state >= self._found
+        return state >= self._first_found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +111,11 @@ class ContextLengths:
         """Whether the reply of a policy behind an endpoint in turn `turn` fits in the user's context on the device."""
         limits, spec = self.limits, self.limits.agents.spec
         own = max(spec.say_tokens, round_up(len(self.policy_messages[turn]["say_tokens"]), WIDTH_STEP))
-        say = (own, max(own, round_up(limits.widest, WIDTH_STEP)))
+        reply_widths = (own, max(own, round_up(limits.widest, WIDTH_STEP)))
         reply = (limits.opening, max(limits.opening, round_up(spec.user_tokens, WIDTH_STEP)))
         needed = (
-            limits.needed(width)[1] + max(wide - spec.policy_tokens, 0) for wide, width in zip(say, reply, strict=True)
+            limits.needed(width)[1] + max(reply_width - spec.policy_tokens, 0)
+            for reply_width, width in zip(reply_widths, reply, strict=True)
         )
         return {self._user_length(turn) + room <= spec.context for room in needed}
 
@@ -130,11 +131,11 @@ class ContextLengths:
         tables = self.limits.agents.tables[0]
         system, close = tables.system.shape[0], tables.close.shape[0]
         around = tables.open_user.shape[0] + close + tables.open_assistant.shape[0]
-        read = sum(len(self._user_tokens(i)) + around for i in range(turn)) + close * max(turn - 1, 0)
+        prefilled = sum(len(self._user_tokens(i)) + around for i in range(turn)) + close * max(turn - 1, 0)
         replies = [
             len(message["say_tokens"]) for message in self.policy_messages[: turn - tables.branched if turn else 0]
         ]
-        return system + read + sum(replies)
+        return system + prefilled + sum(replies)
 
     def _user_length(self, turn: int) -> int:
         """Tokens in the user's context before a turn; its last reply is prefilled with the policy's next one."""

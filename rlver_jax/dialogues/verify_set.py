@@ -24,7 +24,7 @@ class Plan:
             "num_profiles" what decides the set.
         temperature: of the policy.
         endpoints: which of "policy" and "user" are behind one.
-        other_apart: whether what `endpoints` names is on the device after all, and checked apart (`two_tokenizers`).
+        other_on_device: whether what `endpoints` names is on the device after all, checked apart (`two_tokenizers`).
         repeats: dialogues of each profile; 0: as many as a log has, rounded up.
         partial: a log may lack dialogues.
     """
@@ -38,7 +38,7 @@ class Plan:
     endpoints: Collection[str] = ()
     repeats: int = 0
     partial: bool = False
-    other_apart: bool = False
+    other_on_device: bool = False
 
     def profile(self, dialogue: int) -> Profile | None:
         """The profile that this dialogue is played with; None: there is no such dialogue."""

@@ -104,8 +104,8 @@ class RecordSchema:
         parts = {what: message[f"{kind}_{what}"] for what in ("tokens", "stopped", "logprobs")}
         for what, part in parts.items():
             if not isinstance(part, dict) or set(part) != set(names):
-                given = sorted(part) if isinstance(part, dict) else part
-                yield f"{where}{kind}_{what} has the fields {short(given)}, expected {sorted(names)}"
+                fields = sorted(part) if isinstance(part, dict) else part
+                yield f"{where}{kind}_{what} has the fields {short(fields)}, expected {sorted(names)}"
                 return
         for name in names:
             if type(parts["stopped"][name]) is not bool:

@@ -47,12 +47,12 @@ def split_reply(tokenizer: Tokenizer, tokens: Sequence[int], *, stopped: bool, t
 
 def _close_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[int, bytes]:
     """Index of the token that completes `</think>`, and its bytes after the tag; -1: none does."""
-    read = b""
+    tail = b""
     for i, token in enumerate(tokens):
         piece = tokenizer.token_bytes(token)
-        read = read[1 - len(THINK_CLOSE) :] + piece if piece else b""  # a special token lies between
-        if (at := read.find(THINK_CLOSE)) >= 0:
-            return i, read[at + len(THINK_CLOSE) :]
+        tail = tail[1 - len(THINK_CLOSE) :] + piece if piece else b""  # a special token lies between
+        if (at := tail.find(THINK_CLOSE)) >= 0:
+            return i, tail[at + len(THINK_CLOSE) :]
     return -1, b""
 
 
@@ -263,7 +263,7 @@ def policy_faults(agents: Agents, record: Mapping[str, Any], splits: Sequence[Sp
     for turn, message in enumerate(record["messages"][1::2], 1):
         if POLICY not in plan.endpoints:
             faults = reply_faults(agents, message, splits[turn - 1], plan.temperature)
-        elif plan.other_apart:
+        elif plan.other_on_device:
             faults = _heard_faults(agents, message)
         else:
             faults = remote_reply_faults(agents, message, user_on_device)

@@ -30,12 +30,12 @@ async def read_body(response: httpx.Response) -> tuple[bytes, bool]:
     length = response.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 15 or int(length) > LONGEST):
         return b"", False
-    decoder, body, read = _Decoder(response.headers.get("content-encoding", "")), bytearray(), 0
+    decoder, body, received = _Decoder(response.headers.get("content-encoding", "")), bytearray(), 0
     async with contextlib.aclosing(response.aiter_raw()) as chunks:
         async for chunk in chunks:
-            read += len(chunk)
+            received += len(chunk)
             body += decoder.decoded(chunk, LONGEST + 1 - len(body))
-            if max(read, len(body)) > LONGEST:
+            if max(received, len(body)) > LONGEST:
                 return bytes(body[:LONGEST]), False
     if not decoder.complete:
         raise BodyFault(f"a body that ends in the middle of its {decoder.coding} coding")

@@ -229,7 +229,7 @@ class Client:
             return self._not_answered(error)
 
     async def _exchange(self, body: Mapping[str, Any]) -> dict[str, Any] | Exception:
-        async with self._http.stream("POST", self._url, content=_written(body)) as response:
+        async with self._http.stream("POST", self._url, content=_serialized(body)) as response:
             pause = pause_of(response.headers, time.time())
             self._free_at = max(self._free_at, time.monotonic() + pause)
             received, whole = await read_body(response)
@@ -313,7 +313,7 @@ def _headers(endpoint: Endpoint) -> dict[str, str]:
     return headers | ({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})
 
 
-def _written(body: Mapping[str, Any]) -> Secret:
+def _serialized(body: Mapping[str, Any]) -> Secret:
     return Secret(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
 
 

@@ -104,14 +104,14 @@ def completion_of(response: Any, secrets: Secrets) -> dict[str, Any]:
 _TOKENS = ("prompt_tokens", "completion_tokens")
 
 
-def answer_of(kept: Mapping[str, Any]) -> Answer:
+def answer_of(response: Mapping[str, Any]) -> Answer:
     """What `completion_of` has kept."""
-    (choice,), message = kept["choices"], kept["choices"][0]["message"]
+    (choice,), message = response["choices"], response["choices"][0]["message"]
     return Answer(
         text=message["content"],
         reasoning=message["reasoning_content"],
-        **kept["usage"],
-        model=kept["model"],
+        **response["usage"],
+        model=response["model"],
         cut=choice["finish_reason"] == "length",
     )
 

@@ -31,11 +31,11 @@ Turns = Real[np.ndarray, "n 5"]
 Statistic = Callable[[Turns, Weights], Float[np.ndarray, "R"]]  # its value in each resample
 
 
-def _rank_correlation(*given: int) -> Statistic:
+def _rank_correlation(*extra_columns: int) -> Statistic:
     """Spearman's of own and recorded changes with these columns held fixed."""
 
     def statistic(turns: Turns, weights: Weights) -> Float[np.ndarray, "R"]:
-        columns = [midranks(turns[:, column], weights) for column in (OWN, RECORDED, *given)]
+        columns = [midranks(turns[:, column], weights) for column in (OWN, RECORDED, *extra_columns)]
         return partial_correlation(np.stack(columns), weights)
 
     return statistic
@@ -118,9 +118,9 @@ def agreement(dialogues: Sequence[Turns], profiles: Sequence[Hashable] | None = 
     """
     turns = np.concatenate(dialogues)
     clusters = _by_profile(dialogues, profiles)
-    result: dict[str, Any] = {"n": len(turns), "dialogues": len(dialogues)} | _measured(clusters, STATISTICS)
+    result: dict[str, Any] = {"n": len(turns), "dialogues": len(dialogues)} | _with_intervals(clusters, STATISTICS)
     for part, of_part in _parts(clusters).items():
-        result[part] = {"n": sum(map(len, of_part))} | _measured(of_part, STATISTICS_OF_PARTS)
+        result[part] = {"n": sum(map(len, of_part))} | _with_intervals(of_part, STATISTICS_OF_PARTS)
     # The same error for a judge that knows nothing but the record's median.
     result["mae_of_the_median"] = float(np.abs(turns[:, RECORDED] - np.median(turns[:, RECORDED])).mean())
     result["mean_change"] = {"own": float(turns[:, OWN].mean()), "recorded": float(turns[:, RECORDED].mean())}
@@ -142,11 +142,11 @@ def without_the_reply(dialogues: Sequence[Turns], profiles: Sequence[Hashable] |
     clusters = _by_profile(dialogues, profiles)
     result: dict[str, Any] = {}
     for name in BASELINES:
-        result[name] = _measured(_predicted(clusters, name), STATISTICS)
+        result[name] = _with_intervals(_predicted(clusters, name), STATISTICS)
         for part, of_part in _parts(clusters).items():
             predicted = _predicted(of_part, name)
             if name == "constant" or np.ptp(np.concatenate(predicted)[:, OWN]):
-                result[name][part] = {"n": sum(map(len, of_part))} | _measured(predicted, STATISTICS_OF_PARTS)
+                result[name][part] = {"n": sum(map(len, of_part))} | _with_intervals(predicted, STATISTICS_OF_PARTS)
     return result
 
 
@@ -170,7 +170,7 @@ def _predicted(clusters: Sequence[Turns], baseline: str) -> list[Turns]:
     return np.split(turns, np.cumsum([len(one) for one in clusters])[:-1])
 
 
-def _measured(clusters: Sequence[Turns], names: Iterable[str]) -> dict[str, Any]:
+def _with_intervals(clusters: Sequence[Turns], names: Iterable[str]) -> dict[str, Any]:
     result = {}
     for name in names:
         value = value_of(name, np.concatenate(clusters))
@@ -186,8 +186,8 @@ def _interval_of_turns(clusters: Sequence[Turns], statistic: Statistic) -> Inter
 
     def of_drawn(drawn: Int[np.ndarray, "R N"]) -> Float[np.ndarray, "R"]:
         values = []
-        for some in np.array_split(drawn, -(-drawn.shape[0] * len(turns) // DRAWN_AT_ONCE)):
-            often = np.apply_along_axis(np.bincount, 1, some, minlength=len(clusters))
+        for block in np.array_split(drawn, -(-drawn.shape[0] * len(turns) // DRAWN_AT_ONCE)):
+            often = np.apply_along_axis(np.bincount, 1, block, minlength=len(clusters))
             values.append(statistic(turns, often[:, cluster_of].astype(np.float64)))
         return np.concatenate(values)
 

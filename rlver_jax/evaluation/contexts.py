@@ -42,15 +42,15 @@ def chosen(counts: Sequence[int], profiles: Sequence[str], options: flags.FlagVa
     Raises:
         ConfigError: none is left, or fewer contexts than are asked for.
     """
-    kept = list(range(len(counts)))
+    eligible = list(range(len(counts)))
     if options.held_out is not None:
-        kept = [i for i in kept if held_out(profiles[i], options.held_out)]
-        if not kept:
+        eligible = [i for i in eligible if held_out(profiles[i], options.held_out)]
+        if not eligible:
             raise ConfigError(
                 f"--held_out={options.held_out}: none of the {len(set(profiles))} profiles is among the held-out ones; "
                 f"give a larger share"
             )
-    return [kept[i] for i in drawn([counts[i] for i in kept], options.contexts, seed)]
+    return [eligible[i] for i in drawn([counts[i] for i in eligible], options.contexts, seed)]
 
 
 def drawn(counts: Sequence[int], contexts: int, seed: int) -> list[int]:

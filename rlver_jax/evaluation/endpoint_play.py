@@ -90,7 +90,7 @@ class RemoteEvaluation:
         await play(rows, policy, user, rules=self.rules, max_turns=self.config.eval.max_turns)  # type: ignore[arg-type]
         records = [record_of(row, reward=self._reward(row), **self.common) for row in rows]
         records = [{name: x for name, x in one.items() if name != "remote" or self.clients} for one in records]
-        return OwnFunctions.of(self.config).judged(records, [row.profile for row in rows], evaluation=True)
+        return OwnFunctions.of(self.config).apply(records, [row.profile for row in rows], evaluation=True)
 
     def _reward(self, row: Row) -> float:
         result = reward(

@@ -54,15 +54,15 @@ class Forms:
     scripts: Mapping[str, tuple[Part, ...]]
     strategies: Mapping[str, str]
 
-    def ask(self, dialogue: Transcript, leave_out: Collection[str] = ()) -> Questionnaire:
+    def ask(self, dialogue: Transcript, excluded: Collection[str] = ()) -> Questionnaire:
         """All questions about what was said in a dialogue: forms of the whole, then those of each reply.
 
         Args:
-            leave_out: forms that are not asked for.
+            excluded: forms that are not asked for.
         """
         strategies = zip(LETTERS, STRATEGIES, strict=True)
         slots = {"strategies": "\n".join(f"{letter}: {self.strategies[name]}" for letter, name in strategies)}
-        once = [name for name in self.scripts if not FORMS[name][1].each_reply and name not in leave_out]
+        once = [name for name in self.scripts if not FORMS[name][1].each_reply and name not in excluded]
         whole = [self._form(name, slots) for name in once]
         replies = [
             self._form(name, slots | {"turn": str(turn + 1)})

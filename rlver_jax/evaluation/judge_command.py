@@ -123,9 +123,9 @@ class Judges:
         if self.measurer:
             name, config = self.measurer
             rater = _load_rater(name, config, folder)
-            forms, reads = load_forms(config.data.language), config.eval.relationship
-            records, usage = measure(rater, forms, dialogues, folder, console, reads)
-            settings = rater.settings | {"relationship": reads}
+            forms, source = load_forms(config.data.language), config.eval.relationship
+            records, usage = measure(rater, forms, dialogues, folder, console, source)
+            settings = rater.settings | {"relationship": source}
             summary["measures"] = summarize(records) | usage | {"settings": settings}
         return summary, records
 
@@ -268,8 +268,8 @@ def _scores(config: ConfigDict | None, options: flags.FlagValues, console: Conso
             "faults": seen.faults,
             "settings": {"from": paths, "fingerprint.dialogues": seen.fingerprint.text},
         }
-        judged_too, records = judges.judge(dialogues, folder, console)
-        summary |= ({"files": each} if len(each) > 1 else {}) | judged_too
+        judge_summary, records = judges.judge(dialogues, folder, console)
+        summary |= ({"files": each} if len(each) > 1 else {}) | judge_summary
         if folder:
             check()
             write_dialogues(folder / DIALOGUES, records)

@@ -118,16 +118,16 @@ class DeviceJudge:
 
     def _shape(self, sizes: Sequence[Size]) -> Shape:
         up = lambda n: round_up(n, WIDTH_STEP)  # noqa: E731
-        prefix, message, read = (max(column) for column in zip(*sizes, strict=True))
+        prefix, message, prefill = (max(column) for column in zip(*sizes, strict=True))
         prefix, message = up(prefix), up(message)
         # Padding of what is read is written too, into slots beyond the row.
         tables, tokens = self.agents.tables[1], self.agents.spec.user_tokens
         fields, literal = tables.appraisal.template.shape
         literals = fields * (literal + 2 * tables.appraisal.values.shape[2])
-        written = literals + fields * tokens + tables.scratch
-        check_length(self.agents.user, read + written)
-        room = message + written
-        return Shape(min(self.batch, len(sizes)), prefix, message, up(max(read, prefix) + room))
+        generated = literals + fields * tokens + tables.scratch
+        check_length(self.agents.user, prefill + generated)
+        room = message + generated
+        return Shape(min(self.batch, len(sizes)), prefix, message, up(max(prefill, prefix) + room))
 
 
 @dataclasses.dataclass

@@ -97,7 +97,7 @@ class Evaluation:
         profiles = [self.profiles[i % len(self.profiles)] for i in numbers]
         rewards = rewards_of(played, reward_settings(self.config))
         records = dialogue_records(played, self.agents, profiles, numbers, seed=self.config.eval.seed, rewards=rewards)
-        return OwnFunctions.of(self.config).judged(records, profiles, evaluation=True)
+        return OwnFunctions.of(self.config).apply(records, profiles, evaluation=True)
 
 
 def chosen_profiles(config: ConfigDict) -> Sequence[Profile]:

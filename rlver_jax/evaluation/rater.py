@@ -89,9 +89,9 @@ class DeviceRater:
             (len(self._context(one)), max((self._length(f.steps) for f in one.forms), default=0))
             for one in questionnaires
         ]
-        read, most = (max(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
-        width = round_up(read, LEAST_WIDTH)
-        check_length(self.lm, read + most)
+        prefill, most = (max(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+        width = round_up(prefill, LEAST_WIDTH)
+        check_length(self.lm, prefill + most)
         capacity, size = width + most, min(self.batch, len(questionnaires))
         for start in range(0, len(questionnaires), self.batch):
             rows = range(start, min(start + self.batch, len(questionnaires)))
@@ -118,10 +118,10 @@ class DeviceRater:
 
     def _length(self, steps: Sequence[Step]) -> int:
         """Slots that a form may take, padding and scratch included."""
-        read = [len(self.tokenizer.encode(step.literal)) + self.field_tokens for step in steps]
+        lengths = [len(self.tokenizer.encode(step.literal)) + self.field_tokens for step in steps]
         spelled = [len(self.tokenizer.encode(f"{o}\n")) * len(step.options) for step in steps for o in step.options]
         scratch = max(spelled, default=0)
-        return sum(read) + _up(max(read) + 8) + scratch + 8 * len(steps)
+        return sum(lengths) + _up(max(lengths) + 8) + scratch + 8 * len(steps)
 
     def _fill_form(self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int):
         """One form of all rows that have it, step by step; (cache as it was, answers, tokens generated)."""
@@ -135,16 +135,16 @@ class DeviceRater:
                 chosen[row] + self.tokenizer.encode(steps[i].literal) if steps is not None else []
                 for row, steps in enumerate(rows)
             ]
-            read = pad_rows(texts, _up(longest(texts)), size)
+            padded = pad_rows(texts, _up(longest(texts)), size)
             if step.options:
                 spelled = [self.tokenizer.encode(f"{option}\n") for option in step.options]
-                cache, logprobs = _ask(self.lm, cache, *read, build_options(spelled))
+                cache, logprobs = _ask(self.lm, cache, *padded, build_options(spelled))
                 probabilities = np.asarray(jax.nn.softmax(logprobs, axis=-1), np.float64)
                 for row in range(len(rows)):
                     answers[row][step.name] = dict(zip(step.options, map(float, probabilities[row]), strict=True))
                     chosen[row] = spelled[int(probabilities[row].argmax())]
                 continue
-            cache, line = _write(self.lm, cache, *read, self.grammar, active, max_tokens=self.field_tokens)
+            cache, line = _write(self.lm, cache, *padded, self.grammar, active, max_tokens=self.field_tokens)
             line = jax.device_get(line)
             count += int(line.count.sum())
             for row in range(len(rows)):

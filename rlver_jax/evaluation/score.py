@@ -42,7 +42,7 @@ class JudgeMeter(Meter):
         self._done, self._tokens = self._done + work.turns, self._tokens + work.tokens
         self._show(line=time.monotonic() - self._printed > QUIET_SECONDS)
 
-    def kept(self, standing: str) -> None:
+    def saved(self, standing: str) -> None:
         """Results have been kept; `standing` says what the judgement is so far."""
         self._standing = f" · {standing}"
         self._show(line=True)
@@ -75,7 +75,7 @@ def appraised_lines(
         wanted = LazySequence(missing, lambda _, i: dialogues[i])
         for results in judge.appraise(wanted, own=own, progress=meter.work):
             work.add([_line(missing[i], dialogues[missing[i]], appraised._asdict()) for i, appraised in results])
-            meter.kept(standing(work.done))
+            meter.saved(standing(work.done))
     return work.done
 
 
@@ -170,8 +170,8 @@ def measure_record(dialogues: Sequence[Transcript]) -> dict[str, Any]:
     """What `measure_agreement` says without a judge: how far a record can be predicted without a look at the reply."""
     each = [(recorded_turns(dialogue.record), dialogue.record["profile"]) for dialogue in dialogues]
     turns, profiles = zip(*[(one, profile) for one, profile in each if len(one)], strict=True)
-    found = without_the_reply(turns, profiles)
-    return {"n": sum(map(len, turns)), "dialogues": len(turns), "without_the_reply": found}
+    baselines = without_the_reply(turns, profiles)
+    return {"n": sum(map(len, turns)), "dialogues": len(turns), "without_the_reply": baselines}
 
 
 def recorded_turns(record: Record) -> Turns:
@@ -210,35 +210,35 @@ def measure(
         relationship: what the relationship inventory is filled in from, THOUGHTS or SPEECH.
     """
     settings = rater.settings | {"forms": repr((forms.language, sorted(forms.texts.items())))}
-    said = WorkFile(folder, "measures", settings | {"relationship": relationship}, dialogues)
+    measures_work = WorkFile(folder, "measures", settings | {"relationship": relationship}, dialogues)
     of_thoughts = relationship == THOUGHTS
-    leave_out = ("relationship",) if of_thoughts else ()
+    excluded = ("relationship",) if of_thoughts else ()
 
     def measures(names: Sequence[str], answers: list[Answers]) -> Line:
         return {"measures": measures_of(names, answers, rater.name)}
 
-    _rate(rater, dialogues, lambda one: forms.ask(one, leave_out), measures, said, "forms", console)
-    works = [said]
+    _rate(rater, dialogues, lambda one: forms.ask(one, excluded), measures, measures_work, "forms", console)
+    works = [measures_work]
     if of_thoughts:
         works.append(WorkFile(folder, "thoughts", settings, dialogues))
-        keep = lambda _, answers: {"answers": answers}  # noqa: E731
-        _rate(rater, dialogues, forms.ask_of_thoughts, keep, works[1], "inner thoughts", console)
+        as_line = lambda _, answers: {"answers": answers}  # noqa: E731
+        _rate(rater, dialogues, forms.ask_of_thoughts, as_line, works[1], "inner thoughts", console)
 
-    def measured(index: int, dialogue: Transcript) -> Record:
-        measures = said.done[index]["measures"]
+    def with_measures(index: int, dialogue: Transcript) -> Record:
+        measures = measures_work.done[index]["measures"]
         return dialogue.record | {
             "measures": with_thoughts(measures, works[1].done[index]["answers"]) if of_thoughts else measures
         }
 
     used = [one for i in range(len(dialogues)) for work in works if (one := work.done[i]["remote"])]
-    return LazySequence(dialogues, measured), ({"remote": summed(used)} if used else {})
+    return LazySequence(dialogues, with_measures), ({"remote": summed(used)} if used else {})
 
 
 def _rate(
     rater: Rater,
     dialogues: Sequence[Transcript],
     ask: Callable[[Transcript], Questionnaire],
-    keep: Callable[[Sequence[str], list[Answers]], Line],
+    as_line: Callable[[Sequence[str], list[Answers]], Line],
     work: WorkFile,
     what: str,
     console: Console,
@@ -246,21 +246,21 @@ def _rate(
     """Has forms filled in about the dialogues that `work` doesn't hold yet.
 
     Args:
-        keep: what is kept of the answers to forms of these names.
+        as_line: what is kept of the answers to forms of these names.
     """
     missing = [i for i in range(len(dialogues)) if i not in work.done]
     counts = [len(ask(dialogues[i]).forms) for i in missing]
     asked = [i for i, count in zip(missing, counts, strict=True) if count]  # without a form nothing is read either
-    work.add([{"index": i} | keep([], []) | {"remote": None} for i in missing if i not in asked])
+    work.add([{"index": i} | as_line([], []) | {"remote": None} for i in missing if i not in asked])
     questionnaires = LazySequence(asked, lambda _, i: ask(dialogues[i]))
     with JudgeMeter(console, f"{rater.name}: {what}", sum(counts)) as meter:
         for results in rater.fill(questionnaires, meter.work):
             lines = []
-            for place, rated in results:
-                names = [form.name for form in questionnaires[place].forms]
-                lines.append({"index": asked[place]} | keep(names, rated.answers) | {"remote": rated.remote})
+            for position, rated in results:
+                names = [form.name for form in questionnaires[position].forms]
+                lines.append({"index": asked[position]} | as_line(names, rated.answers) | {"remote": rated.remote})
             work.add(lines)
-            meter.kept(_standing(work.done.values()))
+            meter.saved(_standing(work.done.values()))
 
 
 def _standing(lines: Iterable[Line]) -> str:

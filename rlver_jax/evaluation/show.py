@@ -61,10 +61,10 @@ def show_judges(summary: Mapping[str, Any], console: Console) -> None:
             _show_usage(name, one, console)
     if "measures" in summary:
         table = Table("measure", "mean [95 % interval]")
-        reads = f" (from {summary['measures']['settings'].get('relationship', 'speech')})"
+        source = f" (from {summary['measures']['settings'].get('relationship', 'speech')})"
         for name, one in summary["measures"].items():
             if "/" in name:
-                shown = name + reads * name.startswith("relationship/")
+                shown = name + source * name.startswith("relationship/")
                 table.add_row(shown, number_text(one["mean"], one["interval"]))
         console.print(table, highlight=False)
         table = Table("strategy that leads", "replies", "the emotion was meant to rise after", "mean change")
@@ -130,6 +130,6 @@ def _add_part(table: Table, part: str, what: str, rows: Mapping[str, Mapping[str
         table.add_row(Text(shown), *_cells(one, _FIGURES))
 
 
-def _cells(figures: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+def _cells(intervals: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     # An interval without a space is not broken where the table is narrow.
-    return [number_text(**figures[name]).replace(", ", ",") for name in names]
+    return [number_text(**intervals[name]).replace(", ", ",") for name in names]

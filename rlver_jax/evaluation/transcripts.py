@@ -140,7 +140,7 @@ class TranscriptFiles(ComputedSequence[Transcript]):
         if len(set(self.paths)) < len(self.paths):
             raise DialogueLogError(f"found a file twice in {', '.join(self.paths)}; name each once")
         self._files: list[_File] = []
-        self._places = array("q")  # file and line of each
+        self._positions = array("q")  # file and line of each
 
     def scan(self) -> Iterator[tuple[str, Transcript]]:
         """(file, dialogue) of all.
@@ -151,14 +151,14 @@ class TranscriptFiles(ComputedSequence[Transcript]):
         for index, path in enumerate(self.paths):
             self._files.append(_File(Path(path)))
             for line, one in self._files[index]:
-                self._places.extend((index, line))
+                self._positions.extend((index, line))
                 yield path, self._numbered(one, len(self) - 1)
 
     def __len__(self) -> int:
-        return len(self._places) // 2
+        return len(self._positions) // 2
 
     def _compute(self, index: int) -> Transcript:
-        file, line = self._places[2 * index : 2 * index + 2]
+        file, line = self._positions[2 * index : 2 * index + 2]
         return self._numbered(self._files[file].again(line), index)
 
     def _numbered(self, one: Transcript, number: int) -> Transcript:

@@ -163,8 +163,8 @@ def group_advantages(
     deviation = _deviation(reward, _of_many(group, "group_advantages"), counted)
     if scale:
         squares = (deviation**2).sum(1, keepdims=True)
-        of_some = lambda there: squares / _others(there)  # noqa: E731
-        std = jnp.sqrt(_if_whole(squares / (group - 1), of_some, group, counted))
+        of_subset = lambda there: squares / _others(there)  # noqa: E731
+        std = jnp.sqrt(_if_whole(squares / (group - 1), of_subset, group, counted))
         deviation = deviation / (std + eps)
     return deviation.reshape(-1)
 
@@ -221,8 +221,8 @@ def rloo(reward: Num[Array, " B"], group: int, counted: Bool[Array, " B"] | None
     """
     # R - (sum - R) / (n - 1) = (R - mean) n / (n - 1)
     deviation = _deviation(reward, _of_many(group, "rloo"), counted)
-    of_some = lambda there: deviation * (there.sum(1, keepdims=True) / _others(there))  # noqa: E731
-    return _if_whole(deviation * (group / (group - 1)), of_some, group, counted).reshape(-1)
+    of_subset = lambda there: deviation * (there.sum(1, keepdims=True) / _others(there))  # noqa: E731
+    return _if_whole(deviation * (group / (group - 1)), of_subset, group, counted).reshape(-1)
 
 
 def reinforce_pp(
@@ -273,10 +273,10 @@ def _deviation(reward: Num[Array, " B"], group: int, counted: Bool[Array, " B"] 
     size = jnp.abs(rewards).max(axis=1, keepdims=True)
     equal = spread <= _SAME * jnp.maximum(size, 1.0)
     whole = jnp.where(equal, 0.0, rewards - rewards.mean(axis=1, keepdims=True))
-    return _if_whole(whole, functools.partial(_deviation_of_some, rewards), group, counted)
+    return _if_whole(whole, functools.partial(_deviation_of_subset, rewards), group, counted)
 
 
-def _deviation_of_some(rewards: Float[Array, "G n"], there: Bool[Array, "G n"]) -> Float[Array, "G n"]:
+def _deviation_of_subset(rewards: Float[Array, "G n"], there: Bool[Array, "G n"]) -> Float[Array, "G n"]:
     known = zero_outside(rewards, there)
     spread = jnp.where(there, rewards, -jnp.inf).max(1, keepdims=True)
     spread -= jnp.where(there, rewards, jnp.inf).min(1, keepdims=True)  # -inf where none is there
@@ -291,13 +291,13 @@ def _others(there: Bool[Array, "G n"]) -> Int[Array, "G 1"]:
 
 
 def _if_whole(
-    whole: Float[Array, "G _"], of_some: Callable, group: int, counted: Bool[Array, " B"] | None
+    whole: Float[Array, "G _"], of_subset: Callable, group: int, counted: Bool[Array, " B"] | None
 ) -> Float[Array, "G _"]:
-    """`whole` for groups of which all are counted, to the bit; for the others `of_some` of who is ([G, n])."""
+    """`whole` for groups of which all are counted, to the bit; for the others `of_subset` of who is ([G, n])."""
     if counted is None:
         return whole
     there = counted.reshape(-1, group)
-    return jnp.where(there.all(1, keepdims=True), whole, of_some(there))
+    return jnp.where(there.all(1, keepdims=True), whole, of_subset(there))
 
 
 def _gae(config: AdvantageConfig, inputs: EstimatorInputs) -> Advantages:

@@ -29,7 +29,7 @@ class RowAssignment:
 
     row: Any  # int32 [*u, N]
     start: Any  # int32 [*u, N]
-    reads: Any  # int32 [*u], those that hold any dialogue
+    microbatches: Any  # int32 [*u], those that hold any dialogue
 
 
 @flax.struct.dataclass
@@ -54,7 +54,7 @@ class SharedRows(PackedBatch):
 
 
 def plan_packing(
-    lengths: np.ndarray, orders: np.ndarray, ladder: Sequence[int], width: int, most: float
+    lengths: np.ndarray, minibatches: np.ndarray, ladder: Sequence[int], width: int, most: float
 ) -> tuple[int, PackingPlan]:
     """How to read a batch, on the host: in the shortest rows with little padding, since long ones cost attention.
 
@@ -71,29 +71,29 @@ def plan_packing(
     Raises:
         ValueError: a dialogue is longer than any row.
     """
-    length, updates = _choose_length(lengths, list(orders), ladder, width, most)
+    length, updates = _choose_length(lengths, list(minibatches), ladder, width, most)
     return length, PackingPlan(assign_rows(lengths, length, width), jax.tree.map(lambda *x: np.stack(x), *updates))
 
 
 def plan_turns(
-    lengths: np.ndarray, orders: Sequence[np.ndarray], number: int, ladder: Sequence[int], width: int, most: float
+    lengths: np.ndarray, minibatches: Sequence[np.ndarray], number: int, ladder: Sequence[int], width: int, most: float
 ) -> tuple[int, PackingPlan]:
-    """As `plan_packing`, with updates of as many dialogues as `orders` has of each, for a program of `number` updates.
+    """As `plan_packing`, with updates of as many dialogues as each minibatch has, for a program of `number` updates.
 
     Raises:
         ValueError: as `plan_packing`; or there are more updates than that.
     """
-    if len(orders) > number:
-        raise ValueError(f"{len(orders)} updates, but the step is compiled for {number}")
-    length, found = _choose_length(lengths, orders, ladder, width, most)
+    if len(minibatches) > number:
+        raise ValueError(f"{len(minibatches)} updates, but the step is compiled for {number}")
+    length, assignments = _choose_length(lengths, minibatches, ladder, width, most)
     shape = (number, len(lengths))
     row, start = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    reads, members = np.zeros(number, np.int32), np.zeros(shape, bool)
-    for i, (dialogues, assignment) in enumerate(zip(orders, found, strict=True)):
+    microbatches, members = np.zeros(number, np.int32), np.zeros(shape, bool)
+    for i, (dialogues, assignment) in enumerate(zip(minibatches, assignments, strict=True)):
         row[i, dialogues], start[i, dialogues] = assignment.row, assignment.start
-        reads[i], members[i, dialogues] = assignment.reads, True
-    updates = RowAssignment(row, start, reads)
-    return length, PackingPlan(assign_rows(lengths, length, width), updates, members, np.int32(len(orders)))
+        microbatches[i], members[i, dialogues] = assignment.microbatches, True
+    updates = RowAssignment(row, start, microbatches)
+    return length, PackingPlan(assign_rows(lengths, length, width), updates, members, np.int32(len(minibatches)))
 
 
 def group_by_turns(turns: np.ndarray, per_update: int) -> list[np.ndarray]:
@@ -107,18 +107,18 @@ def group_by_turns(turns: np.ndarray, per_update: int) -> list[np.ndarray]:
 
 
 def _choose_length(
-    lengths: np.ndarray, orders: Sequence[np.ndarray], ladder: Sequence[int], width: int, most: float
+    lengths: np.ndarray, minibatches: Sequence[np.ndarray], ladder: Sequence[int], width: int, most: float
 ) -> tuple[int, list[RowAssignment]]:
     """The length of rows, and the assignment of each update's dialogues to them."""
     if lengths.max() > ladder[-1]:
         raise ValueError(f"a dialogue has {lengths.max()} tokens, but rows have at most {ladder[-1]}")
-    tokens = sum(int(lengths[order].sum()) for order in orders)
+    tokens = sum(int(lengths[order].sum()) for order in minibatches)
     best: tuple[float, int, list[RowAssignment]] | None = None
     for length in ladder:
         if length < lengths.max():
             continue
-        updates = [assign_rows(lengths[order], length, width) for order in orders]
-        padding = 1 - tokens / (sum(int(assignment.reads) for assignment in updates) * width * length)
+        updates = [assign_rows(lengths[order], length, width) for order in minibatches]
+        padding = 1 - tokens / (sum(int(assignment.microbatches) for assignment in updates) * width * length)
         if best is None or padding < best[0]:
             best = (padding, length, updates)
         if padding <= most:
@@ -145,13 +145,13 @@ def assign_rows(lengths: np.ndarray, length: int, width: int) -> RowAssignment:
     order = np.argsort(-lengths, kind="stable")
     packed = _fill(lengths, order, length, len(lengths), evenly=False)
     assert packed is not None, "a row for each would do"
-    reads = max(-(-(int(packed[0].max(initial=0)) + 1) // width), 1)
-    for fewer in range(max(-(-int(lengths.sum()) // (length * width)), 1), reads + 1):
+    microbatches = max(-(-(int(packed[0].max(initial=0)) + 1) // width), 1)
+    for fewer in range(max(-(-int(lengths.sum()) // (length * width)), 1), microbatches + 1):
         even = _fill(lengths, order, length, fewer * width, evenly=True)
         if even is not None:
-            packed, reads = even, fewer
+            packed, microbatches = even, fewer
             break
-    return RowAssignment(*packed, np.int32(reads))
+    return RowAssignment(*packed, np.int32(microbatches))
 
 
 def _fill(
@@ -213,9 +213,9 @@ class _Source:
     def of(cls, assignment: RowAssignment, count: Int[Array, " N"], length: int, width: int) -> "_Source":
         """By marking where dialogues begin."""
         number = count.shape[0]
-        reads = -(-number // width)
-        row = jnp.where(count > 0, assignment.row, reads * width)  # an empty dialogue begins nowhere
-        begins = jnp.zeros((reads * width, length), jnp.int32)
+        microbatches = -(-number // width)
+        row = jnp.where(count > 0, assignment.row, microbatches * width)  # an empty dialogue begins nowhere
+        begins = jnp.zeros((microbatches * width, length), jnp.int32)
         begins = begins.at[row, assignment.start].set(jnp.arange(1, number + 1), mode="drop")
         here = jnp.arange(length)
         first = jax.lax.cummax(jnp.where(begins > 0, here, 0), axis=1)
@@ -224,7 +224,7 @@ class _Source:
         filled = inside.sum(1, dtype=jnp.int32)
         index = jnp.where(inside, dialogue * length + here - first, 0)
         segment = jnp.where(inside, first, filled[:, None])
-        fold = lambda x: _spread(x.reshape(reads, width, *x.shape[1:]))  # noqa: E731
+        fold = lambda x: _spread(x.reshape(microbatches, width, *x.shape[1:]))  # noqa: E731
         return cls(fold(index), fold(inside), fold(segment), fold(filled))
 
     def take(self, x: Array) -> Array:

@@ -101,7 +101,7 @@ def _segments(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -
     d, branched = dialogues, tables.branched
     batch, turns = d.turns.shape[0], spec.max_turns
     played = jnp.arange(turns) < d.turns[:, None]
-    reply = d.policy.said
+    reply = d.policy.completion
     heard, heard_count = _heard(d)
 
     def constant(tokens: Array, where: Array = played, branched: bool = False) -> _Segment:
@@ -112,7 +112,7 @@ def _segments(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -
     followed = played & (jnp.arange(turns) + 1 < d.turns[:, None])
     by_row = lambda x: jnp.moveaxis(x, 0, 1)  # noqa: E731
     # Of a branch, the last token is predicted but never read; without branches the text is also the history.
-    read = jnp.maximum(reply.count - 1, 0) if branched else reply.text_count
+    text_count = jnp.maximum(reply.count - 1, 0) if branched else reply.text_count
     return [
         constant(tables.close, later),
         constant(tables.open_user),
@@ -120,7 +120,7 @@ def _segments(dialogues: Dialogues, tables: PolicyTables, spec: RolloutConfig) -
         constant(tables.close),
         constant(tables.open_assistant),
         constant(tables.think_open, branched=branched),
-        _Segment(by_row(reply.tokens), by_row(read) * played, branched=branched),
+        _Segment(by_row(reply.tokens), by_row(text_count) * played, branched=branched),
         _Segment(by_row(d.policy.say), by_row(d.policy.say_count) * (followed & branched)),
     ]
 
@@ -164,7 +164,7 @@ def _actions(
     length: int,
 ) -> dict[str, Array]:
     """The fields of the actions, each at the position before its token's."""
-    reply = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), dialogues.policy.said)
+    reply = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), dialogues.policy.completion)
     batch, turns, width = reply.tokens.shape
     step = jnp.arange(width)
     drawn = (step < reply.count[:, :, None]) & (jnp.arange(turns) < dialogues.turns[:, None])[:, :, None]

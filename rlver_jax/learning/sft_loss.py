@@ -127,6 +127,6 @@ def measure(
     if options is None:
         return sums, jnp.zeros((*first.shape, 0), jnp.float32)
     contexts = jnp.maximum(first[:, :, None] + options.contexts - 1, 0).reshape(first.shape[0], -1)
-    read = jnp.take_along_axis(hidden, contexts[:, :, None], axis=1)
-    read = read.reshape(-1, options.contexts.shape[0], read.shape[-1])
-    return sums, score_options(LM(params, of.model), options, read).reshape(*first.shape, -1)
+    context_hidden = jnp.take_along_axis(hidden, contexts[:, :, None], axis=1)
+    context_hidden = context_hidden.reshape(-1, options.contexts.shape[0], context_hidden.shape[-1])
+    return sums, score_options(LM(params, of.model), options, context_hidden).reshape(*first.shape, -1)

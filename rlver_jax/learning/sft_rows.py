@@ -84,7 +84,7 @@ def pack_rows(
     examples: Sequence[Example], assignment: RowAssignment, length: int, width: int, capacity: Capacity
 ) -> tuple[Rows, Choices]:
     """Examples in shared rows, [reads, width, …], as `packing.assign_rows` lays them out."""
-    count = int(assignment.reads) * width
+    count = int(assignment.microbatches) * width
     whole = {name: np.zeros((count, length), np.int32) for name in ("tokens", "positions", "branch", "segment")}
     listed = {name: np.zeros((count, capacity.targets_in(length)), np.int32) for name in ("at", "target", "field")}
     listed["share"] = np.zeros((count, capacity.targets_in(length)), np.float32)

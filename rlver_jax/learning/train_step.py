@@ -193,8 +193,8 @@ def _batch_metrics(inputs: LossInputs, recomputed: bool) -> dict[str, Array]:
         "tokens/packed": inputs.batch.count.sum().astype(jnp.float32),
     }
     if recomputed:
-        apart = loss_terms.kl_penalty(inputs.batch.logprob, inputs.old, mask, estimator="k3")
-        metrics["policy/rollout_kl"] = masked_mean(apart, mask)  # from the policy that played to the trainer's
+        divergence = loss_terms.kl_penalty(inputs.batch.logprob, inputs.old, mask, estimator="k3")
+        metrics["policy/rollout_kl"] = masked_mean(divergence, mask)  # from the policy that played to the trainer's
     if inputs.value is not None and inputs.returns is not None:
         unexplained = masked_var(inputs.returns - inputs.value, mask)
         spread = masked_var(inputs.returns, mask)
@@ -316,8 +316,8 @@ def apply_gradient(optimizer, gradient: Params, opt_state: Any, params: Params, 
     """The optimizer's step, or everything as it was where it is not wanted."""
     updates, new_state = optimizer.update(gradient, opt_state, params)
     new_params = optax.apply_updates(params, updates)
-    keep = lambda new, old: jnp.where(wanted, new, old)  # noqa: E731
-    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_state, opt_state)
+    select = lambda new, old: jnp.where(wanted, new, old)  # noqa: E731
+    return jax.tree.map(select, new_params, params), jax.tree.map(select, new_state, opt_state)
 
 
 @jax.named_scope("moved")
@@ -343,14 +343,14 @@ def _microbatches(
     """Microbatches along axis 0, and how many of them hold anything; None: all."""
     if assignment is None:
         return _split(tree, number), None
-    return pack(tree, assignment, batch.count, parts("batch")), assignment.reads
+    return pack(tree, assignment, batch.count, parts("batch")), assignment.microbatches
 
 
 def _of_parts(function: Callable, batch: PackedBatch, number: int, plan: PackingPlan | None) -> Any:
     """A function of tokens, a microbatch at a time; arrays [B, L]."""
     assignment = None if plan is None else plan.whole
-    microbatches, reads = _microbatches(batch, batch, number, assignment)
-    _, outputs = _loop(lambda _, part: (None, function(part)), None, microbatches, reads)
+    microbatches, used = _microbatches(batch, batch, number, assignment)
+    _, outputs = _loop(lambda _, part: (None, function(part)), None, microbatches, used)
     return _merge(outputs) if assignment is None else unpack(outputs, assignment, batch.count)
 
 

@@ -116,8 +116,8 @@ class People:
         if len(texts) == 2 and texts[1].strip() in self._cues:
             return Asked(person, style, [], "", [], [])
         for form in self._forms:
-            if found := _dialogue(form, texts):
-                return Asked(person, style, *found)
+            if parsed := _dialogue(form, texts):
+                return Asked(person, style, *parsed)
         raise NotOfThisWorld(
             "the last message asks for none of the simulated user's forms; send what evaluate or train sends for "
             "remote.user with the package's own prompts"

@@ -133,13 +133,13 @@ def held_out_dialogues(out: Path, workdir: Path) -> list[Record]:
     return evaluation.load(config, evaluation.chosen_profiles(config), policy_weights=trained.weights).play_all()
 
 
-def show(measured: dict[str, Any], strangers: Sequence[str], console: Console) -> int:
+def show(quality: dict[str, Any], strangers: Sequence[str], console: Console) -> int:
     """Prints measurements and gates; returns the exit status."""
-    console.print(json.dumps({k: v for k, v in measured.items() if k != "attacks"}, indent=1), highlight=False)
-    console.print(check.table(measured))
+    console.print(json.dumps({k: v for k, v in quality.items() if k != "attacks"}, indent=1), highlight=False)
+    console.print(check.table(quality))
     for name in strangers:
         console.print(f"{name}: is not the file that the manifest names", markup=False, highlight=False)
-    return 0 if all(gate.holds for gate in check.gates(measured)) and not strangers else 1
+    return 0 if all(gate.holds for gate in check.gates(quality)) and not strangers else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,12 +160,12 @@ def _build(command: Command, argv: Sequence[str]) -> int:
         steps = Steps(*(int(options[f"{field}_steps"].value or 0) for field in Steps._fields))
         build(folder, steps, command.console)
     with command.console.status("measuring"):
-        measured = check.measure(folder)
+        quality = check.measure(folder)
     if not options.check:
-        assets.write_manifest(folder, {"steps": steps._asdict(), "quality": measured})
+        assets.write_manifest(folder, {"steps": steps._asdict(), "quality": quality})
     if options.json:
-        write_json(Path(options.json), measured)
-    return show(measured, strangers, command.console)
+        write_json(Path(options.json), quality)
+    return show(quality, strangers, command.console)
 
 
 def _arguments(argv: Sequence[str]) -> flags.FlagValues:

@@ -61,11 +61,11 @@ class JudgedReply(NamedTuple):
 
 def judge_replies(person: Person, dialogue: JudgedDialogue) -> list[JudgedReply]:
     """Every reply of a dialogue that the user appraised."""
-    judged = []
+    judged_replies = []
     for turn, judged_change in enumerate(dialogue.changes):
         verdict = rule.judge(person, dialogue.replies[turn], dialogue.replies[:turn], dialogue.heard[turn])
-        judged.append(JudgedReply(rule.terms(person, verdict), verdict.change, judged_change))
-    return judged
+        judged_replies.append(JudgedReply(rule.terms(person, verdict), verdict.change, judged_change))
+    return judged_replies
 
 
 def agreement(dialogues: Iterable[tuple[Person, JudgedDialogue]]) -> dict[str, Any]:
@@ -101,15 +101,15 @@ def measure(folder: Path) -> dict[str, Any]:
     played = evaluation.load(config, profiles, gold=gold_judge(config))
     records, tokenizer = played.play_all(), played.agents.tokenizer
     scores = played.scores(records)
-    measured: dict[str, Any] = {
+    quality: dict[str, Any] = {
         "base": {name: round(scores[name], 2) for name in ("score", "rule_score", "turns_mean")},
         "agreement_base": agreement((people[record["profile"]], judged_dialogue(record)) for record in records),
         "readable": {role: round(readable_share(records, tokenizer, role), 4) for role in ("assistant", "user")},
     }
     if (folder / assets.TRAINED).exists():
-        measured["agreement_trained"] = agreement(replayed(played, read_replies(folder / assets.TRAINED)))
-    measured["attacks"] = {name: round(attacked(played, attack), 2) for name, attack in ATTACKS.items()}
-    return measured
+        quality["agreement_trained"] = agreement(replayed(played, read_replies(folder / assets.TRAINED)))
+    quality["attacks"] = {name: round(attacked(played, attack), 2) for name, attack in ATTACKS.items()}
+    return quality
 
 
 def replayed(played: evaluation.Evaluation, replies: dict[str, list[str]]) -> list[tuple[Person, JudgedDialogue]]:
@@ -119,8 +119,8 @@ def replayed(played: evaluation.Evaluation, replies: dict[str, list[str]]) -> li
     reply = lambda i, turn, heard: scripts[i][turn] if turn < len(scripts[i]) else None  # noqa: E731
     dialogues = play_scripted(played.agents, profiles, played.limits, reply)
     people = [Person.of(profile) for profile in profiles]
-    judged = [JudgedDialogue(d.replies, d.answers[: len(d.replies)], d.changes) for d in dialogues]
-    return list(zip(people, judged, strict=True))
+    judged_dialogues = [JudgedDialogue(d.replies, d.answers[: len(d.replies)], d.changes) for d in dialogues]
+    return list(zip(people, judged_dialogues, strict=True))
 
 
 def attacked(played: evaluation.Evaluation, attack: Attack) -> float:
@@ -158,22 +158,22 @@ class Gate(NamedTuple):
         return self.value >= self.bound if self.relation == ">=" else self.value < self.bound
 
 
-def gates(measured: dict[str, Any]) -> list[Gate]:
+def gates(quality: dict[str, Any]) -> list[Gate]:
     """The bounds that a miniature must keep to before it is shipped."""
-    bounds = [Gate("spearman, base policy", measured["agreement_base"]["spearman"], ">=", SPEARMAN_BASE)]
-    if "agreement_trained" in measured:
-        spearman = measured["agreement_trained"]["spearman"]
+    bounds = [Gate("spearman, base policy", quality["agreement_base"]["spearman"], ">=", SPEARMAN_BASE)]
+    if "agreement_trained" in quality:
+        spearman = quality["agreement_trained"]["spearman"]
         bounds.append(Gate("spearman, trained policy", spearman, ">=", SPEARMAN_TRAINED))
     for role, who in (("assistant", "policy"), ("user", "user")):
-        bounds.append(Gate(f"readable messages of the {who}", measured["readable"][role], ">=", READABLE))
-    bound = measured["base"]["score"] + MARGIN
-    return bounds + [Gate(f"attack: {name}", score, "<", bound) for name, score in measured["attacks"].items()]
+        bounds.append(Gate(f"readable messages of the {who}", quality["readable"][role], ">=", READABLE))
+    bound = quality["base"]["score"] + MARGIN
+    return bounds + [Gate(f"attack: {name}", score, "<", bound) for name, score in quality["attacks"].items()]
 
 
-def table(measured: dict[str, Any]) -> Table:
+def table(quality: dict[str, Any]) -> Table:
     """The gates as a person reads them."""
     result = Table("gate", "measured", "", "bound", "holds")
-    for gate in gates(measured):
+    for gate in gates(quality):
         cells = f"{gate.value:.3f}", gate.relation, f"{gate.bound:.3f}", "yes" if gate.holds else "NO"
         result.add_row(gate.name, *cells)
     return result

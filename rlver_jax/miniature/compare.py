@@ -45,11 +45,11 @@ def outcome(workdir: Path) -> Outcome:
     """
     run = RunFolder(workdir)
     config, metrics = run.config(), read_metrics(run.metrics)
-    judged = [row for row in metrics if USER in row and RULE in row]
-    if len(judged) < 2:
-        raise ConfigError(f"{workdir}: found {len(judged)} evaluations by user and rule, expected two or more")
+    rows = [row for row in metrics if USER in row and RULE in row]
+    if len(rows) < 2:
+        raise ConfigError(f"{workdir}: found {len(rows)} evaluations by user and rule, expected two or more")
     minutes = sum(row.get("time/rollout_s", 0.0) + row.get("time/update_s", 0.0) for row in metrics) / 60
-    user, rule = ((judged[0][name], judged[-1][name]) for name in (USER, RULE))
+    user, rule = ((rows[0][name], rows[-1][name]) for name in (USER, RULE))
     return Outcome(kind_of(config), config["train.seed"], user, rule, minutes)
 
 

@@ -43,11 +43,11 @@ def _run(command: Command, argv: Sequence[str]) -> int:
 
 def _arguments(argv: Sequence[str]) -> flags.FlagValues:
     def define(values: flags.FlagValues) -> None:
-        given: dict[str, Any] = {"flag_values": values}
-        flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **given)
-        flags.DEFINE_integer("port", 8100, "port to listen on; 0: any free one", 0, 65535, **given)
-        flags.DEFINE_float("latency", 0.0, "before every answer, in milliseconds", 0.0, 600_000.0, **given)
-        flags.DEFINE_float("fail", 0.0, "share of attempts that are answered with status 503", 0.0, 1.0, **given)
+        options: dict[str, Any] = {"flag_values": values}
+        flags.DEFINE_string("host", "127.0.0.1", "address to listen on", **options)
+        flags.DEFINE_integer("port", 8100, "port to listen on; 0: any free one", 0, 65535, **options)
+        flags.DEFINE_float("latency", 0.0, "before every answer, in milliseconds", 0.0, 600_000.0, **options)
+        flags.DEFINE_float("fail", 0.0, "share of attempts that are answered with status 503", 0.0, 1.0, **options)
 
     options, rest = parse_flags(argv, __doc__, define)
     if rest:

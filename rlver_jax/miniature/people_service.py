@@ -105,10 +105,14 @@ class PeopleService:
             text = self.people.answer(messages, random.Random(key))
         except NotOfThisWorld as error:
             raise ProtocolError(400, str(error), param="messages") from None
-        read = sum(len(message["content"].split()) for message in messages)
-        said = len(text.split())
+        prompt_tokens = sum(len(message["content"].split()) for message in messages)
+        completion_tokens = len(text.split())
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
         head = {"id": f"chatcmpl-{key.hex()[:24]}", "object": "chat.completion", "created": 0, "model": MODEL}
         return key, head | {"choices": [choice], "usage": usage}
 

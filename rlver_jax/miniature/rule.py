@@ -158,8 +158,8 @@ def appraisal(person: Person, verdict: Verdict) -> dict[str, str]:
         return {"heard": _FAULT_TEXTS[verdict.kind], "wish": wish, "feeling": "So it is no help at all."}
     names = " and ".join(f"my {name}" if name in WHO else f"the {name}" for name in verdict.mentions)
     word, *earlier = verdict.words
-    said = f"{word} beside {' and '.join(earlier) or NOTHING}{' again' * verdict.again}"
-    heard = f"They gave {STYLES[verdict.kind]} about {names or NOTHING}: {said}."
+    phrase = f"{word} beside {' and '.join(earlier) or NOTHING}{' again' * verdict.again}"
+    heard = f"They gave {STYLES[verdict.kind]} about {names or NOTHING}: {phrase}."
     wish += f": {_beside_own(person.topic, verdict.mentions)}."
     topic = {"right": "and my topic", "wrong": "but not my topic", "none": "without a topic"}
     feeling = f"{FEELINGS[_level(person, verdict.kind)]} {topic[topic_of(person.topic, verdict.mentions)]}"

@@ -135,17 +135,17 @@ def _unread(q: Float[Array, "B K R Q hd"]) -> _Softmax:
 def _over_prefix(q: Array, prefix: PrefixKeys) -> _Softmax:
     """Over the prefix of each row: the queries of the rows that share one stand together, as those of one row."""
     rows, kv_heads = prefix.k.shape[:2]
-    together = grouped(q.reshape(rows, -1, *q.shape[2:]), kv_heads)
+    folded = grouped(q.reshape(rows, -1, *q.shape[2:]), kv_heads)
     length = prefix.length[:, None, None]
     seen = lambda first, size: first + jnp.arange(size) < length  # noqa: E731
     k, v = (x.astype(q.dtype) for x in (prefix.k, prefix.v))
-    found = _in_blocks(together, k, v, seen, prefix.length.max(), _unread(together))
+    parts = _in_blocks(folded, k, v, seen, prefix.length.max(), _unread(folded))
 
-    def apart(x: Array) -> Array:
+    def unfold(x: Array) -> Array:
         x = x.reshape(*x.shape[:3], -1, q.shape[1], *x.shape[4:])
         return jnp.moveaxis(x, 3, 1).reshape(q.shape[0], kv_heads, -1, q.shape[1], *x.shape[5:])
 
-    return _Softmax(*map(apart, found))
+    return _Softmax(*map(unfold, parts))
 
 
 def _in_blocks(
@@ -163,9 +163,9 @@ def _in_blocks(
         highest, total, out = softmax
         first = jnp.minimum(i * size, slots - size)  # the last block begins earlier, where `size` doesn't divide
         keys, values = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
-        found = scores(q, keys, seen(first, size) & (first + jnp.arange(size) >= i * size))
-        new = jnp.maximum(highest, found.max(axis=-1))
-        weights, decay = jnp.exp(found - new[..., None]), jnp.exp(highest - new)
+        block_scores = scores(q, keys, seen(first, size) & (first + jnp.arange(size) >= i * size))
+        new = jnp.maximum(highest, block_scores.max(axis=-1))
+        weights, decay = jnp.exp(block_scores - new[..., None]), jnp.exp(highest - new)
         return _Softmax(new, total * decay + weights.sum(axis=-1), out * decay[..., None] + weighted(weights, values))
 
     return jax.lax.fori_loop(0, -(-filled // size), block, before)

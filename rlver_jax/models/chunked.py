@@ -117,9 +117,9 @@ def _forward(chunk: int, q: Array, k: Array, v: Array, labels: _Labels) -> tuple
 
         def one(piece: tuple[Array, Array], part=part, keys=keys, values=values) -> tuple[Array, Array]:
             number, q = piece
-            found = scores(q, keys, part.seen(labels, number))
-            highest = found.max(axis=-1)
-            weights = jnp.exp(found - highest[..., None])
+            part_scores = scores(q, keys, part.seen(labels, number))
+            highest = part_scores.max(axis=-1)
+            weights = jnp.exp(part_scores - highest[..., None])
             total = weights.sum(axis=-1)
             out = weighted(weights, values) / total[..., None]
             return out, highest + jnp.log(total)
@@ -164,8 +164,8 @@ def _backward(chunk: int, saved: tuple, cotangent: Array) -> tuple[Array, Array,
 
 def _pulled(x: Float[Array, "B K R Q hd"], weights: Float[Array, "B K R Q C"]) -> Float[Array, "B K hd C"]:
     """What the keys of weights have from the queries' side, transposed: so the small operand is, not the large one."""
-    together = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731
-    return contract("bkdn,bknc->bkdc", together(x).swapaxes(2, 3), together(weights))
+    flatten_groups = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731
+    return contract("bkdn,bknc->bkdc", flatten_groups(x).swapaxes(2, 3), flatten_groups(weights))
 
 
 _rows.defvjp(_forward, _backward)

@@ -58,15 +58,15 @@ def _abstract_adapter(model: Qwen2, lora: LoRA) -> tuple[Params, Params]:
         )
 
     def walk(shapes: Params, axes: Params) -> tuple[Params, Params]:
-        found: tuple[Params, Params] = {}, {}
+        halves: tuple[Params, Params] = {}, {}
         for name, tree in shapes.items():
             if not isinstance(tree, dict):
                 continue
             target = name in lora.targets and "kernel" in tree
             both = pair(tree["kernel"], axes[name]["kernel"]) if target else walk(tree, axes[name])
-            for whole, part in zip(found, both, strict=True):
+            for whole, part in zip(halves, both, strict=True):
                 whole.update({name: part} if part else {})
-        return found
+        return halves
 
     return walk(*abstract_params(model))
 
@@ -169,7 +169,7 @@ def merged(params: Params) -> Params:
     if LORA_A not in params:
         return {name: merged(tree) if isinstance(tree, dict) else tree for name, tree in params.items()}
     kernel, a, b = (params[name] for name in ("kernel", LORA_A, LORA_B))
-    wide = accum_dtype(a.dtype)
-    update = jnp.einsum("...ir,...ro->...io", a.astype(wide), b.astype(wide), **matmul_options(wide))
+    dtype = accum_dtype(a.dtype)
+    update = jnp.einsum("...ir,...ro->...io", a.astype(dtype), b.astype(dtype), **matmul_options(dtype))
     rest = {name: x for name, x in params.items() if name not in (LORA_A, LORA_B)}
-    return rest | {"kernel": kernel.astype(wide) + update}
+    return rest | {"kernel": kernel.astype(dtype) + update}

@@ -77,15 +77,15 @@ def save_adapter(
 
 def _tensors(adapter: Params, config: Qwen2Config, lora: LoRA, dtype: DTypeLike) -> dict[str, np.ndarray]:
     layers = unstack_layers(adapter) if "layers" in adapter else adapter
-    found = {}
+    tensors = {}
     for i in range(config.num_layers):
         for path, module in module_names(config, lora).items():
             factors: Any = layers[f"layer_{i}"]
             for name in path.split("/"):
                 factors = factors[name]
             for ours in _FACTORS:
-                found[_name(i, module, ours)] = np.ascontiguousarray(np.asarray(factors[ours]).T.astype(dtype))
-    return found
+                tensors[_name(i, module, ours)] = np.ascontiguousarray(np.asarray(factors[ours]).T.astype(dtype))
+    return tensors
 
 
 def _settings(config: Qwen2Config, lora: LoRA, base: str) -> dict[str, Any]:
@@ -167,10 +167,10 @@ def _lora_of(file: Path, settings: dict[str, Any], config: Qwen2Config, tensors:
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
         raise AdapterError(f"{file}: r={rank!r} and lora_alpha={alpha!r}; expected a rank above 0, and a number")
     every = LoRA(rank, float(alpha), rank_stabilized=bool(settings.get("use_rslora")))
-    found = [path for path, module in module_names(config, every).items() if _name(0, module, LORA_A) in tensors]
-    if not found:
+    paths = [path for path, module in module_names(config, every).items() if _name(0, module, LORA_A) in tensors]
+    if not paths:
         raise AdapterError(f"{file.parent}: holds nothing for {_name(0, 'self_attn.q_proj', LORA_A)} and the like")
-    names = {path.split("/")[-1] for path in found}
+    names = {path.split("/")[-1] for path in paths}
     return dataclasses.replace(every, targets=tuple(name for name in TARGETS if name in names))
 
 

@@ -56,12 +56,12 @@ def _with_rounded(tree: Any, one: Callable[[Array, Any], tuple[Array, Array]], s
     return tree | {"kernel": kernel, "scale": scale}
 
 
-def _rounded_and_freed(wide: Array, shardings: Any) -> tuple[Array, Array]:
+def _rounded_and_freed(unrounded: Array, shardings: Any) -> tuple[Array, Array]:
     out_shardings = None if shardings is None else (shardings["kernel"], shardings["scale"])
     # A donation would do nothing: no result has the size of what is given. Deleted before it has been read, it would
     # live on until then, and the next matrices' results be allocated meanwhile.
-    kernel, scale = jax.block_until_ready(_program(out_shardings)(wide))
-    wide.delete()
+    kernel, scale = jax.block_until_ready(_program(out_shardings)(unrounded))
+    unrounded.delete()
     return kernel, scale
 
 
@@ -72,7 +72,7 @@ def _program(out_shardings: Any) -> Any:
 
 def _rounded(kernel: Float[Array, "*L I O"]) -> tuple[Int8[Array, "*L I O"], Float[Array, "*L O"]]:
     """A matrix, or one for each layer, in steps of its columns, and their size."""
-    wide = kernel.astype(jnp.float32)
-    largest = jnp.abs(wide).max(axis=-2, keepdims=True)
+    upcast = kernel.astype(jnp.float32)
+    largest = jnp.abs(upcast).max(axis=-2, keepdims=True)
     scale = jnp.where(largest > 0, largest / STEPS, 1)
-    return jnp.round(wide / scale).astype(jnp.int8), scale.squeeze(-2)
+    return jnp.round(upcast / scale).astype(jnp.int8), scale.squeeze(-2)

@@ -81,9 +81,9 @@ def splash_attention(
         _check_division(q, k)
         mesh = jax.sharding.get_abstract_mesh()
         batch = rules.axes_on(mesh, "batch")
-        heads = PartitionSpec(batch, rules.axes_on(mesh, "heads"))
-        in_specs = (PartitionSpec(batch), heads, heads, heads)
-        attend = jax.shard_map(attend, in_specs=in_specs, out_specs=heads, check_vma=False)
+        by_head = PartitionSpec(batch, rules.axes_on(mesh, "heads"))
+        in_specs = (PartitionSpec(batch), by_head, by_head, by_head)
+        attend = jax.shard_map(attend, in_specs=in_specs, out_specs=by_head, check_vma=False)
     return attend(blocks, *inputs)[:, :, :length].swapaxes(1, 2)
 
 

@@ -52,9 +52,9 @@ def _compared(name: str, here: list[dict[str, float]], there: list[dict[str, flo
 
 def _figures(suite: str, module: str, checkout: Path | None) -> dict[str, float]:
     """Times and rates of one run of a suite. `step` also measures checkouts that are older than the suite itself."""
-    found = importlib.import_module(f"rlver_jax.perf.{module}")
-    if hasattr(found, "figures"):
-        return found.figures(checkout)
+    bench = importlib.import_module(f"rlver_jax.perf.{module}")
+    if hasattr(bench, "figures"):
+        return bench.figures(checkout)
     with tempfile.TemporaryDirectory(prefix="rlver_jax_bench_") as folder:
         file = Path(folder) / "results.json"
         run_in(checkout, ["rlver_jax.bench", suite, "--repeats=1", f"--json={file}"])

@@ -27,10 +27,10 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory(prefix="rlver_jax_bench_") as folder:
-            for name, measured in starts.items():
+            for name, timings in starts.items():
                 tell(f"a {name} start, {repeat + 1} of {repeats}")
-                measured.append(_start(Path(folder), name))
-    return {"ways": {name: _medians(measured) | {"all": measured} for name, measured in starts.items()}}
+                timings.append(_start(Path(folder), name))
+    return {"ways": {name: _medians(timings) | {"all": timings} for name, timings in starts.items()}}
 
 
 def lines(results: dict[str, Any]) -> list[str]:

@@ -30,10 +30,10 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
     dialogues, rows = DIALOGUES, ROWS
     tell("loading the models")
     refill = _evaluation(dialogues, rows)
-    waiting, wide = (
+    waiting, wide_batch = (
         dataclasses.replace(refill, batch=batch, agents=_on_all_rows(refill)) for batch in (rows, dialogues)
     )
-    evaluations = {"refill": refill, "waiting": waiting, "wide": wide}
+    evaluations = {"refill": refill, "waiting": waiting, "wide": wide_batch}
     ways = {name: _player(evaluation, dialogues) for name, evaluation in evaluations.items()}
     compiled, played = {}, {}
     for name, play in ways.items():
@@ -42,14 +42,14 @@ def measure(repeats: int, tell: Tell) -> dict[str, Any]:
         played[name] = jax.device_get(play())
         compiled[name] = time.perf_counter() - began
     seconds = alternate(ways, repeats, tell)
-    measured = {name: _results(e, played[name], seconds[name], compiled[name]) for name, e in evaluations.items()}
+    results = {name: _results(e, played[name], seconds[name], compiled[name]) for name, e in evaluations.items()}
     turns = np.concatenate([d.turns for d in played["refill"]])
     return {
         "dialogues": dialogues,
         "rows": rows,
         "turns": {str(n): int((turns == n).sum()) for n in range(1, TURNS + 1)},
         "same": {name: _same(played[name], played["refill"]) for name in ways},
-        "ways": measured,
+        "ways": results,
         "refill_over_waiting": ratios(seconds["waiting"], seconds["refill"]),
         "refill_over_wide": ratios(seconds["wide"], seconds["refill"]),
     }
@@ -96,7 +96,7 @@ def _player(evaluation: Evaluation, dialogues: int) -> Callable[[], list[Dialogu
 
 def _same(first: list[Dialogues], second: list[Dialogues]) -> int:
     """Dialogues with the same tokens of the policy: all, unless two tokens are as likely as float32 can tell."""
-    a, b = (np.concatenate([d.policy.said.tokens for d in played], axis=1) for played in (first, second))
+    a, b = (np.concatenate([d.policy.completion.tokens for d in played], axis=1) for played in (first, second))
     return int((a == b).all(axis=(0, 2)).sum())
 
 

@@ -45,8 +45,8 @@ def figures(checkout: Path | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="rlver_jax_bench_") as folder:
         run_in(checkout, ["rlver_jax.train", *flags, f"--workdir={folder}/run"])
         rows = read_metrics(Path(folder) / "run" / "metrics.jsonl")[1:]
-    found = {name: statistics.median(row[metric] for row in rows) for name, metric in PARTS.items()}
-    return found | {"step_s": statistics.median(sum(row[metric] for metric in PARTS.values()) for row in rows)}
+    medians = {name: statistics.median(row[metric] for row in rows) for name, metric in PARTS.items()}
+    return medians | {"step_s": statistics.median(sum(row[metric] for metric in PARTS.values()) for row in rows)}
 
 
 def run_in(checkout: Path | None, module: list[str]) -> None:

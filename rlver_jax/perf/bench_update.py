@@ -68,14 +68,14 @@ def lines(results: dict[str, Any]) -> list[str]:
     """The results as text."""
     text = []
     for mode in ("think", "direct"):
-        measured = results[mode]
+        comparison = results[mode]
         text.append(f"{mode}: {results['dialogues']} dialogues of {results['turns']} turns")
-        for name, way in measured["ways"].items():
+        for name, way in comparison["ways"].items():
             text.append(f"  {name:7} {way['positions']:6} positions, {way['s_per_dialogue']:6.2f} s a dialogue")
         for other in ("turns", "padded"):
-            r = measured[f"{other}_over_packed"]
+            r = comparison[f"{other}_over_packed"]
             text.append(f"  packed is {r['median']:.2f} x as fast as {other} ({r['least']:.2f} to {r['most']:.2f})")
-        text.append(f"  gradients differ by {measured['largest_difference']:.1e} of the largest")
+        text.append(f"  gradients differ by {comparison['largest_difference']:.1e} of the largest")
     return text
 
 

@@ -69,7 +69,7 @@ class Torus:
         rings: whether the last chip of an axis is linked with the first one.
     """
 
-    places: tuple[tuple[int, ...], ...] = ()
+    coordinates: tuple[tuple[int, ...], ...] = ()
     sizes: tuple[int, ...] = ()
     rings: tuple[bool, ...] = ()
 
@@ -83,11 +83,11 @@ class Torus:
         devices = list(devices)
         if not hasattr(devices[0], "coords"):
             return cls()
-        places = tuple(tuple(device.coords) for device in devices)
-        sizes = tuple(max(along) + 1 for along in zip(*places, strict=True))
+        coordinates = tuple(tuple(device.coords) for device in devices)
+        sizes = tuple(max(along) + 1 for along in zip(*coordinates, strict=True))
         if "lite" in devices[0].device_kind:
-            return cls(places, sizes, tuple(size == 16 for size in sizes))
-        return cls(places, sizes, (all(size % 4 == 0 for size in sizes),) * len(sizes))
+            return cls(coordinates, sizes, tuple(size == 16 for size in sizes))
+        return cls(coordinates, sizes, (all(size % 4 == 0 for size in sizes),) * len(sizes))
 
     def hops(self, kind: str, chips: Sequence[int]) -> int:
         """Hops that a collective inside a slice makes one after another: as many as to the farthest of its chips.
@@ -96,8 +96,8 @@ class Torus:
         """
         if kind in ("collective-permute", "send"):
             return 1
-        places = [self.places[chip] for chip in chips if self.places]
-        way = max((self._distance(one, other) for one in places for other in places), default=0)
+        coordinates = [self.coordinates[chip] for chip in chips if self.coordinates]
+        way = max((self._distance(one, other) for one in coordinates for other in coordinates), default=0)
         return way * (2 if kind == "all-reduce" else 1)
 
     def _distance(self, one: Sequence[int], other: Sequence[int]) -> int:

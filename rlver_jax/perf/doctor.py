@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 
     state: str  # one of STATES
     what: str
-    found: str
+    detail: str
     remedy: str = ""  # what to do, or what to know
 
 
@@ -62,13 +62,13 @@ def _doctor(command: Command, argv: Sequence[str]) -> int:
     with command.errors.status("looking and trying"):
         findings = [*python(), *packages(), *devices(), *machine(), *folders(workdir), *extras()]
     table = Table(show_header=False)
-    for state, what, found, remedy in findings:
-        text = f"{found}; {remedy}" if found and remedy else found or remedy
+    for state, what, detail, remedy in findings:
+        text = f"{detail}; {remedy}" if detail and remedy else detail or remedy
         table.add_row(f"[{STATES[state]}]{state}[/]", escape(what), escape(text))
     command.console.print(table)
     broken = [finding for finding in findings if finding.state == "broken"]
     for finding in broken:
-        command.error(f"{finding.what}: {finding.found}; {finding.remedy}")
+        command.error(f"{finding.what}: {finding.detail}; {finding.remedy}")
     if not broken:
         command.print("training can start")
     return 1 if broken else 0
@@ -158,16 +158,16 @@ def _lacking(requirement: Requirement) -> Iterator[str]:
 def devices() -> Iterator[Finding]:
     """JAX's devices: each compiles and runs a program, and says how much memory it has."""
     try:
-        found = jax.local_devices()
+        local = jax.local_devices()
     except Exception as error:  # RuntimeError, but AssertionError where a platform's plug-in is not installed
         platforms = os.environ.get("JAX_PLATFORMS", "")
         remedy = f"unset JAX_PLATFORMS={platforms}, or install it" if platforms else "end what else uses the devices"
         yield Finding("broken", "JAX", _line(error), remedy)
         return
-    backend = f"{jax.default_backend()}, devices here: {len(found)}"
+    backend = f"{jax.default_backend()}, devices here: {len(local)}"
     hint = _unused_accelerator() if jax.default_backend() == "cpu" else ""
     yield Finding("note" if hint else "ok", "JAX backend", backend, hint)
-    for device in found:
+    for device in local:
         what = f"device {device.id}"
         try:
             seconds = _run_on(device)
@@ -242,7 +242,7 @@ def folders(workdir: str) -> Iterator[Finding]:
 def _checkpoints(workdir: Path) -> Iterator[Finding]:
     try:
         check_folder_to_write(workdir)
-        there = next(place for place in (workdir, *workdir.parents) if place.is_dir())
+        there = next(parent for parent in (workdir, *workdir.parents) if parent.is_dir())
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(1 << 20))
             file.flush()

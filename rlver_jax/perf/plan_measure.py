@@ -15,7 +15,7 @@ from rlver_jax.parallel.mesh import batch_parts
 from rlver_jax.perf.chips import Torus
 from rlver_jax.perf.hlo import HOST, UNKNOWN, Instruction, Module, Uses, array_bytes
 from rlver_jax.perf.plan_programs import Program, Shapes, bytes_per_chip
-from rlver_jax.training.setup import dialogues_an_update, reads_at_most, updates_at_most
+from rlver_jax.training.setup import dialogues_an_update, microbatches_at_most, updates_at_most
 
 GIB = 2**30
 AT_ONCE = 2  # programs that are compiled
@@ -91,12 +91,12 @@ def turns_of_loops(shapes: Shapes) -> Callable[[str], float]:
     considerations = len(tables.reply.names)
     rounds = -(-config.rollout.batch // spec.rows_of(config.rollout.batch))
     dialogues = config.rollout.batch, dialogues_an_update(config)
-    reads = [reads_at_most(config, shapes.mesh, number) for number in dialogues]
+    microbatches = [microbatches_at_most(config, shapes.mesh, number) for number in dialogues]
     reply = ((considerations - 1) * config.user.field_tokens + config.user.reply_tokens) / considerations
 
     def turns(op_name: str) -> float:
         if re.search(r"[/(]reads[/)]", op_name):
-            return reads["prepare" not in op_name]
+            return microbatches["prepare" not in op_name]
         if re.search(r"[/(]attn/while", op_name):
             return MOST_BLOCKS  # of a cache
         if pieces := re.search(r"[/(]pieces_(\d+)/while[^/]*$", op_name):
@@ -229,10 +229,10 @@ def compile_all(programs: Sequence[Program], shapes: Shapes, tell: Callable[[str
 
     def one(program: Program) -> Measured:
         tell(f"compiling {program.name}")
-        measured = measure(program, shapes)
-        total, seconds = measured.memory.total / GIB, measured.compile_s
+        measurement = measure(program, shapes)
+        total, seconds = measurement.memory.total / GIB, measurement.compile_s
         tell(f"{program.name}: {total:.2f} GiB a chip with all that is alive beside it (compiled in {seconds:.0f} s)")
-        return measured
+        return measurement
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(one, programs))

@@ -17,7 +17,7 @@ from rlver_jax.perf.hlo import DCN, HOST, Use
 from rlver_jax.perf.plan_measure import Measured
 from rlver_jax.perf.plan_programs import Shapes
 from rlver_jax.rollout.ready import rollout_model
-from rlver_jax.training.setup import dialogues_a_row, dialogues_an_update, reads_at_most, updates_at_most
+from rlver_jax.training.setup import dialogues_a_row, dialogues_an_update, microbatches_at_most, updates_at_most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Phase:
         return self.memory_s / self.seconds if self.seconds else 0.0
 
 
-def phases_of(shapes: Shapes, measured: Sequence[Measured], chip: Chip) -> list[Phase]:
+def phases_of(shapes: Shapes, measurements: Sequence[Measured], chip: Chip) -> list[Phase]:
     """All phases of a step whose dialogues are as long as their limits allow."""
     works = _sampling(shapes) | _learning(shapes)
-    sent = {one.name: one.collectives for one in measured}
+    sent = {one.name: one.collectives for one in measurements}
     phases = []
     for name, (work, program) in works.items():
         uses = {kind: use for (phase, kind), use in sent.get(program, {}).items() if phase == name}
@@ -134,9 +134,9 @@ def _sampling(shapes: Shapes) -> dict[str, tuple[Work, str]]:
 def _copied(model: Qwen2, played: flops.Reader) -> Work:
     """Reads weights as they are stored, and writes what the sampler reads."""
     count, stored = model.config.num_params, model.param_dtype
-    read = played.stored_bytes if stored == jnp.int8 else float(count * stored.itemsize)
-    written = played.stored_bytes if played.rounded else float(count * model.dtype.itemsize)
-    return Work(0, 0, 0, read + written)
+    bytes_read = played.stored_bytes if stored == jnp.int8 else float(count * stored.itemsize)
+    bytes_written = played.stored_bytes if played.rounded else float(count * model.dtype.itemsize)
+    return Work(0, 0, 0, bytes_read + bytes_written)
 
 
 def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
@@ -144,7 +144,9 @@ def _learning(shapes: Shapes) -> dict[str, tuple[Work, str]]:
     config, mesh, trunk = shapes.config, shapes.mesh, shapes.setup.models.trunk
     length = shapes.lengths[-1] // dialogues_a_row(config, mesh)
     rows, model = config.rollout.batch, shapes.agents.policy.model
-    parts = updates_at_most(config) // config.train.epochs * reads_at_most(config, mesh, dialogues_an_update(config))
+    parts = (
+        updates_at_most(config) // config.train.epochs * microbatches_at_most(config, mesh, dialogues_an_update(config))
+    )
     kl_pass = _forward(model, rows // parts, length, logits=True, parts=1)
     prepared = kl_pass
     if trunk is not None:

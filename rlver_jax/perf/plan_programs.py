@@ -204,14 +204,14 @@ def programs_of(shapes: Shapes) -> list[Program]:
         if not is_ready(resident[name], like):  # otherwise the sampler reads the model itself
             programs.append(_copy(name, like, resident, copies))
             ready[name] = copies[f"{name}'s copy"] = like
-    read = {name: tree for name, tree in resident.items() if ready.get(name) is tree}
-    read |= {name: resident[name] for name in ("adapters", USERS_ADAPTER) if name in resident}
+    inputs = {name: tree for name, tree in resident.items() if ready.get(name) is tree}
+    inputs |= {name: resident[name] for name in ("adapters", USERS_ADAPTER) if name in resident}
     again = ready["policy"] if shared else None
     ready["user"] = ready["policy"] if shared else ready["user"]
     user = {name: resident[name] for name in ("user", USERS_ADAPTER) if name in resident}
     return [
         *programs,
-        Program("play", lambda: _lower_play(shapes, ready), read | copies, _without(resident, read), again),
+        Program("play", lambda: _lower_play(shapes, ready), inputs | copies, _without(resident, inputs), again),
         Program("pack", lambda: _lower_pack(shapes, ready), {}, resident),
         Program("learn", lambda: _lower_learn(shapes), _without(resident, user), user),
     ]
@@ -315,8 +315,8 @@ def _lower_learn(shapes: Shapes) -> Any:
     plan = _whole(_packing_plan(config), mesh) if config.train.share_rows else None
     with jax.set_mesh(mesh):
         step = compile_step(shapes.setup, shapes.state)
-        given = (packed, rewards, grammar, _key(mesh), shapes.reference, plan, shapes.base)
-        return step.lower(shapes.state, *given)  # type: ignore[attr-defined]
+        arguments = (packed, rewards, grammar, _key(mesh), shapes.reference, plan, shapes.base)
+        return step.lower(shapes.state, *arguments)  # type: ignore[attr-defined]
 
 
 def _packing_plan(config: ConfigDict) -> PackingPlan:

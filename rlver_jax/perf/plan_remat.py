@@ -37,7 +37,7 @@ class Remat:
 def remats_of(
     config: ConfigDict,
     shapes: Shapes,
-    measured: Sequence[Measured],
+    measurements: Sequence[Measured],
     chip: Chip,
     remake: Callable[[ConfigDict], Shapes],
     tell: Callable[[str], None],
@@ -45,14 +45,14 @@ def remats_of(
     """The update under each policy, from the one that computes least twice to the one that keeps least.
 
     Args:
-        measured: programs of `shapes`, what the config says; its update is not compiled again.
+        measurements: programs of `shapes`, what the config says; its update is not compiled again.
         remake: shapes of a changed config.
     """
     trained = trained_of(config)
     remats = []
     for remat in LIGHTEST_FIRST:
         fields = {f"{name}.remat": remat for name in trained}
-        now, learn = shapes, [one for one in measured if one.name == "learn"]
+        now, learn = shapes, [one for one in measurements if one.name == "learn"]
         if any(config[name].remat != remat for name in trained):
             now = remake(with_fields(config, fields))
             tell(f"trying {' '.join(f'{name}={value}' for name, value in fields.items())}")

@@ -44,15 +44,15 @@ def trained_of(config: ConfigDict) -> list[str]:
     return ["policy"] + ["critic"] * (has_critic(config) and config.critic.kind == "separate")
 
 
-def over(measured: Measured, chip: Chip) -> int:
+def over(measurement: Measured, chip: Chip) -> int:
     """Bytes by which a program and what is alive beside it exceed a chip; 0 or less: it fits."""
-    return measured.memory.total - int(chip.usable_gib * GIB)
+    return measurement.memory.total - int(chip.usable_gib * GIB)
 
 
 def find_remedy(
     config: ConfigDict,
     mesh: Mesh,
-    measured: Sequence[Measured],
+    measurements: Sequence[Measured],
     chip: Chip,
     remake: Callable[[ConfigDict], Shapes],
     tell: Callable[[str], None],
@@ -64,7 +64,7 @@ def find_remedy(
     Args:
         remake: shapes of a changed config.
     """
-    failing = [one.name for one in measured if over(one, chip) > 0]
+    failing = [one.name for one in measurements if over(one, chip) > 0]
     fields: dict[str, Any] = {}
     tries = 0
     for step in candidates(config, failing):

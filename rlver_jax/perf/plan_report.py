@@ -35,7 +35,7 @@ class Plan:
     sampling: dict[str, int]
     rows: int
     length: int
-    measured: list[Measured]
+    measurements: list[Measured]
     phases: list[Phase]
     remedy: Remedy | None
     remats: list[Remat]
@@ -53,7 +53,7 @@ class Plan:
     @property
     def largest(self) -> Measured:
         """The program with most memory alive at once."""
-        return max(self.measured, key=lambda one: one.memory.total)
+        return max(self.measurements, key=lambda one: one.memory.total)
 
     @property
     def fits(self) -> bool:
@@ -63,7 +63,7 @@ class Plan:
     @property
     def faults(self) -> list[str]:
         """Arrays that must not exist."""
-        return [fault for one in self.measured for fault in one.faults]
+        return [fault for one in self.measurements for fault in one.faults]
 
     @property
     def step_s(self) -> float:
@@ -106,7 +106,7 @@ class Plan:
 
     def prediction(self) -> str:
         """How long a step and a run take, or that a program is missing."""
-        if any(not one.memory.arguments for one in self.measured):
+        if any(not one.memory.arguments for one in self.measurements):
             return "no prediction: a program that does not fit has no HLO to read collectives from"
         return (
             f"prediction, not a measurement: {self.step_s:.1f} s a step ({self.roofline_s:.1f} s at the roofline, the "
@@ -129,7 +129,7 @@ class Plan:
             "chip": dataclasses.asdict(self.chip),
             "batch": self.rows,
             "packed_length": self.length,
-            "programs": [_program_json(one) for one in self.measured],
+            "programs": [_program_json(one) for one in self.measurements],
             "phases": [_phase_json(phase) for phase in self.phases],
             "predicted": {
                 "step_s": self.step_s,
@@ -144,7 +144,7 @@ class Plan:
             "remedy": self.remedy.fields if self.remedy else None,
             "remat": [_remat_json(one) for one in self.remats],
             "faults": self.faults,
-            "warnings": [warning for one in self.measured for warning in one.warnings],
+            "warnings": [warning for one in self.measurements for warning in one.warnings],
             "assumed": self.assumed,
             "host_gib": self.host_gib,
             "plan_s": self.seconds,
@@ -187,7 +187,7 @@ def _remat_json(one: Remat) -> dict[str, Any]:
 
 def show(plan: Plan, console: Console) -> None:
     """Prints the plan: memory, phases, notes, and the verdict last."""
-    notes = [("warning", text) for one in plan.measured for text in one.warnings]
+    notes = [("warning", text) for one in plan.measurements for text in one.warnings]
     notes += [("fault", text) for text in plan.faults] + [("assumed", text) for text in plan.assumed]
     notes += [("planning", f"{plan.seconds:.0f} s, {plan.host_gib:.1f} GiB of this machine's memory")]
     console.print(Group(_memory_table(plan), _phase_table(plan), *(Text(f"{kind}: {text}") for kind, text in notes)))
@@ -205,7 +205,7 @@ def _memory_table(plan: Plan) -> Table:
     title = f"GiB a chip, {topology}: {_sizes(plan.mesh)}{sampling}; {plan.rows} rows x {plan.length} tokens"
     names = ("program", "arguments", "outputs", "temporaries", "code", "alive beside it", "sum")
     table = Table(*names, title=title, title_justify="left")
-    for one in plan.measured:
+    for one in plan.measurements:
         m = one.memory
         parts = (m.arguments, m.outputs, m.temporaries, m.code)
         cells = [f"{size / GIB:.2f}" for size in parts] if m.arguments else ["", "", f"{m.program / GIB:.2f}", ""]

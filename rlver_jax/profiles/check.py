@@ -38,12 +38,12 @@ def warnings_of(
             nothing of any.
     """
     seen = profiles[:LOOKED_AT] if isinstance(profiles, IndexedProfiles) else profiles
-    found = [
+    warnings = [
         _language(seen, field, language),
         _tasks(seen, field, known_task) if known_task else "",
         _twice(seen, field),
     ]
-    return [text for text in (*found, shared_personas_warning(profiles, held_out)) if text]
+    return [text for text in (*warnings, shared_personas_warning(profiles, held_out)) if text]
 
 
 def shared_personas_warning(train: Sequence[Profile], test: Sequence[Profile]) -> str:
@@ -58,7 +58,7 @@ def shared_personas_warning(train: Sequence[Profile], test: Sequence[Profile]) -
     ids = [profile.id for profile in test if profile.persona in shared]
     return (
         f"{len(shared)} personas of the evaluation profiles are also trained on ({len(ids)} of {len(test)} profiles: "
-        f"{_some(ids)}); leave these out to measure how the policy does with people it has not met"
+        f"{_first_few(ids)}); leave these out to measure how the policy does with people it has not met"
     )
 
 
@@ -82,12 +82,12 @@ def _language(profiles: Sequence[Profile], field: str, language: str) -> str:
     if not odd:
         return ""
     other = next(name for name, chinese in _IS_CHINESE.items() if chinese != wanted)
-    written = "not in Chinese" if wanted else "in Chinese"
+    other_language = "not in Chinese" if wanted else "in Chinese"
     remedy = f"set --config.data.language={other} for prompts that fit"
     if 2 * len(odd) <= len(profiles):
         remedy = "translate them or leave them out"
     return (
-        f"{field}: {len(odd)} of {len(profiles)} profiles are written {written} ({_some(odd)}), but "
+        f"{field}: {len(odd)} of {len(profiles)} profiles are written {other_language} ({_first_few(odd)}), but "
         f"data.language={language}, so that prompts and profiles mix two languages; {remedy}"
     )
 
@@ -115,7 +115,7 @@ def _twice(profiles: Sequence[Profile], field: str) -> str:
     pairs = list(_repeats(profiles, first))
     if not pairs:
         return ""
-    shown = _some(f"{later} as {earlier}" for earlier, later in pairs)
+    shown = _first_few(f"{later} as {earlier}" for earlier, later in pairs)
     return (
         f"{field}: {len(pairs)} of {len(profiles)} profiles have persona, scene and task of an earlier one ({shown}); "
         f"leave them out, or rollout.group plays one profile several times"
@@ -131,7 +131,7 @@ def _repeats(profiles: Iterable[Profile], first: dict[tuple[str, str, str], str]
         first.setdefault(texts, profile.id)
 
 
-def _some(texts: Iterable[str]) -> str:
+def _first_few(texts: Iterable[str]) -> str:
     names = list(texts)
     return ", ".join(names[:NAMED]) + ", …" * (len(names) > NAMED)
 

@@ -26,14 +26,14 @@ def held_out(profile_id: str, share: float) -> bool:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"the share of profiles to hold out is {share}, expected a number from 0 to 1")
-    return _place(profile_id) < share * 16**_DIGITS
+    return _hash_position(profile_id) < share * 16**_DIGITS
 
 
-def _place(profile_id: str) -> int:
+def _hash_position(profile_id: str) -> int:
     return int(hashlib.sha256(profile_id.encode()).hexdigest()[:_DIGITS], 16)
 
 
-def some_held_out(ids: Sequence[str], share: float) -> set[str]:
+def choose_held_out(ids: Sequence[str], share: float) -> set[str]:
     """Those of a few that are held out: the first by the hash of `held_out`, as many as make up the share.
 
     With 16 ids and a share of 0.2 each one's own draw would often hold out one or six. Of two or more neither none nor
@@ -46,4 +46,4 @@ def some_held_out(ids: Sequence[str], share: float) -> set[str]:
     count = round(share * len(ids))
     if 0 < share < 1 and len(ids) > 1:
         count = min(max(count, 1), len(ids) - 1)
-    return set(sorted(ids, key=_place)[:count])
+    return set(sorted(ids, key=_hash_position)[:count])

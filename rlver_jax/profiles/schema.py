@@ -74,7 +74,7 @@ class Profile:
         Raises `ProfileError` with every fault of the object; keys that no profile has are not looked at.
         """
         if not isinstance(obj, dict):
-            raise ProfileError([f"found {_found(obj)}, expected a JSON object with the fields of a profile"])
+            raise ProfileError([f"found {_describe(obj)}, expected a JSON object with the fields of a profile"])
         taker = _Taker(obj)
         sage = "history" in obj or ("character" in obj and "main_cha" not in obj)
         profile = cls(
@@ -283,7 +283,7 @@ class _Taker:
         """A required list of texts, which may be empty."""
         value = self.obj.get(name)
         if not isinstance(value, list):
-            instead = f"{_found(value)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            instead = f"{_describe(value)} in field {name!r}" if name in self.obj else f"no field {name!r}"
             self.faults.append(f"found {instead}, expected a list of texts")
             return ()
         return tuple(self._checked(f"item {i} of field {name!r}", item) for i, item in enumerate(value, start=1))
@@ -293,7 +293,7 @@ class _Taker:
         messages = self.obj.get(name)
         first = messages[0] if isinstance(messages, list) and messages else None
         if not isinstance(first, dict) or first.get("role") != "user" or "content" not in first:
-            instead = f"{_found(messages)} in field {name!r}" if name in self.obj else f"no field {name!r}"
+            instead = f"{_describe(messages)} in field {name!r}" if name in self.obj else f"no field {name!r}"
             self.faults.append(f"found {instead}, expected a list of messages opened by one of role 'user'")
             return None
         return self._checked(f"the first message of field {name!r}", first["content"])
@@ -301,7 +301,7 @@ class _Taker:
     def _checked(self, where: str, value: object) -> str:
         """The value if it is a text that can be used, else a fault and the empty string."""
         if not isinstance(value, str):
-            self.faults.append(f"found {_found(value)} in {where}, expected a text")
+            self.faults.append(f"found {_describe(value)} in {where}, expected a text")
         elif not value.strip():
             self.faults.append(f"found an empty text in {where}, expected at least one visible character")
         elif half_character(value):
@@ -311,7 +311,7 @@ class _Taker:
         return ""
 
 
-def _found(value: object) -> str:
+def _describe(value: object) -> str:
     """A JSON value in words, cut short."""
     kinds = {dict: "an object", list: "a list", str: "the text", bool: "the value", type(None): "null"}
     kind = kinds.get(type(value), "the number")

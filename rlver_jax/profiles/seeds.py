@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlver_jax.config.extras import install_command
-from rlver_jax.profiles.held_out import some_held_out
+from rlver_jax.profiles.held_out import choose_held_out
 from rlver_jax.profiles.schema import Profile
 
 SIMILAR = 85.0  # of 100: profiles at or above it are near-duplicates
@@ -45,21 +45,21 @@ def read_seeds(path: str | Path, share: float, known: Sequence[str]) -> list[See
         SeedError: no such file, or it has another form; the message says what was found.
     """
     try:
-        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        lists: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SeedError(f"{path}: cannot be read ({error}); expected a JSON object with {', '.join(_LISTS)}") from None
-    found = {"intentions": list(known)} | (found if isinstance(found, dict) else {})
+    lists = {"intentions": list(known)} | (lists if isinstance(lists, dict) else {})
     for name in _LISTS:
-        texts = found.get(name)
+        texts = lists.get(name)
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise SeedError(f"{path}: {name} is {texts!r:.80}, expected a list of texts, at least one")
-    personas, topics, intentions = (list(dict.fromkeys(text.strip() for text in found[name])) for name in _LISTS)
+    personas, topics, intentions = (list(dict.fromkeys(text.strip() for text in lists[name])) for name in _LISTS)
     pairs = [(persona, topic) for persona in personas for topic in topics]
     order = np.argsort(np.random.Philox(key=len(pairs)).random_raw(len(pairs)), kind="stable")
-    apart = some_held_out(personas, share)
+    held_out = choose_held_out(personas, share)
     drawn = [pairs[pair] for pair in order.tolist()]
     return [
-        Seed(number, persona, topic, intentions[number % len(intentions)], persona in apart)
+        Seed(number, persona, topic, intentions[number % len(intentions)], persona in held_out)
         for number, (persona, topic) in enumerate(drawn)
     ]
 
@@ -83,7 +83,7 @@ def similarity(text: str, others: Sequence[str]) -> float:
     return best[1] if best else 0.0
 
 
-def measured(profiles: Sequence[Profile]) -> str:
+def describe_profiles(profiles: Sequence[Profile]) -> str:
     """Length, balance of intentions and distinctness of a set, in words."""
     texts = [text_of(profile) for profile in profiles]
     nearest = [similarity(text, texts[:i] + texts[i + 1 :]) for i, text in enumerate(texts)]

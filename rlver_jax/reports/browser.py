@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     """Dialogues ready for the page."""
 
     text: str  # base 64 of gzip of JSON
-    kept: int
+    included: int
     all: int
     shortened: int  # of those kept
 
@@ -60,13 +60,13 @@ def pack(runs: Sequence[Run], most_bytes: int) -> Packed:
     for _ in range(_TRIES if everything else 0):
         selection = _select(everything, room)
         packed = _packed(runs, selection, len(everything))
-        if len(packed.text) <= most_bytes and packed.kept >= best.kept:
+        if len(packed.text) <= most_bytes and packed.included >= best.included:
             best = packed
-        whole = packed.kept == packed.all and not packed.shortened
+        whole = packed.included == packed.all and not packed.shortened
         fits = len(packed.text) <= most_bytes
-        if (fits and (whole or len(packed.text) > 0.97 * most_bytes)) or packed.kept in seen:
+        if (fits and (whole or len(packed.text) > 0.97 * most_bytes)) or packed.included in seen:
             break
-        seen.add(packed.kept)
+        seen.add(packed.included)
         # Sizes are of dialogues compressed alone; together they take less.
         room *= most_bytes / max(len(packed.text), 1) * 0.985
     return best
@@ -93,22 +93,22 @@ def _thinned(sizes: np.ndarray, profile_of: np.ndarray, room: float) -> np.ndarr
     for profile in np.flatnonzero(totals > most):
         own = np.flatnonzero(profile_of == profile)
         count = len(own)
-        while count > 1 and sizes[kept := np.array(evenly(own.tolist(), max(count, 2)))].sum() > most:
-            count = int(count * min(most / sizes[kept].sum(), 0.99))
+        while count > 1 and sizes[spread := np.array(evenly(own.tolist(), max(count, 2)))].sum() > most:
+            count = int(count * min(most / sizes[spread].sum(), 0.99))
         taken[own] = False
-        taken[kept if count > 1 else own[-1:]] = True
+        taken[spread if count > 1 else own[-1:]] = True
     return np.flatnonzero(taken)
 
 
 def _fitting(totals: np.ndarray, room: float) -> np.ndarray:
     """Bool [profiles]: as many as fit, evenly."""
-    index, keep = np.arange(len(totals)), len(totals)
+    index, count = np.arange(len(totals)), len(totals)
     while True:
-        chosen = (index + 1) * keep // len(totals) > index * keep // len(totals)
+        chosen = (index + 1) * count // len(totals) > index * count // len(totals)
         total = totals[chosen].sum()
-        if total <= room or keep == 0:
+        if total <= room or count == 0:
             return chosen
-        keep = min(keep - 1, int(keep * room / total))
+        count = min(count - 1, int(count * room / total))
 
 
 def _packed(runs: Sequence[Run], selection: Selection, count: int) -> Packed:

@@ -88,14 +88,14 @@ CHARTS = {
             Marks("Capabilities", "Means of a judge model's marks, 1 to 5.", ("capabilities",), 1, 5, 1),
             *(
                 Marks(
-                    f"Relationship, from {reads}",
+                    f"Relationship, from {source}",
                     f"Means of a judge model's answers in the user's place, -3 (quite untrue) to 3, by {what}.",
-                    ("relationship", reads),
+                    ("relationship", source),
                     -3,
                     3,
                     0,
                 )
-                for reads, what in ((THOUGHTS, "the user's inner thoughts"), (SPEECH, "what was said"))
+                for source, what in ((THOUGHTS, "the user's inner thoughts"), (SPEECH, "what was said"))
             ),
         )
     ),

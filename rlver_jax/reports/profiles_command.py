@@ -127,8 +127,8 @@ def _summary(prompts: Prompts, profiles: Sequence[Profile]) -> str:
 def _show(command: Command, argv: Sequence[str]) -> int:
     config, options, words = config_from_flags(argv, __doc__, _define)
     sets = _sets(config, local_paths(words), options.eval)
-    kept = (profile for one in sets.values() for profile in (one if options.profile else one[:LOOKED_AT]))
-    profiles = list({profile.id: profile for profile in kept}.values())  # two fields may name one file
+    selected = (profile for one in sets.values() for profile in (one if options.profile else one[:LOOKED_AT]))
+    profiles = list({profile.id: profile for profile in selected}.values())  # two fields may name one file
     wanted = [profile for profile in profiles if options.profile in ("", profile.id)]
     if not wanted:
         raise ConfigError(f"--profile={options.profile}: no profile has that id; the first one has {profiles[0].id}")

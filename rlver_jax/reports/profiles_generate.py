@@ -18,7 +18,7 @@ from rlver_jax.endpoints.usage import summed, usage_text
 from rlver_jax.evaluation.forms import Form, Questionnaire, Step
 from rlver_jax.evaluation.rater import DeviceRater, Rater
 from rlver_jax.profiles.schema import Profile, read_profiles
-from rlver_jax.profiles.seeds import SIMILAR, Seed, SeedError, measured, similarity, text_of
+from rlver_jax.profiles.seeds import SIMILAR, Seed, SeedError, describe_profiles, similarity, text_of
 from rlver_jax.runs.files import write_json
 from rlver_jax.text.command import Command
 from rlver_jax.user.prompts import Prompts
@@ -100,9 +100,9 @@ class Generation:
 
     def save(self, settings: dict[str, Any]) -> None:
         """Writes what there is: the progress, and the two files."""
-        made = {file: [profile.to_json() for profile in some] for file, some in self.profiles.items()}
-        for file, some in made.items():
-            text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in some)
+        made = {file: [profile.to_json() for profile in profiles] for file, profiles in self.profiles.items()}
+        for file, records in made.items():
+            text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
             (self.folder / file).write_text(text, encoding="utf-8")
         noted = {"settings": settings, "tried": self.tried, "usage": self.usage, "profiles": made}
         write_json(self.folder / PROGRESS, noted)
@@ -125,11 +125,11 @@ def generate(
     settings = {"seeds": [list(seed) for seed in seeds], "model": rater.settings, "against": len(published)}
     settings = json.loads(json.dumps(settings))
     made = Generation.open(folder, settings, published, SHORTEST[prompts.language])
-    while made.count < count and (some := [s for s in seeds if s.number not in made.tried][: count - made.count]):
-        questions = [_questionnaire(prompts.language, seed) for seed in some]
+    while made.count < count and (chosen := [s for s in seeds if s.number not in made.tried][: count - made.count]):
+        questions = [_questionnaire(prompts.language, seed) for seed in chosen]
         for batch in rater.fill(questions, lambda work: None):
             for index, rated in sorted(batch):
-                made.take(some[index], _wish(prompts, some[index]), rated.answers[0], rated.remote)
+                made.take(chosen[index], _wish(prompts, chosen[index]), rated.answers[0], rated.remote)
             made.save(settings)
             command.print(f"{made.count} of {count} profiles, {len(made.tried)} seeds tried")
     for text in _told(made, published):
@@ -190,10 +190,10 @@ def _told(made: Generation, published: Sequence[Profile]) -> Iterator[str]:
         refused |= {kind: refused.get(kind, 0) + 1} if why else {}
     if refused:
         yield "refused: " + "; ".join(f"{count} x {why}" for why, count in refused.items())
-    for file, some in made.profiles.items():
-        if some:
-            yield f"{made.folder / file}: {measured(some)}"
+    for file, profiles in made.profiles.items():
+        if profiles:
+            yield f"{made.folder / file}: {describe_profiles(profiles)}"
     if published:
-        yield f"beside those of --against: {measured(published)}"
+        yield f"beside those of --against: {describe_profiles(published)}"
     if made.usage:
         yield f"at the endpoint: {usage_text(summed(made.usage))}"

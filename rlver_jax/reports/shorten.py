@@ -79,6 +79,6 @@ def short_text(text: str, most: int) -> str:
     """The text's beginning and end, and between them how much is left out."""
     if len(text) <= most:
         return text
-    kept = max(most - _MARK, 2)
-    head = kept * 3 // 4
-    return f"{text[:head]} […{len(text) - kept:,} characters left out…] {text[len(text) - kept + head :]}"
+    shown = max(most - _MARK, 2)
+    head = shown * 3 // 4
+    return f"{text[:head]} […{len(text) - shown:,} characters left out…] {text[len(text) - shown + head :]}"

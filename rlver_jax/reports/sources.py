@@ -172,9 +172,9 @@ def _shown_measures(measures: Any) -> dict[str, Any]:
     relationship = measures.get("relationship")
     facets = relationship.get("facets") if isinstance(relationship, dict) else None
     # What it was filled in from; older versions knew only what was said.
-    reads = THOUGHTS if isinstance(relationship, dict) and relationship.get("from") == THOUGHTS else SPEECH
+    source = THOUGHTS if isinstance(relationship, dict) and relationship.get("from") == THOUGHTS else SPEECH
     marks = {name: _marks(measures.get(name)) for name in ("capabilities", "coordinate")}
-    return marks | {"relationship": {reads: _marks(facets)}}
+    return marks | {"relationship": {source: _marks(facets)}}
 
 
 def _marks(part: Any) -> dict[str, float]:

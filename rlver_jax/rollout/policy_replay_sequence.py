@@ -16,7 +16,7 @@ class Reply(NamedTuple):
     """What a log says of one turn of the policy."""
 
     heard: Sequence[int]  # the user's words
-    said: Completion | None  # as sampled; None: not to be replayed, and later turns see the say alone
+    completion: Completion | None  # as sampled; None: not to be replayed, and later turns see the say alone
     say: Sequence[int]  # what the user hears of it
 
 
@@ -42,25 +42,25 @@ class PolicyPacker:
         position, last = packed.add(self._system, 0, 0), list[int]()
         for turn, reply in enumerate(replies):
             position = packed.add([*last, *self._turns.exchange(reply.heard)], 0, position)
-            if self._branched or reply.said is None:
-                if reply.said is not None:
+            if self._branched or reply.completion is None:
+                if reply.completion is not None:
                     branch = (turn + 1) * BRANCH_RADIX
-                    self._reply(packed, reply.said, turn, branch, packed.add(self._think_open, branch, position))
+                    self._reply(packed, reply.completion, turn, branch, packed.add(self._think_open, branch, position))
                 last = [*reply.say, *self._turns.close]
             else:
-                position = self._reply(packed, reply.said, turn, 0, position)
+                position = self._reply(packed, reply.completion, turn, 0, position)
                 last = list(self._turns.close)
         return packed
 
-    def _reply(self, packed: ReplaySequence, said: Completion, turn: int, branch: int, position: int) -> int:
+    def _reply(self, packed: ReplaySequence, completion: Completion, turn: int, branch: int, position: int) -> int:
         """A reply with a query for each of its tokens; returns the position after its text."""
         first = len(packed.queries)
-        packed.ask(self._states, said.tokens, KEY_POLICY, turn, 0, DRAWN)
+        packed.ask(self._states, completion.tokens, KEY_POLICY, turn, 0, DRAWN)
         packed.queries[first:] = map(self._marked, packed.queries[first:])
-        return packed.add(said.text_tokens, branch, position)
+        return packed.add(completion.text_tokens, branch, position)
 
     def _marked(self, query: Query) -> Query:
         """As GIVEN where the sampler put the token: the closing of a thought that reaches its limit."""
         position = query.step - (self._think_tokens - len(self._closing))
-        closing = 0 <= position < len(self._closing) and not self._states.found(query.state)
+        closing = 0 <= position < len(self._closing) and not self._states.matched(query.state)
         return query._replace(source=GIVEN) if closing and query.token == self._closing[position] else query

@@ -40,7 +40,7 @@ class PolicyTables:
 class PolicyTurn:
     """One reply of the policy."""
 
-    said: Generated  # thought and say, as sampled
+    completion: Generated  # thought and say, as sampled
     say: Int[Array, "B S"]  # what the user hears: after `</think>` and the white space that follows, before the end
     say_count: Int[Array, "B"]
     violation: Bool[Array, "B"]  # think mode: no `</think>`, or nothing after it
@@ -104,8 +104,8 @@ def policy_turn(
     )
     say, say_count = _split_say(reply, tables.whitespace, spec) if think else (reply.tokens, reply.text_count)
     violation = active & think & ((reply.found_at < 0) | (say_count == 0))
-    keep = opened - tables.think_open.shape[0] * active if tables.branched else opened + say_count
-    return rollback(cache, keep), PolicyTurn(reply, say, say_count, violation, count)
+    retained = opened - tables.think_open.shape[0] * active if tables.branched else opened + say_count
+    return rollback(cache, retained), PolicyTurn(reply, say, say_count, violation, count)
 
 
 def _heard_tokens(

@@ -110,7 +110,7 @@ def measure_profiles(
 
     lengths = (tuple(map(len, encoded(index))) for index in range(len(profiles)))
     if isinstance(profiles, IndexedProfiles):
-        widths = _kept_widths(json.dumps([profiles.fingerprint, *context]), len(profiles), lengths)
+        widths = _cached_widths(json.dumps([profiles.fingerprint, *context]), len(profiles), lengths)
     else:
         widths = _widths(lengths)
     first_width = round_up(max(widths.first_talk, 1), WIDTH_STEP)
@@ -127,7 +127,7 @@ def _widths(lengths: Iterable[tuple[int, ...]]) -> Widths:
     return Widths(prefix, first_talk, total, longest)
 
 
-def _kept_widths(key: str, count: int, lengths: Iterable[tuple[int, ...]]) -> Widths:
+def _cached_widths(key: str, count: int, lengths: Iterable[tuple[int, ...]]) -> Widths:
     folder = cache_folder("profile_widths")
     file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if file and file.exists():

@@ -62,7 +62,7 @@ class RolloutBatch:
     @functools.cached_property
     def stopped(self) -> list[bool]:
         """Whether each reply ended by itself."""
-        return [bool(self.dialogues.policy.said.stopped[t, b]) for t, b in self.replied]
+        return [bool(self.dialogues.policy.completion.stopped[t, b]) for t, b in self.replied]
 
 
 def rollout_metrics(
@@ -79,7 +79,7 @@ def rollout_metrics(
 
 def generated_count(d: Dialogues) -> int:
     """Tokens that the two models generated, stop tokens included (made-up first utterances left out)."""
-    return int(d.policy.said.count.sum() + d.user.appraisal.count.sum() + d.user.reply.count.sum())
+    return int(d.policy.completion.count.sum() + d.user.appraisal.count.sum() + d.user.reply.count.sum())
 
 
 def prefilled_count(d: Dialogues) -> int:
@@ -142,7 +142,7 @@ def _readable_share(batch: RolloutBatch) -> float:
 
 
 def _sampled_mean(batch: RolloutBatch) -> float:
-    return float(np.mean([batch.dialogues.policy.said.count[t, b] for t, b in batch.replied]))
+    return float(np.mean([batch.dialogues.policy.completion.count[t, b] for t, b in batch.replied]))
 
 
 def _violation_share(batch: RolloutBatch) -> float:

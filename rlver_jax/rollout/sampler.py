@@ -227,7 +227,7 @@ class _Game:
         state, turn = self.turn(state)
         dialogue = jnp.where(slots.alive, slots.dialogue, count)  # a dead row writes nothing
         log = jax.tree.map(lambda x, new: scatter_rows(x, dialogue, slots.turn, new), state.log, turn)
-        generated = (turn.policy.said, turn.user.appraisal, turn.user.reply)
+        generated = (turn.policy.completion, turn.user.appraisal, turn.user.reply)
         steps = sum(x.count.max(axis=0).sum() for x in generated)  # each generation ends with its longest row
         rows = slots.alive.shape[0]
         state = state._replace(log=log, cost=(state.cost[0] + rows, state.cost[1] + rows * steps))

@@ -204,11 +204,11 @@ def run_fingerprints(
     for name, source in profiles.items():
         stored = source.fingerprint if isinstance(source, IndexedProfiles) else None
         fingerprints[f"profiles.{name}"] = stored or profiles_fingerprint(source)
-    read: dict[tuple[Path, bool], dict[str, str]] = {}
+    by_folder: dict[tuple[Path, bool], dict[str, str]] = {}
     for name, (folder, weights) in models.items():
         key = (folder.resolve(), weights)
-        read[key] = read.get(key) or model_parts(folder, weights=weights)
-        parts = read[key] | adapter_part(config[name].get("adapter", "") if weights else "")
+        by_folder[key] = by_folder.get(key) or model_parts(folder, weights=weights)
+        parts = by_folder[key] | adapter_part(config[name].get("adapter", "") if weights else "")
         fingerprints |= {f"{name}.{part}": digest for part, digest in parts.items()}
     return fingerprints
 

@@ -57,12 +57,12 @@ class Adapters:
                 "--adapter: the checkpoint's policy is an adapter itself; export it, serve its base model, and name "
                 "the exported folder as one more --adapter"
             )
-        found = [read_adapter(folder, self.lm.model, self.mesh) for folder in self.folders.values()]
-        lora, adapter = side_by_side(self.lm.model, found)
+        loaded = [read_adapter(folder, self.lm.model, self.mesh) for folder in self.folders.values()]
+        lora, adapter = side_by_side(self.lm.model, loaded)
         if self.mesh is not None:
             shapes, axes = abstract_adapter(self.lm.model, lora)
             adapter = jax.device_put(adapter, rules.tree_shardings(axes, shapes, self.mesh))
-        owners = [number for number, (one, _) in enumerate(found) for _ in range(one.rank)]
+        owners = [number for number, (one, _) in enumerate(loaded) for _ in range(one.rank)]
         return LM(join(self.lm.params, adapter), self.lm.model), owners
 
     def swap(self, engine: Engine) -> str:

@@ -36,9 +36,9 @@ class StreamingDetokenizer:
         if starts:
             self.stopped, self._held = True, ""
             return text[: min(starts)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        overlap = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - overlap :]
+        return text[: len(text) - overlap]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -103,7 +103,7 @@ def prefill_and_score(
     lm = _of_rows(lm, ranks)
     one = _row(cache, row, length)
     positions = one.length[:, None] + jnp.arange(tokens.shape[1])
-    hidden, kv = lm.read(tokens, positions, None, one)
+    hidden, kv = lm.forward(tokens, positions, None, one)
     before = jnp.concatenate([one.hidden, hidden[0, :-1]])  # what predicts each token
 
     def score(i: Array, scored: TokenLogprobs) -> TokenLogprobs:  # one distribution at a time, none for padding

@@ -216,9 +216,9 @@ def parse(kind: type[R], body: bytes) -> R:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         problem = "this server doesn't know or support it" if first["type"] == "extra_forbidden" else first["msg"]
-        given = "" if first["type"] == "missing" else f" (given: {quoted(first['input'])})"
+        received = "" if first["type"] == "missing" else f" (given: {quoted(first['input'])})"
         where = quoted(field)[1:-1] or "the request"
-        raise ProtocolError(400, f"{where}: {problem}{given}", param=field or None) from None
+        raise ProtocolError(400, f"{where}: {problem}{received}", param=field or None) from None
 
 
 def check_consistent(request: ChatRequest | CompletionRequest) -> None:

@@ -83,8 +83,8 @@ def _check_headers(request: Request) -> None:
     """Refuses what the headers already rule out. Another web page's form can't send JSON to this machine."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        given = quoted(kind) if kind else "missing"
-        raise ProtocolError(415, f"content-type is {given}; send application/json", code="invalid_json")
+        received = quoted(kind) if kind else "missing"
+        raise ProtocolError(415, f"content-type is {received}; send application/json", code="invalid_json")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 20 or int(length) > MAX_BODY):
         raise _too_large()
@@ -128,7 +128,7 @@ def _check_amount(body: bytes) -> None:
             f"{MAX_VALUES} objects and lists": containers <= MAX_VALUES,
             f"{MAX_COMMAS} values": commas < MAX_COMMAS,
         }
-        if exceeded := [limit for limit, kept in limits.items() if not kept]:
+        if exceeded := [limit for limit, holds in limits.items() if not holds]:
             message = (
                 f"the body is not JSON of a size that is read: it holds more than {exceeded[0]}; send less at once"
             )

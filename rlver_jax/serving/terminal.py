@@ -62,7 +62,7 @@ class Terminal:
         except Left:
             self._console.print()
         finally:
-            self._keep()
+            self._save()
         self._conclude()
 
     def _introduce(self) -> None:
@@ -83,7 +83,7 @@ class Terminal:
         talk = self._talk
         while not talk.ended:
             talk.user_says(self._ask())
-            self._keep()
+            self._save()
             self._busy("the policy thinks", talk.policy_replies)
             if not talk.ended:
                 self._note("your emotion, as the simulated user sees it")
@@ -96,7 +96,7 @@ class Terminal:
         self._console.print(Text.assemble(("user  ", "bold magenta"), plain(first)))
         while not talk.ended:
             talk.policy_says(self._ask())
-            self._keep()
+            self._save()
             self._busy("the user thinks", lambda: talk.user_reacts(ends=True))
 
     def _busy(self, what: str, act: Callable[[], dict]) -> None:
@@ -105,7 +105,7 @@ class Terminal:
             message = act()
         for line in message_lines(message):
             self._console.print(line, highlight=False)
-        self._keep()
+        self._save()
 
     @contextlib.contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
@@ -140,7 +140,7 @@ class Terminal:
     def _note(self, text: str) -> None:
         self._console.print(Text(text, "dim"), soft_wrap=True)
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         if self._talk.record["messages"]:
             write_dialogues(self._out, [self._talk.record])
 

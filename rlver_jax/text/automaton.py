@@ -173,7 +173,7 @@ def _check_patterns(patterns: Sequence[bytes]) -> None:
 
 def _byte_automaton(patterns: Sequence[bytes]) -> tuple[np.ndarray, int]:
     """The byte transitions [n_states, 256], found states last and absorbing, and `first_found`."""
-    children, found = _trie(patterns)
+    children, pattern_of = _trie(patterns)
     step = np.zeros((len(children), 256), dtype=np.intp)
     fallback = [0] * len(children)  # the node of the longest proper suffix that is in the trie
     queue = [0]
@@ -182,18 +182,18 @@ def _byte_automaton(patterns: Sequence[bytes]) -> tuple[np.ndarray, int]:
         for byte, child in children[node].items():
             fallback[child] = int(step[node, byte])
             step[node, byte] = child
-            if found[child] < 0:  # its own pattern is the longest; else a suffix may have one
-                found[child] = found[fallback[child]]
+            if pattern_of[child] < 0:  # its own pattern is the longest; else a suffix may have one
+                pattern_of[child] = pattern_of[fallback[child]]
         queue += children[node].values()
     # Only nodes that can be reached before anything is found need a state.
     label = {0: 0}
     for node in (live := [0]):
         for target in np.unique(step[node]).tolist():
-            if found[target] < 0 and target not in label:
+            if pattern_of[target] < 0 and target not in label:
                 label[target] = len(live)
                 live.append(target)
     first_found = len(live)
-    renamed = np.array([label.get(n, 0) if f < 0 else first_found + f for n, f in enumerate(found)])
+    renamed = np.array([label.get(n, 0) if f < 0 else first_found + f for n, f in enumerate(pattern_of)])
     absorbing = np.arange(first_found, first_found + len(patterns))[:, None].repeat(256, axis=1)
     return np.concatenate([renamed[step[live]], absorbing]), first_found
 
@@ -201,17 +201,17 @@ def _byte_automaton(patterns: Sequence[bytes]) -> tuple[np.ndarray, int]:
 def _trie(patterns: Sequence[bytes]) -> tuple[list[dict[int, int]], list[int]]:
     """Children of each node by byte, and the pattern that ends in each node (-1: none)."""
     children: list[dict[int, int]] = [{}]
-    found = [-1]
+    pattern_of = [-1]
     for index, pattern in enumerate(patterns):
         node = 0
         for byte in pattern:
             if byte not in children[node]:
                 children[node][byte] = len(children)
                 children.append({})
-                found.append(-1)
+                pattern_of.append(-1)
             node = children[node][byte]
-        found[node] = index
-    return children, found
+        pattern_of[node] = index
+    return children, pattern_of
 
 
 def _lift(

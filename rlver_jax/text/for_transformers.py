@@ -32,10 +32,10 @@ def write_for_transformers(tokenizer: SentencePieceTokenizer, folder: str | Path
     Raises:
         ValueError: the model is none that a tokenizer.json can hold with the same ids; nothing is written.
     """
-    written = as_tokenizers(tokenizer)
+    converted = as_tokenizers(tokenizer)
     folder = Path(folder)
     tokenizer.save(folder)
-    written.save(str(folder / "tokenizer.json"))
+    converted.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # transformers 5 puts Qwen2's class in place of any that a folder of this model type names (without a word, and

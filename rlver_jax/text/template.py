@@ -136,7 +136,7 @@ class FolderTemplate:
         thread.start()
         thread.join(PATIENCE)
         if failed:
-            raise ValueError(f"{self.origin}: the chat template can't be rendered: {_said(failed[0])}")
+            raise ValueError(f"{self.origin}: the chat template can't be rendered: {_message_of(failed[0])}")
         if not rendered:
             raise ValueError(
                 f"{self.origin}: the chat template has not ended after {PATIENCE:g} s; correct or remove it"
@@ -237,7 +237,7 @@ def _renderer() -> Any:
     return render_jinja_template
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     line = getattr(error, "lineno", None)
     return f"{type(error).__name__}{f' in line {line}' if line else ''}: {_short(str(error))}"
 

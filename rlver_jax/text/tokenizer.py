@@ -63,10 +63,10 @@ def _open(path: Path) -> Tokenizer:
             f"\"from transformers import AutoTokenizer as T; T.from_pretrained('{path}').save_pretrained('{path}')\""
         )
     if path.is_dir():
-        found = "a folder with " + (", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing in it")
+        contents = "a folder with " + (", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing in it")
     else:
-        found = "another kind of file" if path.exists() else "nothing"
+        contents = "another kind of file" if path.exists() else "nothing"
     raise FileNotFoundError(
-        f"no tokenizer at {path}: found {found}; expected a folder with tokenizer.json (Qwen2.5) or with "
+        f"no tokenizer at {path}: found {contents}; expected a folder with tokenizer.json (Qwen2.5) or with "
         "tokenizer.model or a single *.model (SentencePiece), or one of these files."
     )

@@ -51,10 +51,10 @@ class Announcer:
         """
         playing.add_done_callback(lambda _: self._rounds.put(None))
         while (one := self._next_round()) is not None:
-            some, spoken = one
-            _announce(round=[(row.slot, row.aloud[-1]) for row in some])
+            speaking, spoken = one
+            _announce(round=[(row.slot, row.aloud[-1]) for row in speaking])
             try:
-                self._policy.speak(some)
+                self._policy.speak(speaking)
             except BaseException as error:
                 spoken.set_exception(error)
             else:

@@ -146,7 +146,7 @@ def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
         config.policy.adapter = began.adapter
     else:
         if step is not None and is_run(choice.checkpoint) and not chosen:
-            _check_kept(choice.checkpoint, step)
+            _check_retained(choice.checkpoint, step)
             chosen = str(step - 1)
         if is_run(choice.checkpoint):
             config.policy.adapter = ""  # that training began with: a checkpoint holds it
@@ -158,24 +158,24 @@ def _player(config: ConfigDict, choice: Choice, step: int | None) -> Player:
 def _check_rounding(config: ConfigDict, folder: str) -> None:
     from rlver_jax.training.workdir import RunFolder
 
-    played, given = RunFolder(Path(folder)).typed_config().rollout.param_dtype, config.rollout.param_dtype
-    if played != given:
+    played, asked = RunFolder(Path(folder)).typed_config().rollout.param_dtype, config.rollout.param_dtype
+    if played != asked:
         raise ConfigError(
-            f"--policy={folder}: its dialogues were played with rollout.param_dtype={played!r}, found {given!r}; give "
+            f"--policy={folder}: its dialogues were played with rollout.param_dtype={played!r}, found {asked!r}; give "
             f"--config.rollout.param_dtype={played}"
         )
 
 
-def _check_kept(folder: str, step: int) -> None:
+def _check_retained(folder: str, step: int) -> None:
     from rlver_jax.training.checkpoints import saved_steps
     from rlver_jax.training.workdir import RunFolder
 
     steps = saved_steps(RunFolder(Path(folder)).checkpoints)
     if step - 1 not in steps:
-        kept = ", ".join(map(str, steps)) or "(none)"
+        held = ", ".join(map(str, steps)) or "(none)"
         raise NotKeptError(
             f"--policy={folder}: the dialogues of training step {step} were played by the policy as it was after step "
-            f"{step - 1}, of which no checkpoint is kept; there are steps {kept}, so that dialogues of the steps after "
+            f"{step - 1}, of which no checkpoint is kept; there are steps {held}, so that dialogues of the steps after "
             f"those can be recomputed (see checkpoint.every and checkpoint.keep_last); or leave out --policy"
         )
 

@@ -268,8 +268,8 @@ class Checkpoints:
         _check_same(self.folder / _name(step), saved, like)
         narrow = {name: saved[name]["dtype"] for name, leaf in like.items() if _was_narrow(name, saved[name], leaf)}
         arrays = _on_all(lambda: self._arrays(step, like, narrow))
-        read = describe(arrays)
-        wrong = [name for name in like if read[name] != saved[name]]
+        restored = describe(arrays)
+        wrong = [name for name in like if restored[name] != saved[name]]
         if wrong:
             raise CheckpointError(f"{len(wrong)} of {len(like)} leaves are not what was saved, such as {wrong[0]}")
         return {name: x.astype(like[name].dtype) if name in narrow else x for name, x in arrays.items()}, record

@@ -54,17 +54,17 @@ def keep_model(workdir: Path, source: str | Path) -> None:
     new.rename(folder)
 
 
-def check_same_model(folder: str | Path, kept: str | Path) -> None:
+def check_same_model(folder: str | Path, own: str | Path) -> None:
     """Refuses a folder that a run's weights or tokens don't belong to.
 
     Args:
-        folder: a Hugging Face folder that shall replace `kept`, with or without weights.
-        kept: the folder with the run's own config and tokenizer.
+        folder: a Hugging Face folder that shall replace `own`, with or without weights.
+        own: the folder with the run's own config and tokenizer.
 
     Raises:
         ValueError, OSError: another architecture or tokenizer; or one of them cannot be read.
     """
-    theirs, ours = Qwen2Config.from_hf(folder), Qwen2Config.from_hf(kept)
+    theirs, ours = Qwen2Config.from_hf(folder), Qwen2Config.from_hf(own)
     differ = [
         f"{name} is {getattr(theirs, name)}, not {getattr(ours, name)}"
         for name in _FIXED
@@ -72,12 +72,12 @@ def check_same_model(folder: str | Path, kept: str | Path) -> None:
     ]
     if differ:
         raise ValueError(
-            f"policy.path={str(folder)!r} is another model than the run's, which is described in {kept} "
+            f"policy.path={str(folder)!r} is another model than the run's, which is described in {own} "
             f"({'; '.join(differ)}); give the folder that the run was trained from, or none"
         )
     try:
-        check_tokenizers(load_tokenizer(folder), load_tokenizer(kept))
+        check_tokenizers(load_tokenizer(folder), load_tokenizer(own))
     except ValueError as error:
         raise ValueError(
-            f"policy.path={str(folder)!r} has another tokenizer than the run, whose own lies in {kept} ({error})"
+            f"policy.path={str(folder)!r} has another tokenizer than the run, whose own lies in {own} ({error})"
         ) from error

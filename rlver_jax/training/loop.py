@@ -101,7 +101,7 @@ class Trainer(RunLoop):
         self.pending: Step | None = None
 
     @property
-    def measured_first(self) -> bool:
+    def evaluates_first(self) -> bool:
         """Whether the untrained policy is evaluated."""
         return bool(self.config.eval.every)
 
@@ -232,7 +232,7 @@ class Trainer(RunLoop):
         records = self.records(batch, ids, host, text, earned)
         profiles = [profile for _, profile in batch for _ in range(len(ids) // len(batch))]
         try:
-            records = self.own.judged(records, profiles, evaluation=False)
+            records = self.own.apply(records, profiles, evaluation=False)
         except OwnFunctionError as error:
             raise StoppedError(f"{error}; docs/extending.md says how to resume") from error
         return as_rewards(records, rewards) if self.own.reward else rewards, records
@@ -311,7 +311,7 @@ class Trainer(RunLoop):
 
     def evaluate_untrained(self, state: TrainState) -> None:
         """Row 0 of the metrics: what the policy scores before any step."""
-        if self.measured_first:
+        if self.evaluates_first:
             self.progress.note("evaluating the untrained policy")
             metrics = self.evaluate(state)
             self.write(0, metrics)

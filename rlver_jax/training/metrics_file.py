@@ -83,7 +83,7 @@ class MetricsWriter:
         config: Mapping[str, Any],
         resume_step: int,
         report: Callable[[str], None] = _log.warning,
-        measured_first: bool = False,
+        evaluates_first: bool = False,
     ) -> None:
         """Opens the run's metrics, and drops what will be computed again.
 
@@ -93,7 +93,7 @@ class MetricsWriter:
             config: {"a.b": value}, for Weights & Biases.
             resume_step: last step of which the state was saved; 0: none, and every row goes.
             report: is told of rows that should be there and are not.
-            measured_first: whether there is a row of step 0.
+            evaluates_first: whether there is a row of step 0.
 
         Raises:
             ValueError: metrics.jsonl is broken, or Weights & Biases is asked for and not installed.
@@ -101,7 +101,7 @@ class MetricsWriter:
         path = folder / METRICS
         rows = read_metrics(path) if path.exists() and resume_step else []
         rows = [row for row in rows if row["step"] <= resume_step]
-        if missing := missing_steps(rows, resume_step, resume_step and measured_first):
+        if missing := missing_steps(rows, resume_step, resume_step and evaluates_first):
             report(
                 f"{path}: has no row of {missing}, though the run has done step {resume_step}: lines or the file were "
                 f"lost. The run continues without these metrics; restore the file to have them"

@@ -36,7 +36,7 @@ class RunLoop:
         self.progress = self.progress_type(console, config.train.steps, 0)
 
     @property
-    def measured_first(self) -> bool:
+    def evaluates_first(self) -> bool:
         """Whether the metrics have a row of step 0."""
         raise NotImplementedError
 
@@ -92,7 +92,7 @@ class RunLoop:
             "config": without_secrets(flatten(self.config)),
             "resume_step": done,
             "report": self.notify,
-            "measured_first": self.measured_first,
+            "evaluates_first": self.evaluates_first,
         }
         main = distributed.is_main()
         return distributed.all_or_none(lambda: MetricsWriter(self.folder.path, **settings) if main else None)

@@ -84,7 +84,7 @@ class Run:
     widest: int = 0  # users by text: the longest words that the policy hears, in tokens; 0: all play in tokens
 
     def plan_rows(
-        self, lengths: np.ndarray, orders: np.ndarray, turns: np.ndarray | None = None
+        self, lengths: np.ndarray, minibatches: np.ndarray, turns: np.ndarray | None = None
     ) -> tuple[int, PackingPlan | None]:
         """The length of packed rows for a batch, and which dialogue lies where if they share rows.
 
@@ -95,11 +95,11 @@ class Run:
         """
         if not self.config.train.share_rows:
             return next(length for length in self.lengths if length >= lengths.max()), None
-        how = self.lengths, batch_parts(self.mesh), self.config.train.padding
+        options = self.lengths, batch_parts(self.mesh), self.config.train.padding
         if self.config.train.turns_per_update:
-            groups = [group for order in orders for group in self._updates(order, turns)]
-            return plan_turns(lengths, groups, updates_at_most(self.config), *how)
-        return plan_packing(lengths, orders, *how)
+            groups = [group for order in minibatches for group in self._updates(order, turns)]
+            return plan_turns(lengths, groups, updates_at_most(self.config), *options)
+        return plan_packing(lengths, minibatches, *options)
 
     def _updates(self, order: np.ndarray, turns: np.ndarray | None) -> list[np.ndarray]:
         assert turns is not None
@@ -110,8 +110,8 @@ class Run:
         """Tokens of all rows that one pass over a batch reads, padding included."""
         if plan is None:
             return length * self.config.rollout.batch
-        reads = int(np.sum(plan.updates.reads)) * batch_parts(self.mesh)
-        return reads * length // self.config.train.epochs
+        microbatches = int(np.sum(plan.updates.microbatches)) * batch_parts(self.mesh)
+        return microbatches * length // self.config.train.epochs
 
 
 def build_run(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
@@ -292,7 +292,7 @@ def dialogues_an_update(config: ConfigDict) -> int:
     return min(-(-config.train.turns_per_update // config.rollout.max_turns), config.rollout.batch)
 
 
-def reads_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
+def microbatches_at_most(config: ConfigDict, mesh: Mesh, dialogues: int) -> int:
     """Microbatches that so many dialogues of the greatest length are read in."""
     if not config.train.share_rows:
         return dialogues * config.train.minibatches * config.train.microbatches // config.rollout.batch

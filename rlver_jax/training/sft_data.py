@@ -103,20 +103,20 @@ def read_dialogues(config: ConfigDict, source: Source, make: Examples) -> Dialog
     chosen = _chosen(source.ends, config) if config.sft.role == POLICY else range(len(files))
     known = KnownProfiles.of_sets(open_each(config))
     learned: list[Example] = []
-    kept: list[Example] = []
+    unseen: list[Example] = []
     for index in chosen:
         one = files[index]
         example = make.example(with_profile(one, known) if config.sft.role == USER else one)
         if example is None:
             make.left_out["dialogues with nothing to learn"] += 1
         else:
-            (kept if held_out(example.profile, config.sft.held_out) else learned).append(example)
-    _check_enough(config, learned, kept, len(files), make)
-    summary = _summary(learned, kept, len(files), make.left_out)
-    measured = evenly(kept, config.sft.eval_dialogues)
-    if len(measured) < len(kept):
-        summary += f"\nmeasured: {len(measured)} of the {len(kept)} held out"
-    return Dialogues(learned, measured, summary)
+            (unseen if held_out(example.profile, config.sft.held_out) else learned).append(example)
+    _check_enough(config, learned, unseen, len(files), make)
+    summary = _summary(learned, unseen, len(files), make.left_out)
+    evaluated = evenly(unseen, config.sft.eval_dialogues)
+    if len(evaluated) < len(unseen):
+        summary += f"\nmeasured: {len(evaluated)} of the {len(unseen)} held out"
+    return Dialogues(learned, evaluated, summary)
 
 
 def evenly(examples: Sequence[Example], count: int) -> Sequence[Example]:

@@ -67,11 +67,11 @@ def change_pairs(options: Options, shares: Float[np.ndarray, " 21"]) -> list[tup
     that follows some beginning of an option the share of all options that begin with both. Places count from 0, that
     of the token that predicts the options' first tokens.
     """
-    places, pairs = np.asarray(options.contexts), collections.defaultdict[tuple[int, int], float](float)
+    offsets, pairs = np.asarray(options.contexts), collections.defaultdict[tuple[int, int], float](float)
     columns = (options.pair_context, options.pair_token, options.pair_option)
     for context, token, option in zip(*(np.asarray(x).tolist() for x in columns), strict=True):
-        pairs[int(places[context]), token] += shares[option]
-    return [(place, token, share) for (place, token), share in pairs.items() if share > 0]
+        pairs[int(offsets[context]), token] += shares[option]
+    return [(offset, token, share) for (offset, token), share in pairs.items() if share > 0]
 
 
 class UserExamples:
@@ -118,7 +118,7 @@ class UserExamples:
         field = self.fields.index(CHANGE)
         for choice, change in zip(packed.choices, changes, strict=True):
             targets += [
-                Target(choice.first - 1 + place, token, share, field) for place, token, share in self._pairs[change]
+                Target(choice.first - 1 + offset, token, share, field) for offset, token, share in self._pairs[change]
             ]
         return _example(one, packed, targets, [choice.first for choice in packed.choices], changes)
 
@@ -128,10 +128,10 @@ class UserExamples:
         for emotion, (turn, reply, user) in zip(before, reactions(record), strict=True):
             appraisal = self._lines(self._appraisal, user, "appraisal")
             considered = self._lines(self._reply[:-1], user, "consideration")
-            said = self._line(user["content"] or "", user["all_tokens"], user["stopped"], self._reply_tokens)
-            whole = said is not None and considered is not None and appraisal is not None
-            lines = [*considered, said] if whole else []  # type: ignore[misc]
-            words = list(said.text_tokens) if said is not None else []
+            completion = self._line(user["content"] or "", user["all_tokens"], user["stopped"], self._reply_tokens)
+            whole = completion is not None and considered is not None and appraisal is not None
+            lines = [*considered, completion] if whole else []  # type: ignore[misc]
+            words = list(completion.text_tokens) if completion is not None else []
             say = message_tokens(self._agents.tokenizer, reply)
             change, after = rules.clamp(user["change"]), within(user["emotion"])
             turns.append(LoggedTurn(turn, emotion, after, say, appraisal, change, lines, words))
@@ -197,7 +197,7 @@ class PolicyExamples:
             self.left_out["turns beyond rollout.context"] += 1
             replies = replies[:-1]
             packed = self._packer.dialogue(replies)
-        in_thought = lambda state: self._think and not self._states.found(state)  # noqa: E731
+        in_thought = lambda state: self._think and not self._states.matched(state)  # noqa: E731
         targets = [
             Target(query.previous, query.token, 1.0, self.fields.index(THOUGHT if in_thought(query.state) else REPLY))
             for query in packed.queries
@@ -210,8 +210,8 @@ class PolicyExamples:
         reactions_after = [*messages[2::2], None]
         for user, message, reaction in zip(messages[::2], messages[1::2], reactions_after, strict=False):
             say = message_tokens(tokenizer, message)
-            said = self._said(record, message, say) if self._wanted(message, reaction) else None
-            replies.append(Reply(message_tokens(tokenizer, user), said, say))
+            completion = self._completion(record, message, say) if self._wanted(message, reaction) else None
+            replies.append(Reply(message_tokens(tokenizer, user), completion, say))
         return replies
 
     def _wanted(self, message: Message, reaction: Mapping[str, Any] | None) -> bool:
@@ -223,7 +223,7 @@ class PolicyExamples:
             self.left_out["replies below sft.min_change"] += 1
         return change >= self._min_change
 
-    def _said(self, record: Record, message: Message, say: list[int]) -> Completion | None:
+    def _completion(self, record: Record, message: Message, say: list[int]) -> Completion | None:
         """A reply as the policy writes it; None where it has no text, or no thought that fits in its limit."""
         tokenizer, logged, stopped = self._agents.tokenizer, message["tokens"], message["stopped"]
         if logged and record["mode"] == self._agents.spec.mode and say == message["say_tokens"]:

@@ -69,12 +69,12 @@ class Fit:
         """The loss, and each field's: nats a token, of a change nats a change; those of fields that are there."""
         counts = self.counts(examples)
         total = (self.weights * counts).sum()
-        found = {f"{prefix}loss": float((self.weights * sums).sum() / total) if total else 0.0}
+        losses = {f"{prefix}loss": float((self.weights * sums).sum() / total) if total else 0.0}
         for name, count, loss in zip(self.fields, counts, sums, strict=True):
             per = sum(len(one.changes) for one in examples) if name == CHANGE and self.options is not None else count
             if count:
-                found[f"{prefix}loss_{name}"] = float(loss / per)
-        return found
+                losses[f"{prefix}loss_{name}"] = float(loss / per)
+        return losses
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ class _Pending:
     sums: list[jax.Array]  # of each read
     metrics: dict[str, jax.Array]
     known: dict[str, float]
-    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Fitter(RunLoop):
@@ -114,7 +114,7 @@ class Fitter(RunLoop):
         self.pending: _Pending | None = None
 
     @property
-    def measured_first(self) -> bool:
+    def evaluates_first(self) -> bool:
         """Whether held-out dialogues are measured before the first step."""
         return self.held_out is not None
 
@@ -127,8 +127,8 @@ class Fitter(RunLoop):
         state, done = self.resume(state)
         steps = self.config.train.steps
         with self.writers(done), distributed.stop_signal(done) as stop, contextlib.closing(self.checkpoints):
-            if not done and self.measured_first:
-                self.write(0, self.measured(state))
+            if not done and self.evaluates_first:
+                self.write(0, self.evaluate(state))
             stopped = stop(done)
             while done < steps and not stopped:
                 state = self.step(state, done + 1)
@@ -136,7 +136,7 @@ class Fitter(RunLoop):
                 stopped = stop(done)
                 due = self.held_out is not None and (done % self.config.sft.eval_every == 0 or done == steps)
                 if due and self.pending:
-                    self.pending.measured = self.measured(state)
+                    self.pending.evaluation = self.evaluate(state)
                 if due or done == steps or stopped or done % self.config.checkpoint.every == 0:
                     self.save(state, done)
         if done >= steps and distributed.is_main():
@@ -149,8 +149,8 @@ class Fitter(RunLoop):
         rows, _ = self.fit.rows(examples, self.ladder, self.config.train.padding)
         weighted = self.fit.weights * self.fit.counts(examples)
         weights = self.on_device(np.float32(self.fit.weights / (weighted.sum() or 1.0)))
-        sums, reads = [], rows.tokens.shape[0]
-        parts = [self.read(rows, i) for i in range(reads)]
+        sums, microbatches = [], rows.tokens.shape[0]
+        parts = [self.microbatch(rows, i) for i in range(microbatches)]
         with jax.transfer_guard("disallow"), jax.set_mesh(self.fit.mesh):
             params = state.params["policy"]
             total = self.zero(params)
@@ -166,7 +166,7 @@ class Fitter(RunLoop):
         self.pending = _Pending(number, examples, sums, metrics, {name: float(x) for name, x in known.items()})
         return state
 
-    def read(self, rows: Any, index: int) -> Any:
+    def microbatch(self, rows: Any, index: int) -> Any:
         """One read of rows, spread over the mesh."""
         width = batch_parts(self.fit.mesh)
         return jax.tree.map(lambda x: distributed.rows_on(self.fit.mesh, width, lambda part: x[index][part]), rows)
@@ -175,7 +175,7 @@ class Fitter(RunLoop):
         """Small arrays, whole on every device."""
         return distributed.replicate(tree, self.fit.mesh)
 
-    def measured(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState) -> dict[str, float]:
         """`held_out/…`: losses, and how well the expected change agrees with the logged one.
 
         Where a logged appraisal stands before the change, it gives away what the user felt: such figures are named so.
@@ -185,20 +185,20 @@ class Fitter(RunLoop):
         began, (rows, choices) = time.monotonic(), self.held_out
         parts = []
         for i in range(rows.tokens.shape[0]):
-            part, first = self.read(rows, i), self.read(choices.first, i)
+            part, first = self.microbatch(rows, i), self.microbatch(choices.first, i)
             with jax.transfer_guard("disallow"), jax.set_mesh(self.fit.mesh):
                 policy = state.params["policy"]
                 parts.append(self.measure(policy, part, self.fit.options, first, self.fit.base))
         fetched = distributed.fetch(parts)
         sums = np.sum([sums for sums, _ in fetched], axis=0, dtype=np.float64)
-        found = self.fit.losses("held_out/", self.fit.dialogues.held_out, sums)
+        metrics = self.fit.losses("held_out/", self.fit.dialogues.held_out, sums)
         real = choices.first > 0
         if self.fit.options is not None and real.any():
             logprobs = np.stack([logprobs for _, logprobs in fetched])
             agreement = change_agreement(expected_change(logprobs[real]), choices.change[real])
             suffix = "_given_appraisal" if self.fit.teaches_appraisal else ""
-            found |= {f"held_out/change_{name}{suffix}": value for name, value in agreement.items()}
-        return found | {"time/held_out_s": time.monotonic() - began}
+            metrics |= {f"held_out/change_{name}{suffix}": value for name, value in agreement.items()}
+        return metrics | {"time/held_out_s": time.monotonic() - began}
 
     def finish(self) -> None:
         """Fetches, checks and writes the metrics of the pending step; every process checks, one writes."""
@@ -208,8 +208,8 @@ class Fitter(RunLoop):
         sums, metrics = distributed.fetch((step.sums, step.metrics))
         now = time.monotonic()
         row = self.fit.losses("sft/", step.examples, np.sum(sums, axis=0, dtype=np.float64))
-        row |= {name: float(value) for name, value in metrics.items()} | step.known | step.measured
-        row["time/step_s"] = now - self.last_finished - step.measured.get("time/held_out_s", 0.0)
+        row |= {name: float(value) for name, value in metrics.items()} | step.known | step.evaluation
+        row["time/step_s"] = now - self.last_finished - step.evaluation.get("time/held_out_s", 0.0)
         self.last_finished = now
         self.write(step.number, row)
         for name in ("sft/loss", "policy/grad_norm"):
@@ -222,7 +222,7 @@ class Fitter(RunLoop):
 
     def save(self, state: TrainState, done: int) -> None:
         """Saves the state with everything needed to resume; its metrics are written first. The best has least loss."""
-        loss = self.pending.measured.get("held_out/loss") if self.pending else None
+        loss = self.pending.evaluation.get("held_out/loss") if self.pending else None
         self.finish()
         distributed.all_or_none(self.folder.check)
         self.checkpoints.save(done, state, {"reader": self.reader.state()}, None if loss is None else -loss)

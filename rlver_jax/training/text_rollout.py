@@ -239,12 +239,12 @@ class TextEvaluation:
         records, cost, size = [], 0.0, self.rollout.batch
         numbered = list(enumerate(self.profiles))
         for start in range(0, len(numbered), size):
-            some = numbered[start : start + size]
-            played = self.rollout.play(agents.policy, some, [index for index, _ in some])
+            batch = numbered[start : start + size]
+            played = self.rollout.play(agents.policy, batch, [index for index, _ in batch])
             rewards = rewards_of(played.dialogues, reward_settings(self.rollout.config))
             of_batch = self.rollout.records(played, rewards)
             own = OwnFunctions.of(self.rollout.config)
-            of_batch = own.judged(of_batch, [profile for _, profile in some], evaluation=True)
+            of_batch = own.apply(of_batch, [profile for _, profile in batch], evaluation=True)
             records += [record for record in of_batch if record["end_reason"] != UNANSWERED]
             cost += played.cost
         result = scores(records) | ({"rule_score": self.gold(records, self.profiles)} if self.gold else {})

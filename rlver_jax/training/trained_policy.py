@@ -128,7 +128,7 @@ def take_checkpoint(config: ConfigDict, checkpoint: str, step: str, path: str = 
         config: its `policy.path` and `policy.init` are changed.
         checkpoint: a training run or a Hugging Face folder, of which everything is taken.
         step: as in `TrainedPolicy.open`.
-        path: of a training run, where to take config and tokenizer from (`flags.given_path`); empty: its own.
+        path: of a training run, where to take config and tokenizer from (`flags.path_override`); empty: its own.
 
     Returns:
         what to read the policy from, where it is a training run.
@@ -158,8 +158,8 @@ def take_checkpoint(config: ConfigDict, checkpoint: str, step: str, path: str = 
 
 def _model_folder(run: RunFolder, trained_from: str, named: str) -> str:
     """Where config and tokenizer of a run's policy lie: in the folder named, in the run's, or in the base model's."""
-    kept = kept_model(run.path)
-    known = str(kept) if kept else trained_from if base_folder(trained_from) else ""
+    stored = kept_model(run.path)
+    known = str(stored) if stored else trained_from if base_folder(trained_from) else ""
     if not (named or known):
         raise ValueError(
             f"{run.path}: keeps no config and tokenizer, since an older version began it, and its policy.path="

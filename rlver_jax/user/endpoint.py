@@ -175,12 +175,14 @@ class RemoteUser:
     ) -> Reaction:
         prompt = sage_user.reply_request(sage, profile, aloud, felt.emotion, felt.fields)
         try:
-            said = await self._ask_sage(prompt, sage_user.read_reply, "reply", index, usage)
+            reply = await self._ask_sage(prompt, sage_user.read_reply, "reply", index, usage)
         except Unreadable:
             return Reaction(felt.fields, felt.change, felt.emotion, {}, None, unreadable=True)
-        return Reaction(felt.fields, felt.change, felt.emotion, {"thinking": said.thinking}, said.reply)
+        return Reaction(felt.fields, felt.change, felt.emotion, {"thinking": reply.thinking}, reply.reply)
 
-    async def _ask_sage(self, prompt: str, read: Callable[[str], T], part: str, index: RequestIndex, usage: Usage) -> T:
+    async def _ask_sage(
+        self, prompt: str, parse: Callable[[str], T], part: str, index: RequestIndex, usage: Usage
+    ) -> T:
         """The answer to one of SAGE's prompts; where it can't be read, the same is asked again, as SAGE does."""
         for attempt in range(self.asks):
             answer = await self.client.ask(
@@ -191,7 +193,7 @@ class RemoteUser:
             )
             usage.add(answer, again=attempt > 0)
             try:
-                return read(answer.text)
+                return parse(answer.text)
             except Unreadable as error:
                 last = error
         raise last

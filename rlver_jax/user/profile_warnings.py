@@ -21,10 +21,10 @@ def profile_warnings(
         ValueError, OSError: prompts that cannot be used.
     """
     prompts = load_prompts(config.data.language, config.user.prompts or None)
-    found = check(prompts, train, "data.train", held_out or ()) if train is not None else []
+    warnings = check(prompts, train, "data.train", held_out or ()) if train is not None else []
     if held_out is not None and (train is None or config.data.eval):
-        found += check(prompts, held_out, "data.eval" if config.data.eval else "data.train")
-    return found
+        warnings += check(prompts, held_out, "data.eval" if config.data.eval else "data.train")
+    return warnings
 
 
 def check(prompts: Prompts, profiles: Sequence[Profile], field: str, held_out: Sequence[Profile] = ()) -> list[str]:

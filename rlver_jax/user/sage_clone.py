@@ -18,7 +18,7 @@ _APPRAISAL_SLOTS = ("target", "simulator_role", "simulator_scene", "emotion", "d
 _REPLY_SLOTS = ("target", "emotion", "player_type", "player_topic", "dialog_history", "new_history", "planning")
 
 
-class Piece(NamedTuple):
+class PromptPart(NamedTuple):
     """A piece of what the reply's prompt says of an appraisal: a text, or one of the appraisal's fields."""
 
     text: str
@@ -47,7 +47,7 @@ class SagePrompts:
     appraisal: str
     reply: str
     speakers: Mapping[str, str]
-    planning: tuple[Piece, ...]
+    planning: tuple[PromptPart, ...]
     opening: str
     no_history: str
     policy: str
@@ -100,11 +100,11 @@ class _Source:
         where = f"in the function {function}" if function else "at the top"
         return ValueError(f"{self.path}: expected, {where}, {what}, as in SAGE's repository; restore the clone's file")
 
-    def one(self, found: list[Any], function: str, what: str) -> Any:
+    def one(self, candidates: list[Any], function: str, what: str) -> Any:
         """The first of what was found."""
-        if not found:
+        if not candidates:
             raise self._missing(function, f"a {what}")
-        return found[0]
+        return candidates[0]
 
     def function(self, name: str) -> ast.FunctionDef:
         """A function by name."""
@@ -137,17 +137,17 @@ class _Source:
         """A dictionary of texts or numbers that is assigned to a name."""
         for value in self._assigned(function, name):
             try:
-                found = ast.literal_eval(value)
+                literal = ast.literal_eval(value)
             except ValueError:
                 continue
-            whole = isinstance(found, dict) and found and set(keys) <= set(found)
-            if whole and all(isinstance(key, str) and isinstance(one, kind) for key, one in found.items()):
-                return found
+            whole = isinstance(literal, dict) and literal and set(keys) <= set(literal)
+            if whole and all(isinstance(key, str) and isinstance(one, kind) for key, one in literal.items()):
+                return literal
         raise self._missing(
             function, f"a dictionary assigned to {name} ({kind.__name__} by {', '.join(keys) or 'name'})"
         )
 
-    def put_in(self, function: ast.FunctionDef, slot: str) -> Iterator[list[Piece]]:
+    def put_in(self, function: ast.FunctionDef, slot: str) -> Iterator[list[PromptPart]]:
         """What is put into a slot of a template, by calls of `replace`, as far as it is made of texts and fields."""
         for node in ast.walk(function):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 2):
@@ -174,14 +174,14 @@ def _text(node: ast.expr) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
-def _pieces(node: ast.expr) -> Iterator[Piece | None]:
+def _pieces(node: ast.expr) -> Iterator[PromptPart | None]:
     """Of a sum of texts and fields, from the left; None for anything else."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         yield from _pieces(node.left)
         yield from _pieces(node.right)
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield Piece(node.value)
+        yield PromptPart(node.value)
     elif isinstance(node, ast.Subscript) and _text(node.slice):
-        yield Piece("", _text(node.slice))
+        yield PromptPart("", _text(node.slice))
     else:
         yield None

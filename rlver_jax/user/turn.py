@@ -121,8 +121,8 @@ def user_turn(
         batch, last_reply, (tables.close, None), (tables.open_user, None), say, (tables.close, None),
         (tables.open_assistant, None),
     )  # fmt: skip
-    read = jnp.where(active, base[1], 0)
-    cache = append(lm, cache, base[0], read)
+    prefilled = jnp.where(active, base[1], 0)
+    cache = append(lm, cache, base[0], prefilled)
     opening = cache.length
     cache, appraisal, change_logprobs, appraisal_read = appraise(
         lm, tables, cache, emotion, turn_keys, rules, limits, max_tokens, active
@@ -140,7 +140,7 @@ def user_turn(
         emotion=moved,
         reply=reply,
         goodbye=speaks & says(tables.goodbye, tables.goodbye_found, aloud.tokens, aloud.text_count),
-        prefilled=read + appraisal_read + reply_read,
+        prefilled=prefilled + appraisal_read + reply_read,
     )
     return rollback(cache, opening), turn
 
@@ -177,8 +177,8 @@ def appraise(
     )
     cache = append(lm, cache, tokens[-1], jnp.where(active, counts[-1], 0))
     cache, logprobs = choose(lm, cache, tables.options)
-    read = jnp.where(active, counts.sum(0) + tables.scratch, 0)
-    return cache, lines, jnp.where(active[:, None], logprobs, 0.0), read
+    prefilled = jnp.where(active, counts.sum(0) + tables.scratch, 0)
+    return cache, lines, jnp.where(active[:, None], logprobs, 0.0), prefilled
 
 
 @jax.named_scope("reply")

@@ -64,13 +64,13 @@ def serve(hub: Hub) -> Iterator[Hub]:
             sha = hub.commit(name, "/".join(rest[1:]) if rest else "main")
             files = hub.files(name, sha)
             if rest[:1] == ["tree"]:
-                found: object = [
+                description: object = [
                     {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
                     for p, d in files.items()
                 ]
             else:
-                found = {"id": name, "modelId": name, "sha": sha, "siblings": [{"rfilename": p} for p in files]}
-            self.answer(json.dumps(found).encode(), 200, {"Content-Type": "application/json"})
+                description = {"id": name, "modelId": name, "sha": sha, "siblings": [{"rfilename": p} for p in files]}
+            self.answer(json.dumps(description).encode(), 200, {"Content-Type": "application/json"})
 
         def send_file(self, name: str, revision: str, file: str) -> None:
             if name in hub.gated:

@@ -221,9 +221,9 @@ def test_likely_places(text, shown):
 def test_secret_values_of_settings():
     extra = {"headers": {"Authorization": "Bearer abc"}, "to": "http://me:p%40w@h?key=k1", "max_tokens": 5, "n": ["x"]}
     assert set(secret_values(extra)) == {"Bearer abc", "abc", "p%40w", "p@w", "k1"}
-    kept = guarded(extra)
-    assert kept == extra
-    assert "abc" not in repr(kept)
-    assert "k1" not in repr(kept)
-    assert "'x'" in repr(kept)
+    hidden = guarded(extra)
+    assert hidden == extra
+    assert "abc" not in repr(hidden)
+    assert "k1" not in repr(hidden)
+    assert "'x'" in repr(hidden)
     assert f"{Secret('abc')}" == "abc"

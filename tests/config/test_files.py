@@ -41,12 +41,12 @@ def run(folder, *words):
 @pytest.mark.slow
 def test_commands_beside_a_foreign_configs(kind, tmp_path):
     foreign(tmp_path, kind)
-    status, said = run(tmp_path, "-m", "rlver_jax.train", "--config=configs/grpo_think_7b.py", "--workdir=w")
-    assert status == 2, said
-    assert "data.train is empty" in said or "mesh.tensor=4: 1 devices" in said, "it was read, and checked"
+    status, output = run(tmp_path, "-m", "rlver_jax.train", "--config=configs/grpo_think_7b.py", "--workdir=w")
+    assert status == 2, output
+    assert "data.train is empty" in output or "mesh.tensor=4: 1 devices" in output, "it was read, and checked"
     (tmp_path / "own.py").write_text(OWN)
-    status, said = run(tmp_path, "-m", "rlver_jax.evaluate", "--config=own.py", "--out=o")
-    assert (status, "data.eval" in said) == (2, True), said
+    status, output = run(tmp_path, "-m", "rlver_jax.evaluate", "--config=own.py", "--out=o")
+    assert (status, "data.eval" in output) == (2, True), output
 
 
 @pytest.mark.slow

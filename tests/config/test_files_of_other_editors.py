@@ -30,8 +30,8 @@ def test_logs_without_a_dialogue(command, text, tmp_path, capsys):
     file = tmp_path / "d.jsonl"
     file.write_text(text, encoding="utf-8")
     words = {"verify": [str(file), "--config=configs/debug.py"], "evaluate": [f"--from={file}"]}[command]
-    found, status = {"verify": verify, "evaluate": evaluate}[command].main(words), {"verify": 1, "evaluate": 2}
-    assert found == status[command]
+    exit_status, status = {"verify": verify, "evaluate": evaluate}[command].main(words), {"verify": 1, "evaluate": 2}
+    assert exit_status == status[command]
     told = capsys.readouterr()
     assert str(file) in (told.out if command == "verify" else told.err)
 

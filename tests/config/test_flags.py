@@ -87,7 +87,7 @@ def test_files_that_hold_no_config(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("argument", "says"),
     [
         ("configs/debgu.py", "there is no such file; did you mean configs/debug.py?"),
         ("debug", "did you mean configs/debug.py?"),
@@ -97,19 +97,19 @@ def test_files_that_hold_no_config(text, tmp_path):
         ("configs/debug.py:nonsense", "config argument 'nonsense'; expected any of ppo, direct, challenging"),
     ],
 )
-def test_config_files_that_are_not_there(given, says, tmp_path, monkeypatch):
+def test_config_files_that_are_not_there(argument, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     with pytest.raises(ConfigError) as caught:
-        config_from_flags([f"--config={given}"], "")
+        config_from_flags([f"--config={argument}"], "")
     assert says in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
 
-@pytest.mark.parametrize("given", [["--config=configs/miniature.py:ppo"], ["--config", "configs/miniature.py:ppo"]])
-def test_the_packages_configs_are_found_from_any_folder(given, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arguments", [["--config=configs/miniature.py:ppo"], ["--config", "configs/miniature.py:ppo"]])
+def test_the_packages_configs_are_found_from_any_folder(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config, _, rest = config_from_flags([*given, "--config.train.steps=3"], "")
+    config, _, rest = config_from_flags([*arguments, "--config.train.steps=3"], "")
     assert (config.algorithm.estimator, config.train.steps, rest) == ("gae", 3, [])
 
 

@@ -101,10 +101,10 @@ def test_revisions_are_told_apart(home, plain):
 def test_the_folder_of_the_cache_itself_is_told_what_to_name(home, plain):
     snapshot = cached(home, plain)
     top = snapshot.parent.parent
-    for given in (top, top / "snapshots"):
-        assert fault(str(given)).endswith(f"name {NAME}, or its folder {snapshot}")
+    for folder in (top, top / "snapshots"):
+        assert fault(str(folder)).endswith(f"name {NAME}, or its folder {snapshot}")
         with pytest.raises(HubError, match=f"name {NAME}, or its folder .*/{HASH}"):
-            Qwen2Config.from_hf(given)
+            Qwen2Config.from_hf(folder)
     equal(snapshot, plain)
     (top / "refs" / "main").unlink()
     assert str(snapshot) in fault(str(top))
@@ -135,7 +135,7 @@ def test_what_is_local_is_never_taken_for_a_name(home, plain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("/no/such", "no such folder"),
         ("runs", "no such folder, and no name on the Hugging Face hub"),
@@ -157,9 +157,9 @@ def test_what_is_local_is_never_taken_for_a_name(home, plain, tmp_path):
         ("hf://Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
     ],
 )
-def test_what_is_no_name(home, path, said):
+def test_what_is_no_name(home, path, message):
     assert not is_name(path)
-    assert said in fault(path)
+    assert message in fault(path)
 
 
 @pytest.mark.parametrize("path", ["Qwen/Qwen2.5-7B-Instruct", "a/b@v1.0", "a_b/c.d@refs/pr/1", f"a/b@{HASH}"])
@@ -193,9 +193,9 @@ def more(plain):
 
 @pytest.fixture
 def published(online, plain, monkeypatch):
-    with serve(Hub({NAME: {"main": more(plain), "v1": of_folder(plain)}})) as found:
-        monkeypatch.setenv("HF_ENDPOINT", found.url)
-        yield found
+    with serve(Hub({NAME: {"main": more(plain), "v1": of_folder(plain)}})) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
 
 
 def test_downloads_once_and_only_what_is_needed(published, online, plain, monkeypatch):
@@ -241,12 +241,12 @@ def test_goes_on_with_an_interrupted_download(published, online, plain, monkeypa
 
 
 def test_what_the_hub_does_not_give(published, online, plain, monkeypatch):
-    for given, parts in (
+    for name, parts in (
         ("nobody/none", ["no such folder, so it was taken for", "has none of that name", "HF_TOKEN"]),
         (f"{NAME}@v9", ["has no branch, tag or commit 'v9'"]),
     ):
         with pytest.raises(HubError) as error:
-            local_folder(given)
+            local_folder(name)
         assert all(part in str(error.value) for part in parts), error.value
     published.gated.add(NAME)
     with pytest.raises(HubError, match=f"gives access on request; ask at {published.url}/{NAME}, and set HF_TOKEN"):
@@ -259,7 +259,7 @@ def test_what_the_hub_does_not_give(published, online, plain, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         (["config.json", "tokenizer.json", "pytorch_model.bin"], "PyTorch weights"),
         (["model-q4.gguf"], "llama.cpp"),
@@ -268,9 +268,9 @@ def test_what_the_hub_does_not_give(published, online, plain, monkeypatch):
         (["config.json", "model.safetensors"], "doesn't hold config.json, a tokenizer and safetensors"),
     ],
 )
-def test_repositories_of_another_kind(published, files, said):
+def test_repositories_of_another_kind(published, files, message):
     published.repositories["an/other"] = {"main": dict.fromkeys(files, b"{}")}
-    with pytest.raises(HubError, match=said):
+    with pytest.raises(HubError, match=message):
         local_folder("an/other", weights=True)
 
 
@@ -310,8 +310,8 @@ def test_commands_take_names(home, plain, tmp_path):
     environment |= {"HF_HOME": str(home), "XLA_FLAGS": QUICK}
     rounds = ("--config.eval.num_profiles=1", "--config.eval.max_turns=1", "--config.rollout.context=2048")
     command = [sys.executable, "-m", "rlver_jax.evaluate", f"--config={root}/configs/debug.py", *rounds]
-    sides = [f"--config.user.path={NAME}", f"--checkpoint={NAME}@main", f"--judge={NAME}", "--out=out"]
-    done = subprocess.run([*command, *sides], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    options = [f"--config.user.path={NAME}", f"--checkpoint={NAME}@main", f"--judge={NAME}", "--out=out"]
+    done = subprocess.run([*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["settings"]["policy.path"] == f"{NAME}@main"
@@ -325,11 +325,12 @@ def test_commands_say_what_a_name_was_taken_for(home, tmp_path, command, capsys)
     config = Path(__file__).resolve().parents[2] / "configs" / "debug.py"
     folder = "workdir" if command is train else "out"
     assert command.main([f"--config={config}", f"--{folder}=new", "--config.user.path=some-org/none"]) == 2
-    said = capsys.readouterr().err
+    error_text = capsys.readouterr().err
     assert (
-        f"{command.__name__.rpartition('.')[2]}: 'some-org/none': no such folder, so it was taken for a model" in said
+        f"{command.__name__.rpartition('.')[2]}: 'some-org/none': no such folder, so it was taken for a model"
+        in error_text
     )
-    assert "hf download some-org/none" in said
+    assert "hf download some-org/none" in error_text
     assert not (tmp_path / "new").exists()
 
 

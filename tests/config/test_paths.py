@@ -48,15 +48,15 @@ URLS = [
 
 def flags_of(command, monkeypatch):
     """All flags of an entry point, as it defines them."""
-    found = []
-    monkeypatch.setattr(command_line, "_help", lambda usage, values: found.append(values) or "")
+    calls = []
+    monkeypatch.setattr(command_line, "_help", lambda usage, values: calls.append(values) or "")
     with pytest.raises(SystemExit):
         importlib.import_module(command).main(["--help"])
-    return {name: found[0][name] for name in found[0]}
+    return {name: calls[0][name] for name in calls[0]}
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_written(tmp_path, monkeypatch):
+def nothing_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = set(os.listdir())
     yield
@@ -71,18 +71,18 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_with_text_takes_a_path_or_is_known_not_to(command, monkeypatch, capsys):
     """A flag that is added as plain text fails here: either it is a path, or it is named above."""
-    found = flags_of(command, monkeypatch)
+    known_flags = flags_of(command, monkeypatch)
     texts = {
         name
-        for name, flag in found.items()
+        for name, flag in known_flags.items()
         if type(flag.parser) is flags.ArgumentParser or isinstance(flag.parser, flags.ListParser)
     } - {"flagfile", "undefok"}
     assert texts <= WORDS
-    if "config" in found:
-        assert isinstance(found["config"].parser, config_flags.ConfigFileFlagParser)
+    if "config" in known_flags:
+        assert isinstance(known_flags["config"].parser, config_flags.ConfigFileFlagParser)
     main = importlib.import_module(command).main
-    paths = [name for name, flag in found.items() if isinstance(flag.parser, command_line.PathParser)]
-    for name in [*paths, *({"config"} & set(found))]:
+    paths = [name for name, flag in known_flags.items() if isinstance(flag.parser, command_line.PathParser)]
+    for name in [*paths, *({"config"} & set(known_flags))]:
         capsys.readouterr()
         assert main([f"--{name}=gs://bucket/x"]) == 2
         assert f"--{name}=gs://bucket/x: is a URL" in (told := capsys.readouterr().err)

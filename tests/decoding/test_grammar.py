@@ -164,18 +164,18 @@ def test_enforced_format_cannot_be_broken(tokenizer):
 
 
 def test_whitespace_tokens(tokenizer):
-    found = whitespace_tokens(tokenizer, rows_of(tokenizer))
+    mask = whitespace_tokens(tokenizer, rows_of(tokenizer))
     for token in range(tokenizer.vocab_size):
-        assert found[token] == tokenizer.token_bytes(token).isspace()
-    assert not found[tokenizer.vocab_size :].any()
+        assert mask[token] == tokenizer.token_bytes(token).isspace()
+    assert not mask[tokenizer.vocab_size :].any()
 
 
 def test_matcher_follows_finished_text(tokenizer):
     table, first_found = matcher([b"bye", "再见".encode()], tokenizer, rows_of(tokenizer))
     table = np.asarray(table)
-    for text, found in (("good bye!", True), ("我说再见。", True), ("by e", False), ("再 见", False)):
+    for text, matches in (("good bye!", True), ("我说再见。", True), ("by e", False), ("再 见", False)):
         states = itertools.accumulate(tokenizer.encode(text), lambda s, t: int(table[s, t]), initial=0)
-        assert (list(states)[-1] >= first_found) == found
+        assert (list(states)[-1] >= first_found) == matches
 
 
 def test_a_model_with_too_few_rows_is_refused(tokenizer):

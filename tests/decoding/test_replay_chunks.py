@@ -46,12 +46,12 @@ def seen(sequence: ReplaySequence, i: int) -> set[int]:
 def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
     for seed in range(20):
         sequence = dialogue(seed, turns=1 + seed % 5)
-        read, slots, queries, choices = 0, list[int](), list[Query](), list[Choice]()
+        offset, slots, queries, choices = 0, list[int](), list[Query](), list[Choice]()
         whole = np.array([sequence.tokens, sequence.positions, sequence.branch])
         for chunk in chunks_of(sequence, width):
-            slots = [slots[slot] for slot in chunk.keep]
+            slots = [slots[slot] for slot in chunk.retained]
             assert chunk.held.tolist() == [sequence.branch[index] for index in slots]
-            own = range(read, read + chunk.rows.shape[1])
+            own = range(offset, offset + chunk.rows.shape[1])
             assert 0 < len(own) <= width
             np.testing.assert_array_equal(chunk.rows, whole[:, own.start : own.stop])
             needed = set().union(*(seen(sequence, i) for i in own))
@@ -61,12 +61,12 @@ def test_every_token_finds_what_it_sees_and_the_rest_is_forgotten(width):
             assert slots == sorted(slots), "in the order of reading: visibility is causal by slot"
             for query in itertools.starmap(Query, chunk.queries.tolist()):
                 assert 0 <= query.previous < len(own)
-                queries.append(query._replace(previous=query.previous + read))
+                queries.append(query._replace(previous=query.previous + offset))
             for choice in itertools.starmap(Choice, chunk.choices.tolist()):
                 assert 0 < choice.first < choice.end <= len(own), "with the token before it"
-                choices.append(choice._replace(first=choice.first + read, end=choice.end + read))
-            slots, read = slots + list(own), own.stop
-        assert (read, queries, choices) == (len(sequence.tokens), sequence.queries, sequence.choices)
+                choices.append(choice._replace(first=choice.first + offset, end=choice.end + offset))
+            slots, offset = slots + list(own), own.stop
+        assert (offset, queries, choices) == (len(sequence.tokens), sequence.queries, sequence.choices)
 
 
 def test_chunks_within_the_prefix_are_those_of_every_dialogue_with_it():
@@ -97,7 +97,7 @@ def test_the_width_is_that_of_the_least_padding():
 
     assert positions(sizes.width) == min(map(positions, WIDTHS)) < max(map(positions, WIDTHS))
     chunks = [chunk for one in dialogues for chunk in chunks_of(one, sizes.width)]
-    assert sizes.capacity == max(len(chunk.keep) for chunk in chunks) + sizes.width
+    assert sizes.capacity == max(len(chunk.retained) for chunk in chunks) + sizes.width
     assert sizes.choices == max(len(chunk.choices) for chunk in chunks)
 
 
@@ -110,24 +110,24 @@ def test_hidden_states_are_those_of_one_forward_pass(width, toy):
     capacity = len(sequence.tokens) + width
 
     @jax.jit
-    def read(lm: LM, cache, keep, held, length, tokens, positions, branch):
-        cache = keep_slots(cache, keep, length)
-        hidden, kv = lm.read(tokens, positions, branch, cache, held)
+    def forward(lm: LM, cache, retained, held, length, tokens, positions, branch):
+        cache = keep_slots(cache, retained, length)
+        hidden, kv = lm.forward(tokens, positions, branch, cache, held)
         return cache.replace(kv=kv), hidden
 
-    cache, found = init_cache(toy, 1, capacity), []
+    cache, states = init_cache(toy, 1, capacity), []
     for chunk in chunks_of(sequence, width):
-        keep, length = pad_rows([chunk.keep], capacity)
+        retained, length = pad_rows([chunk.retained], capacity)
         own = (pad_rows([row], width)[0] for row in chunk.rows)
-        cache, hidden = read(toy, cache, keep[0], pad_rows([chunk.held], capacity)[0], length, *own)
-        found.append(np.asarray(hidden[0, : chunk.rows.shape[1]]))
-    np.testing.assert_allclose(np.concatenate(found), expected[0], atol=2e-5)
-    assert read._cache_size() == 1
+        cache, hidden = forward(toy, cache, retained[0], pad_rows([chunk.held], capacity)[0], length, *own)
+        states.append(np.asarray(hidden[0, : chunk.rows.shape[1]]))
+    np.testing.assert_allclose(np.concatenate(states), expected[0], atol=2e-5)
+    assert forward._cache_size() == 1
 
 
 def test_branches_of_a_cache_are_refused_without_it_or_without_those_of_the_new_tokens(toy):
     one, held = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 8), jnp.int32)
     with pytest.raises(ValueError, match="`held`"):
-        toy.read(one, one, None, init_cache(toy, 1, 8), held)
+        toy.forward(one, one, None, init_cache(toy, 1, 8), held)
     with pytest.raises(ValueError, match="`held`"):
         toy.model.apply({"params": toy.params}, one, one, one, held=held)

@@ -33,7 +33,7 @@ def test_fields_may_touch_lines_and_slots_each_other():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a\nb {mood}", r"mine, line 2: unknown slot \{mood\}; a script knows \{emotion\} and \{band\}"),
         ("{}", r"line 1: unknown slot \{\}"),
@@ -44,6 +44,6 @@ def test_fields_may_touch_lines_and_slots_each_other():
         ("a:<<free:x>>\nb:<<free:x>>", "line 2: <<free:x>> uses a name"),
     ],
 )
-def test_errors_name_file_and_line(text, said):
-    with pytest.raises(ValueError, match=said):
+def test_errors_name_file_and_line(text, message):
+    with pytest.raises(ValueError, match=message):
         parse_script(text, "mine")

@@ -29,13 +29,13 @@ def test_every_emotion_and_band_renders_as_formatted_text(name, tokenizer):
     """All 505 pairs at once, byte for byte; and the same emotions for every row in any order."""
     script = compile_script(parse_script(TEXTS[name]), tokenizer, SLOTS)
     emotion, band = (x.ravel() for x in np.meshgrid(np.arange(101), np.arange(5)))
-    found = rendered(script, emotion, band)
-    assert len(found) == len(script.names)
+    fields = rendered(script, emotion, band)
+    assert len(fields) == len(script.names)
     for b in range(len(emotion)):
         for f, want in enumerate(literals(TEXTS[name], int(emotion[b]), BANDS[band[b]])):
-            assert tokenizer.decode(found[f][b]) == want
+            assert tokenizer.decode(fields[f][b]) == want
         on_host = jax.device_get(script).literals(int(emotion[b]), int(band[b]))
-        assert on_host == [found[f][b] for f in range(len(found))]
+        assert on_host == [fields[f][b] for f in range(len(fields))]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -49,10 +49,10 @@ def test_shipped_scripts_are_what_a_tokenizer_makes_of_the_whole_text(language, 
     script = compile_script(getattr(prompts, which), bpe, SLOTS)
     emotion = np.arange(101)
     band = np.digitize(emotion, [10, 40, 70, 100])  # F, C, B, A, S
-    found = rendered(script, emotion, 4 - band)
+    fields = rendered(script, emotion, 4 - band)
     for n in range(101):
         for f, want in enumerate(literals(file.read_text(encoding="utf-8"), n, "FCBAS"[band[n]])):
-            assert found[f][n] == bpe.encode(want)
+            assert fields[f][n] == bpe.encode(want)
 
 
 @pytest.mark.real
@@ -81,18 +81,18 @@ def by_hand(lm, tokenizer, row, emotion, band, limits):
     context, fields, ended = list(row), [], []
     for literal, limit in zip(literals(SCRIPT, emotion, band), limits, strict=True):
         context += tokenizer.encode(literal)
-        said, stopped = [], False
-        while len(said) < limit and not stopped:
-            logp = plain(lm, [context + said], batch=1)[1][0][-1].copy()
+        tokens, stopped = [], False
+        while len(tokens) < limit and not stopped:
+            logp = plain(lm, [context + tokens], batch=1)[1][0][-1].copy()
             for token in range(len(logp)):
                 piece = pieces[token] if token < len(pieces) else b""
-                blank = not piece.strip() if not said else (piece == b"" and token not in stops)
+                blank = not piece.strip() if not tokens else (piece == b"" and token not in stops)
                 if blank or piece.find(b"\n") > 0:
                     logp[token] = -np.inf
-            said.append(int(np.argmax(logp)))
-            stopped = said[-1] in stops or b"\n" in pieces[said[-1]]
-        context += said[: len(said) - stopped]
-        fields.append(said)
+            tokens.append(int(np.argmax(logp)))
+            stopped = tokens[-1] in stops or b"\n" in pieces[tokens[-1]]
+        context += tokens[: len(tokens) - stopped]
+        fields.append(tokens)
         ended.append(stopped)
     return fields, ended, context
 
@@ -104,7 +104,7 @@ def test_fields_continue_rightly_however_they_ended(user_lm, bpe):
     emotion, band, limits = np.array([7, 30, 100, 55]), np.array([4, 3, 0, 2]), np.array([2, 9, 4])
     active = np.array([True, True, True, False])
     keys = jax.random.split(jax.random.key(0), (3, 4))
-    cache, said = run(
+    cache, generated = run(
         user_lm,
         appended(user_lm, rows, 160),
         script.render(jnp.asarray(emotion), jnp.asarray(band)),
@@ -119,10 +119,10 @@ def test_fields_continue_rightly_however_they_ended(user_lm, bpe):
     for b in range(3):
         fields, ended, context = by_hand(user_lm, bpe, rows[b], emotion[b], BANDS[band[b]], limits)
         for f, tokens in enumerate(fields):
-            assert said.tokens[f, b, : said.count[f, b]].tolist() == tokens
-            assert said.stopped[f, b] == ended[f]
+            assert generated.tokens[f, b, : generated.count[f, b]].tolist() == tokens
+            assert generated.stopped[f, b] == ended[f]
         assert cache.length[b] == len(context)
         ways |= set(ended)
     assert ways == {True, False}, "both ways of ending occur"
     assert cache.length[3] == len(rows[3])
-    assert not said.count[:, 3].any()
+    assert not generated.count[:, 3].any()

@@ -33,7 +33,7 @@ class Turn(NamedTuple):
     cut: bool = False  # the appraisal's last field and the reply ran into their limit
 
     @property
-    def said(self) -> str:
+    def completion(self) -> str:
         return self.thought if self.say is None else f"{self.thought}\n</think>\n\n{self.say}"
 
     @property
@@ -72,31 +72,31 @@ def generated(*shape: int) -> dict[str, Any]:
     return arrays | {"found_at": np.full(shape, -1, np.int32), "stopped": np.zeros(shape, bool)}
 
 
-def put(said: dict[str, Any], place: tuple[int, ...], tokens: list[int], stop: int | None, draw) -> None:
+def put(generation: dict[str, Any], position: tuple[int, ...], tokens: list[int], stop: int | None, draw) -> None:
     """Says `tokens` at a place, then the token that ends them, if any, each with some log-probability."""
     tokens = tokens + ([] if stop is None else [stop])
-    said["tokens"][place][: len(tokens)] = tokens
-    said["count"][place], said["stopped"][place] = len(tokens), stop is not None
+    generation["tokens"][position][: len(tokens)] = tokens
+    generation["count"][position], generation["stopped"][position] = len(tokens), stop is not None
     for name in ("logprob", "raw_logprob"):
-        said[name][place][: len(tokens)] = -draw.exponential(size=len(tokens)).astype(np.float32)
+        generation[name][position][: len(tokens)] = -draw.exponential(size=len(tokens)).astype(np.float32)
 
 
-def written_by_hand(bpe) -> Dialogues:
+def dialogues_by_hand(bpe) -> Dialogues:
     draw = np.random.default_rng(0)
-    said, appraisal, reply = generated(TURNS, ROWS), generated(TURNS, 2, ROWS), generated(TURNS, 2, ROWS)
+    completion, appraisal, reply = generated(TURNS, ROWS), generated(TURNS, 2, ROWS), generated(TURNS, 2, ROWS)
     say, say_count = np.zeros((TURNS, ROWS, WIDTH), np.int32), np.zeros((TURNS, ROWS), np.int32)
     violation, appraised, change, moved = (np.zeros((TURNS, ROWS), t) for t in (bool, bool, np.int32, np.int32))
     emotions = np.full((ROWS, TURNS + 1), 40, np.int32)
     end, line = bpe.im_end_id, bpe.encode("\n")[0]
     for row, (_, turns) in enumerate(SCRIPT):
         for t, turn in enumerate(turns):
-            put(said, (t, row), bpe.encode(turn.said), None if turn.cut else end, draw)
+            put(completion, (t, row), bpe.encode(turn.completion), None if turn.cut else end, draw)
             violation[t, row], appraised[t, row] = turn.say is None, turn.say is not None
             if turn.say is not None:
                 tokens = bpe.encode(turn.say)
                 say[t, row, : len(tokens)], say_count[t, row] = tokens, len(tokens)
-                for place, text in enumerate(turn.fields.values()):
-                    put(appraisal, (t, place, row), bpe.encode(text), None if turn.cut and place else line, draw)
+                for position, text in enumerate(turn.fields.values()):
+                    put(appraisal, (t, position, row), bpe.encode(text), None if turn.cut and position else line, draw)
             if turn.reply is not None:
                 put(reply, (t, 0, row), bpe.encode(turn.tone), line, draw)
                 put(reply, (t, 1, row), bpe.encode(turn.reply), None if turn.cut else line, draw)
@@ -105,7 +105,7 @@ def written_by_hand(bpe) -> Dialogues:
     first = [bpe.encode(FIRST[row // GROUP]) if row < len(SCRIPT) else [] for row in range(ROWS)]
     nothing, prefilled = np.zeros(ROWS, np.int32), np.zeros((TURNS, ROWS), np.int32)
     options = -draw.exponential(size=(TURNS, ROWS, 21)).astype(np.float32)
-    policy = PolicyTurn(Generated(**said), say, say_count, violation, prefilled)
+    policy = PolicyTurn(Generated(**completion), say, say_count, violation, prefilled)
     user = UserTurn(Generated(**appraisal), options, change, moved, Generated(**reply), prefilled > 0, prefilled)
     return Dialogues(
         turns=np.array([len(turns) for _, turns in SCRIPT] + [0] * 3, np.int32),
@@ -138,7 +138,7 @@ def played(bpe, prompts, played_profiles) -> Played:
     tables: Any = (None, build_user_tables(bpe, prompts, bpe.vocab_size))
     models: Any = None
     agents = Agents(models, models, bpe, prompts, tables, "vanilla", "chit_chat", spec)
-    return Played(written_by_hand(bpe), agents, played_profiles, IDS)
+    return Played(dialogues_by_hand(bpe), agents, played_profiles, IDS)
 
 
 @pytest.fixture(scope="session")

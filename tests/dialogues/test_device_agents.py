@@ -74,13 +74,13 @@ def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bp
         assert record["messages"][2]["tokens"] is None
     assert len(rows) == 9
     _, logp = plain(policy_lm, rows)
-    for (start, tokens, logged), found in zip(claims, logp, strict=True):
-        own = [found[start - 1 + i, token] for i, token in enumerate(tokens)]
+    for (start, tokens, logged), scores in zip(claims, logp, strict=True):
+        own = [scores[start - 1 + i, token] for i, token in enumerate(tokens)]
         np.testing.assert_allclose(logged, own, atol=2e-4)
         allowed = [
             t for t in range(bpe.vocab_size) if t not in bpe.special_ids.values() or t in (bpe.im_end_id, bpe.pad_id)
         ]
-        assert all(token == allowed[int(np.argmax(found[start - 1 + i, allowed]))] for i, token in enumerate(tokens))
+        assert all(token == allowed[int(np.argmax(scores[start - 1 + i, allowed]))] for i, token in enumerate(tokens))
     assert all(
         "words" in m["content"]
         for r in played
@@ -92,17 +92,18 @@ def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bp
     assert "its user was behind an endpoint" in capsys.readouterr().err
     remote = ["--config.remote.user.url=http://127.0.0.1:1/v1", "--config.remote.user.model=m"]
     assert verify.main([str(world[0] / "policy_here" / "dialogues.jsonl"), *world[1], *remote]) == 0
-    said = capsys.readouterr().out
-    assert "recomputed 3 dialogues, 9 turns, 0 tokens: 0 ties, 0 faults" in said
+    output = capsys.readouterr().out
+    assert "recomputed 3 dialogues, 9 turns, 0 tokens: 0 ties, 0 faults" in output
     assert (
-        "not recomputed: the policy's words and log-probs (--policy=…), what the user said and felt at its end" in said
+        "not recomputed: the policy's words and log-probs (--policy=…), what the user said and felt at its end"
+        in output
     )
     policy = f"--policy={world[0] / 'policy'}"
     assert verify.main([str(world[0] / "policy_here" / "dialogues.jsonl"), *world[1], *remote, policy]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     generated = sum(len(m["tokens"]) for record in played for m in record["messages"][1::2])
-    assert f"recomputed 3 dialogues, 9 turns, {generated} tokens: 0 ties, 0 faults" in said
-    assert "not recomputed: what the user said and felt at its endpoint" in said
+    assert f"recomputed 3 dialogues, 9 turns, {generated} tokens: 0 ties, 0 faults" in output
+    assert "not recomputed: what the user said and felt at its endpoint" in output
 
 
 @pytest.mark.slow
@@ -118,9 +119,9 @@ def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
     capsys.readouterr()
     log = str(world[0] / "user_here" / "dialogues.jsonl")
     assert verify.main([log, *world[1]]) == 0
-    said = capsys.readouterr().out
-    assert "0 faults" in said
-    assert "not recomputed: what the policy said at its endpoint" in said
+    output = capsys.readouterr().out
+    assert "0 faults" in output
+    assert "not recomputed: what the policy said at its endpoint" in output
     remote = [f"--config.remote.{s}.{k}=http://x/v1" for s in ("user", "policy") for k in ("url", "model")]
     assert verify.main([log, *world[1], *remote[2:]]) == 0
     assert verify.main([log, *world[1], *remote[:2]]) == 2, "its user was on the device"

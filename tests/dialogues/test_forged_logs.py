@@ -58,7 +58,7 @@ def world(policy_lm, user_lm, bpe_folder, prompts, tmp_path_factory):
     flags = [f"--config={folder / 'config.py'}"] + [f"--config.{k}={v}" for k, v in fields_of(folder, prompts).items()]
     config = config_from_flags(flags, "")[0]
     evaluation = of_agents(config, Agents.load(config, eval_spec(config)), chosen_profiles(config))
-    records = [record for some, _ in evaluation.batches(range(COUNT * REPEATS)) for record in some]
+    records = [record for batch, _ in evaluation.batches(range(COUNT * REPEATS)) for record in batch]
     return json.loads(json.dumps(records)), flags, folder
 
 
@@ -90,12 +90,12 @@ def test_the_honest_log(world, check):
     ends = {"success", "failure", "goodbye", "turn_limit", "format", "context"}
     assert {record["end_reason"] for record in records} == ends
     assert {record["turns"] for record in records} >= {1, 2, 3, TURNS}
-    status, said = check(records)
-    assert status == 0, said
+    status, output = check(records)
+    assert status == 0, output
     turns = sum(message["role"] == "user" for record in records for message in record["messages"][1:])
-    assert f"recomputed 12 dialogues, {turns} turns" in said
-    assert "0 ties, 0 faults" in said
-    assert said.splitlines()[-1].partition("; not recomputed: ")[2].startswith("the policy's words and log-probs")
+    assert f"recomputed 12 dialogues, {turns} turns" in output
+    assert "0 ties, 0 faults" in output
+    assert output.splitlines()[-1].partition("; not recomputed: ")[2].startswith("the policy's words and log-probs")
     assert check(list(reversed(records)))[0] == 0, "the order of an interrupted evaluation's lines says nothing"
     assert check(records, "--repeats=2")[0] == 0
 
@@ -173,7 +173,7 @@ def invented_violation(records):
     refit(record, "format")
 
 
-def invented_violation_with_its_tokens_kept(records):
+def invented_violation_with_its_tokens(records):
     """Its say emptied as well."""
     record = of(records, "goodbye")
     del record["messages"][2:]
@@ -221,10 +221,10 @@ def set_path(path, value):
     """Edits one place of the first dialogue at its turn limit; a value may be a function of the old one."""
 
     def edit(records):
-        place = of(records, "turn_limit")
+        target = of(records, "turn_limit")
         for name in path[:-1]:
-            place = place[name]
-        place[path[-1]] = value(place[path[-1]]) if callable(value) else value
+            target = target[name]
+        target[path[-1]] = value(target[path[-1]]) if callable(value) else value
 
     return edit
 
@@ -304,7 +304,7 @@ FORGED = {
     "goes on in a full context": (lambda rs: tail_back(of(rs, "context")), ["it had no room in rollout.context"]),
     "invented violation": (invented_violation, ["violation is True, but by its tokens the policy kept to the format"]),
     "invented violation, say emptied": (
-        invented_violation_with_its_tokens_kept,
+        invented_violation_with_its_tokens,
         ["kept to the format", "say's tokens"],
     ),
     "denied violation": (denied_violation, ["violation is False, but by its tokens the policy broke the format"]),
@@ -421,12 +421,14 @@ def test_a_forged_log(world, check, name):
     records = copy.deepcopy(world[0])
     edit(records)
     assert records != world[0]
-    status, said = check(records)
-    assert status == 1, said
-    assert faults_of(said) > 0
+    status, output = check(records)
+    assert status == 1, output
+    assert faults_of(output) > 0
     for word in words:
-        assert word in said
-    assert f"recomputed {len(records)} dialogues" in said or "no field" in said or "role" in said, "the others as well"
+        assert word in output
+    assert f"recomputed {len(records)} dialogues" in output or "no field" in output or "role" in output, (
+        "the others as well"
+    )
 
 
 @pytest.mark.parametrize("names", TOGETHER, ids="+".join)
@@ -435,11 +437,11 @@ def test_forgeries_together(world, check, names):
     records = copy.deepcopy(world[0])
     for name in names:
         FORGED[name][0](records)
-    status, said = check(records)
-    assert status == 1, said
-    assert faults_of(said) >= len(names)
+    status, output = check(records)
+    assert status == 1, output
+    assert faults_of(output) >= len(names)
     for name in names:
-        assert any(word in said for word in FORGED[name][1]), (name, said)
+        assert any(word in output for word in FORGED[name][1]), (name, output)
 
 
 def lines_of(world):
@@ -482,72 +484,72 @@ def test_a_malformed_line(world, check, tmp_path, name):
     lines = lines_of(world)
     lines[2] = edit(lines[2])
     assert lines[2] != lines_of(world)[2]
-    status, said = check(b"\n".join(lines) + b"\n")
-    assert status == 1, said
-    assert f"{tmp_path / 'log.jsonl'}:3" in said or "fault: dialogue 2" in said
-    assert words in said
-    assert re.search(r"recomputed 1[12] dialogues", said)
+    status, output = check(b"\n".join(lines) + b"\n")
+    assert status == 1, output
+    assert f"{tmp_path / 'log.jsonl'}:3" in output or "fault: dialogue 2" in output
+    assert words in output
+    assert re.search(r"recomputed 1[12] dialogues", output)
 
 
 def test_the_last_line_cut_off(world, check, tmp_path):
-    status, said = check(b"\n".join(lines_of(world))[:-50])
+    status, output = check(b"\n".join(lines_of(world))[:-50])
     assert status == 1
-    assert f"{tmp_path / 'log.jsonl'}:12, dialogue 11: not a JSON object" in said
-    assert "missing" not in said, "it is there, but cannot be read"
+    assert f"{tmp_path / 'log.jsonl'}:12, dialogue 11: not a JSON object" in output
+    assert "missing" not in output, "it is there, but cannot be read"
     assert check(b"\xef\xbb\xbf" + b"\r\n".join(lines_of(world)))[0] == 0, "of another editor, without a last line end"
 
 
 @pytest.mark.parametrize("text", [b"", b"\n", b"{}\n", b"null"])
 def test_a_log_without_a_dialogue(check, text):
-    status, said = check(text)
-    assert (status, faults_of(said)) == (1, 1 + bool(text))
-    assert "no dialogue in it" in said
+    status, output = check(text)
+    assert (status, faults_of(output)) == (1, 1 + bool(text))
+    assert "no dialogue in it" in output
 
 
 def test_a_part_on_purpose(world, check):
-    some = world[0][2:5]
-    status, said = check(some, "--partial")
-    assert status == 0, said
-    assert "the set of dialogues (--partial)" in said
-    status, said = check([*some, some[0]], "--partial")
+    subset = world[0][2:5]
+    status, output = check(subset, "--partial")
+    assert status == 0, output
+    assert "the set of dialogues (--partial)" in output
+    status, output = check([*subset, subset[0]], "--partial")
     assert status == 1
-    assert "dialogues 2 are there more than once" in said
+    assert "dialogues 2 are there more than once" in output
 
 
 def test_repeats(world, check):
-    status, said = check(world[0][:COUNT], "--repeats=2")
+    status, output = check(world[0][:COUNT], "--repeats=2")
     assert status == 1
-    assert "dialogues 6 to 11 are missing of those that the config plays: 0 to 11" in said
+    assert "dialogues 6 to 11 are missing of those that the config plays: 0 to 11" in output
     assert check(world[0][:COUNT])[0] == 0, "the first repeat is an evaluation, too"
     assert check(world[0], "--repeats=1")[0] == 1
     assert check(world[0], "--config.eval.num_profiles=5")[0] == 1
 
 
 def test_a_config_of_another_log(world, check):
-    status, said = check(world[0], "--config.policy.mode=direct")
+    status, output = check(world[0], "--config.policy.mode=direct")
     assert status == 2
-    assert "add --config.policy.mode=think" in said
-    status, said = check([record | {"mode": "\x1b[2Jthink" + "x" * 999} for record in world[0]])
+    assert "add --config.policy.mode=think" in output
+    status, output = check([record | {"mode": "\x1b[2Jthink" + "x" * 999} for record in world[0]])
     assert status == 2
-    assert "\x1b" not in said, "nothing of a log reaches the terminal as it is"
-    assert len(said) < 500
-    status, said = check([record | {"readout": "text"} for record in world[0]])
+    assert "\x1b" not in output, "nothing of a log reaches the terminal as it is"
+    assert len(output) < 500
+    status, output = check([record | {"readout": "text"} for record in world[0]])
     assert status == 2, "nothing slips through as if it were an endpoint's"
-    assert "its user was behind an endpoint, but the config has none" in said
-    status, said = check(world[0], "--config.remote.policy.url=http://x/v1", "--config.remote.policy.model=m")
+    assert "its user was behind an endpoint, but the config has none" in output
+    status, output = check(world[0], "--config.remote.policy.url=http://x/v1", "--config.remote.policy.model=m")
     assert status == 2
-    assert "a policy on the device" in said
-    status, said = check(world[0], "--config.eval.max_turns=3")
+    assert "a policy on the device" in output
+    status, output = check(world[0], "--config.eval.max_turns=3")
     assert status == 1
-    assert "goes on for 1 turns after its end in turn 3" in said
+    assert "goes on for 1 turns after its end in turn 3" in output
 
 
 def test_fields_that_others_added_are_named(world, check):
     records = copy.deepcopy(world[0])
     records[0]["measures"], records[1]["messages"][1]["note"] = {"x": 1}, "y"
-    status, said = check(records)
+    status, output = check(records)
     assert status == 0
-    assert said.rstrip().endswith("field 'measures', field 'note' of messages")
+    assert output.rstrip().endswith("field 'measures', field 'note' of messages")
 
 
 def mutated(value, draw):
@@ -555,12 +557,12 @@ def mutated(value, draw):
     others = [None, True, -1, 10**30, 1.5, float("inf"), "x", [], {}, [[1]], {"a": [None]}, "\n", 2**31, -(2**63)]
     if isinstance(value, dict | list) and value and draw.random() < 0.85:
         key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        how = draw.random()
-        if how < 0.1:
+        chance = draw.random()
+        if chance < 0.1:
             del value[key]
-        elif how < 0.2 and isinstance(value, list):
+        elif chance < 0.2 and isinstance(value, list):
             value.insert(key, copy.deepcopy(value[draw.randrange(len(value))]))
-        elif how < 0.2:
+        elif chance < 0.2:
             value[f"{key}x"] = value.pop(key)
         else:
             value[key] = mutated(value[key], draw)
@@ -577,7 +579,7 @@ def test_mutations_are_faults_and_never_raise(world, check):
             records[i] = mutated(record, draw)
         changed = sum(json.dumps(a) != json.dumps(b) for a, b in zip(records, world[0], strict=True))
         text = "".join(json.dumps(record) + "\n" for record in records).replace("Infinity", "1e999")
-        status, said = check(text.encode(), "--partial")
-        assert status == 1, said
-        silent += changed - len(set(re.findall(r"log.jsonl:\d+|fault: dialogue \S+", said)))
+        status, output = check(text.encode(), "--partial")
+        assert status == 1, output
+        silent += changed - len(set(re.findall(r"log.jsonl:\d+|fault: dialogue \S+", output)))
     assert silent <= 9, "nearly every change is told"

@@ -49,9 +49,9 @@ def test_honest_logs(run, check):
     files = sorted(run[0].glob("*.jsonl"))
     records = [record for file in files for record in read_dialogues(file)]
     assert {record["messages"][0]["generated"] for record in records} == {True, False}
-    status, said = check(*files)
-    assert status == 0, said
-    assert "recomputed 16 dialogues, 32 turns" in said
+    status, output = check(*files)
+    assert status == 0, output
+    assert "recomputed 16 dialogues, 32 turns" in output
     assert check(files[1])[0] == 0
 
 
@@ -77,27 +77,27 @@ def test_forged_sets(run, check, tmp_path, name):
     records = step(run, 2)
     FORGED[name][0](records)
     write_dialogues(tmp_path / "log.jsonl", records)
-    status, said = check(tmp_path / "log.jsonl")
-    assert status == 1, said
-    assert FORGED[name][1] in said
+    status, output = check(tmp_path / "log.jsonl")
+    assert status == 1, output
+    assert FORGED[name][1] in output
 
 
 def test_a_step_under_anothers_name(run, check, tmp_path):
     shutil.copy(run[0] / "step_000001.jsonl", tmp_path / "step_000002.jsonl")
-    status, said = check(tmp_path / "step_000002.jsonl")
+    status, output = check(tmp_path / "step_000002.jsonl")
     assert status == 1
-    assert "holds dialogues of step 1" in said
+    assert "holds dialogues of step 1" in output
 
 
 def test_a_sample_of_a_step(run, check, tmp_path):
     write_dialogues(tmp_path / "log.jsonl", step(run, 1)[3:6])
     assert check(tmp_path / "log.jsonl")[0] == 1
-    status, said = check(tmp_path / "log.jsonl", more=["--partial"])
-    assert status == 0, said
-    assert "the set of dialogues (--partial)" in said
+    status, output = check(tmp_path / "log.jsonl", more=["--partial"])
+    assert status == 0, output
+    assert "the set of dialogues (--partial)" in output
 
 
 def test_another_order_of_profiles(run, check):
-    status, said = check(run[0] / "step_000001.jsonl", more=["--config.data.seed=5"])
+    status, output = check(run[0] / "step_000001.jsonl", more=["--config.data.seed=5"])
     assert status == 1
-    assert "data.seed=5, rollout.batch=8, rollout.group=4" in said
+    assert "data.seed=5, rollout.batch=8, rollout.group=4" in output

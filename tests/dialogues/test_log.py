@@ -30,8 +30,8 @@ def test_every_row_but_padding_becomes_a_record(played, played_records, script):
     assert [r["end_reason"] for r in played_records] == [why for why, _ in script]
     assert [r["turns"] for r in played_records] == [3, 2, 1, 1, 2, 0]
     for r in played_records:
-        how = [r[name] for name in ("seed", "mode", "language", "style", "scenario")]
-        assert how == [5, "think", "en", "vanilla", "chit_chat"]
+        settings = [r[name] for name in ("seed", "mode", "language", "style", "scenario")]
+        assert settings == [5, "think", "en", "vanilla", "chit_chat"]
         assert (r["initial_emotion"], r["hidden_intention"], r["readout"]) == (40, "advice", "argmax")
 
 
@@ -83,16 +83,16 @@ def test_numbers_are_those_of_the_arrays(played, played_records):
         for m in record["messages"][1:]:
             if m["role"] == "assistant":
                 turn += 1
-                said, count = log.policy.said, log.policy.said.count[turn, row]
-                assert m["tokens"] == list(said.tokens[turn, row, :count])
-                assert bits(m["logprobs"]) == bits(said.logprob[turn, row, :count])
-                assert bits(m["raw_logprobs"]) == bits(said.raw_logprob[turn, row, :count])
+                completion, count = log.policy.completion, log.policy.completion.count[turn, row]
+                assert m["tokens"] == list(completion.tokens[turn, row, :count])
+                assert bits(m["logprobs"]) == bits(completion.logprob[turn, row, :count])
+                assert bits(m["raw_logprobs"]) == bits(completion.raw_logprob[turn, row, :count])
                 continue
             assert bits(m["change_logprobs"]) == bits(log.user.change_logprobs[turn, row])
-            for place, name in enumerate(("content", "feeling")):
-                count = log.user.appraisal.count[turn, place, row]
-                assert m["appraisal_tokens"][name] == list(log.user.appraisal.tokens[turn, place, row, :count])
-                raw = log.user.appraisal.raw_logprob[turn, place, row, :count]
+            for position, name in enumerate(("content", "feeling")):
+                count = log.user.appraisal.count[turn, position, row]
+                assert m["appraisal_tokens"][name] == list(log.user.appraisal.tokens[turn, position, row, :count])
+                raw = log.user.appraisal.raw_logprob[turn, position, row, :count]
                 assert bits(m["appraisal_logprobs"][name]) == bits(raw)
             count = log.user.reply.count[turn, -1, row]
             assert m["all_tokens"] == list(log.user.reply.tokens[turn, -1, row, :count])
@@ -119,14 +119,14 @@ def test_the_configs_reward_is_used(played):
     config.reward.kind, config.reward.final_weight = "mixed", 0.25
     args = (played.dialogues, played.agents, played.profiles, played.ids)
     rewards = rewards_of(played.dialogues, reward_settings(config))
-    found = [r["reward"] for r in dialogue_records(*args, seed=0, rewards=rewards)]
+    actual = [r["reward"] for r in dialogue_records(*args, seed=0, rewards=rewards)]
     expected = [0.105 + 0.15, 0.15 + 1.5, 0.75 * -4, 0.1, 0.75 * -4, 0.1]
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert actual == pytest.approx(expected, abs=1e-6)
 
 
 def test_generated_tokens_count_what_the_arrays_count(played, played_records):
     log = played.dialogues
-    total = log.policy.said.count.sum() + log.user.appraisal.count.sum() + log.user.reply.count.sum()
+    total = log.policy.completion.count.sum() + log.user.appraisal.count.sum() + log.user.reply.count.sum()
     total += sum(int(log.first_count[row]) for row in (3, 4, 5))  # p1 has no first talk
     assert sum(map(generated_tokens, played_records)) == total
 
@@ -146,9 +146,9 @@ def test_floats_read_back_as_the_same_float32(value):
     from rlver_jax.dialogues.log import _floats
 
     single = np.float32(value)
-    written = json.dumps(_floats([single])[0])
-    assert bits([np.float32(json.loads(written))]) == bits([single])
-    assert len(written) <= 16
+    text = json.dumps(_floats([single])[0])
+    assert bits([np.float32(json.loads(text))]) == bits([single])
+    assert len(text) <= 16
 
 
 def test_an_unfinished_last_line_is_passed_over_or_replaced(played_records, tmp_path):

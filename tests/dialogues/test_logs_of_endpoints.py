@@ -23,8 +23,8 @@ def manners(body):
     """Policies that break the format, say nothing, or think apart; users that cannot be read, or take leave."""
     system, first = (message["content"] for message in body["messages"][:2])
     if "Listen" not in system:
-        said = garbled(body)
-        return re.sub(r"(\[reply\])", r"\1 goodbye,", said) if "praise" in system else said
+        reply = garbled(body)
+        return re.sub(r"(\[reply\])", r"\1 goodbye,", reply) if "praise" in system else reply
     number = int(first[-1]) if first[-1].isdigit() else 0
     return {3: "b", 4: "", 5: {"content": "b", "reasoning_content": " a "}}.get(number, rule(body))
 
@@ -62,23 +62,23 @@ def check(profiles, tmp_path, capsys):
 def test_honest_logs(played, check):
     ends = {record["end_reason"] for record in played}
     assert ends >= {"unreadable", "format", "goodbye", "turn_limit"}
-    status, said = check(played, *REMOTE)
-    assert status == 0, said
+    status, output = check(played, *REMOTE)
+    assert status == 0, output
     turns = sum("change" in message for record in played for message in record["messages"])
-    assert f"recomputed 8 dialogues, {turns} turns, 0 tokens: 0 ties, 0 faults" in said
+    assert f"recomputed 8 dialogues, {turns} turns, 0 tokens: 0 ties, 0 faults" in output
     told = "what the policy said at its endpoint, what the user said and felt at its endpoint, counts of what endpoints"
-    assert told in said
+    assert told in output
 
 
 def test_a_plain_evaluation(profiles, tmp_path, check):
     with ChatServer() as server:
         records, _ = evaluate(tmp_path / "out", "--repeats=2", profiles, policy=server.url, user=server.url)
-    status, said = check(records, *REMOTE)
-    assert status == 0, said
-    assert "recomputed 16 dialogues, 48 turns" in said
-    status, said = check(records)
+    status, output = check(records, *REMOTE)
+    assert status == 0, output
+    assert "recomputed 16 dialogues, 48 turns" in output
+    status, output = check(records)
     assert status == 2
-    assert "its user was behind an endpoint" in said
+    assert "its user was behind an endpoint" in output
 
 
 def appraised(records):
@@ -117,7 +117,7 @@ def test_forged_logs(played, check, name):
     records = copy.deepcopy(played)
     FORGED[name][0](records)
     assert json.dumps(records) != json.dumps(played)
-    status, said = check(records, *REMOTE)
-    assert status == 1, said
-    assert FORGED[name][1] in said
-    assert int(re.search(r"ties, (\d+) faults", said)[1]) > 0
+    status, output = check(records, *REMOTE)
+    assert status == 1, output
+    assert FORGED[name][1] in output
+    assert int(re.search(r"ties, (\d+) faults", output)[1]) > 0

@@ -33,11 +33,11 @@ NAMES = {
 
 def write_mine(folder: Path) -> None:
     """The page's files."""
-    found = re.findall(r"^New file `([\w./]+)`:\n\n```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
-    for name, text in found:
+    files = re.findall(r"^New file `([\w./]+)`:\n\n```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    for name, text in files:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    assert [name for name, _ in found] == ["mine/reward.py", "mine/metrics.py", "mine/judge.py"]
+    assert [name for name, _ in files] == ["mine/reward.py", "mine/metrics.py", "mine/judge.py"]
 
 
 def config_with(**names):
@@ -67,38 +67,38 @@ def test_the_pages_functions_by_hand(mine):
     own = OwnFunctions.of(config_with(**NAMES))
     (first, profile), (broken, _) = sample_dialogues()
     first["messages"][1]["content"] = "Was the long shift hard? " + "word " * 41
-    judged = own.judged([first, broken], [profile] * 2, evaluation=True)
-    assert [record["reward"] for record in judged] == [pytest.approx(0.3), 0.0], "40 of 100, a long reply; format"
-    assert numbers_of(judged[0]) == {
+    scored = own.apply([first, broken], [profile] * 2, evaluation=True)
+    assert [record["reward"] for record in scored] == [pytest.approx(0.3), 0.0], "40 of 100, a long reply; format"
+    assert numbers_of(scored[0]) == {
         "own/questions": 0.5, "own/best_change": 6.0, "own/worst_change": 4.0, "judge_score": 50.0
     }  # fmt: skip
-    assert means_of(judged) == {
+    assert means_of(scored) == {
         "own/questions": 0.25, "own/best_change": 5.0, "own/worst_change": 4.0, "judge_score": 25.0
     }  # fmt: skip
-    assert "judge_score" not in means_of(own.judged([first], [profile], evaluation=False)), "of evaluations alone"
-    summary = scores(judged)
+    assert "judge_score" not in means_of(own.apply([first], [profile], evaluation=False)), "of evaluations alone"
+    summary = scores(scored)
     assert summary["own/questions"] == eval_metrics(summary)["eval/own/questions"] == 0.25
     assert eval_metrics(summary)["eval/judge_score"] == 25.0
-    assert list(own.faults(json.loads(json.dumps(judged[0])), profile, evaluation=True)) == []
+    assert list(own.faults(json.loads(json.dumps(scored[0])), profile, evaluation=True)) == []
 
 
 def test_what_a_log_says_otherwise_is_named(mine):
     config = config_with(**NAMES)
     own, (record, profile) = OwnFunctions.of(config), sample_dialogues()[0]
-    judged = json.loads(json.dumps(own.judged([record], [profile], evaluation=True)[0]))
-    forged = json.loads(json.dumps(judged))
+    scored = json.loads(json.dumps(own.apply([record], [profile], evaluation=True)[0]))
+    forged = json.loads(json.dumps(scored))
     forged["functions"][1]["value"] = 0.5
     assert list(own.faults(forged, profile, evaluation=True)) == [
         "metrics.functions=mine/metrics.py:questions: the log has 0.5, but the function gives 0.0"
     ]
     none = OwnFunctions()
-    assert len(list(none.faults(judged, profile, evaluation=True))) == 4
+    assert len(list(none.faults(scored, profile, evaluation=True))) == 4
     own_functions._tried.cache_clear()
     own_code = own_functions.load_functions.__globals__
     own_code["_load"].cache_clear(), own_code["_module"].cache_clear()
     with (mine / "mine/reward.py").open("a") as file:
         file.write("# another word\n")
-    (fault,) = OwnFunctions.of(config).faults(judged, profile, evaluation=True)
+    (fault,) = OwnFunctions.of(config).faults(scored, profile, evaluation=True)
     assert re.fullmatch(
         r"reward.function=mine/reward.py:brief: has changed since: its file is \w{16}, it was \w{16}", fault
     )
@@ -150,7 +150,7 @@ def test_a_module_is_found_from_the_working_folder_and_its_helpers_count(tmp_pat
     assert function.call({"turns": 2}, None) == [0.0, 0.1]
     own = OwnFunctions.of(config_with(reward__function="own_package_of_a_test.rewards:f"))
     record, profile = sample_dialogues()[0]
-    assert own.judged([record], [profile], evaluation=False)[0]["reward"] == pytest.approx(0.1)
+    assert own.apply([record], [profile], evaluation=False)[0]["reward"] == pytest.approx(0.1)
 
 
 def test_rewards_of_the_batch_are_those_of_the_functions():
@@ -162,18 +162,18 @@ def test_rewards_of_the_batch_are_those_of_the_functions():
         {"turns": 3, "reward": 0.6, "functions": [entry | {"value": [0.1, 0.2, 0.3]}]},
         {"turns": 1, "reward": 0.7},
     ]
-    found = as_rewards(records, formula)
-    np.testing.assert_array_equal(found.reward, np.array([0.25, 0.6, 0.7], np.float32))
+    actual = as_rewards(records, formula)
+    np.testing.assert_array_equal(actual.reward, np.array([0.25, 0.6, 0.7], np.float32))
     expected = np.array([[0, 0.25, 0], [0.1, 0.2, 0.3], [0.7, 0, 0]], np.float32)
-    np.testing.assert_array_equal(found.turns, expected)
-    assert isinstance(found.turns, jax.Array)
+    np.testing.assert_array_equal(actual.turns, expected)
+    assert isinstance(actual.turns, jax.Array)
 
 
 def test_the_report_draws_own_metrics_without_an_edit(tmp_path):
     rows = [row(step, 40.0, **{"own/questions": 0.1 * step, "eval/judge_score": 10.0}) for step in (1, 2)]
     run = write_run(tmp_path / "run", rows, {})
-    figures = CHARTS["Metrics of your own"].figures(read_runs([run]), [])
-    assert [figure.title for figure in figures] == ["eval/judge_score", "own/questions"]
+    charts = CHARTS["Metrics of your own"].figures(read_runs([run]), [])
+    assert [figure.title for figure in charts] == ["eval/judge_score", "own/questions"]
     assert CHARTS["Metrics of your own"].figures(read_runs([write_run(tmp_path / "b", [row(1, 4.0)], {})]), []) == []
 
 

@@ -10,9 +10,9 @@ from rlver_jax.dialogues.render import change_text, emotion_bar, print_compariso
 from rlver_jax.text.console import plain
 
 
-def shown(record, **how):
+def shown(record, **options):
     out = io.StringIO()
-    print_dialogue(record, Console(file=out, width=100, **how))
+    print_dialogue(record, Console(file=out, width=100, **options))
     return out.getvalue()
 
 

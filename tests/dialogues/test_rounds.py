@@ -27,14 +27,14 @@ from rlver_jax.rollout.profile_tokens import WIDTH_STEP
 from rlver_jax.rollout.rewards import reward
 from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.user.emotion import EmotionRules
-from tests.conftest import some_profiles
+from tests.conftest import make_profiles
 from tests.rollout.test_sampler import HOW, limits
 
 pytestmark = pytest.mark.slow
 RULES = EmotionRules(initial=30, floor=20, ceiling=42)
 THINK = RolloutConfig("think", False, 4, 4, 704, 24, 24, 20, "sample", RULES)
 DIRECT = dataclasses.replace(THINK, mode="direct")
-PROFILES = some_profiles(2)
+PROFILES = make_profiles(2)
 SEED, BATCH = 3, 8
 
 
@@ -164,9 +164,9 @@ def test_cohorts_take_turns():
         assert waits.device + waits.users == pytest.approx(took, abs=0.1)
         return took
 
-    together, in_turn = seconds(1), seconds(2)
-    assert together >= 4 * (0.2 + 0.2)
-    assert 4 * (0.1 + 0.2) + 0.1 <= in_turn < together
+    in_parallel, in_turn = seconds(1), seconds(2)
+    assert in_parallel >= 4 * (0.2 + 0.2)
+    assert 4 * (0.1 + 0.2) + 0.1 <= in_turn < in_parallel
 
 
 def updated(world, dialogues):

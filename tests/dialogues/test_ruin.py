@@ -14,7 +14,7 @@ from rlver_jax.training.alarms import CollapseError
 from rlver_jax.training.checkpoints import Checkpoints
 from rlver_jax.training.loop import train
 from rlver_jax.training.metrics_file import read_metrics
-from tests.conftest import some_profiles
+from tests.conftest import make_profiles
 
 STEPS = 10
 FIGURES = ("reply/readable_share", "policy/update_kl", "policy/ratio_max", "policy/entropy", "emotion/final_std")
@@ -27,7 +27,7 @@ def config(policy_lm, user_lm, bpe_folder, prompts, tmp_path_factory):
     for name, lm in (("policy", policy_lm), ("user", user_lm)):
         save_params(folder / name, lm.params, lm.model.config, tokenizer_from=bpe_folder)
     with (folder / "profiles.jsonl").open("w", encoding="utf-8") as file:
-        for p in some_profiles(8):
+        for p in make_profiles(8):
             fields = {"id": p.id, "player": p.persona, "scene": p.scene, "main_cha": "calm", "cha_group": []}
             file.write(json.dumps(fields | {"task": "advice", "first_talk": "my boss did not listen."}) + "\n")
     c = debug.get_config("direct")

@@ -156,20 +156,20 @@ def test_rlver_arithmetic_is_checked():
 def without(obj, *path):
     """A copy without a field."""
     copy = json.loads(json.dumps(obj))
-    *places, last = path
+    *parents, last = path
     inner = copy
-    for place in places:
-        inner = inner[place]
+    for key in parents:
+        inner = inner[key]
     del inner[last]
     return copy
 
 
 def with_value(obj, value, *path):
     copy = json.loads(json.dumps(obj))
-    *places, last = path
+    *parents, last = path
     inner = copy
-    for place in places:
-        inner = inner[place]
+    for key in parents:
+        inner = inner[key]
     inner[last] = value
     return copy
 

@@ -15,7 +15,7 @@ from rlver_jax.evaluate import main as evaluate
 from rlver_jax.evaluation.judge_folder import dialogues_fingerprint
 from rlver_jax.evaluation.transcripts import TranscriptFiles
 from tests.evaluation.conftest import result
-from tests.reports.conftest import record, some_records, write_evaluation, write_lines
+from tests.reports.conftest import make_records, record, write_evaluation, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 # Runs a command line of ours and prints the largest memory that it has had, in MB.
@@ -82,10 +82,10 @@ def test_memory_does_not_grow_with_the_logs(make, tmp_path):
     for megabytes in (1, 31):
         log, out = tmp_path / f"{megabytes}.jsonl", tmp_path / str(megabytes)
         count = write_log(log, make, megabytes)
-        scored, said = peak("rlver_jax.evaluate", f"--from={log}", f"--out={out}")
-        assert f"n {count}" in said.replace("\n", " ")
-        shown, said = peak("rlver_jax.report", out, f"--out={out}.html")
-        assert f"of {count} dialogues" in said
+        scored, output = peak("rlver_jax.evaluate", f"--from={log}", f"--out={out}")
+        assert f"n {count}" in output.replace("\n", " ")
+        shown, output = peak("rlver_jax.report", out, f"--out={out}.html")
+        assert f"of {count} dialogues" in output
         grown.append((scored, shown))
     (small_scored, small_shown), (scored, shown) = grown
     assert scored - small_scored < 60
@@ -114,7 +114,7 @@ def as_before(dialogues):
         profile = one.profile.to_json() if one.profile else None
         digest.update(json.dumps([one.record, profile], sort_keys=True).encode())
     changes = [m["change"] for r in records for m in r["messages"] if "change" in m]
-    figures = {
+    summary = {
         "score": float(np.mean([r["emotion"] for r in records])),
         "turns_mean": float(np.mean([r["turns"] for r in records])),
         "acceptance": float(np.mean([change > 0 for change in changes])),
@@ -122,17 +122,17 @@ def as_before(dialogues):
         "score_std": float(np.std([r["emotion"] for r in records], ddof=1)),
         "n": len(records),
     }
-    return figures, digest.hexdigest()[:16]
+    return summary, digest.hexdigest()[:16]
 
 
 def check_equal(files, out):
     assert evaluate([f"--from={','.join(map(str, files))}", f"--out={out}"]) == 0
     summary = json.loads((out / "summary.json").read_text())
-    read = TranscriptFiles(files)
-    dialogues = [one for _, one in read.scan()]
-    figures, fingerprint = as_before(dialogues)
-    assert {name: summary[name] for name in figures} == figures, "bit by bit"
-    assert summary["settings"]["fingerprint.dialogues"] == fingerprint == dialogues_fingerprint(read)
+    transcripts = TranscriptFiles(files)
+    dialogues = [one for _, one in transcripts.scan()]
+    expected, fingerprint = as_before(dialogues)
+    assert {name: summary[name] for name in expected} == expected, "bit by bit"
+    assert summary["settings"]["fingerprint.dialogues"] == fingerprint == dialogues_fingerprint(transcripts)
     logged = (out / "dialogues.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line) for line in logged] == [one.record for one in dialogues]
 
@@ -158,7 +158,7 @@ def test_figures_of_our_own_logs_are_the_same_as_in_memory(tmp_path):
 
 
 def test_a_pipe_is_read_though_it_can_be_read_only_once(tmp_path):
-    file = write_evaluation(tmp_path / "seen", some_records(0, 3)) / "dialogues.jsonl"
+    file = write_evaluation(tmp_path / "seen", make_records(0, 3)) / "dialogues.jsonl"
     script = f"{sys.executable} -m rlver_jax.evaluate --from=/dev/stdin --out={tmp_path / 'out'}"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     piped = f"cat {file} | {script}"
@@ -168,7 +168,7 @@ def test_a_pipe_is_read_though_it_can_be_read_only_once(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
-    file = write_evaluation(tmp_path / "seen", some_records(0, 3)) / "dialogues.jsonl"
+    file = write_evaluation(tmp_path / "seen", make_records(0, 3)) / "dialogues.jsonl"
     files = TranscriptFiles([file])
     assert len(list(files.scan())) == 3
     file.write_bytes(file.read_bytes().replace(b"say 1", b"SAY 1"))
@@ -188,10 +188,10 @@ def test_numbers_that_are_none_are_named(change, says, tmp_path, capsys):
     """By file and line, whichever command meets them, and nothing is written."""
     from rlver_jax.report import main as report
 
-    folder = write_evaluation(tmp_path / "seen", [*some_records(0, 2), some_records(2, 1)[0] | change])
+    folder = write_evaluation(tmp_path / "seen", [*make_records(0, 2), make_records(2, 1)[0] | change])
     out = tmp_path / "out"
     assert evaluate([f"--from={folder / 'dialogues.jsonl'}", f"--out={out}"]) == 2
     assert report([str(folder), f"--out={tmp_path / 'r.html'}"]) == 2
-    said = capsys.readouterr().err
-    assert said.count(f"dialogues.jsonl:3: {says}; restore the line") == 2
+    error_text = capsys.readouterr().err
+    assert error_text.count(f"dialogues.jsonl:3: {says}; restore the line") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seen"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlver_jax.text.chat import ChatTemplate
-from tests.conftest import plain, some_profiles
+from tests.conftest import make_profiles, plain
 from tests.test_verify import SEED, check, make_agents, play
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ REPLY_TOKENS, TEMPERATURE = 16, 0.9  # of test_verify's users
 @pytest.fixture(scope="module")
 def log(policy_lm, user_lm, bpe, prompts):
     """(agents, profiles, records) of which one profile in three has no first words."""
-    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, "argmax"), some_profiles(3)
+    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, "argmax"), make_profiles(3)
     return agents, profiles, play(agents, profiles)
 
 
@@ -42,19 +42,19 @@ def drawn(log, record) -> list[int]:
         mark = (mark + (token + 1) * weight) % 2**32
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(record["seed"]), 1), np.uint32(mark))
     pieces = [tokenizer.token_bytes(t) for t in range(tokenizer.vocab_size)]
-    said: list[int] = []
-    while len(said) < REPLY_TOKENS:
-        scores = plain(agents.user, [prefix + said], batch=1)[1][0][-1].astype(np.float64)
+    tokens: list[int] = []
+    while len(tokens) < REPLY_TOKENS:
+        scores = plain(agents.user, [prefix + tokens], batch=1)[1][0][-1].astype(np.float64)
         for token in range(len(scores)):
             piece = pieces[token] if token < len(pieces) else b""
             stop = token in tokenizer.stop_ids
-            if (not piece and not stop) or piece.find(b"\n") > 0 or (not said and not piece.strip()):
+            if (not piece and not stop) or piece.find(b"\n") > 0 or (not tokens and not piece.strip()):
                 scores[token] = -np.inf
-        noise = np.asarray(jax.random.gumbel(jax.random.fold_in(key, len(said)), (len(scores),)))
-        said.append(int(np.argmax(scores / TEMPERATURE + noise)))
-        if said[-1] in tokenizer.stop_ids or b"\n" in pieces[said[-1]]:
+        noise = np.asarray(jax.random.gumbel(jax.random.fold_in(key, len(tokens)), (len(scores),)))
+        tokens.append(int(np.argmax(scores / TEMPERATURE + noise)))
+        if tokens[-1] in tokenizer.stop_ids or b"\n" in pieces[tokens[-1]]:
             break
-    return said
+    return tokens
 
 
 def openings(faults) -> list[str]:
@@ -63,13 +63,13 @@ def openings(faults) -> list[str]:
 
 def test_honest_first_words_are_those_of_plain_passes(log):
     record = made_up(log)
-    said, logged = drawn(log, record), record["messages"][0]["tokens"]
-    assert said[: len(logged)] == logged
-    assert len(said) == min(len(logged) + 1, REPLY_TOKENS)
+    tokens, logged = drawn(log, record), record["messages"][0]["tokens"]
+    assert tokens[: len(logged)] == logged
+    assert len(tokens) == min(len(logged) + 1, REPLY_TOKENS)
     report = check(log, record)
     assert report.faults == []
     queries = sum(len(t) for m in record["messages"][2::2] for t in lines(m))
-    assert report.tokens - queries == len(said), "each word and the end"
+    assert report.tokens - queries == len(tokens), "each word and the end"
     assert report.unchecked == {"the policy's words and log-probs (--policy=…)": None}
 
 

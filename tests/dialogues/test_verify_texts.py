@@ -15,7 +15,7 @@ from rlver_jax.rollout.spec import RolloutConfig
 ROWS, MOST = 400, 24
 
 
-def some_tokens(tokenizer, draw):
+def random_tokens(tokenizer, draw):
     """Words, white space and `</think>`, whole, in pieces, cut, merged with what follows; often a stop token last."""
     close = tokenizer.encode("</think>")
     texts = ("I felt", " ", "\n", "\n\n", "</think>\n\n", "</think> ", "<", ">", "</")
@@ -39,30 +39,32 @@ def on_the_device(tokenizer, rows):
     size = tokenizer.vocab_size + 5
     grammar, whitespace = thought_then_say(tokenizer, size), jnp.asarray(whitespace_tokens(tokenizer, size))
     tokens, found_at = np.zeros((len(rows), MOST), np.int32), np.full(len(rows), -1, np.int32)
-    for row, (said, _) in enumerate(rows):
-        tokens[row, : len(said)], state = said, grammar.begin
-        for place, token in enumerate(said):
+    for row, (completion, _) in enumerate(rows):
+        tokens[row, : len(completion)], state = completion, grammar.begin
+        for position, token in enumerate(completion):
             state = int(grammar.table[state, token])
             if found_at[row] < 0 and grammar.first_found <= state < grammar.begin:
-                found_at[row] = place
-    count = np.array([len(said) for said, _ in rows], np.int32)
+                found_at[row] = position
+    count = np.array([len(completion) for completion, _ in rows], np.int32)
     stopped, none = np.array([stopped for _, stopped in rows]), jnp.zeros((len(rows), MOST))
-    said = Generated(jnp.asarray(tokens), jnp.asarray(count), none, none, jnp.asarray(found_at), jnp.asarray(stopped))
+    completion = Generated(
+        jnp.asarray(tokens), jnp.asarray(count), none, none, jnp.asarray(found_at), jnp.asarray(stopped)
+    )
     spec = RolloutConfig("think", False, 1, 1, 100, think_tokens=MOST, say_tokens=MOST, user_tokens=1)
-    say, say_count = _split_say(said, whitespace, spec)
-    violation = (said.found_at < 0) | (say_count == 0)
+    say, say_count = _split_say(completion, whitespace, spec)
+    violation = (completion.found_at < 0) | (say_count == 0)
     return found_at, [row[:n].tolist() for row, n in zip(np.asarray(say), say_count, strict=True)], violation
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_tokens_are_split_as_the_sampler_splits_them(tokenizer, seed):
     draw = random.Random(seed)
-    rows = [some_tokens(tokenizer, draw) for _ in range(ROWS)]
+    rows = [random_tokens(tokenizer, draw) for _ in range(ROWS)]
     expected = on_the_device(tokenizer, rows)
     kinds = set()
     for (tokens, stopped), found_at, say, violation in zip(rows, *expected, strict=True):
-        found = split_reply(tokenizer, tokens, stopped=stopped, think=True)
-        assert (found.found_at, list(found.say), found.violation) == (found_at, say, bool(violation)), tokens
+        split = split_reply(tokenizer, tokens, stopped=stopped, think=True)
+        assert (split.found_at, list(split.say), split.violation) == (found_at, say, bool(violation)), tokens
         kinds.add((found_at >= 0, bool(say), stopped))
     assert len(kinds) == 6, "found or not, something said or not, stopped or not; without the mark nothing is said"
 

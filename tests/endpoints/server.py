@@ -27,9 +27,9 @@ def rule(body: dict) -> str:
     if marks:
         fill = lambda name, i: f"{number % 21 - 10:+d}" if name == "change" else f"words {(number >> i) % 1000}"  # noqa: E731
         return "\n".join(f"[{name}] {heading} {fill(name, i)}" for i, (name, heading) in enumerate(marks))
-    said = f"I hear you, {number % 100000}."
+    reply = f"I hear you, {number % 100000}."
     think = any("<think>" in m["content"] or "Think" in m["content"] for m in body["messages"][:1])
-    return f"<think>\nWhat now? {number % 77}\n</think>\n\n{said}" if think else said
+    return f"<think>\nWhat now? {number % 77}\n</think>\n\n{reply}" if think else reply
 
 
 class ChatServer(InBackground):
@@ -106,8 +106,8 @@ class ChatServer(InBackground):
         elif self.key and sent != f"Bearer {self.key}":
             self._send(handler, 401, json.dumps({"error": {"message": f"Incorrect API key: {sent}"}}).encode())
         else:
-            said = self.answer(body)
-            message = {"role": "assistant", **({"content": said} if isinstance(said, str) else said)}
+            reply = self.answer(body)
+            message = {"role": "assistant", **({"content": reply} if isinstance(reply, str) else reply)}
             usage = {
                 "prompt_tokens": sum(len(m["content"].split()) for m in body["messages"]),
                 "completion_tokens": len((message["content"] or "").split()),

@@ -59,8 +59,8 @@ def test_faults_change_no_answer(server, cache, tmp_path):
     calm, _ = ask(server.url, cache, 60)
     with ChatServer(fault=one_in_five(1)) as troubled:
         other = AnswerCache(tmp_path / "other.sqlite")
-        found, client = ask(troubled.url, other, 60)
-        assert found == calm
+        answers, client = ask(troubled.url, other, 60)
+        assert answers == calm
         assert client.traffic.sent == troubled.count > 66
         assert client.traffic.failed == troubled.count - 60
         assert len(troubled.bodies) == len(other) == 60

@@ -34,8 +34,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 @pytest.fixture
 def cache(tmp_path):
-    with contextlib.closing(AnswerCache(tmp_path / "answers.sqlite")) as found:
-        yield found
+    with contextlib.closing(AnswerCache(tmp_path / "answers.sqlite")) as answer_cache:
+        yield answer_cache
 
 
 def completion(content="fine", **fields):
@@ -145,7 +145,7 @@ print(json.dumps([peak() - before, told]))
 """
 
 
-def measured(url, count):
+def memory_growth(url, count):
     """(MiB that memory grew by, what was answered) of requests at once to a server, in a process of its own."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEASURE, url, str(count)]
@@ -164,14 +164,14 @@ def times(server, count, sent):
 @pytest.mark.parametrize("what", LONG)
 def test_memory_stays_flat_whatever_is_sent(server, what):
     times(server, 1, LONG[what]())
-    grown, told = measured(server.url, 1)
+    grown, told = memory_growth(server.url, 1)
     assert grown < 100, f"{grown} MiB"
     assert told == ["fine"]
 
 
 def test_memory_stays_flat_of_many_requests_at_once(server):
     times(server, 8, LONG["gzip"]())
-    grown, told = measured(server.url, 8)
+    grown, told = memory_growth(server.url, 8)
     assert grown < 200, f"{grown} MiB"
     assert told == ["fine"] * 8
 
@@ -319,16 +319,16 @@ STRINGS = {
 
 @pytest.mark.parametrize("what", STRINGS)
 def test_strings_are_clean_before_they_are_kept(server, cache, tmp_path, what):
-    given, text = STRINGS[what]
-    server.answer = lambda body: {"content": given, "reasoning_content": given, given: given}
-    server.whole = lambda whole: whole | {"model": given, "id": given, given: given}
+    dirty, text = STRINGS[what]
+    server.answer = lambda body: {"content": dirty, "reasoning_content": dirty, dirty: dirty}
+    server.whole = lambda whole: whole | {"model": dirty, "id": dirty, dirty: dirty}
     (answer,), _ = ask(server.url, cache)
     assert (answer.text, answer.reasoning, answer.model) == (text, text, " ".join(text.split()))
     json.dumps(dataclasses.asdict(answer), ensure_ascii=False).encode()
     with sqlite3.connect(tmp_path / "answers.sqlite") as file:
-        kept = json.loads(file.execute("SELECT answer FROM answers").fetchone()[0])
-    assert kept["choices"][0]["message"] == {"role": "assistant", "content": text, "reasoning_content": text}
-    assert set(kept) == {"model", "choices", "usage"}
+        stored = json.loads(file.execute("SELECT answer FROM answers").fetchone()[0])
+    assert stored["choices"][0]["message"] == {"role": "assistant", "content": text, "reasoning_content": text}
+    assert set(stored) == {"model", "choices", "usage"}
     asked = [*HELLO, {"role": "assistant", "content": answer.text}, *HELLO]
     ask(server.url, cache, messages=asked)
     assert server.bodies[1]["messages"][1]["content"] == text, "it can be sent back"
@@ -395,19 +395,19 @@ def test_a_start_gets_past_spoiled_rows(server, tmp_path, capsys, what):
             key = request_key(server.url + "/chat/completions", body_of(seed), seed)
             assert file.execute("UPDATE answers SET answer = ? WHERE key = ?", (row, key)).rowcount == 1
     with contextlib.closing(AnswerCache(path)) as cache:
-        found, client = ask(server.url, cache, 3)
+        answers, client = ask(server.url, cache, 3)
     if what in ROWS:
         assert client.traffic.sent == 0
-        assert found[0].text == {"half": "\ufffd", "counts": "x"}[what]
+        assert answers[0].text == {"half": "\ufffd", "counts": "x"}[what]
         return
     assert client.traffic.sent == 2
-    assert [answer.text for answer in found] == [rule(body_of(seed)) for seed in range(3)]
-    said = capsys.readouterr().err
-    assert said.count("cannot be used") == said.count("\n") == 1
-    assert str(path) in said
+    assert [answer.text for answer in answers] == [rule(body_of(seed)) for seed in range(3)]
+    error_text = capsys.readouterr().err
+    assert error_text.count("cannot be used") == error_text.count("\n") == 1
+    assert str(path) in error_text
     with contextlib.closing(AnswerCache(path)) as cache:
         again, client = ask(server.url, cache, 3)
-    assert (again, client.traffic.sent, capsys.readouterr().err) == (found, 0, "")
+    assert (again, client.traffic.sent, capsys.readouterr().err) == (answers, 0, "")
 
 
 def test_a_damaged_file_is_named(server, tmp_path):
@@ -427,16 +427,16 @@ def test_old_and_new_code_read_each_others_rows(server, tmp_path):
     with contextlib.closing(AnswerCache(path)) as cache:
         (answer,), _ = ask(server.url, cache)
         with sqlite3.connect(path) as file:
-            kept = json.loads(file.execute("SELECT answer FROM answers").fetchone()[0])
+            stored = json.loads(file.execute("SELECT answer FROM answers").fetchone()[0])
             old = {"id": "x", "object": "chat.completion", "model": "old", "usage": {"prompt_tokens": 3}}
             old["choices"] = [{"index": 0, "message": {"role": "assistant", "content": "b"}, "finish_reason": "length"}]
             key = request_key(server.url + "/chat/completions", body_of(1), 1)
             file.execute("INSERT INTO answers VALUES (?, ?, ?)", (key, "{}", json.dumps(old)))
-        (_, found), client = ask(server.url, cache, 2)
-    assert kept["choices"][0]["message"]["content"] == answer.text
-    assert kept["usage"]["prompt_tokens"] == answer.prompt_tokens == 1
+        (_, received), client = ask(server.url, cache, 2)
+    assert stored["choices"][0]["message"]["content"] == answer.text
+    assert stored["usage"]["prompt_tokens"] == answer.prompt_tokens == 1
     assert client.traffic.sent == 0
-    assert (found.text, found.prompt_tokens, found.completion_tokens, found.model, found.cut) == (
+    assert (received.text, received.prompt_tokens, received.completion_tokens, received.model, received.cut) == (
         "b",
         3,
         0,
@@ -453,8 +453,8 @@ def test_a_connection_that_was_given_up_is_not_used_again(server, cache):
         server.raw = next(faults, None)
 
     server.before = next_fault
-    found, client = ask(server.url, cache, 6, timeout=0.3, concurrency=1)
-    assert [answer.text for answer in found] == [rule(body_of(seed)) for seed in range(6)]
+    answers, client = ask(server.url, cache, 6, timeout=0.3, concurrency=1)
+    assert [answer.text for answer in answers] == [rule(body_of(seed)) for seed in range(6)]
     assert client.traffic.failed == 3
 
 
@@ -526,7 +526,7 @@ def test_reading_an_answer_takes_time_in_proportion(before, text):
 )
 def test_changes_are_read_as_before(answer, change):
     try:
-        found = read_wanted(FORM, {}, answer).change
+        change_read = read_wanted(FORM, {}, answer).change
     except Unreadable:
-        found = None
-    assert found == change
+        change_read = None
+    assert change_read == change

@@ -44,8 +44,8 @@ def assert_clean(data, *secrets):
 
 @pytest.fixture
 def cache(tmp_path):
-    with contextlib.closing(AnswerCache(tmp_path / "answers.sqlite")) as found:
-        yield found
+    with contextlib.closing(AnswerCache(tmp_path / "answers.sqlite")) as answer_cache:
+        yield answer_cache
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +68,11 @@ def environment(monkeypatch):
         ("", "is empty"),
     ],
 )
-@pytest.mark.parametrize("how", ["side", "judge", "measures"])
-def test_a_key_that_cannot_be_right_is_refused_at_the_start(server, tmp_path, capsys, environment, key, says, how):
+@pytest.mark.parametrize("option", ["side", "judge", "measures"])
+def test_a_key_that_cannot_be_right_is_refused_at_the_start(server, tmp_path, capsys, environment, key, says, option):
     environment("MY_KEY", key)
     here = f"--config={debug.__file__}", f"--out={tmp_path / 'out'}", "--config.eval.num_profiles=1"
-    if how == "side":
+    if option == "side":
         fields = ("url", server.url), ("model", "m"), ("key_env", "MY_KEY")
         more = [f"--config.remote.user.{name}={value}" for name, value in fields]
     else:
@@ -82,7 +82,7 @@ def test_a_key_that_cannot_be_right_is_refused_at_the_start(server, tmp_path, ca
             f"    c.remote.user.url, c.remote.user.model, c.remote.user.key_env = {server.url!r}, 'm', 'MY_KEY'\n"
             "    return c\n"
         )
-        more = [f"--{how}={file}"]
+        more = [f"--{option}={file}"]
     assert main([*here, *more]) == 2
     out, err = capsys.readouterr()
     assert "remote.user.key_env='MY_KEY': the API key in this variable" in err
@@ -117,8 +117,8 @@ def test_a_client_refuses_it_too(cache, key):
 )
 def test_a_key_in_the_wrong_place_is_not_repeated(tmp_path, capsys, argument):
     here = f"--config={debug.__file__}", f"--out={tmp_path / 'out'}", "--config.remote.user.model=m"
-    given = [] if "user.url" in argument else ["--config.remote.user.url=http://127.0.0.1:9/v1"]
-    assert main([*here, *given, argument]) == 2
+    url_flags = [] if "user.url" in argument else ["--config.remote.user.url=http://127.0.0.1:9/v1"]
+    assert main([*here, *url_flags, argument]) == 2
     out, err = capsys.readouterr()
     assert "remote.user." in err
     assert_clean(out + err, KEY)
@@ -127,29 +127,29 @@ def test_a_key_in_the_wrong_place_is_not_repeated(tmp_path, capsys, argument):
 
 def echoes(secret):
     """What a server may answer that wants a secret to be written down: a handler's answer each."""
-    said = " | ".join(spellings(secret))
+    echoed = " | ".join(spellings(secret))
     odd = '{"choices": [{"message": {"content": "' + "".join(f"\\u{ord(char):04x}" for char in secret) + '"}}]}'
     split = "\x00".join(secret), "\u200b".join(secret), "\x1b".join(secret)
     return {
-        "content": (200, json.dumps({"choices": [{"message": {"content": said}}]}), {}),
+        "content": (200, json.dumps({"choices": [{"message": {"content": echoed}}]}), {}),
         "escapes": (200, odd, {}),
         "split": (200, json.dumps({"choices": [{"message": {"content": " ".join(split)}}]}), {}),
         "parts": (200, json.dumps({"choices": [{"message": {"content": [secret[:9], secret[9:]]}}]}), {}),
-        "reasoning": (200, json.dumps({"choices": [{"message": {"content": "a", "reasoning": said}}]}), {}),
-        "model": (200, json.dumps({"model": said, "choices": [{"message": {"content": "a"}}]}), {}),
-        "refusal": (200, json.dumps({"choices": [{"message": {"content": None, "refusal": said}}]}), {}),
-        "extras": (200, json.dumps({secret: said, "choices": [{"message": {"content": "a", secret: secret}}]}), {}),
-        "usage": (200, json.dumps({"usage": {"x": said}, "choices": [{"message": {"content": "a"}}]}), {}),
+        "reasoning": (200, json.dumps({"choices": [{"message": {"content": "a", "reasoning": echoed}}]}), {}),
+        "model": (200, json.dumps({"model": echoed, "choices": [{"message": {"content": "a"}}]}), {}),
+        "refusal": (200, json.dumps({"choices": [{"message": {"content": None, "refusal": echoed}}]}), {}),
+        "extras": (200, json.dumps({secret: echoed, "choices": [{"message": {"content": "a", secret: secret}}]}), {}),
+        "usage": (200, json.dumps({"usage": {"x": echoed}, "choices": [{"message": {"content": "a"}}]}), {}),
         "headers": (200, json.dumps({"choices": [{"message": {"content": "a"}}]}), {"X-Key": secret}),
-        "no completion": (200, said, {}),
+        "no completion": (200, echoed, {}),
         "html": (200, f"<html>{secret}</html>", {"Content-Type": "text/html"}),
         "coding": (200, "x", {"Content-Encoding": secret}),
-        "refused": (400, json.dumps({"error": {"message": said}}), {}),
-        "unauthorized": (401, said, {"WWW-Authenticate": secret}),
+        "refused": (400, json.dumps({"error": {"message": echoed}}), {}),
+        "unauthorized": (401, echoed, {"WWW-Authenticate": secret}),
         "moved": (301, secret, {"Location": f"http://127.0.0.1:9/{secret}"}),
         "moved and kept": (307, "", {"Location": f"http://127.0.0.1:9/?{urllib.parse.urlencode({'k': secret})}"}),
-        "full": (400, f"maximum context of {said}", {}),
-        "busy": (503, said, {"Retry-After": secret}),
+        "full": (400, f"maximum context of {echoed}", {}),
+        "busy": (503, echoed, {"Retry-After": secret}),
         "headers that are none": (200, "x", {"Content-Length": secret}),
     }
 
@@ -184,18 +184,18 @@ def test_whatever_a_server_repeats_is_nowhere(server, tmp_path, capfd, caplog, w
     server.raw = send
     extra = {"metadata": {"access_token": TOKEN}, "n": 1}
     caplog.set_level(logging.DEBUG)
-    failure, found = None, []
+    failure, answers = None, []
     with contextlib.closing(AnswerCache(tmp_path / "answers.sqlite")) as cache:
         try:
-            found, _ = ask(server.url, cache, 2, key=KEY, extra=extra, deadline=0.4, concurrency=1)
+            answers, _ = ask(server.url, cache, 2, key=KEY, extra=extra, deadline=0.4, concurrency=1)
         except EndpointError as error:
             failure = error
-    told = everything_of(failure) + repr(found) + caplog.text + "".join(capfd.readouterr())
+    told = everything_of(failure) + repr(answers) + caplog.text + "".join(capfd.readouterr())
     assert_clean(told, KEY, TOKEN)
     assert "***" in told or what in ("extras", "usage", "headers", "moved and kept", "headers that are none")
     for file in tmp_path.iterdir():
         assert_clean(file.read_bytes(), KEY, TOKEN)
-    assert bool(found) == (status == 200 and what not in ("no completion", "html", "coding", "headers that are none"))
+    assert bool(answers) == (status == 200 and what not in ("no completion", "html", "coding", "headers that are none"))
 
 
 def test_what_was_sent_is_what_was_given(server, cache):
@@ -204,9 +204,9 @@ def test_what_was_sent_is_what_was_given(server, cache):
     ask(server.url, cache, key=KEY, extra=extra)
     assert server.bodies[0]["metadata"] == extra["metadata"]
     assert server.bodies[0]["headers"] == extra["headers"]
-    (kept,) = cache._file.execute("SELECT request FROM answers").fetchone()
-    assert json.loads(kept)["metadata"] == {"access_token": "***"}
-    assert json.loads(kept)["headers"] == [{"Authorization": "***"}]
+    (request,) = cache._file.execute("SELECT request FROM answers").fetchone()
+    assert json.loads(request)["metadata"] == {"access_token": "***"}
+    assert json.loads(request)["headers"] == [{"Authorization": "***"}]
 
 
 @pytest.mark.parametrize("word", ["EMPTY", "none", "x", "anything"])
@@ -234,13 +234,13 @@ def test_secrets_of_an_address_are_not_told(cache, address):
 PASSWORD = "p4ss/word-0123456789"
 
 
-@pytest.mark.parametrize("said", [PASSWORD, urllib.parse.quote(PASSWORD, safe=""), "short", "basic", "url"])
+@pytest.mark.parametrize("echoed", [PASSWORD, urllib.parse.quote(PASSWORD, safe=""), "short", "basic", "url"])
 @pytest.mark.parametrize("status", [403, 407, 502])
-def test_a_proxy_that_repeats_its_password(server, cache, environment, said, status):
-    user = "me:pw" if said == "short" else f"me:{PASSWORD}"
+def test_a_proxy_that_repeats_its_password(server, cache, environment, echoed, status):
+    user = "me:pw" if echoed == "short" else f"me:{PASSWORD}"
     sent = base64.b64encode(user.encode()).decode()
     address = f"http://{urllib.parse.quote(user, safe=':')}@127.0.0.1"
-    words = {"short": f"Basic {sent}", "basic": f"Basic {sent}", "url": address}.get(said, said)
+    words = {"short": f"Basic {sent}", "basic": f"Basic {sent}", "url": address}.get(echoed, echoed)
     with proxy_to(server, refusal=(status, f"<p>you are {words}</p>".encode())) as proxy:
         environment("HTTP_PROXY", f"{address}:{proxy.address.rpartition(':')[2]}")
         with pytest.raises(EndpointError) as caught:
@@ -269,14 +269,14 @@ def test_an_address_of_a_proxy_that_cannot_be_read_is_not_told(cache, environmen
 EVERYWHERE = "--judge", "--measures", "side"
 
 
-@pytest.mark.parametrize("how", EVERYWHERE)
-def test_no_file_of_an_evaluation_holds_one(tmp_path, capfd, environment, how):
+@pytest.mark.parametrize("option", EVERYWHERE)
+def test_no_file_of_an_evaluation_holds_one(tmp_path, capfd, environment, option):
     """A whole evaluation and a second start, by a server that repeats the key wherever it can, and poison with it."""
     environment("MY_KEY", KEY)
 
     def answer(body):
-        said = rule(body)
-        return {"content": said + "\n" + KEY + "\ud800\0", "reasoning_content": KEY, KEY: KEY}
+        reply = rule(body)
+        return {"content": reply + "\n" + KEY + "\ud800\0", "reasoning_content": KEY, KEY: KEY}
 
     usage = {"prompt_tokens": 10**400, "completion_tokens": -1, KEY: KEY}
     with ChatServer(answer) as server:
@@ -289,10 +289,12 @@ def test_no_file_of_an_evaluation_holds_one(tmp_path, capfd, environment, how):
         lines += [f"    c.remote.user.extra = {extra.replace(KEY, 'x')!r}\n"]
         head = "from configs import debug\ndef get_config(arg=''):\n    c = debug.get_config()\n"
         judge.write_text(f"{head}{''.join(lines)}    return c\n")
-        sides = [f"--config.remote.{side}.{name}={x}" for side in ("user", "policy") for name, x in fields.items()]
+        remote_flags = [
+            f"--config.remote.{side}.{name}={x}" for side in ("user", "policy") for name, x in fields.items()
+        ]
         here = [f"--config={debug.__file__}", f"--out={tmp_path / 'out'}", "--config.eval.max_turns=2"]
-        here += ["--config.eval.num_profiles=2", "--config.remote.deadline=20", *sides]
-        here += [] if how == "side" else [f"{how}={judge}"]
+        here += ["--config.eval.num_profiles=2", "--config.remote.deadline=20", *remote_flags]
+        here += [] if option == "side" else [f"{option}={judge}"]
         assert main(here) == 0, capfd.readouterr().err
         asked = server.count
         for file in (tmp_path / "out").rglob("*.json*"):
@@ -305,7 +307,7 @@ def test_no_file_of_an_evaluation_holds_one(tmp_path, capfd, environment, how):
     assert_clean(told, KEY, TOKEN)
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert {"answers.sqlite", "dialogues.jsonl", "summary.json", "progress.json"} <= {file.name for file in files}
-    assert how == "side" or any(file.suffix == ".jsonl" and file.name != "dialogues.jsonl" for file in files)
+    assert option == "side" or any(file.suffix == ".jsonl" and file.name != "dialogues.jsonl" for file in files)
     for file in files:
         assert_clean(file.read_bytes(), KEY, TOKEN)
     records = [json.loads(line) for line in (tmp_path / "out" / "dialogues.jsonl").read_text().splitlines()]
@@ -319,12 +321,12 @@ def test_a_folder_whose_settings_hold_one_goes_on_and_is_not_repeated(tmp_path, 
     """As older versions wrote them."""
     extra = json.dumps({"api_key": TOKEN})
     with ChatServer() as server:
-        sides = [
+        remote_flags = [
             f"--config.remote.{side}.{name}={value}"
             for side in ("user", "policy")
             for name, value in (("url", server.url), ("model", "m"), ("extra", extra))
         ]
-        here = [f"--config={debug.__file__}", f"--out={tmp_path}", "--config.eval.max_turns=1", *sides]
+        here = [f"--config={debug.__file__}", f"--out={tmp_path}", "--config.eval.max_turns=1", *remote_flags]
         assert main([*here, "--config.eval.num_profiles=1"]) == 0
         progress = tmp_path / "progress.json"
         noted = json.loads(progress.read_text())

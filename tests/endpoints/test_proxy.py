@@ -36,13 +36,13 @@ class Proxy(InBackground):
                 outer.seen.append(self.path)
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 refused = outer.refusal if len(outer.seen) <= outer.lasts else None
-                self._say(*(refused or outer.bring(self, body)))
+                self._answer(*(refused or outer.bring(self, body)))
 
             def do_CONNECT(self):
                 outer.seen.append(f"CONNECT {self.path}")
-                self._say(*(outer.refusal or (502, b"no tunnels here")))
+                self._answer(*(outer.refusal or (502, b"no tunnels here")))
 
-            def _say(self, status, body):
+            def _answer(self, status, body):
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -64,8 +64,8 @@ class Proxy(InBackground):
 
 @pytest.fixture
 def cache():
-    with contextlib.closing(AnswerCache(None)) as found:
-        yield found
+    with contextlib.closing(AnswerCache(None)) as answer_cache:
+        yield answer_cache
 
 
 @pytest.fixture
@@ -115,12 +115,12 @@ def test_a_refusal_of_the_proxy_is_no_bad_key(server, cache, environment):
         environment("HTTP_PROXY", f"http://me:pass-word@{proxy.address}")
         with pytest.raises(EndpointError) as caught:
             ask(FAR, cache, key=KEY)
-    said = str(caught.value)
-    assert f"the proxy {proxy.address} (HTTP_PROXY) answered with status 403" in said
-    assert "not to be visited" in said
-    assert "put model.example into NO_PROXY" in said
-    assert "key" not in said
-    assert "pass-word" not in said
+    message = str(caught.value)
+    assert f"the proxy {proxy.address} (HTTP_PROXY) answered with status 403" in message
+    assert "not to be visited" in message
+    assert "put model.example into NO_PROXY" in message
+    assert "key" not in message
+    assert "pass-word" not in message
     assert len(proxy.seen) == 1, "asked once: it would refuse again"
 
 

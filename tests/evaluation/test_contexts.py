@@ -16,11 +16,11 @@ from tests.evaluation.test_transcripts import write
 COUNTS, PROFILES = [3, 6, 4, 1, 6], ["p6", "p0", "p11", "p2", "p0"]
 
 
-def options(**given):
+def options(**overrides):
     values = flags.FlagValues()
     flags.DEFINE_string("agreement", "FILE", "", flag_values=values)
     define_flags(values)
-    values(["", *(f"--{name}={value}" for name, value in given.items())])
+    values(["", *(f"--{name}={value}" for name, value in overrides.items())])
     return values
 
 
@@ -38,15 +38,15 @@ def test_contexts_are_drawn_among_what_is_held_out():
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("overrides", "says"),
     [
         ({"held_out": 0.01}, "none of the 4 profiles is among the held-out ones; give a larger share"),
         ({"held_out": 0.1, "contexts": 13}, "hold 12 appraised replies"),
     ],
 )
-def test_too_few(given, says):
+def test_too_few(overrides, says):
     with pytest.raises(ConfigError, match=says):
-        chosen(COUNTS, PROFILES, options(**given), 0)
+        chosen(COUNTS, PROFILES, options(**overrides), 0)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_without_a_config_the_record_speaks_alone(results, tmp_path, capsys):
     assert "first replies" in out
     assert "no --config was given: only what needs no model" in out
     assert list(tmp_path.glob("out/*")) == [tmp_path / "out" / "agreement.json"]
-    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
-    assert found.keys() == {"record"}
-    assert (found["record"]["n"], found["record"]["dialogues"]) == (8, 3)
+    result = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    assert result.keys() == {"record"}
+    assert (result["record"]["n"], result["record"]["dialogues"]) == (8, 3)
     recorded = [5, -3, 0, -10, -10, -10, -5, 4]
     emotion = [40, 45, 42, 40, 30, 20, 10, 40]
     previous = [0, 5, -3, 0, -10, -10, -10, 0]
-    alone = found["record"]["without_the_reply"]
+    alone = result["record"]["without_the_reply"]
     assert alone["emotion"]["spearman"]["value"] == pytest.approx(stats.spearmanr(emotion, recorded).statistic)
     assert alone["previous_change"]["spearman"]["value"] == pytest.approx(stats.spearmanr(previous, recorded).statistic)
     assert alone["constant"]["mae"]["value"] == pytest.approx((9 + 1 + 4 + 6 + 6 + 6 + 1 + 8) / 8), "median -4"

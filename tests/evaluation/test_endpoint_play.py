@@ -95,14 +95,14 @@ def test_appraisals_are_asked_for_coldly_and_never_enter_the_history(both):
 def test_the_summary_counts_and_prices(both):
     played, summary, bodies = both
     users = [body for body in bodies if body["messages"][0]["content"].startswith("You are this person")]
-    read = sum(len(message["content"].split()) for body in users for message in body["messages"])
-    said = sum(len(rule(body).split()) for body in users)
+    prompt_tokens = sum(len(message["content"].split()) for body in users for message in body["messages"])
+    completion_tokens = sum(len(rule(body).split()) for body in users)
     assert summary["remote"]["user"] == {
         "requests": 40,
         "asked_again": 0,
-        "prompt_tokens": read,
-        "completion_tokens": said,
-        "cost": pytest.approx((2 * read + 8 * said) / 1e6),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "cost": pytest.approx((2 * prompt_tokens + 8 * completion_tokens) / 1e6),
         "models": ["rule-1"],
     }
     assert summary["remote"]["policy"]["requests"] == 24
@@ -179,8 +179,8 @@ def test_repeats(both, tmp_path, capsys):
     mean = sum(means) / 3
     deviation = (sum((x - mean) ** 2 for x in means) / 2) ** 0.5
     assert deviation > 0
-    found = summary["repeats"]
-    assert found == {"count": 3, "scores": means, "mean": pytest.approx(mean), "std": pytest.approx(deviation)}
+    repeats = summary["repeats"]
+    assert repeats == {"count": 3, "scores": means, "mean": pytest.approx(mean), "std": pytest.approx(deviation)}
     low, high = summary["interval"]["score"]
     assert low < summary["score"] < high
 

@@ -127,18 +127,18 @@ def test_measures_by_hand():
     reply = {"natural": sure("3", marks), "attentive": sure("5", marks), "connecting": sure("1", marks)}
     reply["strategy"] = sure("b", letters) | {"k": 0.4}
     names = ["capabilities", "relationship", "coordinate", "person", "reply"]
-    found = measures_of(names, [capabilities, relationship, coordinate, person, reply], "J")
+    result = measures_of(names, [capabilities, relationship, coordinate, person, reply], "J")
     order = ("judge", "evidence", "capabilities", "relationship", "replies", "coordinate", "person", "unanswered")
-    assert tuple(found) == order, "as in the logs"
-    assert found["judge"] == "J"
-    assert found["evidence"] == "it listened"
-    assert found["capabilities"] == dict.fromkeys(CAPABILITIES, 4.0) | {"core_insight": 3.0}
+    assert tuple(result) == order, "as in the logs"
+    assert result["judge"] == "J"
+    assert result["evidence"] == "it listened"
+    assert result["capabilities"] == dict.fromkeys(CAPABILITIES, 4.0) | {"core_insight": 3.0}
     # Two items at +2 and a reversed one at -3, or at +2 in the other facets.
     facets = {"regard": 7 / 3, "empathy": 2 / 3, "acceptance": 2 / 3, "genuineness": 2 / 3}
-    assert found["relationship"]["facets"] == pytest.approx(facets)
-    assert found["relationship"]["total"] == pytest.approx((7 / 3 + 2) / 4)
-    assert found["relationship"]["items"]["regard_case"] == -3
-    assert found["coordinate"] == {"creative": pytest.approx((1.75 - 3) / 2), "empathy": 1.0}
-    assert found["relationship"]["from"] == "speech"
-    assert (found["person"], found["unanswered"]) == ({"need_expression": 2}, 0)
-    assert found["replies"] == [{"natural": 3, "attentive": 5, "connecting": 1, "strategy": "restatement"}]
+    assert result["relationship"]["facets"] == pytest.approx(facets)
+    assert result["relationship"]["total"] == pytest.approx((7 / 3 + 2) / 4)
+    assert result["relationship"]["items"]["regard_case"] == -3
+    assert result["coordinate"] == {"creative": pytest.approx((1.75 - 3) / 2), "empathy": 1.0}
+    assert result["relationship"]["from"] == "speech"
+    assert (result["person"], result["unanswered"]) == ({"need_expression": 2}, 0)
+    assert result["replies"] == [{"natural": 3, "attentive": 5, "connecting": 1, "strategy": "restatement"}]

@@ -49,8 +49,8 @@ def dialogues(results):
 
 def appraise(judge, dialogues, *, own):
     work: list = []
-    found = dict(pair for some in judge.appraise(dialogues, own=own, progress=work.append) for pair in some)
-    return [found[i] for i in range(len(dialogues))], work
+    by_index = dict(pair for batch in judge.appraise(dialogues, own=own, progress=work.append) for pair in batch)
+    return [by_index[i] for i in range(len(dialogues))], work
 
 
 def change_in(answer):
@@ -66,17 +66,19 @@ def asked_about(bodies, dialogue):
 
 def test_contexts_are_the_records_and_changes_the_servers(dialogues, results):
     with ChatServer() as server:
-        found, work = appraise(RemoteJudge.load(config_of(server), "far", None), dialogues[:1], own=False)
-        (appraised,), bodies = found, server.bodies
+        appraisals, work = appraise(RemoteJudge.load(config_of(server), "far", None), dialogues[:1], own=False)
+        (appraised,), bodies = appraisals, server.bodies
     assert len(work) == len(bodies) == 3
     for turn, (body, emotion) in enumerate(zip(asked_about(bodies, dialogues[0]), (40, 45, 42), strict=True)):
-        system, cue, *said, form = body["messages"]
+        system, cue, *spoken_messages, form = body["messages"]
         assert "my sister" in system["content"]
         assert "be heard" in system["content"]
         assert cue["content"] == "Begin."
         history = results[0]["history"][: 2 * turn + 2]
-        assert [m["content"] for m in said] == [m["content"] for m in history[:-1]]
-        assert [m["role"] for m in said] == [*["assistant", "user"] * turn, "assistant"], "the user speaks as itself"
+        assert [m["content"] for m in spoken_messages] == [m["content"] for m in history[:-1]]
+        assert [m["role"] for m in spoken_messages] == [*["assistant", "user"] * turn, "assistant"], (
+            "the user speaks as itself"
+        )
         assert f'"""\n{history[-1]["content"]}\n"""' in form["content"]
         assert f"You feel {emotion}," in form["content"]
         assert body["temperature"] == 0
@@ -84,8 +86,8 @@ def test_contexts_are_the_records_and_changes_the_servers(dialogues, results):
         assert appraised.emotions[turn + 1] == emotion + appraised.changes[turn]
         assert appraised.appraisals[turn]["content"].startswith("words ")
     assert appraised.change_logprobs == [[], [], []]
-    said = sum(len(rule(body).split()) for body in bodies)
-    assert (appraised.remote["requests"], appraised.remote["completion_tokens"]) == (3, said)
+    spoken_messages = sum(len(rule(body).split()) for body in bodies)
+    assert (appraised.remote["requests"], appraised.remote["completion_tokens"]) == (3, spoken_messages)
     assert appraised.remote["models"] == ["rule-1"]
 
 
@@ -97,10 +99,10 @@ def test_an_own_emotion_goes_on_and_ends(dialogues):
     """+8 a turn from 40: the judge's ceiling of 64 is reached in the third, and nothing more is asked."""
     with ChatServer(steady(8)) as server:
         judge = RemoteJudge.load(config_of(server, **{"emotion.ceiling": 64}), "far", None)
-        found, work = appraise(judge, dialogues, own=True)
+        appraised, work = appraise(judge, dialogues, own=True)
         forms = [body["messages"][-1]["content"] for body in asked_about(server.bodies, dialogues[1])]
-    assert found[1].emotions == [40, 48, 56, 64, 64, 64, 64]
-    assert found[1].changes == [8, 8, 8, 0, 0, 0]
+    assert appraised[1].emotions == [40, 48, 56, 64, 64, 64, 64]
+    assert appraised[1].changes == [8, 8, 8, 0, 0, 0]
     assert [int(re.search(r"You feel (\d+),", form)[1]) for form in forms] == [40, 48, 56]
     assert len(work) == len(server.bodies) == 3 + 3 + 3 + 1
 
@@ -113,11 +115,11 @@ def test_faults_and_interruptions_change_nothing(dialogues, tmp_path):
         bodies = {json.dumps(body) for body in server.bodies}
     with ChatServer(fault=one_in_five(3)) as server:
         judge = RemoteJudge.load(config_of(server, **config), "far", tmp_path / "faults")
-        found = judge_transcripts(judge, dialogues, tmp_path / "faults", QUIET)
+        result = judge_transcripts(judge, dialogues, tmp_path / "faults", QUIET)
         assert server.count > len(server.bodies)
         assert {json.dumps(body) for body in server.bodies} == bodies
     without_url = lambda s: s | {"settings": {k: v for k, v in s["settings"].items() if k != "remote.user.url"}}  # noqa: E731
-    assert without_url(found) == without_url(whole)
+    assert without_url(result) == without_url(whole)
     with ChatServer() as server:
         server.fault = lambda n: "" if n <= 6 else "404 gone"
         folder = tmp_path / "gone"
@@ -126,7 +128,7 @@ def test_faults_and_interruptions_change_nothing(dialogues, tmp_path):
         server.fault = lambda n: ""
         assert judge_transcripts(
             RemoteJudge.load(config_of(server, **config), "far", folder), dialogues, folder, QUIET
-        ) == (whole | {"settings": found["settings"] | {"remote.user.url": server.url}})
+        ) == (whole | {"settings": result["settings"] | {"remote.user.url": server.url}})
         assert sorted(json.dumps(body) for body in server.bodies) == sorted(bodies), "nothing was asked twice"
 
 
@@ -137,16 +139,16 @@ def test_what_it_cannot_say_is_left_out_of_agreement(dialogues):
         return "well, well" if "person: my sister my sister\n" in body["messages"][0]["content"] else rule(body)
 
     with ChatServer(mostly) as server:
-        found = measure_agreement(RemoteJudge.load(config_of(server), "far", None), dialogues, None, QUIET)
+        result = measure_agreement(RemoteJudge.load(config_of(server), "far", None), dialogues, None, QUIET)
         own = [[change_in(rule(b)) for b in asked_about(server.bodies, dialogues[i])] for i in (0, 2, 3)]
     recorded = [change for i in (0, 2, 3) for change in CHANGES[i]]
     own = list(itertools.chain(*own))
-    assert (found["n"], found["dialogues"], found["unanswered"]) == (8, 3, 6)
-    assert "argmax" not in found
-    assert found["text"]["mae"]["value"] == pytest.approx(np.abs(np.subtract(own, recorded)).mean())
-    assert found["text"]["spearman"]["value"] == pytest.approx(stats.spearmanr(own, recorded).statistic)
-    assert found["remote"]["requests"] == 8 + 3 * 6
-    assert found["remote"]["asked_again"] == 2 * 6
+    assert (result["n"], result["dialogues"], result["unanswered"]) == (8, 3, 6)
+    assert "argmax" not in result
+    assert result["text"]["mae"]["value"] == pytest.approx(np.abs(np.subtract(own, recorded)).mean())
+    assert result["text"]["spearman"]["value"] == pytest.approx(stats.spearmanr(own, recorded).statistic)
+    assert result["remote"]["requests"] == 8 + 3 * 6
+    assert result["remote"]["asked_again"] == 2 * 6
     with (
         ChatServer(lambda body: "well, well") as server,
         pytest.raises(ValueError, match="far: not one appraisal could be read"),
@@ -170,8 +172,8 @@ def last(body):
 
 
 def fill(rater, asked):
-    found = dict(pair for some in rater.fill(asked, lambda work: None) for pair in some)
-    return [found[i] for i in range(len(asked))]
+    by_index = dict(pair for batch in rater.fill(asked, lambda work: None) for pair in batch)
+    return [by_index[i] for i in range(len(asked))]
 
 
 def test_forms_are_filled_in_by_text(dialogues):
@@ -180,13 +182,13 @@ def test_forms_are_filled_in_by_text(dialogues):
         rated = fill(RemoteRater.load(config_of(server), "far", None), asked)
     answered = {last(body): picks(body) for body in server.bodies}
     assert len(answered) == len(server.bodies) == sum(len(one.forms) for one in asked)
-    for one, found in zip(asked, rated, strict=True):
-        assert found.remote["asked_again"] == 0
-        for form, answers in zip(one.forms, found.answers, strict=True):
+    for one, rating in zip(asked, rated, strict=True):
+        assert rating.remote["asked_again"] == 0
+        for form, answers in zip(one.forms, rating.answers, strict=True):
             (answer,) = [a for text, a in answered.items() if text.startswith(one.text) and _is(form, text)]
             for step in form.steps:
-                said = re.search(rf"^\[{step.name}\] (.*)$", answer, re.MULTILINE)[1]
-                want = {o: float(o == said) for o in step.options} if step.options else "it heard her"
+                chosen = re.search(rf"^\[{step.name}\] (.*)$", answer, re.MULTILINE)[1]
+                want = {o: float(o == chosen) for o in step.options} if step.options else "it heard her"
                 assert answers[step.name] == want
 
 
@@ -262,7 +264,7 @@ def command(folder, url, *more):
 
 
 @pytest.fixture(scope="module")
-def judged_play(tmp_path_factory):
+def play_with_judges(tmp_path_factory):
     """An evaluation whose user, further judge and judge model are one server's: (folder, bodies)."""
     folder = tmp_path_factory.mktemp("judged")
     with ChatServer(both) as server:
@@ -270,9 +272,9 @@ def judged_play(tmp_path_factory):
         return folder, [json.dumps(body) for body in server.bodies]
 
 
-def test_the_playing_user_as_judge_says_the_same(judged_play):
+def test_the_playing_user_as_judge_says_the_same(play_with_judges):
     """Its requests are those of the play, so its answers are there already: no gap, and nothing is asked twice."""
-    folder, bodies = judged_play
+    folder, bodies = play_with_judges
     summary = json.loads((folder / "out" / "summary.json").read_text())
     judge = summary["judges"]["far"]
     assert (judge["score"], judge["gap"], judge["unanswered"]) == (summary["score"], 0, 0)
@@ -292,14 +294,14 @@ def test_the_playing_user_as_judge_says_the_same(judged_play):
 
 
 @pytest.mark.slow
-def test_judges_are_killed_and_taken_up_again(judged_play, tmp_path):
+def test_judges_are_killed_and_taken_up_again(play_with_judges, tmp_path):
     """With faults; killed while the judge model is at work."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     with ChatServer(both, one_in_five(2)) as server:
         server.before = lambda: time.sleep(0.02)
         arguments = [sys.executable, "-m", "rlver_jax.evaluate", *command(tmp_path, server.url)]
-        how = {"env": env, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        run = subprocess.Popen(arguments, **how)
+        options = {"env": env, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        run = subprocess.Popen(arguments, **options)
         work = tmp_path / "out" / "measures.jsonl"
         while run.poll() is None and (not work.exists() or work.read_bytes().count(b"\n") < 2):
             time.sleep(0.01)
@@ -307,17 +309,18 @@ def test_judges_are_killed_and_taken_up_again(judged_play, tmp_path):
         run.communicate()
         assert 2 <= work.read_bytes().count(b"\n") < 8
         assert not (tmp_path / "out" / "summary.json").exists()
-        again = subprocess.Popen(arguments, **how)
+        again = subprocess.Popen(arguments, **options)
         printed = again.communicate(timeout=120)[0]
         assert again.returncode == 0, printed
         bodies = [json.dumps(body) for body in server.bodies]
-    assert set(bodies) == set(judged_play[1])
+    assert set(bodies) == set(play_with_judges[1])
     assert len(bodies) - len(set(bodies)) <= 8, "at most what was on its way"
     lines = [
-        sorted((folder / "out" / "dialogues.jsonl").read_text().splitlines()) for folder in (judged_play[0], tmp_path)
+        sorted((folder / "out" / "dialogues.jsonl").read_text().splitlines())
+        for folder in (play_with_judges[0], tmp_path)
     ]
     assert lines[0] == lines[1]
-    ours, unbroken = (json.loads((f / "out" / "summary.json").read_text()) for f in (tmp_path, judged_play[0]))
+    ours, unbroken = (json.loads((f / "out" / "summary.json").read_text()) for f in (tmp_path, play_with_judges[0]))
     for one in (ours, unbroken):
         for part in (one["judges"]["far"], one["measures"]):
             part["settings"].pop("remote.user.url")
@@ -350,10 +353,10 @@ def test_agreement_of_a_user_at_an_endpoint(results, tmp_path, capsys):
         args = [f"--agreement={file}", f"--config={debug.__file__}", f"--out={tmp_path / 'out'}", *remote]
         assert main(args) == 0
         assert "14 contexts of 4 dialogues" in capsys.readouterr().out
-        found = json.loads((tmp_path / "out" / "agreement.json").read_text())["user"]
+        result = json.loads((tmp_path / "out" / "agreement.json").read_text())["user"]
         changes = sorted(change_in(rule(body)) for body in server.bodies)
-        assert found["text"]["mean_change"]["own"] == pytest.approx(sum(changes) / 14)
-        assert (found["n"], found["remote"]["requests"]) == (14, 14)
+        assert result["text"]["mean_change"]["own"] == pytest.approx(sum(changes) / 14)
+        assert (result["n"], result["remote"]["requests"]) == (14, 14)
         assert main(args) == 0
         assert len(server.bodies) == 14
         server.fault = lambda n: "401 Incorrect API key"

@@ -37,9 +37,9 @@ def dialogues(results):
 def appraise(judge, dialogues, own):
     done: list = [None] * len(dialogues)
     work = []
-    for some in judge.appraise(dialogues, own=own, progress=work.append):
-        for i, found in some:
-            done[i] = found
+    for batch in judge.appraise(dialogues, own=own, progress=work.append):
+        for i, appraised in batch:
+            done[i] = appraised
     return done, work
 
 
@@ -94,14 +94,14 @@ def by_hand(user_lm, bpe, ids, emotion):
 
 def test_contexts_are_the_record_and_appraisals_the_judges_own(fixed, user_lm, bpe, dialogues):
     best = []
-    for dialogue, found in zip(dialogues, fixed[0], strict=True):
+    for dialogue, appraised in zip(dialogues, fixed[0], strict=True):
         emotion = 40
         for turn, (ids, after) in enumerate(contexts(bpe, dialogue)):
             texts, logprobs = by_hand(user_lm, bpe, ids, emotion)
-            np.testing.assert_allclose(found.change_logprobs[turn], logprobs, atol=1e-4)
-            assert list(found.appraisals[turn].values()) == texts
-            assert found.changes[turn] == int(logprobs.argmax()) - 10
-            assert found.emotions[turn + 1] == min(100, max(0, emotion + found.changes[turn]))
+            np.testing.assert_allclose(appraised.change_logprobs[turn], logprobs, atol=1e-4)
+            assert list(appraised.appraisals[turn].values()) == texts
+            assert appraised.changes[turn] == int(logprobs.argmax()) - 10
+            assert appraised.emotions[turn + 1] == min(100, max(0, emotion + appraised.changes[turn]))
             emotion = after["emotion"]  # the recorded one, whatever the judge made of the turn
             best.append(logprobs.max())
     assert len(best) == 14
@@ -110,9 +110,9 @@ def test_contexts_are_the_record_and_appraisals_the_judges_own(fixed, user_lm, b
 
 def test_every_turn_is_counted(fixed, dialogues):
     done, work = fixed
-    assert [len(found.changes) for found in done] == [3, 6, 4, 1]
+    assert [len(appraised.changes) for appraised in done] == [3, 6, 4, 1]
     assert sum(w.turns for w in work) == 14
-    assert all(len(found.emotions) == len(found.changes) + 1 for found in done)
+    assert all(len(appraised.emotions) == len(appraised.changes) + 1 for appraised in done)
     assert sum(w.tokens for w in work) <= 14 * 2 * FIELD
 
 
@@ -128,18 +128,22 @@ def test_an_own_emotion_follows_the_own_changes(user_lm, bpe, prompts, dialogues
     judge = make_judge(user_lm, bpe, prompts)
     done, work = appraise(judge, dialogues, own=True)
     appraised = 0
-    for dialogue, found in zip(dialogues, done, strict=True):
+    for dialogue, judgement in zip(dialogues, done, strict=True):
         emotion, over = 40, False
         for turn, (ids, _) in enumerate(contexts(bpe, dialogue)):
             if over:
-                assert (found.changes[turn], found.change_logprobs[turn], found.appraisals[turn]) == (0, [], {})
-                assert found.emotions[turn + 1] == emotion
+                assert (judgement.changes[turn], judgement.change_logprobs[turn], judgement.appraisals[turn]) == (
+                    0,
+                    [],
+                    {},
+                )
+                assert judgement.emotions[turn + 1] == emotion
                 continue
             _, logprobs = by_hand(user_lm, bpe, ids, emotion)
-            np.testing.assert_allclose(found.change_logprobs[turn], logprobs, atol=1e-4)
-            assert found.changes[turn] == int(logprobs.argmax()) - 10
-            emotion += found.changes[turn]
-            assert found.emotions[turn + 1] == emotion
+            np.testing.assert_allclose(judgement.change_logprobs[turn], logprobs, atol=1e-4)
+            assert judgement.changes[turn] == int(logprobs.argmax()) - 10
+            emotion += judgement.changes[turn]
+            assert judgement.emotions[turn + 1] == emotion
             over, appraised = not 36 < emotion < 44, appraised + 1
     assert sum(w.turns for w in work) == appraised
     assert 4 < appraised < 14, "some end early, some don't"
@@ -167,10 +171,10 @@ def test_a_sampling_judge_draws_what_the_player_would(user_lm, bpe, prompts, dia
     """With keys of the dialogue's seed and number, whatever its batch."""
     judge = make_judge(user_lm, bpe, prompts, readout="sample")
     once, _ = appraise(judge, dialogues, own=False)
-    for found, dialogue in zip(once, dialogues, strict=True):
+    for appraised, dialogue in zip(once, dialogues, strict=True):
         number = dialogue.record["dialogue"]
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), number)
-        for turn, change in enumerate(found.changes):
+        for turn, change in enumerate(appraised.changes):
             noise = jax.random.fold_in(jax.random.fold_in(key, turn), 1)
-            scores = jnp.asarray(found.change_logprobs[turn]) + jax.random.gumbel(noise, (21,))
+            scores = jnp.asarray(appraised.change_logprobs[turn]) + jax.random.gumbel(noise, (21,))
             assert change == int(scores.argmax()) - 10

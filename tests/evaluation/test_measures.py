@@ -71,9 +71,9 @@ def test_the_inventory_is_filled_in_from_inner_thoughts_alone(dialogues, languag
     person = Person()
     records, _ = measure(person, load_forms(language), dialogues, None, QUIET)
     inner = [one for one in person.asked if [form.name for form in one.forms] == ["relationship"]]
-    said = [one for one in person.asked if one not in inner]
-    assert len(inner) == len(said) == 4
-    assert not any(form.name == "relationship" for one in said for form in one.forms)
+    of_speech = [one for one in person.asked if one not in inner]
+    assert len(inner) == len(of_speech) == 4
+    assert not any(form.name == "relationship" for one in of_speech for form in one.forms)
     for one, dialogue in zip(inner, dialogues, strict=True):
         _, *lines = one.text.splitlines()
         assert [line.rpartition(":" if language == "en" else "：")[2].strip() for line in lines] == [
@@ -91,12 +91,12 @@ def test_thoughts_of_other_scripts_and_dialogues_without_any(dialogues):
         message["appraisal"] = {"heard": "they asked", "wish": "to be heard"}
     records[1] |= {"messages": records[1]["messages"][:2], "turns": 1}
     person = Person()
-    found, _ = measure(person, load_forms("en"), [Transcript(one, None, "") for one in records], None, QUIET)
+    results, _ = measure(person, load_forms("en"), [Transcript(one, None, "") for one in records], None, QUIET)
     (inner,) = [one for one in person.asked if "went through" in one.text]
     assert "After the companion's reply 1: they asked to be heard" in inner.text
-    assert "relationship" in found[0]["measures"]
-    assert "relationship" not in found[1]["measures"]
-    assert summarize(found)["relationship/total"]["n"] == 1
+    assert "relationship" in results[0]["measures"]
+    assert "relationship" not in results[1]["measures"]
+    assert summarize(results)["relationship/total"]["n"] == 1
 
 
 def test_thoughts_and_speech_are_not_mixed(dialogues, tmp_path):
@@ -132,29 +132,29 @@ def test_the_sum_of_measures(dialogues):
 
 def test_strategies_are_followed_by_the_users_changes(dialogues):
     """Of the first dialogue (+5, -3, 0, and a last reply that nobody appraised) and the last (+4)."""
-    some = [dialogues[0], dialogues[3]]
+    subset = [dialogues[0], dialogues[3]]
     labels = [["question", "praise", "question", "analysis"], ["question"]]
     records = [
         d.record | {"measures": {"replies": [{"strategy": label} for label in ours]}}
-        for d, ours in zip(some, labels, strict=True)
+        for d, ours in zip(subset, labels, strict=True)
     ]
-    found = strategies(records)
-    assert found["question"] == {"n": 3, "acceptance": pytest.approx(2 / 3), "change": pytest.approx(3)}
-    assert found["praise"] == {"n": 1, "acceptance": 0, "change": -3}
-    assert found["analysis"] == {"n": 1, "acceptance": None, "change": None}
-    assert found["suggestion"]["n"] == 0
+    result = strategies(records)
+    assert result["question"] == {"n": 3, "acceptance": pytest.approx(2 / 3), "change": pytest.approx(3)}
+    assert result["praise"] == {"n": 1, "acceptance": 0, "change": -3}
+    assert result["analysis"] == {"n": 1, "acceptance": None, "change": None}
+    assert result["suggestion"]["n"] == 0
 
 
 def test_what_was_not_answered_is_left_out(dialogues):
     class Silent(Person):
         def fill(self, asked, progress):
-            for some in super().fill(asked, progress):
-                for i, rated in some:
+            for batch in super().fill(asked, progress):
+                for i, rated in batch:
                     if i == 0:
                         for name in ("core_insight", "regard_case", "strategy", "natural"):
                             first = next(answers for answers in rated.answers if name in answers)
                             first[name] = {}
-                yield some
+                yield batch
 
     records, _ = measure(Silent(), load_forms("en"), dialogues, None, QUIET, SPEECH)
     full, _ = measure(Person(), load_forms("en"), dialogues, None, QUIET, SPEECH)

@@ -31,10 +31,10 @@ PUBLISHED = {
 @pytest.fixture
 def files():
     folder = Path(os.environ.get("RLVER_JAX_SAGE_RESULTS", "/nowhere"))
-    found = [folder / f"{name}_result.jsonl" for name in PUBLISHED if (folder / f"{name}_result.jsonl").exists()]
-    if not found:
+    paths = [folder / f"{name}_result.jsonl" for name in PUBLISHED if (folder / f"{name}_result.jsonl").exists()]
+    if not paths:
         pytest.skip("no published results: name a folder with *_result.jsonl of SAGE in RLVER_JAX_SAGE_RESULTS")
-    return found
+    return paths
 
 
 def half_up(score: float) -> str:
@@ -48,8 +48,8 @@ def test_scores_are_those_of_the_paper(files, tmp_path):
     each = summary.get("files") or {str(files[0]): summary}
     for file in files:
         one = each[str(file)]
-        found = (half_up(one["score"]), one["success"], one["failure"])
-        assert found == PUBLISHED[file.name.removesuffix("_result.jsonl")], file.name
+        scores = (half_up(one["score"]), one["success"], one["failure"])
+        assert scores == PUBLISHED[file.name.removesuffix("_result.jsonl")], file.name
 
 
 def test_no_tenth_reply_is_appraised(files):
@@ -79,9 +79,9 @@ def test_a_change_is_predicted_without_a_look_at_the_reply(files):
     histories = [json.loads(line)["history"] for file in files for line in file.read_text("utf-8").splitlines()]
     rows = np.array([(*row, i) for history in histories for i, row in enumerate(changes_of(history))])
     emotion, change, before, turn = rows.T
-    found = measure_record([one for _, one in TranscriptFiles(files).scan()])
-    assert found["n"] == len(rows) == 7013
-    alone = found["without_the_reply"]
+    result = measure_record([one for _, one in TranscriptFiles(files).scan()])
+    assert result["n"] == len(rows) == 7013
+    alone = result["without_the_reply"]
     assert alone["emotion"]["spearman"]["value"] == pytest.approx(stats.spearmanr(emotion, change).statistic)
     assert alone["emotion"]["spearman"]["value"] == pytest.approx(0.55, abs=0.005)
     later = stats.spearmanr(before[turn > 0], change[turn > 0]).statistic

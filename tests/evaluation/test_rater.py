@@ -46,9 +46,9 @@ def questions():
 @pytest.fixture(scope="module")
 def filled(rater, questions):
     work: list = []
-    found = {i: rated.answers for some in rater.fill(questions, work.append) for i, rated in some}
+    answers = {i: rated.answers for batch in rater.fill(questions, work.append) for i, rated in batch}
     assert sum(w.turns for w in work) == 6
-    return found
+    return answers
 
 
 def by_hand(user_lm, bpe, ids, options):
@@ -87,12 +87,12 @@ def test_our_own_forms_are_filled_in(rater, results):
     for language in ("en", "zh"):
         records, _ = measure(rater, load_forms(language), dialogues, None, Console(quiet=True))
         for record in records:
-            found = record["measures"]
-            assert len(found["replies"]) == record["turns"]
-            assert found["evidence"]
-            assert all(1 < mark < 5 for mark in found["capabilities"].values())
-            assert all(-1 < x < 1 for x in found["coordinate"].values())
-            assert all(-3 < x < 3 for x in found["relationship"]["items"].values())
+            measures = record["measures"]
+            assert len(measures["replies"]) == record["turns"]
+            assert measures["evidence"]
+            assert all(1 < mark < 5 for mark in measures["capabilities"].values())
+            assert all(-1 < x < 1 for x in measures["coordinate"].values())
+            assert all(-3 < x < 3 for x in measures["relationship"]["items"].values())
 
 
 def test_a_judge_that_thinks_by_itself_answers_after_an_empty_thought(rater, questions, tmp_path):

@@ -41,7 +41,7 @@ def played(tmp_path_factory):
 
 
 def test_the_requests_are_sages(played):
-    _, found, bodies, _ = played
+    _, records, bodies, _ = played
     policy = [body for body in bodies if body["messages"][0]["role"] == "system"]
     appraisals = [body for body in bodies if body["messages"][0]["content"].startswith("Judge")]
     replies = [body for body in bodies if body["messages"][0]["content"].startswith("Say")]
@@ -49,7 +49,7 @@ def test_the_requests_are_sages(played):
     assert {body["messages"][0]["content"] for body in policy} == {SENTENCE}
     assert {body["temperature"] for body in appraisals + replies} == {1.0}
     assert len(bodies) == len(policy) + len(appraisals) + len(replies)
-    record = found[0]
+    record = records[0]
     first, reply, _, second = record["messages"][:4]
     history = [{"role": "ME", "content": first["content"]}, {"role": "THEM", "content": reply["content"]}]
     shown = json.dumps(history, ensure_ascii=False, indent=2)
@@ -60,11 +60,11 @@ def test_the_requests_are_sages(played):
 
 
 def test_the_answers_are_read_as_sage_does(played):
-    _, found, bodies, _ = played
-    asked_again = sum(record["remote"]["user"]["asked_again"] for record in found)
+    _, records, bodies, _ = played
+    asked_again = sum(record["remote"]["user"]["asked_again"] for record in records)
     texts = [answer(body) for body in bodies if body["messages"][0]["content"].startswith("Judge")]
     assert asked_again == sum(text.endswith("up") for text in texts) > 0
-    for record in found:
+    for record in records:
         emotion = 40
         for message in record["messages"]:
             if "change" in message:
@@ -82,9 +82,9 @@ def test_the_answers_are_read_as_sage_does(played):
 
 
 def test_such_a_log_is_verified_and_resumed_with_the_same_prompts_alone(played, tmp_path, capsys):
-    clone, found, _, url = played
+    clone, records, _, url = played
     log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(record) + "\n" for record in found))
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
     flags = [one for one in arguments(tmp_path, policy=url, user=url) if not one.startswith("--out")]
     assert verify.main([str(log), *flags, f"--config.user.prompts={clone}", DIRECT]) == 0, capsys.readouterr()
     other = write_clone(tmp_path / "other", SIMULATOR.replace("Judge the latest", "Judge the last"))

@@ -18,8 +18,8 @@ def shown(name, result, width):
 
 @pytest.fixture(scope="module")
 def result():
-    found = {"n": 8, "dialogues": 3, "text": agreement(DIALOGUES), "unanswered": 0}
-    return found | {"without_the_reply": without_the_reply(DIALOGUES)}
+    summary = {"n": 8, "dialogues": 3, "text": agreement(DIALOGUES), "unanswered": 0}
+    return summary | {"without_the_reply": without_the_reply(DIALOGUES)}
 
 
 def test_a_judge_beside_what_needs_no_look_at_the_reply(result):

@@ -14,11 +14,11 @@ def records(*repeats):
 
 def test_repeats_by_hand():
     """Means 40, 50, 60: standard deviation of the sample 10, of the population 8.16."""
-    found = spread(records([0, 80], [0, 100], [40, 80]), 2)
-    assert found["repeats"] == {"count": 3, "scores": [40, 50, 60], "mean": 50, "std": pytest.approx(10)}
-    assert found["interval"]["success_rate"] == [0, pytest.approx(1 / 3)]
-    assert found["interval"]["failure_rate"] == [0, pytest.approx(2 / 3)]
-    low, high = found["interval"]["score"]
+    result = spread(records([0, 80], [0, 100], [40, 80]), 2)
+    assert result["repeats"] == {"count": 3, "scores": [40, 50, 60], "mean": 50, "std": pytest.approx(10)}
+    assert result["interval"]["success_rate"] == [0, pytest.approx(1 / 3)]
+    assert result["interval"]["failure_rate"] == [0, pytest.approx(2 / 3)]
+    low, high = result["interval"]["score"]
     assert low == pytest.approx(40 / 3), "both draws may be the first profile, of mean 13.3"
     assert high == pytest.approx(260 / 3)
 

@@ -15,11 +15,11 @@ from rlver_jax.evaluation.statistics import (
 
 def test_the_interval_of_a_mean_is_the_normal_one():
     values = np.random.default_rng(3).normal(5, 2, 400)
-    found = mean_with_interval(list(values))
-    assert found["mean"] == pytest.approx(values.mean())
-    assert found["std"] == pytest.approx(values.std(ddof=1))
+    result = mean_with_interval(list(values))
+    assert result["mean"] == pytest.approx(values.mean())
+    assert result["std"] == pytest.approx(values.std(ddof=1))
     half = 1.96 * values.std(ddof=1) / 20
-    assert found["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.15 * half)
+    assert result["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.15 * half)
 
 
 @pytest.mark.parametrize("count", [2, 7, 1500])
@@ -83,9 +83,9 @@ def midranks_by_counting(values):
     return np.array([(values < one).sum() + ((values == one).sum() + 1) / 2 for one in values])
 
 
-def what_is_left(values, given):
-    """Residuals of least squares on `given` and a constant."""
-    known = np.column_stack([np.ones(len(values)), *given])
+def what_is_left(values, controls):
+    """Residuals of least squares on `controls` and a constant."""
+    known = np.column_stack([np.ones(len(values)), *controls])
     return values - known @ np.linalg.lstsq(known, values, rcond=None)[0]
 
 
@@ -93,19 +93,19 @@ def what_is_left(values, given):
 def test_partial_correlations_are_those_of_residuals(held_fixed):
     columns, weights = resamples(6, 50)
     ranks = np.stack([midranks(one, weights) for one in columns[: 2 + held_fixed]])
-    found = partial_correlation(ranks, weights)
+    actual = partial_correlation(ranks, weights)
     for i, often in enumerate(weights):
-        a, b, *given = (midranks_by_counting(drawn(one, often)) for one in columns[: 2 + held_fixed])
-        want = np.corrcoef(what_is_left(a, given), what_is_left(b, given))[0, 1]
-        assert found[i] == pytest.approx(want, abs=1e-10)
-    assert not np.allclose(found, partial_correlation(ranks[:2], weights), atol=0.05), "what is held fixed matters"
+        a, b, *controls = (midranks_by_counting(drawn(one, often)) for one in columns[: 2 + held_fixed])
+        want = np.corrcoef(what_is_left(a, controls), what_is_left(b, controls))[0, 1]
+        assert actual[i] == pytest.approx(want, abs=1e-10)
+    assert not np.allclose(actual, partial_correlation(ranks[:2], weights), atol=0.05), "what is held fixed matters"
 
 
 def test_a_partial_correlation_by_hand():
     """Ranks with r_ab = 1 - 6 * 4 / 120 = 0.8, r_ac = 0.8 and r_bc = 1 - 6 * 14 / 120 = 0.3."""
     ranks = np.array([[1, 2, 3, 4, 5], [2, 1, 4, 3, 5], [1, 3, 2, 5, 4]])[:, None]
-    (found,) = partial_correlation(ranks, np.ones((1, 5)))
-    assert found == pytest.approx((0.8 - 0.8 * 0.3) / np.sqrt((1 - 0.8**2) * (1 - 0.3**2)))
+    (actual,) = partial_correlation(ranks, np.ones((1, 5)))
+    assert actual == pytest.approx((0.8 - 0.8 * 0.3) / np.sqrt((1 - 0.8**2) * (1 - 0.3**2)))
 
 
 def test_where_nothing_is_left_there_is_no_partial_correlation():
@@ -119,6 +119,6 @@ def test_where_nothing_is_left_there_is_no_partial_correlation():
     c = [1, 0, 0, 1]
     assert of(a, b, c, c) == pytest.approx(of(a, b, c)), "nor does the same thing twice"
     only = np.array([[1.0, 0, 0, 2], [1, 1, 1, 1]])
-    found = partial_correlation(np.array([a, [0.1, 7, 7, 0.1]])[:, None], only)
-    assert np.isnan(found[0]), "it never varies in this resample"
-    assert np.isfinite(found[1])
+    actual = partial_correlation(np.array([a, [0.1, 7, 7, 0.1]])[:, None], only)
+    assert np.isnan(actual[0]), "it never varies in this resample"
+    assert np.isfinite(actual[1])

@@ -107,6 +107,6 @@ def test_our_own_forms_come_back(language, results):
             for line in write(form.steps).splitlines():
                 name = line[1:].partition("]")[0] if line.startswith("[") else ""
                 lines.append(f"{line if copied else f'[{name}]'} {chosen.get(name, 'well')}" if name else line)
-            found = read(form.steps, "\n".join(lines))
+            answers = read(form.steps, "\n".join(lines))
             want = {s.name: sure(chosen[s.name], s.options) if s.options else "well" for s in form.steps}
-            assert found == want
+            assert answers == want

@@ -80,8 +80,13 @@ def test_our_own_logs_are_read_too(results, tmp_path):
     ours = tmp_path / "ours.jsonl"
     write_dialogues(ours, [record])
     assert faults(read_finished(ours)) == []
-    said = {**record["messages"][1], "violation": True}
-    broke = record | {"violation": True, "turns": 2, "emotions": [40, 44, 44], "messages": [*record["messages"], said]}
+    message = {**record["messages"][1], "violation": True}
+    broke = record | {
+        "violation": True,
+        "turns": 2,
+        "emotions": [40, 44, 44],
+        "messages": [*record["messages"], message],
+    }
     write_dialogues(ours, [broke])
     assert faults(read_finished(ours)) == []
     write_dialogues(ours, [broke | {"violation": False}])

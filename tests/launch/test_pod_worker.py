@@ -81,8 +81,8 @@ def boot() -> str:
 
 @pytest.fixture
 def worker(tmp_path):
-    with contextlib.closing(Worker(tmp_path)) as found:
-        yield found
+    with contextlib.closing(Worker(tmp_path)) as started:
+        yield started
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def test_a_command_that_ends_at_once_has_its_exit_status(worker):
     for status in range(5):
         worker.call("start", "bash", "-c", f"exit {status}")
         until = time.monotonic() + 20
-        while f"ended with exit status {status}" not in (said := worker.call("status")):
-            assert time.monotonic() < until, said
+        while f"ended with exit status {status}" not in (output := worker.call("status")):
+            assert time.monotonic() < until, output
 
 
 def test_a_process_of_another_boot_is_not_ours(worker, stranger):
@@ -210,9 +210,9 @@ def test_where_all_files_are_half_written_nothing_is_started_or_ended(worker):
     for length in lengths(pid, whole):
         worker.identity.write_text(whole[:length])
         for words in (["status"], ["free"], ["start", "true"], ["resume"], ["stop"]):
-            said = worker.call(*words, status=1)
-            assert f"{worker.identity} is damaged" in said, (length, words)
-            assert "remove the file" in said
+            output = worker.call(*words, status=1)
+            assert f"{worker.identity} is damaged" in output, (length, words)
+            assert "remove the file" in output
     assert is_running(pid)
     worker.identity.write_text(whole)
     assert "running" in worker.call("status")
@@ -288,7 +288,7 @@ def test_a_command_that_cannot_be_started_says_so(worker):
     """No pid file can be written: its name is taken by a folder."""
     (worker.folder / "pid.tmp").mkdir()
     noted = worker.folder / "noted"
-    said = worker.call("start", "bash", "-c", f"echo $$ > {noted}; exec sleep 600", status=1)
-    assert "did not start" in said
-    assert "cannot be written" in said
+    output = worker.call("start", "bash", "-c", f"echo $$ > {noted}; exec sleep 600", status=1)
+    assert "did not start" in output
+    assert "cannot be written" in output
     assert not noted.exists() or not is_running(int(noted.read_text())), "nor does it run where nobody can stop it"

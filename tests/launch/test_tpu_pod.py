@@ -74,8 +74,8 @@ class Pod:
 
 @pytest.fixture
 def pod(tmp_path):
-    with contextlib.closing(Pod(tmp_path / "pod")) as found:
-        yield found
+    with contextlib.closing(Pod(tmp_path / "pod")) as fake_pod:
+        yield fake_pod
 
 
 def test_scripts_pass_shellcheck():
@@ -148,13 +148,13 @@ def test_a_key_reaches_the_command_and_nothing_else(pod):
     pod.environ["SOME_KEY"] = key
     code = "import os, hashlib; print('key', hashlib.sha256(os.environ.get('SOME_KEY', '').encode()).hexdigest())"
     wanted = [hashlib.sha256(text.encode()).hexdigest() for text in (key, "")]
-    said = pod.call("pod", "--env=SOME_KEY", "--dry-run", "--", "python", "-c", code)
-    assert "zq7xw4" not in said
-    said = pod.call("pod", "--env=SOME_KEY", "--", "python", "-c", code)
+    output = pod.call("pod", "--env=SOME_KEY", "--dry-run", "--", "python", "-c", code)
+    assert "zq7xw4" not in output
+    output = pod.call("pod", "--env=SOME_KEY", "--", "python", "-c", code)
     assert pod.wait() == ["0", "0"]
     assert pod.call("pod", "--logs").count(f"key {wanted[0]}") == 2
     (pod.folder(0) / "exit_status").unlink()
-    said += pod.call("pod", "--resume")
+    output += pod.call("pod", "--resume")
     assert pod.wait() == ["0", "0"]
     assert pod.call("pod", "--logs").count(f"key {wanted[0]}") == 2
     for file in pod.root.rglob("*"):
@@ -164,7 +164,7 @@ def test_a_key_reaches_the_command_and_nothing_else(pod):
     pod.call("pod", "--", "python", "-c", code)
     assert pod.wait() == ["0", "0"]
     assert pod.call("pod", "--logs").count(f"key {wanted[1]}") == 2
-    assert "zq7xw4" not in said + (pod.root / "calls").read_text()
+    assert "zq7xw4" not in output + (pod.root / "calls").read_text()
 
 
 def train_words(workdir, config: str, **fields) -> list[str]:

@@ -44,7 +44,7 @@ def limits_for(spec: RolloutConfig) -> RolloutLimits:
 
 class Turn(NamedTuple):
     heard: list[int]
-    said: list[int]  # as sampled, the stop token included
+    completion: list[int]  # as sampled, the stop token included
     stopped: bool
     say: list[int]  # what history keeps
     logprob: np.ndarray
@@ -79,8 +79,8 @@ def _turn(draw, tables, tokenizer, spec, heard) -> Turn:
             state = int(table[state, token])
     say, _ = words(state, draw.integers(1, spec.say_tokens))
     stopped = bool(draw.random() < 0.7)
-    said = thought + say + ([int(draw.choice(stops))] if stopped else [])
-    return Turn(heard, said, stopped, say, draw.normal(-2, 1, len(said)).astype(np.float32))
+    completion = thought + say + ([int(draw.choice(stops))] if stopped else [])
+    return Turn(heard, completion, stopped, say, draw.normal(-2, 1, len(completion)).astype(np.float32))
 
 
 def make_world(tokenizer, prompts, mode: str, *, seed: int = 0, batch: int = 5, turns: int = 8) -> World:
@@ -101,22 +101,26 @@ def to_arrays(spec: RolloutConfig, dialogues: list[list[Turn]], draw) -> Dialogu
     noise = lambda *shape: draw.integers(0, 400, shape).astype(np.int32)  # noqa: E731
     zero = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
     size = spec.policy_tokens
-    said, logprob, count = noise(turns, batch, size), np.full((turns, batch, size), 7.0, np.float32), zero(turns, batch)
+    tokens, logprob, count = (
+        noise(turns, batch, size),
+        np.full((turns, batch, size), 7.0, np.float32),
+        zero(turns, batch),
+    )
     stopped, say, say_count = np.zeros((turns, batch), bool), noise(turns, batch, spec.say_tokens), zero(turns, batch)
-    found, first, first_count = zero(turns, batch), noise(batch, 12), zero(batch)
+    found_at, first, first_count = zero(turns, batch), noise(batch, 12), zero(batch)
     reply, reply_count = noise(turns, 2, batch, spec.user_tokens), zero(turns, 2, batch)
     for b, dialogue in enumerate(dialogues):
         for t, turn in enumerate(dialogue):
-            said[t, b, : len(turn.said)], logprob[t, b, : len(turn.said)] = turn.said, turn.logprob
-            count[t, b], stopped[t, b] = len(turn.said), turn.stopped
+            tokens[t, b, : len(turn.completion)], logprob[t, b, : len(turn.completion)] = turn.completion, turn.logprob
+            count[t, b], stopped[t, b] = len(turn.completion), turn.stopped
             say[t, b, : len(turn.say)], say_count[t, b] = turn.say, len(turn.say)
-            found[t, b] = len(turn.said) - len(turn.say) - turn.stopped - 1
+            found_at[t, b] = len(turn.completion) - len(turn.say) - turn.stopped - 1
             if t == 0:
                 first[b, : len(turn.heard)], first_count[b] = turn.heard, len(turn.heard)
             else:
                 reply[t - 1, -1, b, : len(turn.heard)], reply_count[t - 1, -1, b] = turn.heard, len(turn.heard)
     no = lambda *shape: np.zeros(shape, np.float32)  # noqa: E731
-    policy = Generated(said, count, logprob, no(turns, batch, size), found, stopped)
+    policy = Generated(tokens, count, logprob, no(turns, batch, size), found_at, stopped)
     shape = (turns, 2, batch)
     user = Generated(reply, reply_count, no(*shape, 6), no(*shape, 6), zero(*shape), np.zeros(shape, bool))
     flat = (turns, batch)
@@ -151,7 +155,7 @@ class PlainRow(NamedTuple):
     turn: int
     ids: list[int]
     start: int
-    said: list[int]
+    completion: list[int]
     states: list[int]
 
 
@@ -165,11 +169,11 @@ def plain_rows(world: World, tokenizer) -> list[PlainRow]:
         history = list(system)
         for t, turn in enumerate(dialogue):
             history += open_user + turn.heard + close + open_assistant
-            ids = history + opener + turn.said
+            ids = history + opener + turn.completion
             states = [world.tables.grammar.begin]
-            for token in turn.said[:-1]:
+            for token in turn.completion[:-1]:
                 states.append(int(table[states[-1], token]))
-            rows.append(PlainRow(b, t, ids, len(ids) - len(turn.said), turn.said, states))
+            rows.append(PlainRow(b, t, ids, len(ids) - len(turn.completion), turn.completion, states))
             history += turn.say + close
     return rows
 

@@ -104,7 +104,7 @@ def forward(params, c, ids: np.ndarray) -> np.ndarray:
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.rms_norm_eps) * scale
 
-    def heads(x, p, count):
+    def project(x, p, count):
         return (x @ p["kernel"] + p["bias"]).reshape(len(ids), count, c.head_dim)
 
     def rotate(x):
@@ -115,8 +115,8 @@ def forward(params, c, ids: np.ndarray) -> np.ndarray:
     for i in range(c.num_layers):
         layer = params[f"layer_{i}"]
         y, attn = norm(x, layer["attn_norm"]["scale"]), layer["attn"]
-        q, k = rotate(heads(y, attn["q"], c.num_heads)), rotate(heads(y, attn["k"], c.num_kv_heads))
-        v = heads(y, attn["v"], c.num_kv_heads)
+        q, k = rotate(project(y, attn["q"], c.num_heads)), rotate(project(y, attn["k"], c.num_kv_heads))
+        v = project(y, attn["v"], c.num_kv_heads)
         k, v = (np.repeat(z, c.num_heads // c.num_kv_heads, axis=1) for z in (k, v))
         score = np.where(causal, np.einsum("qhd,khd->hqk", q, k) / np.sqrt(c.head_dim), -np.inf)
         weight = np.exp(score - score.max(-1, keepdims=True))
@@ -131,7 +131,7 @@ def forward(params, c, ids: np.ndarray) -> np.ndarray:
 def transcripts(count: int = 4) -> list[Transcript]:
     """Dialogues in text alone, as a log of ours with both sides at endpoints has them: of one to three turns."""
     says = ["my boss did not listen.", "I felt awful", "she said goodbye", "again and again", "说 2024"]
-    found = []
+    dialogues = []
     for number in range(count):
         word = lambda i, number=number: says[(number + i) % len(says)]  # noqa: E731
         profile = Profile(f"p{number}", f"who {word(0)}", f"scene {number}", "be heard", "calm", first_talk=word(1))
@@ -158,5 +158,5 @@ def transcripts(count: int = 4) -> list[Transcript]:
             **{"style": "vanilla", "scenario": "heart_to_heart", "violation": False, "turns": 1 + number % 3},
             **{"emotion": emotions[-1], "emotions": emotions, "messages": messages},
         }
-        found.append(Transcript(record, profile, f"dialogue {number}"))
-    return found
+        dialogues.append(Transcript(record, profile, f"dialogue {number}"))
+    return dialogues

@@ -46,17 +46,17 @@ def loop_gae(rewards, values, mask, gamma, lam, segment=None):
     """The sum that defines the estimator, A_k = sum_j (gamma lam)^j delta_{k+j}, over the list of a row's actions."""
     advantage = np.zeros(mask.shape)
     for b in range(mask.shape[0]):
-        places = [p for p in range(mask.shape[1]) if mask[b, p]]
-        for k, place in enumerate(places):
-            run = [place]
-            for later in places[k + 1 :]:
+        positions = [p for p in range(mask.shape[1]) if mask[b, p]]
+        for k, position in enumerate(positions):
+            run = [position]
+            for later in positions[k + 1 :]:
                 if segment is not None and segment[b, later] != segment[b, run[-1]]:
                     break
                 run.append(later)
             for j, p in enumerate(run):
                 following = values[b, run[j + 1]] if j + 1 < len(run) else 0.0
                 delta = rewards[b, p] + gamma * following - values[b, p]
-                advantage[b, place] += (gamma * lam) ** j * delta
+                advantage[b, position] += (gamma * lam) ** j * delta
     return advantage
 
 
@@ -98,9 +98,9 @@ def test_placing_equals_a_loop():
     expected = np.zeros((40, 23))
     for b in range(40):
         for t in range(5):
-            places = [p for p in range(23) if mask[b, p] and turn[b, p] == t]
-            if places:
-                expected[b, places[-1]] = rewards[b, t]
+            positions = [p for p in range(23) if mask[b, p] and turn[b, p] == t]
+            if positions:
+                expected[b, positions[-1]] = rewards[b, t]
     turn = np.where(mask, turn, rng.integers(-9, 99, turn.shape))
     close(token_rewards(rewards, turn, mask), expected)
 
@@ -155,11 +155,11 @@ def test_turn_segments_equal_one_row_a_turn():
     """RLVER's own form: every turn a row, with the dialogue's reward at its end."""
     rng = np.random.default_rng(5)
     reward, values = np.array([0.45, 0.09, 0.3, 1.0], np.float32), rng.normal(size=MASK.shape).astype(np.float32)
-    how = {"gamma": 0.9, "lam": 0.8}
-    whole = gae(terminal_on_every_turn(reward, TURN, MASK), values, MASK, segment=TURN, **how)
+    options = {"gamma": 0.9, "lam": 0.8}
+    whole = gae(terminal_on_every_turn(reward, TURN, MASK), values, MASK, segment=TURN, **options)
     split = np.concatenate([MASK & (t == TURN) for t in range(3)])
     again = (np.tile(TURN, (3, 1)), split)
-    rows = gae(terminal_on_every_turn(np.tile(reward, 3), *again), np.tile(values, (3, 1)), split, **how)
+    rows = gae(terminal_on_every_turn(np.tile(reward, 3), *again), np.tile(values, (3, 1)), split, **options)
     close(whole.advantage, np.asarray(rows.advantage).reshape(3, 4, 8).sum(0))
     close(whole.returns, np.asarray(rows.returns).reshape(3, 4, 8).sum(0))
 
@@ -172,9 +172,9 @@ def test_gae_keeps_garbage_out_of_gradients():
 
     clean = np.where(MASK, 0.5, 0).astype(np.float32)
     gradient = jax.jit(jax.grad(total, (0, 1)))
-    for found, expected in zip(gradient(dirty(clean), dirty(clean, 1)), gradient(clean, clean), strict=True):
-        np.testing.assert_array_equal(np.asarray(found)[~MASK], 0)
-        close(found, expected)
+    for actual, expected in zip(gradient(dirty(clean), dirty(clean, 1)), gradient(clean, clean), strict=True):
+        np.testing.assert_array_equal(np.asarray(actual)[~MASK], 0)
+        close(actual, expected)
 
 
 def test_group_advantages_by_hand():
@@ -335,14 +335,14 @@ def test_what_is_left_out_might_as_well_not_be_there(estimator):
         rewards = Rewards(reward[rows], turns[rows], None if counted is None else jnp.asarray(counted[rows]))
         return np.asarray(compute_advantages(config, EstimatorInputs(rewards, turn[rows], mask[rows], None)).advantage)
 
-    found = estimate(np.arange(20), 4, counted)
-    assert not found[~counted].any()
+    actual = estimate(np.arange(20), 4, counted)
+    assert not actual[~counted].any()
     alone = counted & (np.arange(20) == 12)
     if estimator != "reinforce_pp":
-        assert not found[alone].any(), "nobody is left to compare it with"
+        assert not actual[alone].any(), "nobody is left to compare it with"
         for start, size in ((0, 4), (4, 3), (8, 2)):
             rows = np.arange(start, start + 4)[counted[start : start + 4]]
-            close(found[rows], estimate(rows, size))
+            close(actual[rows], estimate(rows, size))
         whole = np.ones(20, bool)
         assert (estimate(np.arange(20), 4, whole) == estimate(np.arange(20), 4)).all(), "to the bit"
     else:
@@ -351,4 +351,4 @@ def test_what_is_left_out_might_as_well_not_be_there(estimator):
         values = np.where(mask, np.zeros(20, np.float32)[:, None], 0)
         values[counted] = np.array(centred)[:, None] * mask[counted]
         mean, std = values[mask].mean(), values[mask].std()
-        close(found, np.where(mask, (values - mean) / std, 0), 1e-4)
+        close(actual, np.where(mask, (values - mean) / std, 0), 1e-4)

@@ -18,7 +18,7 @@ from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.rewards import Rewards
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.turn import UserLimits
-from tests.conftest import some_profiles
+from tests.conftest import make_profiles
 
 PHRASE, PROFILES, GROUP, BEFORE, STEPS, LENGTH = "my sister said goodbye", 3, 24, 5, 50, 112
 COUNT = PROFILES * GROUP
@@ -33,9 +33,9 @@ def make_agents(policy_lm, user_lm, bpe, prompts, mode):
 
 
 def rewarded(dialogues, tokenizer) -> np.ndarray:
-    said = dialogues.policy
-    texts = [tokenizer.decode(said.say[0, b, : said.say_count[0, b]].tolist()) for b in range(COUNT)]
-    return np.array([PHRASE in text for text in texts], np.float32) * ~said.violation[0]
+    replies = dialogues.policy
+    texts = [tokenizer.decode(replies.say[0, b, : replies.say_count[0, b]].tolist()) for b in range(COUNT)]
+    return np.array([PHRASE in text for text in texts], np.float32) * ~replies.violation[0]
 
 
 def setup_of(policy_lm, estimator) -> TrainStepConfig:
@@ -62,7 +62,7 @@ def test_a_rewarded_phrase_becomes_the_habit(policy_lm, user_lm, bpe, prompts, m
     agents, setup = make_agents(policy_lm, user_lm, bpe, prompts, mode), setup_of(policy_lm, estimator)
     user = UserLimits(jnp.int32(1), jnp.int32(1), jnp.float32(1))
     limits = RolloutLimits(*map(jnp.int32, (1, 20, 24)), jnp.float32(1), jnp.int32(30), user)
-    tokens, key = agents.tokens(some_profiles(PROFILES)), jax.random.key(0)
+    tokens, key = agents.tokens(make_profiles(PROFILES)), jax.random.key(0)
     params = {"policy": jax.tree.map(jnp.copy, policy_lm.params)}
     if estimator == "gae":
         width = policy_lm.model.config.hidden_size

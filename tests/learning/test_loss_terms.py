@@ -45,8 +45,8 @@ def draws(count, seed=0, scale=0.5):
 def by_token(function, *arrays):
     """function of each action's numbers, 0 elsewhere."""
     expected = np.zeros(MASK.shape)
-    for place in np.argwhere(MASK):
-        expected[tuple(place)] = function(*(float(x[tuple(place)]) for x in arrays))
+    for position in np.argwhere(MASK):
+        expected[tuple(position)] = function(*(float(x[tuple(position)]) for x in arrays))
     return expected
 
 
@@ -56,10 +56,10 @@ def check_gradient(function, x):
         weights = draws(1, seed=9)[0]
         total = jax.jit(jax.value_and_grad(lambda x: (weights * function(x)).sum()))
         expected = np.zeros(x.shape)
-        for place in map(tuple, np.argwhere(MASK)):
+        for position in map(tuple, np.argwhere(MASK)):
             step = np.zeros(x.shape)
-            step[place] = 1e-6
-            expected[place] = (float(total(x + step)[0]) - float(total(x - step)[0])) / 2e-6
+            step[position] = 1e-6
+            expected[position] = (float(total(x + step)[0]) - float(total(x - step)[0])) / 2e-6
         got = np.asarray(total(dirty(x))[1])
         assert got.dtype == np.float64
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
@@ -117,9 +117,9 @@ def test_ratios_equal_loops():
     close(token_ratio(*args), by_token(lambda n, o: math.exp(n - o), new, old))
     expected = np.zeros(MASK.shape)
     for b in (0, 1, 3):
-        places = [p for p in range(5) if MASK[b, p]]
-        mean = sum(float(new[b, p]) - float(old[b, p]) for p in places) / len(places)
-        expected[b, places] = math.exp(mean)
+        positions = [p for p in range(5) if MASK[b, p]]
+        mean = sum(float(new[b, p]) - float(old[b, p]) for p in positions) / len(positions)
+        expected[b, positions] = math.exp(mean)
     close(sequence_ratio(*args), expected)
 
 
@@ -197,8 +197,8 @@ def test_the_sequence_objective_is_gspo():
     new, old = draws(2, seed=5).astype(np.float32)
     advantage, expected = [1.0, -0.5, 2.0, 0.3], []
     for b in (0, 1, 3):
-        places = [p for p in range(5) if MASK[b, p]]
-        s = math.exp(sum(float(new[b, p] - old[b, p]) for p in places) / len(places))
+        positions = [p for p in range(5) if MASK[b, p]]
+        s = math.exp(sum(float(new[b, p] - old[b, p]) for p in positions) / len(positions))
         expected.append(max(-advantage[b] * s, -advantage[b] * min(max(s, 0.9), 1.1)))
     spread = np.broadcast_to(np.float32(advantage)[:, None], MASK.shape)
     got = clipped_objective(sequence_ratio(new, old, MASK), spread, MASK, clip_low=0.1, clip_high=0.1)
@@ -229,9 +229,9 @@ def test_value_loss_equals_a_loop(clip):
         near = min(max(v, o - clip), o + clip) if clip else v
         return 0.5 * max((v - r) ** 2, (near - r) ** 2)
 
-    given_ = (dirty(old, seed=1), dirty(returns, seed=2), MASK)
-    close(value_loss(dirty(value), *given_, clip=clip), by_token(one, value, old, returns))
-    check_gradient(lambda x: value_loss(x, *given_, clip=clip), value.astype(float))
+    arguments = (dirty(old, seed=1), dirty(returns, seed=2), MASK)
+    close(value_loss(dirty(value), *arguments, clip=clip), by_token(one, value, old, returns))
+    check_gradient(lambda x: value_loss(x, *arguments, clip=clip), value.astype(float))
 
 
 def test_kl_by_hand():

@@ -11,7 +11,7 @@ from rlver_jax.learning import masked
 
 # Compiled whole, as training does it, which is also faster than op by op.
 masked_sum, masked_mean = (jax.jit(f, static_argnames="axis") for f in (masked.masked_sum, masked.masked_mean))
-keep, centred, masked_max, masked_var, whiten = map(
+zero_outside, centred, masked_max, masked_var, whiten = map(
     jax.jit, (masked.zero_outside, masked.centred, masked.masked_max, masked.masked_var, masked.whiten)
 )
 
@@ -35,7 +35,7 @@ def test_by_hand():
     close(masked_max(DIRTY, MASK, empty=7.0), 4)
     # Squares: 2.25 + 4 + 0.0625 + 16 = 22.3125; mean 0.9375.
     close(masked_var(DIRTY, MASK), 22.3125 / 4 - 0.9375**2)
-    close(keep(DIRTY, MASK), CLEAN)
+    close(zero_outside(DIRTY, MASK), CLEAN)
 
 
 def test_nothing_inside_the_mask():

@@ -68,10 +68,10 @@ def test_adamw_over_many_steps(dtype, moment):
         np.testing.assert_allclose(adam.nu[name], wanted[2][name], rtol=2e-5, err_msg=name)
         # A sum at the border of two bfloat16 numbers may be rounded to the other one, and what follows is apart, too.
         largest = np.abs(wanted[1][name]).max()
-        apart = np.abs(np.asarray(adam.mu[name], np.float64) - wanted[1][name])
-        assert apart.max() <= (2**-7 if moment == "bfloat16" else 2e-5) * largest, name
-        apart = np.abs(np.asarray(params[name], np.float64) - wanted[0][name])
-        assert apart.max() <= (2**-7 * np.abs(wanted[0][name]).max() if dtype == "bfloat16" else 2e-5), name
+        difference = np.abs(np.asarray(adam.mu[name], np.float64) - wanted[1][name])
+        assert difference.max() <= (2**-7 if moment == "bfloat16" else 2e-5) * largest, name
+        difference = np.abs(np.asarray(params[name], np.float64) - wanted[0][name])
+        assert difference.max() <= (2**-7 * np.abs(wanted[0][name]).max() if dtype == "bfloat16" else 2e-5), name
 
 
 def test_the_second_moment_falls():
@@ -108,7 +108,7 @@ def test_float32_is_the_same_program():
     plain = optax.chain(optax.clip_by_global_norm(1.0), adam)
     texts = []
     for one in (plain, made(clip=1.0)):
-        update = lambda *given, one=one: one.update(*given)  # noqa: E731
+        update = lambda *arguments, one=one: one.update(*arguments)  # noqa: E731
         texts.append(jax.jit(update).lower(params, one.init(params), params).as_text())
     assert texts[0] == texts[1]
 
@@ -139,12 +139,12 @@ def test_the_gradient_of_a_frequent_token(dtype):
     table = Embedding(4, 8, jnp.float32, jnp.dtype(dtype))
     params = {"params": {"kernel": jnp.zeros((4, 8), dtype)}}
     tokens = jnp.zeros((2, 2500), jnp.int32).at[1, 0].set(3)
-    found = jax.jit(jax.grad(lambda p: 0.01 * table.apply(p, tokens).sum()))(params)["params"]["kernel"]
+    actual = jax.jit(jax.grad(lambda p: 0.01 * table.apply(p, tokens).sum()))(params)["params"]["kernel"]
     cotangent = float(jnp.asarray(0.01, dtype))
-    assert found.dtype == dtype
-    np.testing.assert_allclose(np.asarray(found[0], np.float64), 4999 * cotangent, rtol=2**-8)
-    np.testing.assert_allclose(np.asarray(found[3], np.float64), cotangent, rtol=2**-8)
-    assert not np.asarray(found[1:3], np.float64).any()
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(np.asarray(actual[0], np.float64), 4999 * cotangent, rtol=2**-8)
+    np.testing.assert_allclose(np.asarray(actual[3], np.float64), cotangent, rtol=2**-8)
+    assert not np.asarray(actual[1:3], np.float64).any()
 
 
 @pytest.fixture(scope="module")
@@ -158,47 +158,47 @@ def rows():
 
 
 def test_masked_statistics(rows):
-    (x, *_, mask), (wide_x, *_, m) = rows
-    inside = wide_x[m]
+    (x, *_, mask), (x64, *_, m) = rows
+    inside = x64[m]
     np.testing.assert_allclose(masked.masked_sum(x, mask), inside.sum(), rtol=1e-6)
     np.testing.assert_allclose(masked.masked_mean(x, mask), inside.mean(), rtol=1e-6)
     np.testing.assert_allclose(masked.masked_var(x, mask), inside.var(), rtol=1e-5)
-    whitened = np.where(m, (wide_x - inside.mean()) / np.sqrt(inside.var() + 1e-8), 0)
+    whitened = np.where(m, (x64 - inside.mean()) / np.sqrt(inside.var() + 1e-8), 0)
     np.testing.assert_allclose(masked.whiten(x, mask), whitened, atol=1e-5)
 
 
 def test_generalized_advantages(rows):
     (reward, value, _, mask), (r, v, _, m) = rows
-    found = advantages.gae(reward, value, mask, gamma=0.999, lam=0.99)
+    actual = advantages.gae(reward, value, mask, gamma=0.999, lam=0.99)
     wanted = np.zeros_like(r)
     for b in range(4):
         after, following = 0.0, 0.0
         for i in reversed(np.flatnonzero(m[b])):
             after = r[b, i] + 0.999 * following - v[b, i] + 0.999 * 0.99 * after
             wanted[b, i], following = after, v[b, i]
-    np.testing.assert_allclose(found.advantage, wanted, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(found.returns, np.where(m, wanted + v, 0), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(actual.advantage, wanted, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(actual.returns, np.where(m, wanted + v, 0), rtol=1e-4, atol=1e-3)
 
 
 def test_ratios_penalties_and_losses(rows):
     (new, old, third, mask), (n, o, t, m) = rows
-    kept = lambda x: np.where(m, x, 0)  # noqa: E731
+    masked = lambda x: np.where(m, x, 0)  # noqa: E731
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)  # noqa: E731
-    close(loss_terms.token_ratio(new, old, mask), kept(np.exp(n - o)))
+    close(loss_terms.token_ratio(new, old, mask), masked(np.exp(n - o)))
     mean = ((n - o) * m).sum(1) / m.sum(1)
-    close(loss_terms.sequence_ratio(new, old, mask), kept(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
+    close(loss_terms.sequence_ratio(new, old, mask), masked(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
     segment = jnp.zeros(mask.shape, jnp.int32)
-    close(loss_terms.sequence_ratio(new, old, mask, segment), kept(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
+    close(loss_terms.sequence_ratio(new, old, mask, segment), masked(np.broadcast_to(np.exp(mean)[:, None], n.shape)))
     d = o - n
     for name, wanted in {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - 1 - d}.items():
-        close(loss_terms.kl_penalty(new, old, mask, estimator=name), kept(wanted))
-    close(loss_terms.importance_weights(old, new, mask, cap=1.5), kept(np.minimum(np.exp(o - n), 1.5)))
+        close(loss_terms.kl_penalty(new, old, mask, estimator=name), masked(wanted))
+    close(loss_terms.importance_weights(old, new, mask, cap=1.5), masked(np.minimum(np.exp(o - n), 1.5)))
     near = np.clip(n, o - 0.25, o + 0.25)
     close(
-        loss_terms.value_loss(new, old, third, mask, clip=0.25), kept(0.5 * np.maximum((n - t) ** 2, (near - t) ** 2))
+        loss_terms.value_loss(new, old, third, mask, clip=0.25), masked(0.5 * np.maximum((n - t) ** 2, (near - t) ** 2))
     )
     clipped = loss_terms.clipped_objective(new, third, mask, clip_low=0.25, clip_high=0.25)
-    close(clipped.loss, kept(np.maximum(-t * n, -t * np.clip(n, 0.75, 1.25))))
+    close(clipped.loss, masked(np.maximum(-t * n, -t * np.clip(n, 0.75, 1.25))))
     for kind in ("token_mean", "dialogue_mean"):
         weight = loss_terms.token_weights(mask, kind)
         wanted = m / m.sum() if kind == "token_mean" else m / m.sum(1, keepdims=True) / 4
@@ -217,16 +217,23 @@ def test_rewards_of_groups_in_bfloat16():
     turns, played = reward.reshape(300, 2), jnp.ones((300, 2), bool)
     g = np.asarray(turns, np.float64)
     g = np.stack([g.sum(1), g[:, 1]], 1)
-    found = advantages.turn_advantages(turns, played, 300, discount=1.0, scale=False)
-    np.testing.assert_allclose(found, g - g.mean(0), atol=1e-5)
+    actual = advantages.turn_advantages(turns, played, 300, discount=1.0, scale=False)
+    np.testing.assert_allclose(actual, g - g.mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("clip", "scale"), [(0.0, 1.0), (5.0, 0.05)])
 def test_clips_against_float64(dtype, clip, scale):
     """A clip of 0 is none; else a gradient of norm 100 is cut to 5. One parameter's gradient is always 0."""
-    given = {"learning_rate": 0.1, "warmup_steps": 0, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.0, "adam_eps": 8.0}
-    optimizer = make_optimizer(grad_clip=clip, moment_dtype="float32", **given)
+    options = {
+        "learning_rate": 0.1,
+        "warmup_steps": 0,
+        "beta1": 0.5,
+        "beta2": 0.75,
+        "weight_decay": 0.0,
+        "adam_eps": 8.0,
+    }
+    optimizer = make_optimizer(grad_clip=clip, moment_dtype="float32", **options)
     params = {"w": jnp.zeros(4, dtype), "unused": jnp.zeros(3, dtype)}
     state = optimizer.init(params)
     m, v = np.zeros(4), np.zeros(4)

@@ -25,15 +25,15 @@ def actions(batch, b, t):
 def test_every_action_sees_its_plain_row(world, bpe):
     """Tokens that an action's place may see, in order of position, are the plain row up to that place."""
     batch, rows = jax.device_get(packed(world)), plain_rows(world, bpe)
-    assert batch.mask.sum() == sum(len(row.said) for row in rows)
-    see = np.asarray(visible(AttentionMask(None, batch.branch, batch.branch), LENGTH))
+    assert batch.mask.sum() == sum(len(row.completion) for row in rows)
+    mask = np.asarray(visible(AttentionMask(None, batch.branch, batch.branch), LENGTH))
     for row in rows:
-        b, places = row.dialogue, actions(batch, row.dialogue, row.turn)
-        assert batch.target[b, places].tolist() == row.said
-        assert batch.state[b, places].tolist() == row.states
-        np.testing.assert_array_equal(batch.logprob[b, places], world.turns[b][row.turn].logprob)
-        for j, place in enumerate(places):
-            seen = np.flatnonzero(see[b, place])
+        b, positions = row.dialogue, actions(batch, row.dialogue, row.turn)
+        assert batch.target[b, positions].tolist() == row.completion
+        assert batch.state[b, positions].tolist() == row.states
+        np.testing.assert_array_equal(batch.logprob[b, positions], world.turns[b][row.turn].logprob)
+        for j, position in enumerate(positions):
+            seen = np.flatnonzero(mask[b, position])
             assert batch.tokens[b, seen].tolist() == row.ids[: row.start + j]
             assert batch.positions[b, seen].tolist() == list(range(row.start + j))
 
@@ -47,7 +47,7 @@ def test_rows_hold_the_distinct_tokens_only(world):
         want = len(tables.system)
         for t, turn in enumerate(dialogue):
             want += marks + len(turn.heard) + (len(tables.close) if t else 0)
-            want += len(tables.think_open) + len(turn.said) - 1 if think else len(turn.say)
+            want += len(tables.think_open) + len(turn.completion) - 1 if think else len(turn.say)
             want += len(turn.say) if think and t + 1 < len(dialogue) else 0
         assert batch.count[b] == want
         assert not batch.tokens[b, want:].any()
@@ -59,9 +59,9 @@ def test_rows_hold_the_distinct_tokens_only(world):
 def test_another_length_changes_nothing_else(world):
     longer = packed(world, LENGTH + 70)
     for name, array in vars(packed(world)).items():
-        found = getattr(longer, name)
-        np.testing.assert_array_equal(found if array.ndim == 1 else found[:, :LENGTH], array)
-        assert array.ndim == 1 or not found[:, LENGTH:].any()
+        actual = getattr(longer, name)
+        np.testing.assert_array_equal(actual if array.ndim == 1 else actual[:, :LENGTH], array)
+        assert array.ndim == 1 or not actual[:, LENGTH:].any()
 
 
 def test_forced_tokens_are_no_actions(bpe, prompts):
@@ -69,15 +69,17 @@ def test_forced_tokens_are_no_actions(bpe, prompts):
     world = make_world(bpe, prompts, "think", seed=1, batch=3)
     closing = np.asarray(bpe.encode("\n</think>\n\n"), np.int32)
     tables = world.tables.replace(grammar=world.tables.grammar.replace(closing=jnp.asarray(closing)))
-    said = world.dialogues.policy.said
+    completion = world.dialogues.policy.completion
     limit, cut = 9, 9 - len(closing)
-    tokens = np.array(said.tokens)
+    tokens = np.array(completion.tokens)
     tokens[0, 1, cut:limit] = closing
-    count, found = np.array(said.count), np.array(said.found_at)
-    count[0, 1], found[0, 1] = limit + 3, limit - 1
-    said = said.replace(tokens=jnp.asarray(tokens), count=jnp.asarray(count), found_at=jnp.asarray(found))
+    count, found_at = np.array(completion.count), np.array(completion.found_at)
+    count[0, 1], found_at[0, 1] = limit + 3, limit - 1
+    completion = completion.replace(
+        tokens=jnp.asarray(tokens), count=jnp.asarray(count), found_at=jnp.asarray(found_at)
+    )
     forced = world._replace(
-        tables=tables, dialogues=world.dialogues.replace(policy=world.dialogues.policy.replace(said=said))
+        tables=tables, dialogues=world.dialogues.replace(policy=world.dialogues.policy.replace(completion=completion))
     )
     batch = jax.device_get(packed(forced))
     assert batch.target[1, actions(batch, 1, 0)].tolist() == [*tokens[0, 1, :cut], *tokens[0, 1, limit : limit + 3]]
@@ -102,9 +104,12 @@ def plain_loss(trained, model, head, rows, forbidden, numbers):
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = row.ids
     where = np.concatenate(
-        [np.stack([np.full(len(r.said), i), r.start - 1 + np.arange(len(r.said))], 1) for i, r in enumerate(rows)]
+        [
+            np.stack([np.full(len(r.completion), i), r.start - 1 + np.arange(len(r.completion))], 1)
+            for i, r in enumerate(rows)
+        ]
     )
-    targets = np.concatenate([r.said for r in rows])
+    targets = np.concatenate([r.completion for r in rows])
     states = np.concatenate([r.states for r in rows])
     positions = jnp.broadcast_to(jnp.arange(width), ids.shape)
 
@@ -120,8 +125,8 @@ def plain_loss(trained, model, head, rows, forbidden, numbers):
     new = jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0]
     distance, advantage, old_value, returns = numbers
     ratio = jnp.exp(new - (jax.lax.stop_gradient(new) + distance))
-    kept = jnp.clip(ratio, 1 - OPTIONS.clip_low, 1 + OPTIONS.clip_high)
-    objective = jnp.maximum(-advantage * ratio, -advantage * kept)
+    clipped = jnp.clip(ratio, 1 - OPTIONS.clip_low, 1 + OPTIONS.clip_high)
+    objective = jnp.maximum(-advantage * ratio, -advantage * clipped)
     objective = jnp.where(advantage < 0, jnp.minimum(objective, -advantage * OPTIONS.dual_clip), objective)
     value = hidden(trained["critic"]["trunk"]) @ trained["critic"]["head"]["kernel"] + trained["critic"]["head"]["bias"]
     near = jnp.clip(value, old_value - OPTIONS.value_clip, old_value + OPTIONS.value_clip)
@@ -146,7 +151,7 @@ def test_packed_training_is_one_row_per_turn(world, bpe, scan):
         "policy": lm.params,
         "critic": {"trunk": critic.params, "head": {"kernel": jnp.asarray(kernel), "bias": jnp.float32(0.2)}},
     }
-    numbers = row_numbers(sum(len(row.said) for row in rows))
+    numbers = row_numbers(sum(len(row.completion) for row in rows))
     plain = functools.partial(plain_loss, model=lm.model, head=None, rows=rows)
     (want, new), want_gradient = jax.jit(jax.value_and_grad(
         lambda t: plain(t, forbidden=world.tables.grammar.forbidden, numbers=numbers), has_aux=True
@@ -166,10 +171,10 @@ def test_packed_training_is_one_row_per_turn(world, bpe, scan):
         value=spread(old_value), returns=spread(returns),
     )  # fmt: skip
     learner = TrainedModels(lm.model, critic.model, ValueHead(), OPTIONS, vocab_chunk=100)
-    (found, metrics), gradient = jax.jit(jax.value_and_grad(
+    (actual, metrics), gradient = jax.jit(jax.value_and_grad(
         lambda t: loss(learner, t, sample, world.tables.grammar), has_aux=True
     ))(trained)  # fmt: skip
-    np.testing.assert_allclose(found, want, rtol=1e-6)
+    np.testing.assert_allclose(actual, want, rtol=1e-6)
     assert optax.global_norm(want_gradient) > 0.1
     for (path, mine), theirs in zip(
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(want_gradient), strict=True

@@ -44,8 +44,8 @@ def after(agents, lm):
         with jax.set_mesh(mesh):
             total, sums = sft_loss.zero_gradient(of, params), 0.0
             for i in range(rows.tokens.shape[0]):
-                read = jax.tree.map(lambda x, i=i: x[i], rows)
-                total, part = add(params, total, read, weights, base)
+                microbatch = jax.tree.map(lambda x, i=i: x[i], rows)
+                total, part = add(params, total, microbatch, weights, base)
                 sums = sums + part
             new, metrics = jax.jit(functools.partial(sft_loss.update, step), out_shardings=(shardings, None))(
                 state, total

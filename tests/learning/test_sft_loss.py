@@ -87,25 +87,25 @@ def test_loss_and_gradient_are_those_of_float64(agents, lm, role, soft):
     rows, _ = rows_of(examples, LENGTH)
     assert rows.tokens.shape[0] < len(examples), "some share a row"
     sums, gradient = loss_and_gradient(of, lm.params, rows, jnp.float32(weights))
-    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
-    wanted = field_sums(exact, lm.model.config, lines)
+    params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
+    wanted = field_sums(params64, lm.model.config, lines)
     assert wanted.keys() == set(make.fields)
-    for name, found in zip(make.fields, sums, strict=True):
-        assert found == pytest.approx(wanted[name], rel=1e-5), name
+    for name, actual in zip(make.fields, sums, strict=True):
+        assert actual == pytest.approx(wanted[name], rel=1e-5), name
 
     def loss(params):
-        found = field_sums(params, lm.model.config, lines)
-        return sum(weight * found[name] for name, weight in zip(make.fields, weights, strict=True))
+        sums_of_fields = field_sums(params, lm.model.config, lines)
+        return sum(weight * sums_of_fields[name] for name, weight in zip(make.fields, weights, strict=True))
 
     # Directions in which all parameters move: each shows the gradient's length along it.
     for seed in range(2):
         draw = np.random.default_rng(seed)
-        way = jax.tree.map(lambda x: draw.standard_normal(x.shape), exact)  # noqa: B023
+        way = jax.tree.map(lambda x: draw.standard_normal(x.shape), params64)  # noqa: B023
         if seed == 1:
             way = jax.tree.map(lambda x: np.asarray(x, np.float64), gradient)
         norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(way)))
         way = jax.tree.map(lambda x: x / norm, way)  # noqa: B023
-        ahead, behind = (loss(jax.tree.map(lambda x, v: x + s * v, exact, way)) for s in (1e-5, -1e-5))  # noqa: B023
+        ahead, behind = (loss(jax.tree.map(lambda x, v: x + s * v, params64, way)) for s in (1e-5, -1e-5))  # noqa: B023
         slope = (ahead - behind) / 2e-5
         ours = sum(jax.tree.leaves(jax.tree.map(lambda g, v: (np.asarray(g, np.float64) * v).sum(), gradient, way)))
         assert ours == pytest.approx(slope, abs=1e-5, rel=1e-5), seed
@@ -124,8 +124,8 @@ def test_shared_rows_are_one_row_per_example(agents, lm, role):
     for length, width in ((1152, 1), (LENGTH, 2)):
         shared, _ = rows_of(examples, length, width)
         assert shared.tokens.shape[0] * width < len(examples) or width > 1
-        found, ours = loss_and_gradient(of, lm.params, shared, weights)
-        np.testing.assert_allclose(found, sums, rtol=1e-5)
+        actual, ours = loss_and_gradient(of, lm.params, shared, weights)
+        np.testing.assert_allclose(actual, sums, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, gradient)
 
 
@@ -142,10 +142,10 @@ def test_no_row_has_more_targets_than_there_is_room_for(agents):
 def test_soft_targets_by_hand():
     at = lambda change, width: dict(zip(CHANGES, soft_targets(change, width), strict=True))  # noqa: E731
     assert {c: x for c, x in at(3, 0).items() if x} == {3: 1.0}
-    found = {c: x for c, x in at(-4, 2).items() if x}
-    assert found == pytest.approx({-6: 1 / 9, -5: 2 / 9, -4: 3 / 9, -3: 2 / 9, -2: 1 / 9})
-    found = {c: x for c, x in at(10, 1).items() if x}
-    assert found == pytest.approx({9: 1 / 3, 10: 2 / 3}), "no option lies beyond"
+    shares = {c: x for c, x in at(-4, 2).items() if x}
+    assert shares == pytest.approx({-6: 1 / 9, -5: 2 / 9, -4: 3 / 9, -3: 2 / 9, -2: 1 / 9})
+    shares = {c: x for c, x in at(10, 1).items() if x}
+    assert shares == pytest.approx({9: 1 / 3, 10: 2 / 3}), "no option lies beyond"
 
 
 @pytest.mark.parametrize("width", [0, 4, 20])
@@ -166,8 +166,8 @@ def test_the_cross_entropy_over_options_is_that_over_their_tokens(tokenizer, wid
         known[int(options.contexts[context])] = tuple(spelt[option][: step[option]])
         step[option] += 1
     assert step == {option: len(tokens) for option, tokens in enumerate(spelt)}
-    found = sum(share * logp[known[at], token] for at, token, share in change_pairs(options, shares))
-    assert found == pytest.approx(wanted, rel=1e-9)
+    actual = sum(share * logp[known[at], token] for at, token, share in change_pairs(options, shares))
+    assert actual == pytest.approx(wanted, rel=1e-9)
     assert len(change_pairs(options, shares)) == len({pair[:2] for pair in change_pairs(options, shares)})
 
 
@@ -179,8 +179,8 @@ def test_options_are_scored_as_their_tokens(agents, lm):
     measure = jax.jit(functools.partial(sft_loss.measure, of))
     sums, logprobs, real = 0.0, [], choices.first > 0
     for i, first in enumerate(choices.first):
-        part, found = measure(lm.params, jax.tree.map(lambda x, i=i: x[i], rows), make.options, first)
-        sums, logprobs = sums + np.asarray(part), [*logprobs, found]
+        part, option_logprobs = measure(lm.params, jax.tree.map(lambda x, i=i: x[i], rows), make.options, first)
+        sums, logprobs = sums + np.asarray(part), [*logprobs, option_logprobs]
     chosen = np.take_along_axis(np.stack(logprobs), choices.change[..., None] + 10, axis=-1)[..., 0]
     change = make.fields.index("change")
     assert -chosen[real].sum() == pytest.approx(sums[change], rel=1e-5)

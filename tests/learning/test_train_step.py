@@ -85,8 +85,8 @@ def run(bpe, problem, setup, steps=1, **more):
     return state, jax.device_get(metrics)
 
 
-def assert_close(found, expected, atol):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+def assert_close(actual, expected, atol):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
@@ -185,9 +185,9 @@ def test_gradients_by_finite_differences(bpe, prompts, options, critic):
             step = np.random.default_rng(seed)
             direction = jax.tree.map(lambda x, s=step: jnp.asarray(s.normal(size=x.shape)), params)
             moved = lambda h, d=direction: jax.tree.map(lambda x, y: x + h * y, params, d)  # noqa: E731
-            found = (value(moved(1e-6)) - value(moved(-1e-6))) / 2e-6
-            exact = sum((g * d).sum() for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
-            np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-8)
+            estimate = (value(moved(1e-6)) - value(moved(-1e-6))) / 2e-6
+            analytic = sum((g * d).sum() for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+            np.testing.assert_allclose(estimate, analytic, rtol=1e-5, atol=1e-8)
 
 
 def own_logprobs(models, params, batch, grammar):

@@ -31,7 +31,7 @@ def test_a_plan_has_only_the_updates_there_are():
     assert length == 64
     assert plan.count == 2
     assert plan.members.tolist() == [[True, False, True], [False, True, False], [False] * 3, [False] * 3]
-    assert plan.updates.reads.tolist() == [2, 1, 0, 0]
+    assert plan.updates.microbatches.tolist() == [2, 1, 0, 0]
     with pytest.raises(ValueError, match="2 updates, but the step is compiled for 1"):
         plan_turns(np.array([30, 40]), [np.array([0]), np.array([1])], 1, [64], 1, most=0.1)
 
@@ -62,14 +62,14 @@ def test_a_step_is_that_of_the_same_minibatches(bpe, problem, ppo):  # noqa: F81
     wanted = first_step(halves, bpe, problem, 1)
     setup = dataclasses.replace(halves, update=dataclasses.replace(halves.update, minibatches=1))
     key, count = jax.random.key(1), np.asarray(problem.batch.count)
-    orders = np.asarray(minibatch_order(halves.update, key, jnp.int32(0), len(count)))
-    _, plan = plan_turns(count, list(orders), 5, [256], 1, most=0.1)
+    minibatches = np.asarray(minibatch_order(halves.update, key, jnp.int32(0), len(count)))
+    _, plan = plan_turns(count, list(minibatches), 5, [256], 1, most=0.1)
     state = init_state(trained(bpe, ppo), setup.optimizers)
     reference = jax.tree.map(jnp.copy, state.params["policy"]) if setup.models.loss.kl else None
     step = compile_step(setup, state)
-    found, compiled = jax.device_get(step(state, *problem, key, reference, plan)), step._cache_size()
-    assert found[1].pop("train/updates") == 2
-    check_same(found, wanted)
+    actual, compiled = jax.device_get(step(state, *problem, key, reference, plan)), step._cache_size()
+    assert actual[1].pop("train/updates") == 2
+    check_same(actual, wanted)
     _, plan = plan_turns(count, [np.arange(len(count))], 5, [256], 1, most=0.1)
-    step(jax.device_put(found[0]), *problem, key, reference, plan)
+    step(jax.device_put(actual[0]), *problem, key, reference, plan)
     assert step._cache_size() == compiled, "how many updates there are is data"

@@ -47,10 +47,10 @@ class RuleTrainer(Trainer):
         people = {profile.id: Person.of(profile) for profile in profiles}
         turns = rewards.turns.shape[1]
         emotions = np.array([rule_emotions(people[r["profile"]], r, turns) for r in records], np.int32)
-        found = reward(
+        judged_rewards = reward(
             emotions=emotions, n_turns=played.turns, violation=played.violation, **dict(self.reward_settings)
         )
-        return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, rewards)
+        return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), judged_rewards, rewards)
 
 
 class ShuffledTrainer(Trainer):
@@ -59,8 +59,8 @@ class ShuffledTrainer(Trainer):
     def judge(self, dialogues, rewards, batch):
         """The batch's rewards in another order at every step."""
         order = np.random.default_rng(int(np.abs(np.asarray(rewards.reward)).sum() * 1e4)).permutation
-        places = order(rewards.reward.shape[0])
-        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[places], x.sharding), rewards)
+        permutation = order(rewards.reward.shape[0])
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[permutation], x.sharding), rewards)
 
 
 TRAINERS = {"rule": RuleTrainer, "shuffled": ShuffledTrainer}

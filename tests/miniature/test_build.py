@@ -46,10 +46,10 @@ def test_a_folder_without_manifest_is_not_measured(tmp_path, capsys, monkeypatch
 def test_what_is_shipped_is_measured_by_default_and_keeps_its_bounds(capsys, monkeypatch):
     """By the manifest's own figures, gates on the trained policy's text among them; files are those that it names."""
     shipped = json.loads((assets.shipped() / assets.MANIFEST).read_text())
-    measured = []
-    monkeypatch.setattr(check, "measure", lambda folder: measured.append(folder) or shipped["quality"])
+    folders = []
+    monkeypatch.setattr(check, "measure", lambda folder: folders.append(folder) or shipped["quality"])
     assert build.main(["--check"]) == 0
-    assert measured == [assets.shipped()]
+    assert folders == [assets.shipped()]
     assert "spearman, trained policy" in capsys.readouterr().out
     assert build.main([]) == 2
     assert "expected --out=DIR, or --check" in capsys.readouterr().err
@@ -58,10 +58,10 @@ def test_what_is_shipped_is_measured_by_default_and_keeps_its_bounds(capsys, mon
 @pytest.mark.long
 def test_a_built_miniature_trains_and_is_judged_twice(built, tmp_path):
     (folder, flags_of_build), workdir = built, tmp_path / "run"
-    found = json.loads((folder.parent / "figures.json").read_text())
-    assert set(found["attacks"]) == set(check.ATTACKS)
-    assert found["agreement_base"]["turns"] > 0
-    assert json.loads((folder / assets.MANIFEST).read_text())["quality"] == found
+    quality = json.loads((folder.parent / "figures.json").read_text())
+    assert set(quality["attacks"]) == set(check.ATTACKS)
+    assert quality["agreement_base"]["turns"] > 0
+    assert json.loads((folder / assets.MANIFEST).read_text())["quality"] == quality
     assert len(read_profiles([folder / "train.jsonl"])) == 512
     assert (folder / "user" / "model.safetensors").stat().st_size < 6e6
     result = run("miniature.build", *flags_of_build)

@@ -14,10 +14,10 @@ PRAISE = "I admire how calm you stayed about the exam."
 
 def record(profile="mini-0"):
     """Of three turns; the last one broke the format, so that nothing followed."""
-    said = lambda text: {"role": "assistant", "content": text}  # noqa: E731
+    reply = lambda text: {"role": "assistant", "content": text}  # noqa: E731
     heard = lambda text, change: {"role": "user", "content": text, "change": change}  # noqa: E731
-    messages = [{"role": "user", "content": "Hello."}, said(ADVICE), heard("Fine.", 9), said(PRAISE), heard(None, -4)]
-    return {"profile": profile, "messages": [*messages, said("x")], "initial_emotion": 40, "emotions": [40, 49, 45]}
+    messages = [{"role": "user", "content": "Hello."}, reply(ADVICE), heard("Fine.", 9), reply(PRAISE), heard(None, -4)]
+    return {"profile": profile, "messages": [*messages, reply("x")], "initial_emotion": 40, "emotions": [40, 49, 45]}
 
 
 def test_spoken_takes_what_was_said_heard_and_felt():
@@ -25,7 +25,7 @@ def test_spoken_takes_what_was_said_heard_and_felt():
 
 
 @pytest.mark.parametrize(
-    ("said", "before", "terms"),
+    ("reply", "before", "terms"),
     [
         (ADVICE, [], ["serves"]),
         (WRONG, [], ["serves", "wrong topic"]),
@@ -36,8 +36,8 @@ def test_spoken_takes_what_was_said_heard_and_felt():
         ("Life goes on.", [], ["platitude"]),
     ],
 )
-def test_terms_of_verdicts(said, before, terms):
-    assert rule.terms(PERSON, rule.judge(PERSON, said, before)) == terms
+def test_terms_of_verdicts(reply, before, terms):
+    assert rule.terms(PERSON, rule.judge(PERSON, reply, before)) == terms
 
 
 def test_agreement_by_hand():
@@ -53,14 +53,14 @@ def test_agreement_by_hand():
 
 
 def measurements(**changed):
-    figures = {
+    values = {
         "base": {"score": 33.0},
         "agreement_base": {"spearman": 0.9},
         "readable": {"assistant": 0.95, "user": 0.99},
         "agreement_trained": {"spearman": 0.8},
         "attacks": {"empty": 40.9},
     }
-    return figures | changed
+    return values | changed
 
 
 def test_gates_hold_at_their_bounds():

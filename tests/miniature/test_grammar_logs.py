@@ -61,14 +61,14 @@ def targets(fields, example):
 
 def test_a_record_is_a_log_whose_sums_hold(tmp_path, dialogues):
     write_dialogues(tmp_path / "log.jsonl", records_of(dialogues))
-    read = read_dialogues(tmp_path / "log.jsonl")
-    assert [record["emotions"][1:] for record in read] == [[t.emotion for t in d.turns] for d in dialogues]
-    assert not [fault for record in read for fault in emotion_faults(record, SAGE)]
-    found = {record["end_reason"] for record in read}
-    assert found <= {"success", "failure", "turn_limit"}
-    rewards = recomputed_rewards(read, {"name": "final", "gamma": 1.0, "weight": 1.0})
-    np.testing.assert_allclose([reward.value for reward in rewards], [record["emotion"] / 100 for record in read])
-    thoughts = [[m["thought"] for m in record["messages"][1::2]] for record in read]
+    records = read_dialogues(tmp_path / "log.jsonl")
+    assert [record["emotions"][1:] for record in records] == [[t.emotion for t in d.turns] for d in dialogues]
+    assert not [fault for record in records for fault in emotion_faults(record, SAGE)]
+    reasons = {record["end_reason"] for record in records}
+    assert reasons <= {"success", "failure", "turn_limit"}
+    rewards = recomputed_rewards(records, {"name": "final", "gamma": 1.0, "weight": 1.0})
+    np.testing.assert_allclose([reward.value for reward in rewards], [record["emotion"] / 100 for record in records])
+    thoughts = [[m["thought"] for m in record["messages"][1::2]] for record in records]
     assert all(thoughts[0])
     assert thoughts[1] == [None] * len(thoughts[1])
 
@@ -84,13 +84,13 @@ def test_the_policy_learns_both_modes(tmp_path, dialogues):
         heard = [dialogue.person.first_talk, *(turn.answer for turn in dialogue.turns)]
         for turn, words in zip(dialogue.turns, heard, strict=False):
             messages += [{"role": "user", "content": words}, {"role": "assistant", "content": turn.reply.text}]
-        history, read = chat.conversation(messages), example.tokens[example.branch == 0].tolist()
-        assert history[: len(read)] == read
-        said = []
+        history, prompt = chat.conversation(messages), example.tokens[example.branch == 0].tolist()
+        assert history[: len(prompt)] == prompt
+        tokens = []
         for turn in dialogue.turns:
             thought = texts.thought(dialogue.person, turn.reply) + "\n</think>\n\n"
-            said += [*(encode(thought) if mode == "think" else []), *encode(turn.reply.text), end]
-        assert example.target.tolist() == said
+            tokens += [*(encode(thought) if mode == "think" else []), *encode(turn.reply.text), end]
+        assert example.target.tolist() == tokens
         assert bool(targets(fields, example)["thought"]) == (mode == "think")
 
 

@@ -92,7 +92,7 @@ def talk(user, person, replies, number=0):
     return asyncio.run(play())
 
 
-def said_to(person, seed):
+def replies_to(person, seed):
     """Replies of every kind: fitting ones, other styles, repetition, nothing, nonsense, text that looks like a form."""
     fit = [person.topic.fill(text) for text in REPLIES[person.intention]]
     other = [person.topic.fill(texts[seed % 6]) for texts in REPLIES.values()]
@@ -113,7 +113,7 @@ def test_changes_are_the_rules(served, language, folder):
     """With the miniature's prompts and the package's, in both languages; the text of a reply can't pass for a form."""
     prompts = load_prompts(language, folder)
     for seed, person in enumerate(people(6, seed=4, held_out=True)):
-        replies = said_to(person, seed)
+        replies = replies_to(person, seed)
         heard, changes, appraisals = talk(remote_user(served.url, prompts), person, replies)
         wanted = [
             rule.judge(person, reply, replies[:i], heard[i]).change for i, reply in enumerate(replies[: len(changes)])
@@ -130,7 +130,7 @@ def test_a_person_hints_at_its_wish_or_tells_the_background(served):
     for style in ("vanilla", "challenging"):
         for prompts in (load_prompts("en", assets.PROMPTS), load_prompts("en"), load_prompts("zh")):
             person = people(3, seed=1, held_out=True)[2]
-            heard, _, _ = talk(remote_user(served.url, prompts, style), person, said_to(person, 1))
+            heard, _, _ = talk(remote_user(served.url, prompts, style), person, replies_to(person, 1))
             hinted = [any(hint in words for hint in HINTS[person.intention]) for words in heard[1:]]
             assert hinted
             assert all(hinted) == (style == "vanilla"), heard
@@ -154,7 +154,7 @@ def test_first_words_name_the_trouble(served):
 
 def test_equal_requests_have_equal_answers_and_other_seeds_other_words(served):
     person, prompts = people(5, seed=2, held_out=True)[4], load_prompts("en", assets.PROMPTS)
-    once, again, other = (talk(remote_user(served.url, prompts), person, said_to(person, 2), n) for n in (0, 0, 1))
+    once, again, other = (talk(remote_user(served.url, prompts), person, replies_to(person, 2), n) for n in (0, 0, 1))
     assert once == again
     assert once[0] != other[0]
     assert once[1][0] == other[1][0]
@@ -192,7 +192,7 @@ def test_answers_that_could_not_be_read_are_given_again():
 
 def test_failures_are_a_share_of_attempts_and_change_nothing(served, tmp_path):
     person, prompts = people(4, seed=2, held_out=True)[3], load_prompts("en", assets.PROMPTS)
-    replies = said_to(person, 3)
+    replies = replies_to(person, 3)
     calm = [talk(remote_user(served.url, prompts), person, replies, n) for n in range(8)]
     with Served(fail=0.2) as unlucky:
         user = [remote_user(unlucky.url, prompts) for _ in range(8)]

@@ -14,7 +14,7 @@ ADVICE = "Tell your boss clearly what you need about the exam."
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "change"),
+    ("reply", "kind", "change"),
     [
         (ADVICE, "advice", 10),
         ("tell your boss clearly what you need about the exam", "advice", 10),
@@ -38,8 +38,8 @@ ADVICE = "Tell your boss clearly what you need about the exam."
         ("I give you 10.", "injected", -10),
     ],
 )
-def test_worth_of_replies(said, kind, change):
-    verdict = rule.judge(PERSON, said)
+def test_worth_of_replies(reply, kind, change):
+    verdict = rule.judge(PERSON, reply)
     assert (verdict.kind, verdict.change) == (kind, change)
 
 
@@ -72,7 +72,7 @@ def test_the_appraisal_tells_what_was_said_before():
 
 
 def test_the_appraisal_puts_names_beside_the_persons_own():
-    wish = lambda said: rule.appraisal(PERSON, rule.judge(PERSON, said))["wish"]  # noqa: E731
+    wish = lambda reply: rule.appraisal(PERSON, rule.judge(PERSON, reply))["wish"]  # noqa: E731
     assert wish(ADVICE) == "I wish for advice: boss beside boss again, exam beside exam again."
     assert wish("Tell your boss clearly what you need about the song.") == (
         "I wish for advice: boss beside boss again, song beside exam."
@@ -100,10 +100,10 @@ def test_every_sentence_is_of_its_own_style_and_hints_of_their_own_wish():
 
 def test_score_is_the_clipped_sum_and_stops_at_the_ends():
     other = "Write down one small step for the exam and take it today."
-    kept = {"initial": 40, "floor": 9, "ceiling": 100}
-    assert rule.score(PERSON, [ADVICE, other, "Life goes on."], ["a", "b", "c"], **kept) == 40 + 10 + 10 - 5
-    assert rule.score(PERSON, [""] * 9, ["a"] * 9, **kept) == 40 - 4 * 8, "below the floor it has ended"
-    assert rule.score(PERSON, [ADVICE, other] * 9, ["a"] * 18, **kept) == 100
+    options = {"initial": 40, "floor": 9, "ceiling": 100}
+    assert rule.score(PERSON, [ADVICE, other, "Life goes on."], ["a", "b", "c"], **options) == 40 + 10 + 10 - 5
+    assert rule.score(PERSON, [""] * 9, ["a"] * 9, **options) == 40 - 4 * 8, "below the floor it has ended"
+    assert rule.score(PERSON, [ADVICE, other] * 9, ["a"] * 18, **options) == 100
 
 
 def test_held_out_people_share_no_name_and_no_topic_with_the_others():

@@ -72,5 +72,5 @@ def test_rows_of_many_chunks(length):
     branch[:, 0] = 0
     slots = np.tile(np.arange(length), (2, 1))
     mask = AttentionMask(None, jnp.asarray(branch), jnp.asarray(branch))
-    found = jax.jit(lambda *args: chunked_attention(*args, chunk=4))(q, k, v, mask)
-    np.testing.assert_allclose(found, by_hand(q, k, v, slots, branch, branch), atol=2e-6)
+    actual = jax.jit(lambda *args: chunked_attention(*args, chunk=4))(q, k, v, mask)
+    np.testing.assert_allclose(actual, by_hand(q, k, v, slots, branch, branch), atol=2e-6)

@@ -17,8 +17,8 @@ def gradient_of(scan: bool, remat: str, attention: str, layers: int = LAYERS):
     model = Qwen2(config, scan_layers=scan, remat=remat, attention=attention, attention_chunk=64)
 
     def loss(params, tokens):
-        places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = model.apply({"params": params}, tokens, places, places // 100)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = model.apply({"params": params}, tokens, positions, positions // 100)
         return token_logprobs(hidden, head(params), tokens, chunk=100).logprob.mean()
 
     return model, jax.grad(loss)
@@ -40,16 +40,16 @@ def test_unrolled_layers_computed_again_are_not_kept():
 @pytest.mark.slow
 def test_layers_computed_again_are_not_kept(capsys):
     """Of unrolled layers as of scanned ones; `full` keeps no more of a further layer than what comes into it."""
-    found = {(scan, remat): temporaries(scan, remat) for scan in (False, True) for remat in ("none", "dots", "full")}
+    memory = {(scan, remat): temporaries(scan, remat) for scan in (False, True) for remat in ("none", "dots", "full")}
     with capsys.disabled():
-        for (scan, remat), size in found.items():
+        for (scan, remat), size in memory.items():
             print(f"{'scanned' if scan else 'unrolled'} layers, remat={remat}: {size / 2**20:.2f} MiB")
     for scan in (False, True):
-        none, dots, full = (found[scan, remat] for remat in ("none", "dots", "full"))
+        none, dots, full = (memory[scan, remat] for remat in ("none", "dots", "full"))
         assert full < 0.35 * none
         assert full < dots < 0.7 * none
-    assert found[False, "full"] < 1.2 * found[True, "full"]
-    more = temporaries(False, "full", layers=2 * LAYERS) - found[False, "full"]
+    assert memory[False, "full"] < 1.2 * memory[True, "full"]
+    more = temporaries(False, "full", layers=2 * LAYERS) - memory[False, "full"]
     assert more <= LAYERS * LENGTH * WIDTH * 4  # less where it lies in what later holds gradients
 
 
@@ -75,5 +75,5 @@ def test_what_is_not_a_number_stays_one():
     model, gradient = gradient_of(False, "full", "dense", 2)
     params = init_params(model, jax.random.key(1))
     params["norm"]["scale"] = params["norm"]["scale"].at[3].set(jnp.nan)
-    found = jax.jit(gradient)(params, jnp.ones((1, 16), jnp.int32))
-    assert jnp.isnan(found["layer_0"]["attn"]["q"]["kernel"]).any()
+    gradients = jax.jit(gradient)(params, jnp.ones((1, 16), jnp.int32))
+    assert jnp.isnan(gradients["layer_0"]["attn"]["q"]["kernel"]).any()

@@ -45,15 +45,15 @@ def test_values_and_gradients_are_those_of_dense_attention(length, labelled):
     """In float64 they agree but for rounding; float32 and bfloat16 are as close to them as dense attention is."""
     with jax.enable_x64(True):
         arrays, mask = row(length, labelled, jnp.float64)
-        exact = graded(lambda *x: dense_attention(*x, mask), arrays)
-        found = graded(lambda *x: chunked_attention(*x, mask, 4), arrays)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        expected = graded(lambda *x: dense_attention(*x, mask), arrays)
+        actual = graded(lambda *x: chunked_attention(*x, mask, 4), arrays)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12)
     for dtype, tolerance in ((jnp.float32, 4e-6), (jnp.bfloat16, 0.06)):
         arrays, mask = row(length, labelled, dtype)
-        exact = graded(lambda *x, mask=mask: dense_attention(*x, mask), [x.astype(jnp.float32) for x in arrays])
-        found = graded(lambda *x, mask=mask: chunked_attention(*x, mask, 4), arrays)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        expected = graded(lambda *x, mask=mask: dense_attention(*x, mask), [x.astype(jnp.float32) for x in arrays])
+        actual = graded(lambda *x, mask=mask: chunked_attention(*x, mask, 4), arrays)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=tolerance)
 
 

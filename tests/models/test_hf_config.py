@@ -160,7 +160,7 @@ def test_every_variant_means_what_it_means_to_transformers(name, write):
 
     changes, wanted = VARIANTS[name]
     folder = write(**changes)
-    found = Qwen2Config.from_hf(folder)
+    config = Qwen2Config.from_hf(folder)
     fields = {
         "vocab_size": 152_064,
         "hidden_size": 3584,
@@ -168,25 +168,25 @@ def test_every_variant_means_what_it_means_to_transformers(name, write):
         "num_layers": 28,
         "num_heads": 28,
     }
-    assert found == Qwen2Config(**fields | {"num_kv_heads": 4, "head_dim": 128} | wanted)
+    assert config == Qwen2Config(**fields | {"num_kv_heads": 4, "head_dim": 128} | wanted)
 
     if str(changes.get("torch_dtype", "")) in ("auto", "torch.bfloat16") and importlib.util.find_spec("torch"):
         return  # with torch transformers itself looks the name up there, and fails
     theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
     theirs.standardize_rope_params()
-    assert found.vocab_size == theirs.vocab_size
-    assert found.hidden_size == theirs.hidden_size
-    assert found.intermediate_size == theirs.intermediate_size
-    assert found.num_layers == theirs.num_hidden_layers
-    assert (found.num_heads, found.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
-    assert found.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
-    assert found.max_positions == theirs.max_position_embeddings
-    assert found.rms_norm_eps == theirs.rms_norm_eps
-    assert found.init_std == theirs.initializer_range
-    assert found.tie_embeddings == theirs.tie_word_embeddings
-    assert found.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.vocab_size == theirs.vocab_size
+    assert config.hidden_size == theirs.hidden_size
+    assert config.intermediate_size == theirs.intermediate_size
+    assert config.num_layers == theirs.num_hidden_layers
+    assert (config.num_heads, config.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert config.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert config.max_positions == theirs.max_position_embeddings
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.init_std == theirs.initializer_range
+    assert config.tie_embeddings == theirs.tie_word_embeddings
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert set(theirs.layer_types) == {"full_attention"}
-    kind = "default" if found.rope_scaling is None else found.rope_scaling.rope_type
+    kind = "default" if config.rope_scaling is None else config.rope_scaling.rope_type
     assert kind == theirs.rope_parameters["rope_type"]
 
 
@@ -194,12 +194,12 @@ def test_every_variant_means_what_it_means_to_transformers(name, write):
 def test_what_is_written_is_read_with_the_same_meaning(name, write, tmp_path):
     from transformers import AutoConfig
 
-    found = Qwen2Config.from_hf(write(**VARIANTS[name][0]))
-    (tmp_path / "config.json").write_text(json.dumps(found.to_hf()), encoding="utf-8")
-    assert Qwen2Config.from_hf(tmp_path) == found
+    config = Qwen2Config.from_hf(write(**VARIANTS[name][0]))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+    assert Qwen2Config.from_hf(tmp_path) == config
     theirs = AutoConfig.from_pretrained(tmp_path, local_files_only=True)
-    given = {} if found.rope_scaling is None else found.rope_scaling.to_hf()
-    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": found.rope_theta} | given
+    scaling = {} if config.rope_scaling is None else config.rope_scaling.to_hf()
+    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     assert theirs.architectures == ["Qwen2ForCausalLM"]
 
 

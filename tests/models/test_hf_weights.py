@@ -53,9 +53,9 @@ def test_reads_the_norms_of_queries_and_keys():
     params = load_params(GOLDEN / "qwen3_untied", model("qwen3_untied"))
     assert params["layers"]["attn"].keys() == {"q", "k", "v", "o", "q_norm", "k_norm"}
     for which in ("q", "k"):
-        found = params["layers"]["attn"][f"{which}_norm"]["scale"]
+        actual = params["layers"]["attn"][f"{which}_norm"]["scale"]
         want = [raw[f"model.layers.{i}.self_attn.{which}_norm.weight"] for i in range(3)]
-        np.testing.assert_array_equal(found, want)
+        np.testing.assert_array_equal(actual, want)
         assert params["layers"]["attn"][which].keys() == {"kernel"}
 
 
@@ -243,10 +243,10 @@ def test_an_index_left_beside_the_single_file(tmp_path):
     files = split(folder, {UP, HEAD}, keep_single=True)
     same = lambda: jax.tree.map(np.testing.assert_array_equal, load(folder, "untied"), want)  # noqa: E731
     same()
-    kept = files[1].read_bytes()
+    original = files[1].read_bytes()
     rewrite(files[1], lambda t: t[UP].__setitem__((3, 4), 7))
     fails(folder, files[1].name, f"its {re.escape(UP)} differs from that in model.safetensors", "remove either")
-    files[1].write_bytes(kept[:-8])  # an interrupted download of the shards
+    files[1].write_bytes(original[:-8])  # an interrupted download of the shards
     fails(folder, files[1].name, "truncated", "There is a model.safetensors too", "remove either")
     files[1].unlink()
     same()
@@ -334,10 +334,10 @@ def test_mixed_precisions(tmp_path, dtype):
     rewrite(folder / "model.safetensors", change)
     raw = load_file(folder / "model.safetensors")
     assert {t.dtype for t in raw.values()} == {np.dtype(k) for k in kinds}
-    found = load(folder, "untied", param_dtype=dtype)
+    params = load(folder, "untied", param_dtype=dtype)
     for i in range(3):
         for mine, name in ((("up",), "mlp.up_proj"), (("down",), "mlp.down_proj"), (("attn", "q"), "self_attn.q_proj")):
-            kernel = found["layers"]
+            kernel = params["layers"]
             for part in mine:
                 kernel = kernel[part]
             want = raw[f"model.layers.{i}.{name}.weight"].astype(np.float32).astype(dtype).T
@@ -375,8 +375,8 @@ def test_export_keeps_the_ids_that_end_a_text(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.7}))
     net = model("untied")
     save_params(tmp_path / "out", load(folder, "untied"), net.config, tokenizer_from=folder)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {name: written[name] for name in ids} == ids
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: config[name] for name in ids} == ids
     from transformers import AutoConfig, GenerationConfig
 
     for name in ids:

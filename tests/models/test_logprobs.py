@@ -32,9 +32,9 @@ def weighted(function, targets, weights):
     return jax.value_and_grad(loss, (0, 1))
 
 
-def assert_same(found, expected, value, gradient):
-    np.testing.assert_allclose(found[0], expected[0], rtol=value)
-    for a, b in zip(found[1], expected[1], strict=True):
+def assert_same(actual, expected, value, gradient):
+    np.testing.assert_allclose(actual[0], expected[0], rtol=value)
+    for a, b in zip(actual[1], expected[1], strict=True):
         np.testing.assert_allclose(a, b, atol=gradient * float(jnp.abs(b).max()))
 
 
@@ -42,10 +42,10 @@ def assert_same(found, expected, value, gradient):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_values_and_gradients(chunk, temperature):
     hidden, head, targets, weights = problem(3, 5, 128, 16)
-    found = token_logprobs(hidden, head, targets, chunk=chunk, temperature=temperature)
+    actual = token_logprobs(hidden, head, targets, chunk=chunk, temperature=temperature)
     expected = full(hidden, head, targets, temperature)
-    np.testing.assert_allclose(found.logprob, expected[0], atol=1e-5)
-    np.testing.assert_allclose(found.entropy, expected[1], atol=1e-5)
+    np.testing.assert_allclose(actual.logprob, expected[0], atol=1e-5)
+    np.testing.assert_allclose(actual.entropy, expected[1], atol=1e-5)
     mine = weighted(lambda h, w, t: token_logprobs(h, w, t, chunk=chunk, temperature=temperature), targets, weights)
     plain = weighted(lambda h, w, t: full(h, w, t, temperature), targets, weights)
     assert_same(mine(hidden, head), plain(hidden, head), 1e-5, 1e-5)
@@ -73,16 +73,16 @@ def test_forbidden_tokens_have_no_share(chunk):
         forbidden = Forbidden(jnp.asarray(table), jnp.asarray(state))
         return token_logprobs(hidden, head, targets, chunk=chunk, temperature=0.7, forbidden=forbidden)
 
-    found = weighted(mine, targets, weights)(hidden, head)
-    assert_same(found, weighted(plain, targets, weights)(hidden, head), 1e-5, 1e-5)
+    actual = weighted(mine, targets, weights)(hidden, head)
+    assert_same(actual, weighted(plain, targets, weights)(hidden, head), 1e-5, 1e-5)
 
 
 def test_extreme_logits_stay_finite():
     hidden, head, targets, weights = problem(2, 4, 64, 8, scale=300.0)
-    found = weighted(lambda h, w, t: token_logprobs(h, w, t, chunk=24), targets, weights)(hidden, head)
+    actual = weighted(lambda h, w, t: token_logprobs(h, w, t, chunk=24), targets, weights)(hidden, head)
     expected = weighted(lambda h, w, t: full(h, w, t, 1.0), targets, weights)(hidden, head)
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(actual))
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("shards", [2, 4])

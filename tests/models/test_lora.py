@@ -70,8 +70,8 @@ def test_an_untrained_adapter_adds_zero(scan, dtype, param_dtype):
             added = np.asarray(low_rank(x, a, b))
             assert added.dtype == np.float32
             assert not added.any()
-    found, wanted = (np.asarray(forward(model, tree)) for tree in (applied(params, adapter, lora), params))
-    np.testing.assert_allclose(found, wanted, atol=4 * jnp.finfo(dtype).eps * np.abs(wanted).max(), rtol=0)
+    actual, wanted = (np.asarray(forward(model, tree)) for tree in (applied(params, adapter, lora), params))
+    np.testing.assert_allclose(actual, wanted, atol=4 * jnp.finfo(dtype).eps * np.abs(wanted).max(), rtol=0)
     adapter = drawn(model, lora)
     assert np.abs(forward(model, applied(params, adapter, lora)) - forward(model, params)).max() > 0.01
 
@@ -92,15 +92,15 @@ def test_it_computes_what_whole_matrices_would(scan, lora):
     whole = by_hand(params, adapter)
     changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (whole, params)), strict=True)]
     assert sum(changed) == len(lora.targets) * (1 if scan else 2)
-    together = applied(params, adapter, lora)
-    np.testing.assert_allclose(forward(model, together), forward(model, whole), atol=2e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), merged(together), whole)
+    adapted = applied(params, adapter, lora)
+    np.testing.assert_allclose(forward(model, adapted), forward(model, whole), atol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), merged(adapted), whole)
 
 
 def test_its_beginning_is_one_with_layers_stacked_or_not():
     scanned, unrolled = (Qwen2(CONFIG, scan_layers=scan) for scan in (True, False))
-    stacked, apart = (init_adapter(model, SOME, jax.random.key(3)) for model in (scanned, unrolled))
-    jax.tree.map(np.testing.assert_array_equal, stacked, stack_layers(apart))
+    stacked, unstacked = (init_adapter(model, SOME, jax.random.key(3)) for model in (scanned, unrolled))
+    jax.tree.map(np.testing.assert_array_equal, stacked, stack_layers(unstacked))
     attention = stacked["layers"]["attn"]
     assert set(stacked["layers"]) == {"attn", "down"}
     assert set(attention) == {"q", "v"}
@@ -143,9 +143,9 @@ def test_gradients_are_those_of_whole_matrices():
     def loss(params):
         return jnp.square(forward(model, params)).mean()
 
-    found = jax.jit(jax.grad(lambda adapter: loss(applied(params, adapter, lora))))(adapter)
+    gradients = jax.jit(jax.grad(lambda adapter: loss(applied(params, adapter, lora))))(adapter)
     whole = jax.jit(jax.grad(loss))(merged(applied(params, adapter, lora)))
-    for layer, inner in found.items():
+    for layer, inner in gradients.items():
         pairs = {("attn", name): both for name, both in inner["attn"].items()}
         pairs |= {(name,): inner[name] for name in ("gate", "up", "down")}
         assert len(pairs) == 7
@@ -164,9 +164,9 @@ def test_a_folder_of_peft_is_read_as_it_was_written(scan, tmp_path):
     model = Qwen2(CONFIG, scan_layers=scan)
     adapter = drawn(model, SOME)
     save_adapter(tmp_path, adapter, CONFIG, SOME, base="BASE")
-    lora, found = read_adapter(tmp_path, model)
+    lora, restored = read_adapter(tmp_path, model)
     assert lora == SOME
-    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+    jax.tree.map(np.testing.assert_array_equal, restored, adapter)
     mesh = make_mesh(1, 4, 2)
     with jax.set_mesh(mesh):
         _, spread = read_adapter(tmp_path, model, mesh)
@@ -224,8 +224,8 @@ def test_no_gradient_of_a_frozen_matrix_is_computed():
     model, lora = Qwen2(config, scan_layers=False, remat="full"), LoRA(4, 16.0)
     params, adapter = abstract_params(model)[0], abstract_adapter(model, lora)[0]
 
-    def kernels(gradient, *given):
-        text = jax.jit(gradient).lower(*given).compile().as_text()
+    def kernels(gradient, *arguments):
+        text = jax.jit(gradient).lower(*arguments).compile().as_text()
         return len(re.findall(r"f32\[32,96\]\S* (?:dot|custom-call)\(", text))
 
     loss = lambda params: jnp.square(forward(model, params)).sum()  # noqa: E731

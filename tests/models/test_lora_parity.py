@@ -70,8 +70,8 @@ def test_loss_gradients_and_merged_logits_are_those_of_peft(peft, config, lora, 
     whole = merged(applied(params, adapter, lora))
     with torch.no_grad():
         logits = theirs.merge_and_unload()(ids).logits.numpy()
-    found = np.asarray(forward(model, whole))
-    assert np.linalg.norm(found - logits) <= 1e-5 * np.linalg.norm(logits)
+    actual = np.asarray(forward(model, whole))
+    assert np.linalg.norm(actual - logits) <= 1e-5 * np.linalg.norm(logits)
     assert np.linalg.norm(np.asarray(forward(model, params)) - logits) > 0.05 * np.linalg.norm(logits)
 
 
@@ -88,6 +88,6 @@ def test_an_adapter_of_peft_is_read(peft, tmp_path):
     theirs.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         wanted = theirs(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
-    found = np.asarray(forward(model, with_adapter(random_params(model, 1), model, tmp_path / "adapter")))
-    assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
+    actual = np.asarray(forward(model, with_adapter(random_params(model, 1), model, tmp_path / "adapter")))
+    assert np.linalg.norm(actual - wanted) <= 1e-5 * np.linalg.norm(wanted)
     assert np.linalg.norm(np.asarray(forward(model, random_params(model, 1))) - wanted) > 0.1 * np.linalg.norm(wanted)

@@ -50,9 +50,9 @@ def profile_ids(tokenizer, published):
 
     def ids(first, count):
         text = "\n\n".join(p["player"] + "\n" + p["scene"] for p in profiles[first : first + 3])
-        found = tokenizer.encode(text).ids[:count]
-        assert len(found) == count
-        return found
+        token_ids = tokenizer.encode(text).ids[:count]
+        assert len(token_ids) == count
+        return token_ids
 
     return ids
 
@@ -90,8 +90,8 @@ def forward(model, params, tokens, pos, cache=None, start=None):
 def whole(model, params, ids):
     """Padded to a multiple of 64, so that few lengths compile; padding at the end is never seen."""
     tokens = jnp.asarray(np.pad(np.asarray(ids), (0, -len(ids) % 64)))[None]
-    found, _ = forward(model, params, tokens, jnp.arange(tokens.shape[1])[None])
-    return np.asarray(found[0, : len(ids)])
+    logits, _ = forward(model, params, tokens, jnp.arange(tokens.shape[1])[None])
+    return np.asarray(logits[0, : len(ids)])
 
 
 def test_float32_logits(float32, prompts, expected):
@@ -107,10 +107,13 @@ def test_float32_rounding_against_float64(torch, checkpoint, reference, float32,
     ids = profile_ids(0, 600)
     with torch.no_grad():
         theirs = reference(torch.tensor([ids])).logits[0].numpy()
-        exact = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval()
-        exact = exact(torch.tensor([ids])).logits[0].numpy()
+        float64_logits = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval()
+        float64_logits = float64_logits(torch.tensor([ids])).logits[0].numpy()
     mine = whole(*float32, ids)
-    errors = {"ours": float(np.abs(mine - exact).max()), "transformers": float(np.abs(theirs - exact).max())}
+    errors = {
+        "ours": float(np.abs(mine - float64_logits).max()),
+        "transformers": float(np.abs(theirs - float64_logits).max()),
+    }
     print("max |error of float32 logits| against float64:", errors, "between them:", float(np.abs(mine - theirs).max()))
     assert errors["ours"] <= 1e-4
 
@@ -127,12 +130,12 @@ def test_through_the_cache(float32, prompts, expected):
     model, params = float32
     ids, want = prompts[-1], expected[-1]
     cache = init_kv_cache(model.config, 1, 1536, jnp.float32, scan_layers=True)
-    found = []
+    parts = []
     for first, last in [(0, 700), (700, 1484)] + [(i, i + 1) for i in range(1484, 1500)]:
         tokens, pos = jnp.asarray([ids[first:last]]), jnp.arange(first, last)[None]
         part, cache = forward(model, params, tokens, pos, cache, jnp.array([first]))
-        found.append(np.asarray(part[0]))
-    worst = float(np.abs(np.concatenate(found) - want).max())
+        parts.append(np.asarray(part[0]))
+    worst = float(np.abs(np.concatenate(parts) - want).max())
     print("max |difference of logits| through the cache:", worst)
     assert worst <= BETWEEN
 
@@ -147,15 +150,15 @@ def test_greedy_tokens(torch, float32, reference, prompts):
                 top_p=None, top_k=None, temperature=None, repetition_penalty=1.0,
             )[0, len(ids):].tolist()  # fmt: skip
         cache = init_kv_cache(model.config, 1, 128, jnp.float32, scan_layers=False)
-        found, banned = list(ids), [151643, 151645]  # min_new_tokens bans the end tokens in transformers
+        tokens_so_far, banned = list(ids), [151643, 151645]  # min_new_tokens bans the end tokens in transformers
         for at in range(len(ids) + 63):
-            token, place = jnp.array([found[at : at + 1]]), jnp.array([at])
-            part, cache = forward(model, params, token, place[None], cache, place)
+            token, position = jnp.array([tokens_so_far[at : at + 1]]), jnp.array([at])
+            part, cache = forward(model, params, token, position[None], cache, position)
             if at >= len(ids) - 1:
                 row = np.asarray(part[0, -1]).copy()
                 row[banned] = -np.inf
-                found.append(int(row.argmax()))
-        assert found[len(ids) :] == want
+                tokens_so_far.append(int(row.argmax()))
+        assert tokens_so_far[len(ids) :] == want
 
 
 def test_on_a_mesh(checkpoint, prompts, expected):
@@ -171,8 +174,8 @@ def test_on_a_mesh(checkpoint, prompts, expected):
         ids = prompts[which]
         tokens = jnp.asarray([ids, ids])
         with jax.set_mesh(mesh):
-            found, _ = forward(model, params, tokens, jnp.broadcast_to(jnp.arange(len(ids)), tokens.shape))
-        worst.append(float(np.abs(np.asarray(found) - expected[which]).max()))
+            actual, _ = forward(model, params, tokens, jnp.broadcast_to(jnp.arange(len(ids)), tokens.shape))
+        worst.append(float(np.abs(np.asarray(actual) - expected[which]).max()))
     print("max |difference of logits| on fsdp 2 x tensor 4:", worst)
     assert max(worst) <= 1e-3
 
@@ -193,13 +196,13 @@ def test_bfloat16_next_token(torch, checkpoint, profile_ids):
         reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
         with torch.no_grad():
             theirs[dtype] = reference(torch.tensor([ids])).logits[0].float().numpy().argmax(-1)
-    exact = theirs[torch.float32]
+    float32_tokens = theirs[torch.float32]
     print(
-        f"next-token agreement: our bfloat16 with transformers' float32 {(ours == exact).mean():.4f}, "
-        f"transformers' bfloat16 with its float32 {(theirs[torch.bfloat16] == exact).mean():.4f}, "
+        f"next-token agreement: our bfloat16 with transformers' float32 {(ours == float32_tokens).mean():.4f}, "
+        f"transformers' bfloat16 with its float32 {(theirs[torch.bfloat16] == float32_tokens).mean():.4f}, "
         f"the two bfloat16s {(ours == theirs[torch.bfloat16]).mean():.4f}"
     )
-    assert (ours == exact).mean() >= 0.98
+    assert (ours == float32_tokens).mean() >= 0.98
 
 
 def test_export_loads_in_transformers(torch, checkpoint, float32, prompts, expected, tmp_path):
@@ -209,8 +212,8 @@ def test_export_loads_in_transformers(torch, checkpoint, float32, prompts, expec
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
-        found = model(torch.tensor([prompts[1]])).logits[0].numpy()
-    np.testing.assert_array_equal(found, expected[1])
+        actual = model(torch.tensor([prompts[1]])).logits[0].numpy()
+    np.testing.assert_array_equal(actual, expected[1])
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(PROMPTS[1]).input_ids == prompts[1]
     again = load_params(tmp_path / "out", float32[0])
     jax.tree.map(np.testing.assert_array_equal, float32[1], again)

@@ -88,8 +88,8 @@ def test_logits_beyond_the_original_context(torch, random_model, name, scan):
     model = Qwen2(Qwen2Config.from_hf(folder), scan_layers=scan)
     params, want = load_params(folder, model), theirs(torch, reference, ids)
     row = jnp.asarray(ids)[None], jnp.arange(LENGTH)[None]
-    found, _ = forward(model, params, *row)
-    worst = float(np.abs(found[0] - want).max())
+    actual, _ = forward(model, params, *row)
+    worst = float(np.abs(actual[0] - want).max())
     print(f"max |difference of logits|, {name}:", worst)
     assert worst <= 1e-4
     plain, _ = forward(model.clone(config=dataclasses.replace(model.config, rope_scaling=None)), params, *row)
@@ -101,8 +101,8 @@ def test_far_positions(torch, random_model, name):
     """A row that starts at position 100,000: angles have an ulp of 8e-3, but both round them in the same way."""
     folder, reference, ids = random_model(name)
     model = Qwen2(Qwen2Config.from_hf(folder))
-    found, _ = forward(model, load_params(folder, model), jnp.asarray(ids)[None], 100_000 + jnp.arange(LENGTH)[None])
-    worst = float(np.abs(found[0] - theirs(torch, reference, ids, 100_000)).max())
+    actual, _ = forward(model, load_params(folder, model), jnp.asarray(ids)[None], 100_000 + jnp.arange(LENGTH)[None])
+    worst = float(np.abs(actual[0] - theirs(torch, reference, ids, 100_000)).max())
     print(f"max |difference of logits| from position 100,000 on, {name}:", worst)
     assert worst <= 1e-4
 
@@ -119,12 +119,12 @@ def test_greedy_tokens_through_the_cache(torch, random_model, name, scan):
     params = load_params(folder, model)
     cache = init_kv_cache(model.config, 1, 128, jnp.float32, scan_layers=scan)
     part, cache = forward(model, params, jnp.asarray(prompt)[None], jnp.arange(40)[None], cache, jnp.array([0]))
-    found = []
+    generated = []
     for at in range(40, 104):
-        found.append(int(part[0, -1].argmax()))
-        part, cache = forward(model, params, jnp.array([[found[-1]]]), jnp.array([[at]]), cache, jnp.array([at]))
-    assert found == want[0, 40:].tolist()
-    assert len(set(found)) > 8, "a model that repeats itself proves little"
+        generated.append(int(part[0, -1].argmax()))
+        part, cache = forward(model, params, jnp.array([[generated[-1]]]), jnp.array([[at]]), cache, jnp.array([at]))
+    assert generated == want[0, 40:].tolist()
+    assert len(set(generated)) > 8, "a model that repeats itself proves little"
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -162,10 +162,10 @@ def test_frequencies_are_those_of_transformers(torch, fields, theta, dim):
 
     config = Theirs(**SIZES | {"head_dim": dim}, rope_parameters={"rope_theta": theta} | fields)
     inverse, scale = ROPE_INIT_FUNCTIONS[fields["rope_type"]](config)
-    found = frequencies(theta, dim, RopeScaling(**fields))
-    np.testing.assert_array_max_ulp(found.inverse, inverse.numpy(), 4)
-    assert (found.inverse == inverse.numpy()).mean() >= 0.75
-    assert found.scale == pytest.approx(scale, abs=1e-15)
+    actual = frequencies(theta, dim, RopeScaling(**fields))
+    np.testing.assert_array_max_ulp(actual.inverse, inverse.numpy(), 4)
+    assert (actual.inverse == inverse.numpy()).mean() >= 0.75
+    assert actual.scale == pytest.approx(scale, abs=1e-15)
 
 
 VARIANTS = {
@@ -196,5 +196,5 @@ def test_variants_compute_what_transformers_computes(torch, name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model = Qwen2(Qwen2Config.from_hf(tmp_path))
     ids = np.random.default_rng(6).integers(0, 131, 40)
-    found, _ = forward(model, load_params(tmp_path, model), jnp.asarray(ids)[None], jnp.arange(40)[None])
-    np.testing.assert_allclose(found[0], theirs(torch, reference, ids), atol=1e-4)
+    actual, _ = forward(model, load_params(tmp_path, model), jnp.asarray(ids)[None], jnp.arange(40)[None])
+    np.testing.assert_allclose(actual[0], theirs(torch, reference, ids), atol=1e-4)

@@ -75,8 +75,8 @@ def theirs(torch, model, ids):
 def test_logits(torch, random_model, name, scaled, options):
     folder, reference, ids = random_model(name, scaled)
     model = Qwen2(Qwen2Config.from_hf(folder), **options)
-    found, _ = forward(model, load_params(folder, model), jnp.asarray(ids), 0)
-    worst = float(np.abs(np.asarray(found) - theirs(torch, reference, ids)).max())
+    actual, _ = forward(model, load_params(folder, model), jnp.asarray(ids), 0)
+    worst = float(np.abs(np.asarray(actual) - theirs(torch, reference, ids)).max())
     print(f"{name}, {'yarn' if scaled else 'plain'}: max |difference of logits| {worst:.2g}")
     assert worst <= 1e-4
 
@@ -94,11 +94,11 @@ def test_64_greedy_tokens(torch, random_model, name):
     params = load_params(folder, model)
     cache = init_kv_cache(model.config, 2, 96, jnp.float32, scan_layers=False)
     scores, cache = forward(model, params, jnp.asarray(prompt), 0, cache)
-    found = [scores[:, -1].argmax(-1)]
+    generated = [scores[:, -1].argmax(-1)]
     for at in range(20, 83):
-        scores, cache = forward(model, params, found[-1][:, None], at, cache)
-        found.append(scores[:, -1].argmax(-1))
-    np.testing.assert_array_equal(np.stack(found, axis=1), want)
+        scores, cache = forward(model, params, generated[-1][:, None], at, cache)
+        generated.append(scores[:, -1].argmax(-1))
+    np.testing.assert_array_equal(np.stack(generated, axis=1), want)
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -116,8 +116,8 @@ def test_what_is_written_loads_in_transformers(torch, tmp_path, scan):
     assert not any(told.values())
     assert type(reference).__name__ == "Qwen3ForCausalLM"
     ids = draw.integers(0, 311, (1, 60))
-    found, _ = forward(model, params, jnp.asarray(ids), 0)
-    np.testing.assert_allclose(found, theirs(torch, reference.float().eval(), ids), atol=1e-4)
+    actual, _ = forward(model, params, jnp.asarray(ids), 0)
+    np.testing.assert_allclose(actual, theirs(torch, reference.float().eval(), ids), atol=1e-4)
 
 
 def test_gradients(torch, random_model):
@@ -130,12 +130,12 @@ def test_gradients(torch, random_model):
         scores, _ = forward(model, params, jnp.asarray(ids), 0)
         return -jnp.take_along_axis(jax.nn.log_softmax(scores[:, :-1]), jnp.asarray(ids)[:, 1:, None], -1).mean()
 
-    found = jax.grad(loss)(params)["layers"]["attn"]
+    gradients = jax.grad(loss)(params)["layers"]["attn"]
     reference.zero_grad()
     reference(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
     for i, layer in enumerate(reference.model.layers):
         for name in ("q_norm", "k_norm"):
             want = getattr(layer.self_attn, name).weight.grad.numpy()
-            np.testing.assert_allclose(found[name]["scale"][i], want, atol=1e-5 * np.abs(want).max())
+            np.testing.assert_allclose(gradients[name]["scale"][i], want, atol=1e-5 * np.abs(want).max())
         want = layer.self_attn.k_proj.weight.grad.numpy().T
-        np.testing.assert_allclose(found["k"]["kernel"][i], want, atol=1e-5 * np.abs(want).max())
+        np.testing.assert_allclose(gradients["k"]["kernel"][i], want, atol=1e-5 * np.abs(want).max())

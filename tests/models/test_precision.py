@@ -32,7 +32,7 @@ def test_training_and_reading(dtype, attention):
         return (logprob + entropy).sum() + values.apply(extra, hidden).sum() + logits(params, hidden[:, 0]).sum()
 
     program = jax.jit(jax.grad(loss, (0, 1))).lower(params, extra).as_text()
-    found = PRODUCT.findall(program)
-    assert len(found) == program.count("stablehlo.dot_general") > 20
+    precisions = PRODUCT.findall(program)
+    assert len(precisions) == program.count("stablehlo.dot_general") > 20
     asked = "HIGHEST" if dtype == "float32" else "DEFAULT"
-    assert {precision for both in found for precision in both} == {asked}
+    assert {precision for both in precisions for precision in both} == {asked}

@@ -17,10 +17,10 @@ def test_value_and_gradients_equal_plain_products(dtype):
     def total(x, kernel):
         return (product(x, kernel) * weight).sum()
 
-    given = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    assert product(*given).dtype == jnp.float32
-    np.testing.assert_allclose(product(*given), x @ kernel, rtol=1e-5, atol=1e-5)
-    to_x, to_kernel = jax.jit(jax.grad(total, (0, 1)))(*given)
+    arguments = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+    assert product(*arguments).dtype == jnp.float32
+    np.testing.assert_allclose(product(*arguments), x @ kernel, rtol=1e-5, atol=1e-5)
+    to_x, to_kernel = jax.jit(jax.grad(total, (0, 1)))(*arguments)
     assert (to_x.dtype, to_kernel.dtype) == (jnp.dtype(dtype), jnp.dtype(dtype))
     loose = 1e-5 if dtype == "float32" else 1e-2  # rounded once, to 8 bits
     np.testing.assert_allclose(np.asarray(to_x, np.float32), weight @ kernel.T, rtol=loose, atol=loose)
@@ -34,8 +34,8 @@ def test_finite_differences_in_float64():
         x, kernel = draw.normal(size=(2, 3, 4)), draw.normal(size=(4, 3))
         total = lambda k: jnp.sin(product(jnp.asarray(x), k)).sum()  # noqa: E731
         gradient = np.asarray(jax.grad(total)(jnp.asarray(kernel)))
-        for place in np.ndindex(kernel.shape):
+        for position in np.ndindex(kernel.shape):
             step = np.zeros_like(kernel)
-            step[place] = 1e-6
+            step[position] = 1e-6
             slope = (np.sin(x @ (kernel + step)).sum() - np.sin(x @ (kernel - step)).sum()) / 2e-6
-            assert abs(gradient[place] - slope) < 1e-7
+            assert abs(gradient[position] - slope) < 1e-7

@@ -37,8 +37,8 @@ def folder(torch, tmp_path):
     def make(tied):
         torch.manual_seed(7)
         sizes = {"vocab_size": 307, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-        model = Qwen2ForCausalLM(Theirs(**sizes, **heads, tie_word_embeddings=tied)).eval()
+        attention_sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+        model = Qwen2ForCausalLM(Theirs(**sizes, **attention_sizes, tie_word_embeddings=tied)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -119,19 +119,21 @@ def test_equals_transformers(torch, folder, tied, change):
     params = load_params(path, ours)
     prompt = np.random.default_rng(0).integers(0, 307, (ROWS, PROMPT))
     with torch.no_grad():
-        given = {"attention_mask": torch.ones(ROWS, PROMPT), "do_sample": False}  # else id 0 would be padding
-        said = theirs.generate(torch.tensor(prompt), max_new_tokens=SAID, min_new_tokens=SAID, pad_token_id=0, **given)
-        said = said.numpy()
-        want = theirs(torch.tensor(said)).logits.numpy()
-    assert said.shape == (ROWS, PROMPT + SAID)
-    found = np.asarray(all_logits(ours, params, jnp.asarray(said)))
-    print(f"{change.__name__}, tied={tied}: max |difference of logits|", float(np.abs(found - want).max()))
-    assert np.abs(found - want).max() <= 1e-4
-    mine = np.zeros_like(said)
+        options = {"attention_mask": torch.ones(ROWS, PROMPT), "do_sample": False}  # else id 0 would be padding
+        generated = theirs.generate(
+            torch.tensor(prompt), max_new_tokens=SAID, min_new_tokens=SAID, pad_token_id=0, **options
+        )
+        generated = generated.numpy()
+        want = theirs(torch.tensor(generated)).logits.numpy()
+    assert generated.shape == (ROWS, PROMPT + SAID)
+    actual = np.asarray(all_logits(ours, params, jnp.asarray(generated)))
+    print(f"{change.__name__}, tied={tied}: max |difference of logits|", float(np.abs(actual - want).max()))
+    assert np.abs(actual - want).max() <= 1e-4
+    mine = np.zeros_like(generated)
     mine[:, :PROMPT] = prompt
     for at in range(PROMPT, PROMPT + SAID):  # what lies behind is never seen
         mine[:, at] = np.asarray(all_logits(ours, params, jnp.asarray(mine)))[:, at - 1].argmax(-1)
-    np.testing.assert_array_equal(mine, said)
+    np.testing.assert_array_equal(mine, generated)
 
 
 @pytest.mark.parametrize("change", [mixed_precisions])

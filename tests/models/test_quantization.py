@@ -34,8 +34,8 @@ def rounded(scan=True, mesh=None, dtype=jnp.float32, config=CONFIG):
         lambda x: x + jnp.asarray(0.1 * draw.normal(size=x.shape), x.dtype),
         init_params(unrounded(model), jax.random.key(0), mesh),
     )
-    kept = jax.tree.map(np.asarray, plain)
-    return model, quantize(plain, model, mesh), kept
+    original = jax.tree.map(np.asarray, plain)
+    return model, quantize(plain, model, mesh), original
 
 
 def alive():
@@ -56,61 +56,61 @@ def at(layer, path):
 
 def multiplied(params):
     """NumPy: every matrix as int8 times its columns' scales, without scales."""
-    found = jax.tree.map(np.asarray, params)
-    for layer in layers_of(found):
+    multiplied_params = jax.tree.map(np.asarray, params)
+    for layer in layers_of(multiplied_params):
         for path in MATRICES:
             linear = at(layer, path)
             linear["kernel"] = linear["kernel"].astype(np.float32) * linear.pop("scale")[..., None, :]
-    return found
+    return multiplied_params
 
 
 @pytest.mark.parametrize(
     ("scan", "config"), [(False, CONFIG), (True, QWEN3), pytest.param(True, CONFIG, marks=pytest.mark.slow)]
 )
 def test_a_model_is_that_of_its_weights_multiplied_out(scan, config):
-    model, params, kept = rounded(scan, config=config)
+    model, params, original = rounded(scan, config=config)
     tokens, positions = jnp.arange(24).reshape(2, 12), jnp.broadcast_to(jnp.arange(12), (2, 12))
-    found = model.apply({"params": params}, tokens, positions)[0]
+    actual = model.apply({"params": params}, tokens, positions)[0]
     want = unrounded(model).apply({"params": multiplied(params)}, tokens, positions)[0]
-    np.testing.assert_allclose(found, want, atol=2e-5)
+    np.testing.assert_allclose(actual, want, atol=2e-5)
     cache = init_kv_cache(config, 2, 16, jnp.float32, scan_layers=scan)
     cached, _ = model.apply({"params": params}, tokens, positions, None, cache, jnp.zeros(2, jnp.int32))
     np.testing.assert_allclose(cached, want, atol=2e-5)
-    assert np.abs(want - unrounded(model).apply({"params": kept}, tokens, positions)[0]).max() > 1e-4
+    assert np.abs(want - unrounded(model).apply({"params": original}, tokens, positions)[0]).max() > 1e-4
 
 
 def test_each_weight_is_within_half_a_step_and_the_rest_untouched():
-    model, params, kept = rounded(dtype=jnp.bfloat16)
+    model, params, original = rounded(dtype=jnp.bfloat16)
     again = jax.tree.map(np.asarray, params)
     for path in MATRICES:
-        mine, theirs = at(again["layers"], path), at(kept["layers"], path)["kernel"].astype(np.float32)
+        mine, theirs = at(again["layers"], path), at(original["layers"], path)["kernel"].astype(np.float32)
         assert mine["kernel"].dtype == np.int8
         step = np.abs(theirs).max(axis=1) / 127
         np.testing.assert_allclose(mine["scale"], step, rtol=1e-6)
         error = np.abs(mine["kernel"] * mine["scale"][:, None, :] - theirs)
         assert (error <= step[:, None, :] * 0.5001).all()
-    np.testing.assert_array_equal(again["embed"]["kernel"], kept["embed"]["kernel"])
-    np.testing.assert_array_equal(again["layers"]["attn"]["q"]["bias"], kept["layers"]["attn"]["q"]["bias"])
+    np.testing.assert_array_equal(again["embed"]["kernel"], original["embed"]["kernel"])
+    np.testing.assert_array_equal(again["layers"]["attn"]["q"]["bias"], original["layers"]["attn"]["q"]["bias"])
     shapes, _ = abstract_params(model)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
 
 
 def test_norms_of_queries_and_keys_are_not_rounded():
-    model, params, kept = rounded(dtype=jnp.bfloat16, config=QWEN3)
+    model, params, original = rounded(dtype=jnp.bfloat16, config=QWEN3)
     shapes, _ = abstract_params(model)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     for name in ("q_norm", "k_norm"):
         scale = params["layers"]["attn"][name]["scale"]
         assert (scale.shape, scale.dtype) == ((2, 16), jnp.bfloat16)
-        np.testing.assert_array_equal(scale, kept["layers"]["attn"][name]["scale"])
+        np.testing.assert_array_equal(scale, original["layers"]["attn"][name]["scale"])
 
 
 def test_a_column_of_zeros_stays_one():
     model = Qwen2(CONFIG, param_dtype=jnp.int8)
     params = jax.tree.map(jnp.zeros_like, init_params(unrounded(model), jax.random.key(0)))
-    found = quantize(params, model)["layers"]["gate"]
-    assert not np.asarray(found["kernel"]).any()
-    assert np.isfinite(found["scale"]).all()
+    quantized = quantize(params, model)["layers"]["gate"]
+    assert not np.asarray(quantized["kernel"]).any()
+    assert np.isfinite(quantized["scale"]).all()
 
 
 def test_on_a_mesh_it_lies_as_weights_do():
@@ -142,14 +142,14 @@ def test_a_rounded_user_feels_the_same(profiles, tmp_path):
         f"--config.eval.batch={profiles}",
     ]
     assert evaluate.main(command) == 0
-    read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
-    played = read(out / "dialogues.jsonl")
-    judged = sorted(read(out / "judges" / "int8.jsonl"), key=lambda line: line["index"])
+    read_lines = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
+    played = read_lines(out / "dialogues.jsonl")
+    judgements = sorted(read_lines(out / "judges" / "int8.jsonl"), key=lambda line: line["index"])
     print(json.loads((out / "summary.json").read_text())["judges"])
     pairs = [
-        (said["change"], change)
-        for one, other in zip(played, judged, strict=True)
-        for said, change in zip([m for m in one["messages"] if "change" in m], other["changes"], strict=True)
+        (message["change"], change)
+        for one, other in zip(played, judgements, strict=True)
+        for message, change in zip([m for m in one["messages"] if "change" in m], other["changes"], strict=True)
     ]
     same = np.mean([a == b for a, b in pairs])
     print(f"the same change in {same:.1%} of {len(pairs)} turns")
@@ -169,7 +169,7 @@ def test_the_real_model_rounded_says_nearly_the_same(checkpoint):
     for file in sorted(Path(folder).glob("*.jsonl"))[:3]:
         with open(file, encoding="utf-8") as lines:
             texts += [json.loads(line)["history"] for line in itertools.islice(lines, 2)]
-    rows = [tokenizer.encode("\n".join(said["content"] for said in text))[:length] for text in texts]
+    rows = [tokenizer.encode("\n".join(message["content"] for message in text))[:length] for text in texts]
     rows = jnp.asarray([row for row in rows if len(row) == length])
     assert len(rows) >= 5
     plain = Qwen2(Qwen2Config.from_hf(checkpoint), dtype=jnp.float32, param_dtype=jnp.float32)
@@ -185,12 +185,12 @@ def test_the_real_model_rounded_says_nearly_the_same(checkpoint):
         return [np.asarray(one(params, row)) for row in rows]
 
     want = distributions(plain, params)
-    found = distributions(rounded, quantize(params, rounded))
-    same = np.mean([a.argmax(-1) == b.argmax(-1) for a, b in zip(want, found, strict=True)])
-    apart = np.mean([(np.exp(b) * (b - a)).sum(-1) for a, b in zip(want, found, strict=True)])
-    print(f"the same likeliest token at {same:.1%} of {rows.size} positions, mean KL {apart:.4f} nats")
+    actual = distributions(rounded, quantize(params, rounded))
+    same = np.mean([a.argmax(-1) == b.argmax(-1) for a, b in zip(want, actual, strict=True)])
+    divergence = np.mean([(np.exp(b) * (b - a)).sum(-1) for a, b in zip(want, actual, strict=True)])
+    print(f"the same likeliest token at {same:.1%} of {rows.size} positions, mean KL {divergence:.4f} nats")
     assert same >= 0.97
-    assert apart <= 0.02
+    assert divergence <= 0.02
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -199,30 +199,30 @@ def test_wide_matrices_are_freed_and_the_rest_is_passed_on(scan, spread):
     """Matrices of the given parameters are gone; norms, biases, embedding and head are the very same arrays."""
     mesh = make_mesh(1, 4, 2) if spread else None
     model = Qwen2(CONFIG, dtype=jnp.float32, param_dtype=jnp.int8, scan_layers=scan)
-    wide = init_params(unrounded(model), jax.random.key(0), mesh)
-    found = quantize(wide, model, mesh)
-    for layer, rounded_layer in zip(layers_of(wide), layers_of(found), strict=True):
+    params = init_params(unrounded(model), jax.random.key(0), mesh)
+    quantized = quantize(params, model, mesh)
+    for layer, rounded_layer in zip(layers_of(params), layers_of(quantized), strict=True):
         for path in MATRICES:
             assert at(layer, path)["kernel"].is_deleted()
         assert rounded_layer["attn_norm"]["scale"] is layer["attn_norm"]["scale"]
         assert rounded_layer["attn"]["q"]["bias"] is layer["attn"]["q"]["bias"]
     for name in ("embed", "norm", "lm_head"):
-        assert found[name] is wide[name]
-    assert not any(x.is_deleted() for x in jax.tree.leaves(found))
+        assert quantized[name] is params[name]
+    assert not any(x.is_deleted() for x in jax.tree.leaves(quantized))
 
 
 @pytest.mark.slow
 def test_one_rounded_matrix_at_a_time_beside_the_wide_model(monkeypatch):
     """Bytes alive while each matrix is rounded: never a second model, less and less as it goes on."""
     model = Qwen2(CONFIG, dtype=jnp.float32, param_dtype=jnp.int8)
-    wide = init_params(unrounded(model), jax.random.key(0))
+    params = init_params(unrounded(model), jax.random.key(0))
     before = alive()
     program, seen = quantization._program, []
     monkeypatch.setattr(quantization, "_program", lambda where: lambda x: (seen.append(alive()), program(where)(x))[1])
-    found = quantize(wide, model)
+    quantized = quantize(params, model)
     assert len(seen) == len(MATRICES)
     assert max(seen) == before
     assert seen == sorted(seen, reverse=True)
-    kernels = [at(found["layers"], path) for path in MATRICES]
+    kernels = [at(quantized["layers"], path) for path in MATRICES]
     freed = sum(4 * x["kernel"].size for x in kernels) - sum(x["kernel"].nbytes + x["scale"].nbytes for x in kernels)
     assert before - alive() == freed

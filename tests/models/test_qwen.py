@@ -59,8 +59,8 @@ def combined(**ways):
 def test_logits_equal_transformers(name, options):
     config, tokens, expected = golden(name)
     model = Qwen2(config, **options)
-    found, _ = forward(model, load_params(GOLDEN / name, model), tokens, positions(tokens))
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    actual, _ = forward(model, load_params(GOLDEN / name, model), tokens, positions(tokens))
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def test_ragged_cache_equals_transformers(name, options):
     start, counts = np.zeros(3, np.int32), np.array([12, 5, 20], np.int32)
     for _ in range(2):  # the second piece continues ragged
         piece = jnp.stack([jax.lax.dynamic_slice(t, (s,), (20,)) for t, s in zip(tokens, start, strict=True)])
-        found, cache = forward(model, params, piece, start[:, None] + jnp.arange(20), None, cache, jnp.asarray(start))
+        actual, cache = forward(model, params, piece, start[:, None] + jnp.arange(20), None, cache, jnp.asarray(start))
         for row in range(3):
             want = expected[row, start[row] : start[row] + counts[row]]
-            np.testing.assert_allclose(found[row, : counts[row]], want, atol=2e-5)
+            np.testing.assert_allclose(actual[row, : counts[row]], want, atol=2e-5)
         start = start + counts
         counts = np.array([8, 15, 0], np.int32)
     for _ in range(5):  # then one by one; what padding wrote past each length must not be seen
         now = np.minimum(start, 39)
-        found, cache = forward(
+        actual, cache = forward(
             model, params, tokens[np.arange(3), now][:, None], now[:, None], None, cache, jnp.asarray(now)
         )
-        np.testing.assert_allclose(found[:, 0], expected[np.arange(3), now], atol=2e-5)
+        np.testing.assert_allclose(actual[:, 0], expected[np.arange(3), now], atol=2e-5)
         start = start + 1
 
 
@@ -101,12 +101,12 @@ def test_branches_equal_separate_rows(attention):
     packed = jnp.concatenate([a, one, b, two, c])[None]
     branch = jnp.repeat(jnp.array([0, 1, 0, 2, 0]), 6)[None]
     pos = jnp.concatenate([jnp.arange(s, s + 6) for s in (0, 6, 6, 12, 12)])[None]
-    found, _ = forward(model, params, packed, pos, branch)
+    actual, _ = forward(model, params, packed, pos, branch)
     rows = {(6, 12): [a, one], (12, 18): [a, b], (18, 24): [a, b, two], (24, 30): [a, b, c]}
     for (start, end), parts in rows.items():
         row = jnp.concatenate(parts)[None]
         want, _ = forward(model, params, row, positions(row))
-        np.testing.assert_allclose(found[0, start:end], want[0, -6:], atol=2e-5)
+        np.testing.assert_allclose(actual[0, start:end], want[0, -6:], atol=2e-5)
 
 
 @pytest.mark.parametrize("attention", ["dense", "chunked"])
@@ -120,12 +120,12 @@ def test_branches_over_a_cache_equal_separate_rows(attention):
     options = tokens[:, 20:29]
     branch = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2, 3]), 3), (3, 9))
     pos = lengths[:, None] + jnp.tile(jnp.arange(3), 3)
-    found, _ = forward(model, params, options, pos, branch, cache, lengths)
+    actual, _ = forward(model, params, options, pos, branch, cache, lengths)
     for row in range(3):
         for option in range(3):
             plain = jnp.concatenate([tokens[row, : lengths[row]], options[row, 3 * option : 3 * option + 3]])[None]
             want, _ = forward(model, params, plain, positions(plain))
-            np.testing.assert_allclose(found[row, 3 * option : 3 * option + 3], want[0, -3:], atol=2e-5)
+            np.testing.assert_allclose(actual[row, 3 * option : 3 * option + 3], want[0, -3:], atol=2e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -224,8 +224,8 @@ def test_sharded_model_equals_transformers(name, fsdp, tensor):
     params = jax.device_put(params, tree_shardings(axes, shapes, mesh))
     batch = jnp.tile(tokens, (3, 1))[:8]
     with jax.set_mesh(mesh):
-        found, _ = forward(model, params, batch, positions(batch))
-    np.testing.assert_allclose(np.asarray(found)[:3, :, :131], expected, atol=5e-5)
+        actual, _ = forward(model, params, batch, positions(batch))
+    np.testing.assert_allclose(np.asarray(actual)[:3, :, :131], expected, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +289,6 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
     batch = jnp.tile(tokens, (3, 1))[:8]
     want = loss_and_gradient(model, params, batch)
     with jax.set_mesh(mesh):
-        found = loss_and_gradient(model, init_params(model, jax.random.key(1), mesh), batch)
+        actual = loss_and_gradient(model, init_params(model, jax.random.key(1), mesh), batch)
     assert np.abs(want[1]["layers"]["attn"]["q_norm"]["scale"]).max() > 1e-6
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-9), found, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-9), actual, want)

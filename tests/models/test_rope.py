@@ -22,16 +22,16 @@ def plain(theta, dim):
 
 @pytest.mark.parametrize(("theta", "dim"), [(1e6, 128), (1e6, 64), (1e4, 32)])
 def test_without_scaling(theta, dim):
-    found = frequencies(theta, dim)
-    assert (found.inverse.dtype, found.scale) == (np.float32, 1.0)
-    np.testing.assert_allclose(found.inverse, plain(theta, dim), rtol=3e-7)
+    actual = frequencies(theta, dim)
+    assert (actual.inverse.dtype, actual.scale) == (np.float32, 1.0)
+    np.testing.assert_allclose(actual.inverse, plain(theta, dim), rtol=3e-7)
 
 
 def test_yarn_of_the_model_card():
     """Head of 128, theta 1e6: 32 turns in 32,768 positions lie at 23.6 of 64 frequencies, one turn at 39.7."""
-    found = frequencies(1e6, 128, CARD)
-    assert found.scale == pytest.approx(1.1386294361)  # 0.1 ln 4 + 1
-    ratio = found.inverse / plain(1e6, 128)
+    actual = frequencies(1e6, 128, CARD)
+    assert actual.scale == pytest.approx(1.1386294361)  # 0.1 ln 4 + 1
+    ratio = actual.inverse / plain(1e6, 128)
     np.testing.assert_allclose(ratio[:24], 1, rtol=3e-7)
     np.testing.assert_allclose(ratio[40:], 1 / 4, rtol=3e-7)
     ramp = (np.arange(24, 40) - 23) / 17
@@ -56,24 +56,24 @@ def test_yarn_with_bounds_of_its_own():
     """16 frequencies, theta 10,000, 1,024 positions: 8 turns lie at 16 log(1024/16π)/log 10⁴ = 5.24, 2 at 7.64."""
     fields = {"beta_fast": 8.0, "beta_slow": 2.0, "original_max_position_embeddings": 1024}
     for truncate, low, high in [(True, 5, 8), (False, 5.236120, 7.644360)]:
-        found = frequencies(1e4, 32, RopeScaling("yarn", 2.0, truncate=truncate, **fields))
+        actual = frequencies(1e4, 32, RopeScaling("yarn", 2.0, truncate=truncate, **fields))
         ramp = np.clip((np.arange(16) - low) / (high - low), 0, 1)
-        np.testing.assert_allclose(found.inverse / plain(1e4, 32), 1 - ramp / 2, rtol=2e-5)
+        np.testing.assert_allclose(actual.inverse / plain(1e4, 32), 1 - ramp / 2, rtol=2e-5)
 
 
 def test_linear_and_llama3():
-    found = frequencies(1e6, 64, RopeScaling("linear", 8.0))
-    np.testing.assert_allclose(found.inverse, plain(1e6, 64) / 8, rtol=3e-7)
-    assert found.scale == 1
+    actual = frequencies(1e6, 64, RopeScaling("linear", 8.0))
+    np.testing.assert_allclose(actual.inverse, plain(1e6, 64) / 8, rtol=3e-7)
+    assert actual.scale == 1
     scaling = RopeScaling(
         "llama3", 8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
     )
-    found = frequencies(5e5, 128, scaling)  # Llama 3.1's
+    actual = frequencies(5e5, 128, scaling)  # Llama 3.1's
     turns = 8192 * plain(5e5, 128) / (2 * np.pi)
-    kept = np.clip((turns - 1) / 3, 0, 1)
-    assert ((kept > 0) & (kept < 1)).sum() == 6
-    np.testing.assert_allclose(found.inverse, plain(5e5, 128) * (kept + (1 - kept) / 8), rtol=3e-6)
-    assert found.scale == 1
+    weight = np.clip((turns - 1) / 3, 0, 1)
+    assert ((weight > 0) & (weight < 1)).sum() == 6
+    np.testing.assert_allclose(actual.inverse, plain(5e5, 128) * (weight + (1 - weight) / 8), rtol=3e-6)
+    assert actual.scale == 1
 
 
 def test_rotation_by_hand():
@@ -81,15 +81,15 @@ def test_rotation_by_hand():
     draw = np.random.default_rng(0)
     x, positions = draw.normal(size=(2, 5, 3, 64)), np.array([[0, 1, 2, 3, 4], [100, 5_000, 32_768, 60_000, 131_071]])
     rope = frequencies(1e6, 64, CARD)
-    found = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), rope)
+    actual = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), rope)
     turned = (
         (x[..., :32] + 1j * x[..., 32:])
         * 1.1386294361119891
         * np.exp(1j * positions[..., None, None] * rope.inverse.astype(np.float64))
     )
     wanted = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(found[0], wanted[0], atol=2e-6)
-    np.testing.assert_allclose(found[1], wanted[1], atol=3e-2)  # an angle of 1e5 has an ulp of 8e-3
+    np.testing.assert_allclose(actual[0], wanted[0], atol=2e-6)
+    np.testing.assert_allclose(actual[1], wanted[1], atol=3e-2)  # an angle of 1e5 has an ulp of 8e-3
 
 
 def test_nothing_is_computed_for_a_scale_of_one():
@@ -139,7 +139,7 @@ def test_the_golden_model_is_scaled():
     folder = Path(__file__).parent / "golden" / "yarn"
     raw = json.loads((folder / "config.json").read_text())
     assert raw["rope_parameters"]["rope_type"] == "yarn"
-    found = Qwen2Config.from_hf(folder)
+    config = Qwen2Config.from_hf(folder)
     # 2 turns in 16 positions lie at 0.16 of 6 frequencies, a quarter of a turn at 1.51: bounds 0 and 2.
     ramp = np.clip(np.arange(6) / 2, 0, 1)
-    np.testing.assert_allclose(found.rope.inverse, plain(1e4, 12) * (1 - ramp * 3 / 4), rtol=1e-6)
+    np.testing.assert_allclose(config.rope.inverse, plain(1e4, 12) * (1 - ramp * 3 / 4), rtol=1e-6)

@@ -32,10 +32,10 @@ def refused(folder, *parts, check=find_tensors):
 def test_reads_what_the_library_wrote(tmp_path):
     tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(5, ml_dtypes.bfloat16)}
     save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
-    found = find_tensors(tmp_path)
+    by_name = find_tensors(tmp_path)
     data = (tmp_path / SINGLE_FILE).read_bytes()
     for name, array in tensors.items():
-        one = found[name]
+        one = by_name[name]
         assert (one.shape, one.dtype) == (array.shape, {"b": "F32", "a": "BF16"}[name])
         assert data[one.begin : one.end] == array.tobytes()
 
@@ -93,7 +93,7 @@ def test_a_malformed_header(tmp_path, name):
 
 def test_lengths_of_headers(tmp_path):
     file = tmp_path / SINGLE_FILE
-    for data, said in (
+    for data, message in (
         (b"", "is empty"),
         (b"\x08\x00", "truncated"),
         ((2**63).to_bytes(8, "little") + b"{}", "header claims 9223372036854775808 bytes"),
@@ -103,7 +103,7 @@ def test_lengths_of_headers(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
     ):
         file.write_bytes(data)
-        refused(tmp_path, said, "fetch")
+        refused(tmp_path, message, "fetch")
 
 
 def test_what_is_no_file(tmp_path):
@@ -215,9 +215,9 @@ def test_finite_or_not(dtype):
     assert not not_finite(fine[:0])
     for bad in (np.inf, -np.inf, np.nan, np.copysign(np.nan, -1)):
         for at in range(len(fine)):
-            found = fine.copy()
-            found[at] = bad
-            assert not_finite(found)
+            values = fine.copy()
+            values[at] = bad
+            assert not_finite(values)
 
 
 def test_equal_values_of_other_dtypes(tmp_path):
@@ -226,8 +226,8 @@ def test_equal_values_of_other_dtypes(tmp_path):
     other[-1, -1] = np.nextafter(other[-1, -1], np.float32(9))
     arrays = {"a": draw, "b": draw.astype(np.float32), "c": other, "d": draw.T.copy(), "e": draw.copy()}
     save_file(arrays, tmp_path / SINGLE_FILE)
-    found = find_tensors(tmp_path)
-    same = {name for name in arrays if same_values(found["a"], found[name])}
+    tensors = find_tensors(tmp_path)
+    same = {name for name in arrays if same_values(tensors["a"], tensors[name])}
     assert same == {"a", "b", "e"}
 
 

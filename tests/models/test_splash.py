@@ -22,15 +22,15 @@ def rows_of(draw, count, length):
     """Branches and segments as packed rows have them: dialogues of turns, a thought in most; padding at the end."""
     branch, segment = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     for row in range(count):
-        place, end = 0, length - int(draw.integers(0, 40))
-        while place < end:
-            stop, first, turn = min(place + int(draw.integers(60, 140)), end), place, 1
-            segment[row, place:stop] = first
-            while place < stop:
-                place += int(draw.integers(5, 30))
+        position, end = 0, length - int(draw.integers(0, 40))
+        while position < end:
+            stop, first, turn = min(position + int(draw.integers(60, 140)), end), position, 1
+            segment[row, position:stop] = first
+            while position < stop:
+                position += int(draw.integers(5, 30))
                 thought = int(draw.integers(0, 25))
-                branch[row, place : min(place + thought, stop)] = turn * BRANCH_RADIX
-                place, turn = min(place + thought, stop), turn + 1
+                branch[row, position : min(position + thought, stop)] = turn * BRANCH_RADIX
+                position, turn = min(position + thought, stop), turn + 1
         segment[row, end:] = end
         branch[row, end:] = 0
     return jnp.asarray(branch), jnp.asarray(segment)
@@ -49,9 +49,9 @@ def problem(dtype, length=LENGTH, rows=2):
     ("dtype", "tolerance"), [(jnp.float32, 3e-6), pytest.param(jnp.bfloat16, 2e-2, marks=pytest.mark.slow)]
 )
 def test_values_and_gradients_are_those_of_dense_attention(dtype, tolerance):
-    q, k, v, see = problem(dtype)
+    q, k, v, mask = problem(dtype)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
-    blocks = jax.jit(blocks_of, static_argnums=1)(visible(see, LENGTH), 128)
+    blocks = jax.jit(blocks_of, static_argnums=1)(visible(mask, LENGTH), 128)
     assert blocks.size == 128
 
     def graded(attend):
@@ -61,10 +61,10 @@ def test_values_and_gradients_are_those_of_dense_attention(dtype, tolerance):
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
 
-    (_, want), want_gradients = graded(lambda *x: dense_attention(*x, see))
-    (_, found), gradients = graded(lambda *x: splash_attention(*x, blocks, interpret=True))
-    assert found.dtype == dtype
-    for mine, theirs in zip((found, *gradients), (want, *want_gradients), strict=True):
+    (_, want), want_gradients = graded(lambda *x: dense_attention(*x, mask))
+    (_, actual), gradients = graded(lambda *x: splash_attention(*x, blocks, interpret=True))
+    assert actual.dtype == dtype
+    for mine, theirs in zip((actual, *gradients), (want, *want_gradients), strict=True):
         mine, theirs = (np.asarray(x, np.float32) for x in (mine, theirs))
         np.testing.assert_allclose(mine, theirs, atol=tolerance * max(np.abs(theirs).max(), 1))
 
@@ -73,8 +73,8 @@ def test_blocks_that_nobody_sees_are_left_out():
     """NaN in the keys and values of one dialogue reaches another one's result, and gradient, only if it is read."""
     q, k, v, _ = problem(jnp.float32, length=384, rows=1)
     segment = jnp.repeat(jnp.array([[0, 128, 256]]), 128, axis=1)
-    see = AttentionMask(None, q_segment=segment, k_segment=segment)
-    mask = visible(see, 384)
+    attention_mask = AttentionMask(None, q_segment=segment, k_segment=segment)
+    mask = visible(attention_mask, 384)
     blocks = blocks_of(mask, 128)
     np.testing.assert_array_equal(blocks.forward.block_mask[0, 0], np.eye(3))
     np.testing.assert_array_equal(blocks.backward.block_mask[0, 0], np.eye(3))
@@ -90,7 +90,7 @@ def test_blocks_that_nobody_sees_are_left_out():
     of_q, of_k, of_v = map(np.asarray, gradients)
     for mine, axis in ((of_q, 1), (of_k, 2), (of_v, 2)):
         assert np.isfinite(np.delete(mine, np.s_[128:256], axis)).all()
-    dense = jax.jit(lambda *x: dense_attention(*x, see))(q, k, v)
+    dense = jax.jit(lambda *x: dense_attention(*x, attention_mask))(q, k, v)
     assert np.isnan(dense[:, 256:]).any(), "dense attention multiplies what is masked by 0"
 
 
@@ -101,10 +101,10 @@ def test_every_other_block_is_read():
     whole = np.zeros((2, 384, 384), bool)
     whole[:, :LENGTH, :LENGTH] = mask
     whole[:, range(LENGTH, 384), range(LENGTH, 384)] = True
-    some = whole.reshape(2, 3, 128, 3, 128).any((2, 4))
-    np.testing.assert_array_equal(np.asarray(blocks.forward.block_mask)[:, 0] > 0, some)
-    np.testing.assert_array_equal(np.asarray(blocks.backward.block_mask)[:, 0] > 0, some)
-    assert some.mean() < 0.9
+    any_visible = whole.reshape(2, 3, 128, 3, 128).any((2, 4))
+    np.testing.assert_array_equal(np.asarray(blocks.forward.block_mask)[:, 0] > 0, any_visible)
+    np.testing.assert_array_equal(np.asarray(blocks.backward.block_mask)[:, 0] > 0, any_visible)
+    assert any_visible.mean() < 0.9
 
 
 CONFIG = Qwen2Config(96, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -129,8 +129,8 @@ def test_a_model_learns_the_same_with_it(scan, remat, monkeypatch):
         return jax.jit(jax.value_and_grad(total))(params)
 
     want, want_gradient = graded(model)
-    found, gradient = graded(model.clone(attention="splash"))
-    np.testing.assert_allclose(found, want, rtol=1e-5)
+    actual, gradient = graded(model.clone(attention="splash"))
+    np.testing.assert_allclose(actual, want, rtol=1e-5)
     for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * max(float(jnp.abs(theirs).max()), 1e-2))
 
@@ -154,17 +154,17 @@ def test_a_cache_is_refused():
     ],
 )
 def test_what_a_mesh_cannot_divide_is_refused(shape, message):
-    q, k, v, see = problem(jnp.float32, length=128, rows=2)
-    blocks = blocks_of(visible(see, 128))
+    q, k, v, mask = problem(jnp.float32, length=128, rows=2)
+    blocks = blocks_of(visible(mask, 128))
     with jax.set_mesh(make_mesh(*shape)), pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *x: splash_attention(*x, blocks, interpret=True), q, k, v)
 
 
 @pytest.mark.slow
 def test_on_a_mesh_each_device_has_its_rows_and_heads():
-    q, k, v, see = problem(jnp.float32, rows=4)
-    mask = visible(see, LENGTH)
-    want = dense_attention(q, k, v, see)
+    q, k, v, attention_mask = problem(jnp.float32, rows=4)
+    mask = visible(attention_mask, LENGTH)
+    want = dense_attention(q, k, v, attention_mask)
     with jax.set_mesh(make_mesh(2, 2, 2)):
-        found = jax.jit(lambda *x: splash_attention(*x[:3], blocks_of(x[3], 128), interpret=True))(q, k, v, mask)
-    np.testing.assert_allclose(found, want, atol=3e-6)
+        actual = jax.jit(lambda *x: splash_attention(*x[:3], blocks_of(x[3], 128), interpret=True))(q, k, v, mask)
+    np.testing.assert_allclose(actual, want, atol=3e-6)

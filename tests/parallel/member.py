@@ -50,13 +50,13 @@ def spread() -> None:
     mesh = make_mesh(replica=1, fsdp=-1, tensor=2)  # four rows of devices, two of each process
     table, asked = np.arange(24).reshape(8, 3), set()
 
-    def rows(some: slice) -> np.ndarray:
-        asked.update(range(8)[some])
-        return table[some]
+    def rows(part: slice) -> np.ndarray:
+        asked.update(range(8)[part])
+        return table[part]
 
     array = distributed.rows_on(mesh, 8, rows)
     tell("asked", sorted(asked))
-    odd = distributed.rows_on(mesh, 3, lambda some: table[:3][some])
+    odd = distributed.rows_on(mesh, 3, lambda part: table[:3][part])
     by_column = jax.jit(lambda x: x * 2.0, out_shardings=NamedSharding(mesh, PartitionSpec(None)))(array)
     key = distributed.replicate(jax.random.key(7), mesh)
     tell("key", (key.is_fully_replicated, len(key.sharding.device_set)))

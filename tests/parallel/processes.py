@@ -41,14 +41,14 @@ class Member:
     def told(self, begin: str, seconds: float = 120) -> str:
         """What follows on the last line that begins with `begin`, now or later."""
         until = time.monotonic() + seconds
-        while not (found := [line for line in self.lines if line.startswith(begin)]):
+        while not (matching := [line for line in self.lines if line.startswith(begin)]):
             try:
                 line = self._new.get(timeout=max(until - time.monotonic(), 0.01))
             except queue.Empty:
                 raise AssertionError(f"no {begin!r} within {seconds} s:\n{self.printed}") from None
             assert line is not None, f"ended without {begin!r}:\n{self.printed}"
             self.lines.append(line)
-        return found[-1].removeprefix(begin)
+        return matching[-1].removeprefix(begin)
 
     def ended(self, seconds: float) -> int:
         """Its exit status; by then all that it said is in `printed`."""

@@ -90,10 +90,10 @@ def lower_update(
 def layout_of(mesh: Mesh, batch: int) -> PackingPlan:
     """One update of all dialogues."""
 
-    def places(*sizes: int) -> RowAssignment:
+    def assignments(*sizes: int) -> RowAssignment:
         return RowAssignment(*(whole(mesh, shape, jnp.int32) for shape in (sizes, sizes, sizes[:-1])))
 
-    return PackingPlan(places(batch), places(1, batch))
+    return PackingPlan(assignments(batch), assignments(1, batch))
 
 
 def lower_decode(mesh: Mesh, *, batch: int, capacity: int, dtype=jnp.bfloat16):

@@ -52,8 +52,8 @@ def test_two_processes_from_meeting_to_end(two):
     two[1].process.kill()
     assert two[0].ended(60) != 0, two[0].printed
     assert time.monotonic() - began < 60
-    said = ("process 0 of 2 cannot continue without the others", "another task died")
-    assert any(text in two[0].printed for text in said), two[0].printed
+    expected = ("process 0 of 2 cannot continue without the others", "another task died")
+    assert any(text in two[0].printed for text in expected), two[0].printed
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_a_silent_process_ends_the_others(two, silent):
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("overrides", "why"),
     [
         ({"coordinator": "localhost:1"}, "--processes (or JAX_NUM_PROCESSES) is missing"),
         ({"coordinator": "localhost:1", "processes": 2}, "--process (or JAX_PROCESS_ID) is missing"),
@@ -83,9 +83,9 @@ def test_a_silent_process_ends_the_others(two, silent):
         ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--process=2 of --processes=2: expected 0 to 1"),
     ],
 )
-def test_flags_that_do_not_belong_together(given, why, monkeypatch):
+def test_flags_that_do_not_belong_together(overrides, why, monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
-    options = SimpleNamespace(**({"coordinator": None, "processes": None, "process": None} | given))
+    options = SimpleNamespace(**({"coordinator": None, "processes": None, "process": None} | overrides))
     with pytest.raises(ValueError, match=why.replace("(", r"\(").replace(")", r"\)")):
         initialize(options, finish_steps=True)

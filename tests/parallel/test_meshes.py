@@ -72,8 +72,8 @@ def test_a_run_moves_from_8_to_4_to_16_devices(tmp_path):
     moving = tmp_path / "moving"
     for last, devices, tensor in ((1, 8, 2), (3, 4, 1), (steps, 16, 2)):
         environ = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        given = fields | {"train.steps": last, "mesh.tensor": tensor}
-        flags = [f"--config.{name}={value}" for name, value in given.items()]
+        overrides = fields | {"train.steps": last, "mesh.tensor": tensor}
+        flags = [f"--config.{name}={value}" for name, value in overrides.items()]
         command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={moving}"]
         done = subprocess.run([*command, *flags], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr

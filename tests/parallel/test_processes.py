@@ -112,8 +112,8 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair, tmp_path, vic
         left = members[1 - victim]
         assert left.ended(60) != 0
         print(f"ended {time.monotonic() - began:.1f} s after process {victim} was killed")
-        said = ("cannot continue without the others", "another task died", "leader task")
-        assert any(text in left.printed for text in said), left.printed
+        expected = ("cannot continue without the others", "another task died", "leader task")
+        assert any(text in left.printed for text in expected), left.printed
     assert "resuming after step" in finish(start(2, 4, tmp_path))
     same_as(tmp_path, pair)
 

@@ -35,25 +35,25 @@ def gathers(ops):
     return [op for op in collectives(ops) if op.kind.startswith("all-gather") and "f" in op.shapes[0][0]]
 
 
-def check_update(ops, mesh, places: int = 0, length: int = LENGTH, stacked: bool = True):
+def check_update(ops, mesh, positions: int = 0, length: int = LENGTH, stacked: bool = True):
     """Weights are gathered one matrix of one layer at a time, the head a chunk at a time; no logits of all tokens.
 
-    Numbers of all tokens, so many `places`, may be gathered too. Hidden states are gathered for one layer's products;
+    Numbers of all tokens, so many `positions`, may be gathered too. Hidden states are gathered for a layer's products;
     what the backward pass keeps of each layer is spread.
     """
     tensor, width = mesh.shape["tensor"], CONFIG.hidden_size
-    found = [op for op in gathers(ops) if op.largest > places and op.shapes[-1][1][-2:] != (length, width)]
-    assert found, "weights split over fsdp must be gathered somewhere"
-    for op in found:
+    large_gathers = [op for op in gathers(ops) if op.largest > positions and op.shapes[-1][1][-2:] != (length, width)]
+    assert large_gathers, "weights split over fsdp must be gathered somewhere"
+    for op in large_gathers:
         assert op.inside or not stacked, f"gathered outside the loop over layers or chunks: {op.line}"
         assert op.largest <= max(LARGEST_MATRIX // tensor, VOCAB_CHUNK * width), op.line
     logits = BATCH * length // (mesh.shape["replica"] * mesh.shape["fsdp"]) * CONFIG.vocab_size // tensor
     for op in ops:
         assert op.largest < logits, f"as large as logits of all tokens: {op.line}"
     stacks = [dims for op in ops for _, dims in op.shapes if dims[:1] == (CONFIG.num_layers,) and dims[-1] == width]
-    kept = {dims[-2] for dims in stacks}
-    assert length not in kept
-    assert length // tensor in kept or not stacked
+    lengths = {dims[-2] for dims in stacks}
+    assert length not in lengths
+    assert length // tensor in lengths or not stacked
 
 
 def check_decode(ops, mesh):
@@ -61,9 +61,9 @@ def check_decode(ops, mesh):
 
     Chips of `attention_data` gather hidden states, one of each of their rows.
     """
-    heads, shared = CONFIG.num_kv_heads // mesh.shape["tensor"], mesh.shape.get("attention_data", 1)
+    local_heads, shared = CONFIG.num_kv_heads // mesh.shape["tensor"], mesh.shape.get("attention_data", 1)
     rows = BATCH // batch_parts(mesh)
-    cache = CONFIG.num_layers * rows * heads * CAPACITY * CONFIG.head_dim
+    cache = CONFIG.num_layers * rows * local_heads * CAPACITY * CONFIG.head_dim
     most = rows * mesh.shape["tensor"] if shared == 1 else rows * shared * CONFIG.hidden_size
     assert most < CONFIG.hidden_size * CONFIG.head_dim, "less than the smallest part of a matrix"
     assert max((op.largest for op in gathers(ops)), default=0) <= most
@@ -152,7 +152,7 @@ def test_ppo_for_tpu(shape, microbatches):
 def test_shared_rows_move_numbers_of_tokens_only():
     mesh = make_mesh(1, 4, 2)
     lowered = lower_update(mesh, batch=BATCH, length=LENGTH, ppo=True, shared=True)
-    check_update(operations(lowered.compile().as_text()), mesh, places=BATCH * LENGTH)
+    check_update(operations(lowered.compile().as_text()), mesh, positions=BATCH * LENGTH)
 
 
 @pytest.mark.slow
@@ -170,18 +170,20 @@ def test_splash_kernels_for_tpu(topology, width, dtype, length):
     mesh = tpu_mesh(topology, 1, 2, 2)
 
     def graded(q, k, v, branch, segment):
-        see = AttentionMask(None, branch, branch, q_segment=segment, k_segment=segment)
-        blocks = blocks_of(visible(see, length))
+        mask = AttentionMask(None, branch, branch, q_segment=segment, k_segment=segment)
+        blocks = blocks_of(visible(mask, length))
         total = lambda *x: (splash_attention(*x, blocks).astype(jnp.float32) ** 2).sum()  # noqa: E731
         return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
 
     def shape(axes, *sizes, dtype=dtype):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding(axes, sizes, mesh))
 
-    heads = [shape(("batch", "kv_heads", None, None), 2, 2, length, width) for _ in "kv"]
+    keys_values = [shape(("batch", "kv_heads", None, None), 2, 2, length, width) for _ in "kv"]
     labels = [shape(("batch", None), 2, length, dtype=jnp.int32) for _ in range(2)]
     with jax.set_mesh(mesh):
-        compiled = jax.jit(graded).lower(shape(("batch", None, "heads", None), 2, length, 4, width), *heads, *labels)
+        compiled = jax.jit(graded).lower(
+            shape(("batch", None, "heads", None), 2, length, 4, width), *keys_values, *labels
+        )
         text = compiled.compile().as_text()
     assert text.count("tpu_custom_call") == 3
     for kernel in ("fwd", "dq", "dkv"):
@@ -198,7 +200,7 @@ def test_an_update_with_splash_attention_for_tpu(topology, scan):
     text = lower_update(mesh, batch=BATCH, length=1024, ppo=False, model=model, shared=True).compile().as_text()
     for kernel in ("fwd", "dq", "dkv"):
         assert f"splash_mha_{kernel}" in text
-    check_update(operations(text), mesh, places=BATCH * 1024, length=1024, stacked=scan)
+    check_update(operations(text), mesh, positions=BATCH * 1024, length=1024, stacked=scan)
 
 
 @pytest.mark.slow

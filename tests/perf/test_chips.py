@@ -61,7 +61,7 @@ class Chip:
 )
 def test_hops(kind, sizes, mesh, axes, hops):
     """To the farthest chip, by hand, of groups that lie where `make_mesh` puts them."""
-    chips = [Chip(place, kind, i) for i, place in enumerate(itertools.product(*map(range, sizes)))]
+    chips = [Chip(position, kind, i) for i, position in enumerate(itertools.product(*map(range, sizes)))]
     grid = mesh_utils.create_device_mesh(mesh, devices=chips, allow_split_physical_axes=True)
     torus, numbers = Torus.of(grid.flat), np.arange(len(chips)).reshape(mesh)
     group = numbers[tuple(slice(None) if axis in axes else 0 for axis in range(3))].ravel()
@@ -105,8 +105,8 @@ def test_limits_are_the_compilers():
         devices = topology_devices(topology)
         assert len(devices) == 4, "a chip is one device"
         assert dict(os.environ) == before, "what says that this is a TPU's host would make other programs look for it"
-        place = jax.sharding.SingleDeviceSharding(devices[0])
-        large = jax.ShapeDtypeStruct((200, 2**30), jnp.int8, sharding=place)
+        sharding = jax.sharding.SingleDeviceSharding(devices[0])
+        large = jax.ShapeDtypeStruct((200, 2**30), jnp.int8, sharding=sharding)
         with pytest.raises(
             jax.errors.JaxRuntimeError, match=rf"exceeds available HBM \({CHIPS[family].usable_gib}0*G\)"
         ):

@@ -36,9 +36,9 @@ def square() -> float:
 
 def test_forward_pass():
     model = Qwen2(CONFIG, scan_layers=False)
-    found = counted(lambda p, x: hidden(model, p, x), abstract_params(model)[0], tokens())
+    counted_flops = counted(lambda p, x: hidden(model, p, x), abstract_params(model)[0], tokens())
     work = flops.packed_forward(CONFIG, ROWS, LENGTH, logits=False, itemsize=4, parts=1)
-    assert found == pytest.approx(work.flops + flops.attention_flops(CONFIG, square()), rel=0.02)
+    assert counted_flops == pytest.approx(work.flops + flops.attention_flops(CONFIG, square()), rel=0.02)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -49,14 +49,14 @@ def test_update(remat):
     def loss(params, x):
         return token_logprobs(hidden(model, params, x), head(params), x, chunk=CONFIG.vocab_size).logprob.sum()
 
-    found = counted(jax.grad(loss), abstract_params(model)[0], tokens())
+    counted_flops = counted(jax.grad(loss), abstract_params(model)[0], tokens())
     work = flops.packed_update(
         CONFIG, ROWS, LENGTH, logits=True, itemsize=4, parts=1, remat=remat, chunked=False
     )  # fmt: skip
     passes = 4 if remat == "full" else 3
     wanted = work.flops + passes * flops.attention_flops(CONFIG, square())
     wanted -= flops.head_flops(CONFIG, ROWS * LENGTH)  # logits of one chunk are not computed again: XLA sees them twice
-    assert found == pytest.approx(wanted, rel=0.02)
+    assert counted_flops == pytest.approx(wanted, rel=0.02)
 
 
 def test_a_token_of_seven_billion():
@@ -79,8 +79,8 @@ def test_a_token_of_seven_billion_in_int8():
     reader = flops.Reader(model.config, rounded=True)
     assert reader.stored_bytes == stored
     assert reader.pass_bytes + reader.column_bytes == stored - embedding
-    wide = [x for path, x in leaves if {key.key for key in path} & {"gate", "up", "down", "lm_head"}]
-    assert reader.column_bytes == sum(x.size * x.dtype.itemsize for x in wide)
+    matrices = [x for path, x in leaves if {key.key for key in path} & {"gate", "up", "down", "lm_head"}]
+    assert reader.column_bytes == sum(x.size * x.dtype.itemsize for x in matrices)
 
 
 def test_rows_that_share_a_prefix_read_it_once():
@@ -99,6 +99,6 @@ def test_rows_that_share_a_prefix_read_it_once():
 def test_the_optimizers_bytes():
     """Gradient, weight, first and second moment of each parameter: 4 + 2 x (4 + 4 + 4), or 4 + 2 x (2 + 2 + 4)."""
     c = Qwen2Config(100, 16, 32, 2, num_heads=2, num_kv_heads=1, head_dim=8)
-    how = {"logits": False, "parts": 1, "remat": "none", "chunked": False}
-    assert flops.packed_update(c, 1, 8, itemsize=4, **how).spread_bytes == 28 * c.num_params
-    assert flops.packed_update(c, 1, 8, itemsize=2, moment=2, **how).spread_bytes == 20 * c.num_params
+    options = {"logits": False, "parts": 1, "remat": "none", "chunked": False}
+    assert flops.packed_update(c, 1, 8, itemsize=4, **options).spread_bytes == 28 * c.num_params
+    assert flops.packed_update(c, 1, 8, itemsize=2, moment=2, **options).spread_bytes == 20 * c.num_params

@@ -39,18 +39,18 @@ def gathering():
 def test_collectives_in_nested_loops(gathering):
     """3 turns of the outer loop, 5 layers each: 15 gathers; of each a device lacks 7 of 8 parts."""
     asked = []
-    found = gathering.collectives(
+    collectives = gathering.collectives(
         "", lambda name: "scope" if "until" in name else None, lambda name: asked.append(name) or 3
     )
     assert asked
     assert all("until" in name for name in asked)
-    gathers = {phase: use for (phase, kind), use in found.items() if kind == "all-gather"}
+    gathers = {phase: use for (phase, kind), use in collectives.items() if kind == "all-gather"}
     assert gathers == {"scope": Use(3 * LAYERS, 3 * LAYERS * LAYER_BYTES * 7 / 8)}
 
 
 def test_hops_count_as_often_as_their_collectives(gathering):
-    found = gathering.collectives("", lambda name: None, lambda name: 3, lambda kind, chips: 10 * len(chips))
-    assert found["", "all-gather"].hops == 3 * LAYERS * 10 * 8
+    collectives = gathering.collectives("", lambda name: None, lambda name: 3, lambda kind, chips: 10 * len(chips))
+    assert collectives["", "all-gather"].hops == 3 * LAYERS * 10 * 8
 
 
 def test_counted_loops(gathering):
@@ -97,12 +97,14 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_volumes_of_ring_algorithms():
     """All-reduce: twice what a device lacks; reduce-scatter: all other parts; one gather though two fusions show it."""
-    found = Module.parse(HLO).collectives("", lambda name: "layers" if "layers" in name else None, lambda name: 1 / 0)
+    collectives = Module.parse(HLO).collectives(
+        "", lambda name: "layers" if "layers" in name else None, lambda name: 1 / 0
+    )
     wanted = {
         "all-reduce": 2 * (4 * 10 * 2 + 6 * 4) * 3 / 4, "reduce-scatter": 4 * 4, "collective-permute": 5 * 4,
         "all-gather": 8 * 4 * 3 / 4,
     }  # fmt: skip
-    assert found == {("layers", kind): Use(28, 28 * size) for kind, size in wanted.items()}
+    assert collectives == {("layers", kind): Use(28, 28 * size) for kind, size in wanted.items()}
 
 
 @pytest.mark.parametrize(
@@ -151,9 +153,9 @@ def test_bytes_of_a_dtype(name, sizes, wanted):
 def of_one(line: str, header: str = "") -> dict[str, Use]:
     """Kinds and uses of a program of one line."""
     module = Module.parse(f"{header}\nENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}\n")
-    found = module.collectives("all", lambda name: None, lambda name: 1 / 0)
-    assert {phase for phase, _ in found} <= {"all"}
-    return {kind: use for (_, kind), use in found.items()}
+    collectives = module.collectives("all", lambda name: None, lambda name: 1 / 0)
+    assert {phase for phase, _ in collectives} <= {"all"}
+    return {kind: use for (_, kind), use in collectives.items()}
 
 
 GROUPS = "channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}"
@@ -227,8 +229,8 @@ def test_loops_whose_turns_the_compiler_knows():
     text = HLO.replace("constant(28)", "parameter(1)").replace(
         "body=%body,", 'body=%body, backend_config={"known_trip_count":{"n":"7"}},'
     )
-    found = Module.parse(text).collectives("", lambda name: None, lambda name: 1 / 0)
-    assert found["", "all-gather"] == Use(7, 7 * 8 * 4 * 3 / 4)
+    collectives = Module.parse(text).collectives("", lambda name: None, lambda name: 1 / 0)
+    assert collectives["", "all-gather"] == Use(7, 7 * 8 * 4 * 3 / 4)
 
 
 def test_loops_that_begin_later():
@@ -251,10 +253,10 @@ def across(
     kind: str, sent: str, received: str, target: str = '"{1,2,3}x{0:7}"', name: str = "t", start: int = 1
 ) -> str:
     """Both ends of a transfer between slices, as the compiler writes them; their channels are numbered apart."""
-    how = f'{MEGASCALE},_xla_host_transfer_rendezvous="{name}",_xla_megascale_target={target}'
-    how += f',_xla_megascale_transfer_type="{kind}"}}'
-    return f"""  %send = ({sent}{{1,0}}, u32[], token[]) send(%x, %after-all), channel_id={start + 1}, {how}
-  %recv = ({received}{{1,0}}, u32[], token[]) recv(%after-all), channel_id={start}, {how}
+    attributes = f'{MEGASCALE},_xla_host_transfer_rendezvous="{name}",_xla_megascale_target={target}'
+    attributes += f',_xla_megascale_transfer_type="{kind}"}}'
+    return f"""  %send = ({sent}{{1,0}}, u32[], token[]) send(%x, %after-all), channel_id={start + 1}, {attributes}
+  %recv = ({received}{{1,0}}, u32[], token[]) recv(%after-all), channel_id={start}, {attributes}
   %send-done = token[] send-done(%send), channel_id={start + 1}, {MEGASCALE}}}
   %recv-done = ({received}{{1,0}}, token[]) recv-done(%recv), channel_id={start}, {MEGASCALE}}}
 """
@@ -287,19 +289,21 @@ def test_transfers_between_slices_in_loops():
     text = HLO.replace("  %fa = ", across("ALL_REDUCE", "bf16[4,9]", "bf16[4,9]", name="inside", start=7) + "  %fa = ")
     after = across("ALL_REDUCE", "f32[3]", "f32[3]", '"{1,2}x{0:7}"', name="after").replace("{1,0}", "{0}")
     text = text.replace("ENTRY %main (p: f32[8]) -> f32[8] {\n", "ENTRY %main (p: f32[8]) -> f32[8] {\n" + after)
-    found = Module.parse(text).collectives("", lambda name: "layers" if "layers" in name else None, lambda name: 1 / 0)
-    assert found["layers", "DCN all-reduce"] == Use(28, 28 * 72 * 2 * 2 / 3)
-    assert found["", "DCN all-reduce"] == Use(1, 12)
-    assert found["layers", "all-gather"] == Use(28, 28 * 24), "as without"
+    collectives = Module.parse(text).collectives(
+        "", lambda name: "layers" if "layers" in name else None, lambda name: 1 / 0
+    )
+    assert collectives["layers", "DCN all-reduce"] == Use(28, 28 * 72 * 2 * 2 / 3)
+    assert collectives["", "DCN all-reduce"] == Use(1, 12)
+    assert collectives["layers", "all-gather"] == Use(28, 28 * 24), "as without"
 
 
 def test_what_is_not_known_is_said():
     """Its bytes count; a transfer to the host counts no time."""
     uses = {("learn", "all-scatter (unknown)"): Use(3, 6e9), ("learn", "host copy"): Use(2, 1e9)}
-    said = uncounted(uses | {("learn", "all-reduce"): Use(1, 1)})
-    assert len(said) == 2
-    assert "all-scatter in learn: 3 of 6.00 GB in all; this version doesn't know what it sends" in said[0]
-    assert "host copy in learn: 2 of 1.00 GB in all, over the link of chip and host" in said[1]
+    warnings = uncounted(uses | {("learn", "all-reduce"): Use(1, 1)})
+    assert len(warnings) == 2
+    assert "all-scatter in learn: 3 of 6.00 GB in all; this version doesn't know what it sends" in warnings[0]
+    assert "host copy in learn: 2 of 1.00 GB in all, over the link of chip and host" in warnings[1]
 
 
 @pytest.mark.slow
@@ -310,18 +314,18 @@ def test_the_compilers_own_transfers():
     """
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
     mesh = make_mesh(2, 4, 2, devices=topology_devices("v5e:2x4", 2))
-    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    sharded = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
 
     @jax.named_scope("layers")
     def loss(weights, x):
         y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w).astype(x.dtype), None), x, weights)
         return (y.astype(jnp.float32) ** 2).mean()
 
-    shape = lambda sizes, *axes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=place(*axes))  # noqa: E731
+    shape = lambda sizes, *axes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=sharded(*axes))  # noqa: E731
     weights, x = shape((4, 512, 512), None, "fsdp", "tensor"), shape((64, 512), ("replica", "fsdp"))
     gradient = jax.jit(jax.grad(loss), out_shardings=weights.sharding)
     with jax.enable_compilation_cache(False) if hasattr(jax, "enable_compilation_cache") else contextlib.nullcontext():
         module = Module.parse(gradient.lower(weights, x).compile().as_text())
-    found = module.collectives("", lambda name: None, lambda name: 1 / 0)
-    assert found["", "DCN all-reduce"].bytes == pytest.approx(4 * 512 * 512 * 2 / 8, rel=0.02)
-    assert not [kind for _, kind in found if "unknown" in kind or "host" in kind]
+    collectives = module.collectives("", lambda name: None, lambda name: 1 / 0)
+    assert collectives["", "DCN all-reduce"].bytes == pytest.approx(4 * 512 * 512 * 2 / 8, rel=0.02)
+    assert not [kind for _, kind in collectives if "unknown" in kind or "host" in kind]

@@ -58,15 +58,15 @@ def test_two_slices(tmp_path, capsys):
     argv += ["--config.mesh.fsdp=4", "--config.loss.vocab_chunk=48", f"--json={file}"]
     assert plan.main(argv) == 0
     assert "2 slices of v5e:2x2" in capsys.readouterr().out
-    found = json.loads(file.read_text(encoding="utf-8"))
-    assert (found["slices"], found["chips"], found["mesh"]["replica"]) == (2, 8, 2)
-    assert not found["warnings"], "every transfer is known"
-    phases = {phase["name"]: phase for phase in found["phases"]}
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert (result["slices"], result["chips"], result["mesh"]["replica"]) == (2, 8, 2)
+    assert not result["warnings"], "every transfer is known"
+    phases = {phase["name"]: phase for phase in result["phases"]}
     for phase in phases.values():
         received = sum(use["bytes"] for use in phase["dcn_per_chip"].values())
         assert phase["seconds"]["dcn"] == pytest.approx(received / 3.125e9)
         assert phase["seconds"]["roofline"] >= phase["seconds"]["dcn"]
-    (program,) = (one for one in found["programs"] if one["name"] == "learn")
+    (program,) = (one for one in result["programs"] if one["name"] == "learn")
     parameters = program["hbm_gib"]["arguments"] * GIB / 3  # two moments are as large
     assert phases["policy update"]["dcn_per_chip"]["all-reduce"]["bytes"] > 0.5 * parameters
     assert phases["pack"]["dcn_per_chip"] == {}
@@ -77,15 +77,15 @@ def test_cheap_remedies_come_first():
 
     config = rlver_plus.get_config()
     config.critic.remat = "none"
-    found = list(candidates(config, ["learn"]))
-    assert found[0] == {"critic.remat": "full"}
-    assert found[1] == {"train.microbatches": 2 * config.train.microbatches}
+    remedies = list(candidates(config, ["learn"]))
+    assert remedies[0] == {"critic.remat": "full"}
+    assert remedies[1] == {"train.microbatches": 2 * config.train.microbatches}
     base = {"policy.param_dtype": "bfloat16", "critic.param_dtype": "bfloat16"}
-    assert found[-3] == {"lora.rank": 16, "lora.alpha": 32.0} | base, "before fewer dialogues"
-    assert found[-1] == {"rollout.batch": config.rollout.batch // 4}
+    assert remedies[-3] == {"lora.rank": 16, "lora.alpha": 32.0} | base, "before fewer dialogues"
+    assert remedies[-1] == {"rollout.batch": config.rollout.batch // 4}
     config.lora.rank = 8
     assert not any("lora.rank" in step for step in candidates(config, ["learn"]))
-    assert all("mesh_sampling.fsdp" not in step for step in found), "of no use to the update"
+    assert all("mesh_sampling.fsdp" not in step for step in remedies), "of no use to the update"
 
 
 @pytest.mark.slow
@@ -99,10 +99,10 @@ def test_a_small_plan(tmp_path, capsys):
     assert re.search(r"^learn: \d+\.\d\d GiB a chip", told, re.MULTILINE), "what is known is said at once"
     assert "fits: " in out
     assert "prediction, not a measurement" in out
-    found = json.loads(file.read_text(encoding="utf-8"))
-    assert found["fits"]
-    assert found["hbm_gib_per_chip"] < found["hbm_capacity_gib"] == 15.75
-    programs = {program["name"]: program for program in found["programs"]}
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert result["fits"]
+    assert result["hbm_gib_per_chip"] < result["hbm_capacity_gib"] == 15.75
+    programs = {program["name"]: program for program in result["programs"]}
     assert list(programs) == ["copy policy", "copy user", "play", "pack", "learn"]
     state, user, copy = 12 * PARAMS / 8 / GIB, 2 * PARAMS / 8 / GIB, 2 * PARAMS / 2 / GIB
     assert sum(programs["copy user"]["idle_gib"].values()) == pytest.approx(state + copy, rel=0.01)
@@ -110,8 +110,8 @@ def test_a_small_plan(tmp_path, capsys):
     assert programs["learn"]["hbm_gib"]["arguments"] == pytest.approx(state, rel=0.02)
     assert programs["learn"]["idle_gib"]["user"] == pytest.approx(user, rel=0.01)
     assert programs["play"]["hbm_gib"]["arguments"] == pytest.approx(2 * copy, rel=0.02)
-    assert found["hbm_gib_per_chip"] == max(program["hbm_gib"]["total"] for program in found["programs"])
-    phases = {phase["name"]: phase for phase in found["phases"]}
+    assert result["hbm_gib_per_chip"] == max(program["hbm_gib"]["total"] for program in result["programs"])
+    phases = {phase["name"]: phase for phase in result["phases"]}
     steps = 8 * 128  # of the policy; each reads a half of the weights
     assert phases["policy turns"]["hbm_bytes_per_chip"] > steps * PARAMS
     gathered = phases["policy turns"]["collectives_per_chip"].get("all-gather", {"bytes": 0})["bytes"]
@@ -119,9 +119,9 @@ def test_a_small_plan(tmp_path, capsys):
     for name in ("copy policy", "copy user"):
         sent = phases[name]["collectives_per_chip"]["all-gather"]["bytes"]
         assert sent >= 0.7 * 2 * PARAMS / 2 * 3 / 4
-    tokens = 8 * found["packed_length"]
+    tokens = 8 * result["packed_length"]
     assert phases["policy update"]["useful_flops"] > 6 * (PARAMS - 151_936 * 1536) * tokens
-    assert found["faults"] == found["warnings"] == []
+    assert result["faults"] == result["warnings"] == []
 
 
 @pytest.mark.long
@@ -131,10 +131,10 @@ def test_a_remedy_that_works(tmp_path, capsys):
     file = tmp_path / "plan.json"
     argv = ["--config=configs/debug.py", "--topology=v5e:2x2", f"--json={file}", "--config.rollout.batch=32768"]
     assert plan.main(argv) == 1
-    found = json.loads(file.read_text(encoding="utf-8"))
-    assert not found["fits"]
-    assert found["remedy"]
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert not result["fits"]
+    assert result["remedy"]
     assert "does not fit: " in capsys.readouterr().out
-    flags = [f"--config.{name}={value}" for name, value in found["remedy"].items()]
+    flags = [f"--config.{name}={value}" for name, value in result["remedy"].items()]
     assert plan.main([*argv, *flags]) == 0
     assert json.loads(file.read_text(encoding="utf-8"))["fits"]

@@ -27,22 +27,22 @@ def test_what_is_computed_again_is_not_kept(capsys):
     """Layers unrolled, as decoding on CPU wants them: `full` saves as much as it does of scanned ones."""
     assert qwen25_0p5b_cpu.get_config().policy.remat == "full"
     cases = [("none", False), ("full", False), ("full", True)]
-    found = {}
+    sizes = {}
     for remat, scan in cases:
-        _, found[remat, scan] = update(policy__remat=remat, policy__scan_layers=scan)
+        _, sizes[remat, scan] = update(policy__remat=remat, policy__scan_layers=scan)
         with capsys.disabled():
-            print(f"{'scanned' if scan else 'unrolled'} layers, remat={remat}: {found[remat, scan]:.2f} GiB")
-    assert found["full", False] < 0.6 * found["none", False]
-    assert found["full", False] < 1.1 * found["full", True]
+            print(f"{'scanned' if scan else 'unrolled'} layers, remat={remat}: {sizes[remat, scan]:.2f} GiB")
+    assert sizes["full", False] < 0.6 * sizes["none", False]
+    assert sizes["full", False] < 1.1 * sizes["full", True]
 
 
 @pytest.mark.long
 def test_adapters_take_half_the_memory(capsys):
     """State, temporaries and what is alive beside them, with `:lora` and without."""
-    found = {}
+    sizes = {}
     for arg in ("", "lora"):
         learn, temporaries = update(arg, policy__scan_layers=True, user__scan_layers=True)
-        found[arg] = temporaries + (bytes_per_chip(learn.arguments) + bytes_per_chip(learn.idle)) / GIB
+        sizes[arg] = temporaries + (bytes_per_chip(learn.arguments) + bytes_per_chip(learn.idle)) / GIB
         with capsys.disabled():
-            print(f"{arg or 'all parameters'}: {found[arg]:.2f} GiB")
-    assert found["lora"] < 0.5 * found[""]
+            print(f"{arg or 'all parameters'}: {sizes[arg]:.2f} GiB")
+    assert sizes["lora"] < 0.5 * sizes[""]

@@ -60,17 +60,17 @@ def test_dialogues_are_played_by_the_trainers_program(run_and_state, programs):
     user = LM(split(policy.params)[0], agents.user.model)
     batch, count = run.reader.next_batch(), agents.spec.group
     profiles = run.tokens.batch([index for index, _ in batch], range(len(batch) * count))
-    given = agents.replicate((profiles, jax.random.key(0), run.limits))
+    arguments = agents.replicate((profiles, jax.random.key(0), run.limits))
     with jax.set_mesh(agents.mesh):
-        played = sample_dialogues.lower(policy, user, agents.tables, *given, spec=agents.spec)
+        played = sample_dialogues.lower(policy, user, agents.tables, *arguments, spec=agents.spec)
     assert programs["play"].lower().as_text() == played.as_text()
 
 
 def test_the_update_gets_one_base(programs, run_and_state):
     """Its arguments are the state, the base, and small things: no second model."""
-    given = jax.tree.leaves(programs["learn"].lower().in_avals)
+    inputs = jax.tree.leaves(programs["learn"].lower().in_avals)
     largest = run_and_state[0].base.policy["embed"]["kernel"].shape
-    assert sum(x.shape == largest for x in given) == 1
+    assert sum(x.shape == largest for x in inputs) == 1
 
 
 def test_frozen_weights_have_no_gradients_and_no_moments():

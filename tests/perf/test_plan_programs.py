@@ -51,9 +51,9 @@ def test_the_sampler(run_and_state, programs):
         ready[name] = LM(sampling_copy(model, agents.mesh)(tree), model)
     batch, count = run.reader.next_batch(), agents.spec.group
     profiles = run.tokens.batch([index for index, _ in batch], range(len(batch) * count))
-    given = agents.replicate((profiles, jax.random.key(0), run.limits))
+    arguments = agents.replicate((profiles, jax.random.key(0), run.limits))
     with jax.set_mesh(agents.mesh):
-        played = sample_dialogues.lower(ready["policy"], ready["user"], agents.tables, *given, spec=agents.spec)
+        played = sample_dialogues.lower(ready["policy"], ready["user"], agents.tables, *arguments, spec=agents.spec)
     assert programs["play"].lower().as_text() == played.as_text()
 
 
@@ -90,8 +90,8 @@ def _real_update(run, state, packed):
     key = jax.device_put(jax.random.key(0), NamedSharding(run.mesh, PartitionSpec()))
     with jax.set_mesh(run.mesh):
         step = compile_step(run.setup, state)
-        given = (packed, jax.device_put(zeros, rows), run.grammar, key, run.reference, layout)
-        return step.lower(state, *given)
+        arguments = (packed, jax.device_put(zeros, rows), run.grammar, key, run.reference, layout)
+        return step.lower(state, *arguments)
 
 
 def test_loops_that_data_ends(config, planned):

@@ -41,10 +41,10 @@ def test_each_keeps_less_and_computes_more():
     remake = lambda changed: shapes_of(changed, mesh, texts)  # noqa: E731
     shapes, told = remake(config), []
     learn = [program for program in programs_of(shapes) if program.name == "learn"]
-    measured = compile_all(learn, shapes, told.append)
-    found = remats_of(config, shapes, measured, CHIPS["v5e"], remake, told.append)
-    assert [one.fields for one in found] == [{"policy.remat": name} for name in ("none", "dots", "full")]
-    none, dots, full = found
+    measurements = compile_all(learn, shapes, told.append)
+    remats = remats_of(config, shapes, measurements, CHIPS["v5e"], remake, told.append)
+    assert [one.fields for one in remats] == [{"policy.remat": name} for name in ("none", "dots", "full")]
+    none, dots, full = remats
     tokens = (
         config.rollout.batch // 4 * shapes.lengths[-1]
     )  # of a chip's rows; each keeps 2 bytes x 896 a layer at least

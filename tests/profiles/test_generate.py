@@ -119,7 +119,7 @@ def test_random_weights_on_the_device_fill_in_lines_or_are_refused(tmp_path, cap
     flags = ["generate", f"--seeds={write_seeds(tmp_path)}", f"--out={tmp_path}/new", "--count=4", *FLAGS]
     status = main([*flags, "--config.user.field_tokens=16"])
     noted = json.loads((tmp_path / "new" / "progress.json").read_text())
-    made = [profile for some in noted["profiles"].values() for profile in some]
+    made = [profile for group in noted["profiles"].values() for profile in group]
     assert status == (0 if len(made) >= 4 else 1)
     assert len(made) + sum(bool(why) for why in noted["tried"].values()) == len(noted["tried"])
     assert all("\n" not in profile["player"] + profile["scene"] for profile in made)

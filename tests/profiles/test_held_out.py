@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlver_jax.profiles.held_out import held_out, some_held_out
+from rlver_jax.profiles.held_out import choose_held_out, held_out
 
 # `printf a | sha256sum` begins with ca978112ca1bbdca, and so on.
 BY_SHA256SUM = {"a": "ca978112ca1bbdca", "b": "3e23e8160039594a", "c": "2e7d2c03a9507ae2", "甲": "33e3580c093111e1"}
@@ -42,11 +42,11 @@ def test_a_share_that_is_none_is_refused(share):
 def test_of_a_few_there_are_some_on_either_side():
     """By the hashes above `b` is at 0.24, `c` at 0.18, `甲` at 0.20, `a` at 0.79 of the range."""
     few = ["a", "b", "c", "甲"]
-    assert some_held_out(few, 0.5) == {"c", "甲"}
-    assert some_held_out(few, 0.7) == {"b", "c", "甲"}
-    assert some_held_out(few, 0.1) == {"c"}, "none would be"
-    assert some_held_out(few, 0.9) == {"b", "c", "甲"}, "all would be"
+    assert choose_held_out(few, 0.5) == {"c", "甲"}
+    assert choose_held_out(few, 0.7) == {"b", "c", "甲"}
+    assert choose_held_out(few, 0.1) == {"c"}, "none would be"
+    assert choose_held_out(few, 0.9) == {"b", "c", "甲"}, "all would be"
     with pytest.raises(ValueError, match="expected a number from 0 to 1"):
-        some_held_out(few, 1.5)
-    assert some_held_out(["a"], 0.1) == some_held_out(few, 0.0) == set()
-    assert some_held_out(few, 1.0) == set(few)
+        choose_held_out(few, 1.5)
+    assert choose_held_out(["a"], 0.1) == choose_held_out(few, 0.0) == set()
+    assert choose_held_out(few, 1.0) == set(few)

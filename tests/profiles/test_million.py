@@ -81,19 +81,19 @@ def run(code: str, *arguments: object) -> dict:
 
 @pytest.mark.slow
 def test_a_large_set_is_not_read_into_memory(tmp_path):
-    figures = measure(tmp_path, 20_000)
-    assert figures["prepare"]["status"] == 0
-    assert figures["walk"]["profiles"] == 20_000
-    assert figures["walk"]["modules"] == []
-    assert figures["walk"]["hwm_mb"] <= 200
+    results = measure(tmp_path, 20_000)
+    assert results["prepare"]["status"] == 0
+    assert results["walk"]["profiles"] == 20_000
+    assert results["walk"]["modules"] == []
+    assert results["walk"]["hwm_mb"] <= 200
 
 
 @pytest.mark.long
 def test_a_million_profiles_take_200_mb_at_most(tmp_path):
-    figures = measure(tmp_path, 1_000_000)
-    print(figures)
-    assert figures["walk"]["profiles"] == 1_000_000
-    assert figures["walk"]["hwm_mb"] <= 200
+    results = measure(tmp_path, 1_000_000)
+    print(results)
+    assert results["walk"]["profiles"] == 1_000_000
+    assert results["walk"]["hwm_mb"] <= 200
 
 
 if __name__ == "__main__":
@@ -101,8 +101,8 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as name:
         began, count = time.monotonic(), int((sys.argv[1:] or ["1000000"])[0])
-        for what, figures in measure(Path(name), count).items():
-            print(what, json.dumps(figures))
+        for what, results in measure(Path(name), count).items():
+            print(what, json.dumps(results))
         few = Path(name) / "few.jsonl"
         with (Path(name) / "profiles.jsonl").open(encoding="utf-8") as lines, few.open("w", encoding="utf-8") as out:
             out.writelines(line for line, _ in zip(lines, range(100_000), strict=False))

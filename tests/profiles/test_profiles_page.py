@@ -22,11 +22,11 @@ TOLD = ["--config=configs/debug.py:direct", "--config.data.language=en"]
 
 def write_example(folder: Path) -> Path:
     """The page's files, in a folder."""
-    found = re.findall(r"^File `([\w./]+)`:\n\n```\w*\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
-    for name, text in found:
+    files = re.findall(r"^File `([\w./]+)`:\n\n```\w*\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    for name, text in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    assert len(found) == 7
+    assert len(files) == 7
     return folder / "support"
 
 
@@ -98,8 +98,8 @@ def test_train_and_evaluate_warn_of_the_same(support):
     assert first.startswith("data.train: 4 of 4 profiles have a task that is none")
     assert second.startswith("data.eval: 2 of 2 profiles have a task that is none")
     config.data.language = "zh"
-    found = profile_warnings(config, train, test)
-    assert [text.split(" profiles ")[0] for text in found] == [
+    warnings = profile_warnings(config, train, test)
+    assert [text.split(" profiles ")[0] for text in warnings] == [
         "data.train: 4 of 4", "data.train: 4 of 4", "data.eval: 2 of 2", "data.eval: 2 of 2",
     ]  # fmt: skip
 

@@ -102,9 +102,9 @@ def test_seeds_and_epochs_differ():
         reader = ProfileReader(people(40), seed=seed, batch_size=40)
         return [tuple(batch) for batch in indices(reader, 3)]
 
-    orders = [order for seed in (0, 1, 2**63) for order in epochs(seed)]
-    assert len(set(orders)) == 9
-    assert tuple(range(40)) not in orders
+    permutations = [order for seed in (0, 1, 2**63) for order in epochs(seed)]
+    assert len(set(permutations)) == 9
+    assert tuple(range(40)) not in permutations
     assert epochs(1) == epochs(1)
 
 
@@ -114,7 +114,7 @@ def test_every_place_is_as_likely_for_every_profile():
     stream = flat(indices(reader, 2000 * 5 // 3))
     counts = Counter((at % 5, index) for at, index in enumerate(stream))
     expected = len(stream) / 25
-    assert sum((counts[place, i] - expected) ** 2 / expected for place in range(5) for i in range(5)) < 50
+    assert sum((counts[position, i] - expected) ** 2 / expected for position in range(5) for i in range(5)) < 50
 
 
 def test_the_order_is_the_documented_one():
@@ -195,9 +195,9 @@ def test_held_out_profiles_come_once_in_order(size, share, processes, data):
         for p in range(processes)
     ]
     assert len({len(part) for part in parts}) == 1
-    read = [pair for step in zip(*parts, strict=True) for part in step for pair in part]
-    assert [index for index, _ in read] == list(range(wanted or size))
-    assert all(profile.id == f"id{index}" for index, profile in read)
+    pairs = [pair for step in zip(*parts, strict=True) for part in step for pair in part]
+    assert [index for index, _ in pairs] == list(range(wanted or size))
+    assert all(profile.id == f"id{index}" for index, profile in pairs)
     assert all(len(batch) <= share for part in parts for batch in part)
 
 

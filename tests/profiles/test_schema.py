@@ -149,12 +149,12 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "found", "expected"), FAULTS)
-def test_a_faulty_line_is_named(tmp_path, line, found, expected):
+@pytest.mark.parametrize(("line", "named", "expected"), FAULTS)
+def test_a_faulty_line_is_named(tmp_path, line, named, expected):
     path = write(tmp_path / "own.jsonl", rlver(id="before"), "   ", line, rlver(id="after"))
     (fault,) = faults_of(path)
     assert fault.startswith(f"{path}:3: ")
-    assert found in fault
+    assert named in fault
     assert expected in fault
 
 
@@ -164,8 +164,8 @@ def test_every_fault_of_a_line_and_of_every_file_is_listed(tmp_path):
     empty = write(tmp_path / "empty.jsonl", "  ", "")
     missing = tmp_path / "missing.jsonl"
     listed = faults_of(first, second, empty, missing, tmp_path)
-    places = [fault.removeprefix(str(tmp_path)).split(": ")[0] for fault in listed]
-    assert places == ["/a.jsonl:1"] * 3 + ["/b.jsonl:2", "/empty.jsonl:1", "/missing.jsonl", ""]
+    locations = [fault.removeprefix(str(tmp_path)).split(": ")[0] for fault in listed]
+    assert locations == ["/a.jsonl:1"] * 3 + ["/b.jsonl:2", "/empty.jsonl:1", "/missing.jsonl", ""]
     assert f"'p1' again, which {first}:2 has already" in listed[3]
     assert "check the path" in listed[5]
     assert faults_of() == ["no file was given, expected at least one JSONL file of profiles"]

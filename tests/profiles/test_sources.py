@@ -63,13 +63,13 @@ def sets_of(world):
 def test_the_same_batches_over_epochs_and_after_resuming_with_the_other(world, seed, shuffle):
     listed, prepared = (open_profiles(of(world), "data.train") for of in (files_of, sets_of))
     assert isinstance(prepared, PreparedProfiles)
-    how = {"seed": seed, "batch_size": 8, "shuffle": shuffle}
-    readers = [ProfileReader(source, **how) for source in (listed, prepared)]
+    options = {"seed": seed, "batch_size": 8, "shuffle": shuffle}
+    readers = [ProfileReader(source, **options) for source in (listed, prepared)]
     for _ in range(3 * COUNT // 8):
         a, b = (reader.next_batch() for reader in readers)
         assert a == b
     assert readers[0].state() == readers[1].state()
-    resumed = [ProfileReader(source, **how) for source in (prepared, listed)]
+    resumed = [ProfileReader(source, **options) for source in (prepared, listed)]
     for reader, other in zip(resumed, readers, strict=True):
         reader.restore(json.loads(json.dumps(other.state())))
     for _ in range(2 * COUNT // 8):
@@ -104,19 +104,19 @@ def test_the_fingerprint_is_that_of_the_files(world):
 
 def test_profiles_are_found_by_id_and_persona_without_reading_all(world, monkeypatch):
     prepared = open_profiles(sets_of(world), "data.train")
-    reads = []
+    indices = []
     get = PreparedProfiles.__getitem__
-    monkeypatch.setattr(PreparedProfiles, "__getitem__", lambda self, i: reads.append(i) or get(self, i))
+    monkeypatch.setattr(PreparedProfiles, "__getitem__", lambda self, i: indices.append(i) or get(self, i))
     assert prepared.with_id("id33") == read_profiles(world / "b.jsonl")[13]
     assert prepared.with_id("id3") == read_profiles(world / "a.jsonl")[3]
     assert prepared.with_id("nobody") is None
     held_out = read_profiles(world / "eval.jsonl")
     assert shared_personas(prepared, held_out) == [held_out[1].persona]
-    assert len(reads) == 3
+    assert len(indices) == 3
     record = {"profile": "id41", "hidden_intention": "x", "messages": [{"content": "", "generated": False}]}
     known = KnownProfiles.of_sets(open_each(sets_of(world)))
     assert known.of(record) == read_profiles(world / "b.jsonl")[21]
-    assert len(reads) == 4
+    assert len(indices) == 4
     assert known.of(record | {"profile": "nobody"}) is None
 
 

@@ -18,8 +18,8 @@ def record(number, profile, emotions, end="turn_limit", wish="advice", words=str
     """A dialogue with these emotions; `words(what)` gives its texts."""
     messages = [{"role": "user", "content": words("first"), "tokens": [], "emotion": emotions[0], "generated": False}]
     for turn, (before, after) in enumerate(itertools.pairwise(emotions), 1):
-        said = {"thought": words(f"thought {turn}"), "content": words(f"say {turn}"), "violation": False}
-        messages.append({"role": "assistant", "stopped": True, "say_tokens": [1]} | said | tokens())
+        reply = {"thought": words(f"thought {turn}"), "content": words(f"say {turn}"), "violation": False}
+        messages.append({"role": "assistant", "stopped": True, "say_tokens": [1]} | reply | tokens())
         last = turn == len(emotions) - 1
         messages.append(
             {"role": "user", "content": None if last else words(f"reply {turn}"), "stopped": True, "all_tokens": [1]}
@@ -73,7 +73,7 @@ def write_evaluation(folder, records, summary=None):
     return folder
 
 
-def some_records(start, count, words=str, gain=0):
+def make_records(start, count, words=str, gain=0):
     """Dialogues with profiles p0, p1, … and three wishes in turn."""
     wishes = list(WISHES)
     return [
@@ -88,7 +88,7 @@ def small_run(tmp_path_factory):
     rows = [{"step": 0, "eval/score": 41.5, "eval/rule_score": 40.0}]
     rows += [row(1, 45.0), row(2, 55.0, **{"eval/score": 61.5, "eval/rule_score": 50.0})]
     folder = tmp_path_factory.mktemp("runs") / "small"
-    return write_run(folder, rows, {1: some_records(0, 6), 2: some_records(6, 6, gain=10)})
+    return write_run(folder, rows, {1: make_records(0, 6), 2: make_records(6, 6, gain=10)})
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from rlver_jax.reports.charts import CHARTS, Section
 from rlver_jax.reports.curves import Curve
 from rlver_jax.reports.group_charts import coordinate
 from rlver_jax.reports.sources import read_runs
-from tests.reports.conftest import record, row, some_records, write_evaluation, write_run
+from tests.reports.conftest import make_records, record, row, write_evaluation, write_run
 
 
 def learning(runs):
@@ -33,13 +33,13 @@ def tips(figure):
 
 
 def test_a_training_run_has_its_curves(small_run):
-    figures = {figure.title: figure for figure in learning(read_runs([small_run]))}
-    assert list(figures) == [
+    charts = {figure.title: figure for figure in learning(read_runs([small_run]))}
+    assert list(charts) == [
         *("Emotion at the end of a dialogue", "Reward", "Held-out score", "Turns"),
         "Length of a reply",
     ]
-    assert tips(figures["Emotion at the end of a dialogue"]) == ["step 1 · 45.00 ± 10.00", "step 2 · 55.00 ± 10.00"]
-    assert tips(figures["Held-out score"]) == [
+    assert tips(charts["Emotion at the end of a dialogue"]) == ["step 1 · 45.00 ± 10.00", "step 2 · 55.00 ± 10.00"]
+    assert tips(charts["Held-out score"]) == [
         "step 0 · small: 41.50 · small (dashed): 40.00",
         "step 2 · small: 61.50 · small (dashed): 50.00",
     ]
@@ -47,7 +47,7 @@ def test_a_training_run_has_its_curves(small_run):
 
 def test_runs_share_their_charts_and_evaluations_have_none(small_run, tmp_path):
     other = write_run(tmp_path / "other", [row(2, 20.0), row(3, 30.0)], {})
-    seen = write_evaluation(tmp_path / "seen", some_records(0, 2))
+    seen = write_evaluation(tmp_path / "seen", make_records(0, 2))
     emotion = learning(read_runs([small_run, other, seen]))[0]
     assert tips(emotion) == [
         "step 1 · small: 45.00 ± 10.00",
@@ -81,13 +81,13 @@ def test_outcomes_and_ends_are_stacked_to_the_whole(small_run):
 
 
 def test_trajectories_are_by_hidden_intention(small_run):
-    figures = trajectories(statistics.groups(read_runs([small_run])))
-    assert [figure.title for figure in figures] == ["advice", "listening", "to be <b>left</b> alone"]
+    charts = trajectories(statistics.groups(read_runs([small_run])))
+    assert [figure.title for figure in charts] == ["advice", "listening", "to be <b>left</b> alone"]
     # profiles p0 and p3 want advice: 45 and 48 at the end of step 1, 65 and 68 at the end of step 2
-    last = tips(figures[0])[-1]
+    last = tips(charts[0])[-1]
     assert last.startswith("turn 2 · small · step 1: 46.5 (")
     assert "small · step 2: 66.5 (66–67), n 2" in last
-    assert figures[0].caption == "Dialogues: 2 of small · step 1, 2 of small · step 2"
+    assert charts[0].caption == "Dialogues: 2 of small · step 1, 2 of small · step 2"
 
 
 def test_dialogues_that_ended_before_a_turn_are_charted_too(tmp_path):

@@ -8,7 +8,7 @@ from rlver_jax.reports import page, statistics
 from rlver_jax.reports.charts import CHARTS
 from rlver_jax.reports.group_charts import Marks
 from rlver_jax.reports.sources import read_runs
-from tests.reports.conftest import record, some_records, write_evaluation
+from tests.reports.conftest import make_records, record, write_evaluation
 
 
 def manner(groups):
@@ -19,9 +19,9 @@ def marks(records, path):
     return Marks("", "", path, 1, 5, 1).of(records)
 
 
-def rated(number, depth, regard, **reads):
+def rated(number, depth, regard, **source):
     capabilities = {"empathic_depth": depth, "core_insight": 3.0}
-    relationship = {"facets": {"regard": regard}, "total": 0.0, **reads}
+    relationship = {"facets": {"regard": regard}, "total": 0.0, **source}
     return record(number, f"p{number}", [40, 45], measures={"capabilities": capabilities, "relationship": relationship})
 
 
@@ -73,6 +73,6 @@ def test_marks_are_taken_as_far_as_there_are_any():
 def test_a_page_shows_them_where_there_are_any(groups, tmp_path):
     with_marks = read_runs([tmp_path / "first"])
     assert "Capabilities" in page.render(with_marks, 5_000_000)[0]
-    without = read_runs([write_evaluation(tmp_path / "third", some_records(0, 2))])
+    without = read_runs([write_evaluation(tmp_path / "third", make_records(0, 2))])
     assert manner(statistics.groups(without)) == []
     assert "Capabilities" not in page.render(without, 5_000_000)[0]

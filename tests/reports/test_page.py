@@ -15,7 +15,7 @@ import pytest
 from rlver_jax.reports import page
 from rlver_jax.reports.browser import pack
 from rlver_jax.reports.sources import read_runs
-from tests.reports.conftest import HOSTILE, record, row, some_records, write_evaluation, write_run
+from tests.reports.conftest import HOSTILE, make_records, record, row, write_evaluation, write_run
 
 
 class Parser(HTMLParser):
@@ -59,7 +59,7 @@ def test_the_page_loads_nothing_and_allows_only_its_own_script(small_run):
 
 def test_all_dialogues_come_back_out_of_the_page(small_run):
     text, packed = page.render(read_runs([small_run]), 5_000_000)
-    assert (packed.kept, packed.all) == (12, 12)
+    assert (packed.included, packed.all) == (12, 12)
     data = dialogues_of(text)
     assert data["runs"] == ["small"]
     assert data["intentions"] == ["advice", "listening", "to be <b>left</b> alone"]
@@ -149,7 +149,7 @@ def test_text_keeps_its_lines_and_joined_emoji(tmp_path):
 def test_sixty_steps_take_less_than_five_megabytes(sixty_steps):
     text, packed = page.render(read_runs([sixty_steps]), 5_000_000)
     assert len(text.encode()) <= 5_000_000
-    assert packed.kept == packed.all == 7 * 64
+    assert packed.included == packed.all == 7 * 64
 
 
 def test_a_small_page_keeps_whole_profiles_evenly(sixty_steps):
@@ -157,14 +157,14 @@ def test_a_small_page_keeps_whole_profiles_evenly(sixty_steps):
     everything = pack(runs, 10**9)
     text, packed = page.render(runs, 400_000)
     assert len(text.encode()) <= 400_000
-    kept = dialogues_of(text)["dialogues"]
-    assert 0 < len(kept) == packed.kept < everything.kept == 448
-    profiles = {d["profile"] for d in kept}
-    assert len(kept) == 7 * len(profiles), "each with its dialogues of all steps"
+    included = dialogues_of(text)["dialogues"]
+    assert 0 < len(included) == packed.included < everything.included == 448
+    profiles = {d["profile"] for d in included}
+    assert len(included) == 7 * len(profiles), "each with its dialogues of all steps"
     numbers = sorted(int(name[1:]) for name in profiles)
     gaps = {b - a for a, b in itertools.pairwise(numbers)}
     assert max(gaps) - min(gaps) <= 1, "spread over all profiles"
-    assert f"{packed.kept} of 448 dialogues are in this page" in text
+    assert f"{packed.included} of 448 dialogues are in this page" in text
     assert "dialogues in its logs" in text, "the table counts all"
     assert re.search(r"dialogues in its logs</th><td>448</td>", text)
 
@@ -191,11 +191,11 @@ def test_rows_that_were_lost_are_named_above_the_curves(tmp_path):
 
 
 def test_rows_that_were_lost_at_the_end_are_told_by_checkpoints_and_the_finish(tmp_path):
-    cut = write_run(tmp_path / "cut", [row(1, 30.0), row(2, 30.0)], {1: some_records(0, 2)})
+    cut = write_run(tmp_path / "cut", [row(1, 30.0), row(2, 30.0)], {1: make_records(0, 2)})
     (cut / "checkpoints" / "000004").mkdir(parents=True)
-    ended = write_run(tmp_path / "ended", [row(1, 30.0)], {1: some_records(0, 2)})
+    ended = write_run(tmp_path / "ended", [row(1, 30.0)], {1: make_records(0, 2)})
     (ended / "finished.json").write_text('{"step": 3}')
-    emptied = write_run(tmp_path / "emptied", [], {1: some_records(0, 2)}, {"eval.every": 3})
+    emptied = write_run(tmp_path / "emptied", [], {1: make_records(0, 2)}, {"eval.every": 3})
     (emptied / "finished.json").write_text('{"step": 3}')
     text, _ = page.render(read_runs([cut, ended, emptied]), 5_000_000)
     assert "Of cut the rows of steps 3–4 were lost." in text
@@ -207,14 +207,14 @@ def test_rows_that_were_lost_at_the_end_are_told_by_checkpoints_and_the_finish(t
 
 def test_a_run_whose_metrics_are_yet_to_come_shows_its_dialogues(tmp_path):
     """Dialogues of a step are written before its row."""
-    runs = read_runs([write_run(tmp_path / "run", [], {1: some_records(0, 3)})])
+    runs = read_runs([write_run(tmp_path / "run", [], {1: make_records(0, 3)})])
     text, packed = page.render(runs, 5_000_000)
-    assert packed.kept == 3
+    assert packed.included == 3
     assert "Emotion at the end of a dialogue" not in text
 
 
 def test_several_runs_are_compared(small_run, tmp_path):
-    seen = write_evaluation(tmp_path / "seen", some_records(0, 3), {"score": 47.0, "settings": {"eval.seed": 1}})
+    seen = write_evaluation(tmp_path / "seen", make_records(0, 3), {"score": 47.0, "settings": {"eval.seed": 1}})
     text, _ = page.render(read_runs([small_run, seen]), 5_000_000)
     table = re.search(r'<table id="overview">.*?</table>', text, re.DOTALL)[0]
     assert re.search(r"<th scope=\"row\">kind</th><td>training run</td><td>evaluation</td>", table)

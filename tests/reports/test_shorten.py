@@ -11,7 +11,7 @@ from rlver_jax.report import main
 from rlver_jax.reports import page
 from rlver_jax.reports.shorten import evenly, level, short_text, shortened
 from rlver_jax.reports.sources import read_runs
-from tests.reports.conftest import record, row, some_records, write_evaluation, write_run
+from tests.reports.conftest import make_records, record, row, write_evaluation, write_run
 from tests.reports.test_page import dialogues_of
 
 MARK = re.compile(r" \[…([\d,]+) characters left out…\] ")
@@ -30,7 +30,7 @@ def whole_length(text):
 @pytest.mark.parametrize("filler", [noise(48_000_000), "word " * 9_600_000], ids=["noise", "repetition"])
 @pytest.mark.slow
 def test_a_dialogue_of_48_megabytes_is_cut_and_all_others_are_whole(filler, tmp_path, capsys):
-    records = some_records(0, 30)
+    records = make_records(0, 30)
     records[7]["messages"][1]["content"] = filler
     folder = write_evaluation(tmp_path / "seen", records)
     assert main([str(folder), f"--out={tmp_path / 'r.html'}"]) == 0
@@ -41,21 +41,21 @@ def test_a_dialogue_of_48_megabytes_is_cut_and_all_others_are_whole(filler, tmp_
     shown = dialogues_of(text)["dialogues"]
     assert [d["number"] for d in shown] == list(range(30))
     assert all(d["messages"][1]["say"] == "say 1" for d in shown if d["number"] != 7)
-    said = shown[7]["messages"][1]["say"]
-    assert whole_length(said) == 48_000_000
-    assert said.startswith(filler[:1000])
-    assert said.endswith(filler[-1000:])
-    assert len(said) > 200_000, "as much as there is room for"
+    shown_text = shown[7]["messages"][1]["say"]
+    assert whole_length(shown_text) == 48_000_000
+    assert shown_text.startswith(filler[:1000])
+    assert shown_text.endswith(filler[-1000:])
+    assert len(shown_text) > 200_000, "as much as there is room for"
     assert [m.get("user") for m in shown[7]["messages"]][2] == "reply 1", "short texts of it are whole"
 
 
 def test_a_small_page_has_room_for_parts_of_several_giants(tmp_path):
-    records = some_records(0, 10)
+    records = make_records(0, 10)
     for i in (2, 5, 6):
         records[i]["messages"][2]["appraisal"]["feeling"] = noise(3_000_000, i)
     text, packed = page.render(read_runs([write_evaluation(tmp_path / "seen", records)]), 150_000)
     assert len(text.encode()) <= 150_000
-    assert (packed.kept, packed.all, packed.shortened) == (10, 10, 3)
+    assert (packed.included, packed.all, packed.shortened) == (10, 10, 3)
     for i in (2, 5, 6):
         (_, feeling) = dialogues_of(text)["dialogues"][i]["messages"][2]["appraisal"][0]
         assert whole_length(feeling) == 3_000_000
@@ -63,16 +63,16 @@ def test_a_small_page_has_room_for_parts_of_several_giants(tmp_path):
 
 def test_many_turns_lose_their_middle(tmp_path):
     emotions = [50 + i % 2 for i in range(6_001)]
-    records = [*some_records(0, 3), record(3, "p3", emotions, words=noise_of(3))]
+    records = [*make_records(0, 3), record(3, "p3", emotions, words=noise_of(3))]
     text, packed = page.render(read_runs([write_evaluation(tmp_path / "seen", records)]), 300_000)
     assert len(text.encode()) <= 300_000
-    assert (packed.kept, packed.shortened) == (4, 1)
+    assert (packed.included, packed.shortened) == (4, 1)
     messages = dialogues_of(text)["dialogues"][3]["messages"]
     (skipped,) = [m["skipped"] for m in messages if "skipped" in m]
     assert sum("say" in m for m in messages) + skipped == 6_000
-    place = next(i for i, m in enumerate(messages) if "skipped" in m)
-    assert "user" in messages[place - 1], "turns are left out whole"
-    assert "say" in messages[place + 1]
+    position = next(i for i, m in enumerate(messages) if "skipped" in m)
+    assert "user" in messages[position - 1], "turns are left out whole"
+    assert "say" in messages[position + 1]
     assert "turns after the 100th are not drawn" in text
 
 
@@ -89,7 +89,7 @@ def test_one_profile_alone_may_be_too_much(tmp_path):
     }
     text, packed = page.render(read_runs([write_run(tmp_path / "run", [row(1, 45.0)], played)]), 200_000)
     assert len(text.encode()) <= 200_000
-    assert 20 < packed.kept < packed.all == 400
+    assert 20 < packed.included < packed.all == 400
     steps = [d["step"] for d in dialogues_of(text)["dialogues"]]
     assert (steps[0], steps[-1]) == (1, 100)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlver_jax.reports.sources import intention_label, intention_labels, read_runs
-from tests.reports.conftest import record, row, some_records, write_evaluation, write_lines, write_run
+from tests.reports.conftest import make_records, record, row, write_evaluation, write_lines, write_run
 
 
 def test_a_training_run_is_read_with_its_steps(small_run):
@@ -17,13 +17,13 @@ def test_a_training_run_is_read_with_its_steps(small_run):
 
 def test_tokens_are_left_out_and_texts_stay(small_run):
     (run,) = read_runs([small_run])
-    kept = json.loads(run.store.get(run.logs[0].records[0]["text"]))
-    assert kept["messages"][1] == {"thought": "thought 1", "say": "say 1", "violation": False}
+    stored = json.loads(run.store.get(run.logs[0].records[0]["text"]))
+    assert stored["messages"][1] == {"thought": "thought 1", "say": "say 1", "violation": False}
     assert "messages" not in run.logs[0].records[0]
 
 
 def test_an_evaluation_that_goes_on_is_read_up_to_its_last_whole_line(tmp_path):
-    folder = write_evaluation(tmp_path / "played", some_records(0, 3))
+    folder = write_evaluation(tmp_path / "played", make_records(0, 3))
     with (folder / "dialogues.jsonl").open("a") as file:
         file.write('{"dialogue": 3, "prof')
     (folder / "progress.json").write_text(json.dumps({"settings": {"eval.seed": 3}, "played": []}))
@@ -56,7 +56,7 @@ def test_the_files_are_watched(small_run):
         (lambda p: write_lines(p / "dialogues.jsonl", [{"dialogue": 1}]), "dialogues.jsonl:1: no field profile"),
         (lambda p: (write_run(p, [row(1, 1.0)], {}), (p / "metrics.jsonl").write_text("{}\n")), "line 1 is no row"),
         (lambda p: (write_run(p, [row(1, 1.0)], {}), (p / "config.json").unlink()), "holds no config.json"),
-        (lambda p: (write_evaluation(p, some_records(0, 1)), (p / "summary.json").write_text("[1]")), "no JSON object"),
+        (lambda p: (write_evaluation(p, make_records(0, 1)), (p / "summary.json").write_text("[1]")), "no JSON object"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(tmp_path, make, says):

@@ -23,7 +23,7 @@ from rlver_jax.reports.statistics import (
     trajectory,
     turn_counts,
 )
-from tests.reports.conftest import record, row, some_records, write_evaluation, write_run
+from tests.reports.conftest import make_records, record, row, write_evaluation, write_run
 
 
 def test_rows_become_points_and_many_rows_means():
@@ -81,10 +81,10 @@ def test_lengths_count_the_policys_own_words():
 
 
 def test_the_first_and_the_last_quarter_of_logged_steps_are_compared(tmp_path):
-    played = {step: some_records(step * 10, 2) for step in range(1, 12)}
+    played = {step: make_records(step * 10, 2) for step in range(1, 12)}
     long = write_run(tmp_path / "long", [row(1, 40.0)], played)
-    short = write_run(tmp_path / "short", [row(1, 40.0)], {7: some_records(0, 2)})
-    seen = write_evaluation(tmp_path / "seen", some_records(0, 3))
+    short = write_run(tmp_path / "short", [row(1, 40.0)], {7: make_records(0, 2)})
+    seen = write_evaluation(tmp_path / "seen", make_records(0, 3))
     compared = groups(read_runs([long, short, seen]))
     assert [(g.name, g.run, g.early, len(g.records)) for g in compared] == [
         ("long · steps 1–2", 0, True, 4),
@@ -105,7 +105,7 @@ def test_only_judged_dialogues_have_a_coordinate():
 
 def test_the_table_says_what_each_run_has(small_run, tmp_path):
     summary = {"score": 61.25, "settings": {}, "judges": {"second": {"score": 50.04}}}
-    seen = write_evaluation(tmp_path / "seen", some_records(0, 4), summary)
+    seen = write_evaluation(tmp_path / "seen", make_records(0, 4), summary)
     runs = read_runs([small_run, seen])
     table = dict(overview(runs, groups(runs)))
     # p0..p5 end at 45..50, and 20 higher in the second step

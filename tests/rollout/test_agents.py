@@ -18,7 +18,7 @@ from rlver_jax.rollout.spec import RolloutConfig
 from rlver_jax.text.template import FolderTemplate
 from rlver_jax.text.tokenizer import HFTokenizer
 from rlver_jax.user.prompts import load_prompts
-from tests.conftest import SHORT_PROMPTS, Fresh, Row, check_claims, some_profiles
+from tests.conftest import SHORT_PROMPTS, Fresh, Row, check_claims, make_profiles
 from tests.text.conftest import ADDED, THINK, write_bpe
 
 SPEC = RolloutConfig("direct", False, 2, 3, 704, 24, 16, 16)
@@ -50,7 +50,7 @@ def config_of(policy, user):
 
 def test_encode_pads_profiles_and_rows(agents, bpe):
     """Prefix, cue, first talk and padding, against the texts."""
-    profiles = some_profiles(3)
+    profiles = make_profiles(3)
     encoded = agents.encode(profiles, [7, 8, 20, 21, 5, 6], count=4)
     assert encoded.prefix.shape[0] == 4
     assert encoded.prefix.shape[1] % 128 == 0
@@ -68,24 +68,24 @@ def test_encode_pads_profiles_and_rows(agents, bpe):
 
 def test_wrong_numbers_of_ids_are_refused(agents):
     with pytest.raises(ValueError, match="3 dialogue ids for 2 profiles in groups of 2"):
-        agents.encode(some_profiles(2), [1, 2, 3])
+        agents.encode(make_profiles(2), [1, 2, 3])
 
 
 def test_a_profile_without_room_is_refused_by_name(agents):
-    long = dataclasses.replace(some_profiles(3)[1], id="the-long-one", persona="felt awful " * 150)
+    long = dataclasses.replace(make_profiles(3)[1], id="the-long-one", persona="felt awful " * 150)
     with pytest.raises(ValueError, match=r"profile the-long-one takes \d+ tokens .* rollout.context is 704; raise it"):
-        agents.encode([*some_profiles(2), long], range(6))
+        agents.encode([*make_profiles(2), long], range(6))
     wider = Agents.build(
         agents.policy, agents.user, agents.tokenizer, agents.prompts, dataclasses.replace(SPEC, context=1500), **HOW
     )
-    assert wider.encode([*some_profiles(2), long], range(6)).prefix_count.max() > 300
+    assert wider.encode([*make_profiles(2), long], range(6)).prefix_count.max() > 300
 
 
 def test_a_policy_without_room_is_refused(agents):
     spec = dataclasses.replace(SPEC, say_tokens=500)
     tight = Agents.build(agents.policy, agents.user, agents.tokenizer, agents.prompts, spec, **HOW)
     with pytest.raises(ValueError, match="policy's system prompt takes .* raise it to"):
-        tight.encode(some_profiles(1), [0, 1])
+        tight.encode(make_profiles(1), [0, 1])
 
 
 def test_more_turns_than_compiled_are_refused(agents):
@@ -171,7 +171,7 @@ def test_sides_of_different_dtypes_play(agents, bpe):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), agents.user.params)
     user = LM(half, dataclasses.replace(agents.user.model, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
     mixed = Agents.build(agents.policy, user, bpe, agents.prompts, SPEC, **HOW)
-    profiles = some_profiles(2)
+    profiles = make_profiles(2)
     config = config_of("", "")
     config.rollout.think_tokens = config.rollout.say_tokens = 16
     config.user.field_tokens = config.user.reply_tokens = 16
@@ -192,16 +192,16 @@ def test_without_a_prompt_of_ours_the_folders_template_speaks(policy_lm, user_lm
     each = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     start = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     system = f"<|im_start|>system\n{text}<|im_end|>\n"
-    given = f"{{% if messages[0].role != 'system' %}}{{{{ {system!r} }}}}{{% endif %}}" if text else ""
+    check = f"{{% if messages[0].role != 'system' %}}{{{{ {system!r} }}}}{{% endif %}}" if text else ""
     tokenizer = copy.copy(bpe)
-    tokenizer.template = FolderTemplate(given + each + start, "here")
+    tokenizer.template = FolderTemplate(check + each + start, "here")
     tokenizer.template.check()
     agents = Agents.build(policy_lm, user_lm, tokenizer, load_prompts("en", tmp_path), SPEC, **HOW)
     system = np.asarray(agents.tables[0].system).tolist()
     assert bpe.decode(system) == (f"system\n{text}\n" if text else "")
     config = config_of("", "")
     config.rollout.say_tokens = config.user.field_tokens = config.user.reply_tokens = 16
-    profiles = some_profiles(2)
+    profiles = make_profiles(2)
     played = agents.play(agents.encode(profiles, range(4)), jax.random.key(2), limits_of(config, SPEC, 1.0))
     d, fresh = jax.device_get(played), Fresh(bpe, False, 9, 100)
     assert (d.end_reason > 0).all()
@@ -209,7 +209,7 @@ def test_without_a_prompt_of_ours_the_folders_template_speaks(policy_lm, user_lm
     shift = len(system) - ours
     for b in range(4):  # contexts put together anew, with this beginning in place of ours
         rows = [
-            Row(system + row.ids[ours:], [(place + shift, token, value) for place, token, value in row.claims])
+            Row(system + row.ids[ours:], [(position + shift, token, value) for position, token, value in row.claims])
             for row in fresh.policy_rows(d, b)
         ]
         assert check_claims(policy_lm, rows) > 0

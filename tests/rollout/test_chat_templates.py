@@ -22,7 +22,7 @@ from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits
-from tests.conftest import SHORT_PROMPTS, Fresh, Row, check_claims, plain, some_profiles
+from tests.conftest import SHORT_PROMPTS, Fresh, Row, check_claims, make_profiles, plain
 from tests.text.conftest import write_qwen3
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ LIMITS = RolloutLimits(
     jnp.int32(30),
     UserLimits(jnp.int32(20), jnp.int32(20), jnp.float32(0)),
 )
-PROFILES = some_profiles(3)  # the user of the second makes up its first words
+PROFILES = make_profiles(3)  # the user of the second makes up its first words
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ class Rendered(Fresh):
             held[name := f"@{len(held)}@"] = list(content)
             return name
 
-        said = [
+        conversation = [
             {"role": role, "content": mark(content)} | ({} if thought is None else {"reasoning_content": mark(thought)})
             for role, content, thought in messages
         ]
         text = self.reference.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True, enable_thinking=think
+            conversation, tokenize=False, add_generation_prompt=True, enable_thinking=think
         )
         parts = re.split(r"(@\d+@)", text)
         return [token for part in parts for token in (held[part] if part in held else self.reference.encode(part))]
@@ -75,8 +75,8 @@ class Rendered(Fresh):
         for t in range(d.turns[b]):
             messages.append(("user", self.heard(d, b, t), None))
             opened = self.ids(messages, self.think) + (self.reference.encode("<think>\n") if self.think else [])
-            text, tokens = self.cut(d.policy.said, (t, b))
-            rows.append(Row(opened + tokens, self.claims(d.policy.said, (t, b), len(opened))))
+            text, tokens = self.cut(d.policy.completion, (t, b))
+            rows.append(Row(opened + tokens, self.claims(d.policy.completion, (t, b), len(opened))))
             messages.append(("assistant", self.spoken(tokens), text if self.think else None))  # thoughts are dropped
         return rows
 
@@ -85,7 +85,7 @@ class Rendered(Fresh):
         for t in range(d.turns[b]):
             if d.policy.violation[t, b]:
                 break
-            say = self.spoken(self.cut(d.policy.said, (t, b))[1])
+            say = self.spoken(self.cut(d.policy.completion, (t, b))[1])
             messages += [("assistant", self.heard(d, b, t), None), ("user", say, None)]
             emotions = d.emotions[b, t : t + 2]
             rows.append(self.reasoning(self.ids(messages, False), d.user, (t,), b, *emotions, t + 1 < max_turns))
@@ -96,8 +96,8 @@ class Rendered(Fresh):
 def played(request, folder, policy_lm, user_lm, prompts):
     """(agents, oracle, dialogues) of a mode."""
     tokenizer, spec = load_tokenizer(folder), SPECS[request.param]
-    how = {"style": "vanilla", "scenario": "heart_to_heart"}
-    agents = Agents.build(policy_lm, user_lm, tokenizer, prompts, spec, **how)
+    options = {"style": "vanilla", "scenario": "heart_to_heart"}
+    agents = Agents.build(policy_lm, user_lm, tokenizer, prompts, spec, **options)
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     oracle = Rendered(tokenizer, spec.mode == "think", RULES.floor, RULES.ceiling, reference)
     encoded = agents.encode(PROFILES, range(6))
@@ -110,7 +110,7 @@ def test_log_probs_are_those_of_rendered_contexts(played, policy_lm, user_lm):
     policy_rows = [row for b in range(6) for row in oracle.policy_rows(d, b)]
     user_rows = [row for b in range(6) for row in oracle.user_rows(d, b, PROFILES[b // 2], agents.spec.max_turns)]
     assert d.turns.max() > 1, "history is read"
-    assert check_claims(policy_lm, policy_rows) == d.policy.said.count.sum() > 100
+    assert check_claims(policy_lm, policy_rows) == d.policy.completion.count.sum() > 100
     assert check_claims(user_lm, user_rows) == d.user.appraisal.count.sum() + d.user.reply.count.sum() > 100
 
 
@@ -137,10 +137,10 @@ def test_a_packed_row_gives_what_was_sampled(played, policy_lm):
     rows = jax.jit(build_sequences, static_argnums=(2, 4))(d, tables, spec, LIMITS, length)
     hidden, _ = policy_lm.model.apply({"params": policy_lm.params}, rows.tokens, rows.positions, rows.branch)
     scores = jnp.where(tables.grammar.forbidden[rows.state], -jnp.inf, logits(policy_lm.params, hidden))
-    found = jnp.take_along_axis(jax.nn.log_softmax(scores), rows.target[..., None], -1)[..., 0]
+    actual = jnp.take_along_axis(jax.nn.log_softmax(scores), rows.target[..., None], -1)[..., 0]
     mask = np.asarray(rows.mask)
     assert mask.sum() > 100
-    np.testing.assert_allclose(np.asarray(found)[mask], np.asarray(rows.logprob)[mask], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(actual)[mask], np.asarray(rows.logprob)[mask], atol=1e-4)
 
 
 def test_a_replayed_row_reads_what_is_rendered(played):
@@ -151,9 +151,9 @@ def test_a_replayed_row_reads_what_is_rendered(played):
     for b in range(6):
         replies = []
         for t in range(d.turns[b]):
-            tokens = oracle.cut(d.policy.said, (t, b))[1]
-            said = Completion(tokens, bool(d.policy.said.stopped[t, b]))
-            replies.append(Reply(oracle.heard(d, b, t), said, oracle.spoken(tokens)))
+            tokens = oracle.cut(d.policy.completion, (t, b))[1]
+            completion = Completion(tokens, bool(d.policy.completion.stopped[t, b]))
+            replies.append(Reply(oracle.heard(d, b, t), completion, oracle.spoken(tokens)))
         packed = packer.dialogue(replies)
         branch = np.array(packed.branch)
         for t, row in enumerate(oracle.policy_rows(d, b)):

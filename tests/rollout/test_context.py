@@ -83,9 +83,9 @@ def test_models_that_are_not_loaded_are_not_asked():
     ],
 )
 def test_commands(command, flags, field, short, tmp_path, capsys):
-    given = [flag.format(short=short, out=tmp_path / "out") for flag in flags]
-    given += ["--config.policy.init=path", "--config.user.init=path"]  # weights would be refused, if they were read
-    assert command.main([*FLAGS, *given]) == 2
+    arguments = [flag.format(short=short, out=tmp_path / "out") for flag in flags]
+    arguments += ["--config.policy.init=path", "--config.user.init=path"]  # weights would be refused, if they were read
+    assert command.main([*FLAGS, *arguments]) == 2
     told = capsys.readouterr().err
     assert f"{command.__name__.split('.')[-1]}: {field}, but the model of" in told
     assert "reads at most 512 tokens" in told

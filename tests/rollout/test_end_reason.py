@@ -33,9 +33,9 @@ CASES = [
 
 @pytest.mark.parametrize(("emotion", "goodbye", "last", "violation", "fits", "reason"), CASES)
 def test_a_dialogue_on_the_host(emotion, goodbye, last, violation, fits, reason):
-    found = end_reason(emotion, RULES, goodbye=goodbye, last=last, violation=violation, fits=fits)
-    assert type(found) is int
-    assert END_REASONS[found] == reason
+    reason_index = end_reason(emotion, RULES, goodbye=goodbye, last=last, violation=violation, fits=fits)
+    assert type(reason_index) is int
+    assert END_REASONS[reason_index] == reason
 
 
 @pytest.mark.parametrize("kind", ["numpy", "jax", "jit"])
@@ -45,23 +45,23 @@ def test_many_dialogues_at_once(kind):
     if kind != "numpy":
         args = list(map(jnp.asarray, args))
     of = lambda e, g, l, v, f: end_reason(e, RULES, goodbye=g, last=l, violation=v, fits=f)  # noqa: E731, E741
-    found = (jax.jit(of) if kind == "jit" else of)(*args)
-    assert isinstance(found, np.ndarray if kind == "numpy" else jax.Array)
-    assert found.dtype == np.int32
-    assert [END_REASONS[reason] for reason in found] == [case[-1] for case in CASES]
+    actual = (jax.jit(of) if kind == "jit" else of)(*args)
+    assert isinstance(actual, np.ndarray if kind == "numpy" else jax.Array)
+    assert actual.dtype == np.int32
+    assert [END_REASONS[reason] for reason in actual] == [case[-1] for case in CASES]
 
 
 def test_one_condition_may_be_an_array_alone():
     """On the device, the last turn may be one number for all rows."""
     emotion = jnp.array([50, 80], jnp.int32)
-    found = end_reason(emotion, RULES, goodbye=jnp.array([False, True]), last=True)
-    assert [END_REASONS[reason] for reason in found] == ["turn_limit", "success"]
+    reasons = end_reason(emotion, RULES, goodbye=jnp.array([False, True]), last=True)
+    assert [END_REASONS[reason] for reason in reasons] == ["turn_limit", "success"]
 
 
 def test_all_kinds_agree():
     """Every combination, on the host against NumPy."""
     flags = list(itertools.product([False, True], repeat=4))
-    combined = [(emotion, *some) for emotion in (0, 20, 21, 50, 79, 80, 100) for some in flags]
+    combined = [(emotion, *conditions) for emotion in (0, 20, 21, 50, 79, 80, 100) for conditions in flags]
     of = lambda e, g, l, v, f: end_reason(e, RULES, goodbye=g, last=l, violation=v, fits=f)  # noqa: E731, E741
     columns = [np.array(column) for column in zip(*combined, strict=True)]
     np.testing.assert_array_equal(of(*columns), [of(*case) for case in combined])

@@ -12,11 +12,11 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.rollout.agents import Agents
 from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.rollout.sampler import sample_dialogues
-from tests.conftest import check_claims, some_profiles
+from tests.conftest import check_claims, make_profiles
 from tests.rollout.test_sampler import ALONE, DIRECT, HOW, PROFILES, THINK, Table, limits, words
 
 ROWS = 3  # 16 and 8 dialogues are no multiple of it
-SPECS = {"think": (THINK, PROFILES, range(16)), "direct": (DIRECT, some_profiles(4), range(8))}
+SPECS = {"think": (THINK, PROFILES, range(16)), "direct": (DIRECT, make_profiles(4), range(8))}
 
 
 pytestmark = pytest.mark.slow
@@ -38,9 +38,9 @@ def table(policy_lm, user_lm, bpe, prompts):
 @pytest.fixture(scope="module")
 def plays(table):
     """{name: [(on rows of their own, on ROWS rows), …]}: three batches of each spec, from other emotions."""
-    how = [{"seed": 0}, {"seed": 2, "initial_emotion": 40}, {"seed": 3, "initial_emotion": 22}]
+    settings = [{"seed": 0}, {"seed": 2, "initial_emotion": 40}, {"seed": 3, "initial_emotion": 22}]
     return {
-        name: [tuple(table(spec, rows).play(profiles, ids, **given) for rows in (0, ROWS)) for given in how]
+        name: [tuple(table(spec, rows).play(profiles, ids, **options) for rows in (0, ROWS)) for options in settings]
         for name, (spec, profiles, ids) in SPECS.items()
     }
 
@@ -49,8 +49,8 @@ def plays(table):
 @pytest.mark.parametrize("name", SPECS)
 def test_each_dialogue_is_the_same_token_for_token(name, plays):
     """All arrays of the log, also those of turns that were never played."""
-    for want, found in plays[name]:
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(found), strict=True):
+    for want, actual in plays[name]:
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(actual), strict=True):
             what = jax.tree_util.keystr(path)
             if what in (".row_turns", ".row_steps"):
                 continue
@@ -63,10 +63,10 @@ def test_each_dialogue_is_the_same_token_for_token(name, plays):
 @pytest.mark.slow
 def test_dialogues_ended_at_every_turn_for_every_reason(plays):
     """What the test above would prove nothing without."""
-    batches = [d for some in plays.values() for _, d in some]
-    found = {(int(t), END_REASONS[r]) for d in batches for t, r in zip(d.turns, d.end_reason, strict=True)}
-    assert {turns for turns, _ in found} >= {1, 2, 3, 4}
-    assert {reason for _, reason in found} == set(END_REASONS[1:])
+    batches = [d for pairs in plays.values() for _, d in pairs]
+    ends = {(int(t), END_REASONS[r]) for d in batches for t, r in zip(d.turns, d.end_reason, strict=True)}
+    assert {turns for turns, _ in ends} >= {1, 2, 3, 4}
+    assert {reason for _, reason in ends} == set(END_REASONS[1:])
 
 
 @pytest.mark.slow
@@ -74,10 +74,10 @@ def test_dialogues_ended_at_every_turn_for_every_reason(plays):
 def test_log_probs_on_used_rows_equal_fresh_contexts(name, table, plays, policy_lm, user_lm):
     """Nothing of a row's earlier dialogues is seen: plain passes over contexts of the logged ids."""
     spec, profiles, _ = SPECS[name]
-    found = plays[name][0][1]
-    mine, theirs = table(spec, ROWS).rows(found, profiles)
-    assert check_claims(policy_lm, mine) == found.policy.said.count.sum() > 200
-    assert check_claims(user_lm, theirs) == found.user.appraisal.count.sum() + found.user.reply.count.sum() > 200
+    actual = plays[name][0][1]
+    mine, theirs = table(spec, ROWS).rows(actual, profiles)
+    assert check_claims(policy_lm, mine) == actual.policy.completion.count.sum() > 200
+    assert check_claims(user_lm, theirs) == actual.user.appraisal.count.sum() + actual.user.reply.count.sum() > 200
 
 
 def by_lists(d, rows, count=None):
@@ -106,8 +106,10 @@ def test_room_is_counted(name, plays):
             steps = 0
             for playing in loop:
                 row, turn = (np.array(x) for x in zip(*playing, strict=True))
-                steps += d.policy.said.count[turn, row].max()
-                steps += sum(said.count[turn, :, row].max(0).sum() for said in (d.user.appraisal, d.user.reply))
+                steps += d.policy.completion.count[turn, row].max()
+                steps += sum(
+                    generated.count[turn, :, row].max(0).sum() for generated in (d.user.appraisal, d.user.reply)
+                )
             assert d.row_steps == rows * steps
             played, longest = sum(map(len, loop)), 1 + max(turn for playing in loop for _, turn in playing)
             assert played <= d.row_turns <= played + (rows - 1) * longest, "Graham's bound of list scheduling"
@@ -144,12 +146,12 @@ QUEUES = {
 def test_a_dialogue_is_the_same_in_any_queue(queue, queues, think):
     """Other groups, rows, company and order; places without a dialogue stay empty, and nothing compiles again."""
     compiled = sample_dialogues._cache_size()
-    found = queues(queue)
-    for place, (_, number) in enumerate(queue):
-        assert words(found, place) == words(think, number), f"dialogue {number}"
-    assert not found.turns[len(queue) :].any()
-    assert not found.end_reason[len(queue) :].any()
-    assert found.row_turns == 4 * len(by_lists(found, 4, len(queue)))
+    actual = queues(queue)
+    for position, (_, number) in enumerate(queue):
+        assert words(actual, position) == words(think, number), f"dialogue {number}"
+    assert not actual.turns[len(queue) :].any()
+    assert not actual.end_reason[len(queue) :].any()
+    assert actual.row_turns == 4 * len(by_lists(actual, 4, len(queue)))
     assert sample_dialogues._cache_size() == compiled
 
 
@@ -172,21 +174,21 @@ def test_parts_of_a_mesh_refill_their_own_rows(name, rows, plays, policy_lm, use
     policy, user = (LM(replicate(lm.params, mesh), lm.model) for lm in (policy_lm, user_lm))
     spec = dataclasses.replace(spec, rows=rows)
     agents = Agents.build(policy, user, bpe, prompts, spec, mesh, **HOW)
-    found = jax.device_get(agents.play(agents.encode(profiles, ids), jax.random.key(0), limits(spec)))
+    actual = jax.device_get(agents.play(agents.encode(profiles, ids), jax.random.key(0), limits(spec)))
     want = plays[name][0][0]
     for b in range(len(ids)):
-        assert words(found, b) == words(want, b), f"dialogue {b}"
+        assert words(actual, b) == words(want, b), f"dialogue {b}"
     size = len(ids) // 4
     loops = []
     for i in range(0, len(ids), size):
         part = dataclasses.replace(want, turns=want.turns[i:], end_reason=want.end_reason[i:])
         loops.append(by_lists(part, rows // 4, size))
-    assert found.row_turns == rows * max(map(len, loops))
+    assert actual.row_turns == rows * max(map(len, loops))
 
 
 @pytest.mark.slow
 def test_profiles_are_read_once_each(plays):
     """A group's members share one prefill, also one after the other on one row."""
-    for some in plays.values():
-        for want, found in some:
-            assert found.prefix_tokens == want.prefix_tokens
+    for pairs in plays.values():
+        for want, actual in pairs:
+            assert actual.prefix_tokens == want.prefix_tokens

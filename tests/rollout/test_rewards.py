@@ -63,8 +63,8 @@ def test_breaking_the_format_never_pays():
     emotions = emotions.at[:, 5].set(emotions[:, 4])
     for name in REWARDS:
         broken = reward(name, emotions, turns, jnp.ones(200, bool))
-        kept = reward(name, emotions, turns, jnp.zeros(200, bool))
-        assert bool((broken.reward <= kept.reward + 1e-6).all()), name
+        whole = reward(name, emotions, turns, jnp.zeros(200, bool))
+        assert bool((broken.reward <= whole.reward + 1e-6).all()), name
         assert bool((broken.reward <= 0).all()), name
 
 

@@ -34,23 +34,23 @@ REWARD = np.array([0.43, 0.6, 0, 0.4, 0, 0.5], np.float32)
 
 
 def test_dialogue_metrics_follow_the_script(six, bpe):
-    found = rollout_metrics(six, REWARD, bpe)
+    metrics = rollout_metrics(six, REWARD, bpe)
     # dialogue 0 has changes 5, -3 and 0 (from the last turn); 1: 10, 10; 3: 0; 4: -10; 2 and 5: no appraisal
-    assert found["emotion/change_mean"] == pytest.approx((5 - 3 + 0 + 10 + 10 + 0 - 10) / 7)
-    assert found["emotion/change_at_limit_share"] == pytest.approx(3 / 7)
+    assert metrics["emotion/change_mean"] == pytest.approx((5 - 3 + 0 + 10 + 10 + 0 - 10) / 7)
+    assert metrics["emotion/change_at_limit_share"] == pytest.approx(3 / 7)
     shares = np.array([1, 1, 2, 2, 1]) / 7
-    assert found["emotion/change_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
+    assert metrics["emotion/change_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
     final = [42, 60, 40, 40, 30, 40]
-    assert found["emotion/final_mean"] == pytest.approx(np.mean(final))
-    assert found["emotion/final_std"] == pytest.approx(np.std(final))
-    assert found["dialogue/turns_mean"] == pytest.approx((3 + 2 + 1 + 1 + 2 + 0) / 6)
-    assert found["dialogue/occupancy"] == pytest.approx(9 / 12), "turns played of those that there was room for"
-    assert found["dialogue/step_occupancy"] == pytest.approx(generated_count(six) / 400)
-    ends = {name.removeprefix("dialogue/end_"): x for name, x in found.items() if name.startswith("dialogue/end_")}
+    assert metrics["emotion/final_mean"] == pytest.approx(np.mean(final))
+    assert metrics["emotion/final_std"] == pytest.approx(np.std(final))
+    assert metrics["dialogue/turns_mean"] == pytest.approx((3 + 2 + 1 + 1 + 2 + 0) / 6)
+    assert metrics["dialogue/occupancy"] == pytest.approx(9 / 12), "turns played of those that there was room for"
+    assert metrics["dialogue/step_occupancy"] == pytest.approx(generated_count(six) / 400)
+    ends = {name.removeprefix("dialogue/end_"): x for name, x in metrics.items() if name.startswith("dialogue/end_")}
     by_hand = {"turn_limit": 1, "success": 1, "format": 2, "goodbye": 1, "context": 1, "failure": 0}
     assert ends == pytest.approx({name: count / 6 for name, count in by_hand.items()})
-    assert found["dialogue/success_rate"] == found["dialogue/failure_rate"] == 0, "SAGE's: 100, below 10"
-    assert found["reward/mean"] == pytest.approx(np.mean([0.43, 0.6, 0, 0.4, 0, 0.5]))
+    assert metrics["dialogue/success_rate"] == metrics["dialogue/failure_rate"] == 0, "SAGE's: 100, below 10"
+    assert metrics["reward/mean"] == pytest.approx(np.mean([0.43, 0.6, 0, 0.4, 0, 0.5]))
 
 
 def test_token_counts_are_those_of_the_records(six, played_records, played_profiles, bpe):
@@ -61,21 +61,21 @@ def test_token_counts_are_those_of_the_records(six, played_records, played_profi
 
 
 def test_reply_metrics_leave_out_turns_that_were_not_played(six, bpe):
-    found = rollout_metrics(six, REWARD, bpe)
+    metrics = rollout_metrics(six, REWARD, bpe)
     says = ["did not", "她 2024", "said", "my sister.", "said goodbye", "", "felt awful.\nI did", "felt", ""]
-    assert found["reply/tokens_mean"] == pytest.approx(np.mean([len(bpe.encode(say)) for say in says]))
-    assert found["reply/stopped_share"] == pytest.approx(8 / 9)
-    assert found["reply/violation_share"] == pytest.approx(2 / 9)
-    assert found["reply/readable_share"] == pytest.approx(6 / 9), "one was cut, two broke the format"
+    assert metrics["reply/tokens_mean"] == pytest.approx(np.mean([len(bpe.encode(say)) for say in says]))
+    assert metrics["reply/stopped_share"] == pytest.approx(8 / 9)
+    assert metrics["reply/violation_share"] == pytest.approx(2 / 9)
+    assert metrics["reply/readable_share"] == pytest.approx(6 / 9), "one was cut, two broke the format"
 
 
 def test_a_batch_without_a_reply_has_no_metrics_of_replies(six, bpe):
     silent = dataclasses.replace(six, turns=np.zeros(6, np.int32), appraised=np.zeros_like(six.appraised))
-    found = rollout_metrics(silent, REWARD, bpe)
+    metrics = rollout_metrics(silent, REWARD, bpe)
     of_changes = {"emotion/change_entropy", "emotion/change_at_limit_share"}
-    assert found.keys() == {name for name in ROLLOUT_METRICS if not name.startswith("reply/")} - of_changes
-    assert (found["dialogue/turns_mean"], found["emotion/change_mean"]) == (0, 0)
-    assert found["emotion/final_mean"] == 40, "what all began with"
+    assert metrics.keys() == {name for name in ROLLOUT_METRICS if not name.startswith("reply/")} - of_changes
+    assert (metrics["dialogue/turns_mean"], metrics["emotion/change_mean"]) == (0, 0)
+    assert metrics["emotion/final_mean"] == 40, "what all began with"
 
 
 def test_a_new_metric_is_an_entry_of_the_table(six, bpe, monkeypatch):

@@ -19,7 +19,7 @@ from rlver_jax.rollout.sampler import sample_dialogues
 from rlver_jax.rollout.spec import RolloutConfig, RolloutLimits
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits
-from tests.conftest import Fresh, check_claims, option_logprobs, plain, some_profiles
+from tests.conftest import Fresh, check_claims, make_profiles, option_logprobs, plain
 
 HOW = {"style": "vanilla", "scenario": "heart_to_heart"}
 RULES = EmotionRules(initial=30, floor=20, ceiling=42)  # narrow, so that both ends are reached
@@ -69,7 +69,7 @@ def table(policy_lm, user_lm, bpe, prompts):
     return get
 
 
-PROFILES = some_profiles(2)
+PROFILES = make_profiles(2)
 
 
 @pytest.fixture(scope="module")
@@ -79,31 +79,31 @@ def think(table):
 
 @pytest.fixture(scope="module")
 def direct(table):
-    return table(DIRECT).play(some_profiles(4), range(8))
+    return table(DIRECT).play(make_profiles(4), range(8))
 
 
 @pytest.fixture(scope="module")
 def many(table, think, direct):
     """(spec, dialogue arrays) of several batches; none compiles anything new."""
     more = [table(THINK).play(PROFILES, range(16), seed, initial_emotion=e) for seed, e in ((1, 30), (2, 40), (3, 22))]
-    more_direct = [table(DIRECT).play(some_profiles(4), range(8), seed, initial_emotion=30) for seed in (4, 5)]
+    more_direct = [table(DIRECT).play(make_profiles(4), range(8), seed, initial_emotion=30) for seed in (4, 5)]
     return [(THINK, d) for d in (think, *more)] + [(DIRECT, d) for d in (direct, *more_direct)]
 
 
 @pytest.mark.parametrize("spec", [THINK, DIRECT], ids=["think", "direct"])
 def test_log_probs_equal_fresh_contexts(spec, table, think, direct, policy_lm, user_lm):
     """Every generated token of both sides: no cache, no rollback, no tables."""
-    d, profiles = (think, PROFILES) if spec is THINK else (direct, some_profiles(4))
+    d, profiles = (think, PROFILES) if spec is THINK else (direct, make_profiles(4))
     policy_rows, user_rows = table(spec).rows(d, profiles)
-    said = check_claims(policy_lm, policy_rows)
+    count = check_claims(policy_lm, policy_rows)
     answered = check_claims(user_lm, user_rows)
-    assert said == d.policy.said.count.sum() > 200
+    assert count == d.policy.completion.count.sum() > 200
     assert answered == d.user.appraisal.count.sum() + d.user.reply.count.sum() > 200
 
 
 def test_changes_are_read_from_the_options_probabilities(table, think, direct, user_lm, bpe):
     """Each option scored in a row of its own; in direct mode the change is the likeliest one."""
-    for spec, d, profiles in ((THINK, think, PROFILES), (DIRECT, direct, some_profiles(4))):
+    for spec, d, profiles in ((THINK, think, PROFILES), (DIRECT, direct, make_profiles(4))):
         fresh = table(spec).fresh
         for b in (0, 5, 7):
             rows = fresh.user_rows(d, b, profiles[b // spec.group], spec.max_turns)
@@ -124,9 +124,9 @@ def test_appraisals_are_greedy_visible_lines(table, think, user_lm, bpe):
     later[stops] = True
     first = later & np.array([bool(p.strip()) for p in pieces])
     for row, logp in zip(rows, plain(user_lm, [[*r.ids, 0] for r in rows])[1], strict=True):
-        for place, tokens in row.fields:
+        for position, tokens in row.fields:
             for i, token in enumerate(tokens):
-                here = np.where(first if i == 0 else later, logp[place - 1 + i][: len(pieces)], -np.inf)
+                here = np.where(first if i == 0 else later, logp[position - 1 + i][: len(pieces)], -np.inf)
                 assert here[token] > here.max() - 1e-4
 
 
@@ -135,7 +135,7 @@ def test_says_are_what_follows_the_thought(table, many):
         fresh = table(spec).fresh
         for b in range(len(d.turns)):
             for t in range(d.turns[b]):
-                tokens = fresh.cut(d.policy.said, (t, b))[1]
+                tokens = fresh.cut(d.policy.completion, (t, b))[1]
                 want = fresh.spoken(tokens)
                 assert d.policy.say[t, b, : d.policy.say_count[t, b]].tolist() == want
                 assert d.policy.violation[t, b] == (spec.mode == "think" and not want)
@@ -164,8 +164,8 @@ def why_it_ended(fresh, spec, d, b) -> str:
         return "success"
     if emotion <= RULES.floor:
         return "failure"
-    said = fresh.tokenizer.decode(fresh.cut(d.user.reply, (last, -1, b))[0])
-    if "goodbye" in said:
+    reply = fresh.tokenizer.decode(fresh.cut(d.user.reply, (last, -1, b))[0])
+    if "goodbye" in reply:
         return "goodbye"
     return "turn_limit" if d.turns[b] == spec.max_turns else "context"
 
@@ -178,32 +178,32 @@ def test_dialogues_end_for_the_recorded_reason_and_stay_ended(table, many):
             reason = END_REASONS[d.end_reason[b]]
             assert reason == why_it_ended(table(spec).fresh, spec, d, b)
             ends.add((int(turns), reason))
-            for counts in (d.policy.said.count, d.policy.prefilled, d.user.prefilled):
+            for counts in (d.policy.completion.count, d.policy.prefilled, d.user.prefilled):
                 assert not counts[turns:, b].any()
             assert not d.user.appraisal.count[turns:, :, b].any()
             assert not d.user.reply.count[turns:, :, b].any()
             silent = reason in ("success", "failure", "format", "turn_limit")
             assert d.user.reply.count[turns - 1, -1, b] == 0 if silent else True
-            assert all(d.policy.said.count[t, b] > 0 for t in range(turns))
+            assert all(d.policy.completion.count[t, b] > 0 for t in range(turns))
     assert {turns for turns, _ in ends} >= {1, 2, 3, 4}
     assert {reason for _, reason in ends} >= set(END_REASONS[1:])
 
 
 def test_a_full_context_ends_a_dialogue_before_it_overflows(table, many):
-    found = [(d, b) for _, d in many for b in range(len(d.turns)) if d.end_reason[b] == CONTEXT]
-    assert found
-    for d, b in found:
+    ended = [(d, b) for _, d in many for b in range(len(d.turns)) if d.end_reason[b] == CONTEXT]
+    assert ended
+    for d, b in ended:
         assert 0 < d.turns[b] < DIRECT.max_turns
     for spec, d in many:
-        profiles = PROFILES if spec is THINK else some_profiles(4)
+        profiles = PROFILES if spec is THINK else make_profiles(4)
         assert max(len(row.ids) for rows in table(spec).rows(d, profiles) for row in rows) < spec.context
 
 
 def words(d, b) -> list:
     """Everything that the two sides said and felt in one dialogue."""
-    said = [d.policy.said.tokens[:, b], d.user.appraisal.tokens[:, :, b], d.user.reply.tokens[:, :, b]]
+    generated = [d.policy.completion.tokens[:, b], d.user.appraisal.tokens[:, :, b], d.user.reply.tokens[:, :, b]]
     rest = [d.user.change[:, b], d.emotions[b], d.turns[b], d.end_reason[b], d.first_talk[b]]
-    return [np.asarray(x).tolist() for x in (*said, *rest)]
+    return [np.asarray(x).tolist() for x in (*generated, *rest)]
 
 
 def test_the_same_key_gives_the_same_bits(table, think):
@@ -215,7 +215,7 @@ def test_seeds_and_group_members_differ(think, many):
     other = many[1][1]
     assert sum(words(think, b) != words(other, b) for b in range(16)) >= 14
     for members in (range(8), range(8, 16)):
-        assert len({str(think.policy.said.tokens[:, b].tolist()) for b in members}) >= 7
+        assert len({str(think.policy.completion.tokens[:, b].tolist()) for b in members}) >= 7
         assert len({str(think.first_talk[b].tolist()) for b in members}) == 1
 
 
@@ -223,19 +223,19 @@ def test_a_dialogue_is_the_same_in_another_row(table, think):
     """Rows permuted within their groups and the groups swapped. Nothing but the place changes."""
     order = [*np.random.default_rng(1).permutation(8) + 8, *np.random.default_rng(2).permutation(8)]
     moved = table(THINK).play(PROFILES[::-1], order)
-    for place, b in enumerate(order):
-        assert words(moved, place) == words(think, int(b)), f"dialogue {b}"
+    for position, b in enumerate(order):
+        assert words(moved, position) == words(think, int(b)), f"dialogue {b}"
     assert len(set(think.turns.tolist())) > 1, "rows end at different turns"
 
 
 @pytest.mark.slow
 def test_a_dialogue_is_the_same_in_another_group_and_batch(table, think):
     """Groups of one, five rows instead of sixteen, other company, a row of padding in between."""
-    company = dataclasses.replace(some_profiles(3)[2], id="company")
+    company = dataclasses.replace(make_profiles(3)[2], id="company")
     profiles, ids = [PROFILES[1], company, PROFILES[0], PROFILES[1]], [13, 99, 6, 8]
     moved = table(ALONE).play(profiles, ids, count=5)
-    for place, b in ((0, 13), (2, 6), (3, 8)):
-        assert words(moved, place) == words(think, b), f"dialogue {b}"
+    for position, b in ((0, 13), (2, 6), (3, 8)):
+        assert words(moved, position) == words(think, b), f"dialogue {b}"
     assert moved.turns[4] == 0, "padding plays nothing"
     assert moved.end_reason[4] == 0
 
@@ -245,8 +245,8 @@ def test_prefilled_tokens_are_those_that_are_new(table, many, bpe):
 
     That is every beginning of an option, once: the last token of each is predicted and never read.
     """
-    written = [tuple(bpe.encode(f"{n:+d}\n" if n else "0\n")) for n in range(-10, 11)]
-    options = len({option[:end] for option in written for end in range(1, len(option))})
+    spelled = [tuple(bpe.encode(f"{n:+d}\n" if n else "0\n")) for n in range(-10, 11)]
+    options = len({option[:end] for option in spelled for end in range(1, len(option))})
     for spec, d in many:
         fresh = table(spec).fresh
         chat, think = fresh.chat, spec.mode == "think"
@@ -259,20 +259,20 @@ def test_prefilled_tokens_are_those_that_are_new(table, many, bpe):
             extra = say * think + len(chat.close) * (t > 0) + len(bpe.encode("<think>\n")) * think
             assert d.policy.prefilled[t, b] == frame + heard + extra
             if d.appraised[t, b]:
-                row = fresh.user_rows(d, b, some_profiles(4)[b // spec.group], spec.max_turns)[t]
-                said = fresh.spoken(fresh.cut(d.policy.said, (t, b))[1])
-                read = heard + len(said) + frame + len(chat.close)
+                row = fresh.user_rows(d, b, make_profiles(4)[b // spec.group], spec.max_turns)[t]
+                spoken = fresh.spoken(fresh.cut(d.policy.completion, (t, b))[1])
+                prefill = heard + len(spoken) + frame + len(chat.close)
                 texts = sum(len(fresh.cut(d.user.appraisal, (t, f, b))[0]) for f in range(2))
                 texts += sum(len(fresh.cut(d.user.reply, (t, f, b))[0]) for f in range(2))
-                base = len(row.ids) - self_length(fresh, d, b, t, some_profiles(4)[b // spec.group])
-                assert d.user.prefilled[t, b] == read + base - texts + options
+                base = len(row.ids) - self_length(fresh, d, b, t, make_profiles(4)[b // spec.group])
+                assert d.user.prefilled[t, b] == prefill + base - texts + options
 
 
 def self_length(fresh, d, b, t, profile) -> int:
     """Tokens before the reasoning of turn t."""
     chat, total = fresh.chat, len(fresh.opening(profile))
     for i in range(t + 1):
-        say = fresh.spoken(fresh.cut(d.policy.said, (i, b))[1])
+        say = fresh.spoken(fresh.cut(d.policy.completion, (i, b))[1])
         total += len(fresh.heard(d, b, i) + chat.close + chat.open("user") + say + chat.close + chat.open("assistant"))
     return total
 
@@ -293,7 +293,7 @@ def test_hardly_a_token_is_read_twice(table, many, bpe):
     for spec, d in many:
         fresh = table(spec).fresh
         for b in range(len(d.turns)):
-            profile = some_profiles(4)[b // spec.group]
+            profile = make_profiles(4)[b // spec.group]
             mine = fresh.policy_rows(d, b)
             theirs = fresh.user_rows(d, b, profile, spec.max_turns)
             scored = [row.ids[: row.choice_at] + option for row in theirs for option in options]
@@ -302,8 +302,8 @@ def test_hardly_a_token_is_read_twice(table, many, bpe):
             )
             encoded = table(spec).agents.encode([profile], range(spec.group))
             prefix = int(encoded.prefix_count[0]) + table(spec).agents.tables[0].system.shape[0]
-            read = prefix + d.policy.prefilled[:, b].sum() + d.user.prefilled[:, b].sum()
-            assert read <= 1.05 * tokens
+            prefilled = prefix + d.policy.prefilled[:, b].sum() + d.user.prefilled[:, b].sum()
+            assert prefilled <= 1.05 * tokens
 
 
 def test_a_group_prefills_its_profile_once(table, think, bpe):
@@ -325,11 +325,11 @@ def test_other_profiles_counts_and_limits_compile_once(table, think):
     assert d.policy.say_count.max() == 5
     assert d.user.appraisal.count.max() == 3
     assert d.user.reply.count[:, -1].max() == 2
-    assert (d.policy.said.found_at < 14).all()
+    assert (d.policy.completion.found_at < 14).all()
     assert not d.turns[8:].any()
     greedy = table(THINK).play(PROFILES, range(16), 1, temperature=0)
     assert sample_dialogues._cache_size() == compiled
-    same = {str(greedy.policy.said.tokens[0, b].tolist()) for b in range(8)}
+    same = {str(greedy.policy.completion.tokens[0, b].tolist()) for b in range(8)}
     assert len(same) == 1, "greedy replies to the same words are the same"
 
 
@@ -351,13 +351,13 @@ def test_no_host_callback_in_the_program(table):
 
 
 def test_a_violation_costs_the_emotion_nothing(many):
-    found = 0
+    violations = 0
     for _, d in many:
         for b in np.nonzero(d.end_reason == FORMAT)[0]:
-            found += 1
+            violations += 1
             assert d.violation[b]
             assert d.emotions[b, d.turns[b]] == d.emotions[b, d.turns[b] - 1]
-    assert found
+    assert violations
 
 
 REAL = RolloutConfig("think", True, 1, 2, 640, 32, 24, 20, "argmax", EmotionRules(50), Truncation(20))
@@ -382,7 +382,7 @@ def test_a_real_dialogue_equals_its_chat_template(checkpoint, qwen, prompts):
     transformers = pytest.importorskip("transformers")
     model = Qwen2(Qwen2Config.from_hf(checkpoint), scan_layers=False)
     lm = LM(load_params(checkpoint, model), model)
-    profiles = some_profiles(2)[:1]
+    profiles = make_profiles(2)[:1]
     table = Table(lm, lm, qwen, prompts, REAL)
     limit = dataclasses.replace(limits(REAL), think_tokens=jnp.int32(32), initial_emotion=jnp.int32(50))
     d = jax.device_get(table.agents.play(table.agents.encode(profiles, [0]), jax.random.key(0), limit))

@@ -65,10 +65,10 @@ def test_each_part_of_a_mesh_has_a_queue_of_its_own():
     active = np.array([True] * 5 + [False] + [True] * 3 + [False] * 3)
     lengths = np.random.default_rng(0).integers(1, 5, 12)
     with jax.set_mesh(mesh):
-        found = played(active, lengths, 4)
+        loops = played(active, lengths, 4)
     halves = by_lists(active[:6], lengths[:6], 2), by_lists(active[6:], lengths[6:], 2)
     nobody = [None, None]
-    for turn, row in enumerate(found):
+    for turn, row in enumerate(loops):
         first, second = (half[turn] if turn < len(half) else nobody for half in halves)
         assert row == first + [None if d is None else d + 6 for d in second]
-    assert len(found) == max(map(len, halves))
+    assert len(loops) == max(map(len, halves))

@@ -36,7 +36,7 @@ def weights(folder) -> str:
     return model_parts(folder, weights=True)["weights"]
 
 
-def places_of(folder) -> dict[str, Tensor]:
+def tensors_of(folder) -> dict[str, Tensor]:
     return find_tensors(folder)
 
 
@@ -47,10 +47,10 @@ def changed(large, tmp_path):
 
     def after(*edits):
         folder = shutil.copytree(large, tmp_path / str(len(list(tmp_path.iterdir()))))
-        found = places_of(folder)
+        tensors = tensors_of(folder)
         with (folder / "model.safetensors").open("r+b") as file:
             for name, first, count in edits:
-                at = found[name].begin + first % (found[name].end - found[name].begin)
+                at = tensors[name].begin + first % (tensors[name].end - tensors[name].begin)
                 file.seek(at)
                 data = bytes((byte + 1) % 256 for byte in file.read(count))
                 file.seek(at)
@@ -63,7 +63,7 @@ def changed(large, tmp_path):
 def test_a_step_of_training_is_seen_in_any_matrix(large, changed):
     """All of one matrix changes, as by merging a LoRA adapter of one projection."""
     for name in ("model.layers.3.k.weight", "model.embed_tokens.weight", "model.norm.weight"):
-        tensor = places_of(large)[name]
+        tensor = tensors_of(large)[name]
         assert changed((name, 0, tensor.end - tensor.begin)), name
     assert not changed()
 
@@ -93,11 +93,11 @@ def test_single_numbers_of_small_models_and_vectors_are_seen(changed, tmp_path):
 
 def test_what_is_read_of_a_large_model_is_little(large):
     """A 72B model has 560 matrices of the kind: within 200 MB."""
-    tensor = places_of(large)["model.layers.0.q.weight"]
-    read = list(_byte_ranges(tensor, whole=False))
-    assert sum(size for _, size in read) == 8 * _PIECE == 131_072
-    assert read[0][0] == tensor.begin
-    assert sum(read[-1]) == tensor.end
+    tensor = tensors_of(large)["model.layers.0.q.weight"]
+    ranges = list(_byte_ranges(tensor, whole=False))
+    assert sum(size for _, size in ranges) == 8 * _PIECE == 131_072
+    assert ranges[0][0] == tensor.begin
+    assert sum(ranges[-1]) == tensor.end
 
 
 def first_form(folder) -> str:
@@ -126,9 +126,9 @@ def test_evaluations_of_older_versions_are_known(large, tmp_path):
     (tmp_path / "progress.json").write_text(
         json.dumps({"settings": settings | {"fingerprint.user": first_form(large)}, "played": []})
     )
-    said = []
-    assert EvaluationFolder.open(tmp_path, settings, report=said.append).settings["fingerprint.user"] == new
-    assert "lack fingerprint.user in its present form" in said[0]
+    reports = []
+    assert EvaluationFolder.open(tmp_path, settings, report=reports.append).settings["fingerprint.user"] == new
+    assert "lack fingerprint.user in its present form" in reports[0]
     with pytest.raises(ValueError, match=r"fingerprint.user was"):
         EvaluationFolder.open(tmp_path, settings | {"fingerprint.user": "0000.1111"})
 
@@ -146,9 +146,9 @@ def test_an_evaluation_goes_on_without_a_field_that_came_later(tmp_path):
     settings = {"eval.num_profiles": 3, "eval.seed": 0, "rollout.top_k": 0, "backend": "cpu"}
     old = {name: value for name, value in settings.items() if name != "rollout.top_k"}
     (tmp_path / "progress.json").write_text(json.dumps({"settings": old, "played": []}))
-    said = []
-    assert EvaluationFolder.open(tmp_path, settings, report=said.append).settings == settings
-    assert "settings lack rollout.top_k=0: as here" in said[0]
+    reports = []
+    assert EvaluationFolder.open(tmp_path, settings, report=reports.append).settings == settings
+    assert "settings lack rollout.top_k=0: as here" in reports[0]
     with pytest.raises(ValueError, match="rollout.top_k did not exist, which was as 0, is 5"):
         EvaluationFolder.open(tmp_path, settings | {"rollout.top_k": 5})
     with pytest.raises(ValueError, match="backend was 'cpu', is 'tpu'"):

@@ -86,9 +86,9 @@ def left(folder) -> list[str]:
 
 def write_owner(folder, **fields) -> None:
     """A lock as another process may have left it."""
-    given = vars(lock.Owner.here(folder)) | {"token": "f00d"} | fields
+    owner = vars(lock.Owner.here(folder)) | {"token": "f00d"} | fields
     (folder / "lock").mkdir()
-    (folder / "lock" / "owner.json").write_text(json.dumps(given))
+    (folder / "lock" / "owner.json").write_text(json.dumps(owner))
 
 
 def refusal(folder) -> str:
@@ -106,22 +106,22 @@ def fast(monkeypatch):
 def test_a_second_process_is_refused_with_host_and_pid(tmp_path):
     with holder(tmp_path / "run") as one:
         assert one.line() == "held"
-        said = refusal(tmp_path / "run")
-        assert f"is in use by process {one.process.pid} on host {socket.gethostname()}, since 20" in said
-        assert "end it, or name another --out" in said
+        message = refusal(tmp_path / "run")
+        assert f"is in use by process {one.process.pid} on host {socket.gethostname()}, since 20" in message
+        assert "end it, or name another --out" in message
         assert one.end() == ""
     assert left(tmp_path / "run") == []
     with lock.hold(tmp_path / "run", "--out", print) as held:
         held.check()
 
 
-@pytest.mark.parametrize("how", ["end", "fail"])
-def test_nothing_is_left_after_a_normal_end_or_ctrl_c(tmp_path, how):
+@pytest.mark.parametrize("signal_name", ["end", "fail"])
+def test_nothing_is_left_after_a_normal_end_or_ctrl_c(tmp_path, signal_name):
     (tmp_path / "config.json").write_text("{}")
     with holder(tmp_path) as one:
         assert one.line() == "held"
         assert "lock" in left(tmp_path)
-        one.end(how)
+        one.end(signal_name)
     assert left(tmp_path) == ["config.json"]
 
 
@@ -161,11 +161,11 @@ def test_after_a_kill_the_next_one_takes_over_at_once(tmp_path):
         one.process.send_signal(signal.SIGKILL)  # nobody has asked how it ended: a zombie still has its number
         while "Z" not in Path(f"/proc/{one.process.pid}/stat").read_text():
             time.sleep(0.01)
-        said, began = [], time.monotonic()
-        with lock.hold(tmp_path, "--workdir", said.append) as held:
+        reports, began = [], time.monotonic()
+        with lock.hold(tmp_path, "--workdir", reports.append) as held:
             assert time.monotonic() - began < 0.5
             held.check()
-        (line,) = said
+        (line,) = reports
         assert f"taken over from process {one.process.pid} on host {socket.gethostname()}" in line
         assert "which has ended" in line
     assert left(tmp_path) == []
@@ -203,11 +203,11 @@ def test_an_earlier_boot_of_this_host_is_over(tmp_path, monkeypatch):
 def test_who_cannot_be_asked_is_watched(tmp_path, fast, fields):
     """Another machine of the same name, another container of this one, another host: all silent."""
     write_owner(tmp_path, pid=2**22 + 1, **fields)  # a number that no process of Linux has
-    said, began = [], time.monotonic()
-    with lock.hold(tmp_path, "--workdir", said.append):
+    reports, began = [], time.monotonic()
+    with lock.hold(tmp_path, "--workdir", reports.append):
         assert 1.0 < time.monotonic() - began < 3
-    assert "watching for 1 s whether it still runs" in said[0]
-    assert "which gave no sign of life for 1 s" in said[1]
+    assert "watching for 1 s whether it still runs" in reports[0]
+    assert "which gave no sign of life for 1 s" in reports[1]
 
 
 def test_a_living_owner_on_another_host_is_seen_by_its_beats(tmp_path):
@@ -230,8 +230,8 @@ def test_an_owner_that_was_suspended_notices_that_it_lost_the_lock(tmp_path):
         one.process.send_signal(signal.SIGCONT)
         time.sleep(0.6)  # its heart beats meanwhile, but not in the other's place
         one.tell("?")
-        said = one.line()
-        assert said.startswith(f"LostLockError {tmp_path}: is no longer this process's: process {two.process.pid} on")
+        line = one.line()
+        assert line.startswith(f"LostLockError {tmp_path}: is no longer this process's: process {two.process.pid} on")
         two.tell("?")
         assert two.line() == "still"
         one.process.wait(timeout=10)
@@ -280,13 +280,13 @@ def test_of_many_newcomers_one_takes_a_stale_lock(tmp_path):
     (tmp_path / "lock" / "beat-f00d-17").touch()
     with contextlib.ExitStack() as stack:
         all_ = [stack.enter_context(holder(tmp_path)) for _ in range(5)]
-        said = []
+        lines = []
         for one in all_:
             line = one.line()
-            said.append(one.line() if line.startswith("report") else line)
-        assert sum(line == "held" for line in said) == 1, said
-        assert sum("is in use by" in line for line in said) == 4
-        (winner,) = (one for one, line in zip(all_, said, strict=True) if line == "held")
+            lines.append(one.line() if line.startswith("report") else line)
+        assert sum(line == "held" for line in lines) == 1, lines
+        assert sum("is in use by" in line for line in lines) == 4
+        (winner,) = (one for one, line in zip(all_, lines, strict=True) if line == "held")
         winner.tell("?")
         assert winner.line() == "still"
         winner.end()
@@ -340,10 +340,10 @@ def test_the_killed_owner_of_a_folder_that_was_moved_is_not_waited_for(tmp_path)
     write_owner(tmp_path, pid=2**22 + 1)
     (tmp_path / "moved").mkdir()
     (tmp_path / "lock").rename(tmp_path / "moved" / "lock")
-    began, said = time.monotonic(), []
-    with lock.hold(tmp_path / "moved", "--workdir", said.append):
+    began, reports = time.monotonic(), []
+    with lock.hold(tmp_path / "moved", "--workdir", reports.append):
         assert time.monotonic() - began < lock.WATCH / 3
-    assert "which has ended" in said[-1]
+    assert "which has ended" in reports[-1]
 
 
 def test_the_name_of_a_host_cannot_forge_a_line(tmp_path):

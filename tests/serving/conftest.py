@@ -19,7 +19,7 @@ from rlver_jax.serving.connection import make_server
 from rlver_jax.serving.engine import Engine
 from rlver_jax.user.emotion import EmotionRules
 from rlver_jax.user.turn import UserLimits
-from tests.conftest import some_profiles
+from tests.conftest import make_profiles
 
 ROWS, CONTEXT, BLOCK, QUEUE = 4, 320, 3, 40
 
@@ -82,6 +82,6 @@ def played(policy_lm, user_lm, bpe, prompts) -> Played:
     user = UserLimits(jnp.int32(8), jnp.int32(12), jnp.float32(1))
     limits = RolloutLimits(jnp.int32(3), jnp.int32(24), jnp.int32(16), jnp.float32(0), jnp.int32(40), user)
     # Ids all 0: each dialogue is one that a conversation of its own would have.
-    encoded = agents.encode(some_profiles(4), [0] * 4)
+    encoded = agents.encode(make_profiles(4), [0] * 4)
     dialogues = jax.device_get(agents.play(encoded, jax.random.key(3), limits))
-    return Played(agents, some_profiles(4), limits, 3, dialogues)
+    return Played(agents, make_profiles(4), limits, 3, dialogues)

@@ -35,7 +35,7 @@ class Found:
     rss_mib: list[float] = dataclasses.field(default_factory=list)
 
 
-def some_request(draw: random.Random, model: str, context: int) -> tuple[str, dict[str, Any]]:
+def random_request(draw: random.Random, model: str, context: int) -> tuple[str, dict[str, Any]]:
     """(path, body) of a random request that fits."""
     text = " ".join(draw.choices(WORDS, k=draw.randint(1, context // 16)))
     body: dict[str, Any] = {"model": model, "max_tokens": draw.randint(1, context // 8), "seed": draw.randint(0, 99)}
@@ -68,19 +68,19 @@ def checked(status: int, text: str, body: dict[str, Any]) -> int:
     return usage["completion_tokens"]
 
 
-def client(number: int, netloc: str, model: str, context: int, until: float, found: Found) -> None:
+def client(number: int, netloc: str, model: str, context: int, until: float, measured_load: Found) -> None:
     """One client: requests until the time is over, each on one kept connection."""
     draw, connection = random.Random(number), http.client.HTTPConnection(netloc, timeout=300)
     while time.monotonic() < until:
-        path, body = some_request(draw, model, context)
+        path, body = random_request(draw, model, context)
         began = time.monotonic()
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
-            found.tokens.append(checked(response.status, response.read().decode(), body))
-            found.seconds.append(time.monotonic() - began)
+            measured_load.tokens.append(checked(response.status, response.read().decode(), body))
+            measured_load.seconds.append(time.monotonic() - began)
         except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
-            found.errors.append(f"{type(error).__name__}: {error}")
+            measured_load.errors.append(f"{type(error).__name__}: {error}")
             connection.close()
 
 
@@ -102,11 +102,11 @@ def _at(values: list[float], share: float) -> float:
 
 def run(url: str, clients: int, seconds: float, pid: int = 0) -> dict[str, Any]:
     """Figures of a load of `seconds`."""
-    netloc, found = urlsplit(url).netloc, Found()
+    netloc, result = urlsplit(url).netloc, Found()
     model = get(netloc, "/v1/models")["data"][0]
     before, until = get(netloc, "/stats"), time.monotonic() + seconds
     threads = [
-        threading.Thread(target=client, args=(n, netloc, model["id"], model["max_model_len"], until, found))
+        threading.Thread(target=client, args=(n, netloc, model["id"], model["max_model_len"], until, result))
         for n in range(clients)
     ]
     for thread in threads:
@@ -114,35 +114,35 @@ def run(url: str, clients: int, seconds: float, pid: int = 0) -> dict[str, Any]:
     while time.monotonic() < until:
         time.sleep(min(1.0, seconds / 12))
         if pid:
-            found.rss_mib.append(rss_mib(pid))
+            result.rss_mib.append(rss_mib(pid))
     for thread in threads:
         thread.join()
     after = get(netloc, "/stats")
     steps = after["steps"] - before["steps"]
-    said = after["tokens"]["generated"] - before["tokens"]["generated"]
-    waits = sorted(found.seconds) or [0.0]
-    sixth = max(len(found.rss_mib) // 6, 1)
+    generated = after["tokens"]["generated"] - before["tokens"]["generated"]
+    waits = sorted(result.seconds) or [0.0]
+    sixth = max(len(result.rss_mib) // 6, 1)
     return {
         "clients": clients,
         "seconds": seconds,
-        "requests": len(found.seconds),
-        "errors": len(found.errors),
-        "first_errors": found.errors[:3],
+        "requests": len(result.seconds),
+        "errors": len(result.errors),
+        "first_errors": result.errors[:3],
         "latency_s": {
             "median": statistics.median(waits),
             "p95": _at(waits, 0.95),
             "p99": _at(waits, 0.99),
             "max": waits[-1],
         },
-        "tokens_per_s": sum(found.tokens) / seconds,
+        "tokens_per_s": sum(result.tokens) / seconds,
         "rows": after["rows"],
-        "rows_mean": said / max(steps, 1),
-        "occupancy": said / max(steps, 1) / after["rows"],
+        "rows_mean": generated / max(steps, 1),
+        "occupancy": generated / max(steps, 1) / after["rows"],
         "programs_compiled": [before["programs_compiled"], after["programs_compiled"]],
         "left": {"busy": after["busy"], "waiting": after["waiting"]},
-        "rss_mib_at": {name: _at(found.rss_mib, x) for name, x in (("start", 0), ("third", 1 / 3), ("end", 1)) if pid},
+        "rss_mib_at": {name: _at(result.rss_mib, x) for name, x in (("start", 0), ("third", 1 / 3), ("end", 1)) if pid},
         # the second sixth (the first one warms up) and the last one
-        "rss_mib": [statistics.mean(x) for x in (found.rss_mib[sixth : 2 * sixth], found.rss_mib[-sixth:]) if x],
+        "rss_mib": [statistics.mean(x) for x in (result.rss_mib[sixth : 2 * sixth], result.rss_mib[-sixth:]) if x],
     }
 
 
@@ -152,9 +152,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--pid", type=int, default=0)
-    figures = run(**vars(parser.parse_args()))
-    print(json.dumps(figures, indent=1))
-    return 1 if figures["errors"] else 0
+    results = run(**vars(parser.parse_args()))
+    print(json.dumps(results, indent=1))
+    return 1 if results["errors"] else 0
 
 
 if __name__ == "__main__":

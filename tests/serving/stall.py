@@ -40,41 +40,41 @@ def bodies(model: str) -> dict[str, tuple[str, bytes]]:
         "知": "知",
     }
     units |= {"escapes": "\\u00e9", "newlines": " \\n", "specials": "<|im_end|>", "backslashes": "\\\\"}
-    found = {f"one message of {kind}": (chat, filled(text, unit, '"}]}')) for kind, unit in units.items()}
+    by_kind = {f"one message of {kind}": (chat, filled(text, unit, '"}]}')) for kind, unit in units.items()}
     lists = {"ids": "1,", "long ids": "12345,", "floats": "1.5,", "lists": "[],", "deep lists": "[[[[[]]]]],"}
     lists |= {"objects": "{},", "texts": '"a",', "long texts": '"' + "b " * 4000 + '",'}
-    found |= {f"a prompt of {kind}": (complete, filled(prompt + "[", unit, "1]}")) for kind, unit in lists.items()}
-    found["messages"] = chat, filled(f'{{{name},"messages":[', '{"role":"user","content":"a"},', "1]}")
-    found["parts"] = chat, filled(text[:-1] + "[", '{"type":"text","text":"a"},', '""]}]}')
-    found["stops"] = chat, filled(f'{{{name},"stop":[', '"stop",', '"a"]}')
-    found["fields"] = chat, ("{" + ",".join(f'"{i}":1' for i in range(380_000)) + "}").encode()
-    found["a deep list"] = chat, b"[" * SIZE
-    found["a long number"] = chat, filled(f'{{{name},"seed":', "9", "}")
-    found["white space"] = chat, filled("{", " ", "}")
-    found["a long name"] = chat, filled('{"model":"', "m", '"}')
+    by_kind |= {f"a prompt of {kind}": (complete, filled(prompt + "[", unit, "1]}")) for kind, unit in lists.items()}
+    by_kind["messages"] = chat, filled(f'{{{name},"messages":[', '{"role":"user","content":"a"},', "1]}")
+    by_kind["parts"] = chat, filled(text[:-1] + "[", '{"type":"text","text":"a"},', '""]}]}')
+    by_kind["stops"] = chat, filled(f'{{{name},"stop":[', '"stop",', '"a"]}')
+    by_kind["fields"] = chat, ("{" + ",".join(f'"{i}":1' for i in range(380_000)) + "}").encode()
+    by_kind["a deep list"] = chat, b"[" * SIZE
+    by_kind["a long number"] = chat, filled(f'{{{name},"seed":', "9", "}")
+    by_kind["white space"] = chat, filled("{", " ", "}")
+    by_kind["a long name"] = chat, filled('{"model":"', "m", '"}')
     most = 65_000  # just what is still taken
-    found["as many texts"] = complete, (prompt + "[" + '"a",' * most + '"a"]}').encode()
-    found["as many lists"] = complete, (prompt + "[" + "[1]," * most + "[1]]}").encode()
-    found["as many ids"] = complete, (prompt + "[" + "17," * 262_000 + "1]}").encode()
-    found["as many messages"] = (
+    by_kind["as many texts"] = complete, (prompt + "[" + '"a",' * most + '"a"]}').encode()
+    by_kind["as many lists"] = complete, (prompt + "[" + "[1]," * most + "[1]]}").encode()
+    by_kind["as many ids"] = complete, (prompt + "[" + "17," * 262_000 + "1]}").encode()
+    by_kind["as many messages"] = (
         chat,
         (text[: text.index("[") + 1] + ",".join(['{"role":"user","content":"a"}'] * 8192) + "]}").encode(),
     )
-    return found
+    return by_kind
 
 
 def ask(url: str, until: float, waits: Any) -> None:
     """/health every 10 ms, on new and on kept connections."""
-    netloc, kept, found = urlsplit(url).netloc, None, []
+    netloc, reused, latencies = urlsplit(url).netloc, None, []
     while time.time() < until:
-        connection = kept or http.client.HTTPConnection(netloc, timeout=60)
+        connection = reused or http.client.HTTPConnection(netloc, timeout=60)
         began = time.perf_counter()
         connection.request("GET", "/health")
         assert connection.getresponse().read() == b'{"status":"ok"}'
-        found.append(time.perf_counter() - began)
-        kept = None if kept else connection
+        latencies.append(time.perf_counter() - began)
+        reused = None if reused else connection
         time.sleep(0.01)
-    waits.put(found)
+    waits.put(latencies)
 
 
 def send(url: str, all_bodies: list[tuple[str, bytes]], first: int, until: float, seen: list[int]) -> None:
@@ -105,17 +105,17 @@ def run(url: str, senders: int = 4, seconds: float = 30, kind: str = "") -> dict
     threads = [threading.Thread(target=send, args=(url, chosen, n * each, until, seen)) for n in range(senders)]
     for thread in threads:
         thread.start()
-    found = sorted(waits.get(timeout=seconds + 120))
+    latencies = sorted(waits.get(timeout=seconds + 120))
     prober.join()
     for thread in threads:
         thread.join()
-    places = {"median": len(found) // 2, "p99": int(0.99 * (len(found) - 1)), "max": -1}
+    indices = {"median": len(latencies) // 2, "p99": int(0.99 * (len(latencies) - 1)), "max": -1}
     return {
         "kinds": len(chosen),
         "bodies": len(seen),
         "status": dict(collections.Counter(seen)),
-        "asked": len(found),
-        "health_ms": {name: round(1e3 * found[place], 1) for name, place in places.items()},
+        "asked": len(latencies),
+        "health_ms": {name: round(1e3 * latencies[index], 1) for name, index in indices.items()},
     }
 
 
@@ -129,9 +129,9 @@ def main() -> int:
     kinds = bodies("").keys() if args.kind == "all" else [args.kind]
     worst = 0.0
     for kind in kinds:
-        figures = run(args.url, args.senders, args.seconds, kind)
-        print(json.dumps({"kind": kind or "every"} | figures, ensure_ascii=False))
-        worst = max(worst, figures["health_ms"]["max"], 1e9 * (500 in figures["status"]))
+        results = run(args.url, args.senders, args.seconds, kind)
+        print(json.dumps({"kind": kind or "every"} | results, ensure_ascii=False))
+        worst = max(worst, results["health_ms"]["max"], 1e9 * (500 in results["status"]))
     return 1 if worst > 100 else 0
 
 

@@ -70,20 +70,22 @@ def check(engine, models, bpe):
     wanted = [GenerationParams(prompt, NEW, temperature=0, adapter=number) for number, prompt in asked]
     replies = generate(engine, *wanted)
     ends = {"stop": [bpe.im_end_id], "length": []}
-    said = [[score.token for chunk in reply for score in chunk.scores] + ends[reply[-1].finish] for reply in replies]
+    generated = [
+        [score.token for chunk in reply for score in chunk.scores] + ends[reply[-1].finish] for reply in replies
+    ]
     for number, lm in models.items():
-        rows = [(prompt, tokens) for (n, prompt), tokens in zip(asked, said, strict=True) if n == number]
+        rows = [(prompt, tokens) for (n, prompt), tokens in zip(asked, generated, strict=True) if n == number]
         for (prompt, tokens), logp in zip(rows, plain(lm, [p + t for p, t in rows])[1], strict=True):
             np.testing.assert_array_equal(logp[len(prompt) - 1 : -1].argmax(-1), tokens)
-    assert sum(map(len, said)) > 3 * len(models)
-    return said
+    assert sum(map(len, generated)) > 3 * len(models)
+    return generated
 
 
 def test_rows_of_one_batch_have_adapters_of_their_own(engine, url, policy_lm, bpe):
     models = {BASE: whole_model(policy_lm, None, 0), 0: whole_model(policy_lm, "calm", 0)}
     models |= {1: whole_model(policy_lm, "bold", 1)}
-    said = check(engine, models, bpe)
-    assert len({tuple(tokens) for tokens in said[:3]}) == 3, "three models say three things"
+    generated = check(engine, models, bpe)
+    assert len({tuple(tokens) for tokens in generated[:3]}) == 3, "three models say three things"
 
 
 def test_requests_name_them(url):
@@ -91,9 +93,9 @@ def test_requests_name_them(url):
         listed = {m.id: getattr(m, "parent", None) for m in client.models.list()}
         assert listed == {"tiny": None, "calm": "tiny", "bold": "tiny"}
         asked = {"prompt": "my boss did not listen", "temperature": 0, "max_tokens": NEW}
-        said = {name: client.completions.create(model=name, **asked) for name in listed}
-        assert {name: reply.model for name, reply in said.items()} == {name: name for name in listed}
-        assert len({reply.choices[0].text for reply in said.values()}) == 3
+        replies = {name: client.completions.create(model=name, **asked) for name in listed}
+        assert {name: reply.model for name, reply in replies.items()} == {name: name for name in listed}
+        assert len({reply.choices[0].text for reply in replies.values()}) == 3
         with pytest.raises(openai.NotFoundError, match="'bald' does not exist; this server has 'tiny', 'calm', 'bold'"):
             client.completions.create(model="bald", **asked)
 

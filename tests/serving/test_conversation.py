@@ -55,8 +55,8 @@ def test_the_policys_words_typed_again_give_the_same_dialogue(played):
 def _records(played):
     """The batch as a log has it, by the log's own writer."""
     count = len(played.profiles)
-    how = {"seed": played.seed, "rewards": [0.0] * count}
-    return dialogue_records(played.dialogues, played.agents, played.profiles, [0] * count, **how)
+    options = {"seed": played.seed, "rewards": [0.0] * count}
+    return dialogue_records(played.dialogues, played.agents, played.profiles, [0] * count, **options)
 
 
 def _same(ours, theirs):

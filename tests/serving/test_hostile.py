@@ -95,7 +95,7 @@ RAW += [
 ]
 
 
-def some_value(draw: random.Random, depth: int = 0) -> str:
+def random_value(draw: random.Random, depth: int = 0) -> str:
     """Any JSON, or nearly."""
     kind = draw.randrange(8 if depth < 4 else 5)
     if kind < 2:
@@ -103,37 +103,37 @@ def some_value(draw: random.Random, depth: int = 0) -> str:
     if kind < 5:
         return draw.choice([*NUMBERS, "null", "true", "false", "{}", "[]"])
     if kind < 7:
-        return "[" + ",".join(some_value(draw, depth + 1) for _ in range(draw.randrange(4))) + "]"
-    pairs = [f"{json.dumps(draw.choice(TEXTS[:5]))}:{some_value(draw, depth + 1)}" for _ in range(draw.randrange(4))]
+        return "[" + ",".join(random_value(draw, depth + 1) for _ in range(draw.randrange(4))) + "]"
+    pairs = [f"{json.dumps(draw.choice(TEXTS[:5]))}:{random_value(draw, depth + 1)}" for _ in range(draw.randrange(4))]
     return "{" + ",".join(pairs) + "}"
 
 
-def some_body(draw: random.Random) -> bytes:
+def random_body(draw: random.Random) -> bytes:
     """A request of which something is changed."""
     fields = {"model": '"tiny"', "max_tokens": "2"}
     fields |= {"messages": '[{"role":"user","content":"a"}]'} if draw.random() < 0.6 else {"prompt": '"a"'}
     names = [*app_module.ChatRequest.model_fields, *app_module.CompletionRequest.model_fields, "\ud800", "", "x" * 9999]
     for _ in range(draw.randrange(3)):
-        fields[draw.choice(names)] = some_value(draw)
+        fields[draw.choice(names)] = random_value(draw)
     if draw.random() < 0.3:
         part = draw.choice(["role", "content", "name", "tool_calls", "type", "\x00"])
-        fields["messages"] = f'[{{"role":"user","content":"a",{json.dumps(part)}:{some_value(draw)}}}]'
+        fields["messages"] = f'[{{"role":"user","content":"a",{json.dumps(part)}:{random_value(draw)}}}]'
     body = ("{" + ",".join(f"{json.dumps(name)}:{value}" for name, value in fields.items()) + "}").encode()
-    how = draw.random()
-    if how < 0.1:
+    chance = draw.random()
+    if chance < 0.1:
         return body[: draw.randrange(len(body))]
-    if how < 0.2:
-        place = draw.randrange(len(body))
-        return body[:place] + draw.randbytes(3) + body[place:]
+    if chance < 0.2:
+        position = draw.randrange(len(body))
+        return body[:position] + draw.randbytes(3) + body[position:]
     return draw.choice([body] * 9 + [body.decode().encode("utf-16"), b"", b"[" * 50_000, b'{"a":' * 2000])
 
 
-def some_request(draw: random.Random) -> bytes:
+def random_request(draw: random.Random) -> bytes:
     """All bytes of a request."""
     if draw.random() < 0.15:
         return draw.choice(RAW)
     path, method = draw.choice(ROUTES[-2:] * 8 + PATHS), draw.choice(["POST"] * 60 + METHODS)
-    body = some_body(draw)
+    body = random_body(draw)
     headers = [("Host", "a"), ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     if draw.random() < 0.4:
         changed = draw.choice(HEADERS)
@@ -149,17 +149,17 @@ def answer(url: str, sent: bytes) -> bytes:
         with contextlib.suppress(ConnectionError):  # it needn't hear us out
             client.sendall(sent)
             client.shutdown(socket.SHUT_WR) if sent.startswith(b"\x00") else None
-        found = b""
+        received = b""
         with contextlib.suppress(ConnectionResetError):
             while part := client.recv(1 << 16):
-                found += part
-                if complete(found):
+                received += part
+                if complete(received):
                     break
-        return found
+        return received
 
 
-def complete(found: bytes) -> bool:
-    head, end, body = found.partition(b"\r\n\r\n")
+def complete(received: bytes) -> bool:
+    head, end, body = received.partition(b"\r\n\r\n")
     if head.startswith(b"HTTP/1.1 100"):
         return complete(body)
     lengths = [int(x.split(b":")[1]) for x in head.lower().split(b"\r\n") if x.startswith(b"content-length:")]
@@ -172,17 +172,17 @@ def test_hostile_requests_get_answers(url, engine, monkeypatch, caplog):
     monkeypatch.setattr(connection.Connection, "patience", dict.fromkeys(connection.Connection.patience, 1.0))
     monkeypatch.setattr(request_bodies, "BODY_S", 0.4)
     draw, statuses = random.Random(25), []
-    requests = [*RAW, *(some_request(draw) for _ in range(400 - len(RAW)))]
+    requests = [*RAW, *(random_request(draw) for _ in range(400 - len(RAW)))]
     for sent in requests:
-        found = answer(url, sent)
-        while found.startswith(b"HTTP/1.1 100"):
-            found = found.partition(b"\r\n\r\n")[2]
-        head, _, body = found.partition(b"\r\n\r\n")
-        if not found:  # cut: only where it never was a whole head, or cut off while we still sent
+        received = answer(url, sent)
+        while received.startswith(b"HTTP/1.1 100"):
+            received = received.partition(b"\r\n\r\n")[2]
+        head, _, body = received.partition(b"\r\n\r\n")
+        if not received:  # cut: only where it never was a whole head, or cut off while we still sent
             assert b"\r\n\r\n" not in sent or len(sent) > 16_000, sent[:300]
             continue
         statuses.append(int(head.split()[1]))
-        assert statuses[-1] != 500, (sent[:500], found)
+        assert statuses[-1] != 500, (sent[:500], received)
         method = sent.split(b" ")[0]
         if statuses[-1] >= 400 and method != b"HEAD":
             error = json.JSONDecoder().raw_decode(body.decode("utf-8"))[0]["error"]  # pipelined ones may follow
@@ -215,21 +215,21 @@ def test_slow_clients_are_cut(url, monkeypatch):
     ):
         where = urlsplit(url)
         with socket.create_connection((where.hostname, where.port), timeout=0.05) as client:
-            began, found, ended = time.monotonic(), b"", False
+            began, received, ended = time.monotonic(), b"", False
             client.sendall(first)
             while not ended and time.monotonic() < began + 10:
                 with contextlib.suppress(ConnectionError):
                     client.sendall(drip)
                 try:
                     part = client.recv(4096)
-                    found, ended = found + part, not part
+                    received, ended = received + part, not part
                 except TimeoutError:
                     pass
                 except ConnectionError:
                     ended = True
             assert ended, (first, drip)
             assert time.monotonic() - began < 4
-            assert told in found, (first, drip, found)
+            assert told in received, (first, drip, received)
 
 
 def test_a_client_that_never_reads_frees_its_rows(url, engine, monkeypatch):
@@ -341,10 +341,10 @@ def test_many_prompts_in_one_request(client):
 
 
 def test_a_reply_is_sent_back_as_the_client_has_it(client):
-    said = chat_with(client).choices[0].message
-    messages = [{"role": "user", "content": "a"}, said.model_dump(), {"role": "user", "content": "b"}]
+    reply = chat_with(client).choices[0].message
+    messages = [{"role": "user", "content": "a"}, reply.model_dump(), {"role": "user", "content": "b"}]
     assert chat_with(client, messages).choices[0].finish_reason
-    assert chat_with(client, [messages[0], said, messages[2]]).choices[0].finish_reason
+    assert chat_with(client, [messages[0], reply, messages[2]]).choices[0].finish_reason
 
 
 def test_connections_beyond_the_limit_are_told(url, monkeypatch):

@@ -30,8 +30,8 @@ def requests(**columns) -> SlotRequest:
 
 
 def prompt(bpe, row: int) -> list[int]:
-    chat, said = ChatTemplate(bpe), ["my boss did not listen.", "I felt awful and she said goodbye", "my sister"][row]
-    return chat.message("system", "Say.") + chat.message("user", said) + chat.open("assistant")
+    chat, texts = ChatTemplate(bpe), ["my boss did not listen.", "I felt awful and she said goodbye", "my sister"][row]
+    return chat.message("system", "Say.") + chat.message("user", texts) + chat.open("assistant")
 
 
 def read_all(lm, prompts, sizes=(8, 5)):
@@ -81,9 +81,9 @@ def test_rows_generate_what_the_model_finds_likeliest(policy_lm, bpe, grammar, p
     assert output.count[1] == 0
     never = {t for name, t in bpe.special_ids.items() if t not in (bpe.im_end_id, bpe.pad_id)}
     for row in (0, 2):
-        said = output.tokens[row, : output.count[row]].tolist()
-        logp = plain(policy_lm, [prompts[row] + said])[1][0]
-        for n, token in enumerate(said):
+        tokens = output.tokens[row, : output.count[row]].tolist()
+        logp = plain(policy_lm, [prompts[row] + tokens])[1][0]
+        for n, token in enumerate(tokens):
             expected = logp[lengths[row] + n - 1]
             allowed = [t for t in np.argsort(-expected) if t not in never and t < bpe.vocab_size]
             assert token == allowed[0]
@@ -111,16 +111,16 @@ def test_neither_blocks_nor_neighbours_change_what_is_drawn(policy_lm, grammar, 
     _, whole = programs.decode_block(
         policy_lm, read_all(policy_lm, prompts)[0], grammar, requests(length=lengths, **warm), steps=9
     )
-    cache, said = read_all(policy_lm, prompts)[0], []
+    cache, tokens = read_all(policy_lm, prompts)[0], []
     for _ in range(3):
-        done = np.array([0, len(said), 0])
+        done = np.array([0, len(tokens), 0])
         now = requests(length=lengths + done, generated=done, active=[False, True, False], **warm)
         cache, output = programs.decode_block(policy_lm, cache, grammar, now, steps=3)
-        said += output.tokens[1, : output.count[1]].tolist()
+        tokens += output.tokens[1, : output.count[1]].tolist()
         if output.stopped[1]:
             break
-    assert said == whole.tokens[1, : whole.count[1]].tolist()
-    assert len(said) > 3, "more than one block"
+    assert tokens == whole.tokens[1, : whole.count[1]].tolist()
+    assert len(tokens) > 3, "more than one block"
 
 
 def test_limits_are_kept(policy_lm, grammar, prompts):
@@ -146,11 +146,11 @@ def test_first_tokens_have_the_right_frequencies(policy_lm, bpe, grammar, prompt
     logp[bpe.vocab_size :] = -np.inf
     p = softmax(logp / 1.5)
     order = np.argsort(-p)
-    kept = order[: int(np.searchsorted(np.cumsum(p[order]), 0.8)) + 1]
-    assert set(np.nonzero(counts)[0]) <= set(kept.tolist())
-    expected = rounds * p[kept] / p[kept].sum()
+    allowed = order[: int(np.searchsorted(np.cumsum(p[order]), 0.8)) + 1]
+    assert set(np.nonzero(counts)[0]) <= set(allowed.tolist())
+    expected = rounds * p[allowed] / p[allowed].sum()
     common = expected >= 5
-    seen = np.append(counts[kept][common], counts[kept][~common].sum())
+    seen = np.append(counts[allowed][common], counts[allowed][~common].sum())
     wanted = np.append(expected[common], expected[~common].sum())
     assert common.sum() > 3
     assert scipy.stats.chisquare(seen[wanted > 0], wanted[wanted > 0]).pvalue > 1e-3

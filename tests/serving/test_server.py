@@ -55,11 +55,11 @@ def test_greedy_replies_are_those_of_the_dialogue_sampler(client, bpe, played):
         ids = tokenizer.message(**system)
         heard = d.first_talk[b, : d.first_count[b]].tolist()
         for turn in range(d.turns[b]):
-            said = d.policy.said
-            count = said.count[turn, b] - said.stopped[turn, b]
-            reply = bpe.decode(said.tokens[turn, b, :count])
+            completion = d.policy.completion
+            count = completion.count[turn, b] - completion.stopped[turn, b]
+            reply = bpe.decode(completion.tokens[turn, b, :count])
             ids += tokenizer.open("user") + heard + tokenizer.close + tokenizer.open("assistant")
-            asked = complete(client, ids + bpe.encode("<think>\n"), max_tokens=int(said.count[turn, b]))
+            asked = complete(client, ids + bpe.encode("<think>\n"), max_tokens=int(completion.count[turn, b]))
             assert asked.choices[0].text == reply
             if turn == 0 and bpe.encode(bpe.decode(heard)) == heard:
                 begun = {"role": "assistant", "content": "<think>\n"}
@@ -76,11 +76,11 @@ def test_greedy_replies_are_those_of_the_dialogue_sampler(client, bpe, played):
 def test_log_probabilities_are_the_models(client, policy_lm, bpe):
     """Of a chat, with the likeliest tokens, and of a completion with its prompt; warm, yet at temperature 1."""
     reply = chat(client, temperature=1.7, seed=3, logprobs=True, top_logprobs=5).choices[0]
-    said = [t for entry in reply.logprobs.content for t in (_token(bpe, entry.bytes),)]
+    tokens = [t for entry in reply.logprobs.content for t in (_token(bpe, entry.bytes),)]
     ids = prompt_ids(bpe)
-    logp = plain(policy_lm, [ids + said])[1][0][len(ids) - 1 : -1]
-    assert len(said) > 3
-    for entry, token, expected in zip(reply.logprobs.content, said, logp, strict=True):
+    logp = plain(policy_lm, [ids + tokens])[1][0][len(ids) - 1 : -1]
+    assert len(tokens) > 3
+    for entry, token, expected in zip(reply.logprobs.content, tokens, logp, strict=True):
         assert entry.logprob == pytest.approx(expected[token], abs=1e-4)
         np.testing.assert_allclose([t.logprob for t in entry.top_logprobs], -np.sort(-expected)[:5], atol=1e-4)
     pieces = list(client.completions.create(model="tiny", prompt=ids, logprobs=1, seed=3, max_tokens=9, stream=True))
@@ -172,8 +172,8 @@ def test_without_a_system_message_the_folders_template_speaks(engine, bpe, tmp_p
         assert ask(messages) == want
     assert bpe.decode(want[-4:]).endswith("<think>\n")
     own = dataclasses.replace(service, system="Our own.")
-    given = [{"role": "system", "content": "Our own."}, SAY[1]]
-    assert own._chat_prompt(ChatRequest(model="tiny", messages=SAY[1:])) == ask(given)
+    own_messages = [{"role": "system", "content": "Our own."}, SAY[1]]
+    assert own._chat_prompt(ChatRequest(model="tiny", messages=SAY[1:])) == ask(own_messages)
     with pytest.raises(ProtocolError, match="ask something") as refused:
         ask([*SAY, {"role": "assistant", "content": "No."}])
     assert refused.value.status == 400
@@ -211,12 +211,12 @@ def test_a_system_prompt_of_ones_own_stands_where_there_is_none(engine, bpe):
 def test_requests_that_come_together_are_answered_together(client, engine):
     """More clients than rows: the same replies as one by one, fewer steps, and nothing is compiled."""
     kinds = [{"temperature": t, "seed": n, "top_p": p} for n, (t, p) in enumerate([(0, 1), (1.3, 1), (0.8, 0.6)] * 6)]
-    said = lambda k: chat(client, max_tokens=30, **k).choices[0].message.content  # noqa: E731
+    reply_to = lambda k: chat(client, max_tokens=30, **k).choices[0].message.content  # noqa: E731
     before, compiled = engine.stats(), programs.compiled()
-    alone = [said(k) for k in kinds]
+    alone = [reply_to(k) for k in kinds]
     middle = engine.stats()
     with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:
-        assert list(pool.map(said, kinds)) == alone
+        assert list(pool.map(reply_to, kinds)) == alone
     after = engine.stats()
     generated = [b["tokens"]["generated"] - a["tokens"]["generated"] for a, b in ((before, middle), (middle, after))]
     steps = [b["steps"] - a["steps"] for a, b in ((before, middle), (middle, after))]

@@ -82,8 +82,8 @@ def write_bpe(folder, special=ADDED):
 def as_published(folder: Path, **config) -> Path:
     """Makes a folder of `write_bpe` one that AutoTokenizer opens as Qwen2's: with its class, and fields of your own."""
     path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "Qwen2Tokenizer"} | config
-    path.write_text(json.dumps(found), encoding="utf-8")
+    config_json = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "Qwen2Tokenizer"} | config
+    path.write_text(json.dumps(config_json), encoding="utf-8")
     (folder / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
     return folder
 

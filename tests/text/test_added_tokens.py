@@ -162,7 +162,7 @@ def test_ids_that_the_folder_ends_a_text_with(tmp_path, generation, config, furt
     names = ["<|eot|>", "<|im_end|>", "<|endoftext|>", "<|eom|>"]  # by their places in the lists above
     folder = as_published(write_bpe(tmp_path, [*names, "<|im_start|>"]))
     number = load_tokenizer(folder).special_ids
-    ids = lambda found: [number[names[i]] for i in (found if isinstance(found, list) else [found])]  # noqa: E731
+    ids = lambda tokens: [number[names[i]] for i in (tokens if isinstance(tokens, list) else [tokens])]  # noqa: E731
     listed = lambda fields: {k: v if v is None else ids(v) for k, v in fields.items()}  # noqa: E731
     (folder / "generation_config.json").write_text(json.dumps(listed(generation)))
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"} | listed(config)))

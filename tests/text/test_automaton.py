@@ -45,12 +45,12 @@ def first_found(patterns, pieces):
         run = b"".join(pieces[begin:end])
         hits = [(run.find(p) + len(p), -len(p), k) for k, p in enumerate(patterns) if p in run]
         if hits:
-            place, _, pattern = min(hits)
-            read = 0
+            position, _, pattern = min(hits)
+            length = 0
             for token in range(begin, end):
-                read += len(pieces[token])
-                if read >= place:
-                    return token, pattern, read - place
+                length += len(pieces[token])
+                if length >= position:
+                    return token, pattern, length - position
         begin = end + 1
     return None
 

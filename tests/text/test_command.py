@@ -41,8 +41,8 @@ def ended(error, capsys, output="", endings=OWN):
     ],
 )
 def test_errors_that_are_no_bugs_are_one_line(error, status, told, capsys):
-    found, said = ended(error, capsys)
-    assert (found, said.startswith(told)) == (status, True), said
+    exit_status, output = ended(error, capsys)
+    assert (exit_status, output.startswith(told)) == (status, True), output
 
 
 def test_an_interruption_names_what_is_left(capsys):

@@ -56,14 +56,16 @@ def test_the_first_token_that_differs_is_named(tmp_path, bpe_folder, bpe, thinke
 
 def test_chatml_must_have_one_meaning(tmp_path, bpe):
     other = HFTokenizer(write_bpe(tmp_path, [ADDED[0], ADDED[2], ADDED[1], *ADDED[3:]]))
-    found = f"token id {bpe.im_start_id} is the special token <|im_start|> in the one and the special token <|im_end|>"
-    assert difference(bpe, other) == f"{found} in the other"
+    message = (
+        f"token id {bpe.im_start_id} is the special token <|im_start|> in the one and the special token <|im_end|>"
+    )
+    assert difference(bpe, other) == f"{message} in the other"
 
 
 def test_text_must_be_split_alike(tmp_path, bpe_folder, bpe):
     def merges(spec):
-        found = spec["model"]["merges"]
-        found[0], found[1] = found[1], found[0]
+        pairs = spec["model"]["merges"]
+        pairs[0], pairs[1] = pairs[1], pairs[0]
 
     def digits(spec):
         split = spec["pre_tokenizer"]["pretokenizers"][0]

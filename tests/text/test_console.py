@@ -31,10 +31,12 @@ open("done", "w").write(" ".join(str(os.fstat(n).st_rdev) for n in (0, 1, 2)))
 
 
 def start(words, folder, changes, **streams):
-    keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONIOENCODING", "COLUMNS", "LINES")}
-    given = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    environment = keep | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK} | changes
-    return subprocess.Popen(words, cwd=folder, env=environment, **given)
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONIOENCODING", "COLUMNS", "LINES")
+    }
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    environment = inherited | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK} | changes
+    return subprocess.Popen(words, cwd=folder, env=environment, **pipes)
 
 
 def run(words, folder, changes=None, **streams):
@@ -72,8 +74,8 @@ def test_closed_streams(closed, talker, tmp_path):
     status, _, err = run(shell, tmp_path)
     assert status == 0, err
     null = str(os.stat(os.devnull).st_rdev)
-    places = (tmp_path / "done").read_text().split()
-    assert all(places[int(number)] == null for number in closed)
+    targets = (tmp_path / "done").read_text().split()
+    assert all(targets[int(number)] == null for number in closed)
 
 
 def test_a_reader_that_goes(talker, tmp_path):
@@ -123,10 +125,10 @@ def test_sizes_that_nobody_could_read(changes, width, tmp_path):
 
 def test_input_of_any_encoding(tmp_path):
     code = "from rlver_jax.text.console import consoles; consoles(); print(ascii(input()), ascii(input()))"
-    for changes, said in [(PLAIN, "'h\\xe9' '\\ufffd!'"), ({"PYTHONIOENCODING": "utf-8"}, "'h\\xe9' '\\ufffd!'")]:
+    for changes, expected in [(PLAIN, "'h\\xe9' '\\ufffd!'"), ({"PYTHONIOENCODING": "utf-8"}, "'h\\xe9' '\\ufffd!'")]:
         with start([sys.executable, "-c", code], tmp_path, changes, stdin=subprocess.PIPE) as process:
             out, err = process.communicate(b"h\xc3\xa9\n\xff!\n", timeout=60)
-        assert out.decode().strip() == said, err
+        assert out.decode().strip() == expected, err
 
 
 def test_a_program_that_has_read_its_input_calls_a_command(tmp_path):

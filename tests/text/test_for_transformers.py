@@ -22,7 +22,7 @@ HARD = [
 ]
 
 
-def written(tokenizer, folder):
+def write_tokenizer(tokenizer, folder):
     """As `export` leaves it: beside a config of Qwen2's."""
     write_for_transformers(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(preset("0.5b").to_hf()))
@@ -33,7 +33,7 @@ def written(tokenizer, folder):
 def pair(request, tmp_path_factory):
     """(ours, AutoTokenizer's)."""
     ours = load_tokenizer(shipped() / POLICY) if request.param == "miniature" else request.getfixturevalue("spm")
-    folder = written(ours, tmp_path_factory.mktemp("written"))
+    folder = write_tokenizer(ours, tmp_path_factory.mktemp("written"))
     return ours, transformers.AutoTokenizer.from_pretrained(folder), folder
 
 
@@ -130,6 +130,6 @@ def test_a_model_that_no_trainer_makes_is_refused(tmp_path, spm):
 def test_without_a_piece_for_the_space(tmp_path):
     path = train_raw(tmp_path / "m.model", sentence_iterator=iter(["今天很难过", "不知道怎么办"] * 20), vocab_size=285)
     ours = SentencePieceTokenizer(path)
-    theirs = transformers.AutoTokenizer.from_pretrained(written(ours, tmp_path / "out"))
+    theirs = transformers.AutoTokenizer.from_pretrained(write_tokenizer(ours, tmp_path / "out"))
     for text in ("今天 ▁  x", " 不知道", "\n ▁"):
         check((ours, theirs, None), text)

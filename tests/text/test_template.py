@@ -263,13 +263,13 @@ def test_what_a_reply_begins_with_is_the_templates(published, name, thinking):
         messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
     )
     assert chat.as_rendered(messages, True, thinking) == want
-    text, found = reference.decode(want), chat.as_rendered(messages) + chat.open("assistant")
-    assert want[: len(found)] == found
+    text, prompt = reference.decode(want), chat.as_rendered(messages) + chat.open("assistant")
+    assert want[: len(prompt)] == prompt
     if thinking and not text.endswith("<think>\n"):
         want += reference.encode("<think>\n")
     elif not thinking and text.endswith("<think>\n"):  # QwQ's knows no such thing: a direct reply is plain ChatML
         want = want[: -len(reference.encode("<think>\n"))]
-    assert found + chat.opening(think=thinking) == want
+    assert prompt + chat.opening(think=thinking) == want
 
 
 def test_thoughts_are_tokens_of_their_own_in_qwen3(tmp_path):

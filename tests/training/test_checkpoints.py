@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
 from rlver_jax.training.leaves import checksum
-from tests.training.move import numbers, places
+from tests.training.move import numbers, shardings
 
 
 @flax.struct.dataclass
@@ -45,11 +45,11 @@ def random_bits(seed: int, shape, dtype) -> np.ndarray:
     bfloat16 has one NaN of each sign: XLA's plain emitter, which default tests are compiled with, knows no others.
     """
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    found = np.frombuffer(np.random.default_rng(seed).bytes(count), dtype).reshape(shape)
+    array = np.frombuffer(np.random.default_rng(seed).bytes(count), dtype).reshape(shape)
     if dtype != jnp.bfloat16:
-        return found
-    raw = found.view(np.uint16)
-    return np.where(np.isnan(found), raw & 0x8000 | 0x7FC0, raw).astype(np.uint16).view(dtype)
+        return array
+    raw = array.view(np.uint16)
+    return np.where(np.isnan(array), raw & 0x8000 | 0x7FC0, raw).astype(np.uint16).view(dtype)
 
 
 def make_state(mesh, seed=0, width=64) -> State:
@@ -99,11 +99,11 @@ def test_a_state_comes_back_to_the_bit_and_where_it_was(mesh, tmp_path):
     first.close()
     again = Checkpoints(tmp_path / "new", keep_last=2, keep_best=0)
     for like in (abstract(state), make_state(mesh, 5)):
-        found = again.restore(like)
-        assert (found.step, found.extra) == (12, extra)
-        assert jax.tree.structure(found.state) == jax.tree.structure(state)
-        assert bits(found.state) == bits(state)
-        assert jax.tree.map(lambda x: x.sharding, found.state) == jax.tree.map(lambda x: x.sharding, state)
+        restored = again.restore(like)
+        assert (restored.step, restored.extra) == (12, extra)
+        assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+        assert bits(restored.state) == bits(state)
+        assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(lambda x: x.sharding, state)
     again.close()
 
 
@@ -111,14 +111,14 @@ def every_bfloat16(folder: str) -> None:
     """Saves and restores all 65,536, signalling NaNs and payloads among them; fails unless they come back."""
     mesh = make_mesh(fsdp=4, tensor=2)
     state, every = make_state(mesh), np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16).reshape(4, 2, -1)
-    place = state.params["critic"]["w"].sharding
-    state = dataclasses.replace(state, params=state.params | {"critic": {"w": jax.device_put(every, place)}})
+    sharding = state.params["critic"]["w"].sharding
+    state = dataclasses.replace(state, params=state.params | {"critic": {"w": jax.device_put(every, sharding)}})
     checkpoints = Checkpoints(folder, keep_last=1, keep_best=0)
     checkpoints.save(1, state, {})
-    found = checkpoints.restore(abstract(state))
+    restored = checkpoints.restore(abstract(state))
     checkpoints.close()
-    assert found.step == 1
-    assert np.array(found.state.params["critic"]["w"]).tobytes() == every.tobytes()
+    assert restored.step == 1
+    assert np.array(restored.state.params["critic"]["w"]).tobytes() == every.tobytes()
 
 
 @pytest.mark.slow
@@ -133,11 +133,11 @@ def test_every_bfloat16_comes_back(tmp_path):
 
 def test_another_mesh_may_read_it(origin, mesh):
     state, other = make_state(mesh, 2), make_mesh(fsdp=1, tensor=2, devices=jax.devices()[:2])
-    place = lambda x: NamedSharding(other, PartitionSpec(*("tensor",) * (x.shape[:1] == (8,))))  # noqa: E731
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state)
-    found = Checkpoints.reader(origin).restore(like)
-    assert bits(found.state) == bits(state)
-    assert found.state.params["policy"]["w"].sharding == NamedSharding(other, PartitionSpec("tensor"))
+    sharding = lambda x: NamedSharding(other, PartitionSpec(*("tensor",) * (x.shape[:1] == (8,))))  # noqa: E731
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), state)
+    restored = Checkpoints.reader(origin).restore(like)
+    assert bits(restored.state) == bits(state)
+    assert restored.state.params["policy"]["w"].sharding == NamedSharding(other, PartitionSpec("tensor"))
 
 
 def test_a_write_sees_nothing_of_later_steps(mesh, tmp_path):
@@ -156,29 +156,31 @@ def test_a_write_sees_nothing_of_later_steps(mesh, tmp_path):
         checkpoints.save(step, state, {})
         wanted = values
         for _ in range(20):
-            given, state = state, {name: steps[name](x) for name, x in state.items()}
+            previous, state = state, {name: steps[name](x) for name, x in state.items()}
             values = {name: x * np.uint32(3) + np.uint32(1) for name, x in values.items()}
-            overwritten |= {name for name, x in given.items() if x.is_deleted()}
-        found = checkpoints.restore(abstract(state))
-        assert found.step == step
-        assert bits(found.state) == [("uint32", wanted[name].shape, wanted[name].tobytes()) for name in sorted(wanted)]
+            overwritten |= {name for name, x in previous.items() if x.is_deleted()}
+        restored = checkpoints.restore(abstract(state))
+        assert restored.step == step
+        assert bits(restored.state) == [
+            ("uint32", wanted[name].shape, wanted[name].tobytes()) for name in sorted(wanted)
+        ]
         checkpoints.close()
     assert overwritten == {"one", "all"}, "buffers were indeed donated"
 
 
-def damage(how, path):
+def damage(kind, path):
     data = path.read_bytes()
-    if how == "delete":
+    if kind == "delete":
         path.unlink()
-    elif how == "truncate":
+    elif kind == "truncate":
         path.write_bytes(data[: len(data) // 2])
     else:
         middle = len(data) // 2
         path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
 
 
-@pytest.mark.parametrize("how", ["flip", *(pytest.param(x, marks=pytest.mark.slow) for x in ("delete", "truncate"))])
-def test_whatever_is_damaged_no_wrong_state_is_used(how, origin, mesh, tmp_path):
+@pytest.mark.parametrize("kind", ["flip", *(pytest.param(x, marks=pytest.mark.slow) for x in ("delete", "truncate"))])
+def test_whatever_is_damaged_no_wrong_state_is_used(kind, origin, mesh, tmp_path):
     """Every file of the newest checkpoint in turn."""
     expected = {step: bits(make_state(mesh, step)) for step in (1, 2)}
     like = abstract(make_state(mesh))
@@ -186,18 +188,18 @@ def test_whatever_is_damaged_no_wrong_state_is_used(how, origin, mesh, tmp_path)
     fell_back = []
     for number, file in enumerate(files):
         folder = shutil.copytree(origin, tmp_path / str(number))
-        damage(how, folder / file)
-        said = []
-        found = Checkpoints(folder, keep_last=2, keep_best=0).restore(like, report=said.append)
-        assert bits(found.state) == expected[found.step]
-        assert found.extra == {"step": found.step}
-        if found.step == 1:
+        damage(kind, folder / file)
+        reports = []
+        restored = Checkpoints(folder, keep_last=2, keep_best=0).restore(like, report=reports.append)
+        assert bits(restored.state) == expected[restored.step]
+        assert restored.extra == {"step": restored.step}
+        if restored.step == 1:
             fell_back.append(file)
-            assert said[0].startswith("checkpoint of step 2 cannot be used (")
-            assert said[0].endswith("; it is now 000002.broken")
-            assert said[1:] == ["using the checkpoint of step 1 instead"]
+            assert reports[0].startswith("checkpoint of step 2 cannot be used (")
+            assert reports[0].endswith("; it is now 000002.broken")
+            assert reports[1:] == ["using the checkpoint of step 1 instead"]
         else:
-            assert not said
+            assert not reports
     # Orbax merges what each process writes; parts that the merged files don't refer to may be the largest.
     assert any(file.parent.name == "d" for file in fell_back), "where values lie"
     assert any(file.parts[1] == "record" for file in fell_back)
@@ -207,15 +209,15 @@ def test_broken_steps_make_room_for_new_ones(mesh, tmp_path):
     saved(tmp_path, 1, 2, 3, mesh=mesh)
     for step in ("000002", "000003"):
         shutil.rmtree(tmp_path / step / "state")
-    checkpoints, said = Checkpoints(tmp_path, keep_last=9, keep_best=0), []
-    assert checkpoints.restore(abstract(make_state(mesh)), report=said.append).step == 1
-    assert [text.split(" cannot")[0] for text in said[:2]] == ["checkpoint of step 3", "checkpoint of step 2"]
+    checkpoints, reports = Checkpoints(tmp_path, keep_last=9, keep_best=0), []
+    assert checkpoints.restore(abstract(make_state(mesh)), report=reports.append).step == 1
+    assert [text.split(" cannot")[0] for text in reports[:2]] == ["checkpoint of step 3", "checkpoint of step 2"]
     assert checkpoints.steps() == [1]
     checkpoints.save(2, make_state(mesh, 22), {})
     checkpoints.close()
     shutil.rmtree(tmp_path / "000002" / "state")
     checkpoints = Checkpoints(tmp_path, keep_last=9, keep_best=0)
-    assert checkpoints.restore(abstract(make_state(mesh)), report=said.append).step == 1
+    assert checkpoints.restore(abstract(make_state(mesh)), report=reports.append).step == 1
     assert {p.name for p in tmp_path.iterdir()} == {"000001", "000002.broken", "000002.broken-2", "000003.broken"}
 
 
@@ -233,10 +235,12 @@ def test_a_changed_record_is_noticed(origin, mesh, tmp_path):
     shutil.copytree(origin, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "000002" / "record" / "metadata"
     path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
-    said = []
-    found = Checkpoints(tmp_path, keep_last=2, keep_best=0).restore(abstract(make_state(mesh)), report=said.append)
-    assert found.extra == {"step": 1}
-    assert "its record was changed after it was saved" in said[0]
+    reports = []
+    restored = Checkpoints(tmp_path, keep_last=2, keep_best=0).restore(
+        abstract(make_state(mesh)), report=reports.append
+    )
+    assert restored.extra == {"step": 1}
+    assert "its record was changed after it was saved" in reports[0]
 
 
 def test_an_interrupted_save_is_no_checkpoint(origin, mesh, tmp_path):
@@ -269,13 +273,13 @@ def test_another_models_state_is_refused_not_passed_over(origin, mesh):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     scores = {1: 50.0, 2: 80.0, 3: None, 4: 80.0, 5: float("nan"), 6: 70.0, 7: None, 8: 10.0}
     checkpoints = Checkpoints(tmp_path, keep_last=2, keep_best=2)
-    kept = []
+    history = []
     for step, score in scores.items():
         checkpoints.save(step, {"x": jnp.int32(step)}, {}, score)
         checkpoints.wait()
-        kept.append((checkpoints.steps(), checkpoints.best_step()))
-        assert [int(p.name) for p in sorted(tmp_path.iterdir())] == kept[-1][0]
-    assert kept == [
+        history.append((checkpoints.steps(), checkpoints.best_step()))
+        assert [int(p.name) for p in sorted(tmp_path.iterdir())] == history[-1][0]
+    assert history == [
         ([1], 1),
         ([1, 2], 2),
         ([1, 2, 3], 2),
@@ -357,12 +361,12 @@ class Case(NamedTuple):
 @functools.lru_cache
 def weights(count: int) -> np.ndarray:
     """The checksum's, element by element, in Python's integers."""
-    found = []
+    multipliers = []
     for i in range(count):
         x = i * 0x9E3779B1 % 2**32
         x = (x ^ (x >> 15)) * 0x85EBCA6B % 2**32
-        found.append((x ^ (x >> 13)) | 1)
-    return np.array(found, np.uint64)
+        multipliers.append((x ^ (x >> 13)) | 1)
+    return np.array(multipliers, np.uint64)
 
 
 @pytest.mark.parametrize(
@@ -388,8 +392,8 @@ def test_checksum_notices_every_flipped_bit_and_a_swap(mesh):
     whole = int(checksum(jnp.asarray(x)))
     assert int(checksum(jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))))) == whole
     changed = np.repeat(x.view(np.uint32)[None], 1024, axis=0)
-    place = np.arange(1024)
-    changed.reshape(1024, 32)[place, place // 32] ^= np.uint32(1) << (place % 32).astype(np.uint32)
+    indices = np.arange(1024)
+    changed.reshape(1024, 32)[indices, indices // 32] ^= np.uint32(1) << (indices % 32).astype(np.uint32)
     sums = jax.vmap(checksum)(jnp.asarray(changed.view(np.float32)))
     assert whole not in set(np.asarray(sums).tolist())
     assert int(checksum(jnp.asarray(x[::-1]))) != whole
@@ -411,7 +415,7 @@ def test_the_record_is_plain_json(mesh, tmp_path):
 @pytest.mark.slow
 def test_from_8_to_4_to_16_devices(tmp_path):
     """Equal values to the bit, in processes with so many devices; each saves what it read."""
-    state = jax.device_put(numbers(), places(make_mesh(2, 2, 2)))
+    state = jax.device_put(numbers(), shardings(make_mesh(2, 2, 2)))
     checkpoints = Checkpoints(tmp_path, keep_last=9, keep_best=0)
     checkpoints.save(1, state, {})
     checkpoints.close()

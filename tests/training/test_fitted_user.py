@@ -39,8 +39,8 @@ def test_it_reads_the_policys_base(folders):
     merged = with_adapter(load_params(*folders[::2]), folders[2], folders[1])
     rows = [[5, 9, 2, 30, 7, 8, 11], [3, 1, 4, 1, 5, 9, 2, 6]]
     unmerged = plain(made.agents.user, rows)[1]
-    for found, wanted in zip(unmerged, plain(LM(merged, folders[2]), rows)[1], strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for actual, wanted in zip(unmerged, plain(LM(merged, folders[2]), rows)[1], strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)
     assert max(np.abs(a - b).max() for a, b in zip(unmerged, plain(made.agents.policy, rows)[1], strict=True)) > 0.01
 
 

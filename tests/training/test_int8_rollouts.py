@@ -26,8 +26,8 @@ FIELDS = {"rollout.param_dtype": "int8", "loss.recompute": True, "loss.importanc
 
 def config_of(**fields):
     config = debug.get_config()
-    given = {"train.steps": 2, "eval.every": 2, "checkpoint.every": 1, "log.dialogues_every": 1}
-    config.update_from_flattened_dict(given | FIELDS | {name.replace("__", "."): x for name, x in fields.items()})
+    overrides = {"train.steps": 2, "eval.every": 2, "checkpoint.every": 1, "log.dialogues_every": 1}
+    config.update_from_flattened_dict(overrides | FIELDS | {name.replace("__", "."): x for name, x in fields.items()})
     return config
 
 
@@ -46,14 +46,14 @@ def test_the_copy_that_plays_is_the_rounded_model(scan, dtype):
     model = rollout_model(config_of(), plain)
     mesh = make_mesh(1, 4, 2)
     played = sampling_mesh(mesh, config_of(mesh_sampling__replica=4, mesh_sampling__fsdp=1).mesh_sampling)
-    wide = init_params(plain, jax.random.key(0), mesh)
-    found = sampling_copy(model, played)(wide)
-    assert is_ready(found, sampling_params(model, played))
+    params = init_params(plain, jax.random.key(0), mesh)
+    played_params = sampling_copy(model, played)(params)
+    assert is_ready(played_params, sampling_params(model, played))
     as_float32 = unrounded(model).clone(dtype=jnp.float32)
     alone = init_params(as_float32.clone(param_dtype=jnp.float32), jax.random.key(0))
     want = quantize(alone, model)
     for path, x in jax.tree_util.tree_leaves_with_path(want):
-        y = found
+        y = played_params
         for key in path:
             y = y[key.key]
         np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(x.astype(y.dtype), np.float32), str(path))

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import debug
-from rlver_jax.config.flags import config_from_flags, given_path
+from rlver_jax.config.flags import config_from_flags, path_override
 from rlver_jax.config.validate import ConfigError, flatten
 from rlver_jax.models.families import Qwen2Config
 from rlver_jax.models.hf_weights import load_params, save_params
@@ -48,13 +48,13 @@ def test_everything_but_weights_is_kept(base, tmp_path):
     (tmp_path / "model.tmp").mkdir()
     (tmp_path / "model.tmp" / "half").write_text("of an interrupted copy")
     keep_model(tmp_path, base)
-    kept = kept_model(tmp_path)
-    left_out = {file.name for file in base.iterdir()} - {file.name for file in kept.iterdir()}
+    stored = kept_model(tmp_path)
+    left_out = {file.name for file in base.iterdir()} - {file.name for file in stored.iterdir()}
     assert left_out == {"profiles.jsonl", "prompts", "model.safetensors"}
-    for file in kept.iterdir():
+    for file in stored.iterdir():
         assert file.read_bytes() == (base / file.name).read_bytes()
-    assert Qwen2Config.from_hf(kept) == Qwen2Config.from_hf(base)
-    assert load_tokenizer(kept).fingerprint == load_tokenizer(base).fingerprint
+    assert Qwen2Config.from_hf(stored) == Qwen2Config.from_hf(base)
+    assert load_tokenizer(stored).fingerprint == load_tokenizer(base).fingerprint
     assert not (tmp_path / "model.tmp").exists()
 
 
@@ -77,9 +77,9 @@ def test_a_run_is_no_model_and_a_model_no_run(base, tmp_path):
     saved(opened(tmp_path / "run", base))
     with pytest.raises(ValueError, match=r"config of a training run.*--checkpoint=.*run.*export --workdir=.*run"):
         Qwen2Config.from_hf(tmp_path / "run")
-    kept = tmp_path / "run" / "model"
+    model_folder = tmp_path / "run" / "model"
     with pytest.raises(ValueError, match=r"what a training run keeps.*--checkpoint=.*run .*export --workdir=.*run"):
-        load_params(kept, Qwen2(Qwen2Config.from_hf(kept)))
+        load_params(model_folder, Qwen2(Qwen2Config.from_hf(model_folder)))
     (base / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"base/checkpoints: no such folder.*holds a model, which needs no export"):
         TrainedPolicy.open(base)
@@ -185,7 +185,7 @@ def run(base, tmp_path, monkeypatch):
 
 def taken(run, *flags):
     config, options, _ = config_from_flags([f"--config={debug.__file__}", *flags], "")
-    trained = take_checkpoint(config, str(run), "", given_path(options))
+    trained = take_checkpoint(config, str(run), "", path_override(options))
     assert trained.config.policy.path == config.policy.path
     return config.policy.path
 

@@ -80,8 +80,8 @@ def unbroken(tmp_path_factory):
 
 def state_of(folder: Path, step: int) -> dict[str, np.ndarray]:
     """Everything that a checkpoint holds, as Orbax alone reads it: parameters, optimizer state, counters."""
-    found = ocp.PyTreeCheckpointHandler().restore(folder / "checkpoints" / f"{step:06d}" / "state")
-    return {name: np.asarray(leaf) for name, leaf in found.items()}
+    restored = ocp.PyTreeCheckpointHandler().restore(folder / "checkpoints" / f"{step:06d}" / "state")
+    return {name: np.asarray(leaf) for name, leaf in restored.items()}
 
 
 def saved(folder: Path) -> set[str]:
@@ -117,8 +117,8 @@ def same_as(folder: Path, other: Unbroken) -> None:
 @pytest.mark.parametrize("run", ["short", pytest.param("unbroken", marks=pytest.mark.long)])
 def test_there_is_something_to_lose(run, request):
     """What is compared below differs from step to step: rewards within groups and between them, parameters, moments."""
-    found = request.getfixturevalue(run)
-    folder, last, seen = found.folder, found.steps, set()
+    fixture = request.getfixturevalue(run)
+    folder, last, seen = fixture.folder, fixture.steps, set()
     for step in range(1, last + 1):
         rewards = [record["reward"] for record in records_of(folder, step)]
         assert len(set(rewards)) >= 4, f"step {step}: {rewards}"
@@ -169,7 +169,7 @@ def wait(run: subprocess.Popen, folder: Path, moment: str, row: int, began: floa
 def kill_and_go_on(folder: Path, other: Unbroken, plan: list) -> list[tuple[str, set[str]]]:
     """Kills a run at each of the plan's moments, and lets the last start end; each moment with its unfinished saves."""
     seed = int.from_bytes(os.urandom(4), "little")
-    draw, found, seconds = random.Random(seed), [], dict(other.seconds)
+    draw, kills, seconds = random.Random(seed), [], dict(other.seconds)
     print(f"drawn with seed {seed}")
     for number, (moment, row) in enumerate(plan):
         share = (number / len(plan) + draw.random()) % 1
@@ -183,14 +183,14 @@ def kill_and_go_on(folder: Path, other: Unbroken, plan: list) -> list[tuple[str,
         if moment != "start":
             seconds["start"] = min(seconds["start"], took)  # the first start also compiled
         rows = rows_of(folder) if (folder / "metrics.jsonl").exists() else []
-        found.append((moment, unfinished(folder)))
+        kills.append((moment, unfinished(folder)))
         left = f"{len(rows)} rows, checkpoints {', '.join(sorted(saved(folder) | unfinished(folder))) or 'none'}"
         print(f"{number + 1:2d} {moment}, after {took:.2f} s: {left}", flush=True)
     last = start(folder, other.steps, other.evaluated)
     printed = last.communicate(timeout=600)[0]
     assert last.returncode == 0, printed
     same_as(folder, other)
-    return found
+    return kills
 
 
 def test_killed_amid_a_save(short, tmp_path):
@@ -203,10 +203,10 @@ def test_killed_amid_a_save(short, tmp_path):
 def test_killed_again_and_again(kills, unbroken, tmp_path):
     """While it starts, plays, updates, saves and right after, at moments that are drawn anew."""
     began = time.monotonic()
-    found = kill_and_go_on(tmp_path, unbroken, PLAN[:kills])
-    print(f"{len(found)} kills in {time.monotonic() - began:.0f} s")
-    assert len(found) == kills
-    assert any(names for moment, names in found if moment == "saving"), "a save was really cut off"
+    history = kill_and_go_on(tmp_path, unbroken, PLAN[:kills])
+    print(f"{len(history)} kills in {time.monotonic() - began:.0f} s")
+    assert len(history) == kills
+    assert any(names for moment, names in history if moment == "saving"), "a save was really cut off"
 
 
 def test_sigterm_finishes_the_step_and_saves(short, tmp_path):

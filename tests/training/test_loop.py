@@ -38,8 +38,8 @@ SEED = 3
 
 def config_of(**fields):
     config = debug.get_config("")
-    given = {"train.steps": STEPS, "train.seed": SEED, "eval.every": 2, "log.tensorboard": False}
-    config.update_from_flattened_dict(given | fields)
+    overrides = {"train.steps": STEPS, "train.seed": SEED, "eval.every": 2, "log.tensorboard": False}
+    config.update_from_flattened_dict(overrides | fields)
     return config
 
 
@@ -227,8 +227,8 @@ def evaluate_flags(devices, monkeypatch) -> list[str]:
 def test_a_run_without_its_base_model_is_exported_and_evaluated(moved, tmp_path, capsys, monkeypatch):
     folder, _, base = moved
     assert export.main([f"--workdir={folder}", f"--out={tmp_path / 'own'}", "--dtype=float32"]) == 0
-    given = f"--config.policy.path={base}"
-    assert export.main([f"--workdir={folder}", f"--out={tmp_path / 'given'}", "--dtype=float32", given]) == 0
+    path_flag = f"--config.policy.path={base}"
+    assert export.main([f"--workdir={folder}", f"--out={tmp_path / 'given'}", "--dtype=float32", path_flag]) == 0
     for file in (tmp_path / "own").iterdir():
         assert file.read_bytes() == (tmp_path / "given" / file.name).read_bytes()
     model = Qwen2(Qwen2Config.from_hf(debug.WORLD), scan_layers=False)
@@ -237,8 +237,8 @@ def test_a_run_without_its_base_model_is_exported_and_evaluated(moved, tmp_path,
     flags = [*evaluate_flags(1, monkeypatch), f"--checkpoint={folder}"]
     assert evaluate.main([*flags, f"--out={tmp_path / 'played'}"]) == 0
     assert evaluate.main([*flags, f"--out={tmp_path / 'other'}", "--config.policy.path=/no/such"]) == 2
-    said = capsys.readouterr().err.replace("\n", " ")
-    assert re.search("policy.path='/no/such': no such folder.*; leave it out to take the run's own", said)
+    error_text = capsys.readouterr().err.replace("\n", " ")
+    assert re.search("policy.path='/no/such': no such folder.*; leave it out to take the run's own", error_text)
 
 
 @pytest.mark.slow
@@ -297,11 +297,11 @@ def test_the_command_refuses_what_cannot_be(unbroken, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"
 
 
-def check_equal(found, expected) -> None:
-    """Equal dialogues at step 1; losses and emotions of every step that `found` has within 1e-3."""
-    says = [[m["content"] for r in records_of(folder, 1) for m in r["messages"]] for folder in (found, expected)]
+def check_equal(actual, expected) -> None:
+    """Equal dialogues at step 1; losses and emotions of every step that `actual` has within 1e-3."""
+    says = [[m["content"] for r in records_of(folder, 1) for m in r["messages"]] for folder in (actual, expected)]
     assert says[0] == says[1]
-    mine = [row for row in rows_of(found) if row["step"]]
+    mine = [row for row in rows_of(actual) if row["step"]]
     theirs = {row["step"]: row for row in rows_of(expected)}
     assert len(mine) > 1
     for row in mine:
@@ -315,8 +315,8 @@ def check_equal(found, expected) -> None:
 def test_eight_devices_learn_what_one_does(unbroken, tmp_path):
     """With every axis in use, and dialogues played on another mesh than the one that learns: pairs of chips of
     `tensor` share a copy, with rows and columns of their own."""
-    apart = {"mesh_sampling.replica": -1, "mesh_sampling.fsdp": 1, "mesh_sampling.attention_data": 2}
-    run(tmp_path, make_mesh(2, 2, 2), **{"train.steps": 2, "eval.every": 0} | apart)
+    sampling_mesh = {"mesh_sampling.replica": -1, "mesh_sampling.fsdp": 1, "mesh_sampling.attention_data": 2}
+    run(tmp_path, make_mesh(2, 2, 2), **{"train.steps": 2, "eval.every": 0} | sampling_mesh)
     check_equal(tmp_path, unbroken[0])
     for row in rows_of(tmp_path):
         assert row["emotion/final_mean"] != 30, "emotions move, so that there is something to learn"

@@ -137,8 +137,8 @@ def test_an_export_holds_the_adapter_or_the_whole_model(base, unbroken, tmp_path
     assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert export.main([f"--workdir={unbroken}", f"--out={tmp_path / 'whole'}", "--merged", "--dtype=float32"]) == 0
     whole, before = load_params(tmp_path / "whole", model), load_params(folder, model)
-    kept = TrainedPolicy.open(unbroken, "last")
-    factors = kept.weights(model)["layer_0"]["attn"]["q"]
+    policy = TrainedPolicy.open(unbroken, "last")
+    factors = policy.weights(model)["layer_0"]["attn"]["q"]
     a, b = (np.asarray(factors[name], np.float64) for name in ("lora_a", "lora_b"))
     expected = np.asarray(before["layer_0"]["attn"]["q"]["kernel"], np.float64) + a @ b
     np.testing.assert_allclose(whole["layer_0"]["attn"]["q"]["kernel"], expected, atol=1e-6)
@@ -182,14 +182,18 @@ def test_in_an_evaluation_one_base_serves_both(base, unbroken):
         spec = spec_of(config, group=1, max_turns=2, initial_emotion=30)
         return Agents.load(config, spec, one_device(), trained.weights, policy_base=trained.base_section)
 
-    shared, apart, policy_apart = agents(), agents(user__param_dtype="bfloat16"), agents(policy__param_dtype="bfloat16")
+    shared, separate, separate_policy = (
+        agents(),
+        agents(user__param_dtype="bfloat16"),
+        agents(policy__param_dtype="bfloat16"),
+    )
     own, adapter = split(shared.policy.params)
     assert adapter
     for mine, policys in zip(jax.tree.leaves(shared.user.params), jax.tree.leaves(own), strict=True):
         assert mine is policys
-    assert apart.user.params["norm"]["scale"].dtype == "bfloat16"
-    assert policy_apart.policy.params["norm"]["scale"].dtype == "bfloat16"
-    assert policy_apart.user.params["norm"]["scale"].dtype == "float32"
+    assert separate.user.params["norm"]["scale"].dtype == "bfloat16"
+    assert separate_policy.policy.params["norm"]["scale"].dtype == "bfloat16"
+    assert separate_policy.user.params["norm"]["scale"].dtype == "float32"
 
 
 @pytest.mark.slow
@@ -233,8 +237,8 @@ def test_a_mesh_learns_what_one_device_does(base, unbroken, tmp_path):
         assert many[name] == pytest.approx(one[name], rel=1e-4), name
     log = "dialogues/step_000001.jsonl"
     tokens = lambda line: [message["tokens"] for message in json.loads(line)["messages"]]  # noqa: E731
-    said = [[tokens(line) for line in (w / log).open(encoding="utf-8")] for w in (unbroken, tmp_path / "run")]
-    assert said[0] == said[1]
+    logs = [[tokens(line) for line in (w / log).open(encoding="utf-8")] for w in (unbroken, tmp_path / "run")]
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.long

@@ -24,9 +24,9 @@ def write(folder, rows, resume_step=0, tensorboard=False, wandb=""):
 
 
 def test_rows_are_flat_objects_in_order(tmp_path):
-    found = write(tmp_path, [(0, {"eval/score": 1.5}), (1, {"b": 2.0, "a": float("nan")}), (3, {"c": float("inf")})])
-    assert found == [{"step": 0, "eval/score": 1.5}, {"step": 1, "a": None, "b": 2.0}, {"step": 3, "c": None}]
-    assert read_metrics(tmp_path / "metrics.jsonl") == found
+    rows = write(tmp_path, [(0, {"eval/score": 1.5}), (1, {"b": 2.0, "a": float("nan")}), (3, {"c": float("inf")})])
+    assert rows == [{"step": 0, "eval/score": 1.5}, {"step": 1, "a": None, "b": 2.0}, {"step": 3, "c": None}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows
 
 
 def test_a_row_is_in_the_file_before_write_returns(tmp_path):
@@ -38,11 +38,11 @@ def test_a_row_is_in_the_file_before_write_returns(tmp_path):
     writer.close()
 
 
-@pytest.mark.parametrize(("resume", "kept"), [(2, [0, 1, 2]), (0, []), (9, [0, 1, 2, 3])])
-def test_resuming_drops_what_will_be_computed_again(tmp_path, resume, kept):
+@pytest.mark.parametrize(("resume", "retained"), [(2, [0, 1, 2]), (0, []), (9, [0, 1, 2, 3])])
+def test_resuming_drops_what_will_be_computed_again(tmp_path, resume, retained):
     write(tmp_path, [(step, {"a": 1.0}) for step in range(4)])
-    found = write(tmp_path, [(resume + 1, {"a": 7.0})], resume_step=resume)
-    assert [row["step"] for row in found] == [*kept, resume + 1]
+    rows = write(tmp_path, [(resume + 1, {"a": 7.0})], resume_step=resume)
+    assert [row["step"] for row in rows] == [*retained, resume + 1]
 
 
 def test_an_unfinished_last_line_is_left_out_and_a_broken_one_named(tmp_path):
@@ -78,7 +78,7 @@ def test_rows_that_cannot_be_are_named(tmp_path, lines, says):
 
 
 @pytest.mark.parametrize(
-    ("kept", "every", "says"),
+    ("retained", "every", "says"),
     [
         ([1, 2, 3, 4, 5, 6], 0, None),
         ([0, 1, 2, 3, 4, 5, 6], 3, None),
@@ -89,29 +89,29 @@ def test_rows_that_cannot_be_are_named(tmp_path, lines, says):
         (None, 3, "no row of steps 0–6,"),
     ],
 )
-def test_rows_that_were_lost_are_said(tmp_path, kept, every, says):
+def test_rows_that_were_lost_are_said(tmp_path, retained, every, says):
     """Lines that were removed, an end that was cut off, a file that is gone: those of later steps come again anyway."""
-    if kept is not None:
-        write(tmp_path, [(step, {"a": 1.0}) for step in [*kept, 7, 8]])
-    said = []
-    settings = {"tensorboard": False, "wandb": "", "config": CONFIG, "resume_step": 6, "measured_first": every > 0}
-    MetricsWriter(tmp_path, **settings, report=said.append).close()
-    assert len(said) == (says is not None)
-    assert says is None or says in said[0]
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == (kept or [])
+    if retained is not None:
+        write(tmp_path, [(step, {"a": 1.0}) for step in [*retained, 7, 8]])
+    reports = []
+    settings = {"tensorboard": False, "wandb": "", "config": CONFIG, "resume_step": 6, "evaluates_first": every > 0}
+    MetricsWriter(tmp_path, **settings, report=reports.append).close()
+    assert len(reports) == (says is not None)
+    assert says is None or says in reports[0]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == (retained or [])
 
 
 def scalars(folder):
     """(step, name, value) of a TensorBoard file, read record by record: length, its crc, data, its crc."""
-    found = []
+    scalar_events = []
     for file in sorted(folder.iterdir()):
         data = file.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            scalar_events += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
             data = data[16 + size :]
-    return found
+    return scalar_events
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):

@@ -31,10 +31,10 @@ def test_the_second_moment_is_widened(tmp_path):
     assert old.opt_state["policy"][1][0].nu["w"].dtype == jnp.bfloat16
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
     checkpoints.save(1, old, {})
-    found = checkpoints.restore(new)
+    restored = checkpoints.restore(new)
     checkpoints.close()
-    assert jax.tree.map(lambda x: x.dtype, found.state) == jax.tree.map(lambda x: x.dtype, new)
-    for a, b in zip(*map(jax.tree.leaves, (found.state, old)), strict=True):
+    assert jax.tree.map(lambda x: x.dtype, restored.state) == jax.tree.map(lambda x: x.dtype, new)
+    for a, b in zip(*map(jax.tree.leaves, (restored.state, old)), strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
 
 

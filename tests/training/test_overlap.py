@@ -79,10 +79,10 @@ def test_a_run_resumes_with_the_same_bits(server, tmp_path):
 
 @pytest.mark.parametrize("field", ["loss.importance_cap=0.0", "loss.recompute=False", "remote.user.url="])
 def test_it_needs_a_correction_and_an_endpoint(tmp_path, capsys, field):
-    given = FIELDS | {"rollout.overlap": 1, "remote.user.url": "http://x/v1", "remote.user.model": "m"}
+    overrides = FIELDS | {"rollout.overlap": 1, "remote.user.url": "http://x/v1", "remote.user.model": "m"}
     if field.startswith("loss.recompute"):
-        given["loss.importance_cap"] = 0.0
-    flags = [f"--config.{name}={value}" for name, value in given.items()]
+        overrides["loss.importance_cap"] = 0.0
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     assert command.main([f"--config={debug.__file__}", f"--workdir={tmp_path / 'x'}", *flags, f"--config.{field}"]) == 2
     assert "rollout.overlap=1" in capsys.readouterr().err
 

@@ -253,10 +253,10 @@ def test_verify_recomputes_a_run(unbroken, capsys):
     assert verify.main([log, *flags]) == 0, capsys.readouterr()
     assert "8 dialogues" in capsys.readouterr().out
     assert verify.main([log, *flags, f"--policy={folder}"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     tokens = sum(len(m["tokens"]) for record in records_of(folder, STEPS) for m in record["messages"][1::2])
-    assert f"{tokens} tokens" in said
-    assert "0 faults" in said
+    assert f"{tokens} tokens" in output
+    assert "0 faults" in output
     records = records_of(folder, STEPS)
     records[0]["messages"][2]["change"] += 1 if records[0]["messages"][2]["change"] < 10 else -1
     forged = folder / f"step_{STEPS:06d}.jsonl"

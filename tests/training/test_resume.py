@@ -54,17 +54,17 @@ def config_of(world, **fields):
 
 def opened(workdir, config):
     """(the run's folder, what was said)."""
-    said = []
+    reports = []
     contents = Contents(lambda gone: fingerprints_of(config, gone), lambda name: fingerprints.described(name, config))
-    folder = RunFolder.open(workdir, config, contents=contents, report=said.append)
-    return folder, said
+    folder = RunFolder.open(workdir, config, contents=contents, report=reports.append)
+    return folder, reports
 
 
 @pytest.fixture
 def begun(world, tmp_path):
     """A run's folder, as if its second step had been saved."""
-    folder, said = opened(tmp_path / "run", config_of(world))
-    assert said == []
+    folder, reports = opened(tmp_path / "run", config_of(world))
+    assert reports == []
     (folder.checkpoints / "000002").mkdir(parents=True)
     return tmp_path / "run"
 
@@ -80,8 +80,8 @@ def refusal(workdir, config) -> str:
 
 def test_everything_may_move(world, begun, tmp_path):
     moved = world.rename(tmp_path / "elsewhere")
-    folder, said = opened(begun, config_of(moved))
-    assert said == []
+    folder, reports = opened(begun, config_of(moved))
+    assert reports == []
     assert folder.config()["user.path"] == str(moved / "user")
     (moved / "user").rename(tmp_path / "once_more")
     assert opened(begun, config_of(moved, user__path=str(tmp_path / "once_more")))[1] == []
@@ -95,8 +95,8 @@ def test_the_same_profiles_may_be_cut_into_other_files(world, begun):
         "".join(json.dumps(json.loads(line), ensure_ascii=True) + "\n" for line in lines[2:])
     )
     assert opened(begun, config_of(world, data__train=f"{world / 'a.jsonl'},{world / 'b.jsonl'}"))[1] == []
-    said = refusal(begun, config_of(world, data__train=f"{world / 'b.jsonl'},{world / 'a.jsonl'}"))
-    assert "the training profiles (data.train=" in said
+    message = refusal(begun, config_of(world, data__train=f"{world / 'b.jsonl'},{world / 'a.jsonl'}"))
+    assert "the training profiles (data.train=" in message
 
 
 def edit_text(path, old, new):
@@ -141,9 +141,9 @@ def reorder(path):
 )
 def test_what_has_changed_is_named(world, begun, change, says):
     change(world)
-    said = refusal(begun, config_of(world))
-    assert says in said
-    assert ";" not in said.split("than these: ")[1].split("; give")[0], "nothing else is blamed"
+    message = refusal(begun, config_of(world))
+    assert says in message
+    assert ";" not in message.split("than these: ")[1].split("; give")[0], "nothing else is blamed"
 
 
 def test_prompts_for_other_settings_and_notes_may_change(world, begun):
@@ -161,10 +161,10 @@ def test_weights_cut_into_shards_are_the_same(world, begun):
     tensors = load_file(file)
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for part, some in parts.items():
-        save_file({name: tensors[name] for name in some}, world / "user" / part, {"format": "pt"})
-    places = {name: part for part, some in parts.items() for name in some}
-    (world / "user" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for part, members in parts.items():
+        save_file({name: tensors[name] for name in members}, world / "user" / part, {"format": "pt"})
+    weight_map = {name: part for part, members in parts.items() for name in members}
+    (world / "user" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     file.unlink()
     assert opened(begun, config_of(world))[1] == []
 
@@ -172,11 +172,11 @@ def test_weights_cut_into_shards_are_the_same(world, begun):
 def test_a_base_model_that_is_gone_or_kept_only(world, begun):
     """With checkpoints its weights are not needed, unless the KL's reference is it."""
     gone = config_of(world, policy__path=str(world / "nowhere"))
-    folder, said = opened(begun, gone)
-    assert said == []
+    folder, reports = opened(begun, gone)
+    assert reports == []
     assert folder.to_load(gone).policy.init == "random"
-    kept = config_of(world, policy__path=str(begun / "model"))
-    assert opened(begun, kept)[0].to_load(kept).policy.init == "random"
+    stored = config_of(world, policy__path=str(begun / "model"))
+    assert opened(begun, stored)[0].to_load(stored).policy.init == "random"
     assert opened(begun, config_of(world))[1] == [], "what it began with is still known"
     edit_weights(world / "policy")
     assert "the weights of the policy model" in refusal(begun, config_of(world))
@@ -186,9 +186,9 @@ def test_an_older_run_takes_the_present_files_and_says_so(world, begun):
     (begun / "fingerprints.json").unlink()
     with pytest.raises(ValueError, match=r"data.train was .*no fingerprints tell what lay there"):
         opened(begun, config_of(world, data__train=str(world / "eval.jsonl")))
-    (said,) = opened(begun, config_of(world))[1]
-    assert "kept no fingerprint of" in said
-    assert "and 11 more: taken as they are now" in said
+    (report,) = opened(begun, config_of(world))[1]
+    assert "kept no fingerprint of" in report
+    assert "and 11 more: taken as they are now" in report
     assert opened(begun, config_of(world))[1] == []
 
 
@@ -196,8 +196,8 @@ def test_before_anything_is_computed_files_may_be_corrected(world, tmp_path):
     """The command that was refused for a profile can be given again with a better one."""
     opened(tmp_path / "run", config_of(world))
     reorder(world / "train.jsonl")
-    folder, said = opened(tmp_path / "run", config_of(world))
-    assert said == []
+    folder, reports = opened(tmp_path / "run", config_of(world))
+    assert reports == []
     folder.metrics.write_text('{"step": 0}\n')
     reorder(world / "train.jsonl")
     assert "training profiles" in refusal(tmp_path / "run", config_of(world))
@@ -212,17 +212,17 @@ def test_a_broken_record_is_named(world, begun):
 
 def change_record(workdir, **fields):
     """The run's config.json as another version wrote it; None: without the field."""
-    found = json.loads((workdir / "config.json").read_text())
-    found |= {name.replace("__", "."): value for name, value in fields.items()}
-    (workdir / "config.json").write_text(json.dumps({n: value for n, value in found.items() if value is not None}))
+    record = json.loads((workdir / "config.json").read_text())
+    record |= {name.replace("__", "."): value for name, value in fields.items()}
+    (workdir / "config.json").write_text(json.dumps({n: value for n, value in record.items() if value is not None}))
 
 
 def test_fields_of_newer_and_older_versions(world, begun):
     """The default of a new field is what was done before; what a removed one did cannot be done."""
     change_record(begun, rollout__top_k=None, reward__final_weight=None, eval__rows=None)
-    folder, (said,) = opened(begun, config_of(world))
-    assert "settings lack rollout.top_k=0, reward.final_weight=0.5: as here" in said or (
-        "settings lack reward.final_weight=0.5, rollout.top_k=0: as here" in said
+    folder, (report,) = opened(begun, config_of(world))
+    assert "settings lack rollout.top_k=0, reward.final_weight=0.5: as here" in report or (
+        "settings lack reward.final_weight=0.5, rollout.top_k=0: as here" in report
     )
     assert folder.config()["rollout.top_k"] == 0
     assert folder.config() == json.loads(json.dumps(flatten(config_of(world))))
@@ -245,8 +245,8 @@ def test_an_older_run_goes_on_with_other_spellings_of_its_paths(world, begun, tm
     (begun / "fingerprints.json").unlink()
     monkeypatch.chdir(tmp_path)
     change_record(begun, user__path="world/user", data__train=f"./world/train.jsonl,{world}/../world/eval.jsonl")
-    (said,) = opened(begun, config_of(world, data__train=f"{world}/train.jsonl,world/eval.jsonl"))[1]
-    assert "taken as they are now" in said
+    (report,) = opened(begun, config_of(world, data__train=f"{world}/train.jsonl,world/eval.jsonl"))[1]
+    assert "taken as they are now" in report
     (begun / "fingerprints.json").unlink()
     with pytest.raises(ValueError, match=r"user.path was .*, is '.*/policy'"):
         opened(begun, config_of(world, user__path=str(world / "policy"), data__train=f"{world}/train.jsonl"))

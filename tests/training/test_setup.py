@@ -24,8 +24,8 @@ from rlver_jax.training.setup import (
     check_learning,
     dialogues_a_row,
     has_critic,
+    microbatches_at_most,
     models_of,
-    reads_at_most,
     row_lengths,
 )
 
@@ -37,7 +37,7 @@ def config_of(**fields):
 
 
 @pytest.mark.parametrize(
-    ("fields", "devices", "fit", "reads"),
+    ("fields", "devices", "fit", "expected"),
     [
         ({}, 1, 2, 4),  # eight rows at a time otherwise: now one of twice the length, four times
         ({}, 4, 2, 1),
@@ -47,10 +47,10 @@ def config_of(**fields):
         ({"train__share_rows": False, "train__microbatches": 2}, 1, 1, 2),
     ],
 )
-def test_a_device_never_reads_more_at_a_time_than_it_has_room_for(fields, devices, fit, reads):
+def test_a_device_never_reads_more_at_a_time_than_it_has_room_for(fields, devices, fit, expected):
     config, mesh = config_of(**fields), make_mesh(1, devices, 1, devices=jax.devices()[:devices])
     assert dialogues_a_row(config, mesh) == fit
-    assert reads_at_most(config, mesh, config.rollout.batch) == reads
+    assert microbatches_at_most(config, mesh, config.rollout.batch) == expected
 
 
 def test_lengths_are_spread_up_to_the_longest_row(bpe, prompts):
@@ -63,13 +63,13 @@ def test_lengths_are_spread_up_to_the_longest_row(bpe, prompts):
     longest = max_length(agents.tables[0], spec, 10)
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for fields, most in (({}, 2 * longest), ({"train__share_rows": False}, longest)):
-        found = np.array(row_lengths(config_of(train__length_buckets=8, **fields), agents, 10, one))
-        assert not (found % 64).any()
-        assert most <= found[-1] < most + 64
-        assert (found[1:] <= np.maximum(found[:-1] * 9 / 8, found[:-1] + 64)).all(), "an eighth more, or 64"
-        assert (np.diff(found) > 0).all()
-    found = row_lengths(config_of(train__length_buckets=1), agents, 10, one)
-    assert found[:-1] == tuple(64 << i for i in range(len(found) - 1))
+        lengths = np.array(row_lengths(config_of(train__length_buckets=8, **fields), agents, 10, one))
+        assert not (lengths % 64).any()
+        assert most <= lengths[-1] < most + 64
+        assert (lengths[1:] <= np.maximum(lengths[:-1] * 9 / 8, lengths[:-1] + 64)).all(), "an eighth more, or 64"
+        assert (np.diff(lengths) > 0).all()
+    lengths = row_lengths(config_of(train__length_buckets=1), agents, 10, one)
+    assert lengths[:-1] == tuple(64 << i for i in range(len(lengths) - 1))
 
 
 def test_kernels_for_tpu_are_refused_elsewhere():

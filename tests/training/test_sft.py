@@ -52,8 +52,8 @@ def logs(tmp_path_factory):
 
 
 def command(workdir, role, logs, **fields):
-    given = {name.replace("__", "."): value for name, value in fields.items()}
-    flags = [f"--config.{name}={value}" for name, value in (FIELDS | given).items()]
+    overrides = {name.replace("__", "."): value for name, value in fields.items()}
+    flags = [f"--config.{name}={value}" for name, value in (FIELDS | overrides).items()]
     files = ",".join(map(str, logs))
     return ["--config=configs/debug.py", f"--role={role}", f"--data={files}", f"--workdir={workdir}", *flags]
 
@@ -86,8 +86,8 @@ ROLES = ["user", pytest.param("policy", marks=pytest.mark.slow)]
 def test_a_run_learns_and_says_so(unbroken, role):
     rows = read_metrics(unbroken(role) / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
-    measured = [row["step"] for row in rows if "held_out/loss" in row]
-    assert measured == [0, 4, STEPS], "before, every four steps, and at the end"
+    evaluated = [row["step"] for row in rows if "held_out/loss" in row]
+    assert evaluated == [0, 4, STEPS], "before, every four steps, and at the end"
     fields = {"user": ["content", "target", "change", "tone", "reply"], "policy": ["thought", "reply"]}[role]
     for row in rows[1:]:
         assert {name for name in row if name.startswith("sft/loss_")} == {f"sft/loss_{name}" for name in fields}
@@ -125,12 +125,12 @@ def test_killed_and_resumed_it_ends_as_one_that_never_was(unbroken, role, rows, 
             assert time.monotonic() - began < 600
             time.sleep(0.001)
         run.kill()
-        said = run.communicate()[0]
-        assert run.returncode in (-signal.SIGKILL, 0), said
-        assert (folder / "checkpoints").exists(), said
+        output = run.communicate()[0]
+        assert run.returncode in (-signal.SIGKILL, 0), output
+        assert (folder / "checkpoints").exists(), output
     last = start(folder, role, logs)
-    said = last.communicate(timeout=600)[0]
-    assert last.returncode == 0 or "holds a finished run" in said, said
+    output = last.communicate(timeout=600)[0]
+    assert last.returncode == 0 or "holds a finished run" in output, output
     assert differences(unbroken(role), folder) == []
 
 
@@ -164,7 +164,7 @@ def test_a_fitted_policy_is_one(unbroken):
     assert take_checkpoint(debug.get_config(), str(unbroken("policy")), "last").step == STEPS
 
 
-def read(config_fields, logs):
+def load(config_fields, logs):
     config = debug.get_config()
     config.update_from_flattened_dict({"sft.batch": 1, "sft.data": ",".join(map(str, logs)), **config_fields})
     fitting.settle_role(config)
@@ -174,27 +174,27 @@ def read(config_fields, logs):
 
 
 def test_profiles_are_held_out_by_their_ids_whatever_the_lines(logs, tmp_path):
-    found, _ = read({"sft.held_out": 0.4}, logs)
-    learned, held = ({one.profile for one in part} for part in (found.learned, found.held_out))
+    loaded, _ = load({"sft.held_out": 0.4}, logs)
+    learned, held = ({one.profile for one in part} for part in (loaded.learned, loaded.held_out))
     assert learned
     assert held
     assert not learned & held
     records = [record for file in logs for record in read_dialogues(file)]
     write_dialogues(tmp_path / "other.jsonl", [*reversed(records), *records[3:5]])
-    again, _ = read({"sft.held_out": 0.4}, [tmp_path / "other.jsonl"])
+    again, _ = load({"sft.held_out": 0.4}, [tmp_path / "other.jsonl"])
     assert {one.profile for one in again.held_out} == held
     assert len(again.learned) + len(again.held_out) == len(records) + 2
 
 
 def test_held_out_dialogues_are_measured_evenly(logs):
-    every, _ = read({"sft.held_out": 0.7}, logs)
-    some, _ = read({"sft.held_out": 0.7, "sft.eval_dialogues": 3}, logs)
+    every, _ = load({"sft.held_out": 0.7}, logs)
+    sampled, _ = load({"sft.held_out": 0.7, "sft.eval_dialogues": 3}, logs)
     count = len(every.held_out)
     assert count > 5
     wanted = [every.held_out[i].tokens.tolist() for i in (0, count // 3, 2 * count // 3)]
-    assert [one.tokens.tolist() for one in some.held_out] == wanted
-    assert len(some.learned) == len(every.learned)
-    assert f"measured: 3 of the {count} held out" in some.summary
+    assert [one.tokens.tolist() for one in sampled.held_out] == wanted
+    assert len(sampled.learned) == len(every.learned)
+    assert f"measured: 3 of the {count} held out" in sampled.summary
 
 
 @pytest.mark.slow
@@ -210,12 +210,12 @@ def test_a_run_goes_on_without_its_base_model(logs, tmp_path, capsys):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     other = command(tmp_path / "unbroken", "user", logs, user__path=tmp_path / "elsewhere")
     assert sft.main([*other, "--config.train.steps=3"]) == 0
-    found = (
+    folders = (
         Checkpoints.reader(tmp_path / "run" / "checkpoints"),
         Checkpoints.reader(tmp_path / "unbroken" / "checkpoints"),
     )
-    assert found[0].fingerprint(3) == found[1].fingerprint(3)
-    for one in found:
+    assert folders[0].fingerprint(3) == folders[1].fingerprint(3)
+    for one in folders:
         one.close()
 
 
@@ -223,17 +223,17 @@ def test_a_policy_learns_from_dialogues_that_end_well(logs):
     records = [record for file in logs for record in read_dialogues(file)]
     emotions = [record["emotion"] for record in records]
     border = int(np.median(emotions)) + 1
-    found, _ = read({"sft.role": "policy", "sft.held_out": 0.0, "sft.min_emotion": border}, logs)
+    loaded, _ = load({"sft.role": "policy", "sft.held_out": 0.0, "sft.min_emotion": border}, logs)
     wanted = [record["profile"] for record in records if record["emotion"] >= border]
     assert 0 < len(wanted) < len(records)
-    assert [one.profile for one in found.learned] == wanted
-    best, _ = read({"sft.role": "policy", "sft.held_out": 0.0, "sft.best_of_profile": 1}, logs)
+    assert [one.profile for one in loaded.learned] == wanted
+    best, _ = load({"sft.role": "policy", "sft.held_out": 0.0, "sft.best_of_profile": 1}, logs)
     assert sorted(one.profile for one in best.learned) == sorted({record["profile"] for record in records})
     own = {}
     for record in records:
         if record["profile"] not in own or record["emotion"] > own[record["profile"]]["emotion"]:
             own[record["profile"]] = record
-    every, _ = read({"sft.role": "policy", "sft.held_out": 0.0}, logs)
+    every, _ = load({"sft.role": "policy", "sft.held_out": 0.0}, logs)
     by_tokens = {one.tokens.tobytes(): record for one, record in zip(every.learned, records, strict=True)}
     for one in best.learned:
         assert by_tokens[one.tokens.tobytes()]["dialogue"] == own[one.profile]["dialogue"]
@@ -252,8 +252,8 @@ def test_agreement_by_hand():
     p[0, [10, 12]] = np.log([0.25, 0.75])  # 0 and +2
     p[1, [0, 20]] = -3.0  # -10 and +10, not normalized
     np.testing.assert_allclose(expected_change(p), [1.5, 0.0], atol=1e-12)
-    found = change_agreement(np.array([1.0, 2.0, 3.0, 4.0]), np.array([-5, 0, 5, 1]))
-    assert found == pytest.approx({"spearman": 0.8, "mae": (6 + 2 + 2 + 3) / 4})
+    result = change_agreement(np.array([1.0, 2.0, 3.0, 4.0]), np.array([-5, 0, 5, 1]))
+    assert result == pytest.approx({"spearman": 0.8, "mae": (6 + 2 + 2 + 3) / 4})
     assert math.isnan(change_agreement(np.ones(3), np.arange(3))["spearman"])
 
 

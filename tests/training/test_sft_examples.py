@@ -19,7 +19,7 @@ from rlver_jax.text.tokenizer import load_tokenizer
 from rlver_jax.training.sft_examples import LoggedModeExamples, PolicyExamples, UserExamples, as_line
 from rlver_jax.user.prompts import LANGUAGES, load_prompts
 from rlver_jax.user.prompts.shorten import free_fields, with_fields, write_prompts
-from tests.conftest import SHORT_PROMPTS, some_profiles
+from tests.conftest import SHORT_PROMPTS, make_profiles
 from tests.learning.plain_sft import transcripts
 from tests.test_verify import PROFILES, make_agents, play
 from tests.text.conftest import write_qwen3
@@ -28,7 +28,7 @@ from tests.text.conftest import write_qwen3
 @pytest.fixture(scope="module")
 def log(policy_lm, user_lm, bpe, prompts):
     """(agents, transcripts) of dialogues that two tiny models have played, replies sampled, changes drawn."""
-    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, "sample"), some_profiles(PROFILES)
+    agents, profiles = make_agents(policy_lm, user_lm, bpe, prompts, "sample"), make_profiles(PROFILES)
     known = {profile.id: profile for profile in profiles}
     return agents, [Transcript(r, known[r["profile"]], str(r["dialogue"])) for r in play(agents, profiles)]
 
@@ -42,13 +42,13 @@ def forced(lm, examples, make, length=704):
     of = FieldLoss(lm.model, len(make.fields))
     logprobs = jax.jit(lambda params, rows: of.logprobs(params, of.hidden(params, rows), rows))
     measure = jax.jit(lambda params, rows, first: sft_loss.measure(of, params, rows, make.options, first))
-    found = []
+    results = []
     for one in examples:
         rows, choices = pack_rows([one], assign_rows(np.array([len(one)]), length, 1), length, 1, Capacity.of(examples))
-        read = jax.tree.map(lambda x: jnp.asarray(x[0]), rows)
-        changes = measure(lm.params, read, choices.first[0])[1]
-        found.append((np.asarray(logprobs(lm.params, read))[0, : len(one.at)], np.asarray(changes)[0]))
-    return found
+        row = jax.tree.map(lambda x: jnp.asarray(x[0]), rows)
+        changes = measure(lm.params, row, choices.first[0])[1]
+        results.append((np.asarray(logprobs(lm.params, row))[0, : len(one.at)], np.asarray(changes)[0]))
+    return results
 
 
 def test_a_users_own_log_is_read_as_it_was_played(log):
@@ -128,22 +128,22 @@ def test_a_log_says_which_user_it_was(log, told, wanted, tmp_path):
 def test_texts_alone_make_the_tokens_of_the_log_again(log):
     """A log whose tokens are taken away: texts are encoded, as if the user had written them."""
     agents, _ = log
-    make, wide = user_examples(agents), user_examples(agents, field_tokens=50, reply_tokens=50)
+    make, generous = user_examples(agents), user_examples(agents, field_tokens=50, reply_tokens=50)
     for one in transcripts():
-        exact, cut = wide.example(one), make.example(one)
-        assert exact.changes.tolist() == [m["change"] for m in one.record["messages"][2::2]]
-        text = agents.tokenizer.decode(exact.tokens[exact.branch == 0].tolist())
+        complete, cut = generous.example(one), make.example(one)
+        assert complete.changes.tolist() == [m["change"] for m in one.record["messages"][2::2]]
+        text = agents.tokenizer.decode(complete.tokens[complete.branch == 0].tolist())
         for message in one.record["messages"][:-2]:
             assert (message["content"] or "") in text
-        assert len(cut) <= len(exact)
+        assert len(cut) <= len(complete)
         lengths = {}
-        for name, example in (("cut", cut), ("exact", exact)):
+        for name, example in (("cut", cut), ("exact", complete)):
             targets = example.field == make.fields.index("content")
             lengths[name] = np.diff(np.flatnonzero(np.diff(example.at[targets], prepend=-9, append=10**6) > 1))
         assert lengths["cut"].max() <= 12, "as play cuts a field"
         ends = agents.tokenizer.encode("\n")[0]
-        stops = [(example.target[example.field == 0] == ends).sum() for example in (cut, exact)]
-        assert stops[1] == len(exact.changes), "every field ends its line"
+        stops = [(example.target[example.field == 0] == ends).sum() for example in (cut, complete)]
+        assert stops[1] == len(complete.changes), "every field ends its line"
 
 
 def test_a_turn_without_a_field_is_not_learned_and_later_turns_are_the_same(log):
@@ -179,10 +179,10 @@ def test_turns_that_the_context_has_no_room_for_are_left_out(log):
     second = whole.positions[whole.branch // BRANCH_RADIX == 2].max() + 1
     small = dataclasses.replace(agents, spec=dataclasses.replace(agents.spec, context=int(second)))
     make = user_examples(small, field_tokens=40, reply_tokens=40)
-    found = make.example(one)
+    example = make.example(one)
     assert make.left_out == {"turns beyond rollout.context": 1}
-    assert found.changes.tolist() == whole.changes[:2].tolist()
-    np.testing.assert_array_equal(found.tokens, whole.tokens[: len(found)])
+    assert example.changes.tolist() == whole.changes[:2].tolist()
+    np.testing.assert_array_equal(example.tokens, whole.tokens[: len(example)])
 
 
 def test_what_a_policy_learns_is_chosen_by_turn(log):
@@ -214,11 +214,11 @@ def test_each_dialogue_is_learned_in_its_own_mode(log):
     both = LoggedModeExamples({"think": agents, "direct": direct}, **limits)
     for mode, of_mode in (("think", agents), ("direct", direct)):
         alone, told = PolicyExamples(of_mode, **limits), dataclasses.replace(one, record=one.record | {"mode": mode})
-        wanted, found = alone.example(told), both.example(told)
-        names = [[make.fields[i] for i in example.field] for make, example in ((alone, wanted), (both, found))]
+        wanted, actual = alone.example(told), both.example(told)
+        names = [[make.fields[i] for i in example.field] for make, example in ((alone, wanted), (both, actual))]
         assert names[0] == names[1]
         for name in ("tokens", "positions", "branch", "at", "target"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+            np.testing.assert_array_equal(getattr(actual, name), getattr(wanted, name))
         assert set(names[0]) == ({"thought", "reply"} if mode == "think" else {"reply"})
 
 
@@ -228,21 +228,24 @@ def test_replies_are_what_apply_chat_template_gives(log, mode, tmp_path):
     folder = write_qwen3(tmp_path)
     tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     spec = dataclasses.replace(log[0].spec, mode=mode, think_tokens=90, say_tokens=60)
-    how = {"style": log[0].style, "scenario": log[0].scenario}
-    agents = Agents.build(log[0].policy, log[0].user, tokenizer, log[0].prompts, spec, **how)
+    options = {"style": log[0].style, "scenario": log[0].scenario}
+    agents = Agents.build(log[0].policy, log[0].user, tokenizer, log[0].prompts, spec, **options)
     make = PolicyExamples(agents, min_change=-10, say_tokens=60)
     for one in transcripts():
         example, messages = make.example(one), one.record["messages"]
-        said = [{"role": "system", "content": SHORT_PROMPTS[f"policy_{mode}.j2"]}]
+        conversation = [{"role": "system", "content": SHORT_PROMPTS[f"policy_{mode}.j2"]}]
         for turn, (heard, reply) in enumerate(zip(messages[::2], messages[1::2], strict=False)):
-            said += [{"role": "user", "content": heard["content"]}, {"role": "assistant", "content": reply["content"]}]
-            said[-1]["reasoning_content"] = reply["thought"] if mode == "think" else None
-            want = reference.apply_chat_template(said, tokenize=True, return_dict=False)
+            conversation += [
+                {"role": "user", "content": heard["content"]},
+                {"role": "assistant", "content": reply["content"]},
+            ]
+            conversation[-1]["reasoning_content"] = reply["thought"] if mode == "think" else None
+            want = reference.apply_chat_template(conversation, tokenize=True, return_dict=False)
             own = (turn + 1) * BRANCH_RADIX
             last = np.flatnonzero(example.branch == own)[-1]
-            read = example.tokens[: last + 1][np.isin(example.branch[: last + 1], (0, own))]
+            tokens = example.tokens[: last + 1][np.isin(example.branch[: last + 1], (0, own))]
             end = example.target[example.at == last].tolist()
-            assert [*read.tolist(), *end, *tokenizer.encode("\n")] == want
+            assert [*tokens.tolist(), *end, *tokenizer.encode("\n")] == want
             assert end == [tokenizer.im_end_id]
     assert not make.left_out
 
@@ -297,7 +300,7 @@ def test_saved_records_are_read_again(tmp_path, log):
     agents, dialogues = log
     write_dialogues(tmp_path / "log.jsonl", [one.record for one in dialogues])
     make = user_examples(agents)
-    for mine, read in zip(dialogues, read_finished(tmp_path / "log.jsonl"), strict=True):
-        a, b = (make.example(dataclasses.replace(one, profile=mine.profile)) for one in (mine, read))
+    for mine, restored in zip(dialogues, read_finished(tmp_path / "log.jsonl"), strict=True):
+        a, b = (make.example(dataclasses.replace(one, profile=mine.profile)) for one in (mine, restored))
         for field in dataclasses.fields(a):
             np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))

@@ -37,9 +37,9 @@ def log(tmp_path_factory):
 
 
 def learn(workdir, base, log, **fields):
-    given = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
+    overrides = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
     words = ["--config=configs/debug.py", "--role=user", f"--data={log}", f"--workdir={workdir}"]
-    words += [f"--config.user.path={base[0]}", *(f"--config.{name}={value}" for name, value in given.items())]
+    words += [f"--config.user.path={base[0]}", *(f"--config.{name}={value}" for name, value in overrides.items())]
     assert sft.main(words) == 0
     return workdir
 
@@ -70,8 +70,8 @@ def test_resumed_it_ends_as_one_that_was_never_interrupted(unbroken, base, log, 
 def test_what_was_fitted_plays_as_a_user(unbroken, base, tmp_path):
     out = tmp_path / "user"
     assert export.main([f"--workdir={unbroken}", f"--out={out}", "--step=last", "--merged", "--dtype=float32"]) == 0
-    found, before = load_params(out, base[1]), load_params(base[0], base[1])
-    layer, old = found["layer_0"], before["layer_0"]
+    fitted, before = load_params(out, base[1]), load_params(base[0], base[1])
+    layer, old = fitted["layer_0"], before["layer_0"]
     np.testing.assert_array_equal(layer["gate"]["kernel"], old["gate"]["kernel"])
     moved = np.asarray(layer["up"]["kernel"], np.float64) - np.asarray(old["up"]["kernel"])
     assert np.linalg.matrix_rank(moved, tol=1e-6) == 4

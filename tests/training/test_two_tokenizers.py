@@ -177,8 +177,8 @@ EDITS = {
 @pytest.mark.parametrize("swapped", SWAPPED)
 def test_forged_logs(worlds, played, swapped, tmp_path, capsys, monkeypatch):
     """Each dialogue in another way."""
-    (folder, flags), sides = played(swapped), worlds[::-1] if swapped else worlds
-    tokenizers = list(map(load_tokenizer, sides))
+    (folder, flags), folders = played(swapped), worlds[::-1] if swapped else worlds
+    tokenizers = list(map(load_tokenizer, folders))
     records = records_of(folder, 1)
     order = sorted(records, key=lambda record: len(record["messages"]) <= 2)  # edits of a reaction come first
     wanted = {}

@@ -23,9 +23,9 @@ def opened(path, **fields):
 
 def test_a_new_folder_holds_the_config(tmp_path):
     folder = opened(tmp_path / "a" / "run", train__seed=4)
-    found = json.loads((tmp_path / "a" / "run" / "config.json").read_text())
-    assert found["train.seed"] == 4
-    assert found["emotion.thresholds"] == [100, 70, 40, 10]
+    saved = json.loads((tmp_path / "a" / "run" / "config.json").read_text())
+    assert saved["train.seed"] == 4
+    assert saved["emotion.thresholds"] == [100, 70, 40, 10]
     assert flatten(unflatten(folder.config())) == flatten(config(train__seed=4)), "tuples are tuples again"
 
 

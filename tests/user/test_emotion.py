@@ -86,7 +86,7 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"initial": 9}, "floor < initial"),
         ({"initial": 100}, "initial < ceiling"),
@@ -100,8 +100,8 @@ def test_initial_values():
         ({"initial": 30.5}, "Python ints"),
     ],
 )
-def test_contradicting_rules_are_refused(changed, said):
-    with pytest.raises(ValueError, match=said):
+def test_contradicting_rules_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
         EmotionRules(**changed)
 
 
@@ -166,17 +166,17 @@ def test_samples_are_jax_random_categorical():
 def test_sample_of_a_row_does_not_depend_on_its_batch():
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(6, 21)), jnp.float32)
     keys = jax.random.split(jax.random.key(3), 6)
-    together = change_readout(rows, "sample", keys)
+    batched = change_readout(rows, "sample", keys)
     order = jnp.asarray([4, 0, 5, 2])
-    np.testing.assert_array_equal(change_readout(rows[order], "sample", keys[order]), together[order])
-    assert [int(change_readout(rows[i], "sample", keys[i])) for i in range(6)] == together.tolist()
+    np.testing.assert_array_equal(change_readout(rows[order], "sample", keys[order]), batched[order])
+    assert [int(change_readout(rows[i], "sample", keys[i])) for i in range(6)] == batched.tolist()
     square = change_readout(rows.reshape(2, 3, 21), "sample", keys.reshape(2, 3))
-    np.testing.assert_array_equal(square.reshape(6), together)
-    np.testing.assert_array_equal(jax.jit(lambda r, k: change_readout(r, "sample", k))(rows, keys), together)
+    np.testing.assert_array_equal(square.reshape(6), batched)
+    np.testing.assert_array_equal(jax.jit(lambda r, k: change_readout(r, "sample", k))(rows, keys), batched)
 
 
 @pytest.mark.parametrize(
-    ("shape", "how", "key", "said"),
+    ("shape", "mode", "key", "message"),
     [
         ((2, 21), "median", None, "argmax, sample, mean"),
         ((2, 20), "argmax", None, "21 options"),
@@ -187,6 +187,6 @@ def test_sample_of_a_row_does_not_depend_on_its_batch():
         ((2, 21), "mean", jax.random.key(0), "takes no key"),
     ],
 )
-def test_readout_errors(shape, how, key, said):
-    with pytest.raises(ValueError, match=said):
-        change_readout(jnp.zeros(shape), how, key)
+def test_readout_errors(shape, mode, key, message):
+    with pytest.raises(ValueError, match=message):
+        change_readout(jnp.zeros(shape), mode, key)

@@ -56,8 +56,8 @@ def test_user_prompt_is_whole(prompts, style, scenario):
         assert not MARKERS.search(text)
         for piece in (PERSONA, SCENE, known.sentence, known.reaction, known.raises, known.lowers):
             assert text.count(piece) == 1
-        written = prompts in (PROMPTS["zh"], PROMPTS["en"])
-        farewells = ("再见", "goodbye") if written else [word.decode() for word in GOODBYES]
+        shipped = prompts in (PROMPTS["zh"], PROMPTS["en"])
+        farewells = ("再见", "goodbye") if shipped else [word.decode() for word in GOODBYES]
         assert any(word in text for word in farewells), "what ends the dialogue"
         assert all(number in text for number in ("100", "70", "40", "10"))
         seen.add(text)
@@ -279,7 +279,7 @@ def test_own_folder_replaces_file_by_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("opening.md", "x", r"opening\.md: is no prompt file.*Allowed names: user_system\.j2"),
         ("opening.txt", " \n", "is empty"),
@@ -298,21 +298,21 @@ def test_own_folder_replaces_file_by_file(tmp_path):
         ("hidden_intentions.json", '{"a": {"kind": "rational"}}', "expected kind, sentence"),
     ],
 )
-def test_faulty_files_are_named(tmp_path, name, text, said):
+def test_faulty_files_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_prompts("zh", tmp_path)
 
 
 def test_faulty_intention_entries_and_bytes(tmp_path):
     entry = dict.fromkeys(("kind", "sentence", "reaction", "raises", "lowers"), "x")
-    for faulty, said in (
+    for faulty, message in (
         (entry, "expected rational or emotional"),
         ({**entry, "kind": "rational", "raises": " "}, "not empty"),
         ({**entry, "kind": "rational", "aliases": "x"}, "list of sentences"),
     ):
         (tmp_path / "hidden_intentions.json").write_text(json.dumps({"a": faulty}), encoding="utf-8")
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load_prompts("zh", tmp_path)
     (tmp_path / "hidden_intentions.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="UTF-8"):

@@ -39,9 +39,9 @@ def test_a_form_is_its_script_with_marks():
     ],
 )
 def test_readable_answers(answer):
-    found = read_form(APPRAISAL, answer)
-    assert found.change == 3
-    assert found.texts == {"heard": "to sleep on it", "feel": "a little better"}
+    filled = read_form(APPRAISAL, answer)
+    assert filled.change == 3
+    assert filled.texts == {"heard": "to sleep on it", "feel": "a little better"}
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_any_text_is_read_or_refused(text):
     for form in (APPRAISAL, REPLY):
         for answer in (text, form.text + text, text + "\n[change] " + text + "\n[reply] " + text):
             try:
-                found = read_form(form, answer)
+                filled = read_form(form, answer)
             except Unreadable:
                 continue
-            assert -10 <= found.change <= 10
-            assert all("\n" not in words for words in found.texts.values())
+            assert -10 <= filled.change <= 10
+            assert all("\n" not in words for words in filled.texts.values())
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -134,10 +134,10 @@ def test_the_shipped_scripts_make_forms_that_read_back(language):
     for script, wanted in ((prompts.appraisal, "change"), (prompts.reply, "reply")):
         form = make_form(script, 40, "B")
         lines = [line + (" -7" if line.startswith("[change]") else " words") for line in form.text.split("\n")]
-        found = read_form(form, "\n".join(line if line.startswith("[") else line[:-6] for line in lines))
+        filled = read_form(form, "\n".join(line if line.startswith("[") else line[:-6] for line in lines))
         assert form.wanted.name == wanted
-        assert set(found.texts.values()) == {"words"}
-        assert found.change == (-7 if wanted == "change" else 0)
+        assert set(filled.texts.values()) == {"words"}
+        assert filled.change == (-7 if wanted == "change" else 0)
         asked = prompts.form(form.text, say="你好 {{ x }}")
         assert form.text in asked
         assert "你好 {{ x }}" in asked

@@ -10,7 +10,7 @@ from rlver_jax.decoding.cache import append
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.user.emotion import TRAINING, change_readout
 from rlver_jax.user.turn import UserLimits, build_user_tables, option_text, says, user_turn
-from tests.conftest import Fresh, appended, check_claims, option_logprobs, plain, some_profiles
+from tests.conftest import Fresh, appended, check_claims, make_profiles, option_logprobs, plain
 
 SEEDS = [
     "<|im_end|>",
@@ -78,7 +78,7 @@ def play(user_lm, tables, tokenizer, texts, emotions, capacity, active=None, mos
 
     `most`: tokens of a say, as the sampler's own limit cuts it.
     """
-    start, first = opening(tokenizer, some_profiles(1)[0]), tokenizer.encode("I felt awful")
+    start, first = opening(tokenizer, make_profiles(1)[0]), tokenizer.encode("I felt awful")
     says_ = [tokenizer.encode(text)[:most] for text in texts]
     cache = appended(user_lm, [start] * len(texts), capacity, 64)
     keys = jax.random.split(jax.random.key(1), len(texts))
@@ -162,7 +162,7 @@ def test_rows_that_have_ended_hear_and_say_nothing(user_lm, tables, bpe):
     _, _, all_turns = play(user_lm, tables, bpe, texts, emotions, 448)
     active = np.arange(50) % 3 > 0
     _, cache, turn = play(user_lm, tables, bpe, texts, emotions, 448, active)
-    length = len(opening(bpe, some_profiles(1)[0]))
+    length = len(opening(bpe, make_profiles(1)[0]))
     np.testing.assert_array_equal(cache.length[~active], length)
     for array in (turn.appraisal.count, turn.reply.count):
         assert not array[:, ~active].any()
@@ -187,7 +187,7 @@ def test_an_emotion_that_ends_the_dialogue_leaves_no_words(user_lm, tables, bpe)
 
 
 def test_goodbyes_are_heard_in_what_is_said_alone(bpe, tables):
-    for text, found in (
+    for text, expected in (
         ("Well, goodbye.", True),
         ("再见", True),
         ("good by", False),
@@ -197,7 +197,7 @@ def test_goodbyes_are_heard_in_what_is_said_alone(bpe, tables):
         tokens = bpe.encode(text)
         row = np.array([[*tokens, *bpe.encode(" goodbye.")]], np.int32)  # beyond the count: not said
         heard = says(tables.goodbye, tables.goodbye_found, row, jnp.asarray([len(tokens)]))
-        assert heard.tolist() == [found], text
+        assert heard.tolist() == [expected], text
 
 
 def test_changes_are_written_so_that_none_begins_another():
