@@ -1,4 +1,4 @@
-"""A fresh log is derived completely; every planted edit is found, in the log alone and through the command line."""
+"""A fresh log is recomputed completely; every planted edit is found, in the log alone and through the command line."""
 
 import copy
 import dataclasses
@@ -83,7 +83,7 @@ def check(log, record, **settings) -> Report:
     return report
 
 
-def test_a_fresh_log_is_derived_completely(log):
+def test_a_fresh_log_is_recomputed_completely(log):
     reports = check_all(log, log[2])
     assert [report.faults for report in reports] == [[]] * COUNT
     appraised = sum(m["role"] == "user" for record in log[2] for m in record["messages"][1:])
@@ -242,7 +242,7 @@ def test_planted_edits_are_found(log, edit, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("log", ["mean"], indirect=True)
 def test_a_user_that_rounds(log, policy_lm, user_lm, bpe, prompts):
-    """Played in float32, derived in bfloat16: as far apart as two programs that round may be."""
+    """Played in float32, recomputed in bfloat16: as far apart as two programs that round may be."""
     rounded = user_lm.replace(model=user_lm.model.clone(dtype=jnp.bfloat16))
     log = make_agents(policy_lm, rounded, bpe, prompts, "mean"), *log[1:]
     records = log[2]
@@ -339,9 +339,9 @@ def test_ties_of_means():
     draw = np.random.default_rng(0)
     for logprobs in draw.normal(size=(300, 21), scale=3).astype(np.float32):
         logprob_error = logprobs + draw.uniform(-0.1, 0.1, 21)
-        derived, logged = (int(change_readout(jnp.asarray(x), "mean")) for x in (logprobs, logprob_error))
-        assert is_tie("mean", logprobs, derived, logged, 0.11)  # the spread itself moves a little, too
-        assert not is_tie("mean", logprobs, derived, logged + 3, 0.11)
+        recomputed, logged = (int(change_readout(jnp.asarray(x), "mean")) for x in (logprobs, logprob_error))
+        assert is_tie("mean", logprobs, recomputed, logged, 0.11)  # the spread itself moves a little, too
+        assert not is_tie("mean", logprobs, recomputed, logged + 3, 0.11)
 
 
 def test_another_config_than_the_logs_is_refused(log):

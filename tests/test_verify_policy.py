@@ -104,7 +104,7 @@ def replies(record) -> list[dict]:
     return record["messages"][1::2]
 
 
-def test_an_honest_log_is_derived_completely(log):
+def test_an_honest_log_is_recomputed_completely(log):
     results = log.results()
     assert [one.faults for one in results] == [[]] * COUNT
     assert sum(one.tokens for one in results) == sum(len(m["tokens"]) for r in log.records for m in replies(r)) > 60
@@ -190,7 +190,7 @@ def _merges(before: bytes, piece: bytes) -> bool:
     return at >= 0 and bool(text[at + 8 :].strip())
 
 
-def derived(log, record):
+def recompute(log, record):
     """What `replay` gives for a dialogue."""
     policy, spec = log.policy(), log.agents.spec
     packer = PolicyPacker(policy.tables, think_tokens=spec.think_tokens)
@@ -213,7 +213,7 @@ def test_every_figure_is_that_of_plain_forward_passes(log):
             if message["say_tokens"]:
                 message["say_tokens"][-1] = swap
     for one, honest in ((record, True), (forged, log.agents.spec.enforce_format)):
-        actual = derived(log, one)
+        actual = recompute(log, one)
         margin, raw, sampled = np.array(list(expected(log, one))).T
         np.testing.assert_allclose(actual.logprob, raw, atol=1e-4)
         finite = np.isfinite(margin)
@@ -379,7 +379,7 @@ def test_training_logs_are_held_against_the_policy_before_their_step(trained, ca
 
 
 @pytest.mark.slow
-def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path, capsys):
+def test_a_forged_number_is_a_fault_and_the_others_are_recomputed(trained, tmp_path, capsys):
     """It would be of a step whose policy there never was."""
     run, config = trained
     records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
@@ -396,7 +396,7 @@ def test_a_forged_number_is_a_fault_and_the_others_are_derived(trained, tmp_path
 
 
 @pytest.mark.slow
-def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
+def test_logs_of_which_nothing_can_be_recomputed(trained, tmp_path, capsys):
     run, config = trained
     records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
     for record in records:
@@ -409,7 +409,7 @@ def test_logs_of_which_nothing_can_be_derived(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_dialogue_of_another_step_and_lines_that_are_none_are_faults(trained, tmp_path, capsys):
-    """Not bad usage: the others are derived."""
+    """Not bad usage: the others are recomputed."""
     run, config = trained
     records = read_dialogues(run / "dialogues" / "step_000003.jsonl")
     for name, change in (("step", {"dialogue": 80_000}), ("number", {"dialogue": -1}), ("none", {"messages": 1})):

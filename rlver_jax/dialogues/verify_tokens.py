@@ -62,7 +62,7 @@ class Speaker(NamedTuple):
         name: for messages.
         fields: names of the turn's generations, by `Query.field`.
         temperature: of what was drawn; 0: greedy.
-        allowed: for the model's dtype.
+        tolerance: what is allowed for the model's dtype.
     """
 
     name: str

@@ -60,7 +60,7 @@ def plan_packing(
 
     Args:
         lengths: [B] tokens of the dialogues.
-        orders: [U, N] dialogues of each update.
+        minibatches: [U, N] dialogues of each update.
         ladder: lengths of rows that may be compiled, rising; the last one holds the longest dialogue.
         width: rows read at a time.
         most: share of padding in the rows of all updates that is little; where no length has less, the least it is.

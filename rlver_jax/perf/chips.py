@@ -64,7 +64,7 @@ class Torus:
     """Where the chips of a program are, and how they are linked.
 
     Attributes:
-        places: coordinates of each, by its number in the program; empty: they have none, as devices of a CPU.
+        coordinates: of each chip, by its number in the program; empty: they have none, as devices of a CPU.
         sizes: chips along each axis.
         rings: whether the last chip of an axis is linked with the first one.
     """

@@ -80,7 +80,7 @@ class Tokenizer(ABC):
 
     @property
     def pad_id(self) -> int:
-        """Id that fills unused places: `<|endoftext|>`."""
+        """Id that fills unused positions: `<|endoftext|>`."""
         return self.special_ids[END_OF_TEXT]
 
     def token_bytes(self, token: int) -> bytes:

@@ -108,7 +108,7 @@ def test_a_policy_on_the_device_hears_a_user_at_an_endpoint(world, policy_lm, bp
 
 @pytest.mark.slow
 def test_a_user_on_the_device_hears_a_policy_at_an_endpoint(world, capsys):
-    """`verify` derives every appraisal, change and reply again from one forward pass."""
+    """`verify` recomputes every appraisal, change and reply from one forward pass."""
     with ChatServer() as server:
         played = evaluate(world, "user_here", policy=server.url)
     assert {record["readout"] for record in played} == {"argmax"}

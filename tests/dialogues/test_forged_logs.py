@@ -479,7 +479,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_line(world, check, tmp_path, name):
-    """A fault with its place; the other dialogues are derived."""
+    """A fault with its place; the other dialogues are recomputed."""
     edit, words = MALFORMED[name]
     lines = lines_of(world)
     lines[2] = edit(lines[2])

@@ -109,7 +109,7 @@ def test_first_words_of_another_seed_are_found(log):
     assert openings(check(log, record | {"seed": SEED + 1}).faults)
 
 
-def test_first_words_are_derived_where_the_first_reply_ended_the_dialogue(log):
+def test_first_words_are_recomputed_where_the_first_reply_ended_the_dialogue(log):
     """Nothing was appraised, so nothing else is the user's."""
     record = made_up(log)
     del record["messages"][2:]

@@ -140,7 +140,7 @@ def test_figures_are_those_of_the_logged_dialogues(unbroken):
         assert profiles == [profiles[0]] * 4 + [profiles[4]] * 4, "two groups of four"
 
 
-def test_training_logs_are_derived_completely(unbroken, tmp_path, capsys):
+def test_training_logs_are_recomputed_completely(unbroken, tmp_path, capsys):
     folder, _, _ = unbroken
     logs = [str(folder / "dialogues" / f"step_00000{step}.jsonl") for step in (2, 4)]
     config = [f"--config={debug.__file__}", "--config.train.seed=3"]
