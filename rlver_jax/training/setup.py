@@ -90,7 +90,7 @@ class Run:
 
         Args:
             lengths: [B] tokens of the dialogues.
-            minibatches: [U, N] dialogues of each update; with train.turns_per_update [epochs, B], to be cut into updates.
+            minibatches: [U, N] dialogues of each update; with train.turns_per_update [epochs, B], cut into updates later.
             turns: [B] of the dialogues, for train.turns_per_update.
         """
         if not self.config.train.share_rows:
