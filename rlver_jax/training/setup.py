@@ -90,7 +90,7 @@ class Run:
 
         Args:
             lengths: [B] tokens of the dialogues.
-            minibatches: [U, N] dialogues of each update; with train.turns_per_update [epochs, B], cut into updates later.
+            minibatches: [U, N] dialogues of each update; with train.turns_per_update [epochs, B], not cut yet.
             turns: [B] of the dialogues, for train.turns_per_update.
         """
         if not self.config.train.share_rows:
