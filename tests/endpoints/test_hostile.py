@@ -71,7 +71,7 @@ def test_a_timeout_bounds_a_whole_attempt(server, cache, what):
     began = time.monotonic()
     with pytest.raises(Unavailable, match=r"Timeout: no whole answer within 0\.3 s; .* larger remote\.timeout"):
         ask(server.url, cache, timeout=0.3, deadline=1)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 10  # of the 50 s that the answer takes
     assert server.count >= 2, "each attempt was ended, and another made"
 
 
