@@ -38,11 +38,18 @@ class Form(NamedTuple):
 
 
 class Questionnaire(NamedTuple):
-    """What a judge model reads before its answer, and the forms, each of which it fills in without the others."""
+    """What a judge model reads before its answer, and the forms, each of which it fills in without the others.
+
+    Attributes:
+        temperature: of the free lines; 0: greedy. Equal for all that are filled in together.
+        seed: of what is drawn; the same one draws the same, whatever is filled in beside it.
+    """
 
     system: str
     text: str
     forms: tuple[Form, ...]
+    temperature: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)

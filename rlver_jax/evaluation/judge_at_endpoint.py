@@ -152,7 +152,8 @@ class RemoteRater(_Remote):
         for attempt in range(self.config.remote.asks):
             room = sum(_MARK + (not step.options) * self.config.user.field_tokens for step in wanted)
             try:
-                answer = await client.ask(messages, temperature=0.0, max_tokens=room, seed=attempt)
+                heat = questionnaire.temperature
+                answer = await client.ask(messages, temperature=heat, max_tokens=room, seed=attempt)
             except ContextFull:
                 break
             usage.add(answer, again=attempt > 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import LM, Cache, append, rollback
@@ -59,9 +59,27 @@ class Rater(Protocol):
         ...
 
 
+class Drawing(NamedTuple):
+    """How free lines are drawn: a key for each row, which belongs to its questionnaire and not to the batch."""
+
+    keys: Key[Array, "B"]
+    temperature: Float[Array, ""]
+
+    @classmethod
+    def of(cls, batch: Sequence[Questionnaire], form: int, size: int) -> "Drawing":
+        """Of one form of a batch, filled up to `size` rows."""
+        seeds = jnp.asarray([one.seed for one in batch] + [0] * (size - len(batch)), jnp.uint32)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), form))(seeds)
+        return cls(keys, jnp.float32(batch[0].temperature))
+
+    def field(self, number: int) -> "Drawing":
+        """Of one field of the form."""
+        return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, number))(self.keys))
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceRater:
-    """A model that answers greedily in an assistant's message; see `Rater`."""
+    """A model that answers in an assistant's message; see `Rater`."""
 
     name: str
     lm: LM
@@ -101,7 +119,8 @@ class DeviceRater:
             filled: list[list[Answers]] = [[] for _ in rows]
             for number in range(max(len(one.forms) for one in batch)):
                 having = [one.forms[number].steps if number < len(one.forms) else None for one in batch]
-                cache, answers, tokens = self._fill_form(cache, having, size)
+                drawing = Drawing.of(batch, number, size)
+                cache, answers, tokens = self._fill_form(cache, having, size, drawing)
                 for ours, answer, steps in zip(filled, answers, having, strict=True):
                     if steps is not None:
                         ours.append(answer)
@@ -123,7 +142,7 @@ class DeviceRater:
         scratch = max(spelled, default=0)
         return sum(lengths) + _up(max(lengths) + 8) + scratch + 8 * len(steps)
 
-    def _fill_form(self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int):
+    def _fill_form(self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int, drawing: Drawing):
         """One form of all rows that have it, step by step; (cache as it was, answers, tokens generated)."""
         first = next(steps for steps in rows if steps is not None)
         active = jnp.asarray([steps is not None for steps in rows] + [False] * (size - len(rows)))
@@ -144,7 +163,8 @@ class DeviceRater:
                     answers[row][step.name] = dict(zip(step.options, map(float, probabilities[row]), strict=True))
                     chosen[row] = spelled[int(probabilities[row].argmax())]
                 continue
-            cache, line = _write(self.lm, cache, *padded, self.grammar, active, max_tokens=self.field_tokens)
+            field = drawing.field(i)
+            cache, line = _write(self.lm, cache, *padded, self.grammar, active, field, max_tokens=self.field_tokens)
             line = jax.device_get(line)
             count += int(line.count.sum())
             for row in range(len(rows)):
@@ -172,20 +192,20 @@ def _write(
     count: Int[Array, "B"],
     grammar: Grammar,
     active: Bool[Array, "B"],
+    drawing: Drawing,
     *,
     max_tokens: int,
 ) -> tuple[Cache, Generated]:
-    """A line of each row's own, greedy; what ended it is forgotten again."""
+    """A line of each row's own; what ended it is forgotten again."""
     cache = append(lm, cache, tokens, count)
-    keys = jax.random.split(jax.random.key(0), tokens.shape[0])  # nothing is drawn
     cache, line = generate(
         lm,
         cache,
-        keys,
+        drawing.keys,
         grammar,
         max_tokens=max_tokens,
         limits=Limits(jnp.int32(max_tokens), jnp.int32(0)),
-        temperature=jnp.float32(0),
+        temperature=drawing.temperature,
         active=active,
     )
     return rollback(cache, cache.length - line.stopped), line

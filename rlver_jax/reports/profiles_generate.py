@@ -122,11 +122,13 @@ def generate(
     similarity("", [""])  # says what is missing before anything is asked
     published = read_profiles(against) if against else []
     rater = _rater(config, folder)
+    heat = float(config.user.reply_temperature)
     settings = {"seeds": [list(seed) for seed in seeds], "model": rater.settings, "against": len(published)}
+    settings["temperature"] = heat
     settings = json.loads(json.dumps(settings))
     made = Generation.open(folder, settings, published, SHORTEST[prompts.language])
     while made.count < count and (chosen := [s for s in seeds if s.number not in made.tried][: count - made.count]):
-        questions = [_questionnaire(prompts.language, seed) for seed in chosen]
+        questions = [_questionnaire(prompts.language, seed, heat) for seed in chosen]
         for batch in rater.fill(questions, lambda work: None):
             for index, rated in sorted(batch):
                 made.take(chosen[index], _wish(prompts, chosen[index]), rated.answers[0], rated.remote)
@@ -166,12 +168,12 @@ def _wish(prompts: Prompts, seed: Seed) -> str:
     return known.sentence if known else seed.intention
 
 
-def _questionnaire(language: str, seed: Seed) -> Questionnaire:
+def _questionnaire(language: str, seed: Seed, temperature: float) -> Questionnaire:
     text = _TEXT[language].format(persona=seed.persona, topic=seed.topic)
     lines = [f"{heading} " for heading in _HEADINGS[language].values()]
     literals = [lines[0], *("\n" + line for line in lines[1:])]
     steps = tuple(Step(text, name, ()) for text, name in zip(literals, _HEADINGS[language], strict=True))
-    return Questionnaire(_SYSTEM[language], text, (Form("profile", steps),))
+    return Questionnaire(_SYSTEM[language], text, (Form("profile", steps),), temperature, seed.number)
 
 
 def _rater(config: ConfigDict, folder: Path) -> Rater:

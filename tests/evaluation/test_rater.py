@@ -80,6 +80,19 @@ def test_answers_are_the_models_own(filled, questions, user_lm, bpe):
                 ids += bpe.encode(f"{each.options[int(want.argmax())]}\n")
 
 
+def test_lines_are_drawn_by_a_questionnaires_own_seed(rater, questions, filled):
+    """Greedy ones are its likeliest; drawn ones belong to the seed, whatever is filled in beside it."""
+
+    def lines(*seeds):
+        drawn = [questions[1]._replace(temperature=3.0, seed=seed) for seed in seeds]
+        rated = dict(pair for batch in rater.fill(drawn, lambda work: None) for pair in batch)
+        return [rated[i].answers[0]["line"] for i in range(len(seeds))]
+
+    several = lines(*range(8))
+    assert len({*several, filled[1][0]["line"]}) == 9
+    assert lines(5, 2) == [several[5], several[2]]
+
+
 @pytest.mark.slow
 def test_our_own_forms_are_filled_in(rater, results):
     """Long ones, in both languages, with the model that will be asked."""

@@ -71,6 +71,7 @@ def test_an_endpoint_writes_profiles_that_are_new_and_checked(tmp_path, capsys):
     everyone = [text_of(profile) for profile in (*train, *test)]
     assert all(similarity(text, everyone[:i]) < SIMILAR for i, text in enumerate(everyone))
     assert asked == 12, "each seed once"
+    assert {body["temperature"] for body in server.bodies} == {1.0}, "user.reply_temperature"
     told = capsys.readouterr().out
     assert "3 x first_talk: fewer than 12 characters" in told
     assert "2 x resembles another profile" in told
