@@ -1,4 +1,8 @@
-"""The update of the real 0.5B model as configured for CPU: what remat saves, by the compiler's own count."""
+"""The update of the real 0.5B model as configured for CPU: what remat and adapters save, counted and measured."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -7,6 +11,7 @@ from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.plan_measure import GIB
 from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of, shapes_of
 from rlver_jax.plan import texts_of
+from tests.conftest import ROOT
 
 
 def update(arg: str = "", **fields):
@@ -46,3 +51,17 @@ def test_adapters_take_half_the_memory(capsys):
         with capsys.disabled():
             print(f"{arg or 'all parameters'}: {sizes[arg]:.2f} GiB")
     assert sizes["lora"] < 0.5 * sizes[""]
+
+
+@pytest.mark.long
+def test_an_update_of_adapters_takes_two_thirds_of_the_time(capsys):
+    """One update of four dialogues each, in processes of their own, in turn; 14 GiB of memory are needed."""
+    costs = {}
+    for arg in ("", "lora"):
+        command = [sys.executable, "-m", "tests.perf.update_cost", *[arg] * bool(arg)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        costs[arg] = json.loads(done.stdout.splitlines()[-1])
+        with capsys.disabled():
+            print(f"{arg or 'all parameters'}: {costs[arg]}")
+    assert costs["lora"]["processor_s"] < 0.7 * costs[""]["processor_s"]
+    assert costs["lora"]["gib"] < 0.5 * costs[""]["gib"]
