@@ -16,11 +16,11 @@ from rlver_jax.config.languages import LANGUAGES
 from rlver_jax.config.lora_fields import LORA
 from rlver_jax.config.model_fields import CHALLENGING, CRITIC, FLOATS, NO_CRITIC, NO_THOUGHTS, POLICY, USER
 from rlver_jax.config.remote_fields import REMOTE
-from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, Field, defaults, flat_fields, free_names
+from rlver_jax.config.schema import COUNT, POSITIVE, SEED, SHARE, AllBut, Field, defaults, flat_fields, free_names
 from rlver_jax.config.sft_fields import SFT
 
 MOST_BETA = 0.999999  # Adam divides by 1 - beta
-NOT_GRPO = {"algorithm.estimator": ("gae", "ppo", "rloo", "reinforce_pp")}
+NOT_GRPO = {"algorithm.estimator": AllBut("grpo")}
 
 
 DATA = {
@@ -105,7 +105,7 @@ REWARD = {
 ALGORITHM = {
     "estimator": Field(
         "gae",
-        "of advantages: gae or ppo (the same) | grpo | rloo | reinforce_pp; the latter have no critic",
+        "of advantages: gae or ppo (the same; with a critic), or one without a critic, as grpo, rloo and reinforce_pp",
         registry="rlver_jax/learning/advantages.py:ESTIMATORS",
     ),
     "credit": Field(
@@ -113,7 +113,7 @@ ALGORITHM = {
         "dialogue | turn (gae ends each turn with the final reward, RLVER's form; grpo gives each turn its own reward "
         "and what follows, arXiv 2402.03300, 4.1.3)",
         ("dialogue", "turn"),
-        unused={"algorithm.estimator": ("rloo", "reinforce_pp")},
+        unused={"algorithm.estimator": AllBut("gae", "ppo", "grpo")},
     ),
     "turn_discount": Field(
         1.0,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rlver_jax.config.schema import COUNT, POSITIVE, Field
+from rlver_jax.config.schema import COUNT, POSITIVE, AllBut, Field
 
 CHALLENGING = "challenging"
 SIZES = (
@@ -10,7 +10,7 @@ SIZES = (
     *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"),
 )
 FLOATS = ("bfloat16", "float32")
-NO_CRITIC = {"algorithm.estimator": ("grpo", "rloo", "reinforce_pp")}
+NO_CRITIC = {"algorithm.estimator": AllBut("gae", "ppo")}
 NO_THOUGHTS = {"policy.mode": ("direct",)}
 
 

@@ -1,12 +1,23 @@
 """What a config's table of fields (rlver_jax/config/fields.py) is made of, and what is read off it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ml_collections import ConfigDict
 
 COUNT, POSITIVE, SHARE, SEED = (0, None), (1, None), (0, 1), (0, 2**32 - 1)  # ranges
+
+
+class AllBut:
+    """Holds every value but some: of a registry that grows, what a new entry does not read is without effect there."""
+
+    def __init__(self, *values: Any):
+        self.values = values
+
+    def __contains__(self, value: object) -> bool:
+        """Whether it is none of them."""
+        return value not in self.values
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class Field:
         unit: of a number.
         path: whether it says where files lie; the hosts of a run may keep the same files in different places.
         free: whether it may change when an interrupted run resumes, since it changes nothing that is computed.
-        unused: {name of another field: its values that leave this one without effect}.
+        unused: {name of another field: its values that leave this one without effect, or `AllBut` those that don't}.
     """
 
     default: Any
@@ -33,7 +44,7 @@ class Field:
     unit: str = ""
     path: bool = False
     free: bool = False
-    unused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    unused: Mapping[str, Container[Any]] = field(default_factory=dict)
 
     def allowed(self) -> str:
         """What it may hold, in words."""

@@ -3,8 +3,8 @@
 B dialogues, L packed tokens, T turns. `mask` is true where an action token is predicted: only these positions count.
 A group is `group` neighbouring dialogues of one profile: whole dialogues, never turns, so long ones weigh no more.
 
-A new estimator is a function and an entry of `ESTIMATORS`, at the end. Add its name to NOT_GRPO (config/fields.py),
-and without a critic also to NO_CRITIC (config/model_fields.py), or options without effect go unmentioned.
+A new estimator is a function and an entry of `ESTIMATORS`, at the end. One with a critic is also named in NO_CRITIC
+(config/model_fields.py), or the critic's options are called without effect.
 """
 
 import dataclasses

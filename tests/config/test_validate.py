@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs.base import get_config
 from rlver_jax.config.fields import FIELDS, FREE_FIELDS, TABLE
-from rlver_jax.config.schema import Field, flat_fields, free_names, listing, without_effect
+from rlver_jax.config.schema import AllBut, Field, flat_fields, free_names, listing, without_effect
 from rlver_jax.config.validate import ConfigError, flatten, validate
 from rlver_jax.parallel.mesh import ATTENTION_DATA, AXES
 
@@ -50,9 +50,11 @@ def test_every_field_says_what_it_means_and_may_hold(name):
     assert high is None or field.default <= high
     number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
     assert number == (low is not None), "every number has a lower bound, and nothing else has one"
-    for other, values in field.unused.items():
+    for other, unused in field.unused.items():
+        values = unused.values if isinstance(unused, AllBut) else unused
         assert {type(value) for value in values} == {type(FIELDS[other].default)}
         assert not FIELDS[other].choices or set(values) < set(FIELDS[other].choices)
+        assert not FIELDS[other].registry or set(values) < {"gae", "ppo", "grpo", "rloo", "reinforce_pp"}
 
 
 def test_meshes_have_all_axes():
@@ -96,6 +98,13 @@ def test_what_is_without_effect():
     assert not [*without_effect(TABLE, values, ["algorithm.lam", "algorithm.gamma", "critic.learning_rate"])]
     assert [*without_effect(TABLE, values | {"algorithm.estimator": "grpo"}, ["train.seed", "algorithm.lam"])] == [
         "--config.algorithm.lam is without effect where algorithm.estimator='grpo'"
+    ]
+    read_by_others = ["algorithm.credit", "algorithm.scale", "algorithm.whiten", "critic.learning_rate"]
+    new = [
+        *without_effect(TABLE, values | {"algorithm.estimator": "brand_new"}, ["algorithm.estimator", *read_by_others])
+    ]
+    assert new == [
+        f"--config.{name} is without effect where algorithm.estimator='brand_new'" for name in read_by_others
     ]
     told = [*without_effect(TABLE, values, ["algorithm.turn_discount", "loss.kl_estimator", "no.such"])]
     assert told == [
