@@ -4,7 +4,7 @@ Each function returns a warning, or none. Of a data set that need not fit into m
 looked at.
 """
 
-import collections
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -27,6 +27,7 @@ def warnings_of(
     field: str,
     language: str,
     known_task: Callable[[str], object] | None,
+    keys: Sequence[str] = (),
     held_out: Sequence[Profile] = (),
 ) -> list[str]:
     """All warnings of a set of profiles, and of those that it shares with a held-out one.
@@ -36,11 +37,12 @@ def warnings_of(
         language: `data.language`, of the prompts.
         known_task: what the prompts know of a hidden intention, None where it is none of theirs; None: they say
             nothing of any.
+        keys: of their hidden intentions.
     """
     seen = profiles[:LOOKED_AT] if isinstance(profiles, IndexedProfiles) else profiles
     warnings = [
         _language(seen, field, language),
-        _tasks(seen, field, known_task) if known_task else "",
+        _tasks(seen, field, known_task, keys) if known_task else "",
         _twice(seen, field),
     ]
     return [text for text in (*warnings, shared_personas_warning(profiles, held_out)) if text]
@@ -92,22 +94,28 @@ def _language(profiles: Sequence[Profile], field: str, language: str) -> str:
     )
 
 
-def _tasks(profiles: Sequence[Profile], field: str, known: Callable[[str], object]) -> str:
-    counts = collections.Counter(profile.hidden_intention.strip() for profile in profiles)
-    unknown = {task: count for task, count in counts.items() if known(task) is None}
+def _tasks(profiles: Sequence[Profile], field: str, known: Callable[[str], object], keys: Sequence[str]) -> str:
+    ids: dict[str, list[str]] = {}
+    for profile in profiles:
+        ids.setdefault(profile.hidden_intention.strip(), []).append(profile.id)
+    unknown = {task: of for task, of in ids.items() if known(task) is None}
     if not unknown:
         return ""
-    shown = "; ".join(f"{count} x {_cut(task)!r}" for task, count in _most(unknown))
+    most = sorted(unknown.items(), key=lambda item: -len(item[1]))[:NAMED]
+    shown = "; ".join(f"{len(of)} x {_cut(task)!r} of {_first_few(of)}{_meant(task, keys)}" for task, of in most)
     more = f"; and {len(unknown) - NAMED} more" * (len(unknown) > NAMED)
+    count = sum(map(len, unknown.values()))
     return (
-        f"{field}: {sum(unknown.values())} of {len(profiles)} profiles have a task that is none of the prompts' hidden "
-        f"intentions ({shown}{more}): such a user is told its wish, but not what raises and lowers its emotion; write "
-        f"an entry with that sentence into user.prompts=FOLDER/hidden_intentions.json (docs/profiles.md)"
+        f"{field}: {count} of {len(profiles)} profiles have a task that is none of the prompts' hidden "
+        f"intentions ({shown}{more}): such a user is told its wish, but not what raises and lowers its emotion. "
+        f"Name one of the prompts' ({', '.join(keys)}), or write an entry with that sentence into "
+        f"user.prompts=FOLDER/hidden_intentions.json (docs/profiles.md)"
     )
 
 
-def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: -item[1])[:NAMED]
+def _meant(task: str, keys: Sequence[str]) -> str:
+    close = difflib.get_close_matches(task, keys, 1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _twice(profiles: Sequence[Profile], field: str) -> str:

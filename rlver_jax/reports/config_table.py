@@ -3,6 +3,7 @@
     rlver config --diff=rlver               the four 7B configs beside RLVER's values and their sources
     rlver config CONFIG CONFIG…             fields in which these differ, such as configs/debug.py configs/debug.py:ppo
     rlver config CONFIG                     every field of one
+    rlver config --config=CONFIG --config.a.b=v …    the same with fields changed, as other commands take them
 
 CONFIG is FILE or FILE:ARG as --config takes it. A value marked with * is not RLVER's; docs/reproducing.md says why.
 Exit status: 0 done, 2 bad usage.
@@ -33,6 +34,9 @@ def published_config(run: str) -> str:
 
 
 def _compare(command: Command, argv: Sequence[str]) -> int:
+    if any(word.startswith(("--config=", "--config.")) for word in argv):
+        return _changed(command, argv)
+
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_enum("diff", "", ("", "rlver"), "published settings to compare with", flag_values=values)
 
@@ -45,6 +49,18 @@ def _compare(command: Command, argv: Sequence[str]) -> int:
     values = [flatten(config_from_flags([f"--config={name}"], None)[0]) for name in names]
     table = Table(*_head(names, options.diff), box=None, pad_edge=False)
     for row in published_rows(values) if options.diff else _rows(values):
+        table.add_row(*row)
+    command.console.print(table)
+    return 0
+
+
+def _changed(command: Command, argv: Sequence[str]) -> int:
+    """Every field of one config, as `train` and the others read it from a command line."""
+    config, _, rest = config_from_flags(argv, __doc__)
+    if rest:
+        raise ConfigError(f"found {rest[0]!r} beside --config; name several configs without it to compare them")
+    table = Table(*_head(["value"], ""), box=None, pad_edge=False)
+    for row in _rows([flatten(config)]):
         table.add_row(*row)
     command.console.print(table)
     return 0

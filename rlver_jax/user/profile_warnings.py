@@ -30,4 +30,5 @@ def profile_warnings(
 def check(prompts: Prompts, profiles: Sequence[Profile], field: str, held_out: Sequence[Profile] = ()) -> list[str]:
     """Warnings of one set of profiles with these prompts."""
     known = prompts.intention if prompts.tells_guidance else None
-    return warnings_of(profiles, field=field, language=prompts.language, known_task=known, held_out=held_out)
+    keys = tuple(prompts.intentions)
+    return warnings_of(profiles, field=field, language=prompts.language, known_task=known, keys=keys, held_out=held_out)

@@ -68,6 +68,7 @@ def test_both_prompts_are_shown_with_their_tokens(support, capsys):
 
 def test_what_is_odd_is_said_one_by_one(support, tmp_path, capsys):
     rows = [json.loads(line) for line in (support / "train.jsonl").read_text("utf-8").splitlines()]
+    rows += [rows[0] | {"id": "typo", "scene": "A third.", "task": "setled"}]
     rows += [rows[0] | {"id": "again"}, rows[1] | {"id": "odd", "scene": "Another.", "task": "You want a discount"}]
     spoilt = tmp_path / "spoilt.jsonl"
     spoilt.write_text("\n".join(map(json.dumps, rows)), "utf-8")
@@ -77,9 +78,11 @@ def test_what_is_odd_is_said_one_by_one(support, tmp_path, capsys):
     assert main(["check", str(spoilt), f"--eval={held_out}", *flags]) == 1
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     for text in (
-        "6 of 6 profiles are written not in Chinese (lamp, boots, crib, …), but data.language=zh",
-        "1 of 6 profiles have a task that is none of the prompts' hidden intentions (1 x 'You want a discount')",
-        "1 of 6 profiles have persona, scene and task of an earlier one (again as lamp)",
+        "7 of 7 profiles are written not in Chinese (lamp, boots, crib, …), but data.language=zh",
+        "2 of 7 profiles have a task that is none of the prompts' hidden intentions (1 x 'setled' of typo, did you "
+        "mean 'settled'?; 1 x 'You want a discount' of odd): ",
+        "Name one of the prompts' (settled, owned), or write an entry",
+        "1 of 7 profiles have persona, scene and task of an earlier one (again as lamp)",
         "1 personas of the evaluation profiles are also trained on (1 of 1 profiles: known)",
     ):
         assert sum(text in line for line in warnings) == 1, text

@@ -82,6 +82,13 @@ def test_configs_beside_each_other(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["algorithm.estimator", "'grpo'", "'gae'"]
     assert len(lines) == 2
+    changed = ["--config=configs/debug.py:ppo", "--config.train.steps=7"]
+    assert rlver.main(["config", *changed]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["train.steps"].split() == ["7"]
+    assert rows["algorithm.estimator"].split() == ["'gae'"]
+    assert main([*changed, "configs/debug.py"]) == 2
+    assert "found 'configs/debug.py' beside --config" in capsys.readouterr().err
     for argv, told in (([], "no config was given"), (["--diff=rlver", "x"], "found 'x'"), (["zz.py"], "no such file")):
         assert main(argv) == 2
         assert told in capsys.readouterr().err
