@@ -42,7 +42,7 @@ class Questionnaire(NamedTuple):
 
     Attributes:
         temperature: of the free lines; 0: greedy. Equal for all that are filled in together.
-        seed: of what is drawn; the same one draws the same, whatever is filled in beside it.
+        seed: of what a model on the device draws: the same again, whatever is filled in beside it.
     """
 
     system: str

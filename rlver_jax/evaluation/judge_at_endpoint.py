@@ -152,8 +152,8 @@ class RemoteRater(_Remote):
         for attempt in range(self.config.remote.asks):
             room = sum(_MARK + (not step.options) * self.config.user.field_tokens for step in wanted)
             try:
-                heat = questionnaire.temperature
-                answer = await client.ask(messages, temperature=heat, max_tokens=room, seed=attempt)
+                temperature = questionnaire.temperature
+                answer = await client.ask(messages, temperature=temperature, max_tokens=room, seed=attempt)
             except ContextFull:
                 break
             usage.add(answer, again=attempt > 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from ml_collections import ConfigDict
 
 from rlver_jax.decoding.cache import LM, Cache, append, rollback
@@ -60,21 +60,21 @@ class Rater(Protocol):
 
 
 class Drawing(NamedTuple):
-    """How free lines are drawn: a key for each row, which belongs to its questionnaire and not to the batch."""
+    """How free lines are drawn: by each questionnaire's own seed, whatever else is in the batch."""
 
-    keys: Key[Array, "B"]
+    seeds: UInt32[Array, "B"]
     temperature: Float[Array, ""]
 
     @classmethod
-    def of(cls, batch: Sequence[Questionnaire], form: int, size: int) -> "Drawing":
-        """Of one form of a batch, filled up to `size` rows."""
-        seeds = jnp.asarray([one.seed for one in batch] + [0] * (size - len(batch)), jnp.uint32)
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), form))(seeds)
-        return cls(keys, jnp.float32(batch[0].temperature))
+    def of(cls, batch: Sequence[Questionnaire], size: int) -> "Drawing":
+        """Of a batch, filled up to `size` rows."""
+        seeds = [one.seed for one in batch] + [0] * (size - len(batch))
+        return cls(jnp.asarray(seeds, jnp.uint32), jnp.float32(batch[0].temperature))
 
-    def field(self, number: int) -> "Drawing":
-        """Of one field of the form."""
-        return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, number))(self.keys))
+    def keys(self, form: Int[Array, ""], field: Int[Array, ""]) -> Key[Array, "B"]:
+        """Of one field of one form."""
+        fold_in = jax.random.fold_in
+        return jax.vmap(lambda seed: fold_in(fold_in(jax.random.key(seed), form), field))(self.seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +114,12 @@ class DeviceRater:
         for start in range(0, len(questionnaires), self.batch):
             rows = range(start, min(start + self.batch, len(questionnaires)))
             batch = [questionnaires[i] for i in rows]
-            contexts = [self._context(one) for one in batch]
+            contexts, drawing = [self._context(one) for one in batch], Drawing.of(batch, size)
             cache = open_cache(self.lm, *pad_rows(contexts, width, size), capacity=capacity)
             filled: list[list[Answers]] = [[] for _ in rows]
             for number in range(max(len(one.forms) for one in batch)):
                 having = [one.forms[number].steps if number < len(one.forms) else None for one in batch]
-                drawing = Drawing.of(batch, number, size)
-                cache, answers, tokens = self._fill_form(cache, having, size, drawing)
+                cache, answers, tokens = self._fill_form(cache, having, size, number, drawing)
                 for ours, answer, steps in zip(filled, answers, having, strict=True):
                     if steps is not None:
                         ours.append(answer)
@@ -142,7 +141,9 @@ class DeviceRater:
         scratch = max(spelled, default=0)
         return sum(lengths) + _up(max(lengths) + 8) + scratch + 8 * len(steps)
 
-    def _fill_form(self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int, drawing: Drawing):
+    def _fill_form(
+        self, cache: Cache, rows: Sequence[Sequence[Step] | None], size: int, number: int, drawing: Drawing
+    ) -> tuple[Cache, list[Answers], int]:
         """One form of all rows that have it, step by step; (cache as it was, answers, tokens generated)."""
         first = next(steps for steps in rows if steps is not None)
         active = jnp.asarray([steps is not None for steps in rows] + [False] * (size - len(rows)))
@@ -163,8 +164,8 @@ class DeviceRater:
                     answers[row][step.name] = dict(zip(step.options, map(float, probabilities[row]), strict=True))
                     chosen[row] = spelled[int(probabilities[row].argmax())]
                 continue
-            field = drawing.field(i)
-            cache, line = _write(self.lm, cache, *padded, self.grammar, active, field, max_tokens=self.field_tokens)
+            field = drawing, jnp.int32(number), jnp.int32(i)
+            cache, line = _write(self.lm, cache, *padded, self.grammar, active, *field, max_tokens=self.field_tokens)
             line = jax.device_get(line)
             count += int(line.count.sum())
             for row in range(len(rows)):
@@ -193,6 +194,8 @@ def _write(
     grammar: Grammar,
     active: Bool[Array, "B"],
     drawing: Drawing,
+    form: Int[Array, ""],
+    field: Int[Array, ""],
     *,
     max_tokens: int,
 ) -> tuple[Cache, Generated]:
@@ -201,7 +204,7 @@ def _write(
     cache, line = generate(
         lm,
         cache,
-        drawing.keys,
+        drawing.keys(form, field),
         grammar,
         max_tokens=max_tokens,
         limits=Limits(jnp.int32(max_tokens), jnp.int32(0)),

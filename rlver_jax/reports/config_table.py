@@ -10,7 +10,7 @@ Exit status: 0 done, 2 bad usage.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -47,10 +47,7 @@ def _compare(command: Command, argv: Sequence[str]) -> int:
         raise ConfigError("no config was given; name one, such as configs/debug.py, or --diff=rlver")
     names = names or [published_config(run) for run in RUNS]
     values = [flatten(config_from_flags([f"--config={name}"], None)[0]) for name in names]
-    table = Table(*_head(names, options.diff), box=None, pad_edge=False)
-    for row in published_rows(values) if options.diff else _rows(values):
-        table.add_row(*row)
-    command.console.print(table)
+    _print(command, _head(names, options.diff), published_rows(values) if options.diff else _rows(values))
     return 0
 
 
@@ -59,11 +56,15 @@ def _changed(command: Command, argv: Sequence[str]) -> int:
     config, _, rest = config_from_flags(argv, __doc__)
     if rest:
         raise ConfigError(f"found {rest[0]!r} beside --config; name several configs without it to compare them")
-    table = Table(*_head(["value"], ""), box=None, pad_edge=False)
-    for row in _rows([flatten(config)]):
+    _print(command, _head(["value"], ""), _rows([flatten(config)]))
+    return 0
+
+
+def _print(command: Command, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
         table.add_row(*row)
     command.console.print(table)
-    return 0
 
 
 def _head(names: Sequence[str], diff: str) -> list[str]:

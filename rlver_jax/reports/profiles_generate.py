@@ -122,13 +122,12 @@ def generate(
     similarity("", [""])  # says what is missing before anything is asked
     published = read_profiles(against) if against else []
     rater = _rater(config, folder)
-    heat = float(config.user.reply_temperature)
+    temperature = float(config.user.reply_temperature)
     settings = {"seeds": [list(seed) for seed in seeds], "model": rater.settings, "against": len(published)}
-    settings["temperature"] = heat
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings | {"temperature": temperature}))
     made = Generation.open(folder, settings, published, SHORTEST[prompts.language])
     while made.count < count and (chosen := [s for s in seeds if s.number not in made.tried][: count - made.count]):
-        questions = [_questionnaire(prompts.language, seed, heat) for seed in chosen]
+        questions = [_questionnaire(prompts.language, seed, temperature) for seed in chosen]
         for batch in rater.fill(questions, lambda work: None):
             for index, rated in sorted(batch):
                 made.take(chosen[index], _wish(prompts, chosen[index]), rated.answers[0], rated.remote)

@@ -7,23 +7,15 @@ import sys
 import pytest
 
 from configs import qwen25_0p5b_cpu
-from rlver_jax.parallel.mesh import make_mesh
 from rlver_jax.perf.plan_measure import GIB
-from rlver_jax.perf.plan_programs import bytes_per_chip, programs_of, shapes_of
-from rlver_jax.plan import texts_of
+from rlver_jax.perf.plan_programs import bytes_per_chip
 from tests.conftest import ROOT
+from tests.perf.update_cost import update_program
 
 
 def update(arg: str = "", **fields):
     """(program of the update, GiB of one device while it runs, beside its state and its batch)."""
-    import jax
-
-    config = qwen25_0p5b_cpu.get_config(arg)
-    sizes = {"policy.size": "0.5b", "user.size": "0.5b"}
-    config.update_from_flattened_dict(sizes | {name.replace("__", "."): x for name, x in fields.items()})
-    mesh = make_mesh(**config.mesh, devices=jax.devices("cpu")[:1])
-    shapes = shapes_of(config, mesh, texts_of(config)[0])
-    learn = next(program for program in programs_of(shapes) if program.name == "learn")
+    learn, _ = update_program(arg, {name.replace("__", "."): x for name, x in fields.items()})
     return learn, learn.lower().compile().memory_analysis().temp_size_in_bytes / GIB
 
 

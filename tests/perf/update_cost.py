@@ -8,6 +8,7 @@ import json
 import resource
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,22 @@ import numpy as np
 
 from configs import qwen25_0p5b_cpu
 from rlver_jax.parallel.mesh import make_mesh
-from rlver_jax.perf.plan_programs import programs_of, shapes_of
+from rlver_jax.perf.plan_programs import Program, Shapes, programs_of, shapes_of
 from rlver_jax.plan import texts_of
 
 SMALL = {
-    "policy.size": "0.5b", "user.size": "0.5b", "policy.scan_layers": True, "user.scan_layers": True,
+    "policy.scan_layers": True, "user.scan_layers": True,
     "policy.mode": "direct", "rollout.max_turns": 2, "rollout.context": 512, "train.share_rows": False,
 }  # fmt: skip
+
+
+def update_program(arg: str, fields: dict[str, Any]) -> tuple[Program, Shapes]:
+    """The program of the update of `configs/qwen25_0p5b_cpu.py:arg` on one device, and its shapes."""
+    config = qwen25_0p5b_cpu.get_config(arg)
+    config.update_from_flattened_dict({"policy.size": "0.5b", "user.size": "0.5b"} | fields)
+    mesh = make_mesh(**config.mesh, devices=jax.devices("cpu")[:1])
+    shapes = shapes_of(config, mesh, texts_of(config)[0])
+    return next(program for program in programs_of(shapes) if program.name == "learn"), shapes
 
 
 def value(draw: np.random.Generator, info) -> jax.Array:
@@ -38,11 +48,8 @@ def value(draw: np.random.Generator, info) -> jax.Array:
 
 def main(arg: str) -> None:
     """Prints GiB of this process at most, processor seconds and seconds of the update."""
-    config = qwen25_0p5b_cpu.get_config(arg)
-    config.update_from_flattened_dict(SMALL)
-    mesh = make_mesh(**config.mesh, devices=jax.devices("cpu")[:1])
-    shapes = shapes_of(config, mesh, texts_of(config)[0])
-    lowered = next(program for program in programs_of(shapes) if program.name == "learn").lower()
+    learn, shapes = update_program(arg, SMALL)
+    lowered = learn.lower()
     compiled = lowered.compile()
     draw = np.random.default_rng(0)
     arguments, options = jax.tree.map(lambda info: value(draw, info), lowered.args_info)
