@@ -1,15 +1,17 @@
 """Keys and values of past tokens as an explicit pytree, written in place at each row's own length."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rlver_jax.models.families import Qwen2Config
 from rlver_jax.parallel import rules
 
-UNROLLED_ROWS = 16  # more rows are written in a loop: the program stays small
+UNROLLED_ROWS = 16  # more rows are written in a loop, except on TPU: the program stays small
 
 
 class KVCache(NamedTuple):
@@ -60,25 +62,35 @@ def write(
 ) -> Float[Array, "*L B K C hd"]:
     """Writes S new slots of every row at `start` (the row's own length); start + S must not exceed the capacity.
 
-    Row by row, in place: XLA compiles one scatter into something far slower on CPU, and on TPU into one that lays the
-    whole cache out anew. There up to `UNROLLED_ROWS` rows are free of such copies; a loop over more may not be. Only
-    a batch that is split over devices is written by a scatter, with the batch as a batching dimension, because that
-    stays local to each device.
+    Row by row, in place. XLA compiles one scatter into something far slower on CPU. For TPU a scatter, or a loop over
+    rows, makes it lay the cache of all layers out anew in each layer of each decoded token. So each device writes the
+    rows that it has; only a batch that devices can't split evenly is written by a scatter.
     """
-    new = new.astype(cache.dtype)
-    if rules.parts("batch") > 1:
+    new, parts = new.astype(cache.dtype), rules.parts("batch")
+    if parts == 1:
+        return _write_rows(cache, new, start, layer)
+    if new.shape[0] % parts:
         return _scatter(cache, new, start, layer)
+    axes = rules.axes_on(jax.sharding.get_abstract_mesh(), "batch")
+    rows, of_cache = PartitionSpec(axes), PartitionSpec(*(None,) * (cache.ndim - 4), axes)
+    in_specs = (of_cache, rows, rows, PartitionSpec())
+    local = jax.shard_map(_write_rows, in_specs=in_specs, out_specs=of_cache, axis_names=set(axes), check_vma=False)
+    return local(cache, new, start, layer)
+
+
+def _write_rows(cache: Array, new: Array, start: Array, layer: Array | None) -> Array:
+    rows = new.shape[0]
 
     def row(b: Array | int, cache: Array) -> Array:
         update = jax.lax.dynamic_slice_in_dim(new, b, 1)
         index = (b, 0, start[b], 0) if layer is None else (layer, b, 0, start[b], 0)
         return jax.lax.dynamic_update_slice(cache, update if layer is None else update[None], index)
 
-    if new.shape[0] > UNROLLED_ROWS:
-        return jax.lax.fori_loop(0, new.shape[0], row, cache)
-    for b in range(new.shape[0]):
-        cache = row(b, cache)
-    return cache
+    unrolled = lambda cache: functools.reduce(lambda cache, b: row(b, cache), range(rows), cache)  # noqa: E731
+    if rows <= UNROLLED_ROWS:
+        return unrolled(cache)
+    looped = lambda cache: jax.lax.fori_loop(0, rows, row, cache)  # noqa: E731
+    return jax.lax.platform_dependent(cache, tpu=unrolled, default=looped)
 
 
 def _scatter(cache: Array, new: Array, start: Array, layer: Array | None) -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from rlver_jax.models.backward import lookup
 from rlver_jax.models.precision import accum_dtype
 from rlver_jax.models.product import LORA_A, LORA_B, LORA_ROWS, low_rank, product
+from rlver_jax.models.tpu_layout import as_stored
 from rlver_jax.parallel import rules
 
 WEIGHT_PRODUCT = "weight_product"  # what a product's result is called where the backward pass may save it
@@ -30,6 +31,7 @@ class Linear(nn.Module):
     """x @ kernel (+ bias), kernel [in, out] with logical axes. The result is float32: the caller rounds it, once.
 
     A kernel in int8 has a scale for each column (`quantization`). An adapter beside it, if any, is added (`lora`).
+    `decoding`: what TPU needs in the loops of a rollout is hinted to its compiler (`tpu_layout`).
     """
 
     features: int
@@ -38,6 +40,7 @@ class Linear(nn.Module):
     dtype: Any
     param_dtype: Any
     init_std: float = 0.02
+    decoding: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S I"]) -> Float[Array, "B S O"]:
@@ -46,6 +49,7 @@ class Linear(nn.Module):
         rounded = self.param_dtype == jnp.int8
         kernel_init = partitioned(zeros if rounded else nn.initializers.normal(self.init_std), *self.axes)
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+        kernel = as_stored(kernel, self.axes) if self.decoding else kernel
         y = checkpoint_name(product(x, kernel.astype(self.dtype)), WEIGHT_PRODUCT)
         if rounded:
             ones = partitioned(nn.initializers.ones_init(), *self.axes[1:])

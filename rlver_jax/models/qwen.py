@@ -20,6 +20,7 @@ from rlver_jax.models.kv_cache import KVCache, Prefix, write
 from rlver_jax.models.layers import WEIGHT_PRODUCT, Embedding, Linear, RMSNorm, partitioned, unquantized_dtype
 from rlver_jax.models.precision import matmul_options
 from rlver_jax.models.splash import blocks_of, splash_attention
+from rlver_jax.models.tpu_layout import apart
 from rlver_jax.parallel import rules
 
 Params = dict[str, Any]
@@ -48,11 +49,13 @@ class Attention(nn.Module):
         """x [B, S, D]; keys/values None, or caches to write at `start` [B]. Returns (out, keys, values)."""
         c = self.config
         b, s, _ = x.shape
-        options = (self.dtype, self.param_dtype, c.init_std)
+        decoding = keys is not None
+        options = (self.dtype, self.param_dtype, c.init_std, decoding)
 
         def project(name: str, heads: int, axis: str) -> Array:
-            linear = Linear(heads * c.head_dim, ("embed", axis), c.qkv_bias, *options, name=name)
-            return rules.constrain(linear(x).reshape(b, s, heads, c.head_dim), "batch", "length", axis, "head_dim")
+            y = Linear(heads * c.head_dim, ("embed", axis), c.qkv_bias, *options, name=name)(x)
+            y = (apart(y) if decoding else y).reshape(b, s, heads, c.head_dim)
+            return rules.constrain(y, "batch", "length", axis, "head_dim")
 
         # Qwen2.5's key biases reach hundreds: product, bias, norm and rotation stay in float32 and are rounded once.
         def rotated(name: str, heads: int, axis: str) -> Array:
@@ -125,13 +128,13 @@ class Block(nn.Module):
         out, keys, values = attention(y, positions, mask, start, keys, values, layer, prefix)
         # Gathered for the backward pass, which would gather weights instead of cotangents.
         x = x + residual(gathered(out), spread)
-        x = x + residual(gathered(self.mlp(gathered(norm("mlp_norm")(x), "mlp_batch"))), spread)
+        x = x + residual(gathered(self.mlp(gathered(norm("mlp_norm")(x), "mlp_batch"), not spread)), spread)
         return (residual(x, spread), keys, values), None
 
-    def mlp(self, x: Array) -> Array:
+    def mlp(self, x: Array, decoding: bool) -> Array:
         """Gated MLP: down(silu(gate(x)) * up(x)), the elementwise part in float32."""
         f, d = self.config.intermediate_size, self.config.hidden_size
-        options = (False, self.dtype, self.param_dtype, self.config.init_std)
+        options = (False, self.dtype, self.param_dtype, self.config.init_std, decoding)
         gate = Linear(f, ("embed", "mlp"), *options, name="gate")(x)
         up = Linear(f, ("embed", "mlp"), *options, name="up")(x)
         inner = rules.constrain((nn.silu(gate) * up).astype(self.dtype), "mlp_batch", "length", "mlp")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlver_jax.decoding.cache import LM, init_cache
+from rlver_jax.decoding.cache import LM, Cache, append, init_cache
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning.advantages import AdvantageConfig
@@ -111,6 +111,31 @@ def lower_decode(mesh: Mesh, *, batch: int, capacity: int, dtype=jnp.bfloat16):
 
     with jax.set_mesh(mesh):
         return jax.jit(speak).lower(lm, key_of(batch), grammar_of(mesh), rows(mesh, (batch,), jnp.int32))
+
+
+def lower_turns(mesh: Mesh, model: Qwen2, *, batch: int, capacity: int):
+    """Turns of a dialogue, one loop after the other: texts are read in pieces, replies are decoded."""
+    lm = LM(sampling_params(model, mesh), model)
+
+    def decode(lm: LM, cache: Cache) -> Cache:
+        def step(state):
+            left, cache = state
+            token = lm.logits(cache.hidden).argmax(-1).astype(jnp.int32)
+            return left - 1, append(lm, cache, token[:, None], jnp.ones(batch, jnp.int32))
+
+        return jax.lax.while_loop(lambda state: state[0] > 0, step, (cache.length.min(), cache))[1]
+
+    def play(lm: LM, tokens, count):
+        def turn(_, cache: Cache) -> Cache:
+            for width in (tokens.shape[1] // 2, tokens.shape[1] // 4):
+                cache = decode(lm, append(lm, cache, tokens[:, :width], count))
+            return cache
+
+        cache = append(lm, init_cache(lm, batch, capacity), tokens, count)
+        return jax.lax.fori_loop(0, count.min(), turn, cache).hidden
+
+    with jax.set_mesh(mesh):
+        return jax.jit(play).lower(lm, rows(mesh, (batch, 512), jnp.int32), rows(mesh, (batch,), jnp.int32))
 
 
 class Op(NamedTuple):

@@ -1,5 +1,8 @@
 """What XLA makes of the programs of a training step on a mesh: which weights travel, what exists, what is copied."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlver_jax.models.attention import AttentionMask, visible
+from rlver_jax.models.qwen import Qwen2
 from rlver_jax.models.splash import blocks_of, splash_attention
+from rlver_jax.models.tpu_layout import stored_transposed
 from rlver_jax.parallel.mesh import batch_parts, make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.perf.chips import topology_devices
@@ -20,6 +25,7 @@ from tests.parallel.programs import (
     collectives,
     lower_copy,
     lower_decode,
+    lower_turns,
     lower_update,
     operations,
 )
@@ -213,6 +219,39 @@ def test_decoding_for_tpu():
     copied = collectives(operations(lower_copy(training, sampling).compile().as_text()))
     assert {shape[0] for op in copied for shape in op.shapes} == {"bf16"}, "rounded before they travel"
     check_copy(copied, sampling)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chips", "tensor", "batch"), [(8, 2, 8), (8, 8, 16), (1, 1, 24)])
+def test_loops_of_a_rollout_read_weights_and_caches_as_they_lie(chips, tensor, batch):
+    """Reading texts and decoding replies want them in different orders. Columns of the MLP don't fill tiles of 128."""
+    config = dataclasses.replace(
+        CONFIG, hidden_size=1024, intermediate_size=1216 * tensor, num_layers=5, num_heads=16, num_kv_heads=2 * tensor
+    )
+    model = Qwen2(config, dtype=jnp.bfloat16, attention="chunked")
+    mesh = make_mesh(chips // tensor, 1, tensor, devices=topology_devices("v5e:2x4")[:chips])
+    ops = operations(lower_turns(mesh, model, batch=batch, capacity=2048).compile().as_text())
+    cache = config.num_layers * (batch * tensor // chips) * 2 * 2048 * config.head_dim
+    assert any(op.largest == cache for op in ops), "the caches are there"
+    kernel = config.num_layers * config.hidden_size * min(1216, config.num_heads * config.head_dim // tensor)
+    for op in ops:
+        of_all_layers = op.shapes and op.shapes[0][1][:1] == (config.num_layers,)
+        if of_all_layers and op.kind in ("copy", "transpose", "all-gather"):
+            assert op.largest < min(cache, kernel), op.line
+
+
+@pytest.mark.slow
+def test_how_matrices_are_stored_on_tpu():
+    """In the order that the compiler gives to a program's arguments."""
+    sizes = [128, 224, 448, 896, 1216, 1728, 3696, 4864, 7392, 8192]
+    shapes = list(itertools.product(sizes, sizes))
+    place = jax.sharding.SingleDeviceSharding(topology_devices("v5e:2x4")[0])
+    for dtype in (jnp.bfloat16, jnp.int8, jnp.float32):
+        arguments = [jax.ShapeDtypeStruct((4, *shape), dtype, sharding=place) for shape in shapes]
+        program = jax.jit(lambda *xs: sum(x[0, 0, 0] for x in xs)).lower(*arguments).compile()
+        orders = [format.layout.major_to_minor for format in program.input_formats[0]]
+        assert orders == [(0, 2, 1) if stored_transposed(*shape) else (0, 1, 2) for shape in shapes]
+        assert len(set(orders)) == 2
 
 
 @pytest.mark.slow
