@@ -19,6 +19,7 @@ COLLECTIVES = (
     *("collective-permute", "collective-broadcast"),
 )
 DCN, HOST = "DCN ", "host "  # first words of the kinds that take the network between slices, and the host's link
+LARGE_COPY = 1 << 24  # bytes from which on a copy counts; less fits beside others in a chip's fast memory
 UNKNOWN = " (unknown)"  # last word of a kind whose volume is a guess: the bytes of its result
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -132,8 +133,18 @@ class Module:
             trips_of: turns of a loop whose condition the data decides, by the op's name.
             hops_of: of each collective.
         """
-        walk = _Walk(self, phase_of, trips_of, hops_of)
+        walk = _Walk(self, phase_of, trips_of, hops_of, functools.partial(transfer, devices=self.devices))
         return walk.uses(self.entry, phase, set())
+
+    def copied(
+        self, phase: str, phase_of: Callable[[str], str | None], trips_of: Callable[[str], float]
+    ) -> dict[str, float]:
+        """Bytes that one run of the program reads and writes to lay large arrays out anew, by phase.
+
+        Arguments as `collectives`. What a fusion lays out anew on its way is not counted.
+        """
+        walk = _Walk(self, phase_of, trips_of, lambda kind, chips: 0, laid_out_anew, fused=False)
+        return {name: use.bytes for (name, _), use in walk.uses(self.entry, phase, set()).items()}
 
     def arrays(self) -> dict[tuple[str, tuple[int, ...]], Instruction]:
         """Every array that gets memory of its own, by dtype and shape: what lies inside a fusion does not."""
@@ -156,6 +167,8 @@ class _Walk:
     phase_of: Callable[[str], str | None]
     trips_of: Callable[[str], float]
     hops_of: HopsOf
+    read: "Callable[[Instruction], Transfer | None]"
+    fused: bool = True  # whether to look into fusions
 
     def uses(self, name: str, phase: str, seen: set[str]) -> Uses:
         """Of one run of a computation. `seen`: transfers counted already in this run of the loop around it.
@@ -166,7 +179,7 @@ class _Walk:
         total: Uses = {}
         for op in self.module.computations.get(name, ()):
             here = self.phase_of(op.op_name) or phase
-            moved = transfer(op, self.module.devices)
+            moved = self.read(op)
             if moved:
                 if moved.name not in seen:
                     _add(total, {(here, moved.kind): Use(1, moved.bytes, self.hops_of(moved.kind, moved.chips))})
@@ -180,7 +193,7 @@ class _Walk:
                 names = [n.strip(" %") for a, b in _BRANCHES.findall(op.rest) for n in (a or b).split(",")]
                 branches = [self.uses(n, here, set(seen)) for n in names]
                 _add(total, max(branches, key=lambda u: sum(x.bytes for x in u.values()), default={}))
-            elif op.kind in ("fusion", "call", "async-start"):
+            elif op.kind in ("call", "async-start") or (op.kind == "fusion" and self.fused):
                 for called in _CALLS.findall(op.rest):
                     _add(total, self.uses(called, here, seen))
         return total
@@ -255,7 +268,7 @@ def array_bytes(dtype: str, sizes: tuple[int, ...]) -> int:
 
 
 class Transfer(NamedTuple):
-    """What one instruction moves between chips, or between a chip and its host."""
+    """What one instruction moves: between chips, between a chip and its host, or from one place to another."""
 
     name: str  # the same for all instructions that are one transfer
     kind: str
@@ -281,6 +294,12 @@ def transfer(op: Instruction, devices: int = 1) -> Transfer | None:
     if _CROSSES_CHIPS.search(op.rest) and not op.kind.endswith(("-done", "-update")):
         return Transfer(name, kind + UNKNOWN, float(_size(_result(op))))
     return None
+
+
+def laid_out_anew(op: Instruction) -> Transfer | None:
+    """Of a copy of a large array inside a chip's memory, read and written."""
+    size = _size(op.shapes)
+    return Transfer(op.name, "copy", 2.0 * size) if op.kind in ("copy", "transpose") and size >= LARGE_COPY else None
 
 
 def _sent(op: Instruction, name: str) -> Transfer:

@@ -68,6 +68,7 @@ class Measured:
         collectives: of one run, by phase and kind; empty where it doesn't fit.
         faults: arrays that must not exist.
         warnings: arrays that could be smaller.
+        copied: bytes that one run reads and writes to lay large arrays out anew, by phase.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Measured:
     faults: list[str]
     warnings: list[str]
     compile_s: float
+    copied: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def phase_of(op_name: str) -> str | None:
@@ -138,10 +140,11 @@ def measure(program: Program, shapes: Shapes) -> Measured:
     memory = _memory(compiled, sum(idle.values()), bytes_per_chip(program.again))
     module = Module.parse(compiled.as_text())
     torus = Torus.of(shapes.mesh.devices.flat)  # both meshes take the devices in one order
-    uses = module.collectives(FIRST[program.name], phase_of, turns_of_loops(shapes), torus.hops)
+    walked = FIRST[program.name], phase_of, turns_of_loops(shapes)
+    uses, copied = module.collectives(*walked, torus.hops), module.copied(*walked)
     faults = _logits(module, shapes) if program.name == "learn" else []
     warnings += _gathered(module) + uncounted(uses)
-    return Measured(program.name, memory, idle, uses, faults, warnings, seconds)
+    return Measured(program.name, memory, idle, uses, faults, warnings, seconds, copied)
 
 
 def _memory(compiled: Any, idle: int, again: int) -> Memory:

@@ -27,6 +27,7 @@ class Phase:
     Attributes:
         work: over all chips.
         hbm_bytes: that one chip reads and writes.
+        copied_bytes: of these, for copies of large arrays that the compiler lays out anew.
         collectives: by kind, of one chip; kinds of `hlo.DCN` go between slices, of `hlo.HOST` to the chip's host.
         compute_s, memory_s, network_s, dcn_s: at the chip's peak rates, network_s inside a slice, dcn_s between slices;
             the longest of the four is the phase's roofline. What goes to the host has no time.
@@ -44,6 +45,7 @@ class Phase:
     network_s: float
     dcn_s: float = 0.0
     latency_s: float = 0.0
+    copied_bytes: float = 0.0
 
     @property
     def roofline_s(self) -> float:
@@ -69,23 +71,24 @@ class Phase:
 def phases_of(shapes: Shapes, measurements: Sequence[Measured], chip: Chip) -> list[Phase]:
     """All phases of a step whose dialogues are as long as their limits allow."""
     works = _sampling(shapes) | _learning(shapes)
-    sent = {one.name: one.collectives for one in measurements}
-    phases = []
-    for name, (work, program) in works.items():
-        uses = {kind: use for (phase, kind), use in sent.get(program, {}).items() if phase == name}
-        if program in sent:
-            phases.append(_phase(name, program, work, uses, shapes, chip))
-    return phases
+    measured = {one.name: one for one in measurements}
+    return [
+        _phase(name, work, measured[program], shapes, chip)
+        for name, (work, program) in works.items()
+        if program in measured
+    ]
 
 
-def _phase(name: str, program: str, work: Work, uses: dict[str, Use], shapes: Shapes, chip: Chip) -> Phase:
-    mesh = shapes.mesh if program == "learn" else shapes.agents.mesh or shapes.mesh
+def _phase(name: str, work: Work, measured: Measured, shapes: Shapes, chip: Chip) -> Phase:
+    mesh = shapes.mesh if measured.name == "learn" else shapes.agents.mesh or shapes.mesh
+    uses = {kind: use for (phase, kind), use in measured.collectives.items() if phase == name}
+    copied = measured.copied.get(name, 0.0)
     tensor, columns = mesh.shape["tensor"], mesh.shape["tensor"] * mesh.shape.get(ATTENTION_DATA, 1)
-    hbm = work.weight_bytes / tensor + work.column_bytes / columns + work.spread_bytes / mesh.size
+    hbm = work.weight_bytes / tensor + work.column_bytes / columns + work.spread_bytes / mesh.size + copied
     ici, dcn, _ = (sum(use.bytes for use in over.values()) for over in by_link(uses))
     return Phase(
-        name, program, work, hbm, uses, work.flops / mesh.size / chip.flops, hbm / chip.hbm_bandwidth,
-        ici / chip.ici_bandwidth, dcn / chip.dcn_bandwidth, HOP_S * sum(use.hops for use in uses.values()),
+        name, measured.name, work, hbm, uses, work.flops / mesh.size / chip.flops, hbm / chip.hbm_bandwidth,
+        ici / chip.ici_bandwidth, dcn / chip.dcn_bandwidth, HOP_S * sum(use.hops for use in uses.values()), copied,
     )  # fmt: skip
 
 

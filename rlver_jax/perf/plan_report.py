@@ -169,6 +169,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
         "flops": phase.work.flops,
         "useful_flops": phase.work.useful,
         "hbm_bytes_per_chip": phase.hbm_bytes,
+        "copied_bytes_per_chip": phase.copied_bytes,
         "collectives_per_chip": plain(ici),
         "dcn_per_chip": plain(dcn, DCN),
         "host_per_chip": plain(host, HOST),
@@ -228,7 +229,7 @@ def _sizes(mesh: dict[str, int]) -> str:
 
 
 def _phase_table(plan: Plan) -> Table:
-    columns = ["phase", "PFLOP", "GB a chip", "collectives a chip: count, GB"]
+    columns = ["phase", "PFLOP", "GB a chip", "of it copies", "collectives a chip: count, GB"]
     columns += ["compute s", "memory s", "network s", "latency s"] + ["DCN s"] * (plan.slices > 1)
     title = "phases of a step, every dialogue at its limits; shares of the chips' peak in that time"
     table = Table(*columns, "MFU", "HBM", title=title, title_justify="left")
@@ -240,5 +241,6 @@ def _phase_table(plan: Plan) -> Table:
         seconds += [phase.dcn_s] * (plan.slices > 1)
         times = [f"{s:.2f}" for s in seconds]
         done, moved = f"{phase.work.flops / 1e15:.2f}", f"{phase.hbm_bytes / 1e9:.1f}"
-        table.add_row(phase.name, done, moved, sent, *times, f"{phase.mfu:.0%}", f"{phase.bandwidth:.0%}")
+        cells = (phase.name, done, moved, f"{phase.copied_bytes / 1e9:.1f}", sent, *times)
+        table.add_row(*cells, f"{phase.mfu:.0%}", f"{phase.bandwidth:.0%}")
     return table

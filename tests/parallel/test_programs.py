@@ -16,6 +16,7 @@ from rlver_jax.models.tpu_layout import stored_transposed
 from rlver_jax.parallel.mesh import batch_parts, make_mesh, sampling_mesh
 from rlver_jax.parallel.rules import sharding
 from rlver_jax.perf.chips import topology_devices
+from rlver_jax.perf.hlo import Module
 from rlver_jax.perf.plan_programs import params_of
 from rlver_jax.rollout.ready import rollout_model, sampling_params, sampling_program
 from tests.parallel.programs import (
@@ -230,7 +231,9 @@ def test_loops_of_a_rollout_read_weights_and_caches_as_they_lie(chips, tensor, b
     )
     model = Qwen2(config, dtype=jnp.bfloat16, attention="chunked")
     mesh = make_mesh(chips // tensor, 1, tensor, devices=topology_devices("v5e:2x4")[:chips])
-    ops = operations(lower_turns(mesh, model, batch=batch, capacity=2048).compile().as_text())
+    text = lower_turns(mesh, model, batch=batch, capacity=2048).compile().as_text()
+    assert Module.parse(text).copied("play", lambda name: None, lambda name: 1) == {}
+    ops = operations(text)
     cache = config.num_layers * (batch * tensor // chips) * 2 * 2048 * config.head_dim
     assert any(op.largest == cache for op in ops), "the caches are there"
     kernel = config.num_layers * config.hidden_size * min(1216, config.num_heads * config.head_dim // tensor)

@@ -95,6 +95,20 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
 
 
+def test_copies_of_large_arrays():
+    """Each is read and written, in each turn of its loop. Small ones and those inside a fusion do not count."""
+    text = (
+        HLO.replace(
+            "  %fa =",
+            "  %big = bf16[8192,2048]{0,1} copy(%w1)\n  %small = bf16[64,64]{0,1} copy(%w2)\n"
+            "  %f = s8[8192,8192]{1,0} fusion(%w3), kind=kLoop, calls=%inner\n  %fa =",
+        )
+        + "\n%inner (r: s8[8192,8192]) -> s8[8192,8192] {\n  ROOT %c = s8[8192,8192]{1,0} copy(%r)\n}\n"
+    )
+    copied = Module.parse(text).copied("play", lambda name: "layers" if "layers" in name else None, lambda name: 1 / 0)
+    assert copied == {"layers": 28 * 2 * 8192 * 2048 * 2}
+
+
 def test_volumes_of_ring_algorithms():
     """All-reduce: twice what a device lacks; reduce-scatter: all other parts; one gather though two fusions show it."""
     collectives = Module.parse(HLO).collectives(
