@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlver_jax.models.precision import accum_dtype, matmul_options
 from rlver_jax.models.rope import Frequencies
+from rlver_jax.parallel import rules
 
 CHILD_RADIX = 64  # a child and its own children
 BRANCH_RADIX = 64 * CHILD_RADIX  # a branch and its descendants
@@ -135,17 +136,23 @@ def _unread(q: Float[Array, "B K R Q hd"]) -> _Softmax:
 def _over_prefix(q: Array, prefix: PrefixKeys) -> _Softmax:
     """Over the prefix of each row: the queries of the rows that share one stand together, as those of one row."""
     rows, kv_heads = prefix.k.shape[:2]
-    folded = grouped(q.reshape(rows, -1, *q.shape[2:]), kv_heads)
+    folded = _by_key_head(grouped(q.reshape(rows, -1, *q.shape[2:]), kv_heads))
     length = prefix.length[:, None, None]
     seen = lambda first, size: first + jnp.arange(size) < length  # noqa: E731
     k, v = (x.astype(q.dtype) for x in (prefix.k, prefix.v))
     parts = _in_blocks(folded, k, v, seen, prefix.length.max(), _unread(folded))
 
     def unfold(x: Array) -> Array:
-        x = x.reshape(*x.shape[:3], -1, q.shape[1], *x.shape[4:])
-        return jnp.moveaxis(x, 3, 1).reshape(q.shape[0], kv_heads, -1, q.shape[1], *x.shape[5:])
+        x = _by_key_head(x)
+        x = _by_key_head(x.reshape(*x.shape[:3], -1, q.shape[1], *x.shape[4:]))
+        return _by_key_head(jnp.moveaxis(x, 3, 1).reshape(q.shape[0], kv_heads, -1, q.shape[1], *x.shape[5:]))
 
     return _Softmax(*map(unfold, parts))
+
+
+def _by_key_head(x: Float[Array, "B K *rest"]) -> Float[Array, "B K *rest"]:
+    """Split as keys are: from the shapes alone the compiler would gather the heads' sums in every layer."""
+    return rules.constrain(x, "batch", "kv_heads", *(None,) * (x.ndim - 2))
 
 
 def _in_blocks(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlver_jax.decoding.cache import LM, Cache, append, init_cache
+from rlver_jax.decoding.cache import LM, Cache, append, init_cache, share_rows
 from rlver_jax.decoding.generate import Limits, generate
 from rlver_jax.decoding.grammar import Grammar
 from rlver_jax.learning.advantages import AdvantageConfig
@@ -113,8 +113,11 @@ def lower_decode(mesh: Mesh, *, batch: int, capacity: int, dtype=jnp.bfloat16):
         return jax.jit(speak).lower(lm, key_of(batch), grammar_of(mesh), rows(mesh, (batch,), jnp.int32))
 
 
-def lower_turns(mesh: Mesh, model: Qwen2, *, batch: int, capacity: int):
-    """Turns of a dialogue, one loop after the other: texts are read in pieces, replies are decoded."""
+def lower_turns(mesh: Mesh, model: Qwen2, *, batch: int, capacity: int, group: int = 1):
+    """Turns of a dialogue, one loop after the other: texts are read in pieces, replies are decoded.
+
+    `group` neighbours share what is read first.
+    """
     lm = LM(sampling_params(model, mesh), model)
 
     def decode(lm: LM, cache: Cache) -> Cache:
@@ -131,7 +134,8 @@ def lower_turns(mesh: Mesh, model: Qwen2, *, batch: int, capacity: int):
                 cache = decode(lm, append(lm, cache, tokens[:, :width], count))
             return cache
 
-        cache = append(lm, init_cache(lm, batch, capacity), tokens, count)
+        prefix = append(lm, init_cache(lm, batch // group, capacity), tokens[::group], count[::group])
+        cache = prefix if group == 1 else share_rows(lm, prefix, group, capacity)
         return jax.lax.fori_loop(0, count.min(), turn, cache).hidden
 
     with jax.set_mesh(mesh):

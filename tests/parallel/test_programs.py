@@ -223,19 +223,25 @@ def test_decoding_for_tpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chips", "tensor", "batch"), [(8, 2, 8), (8, 8, 16), (1, 1, 24)])
-def test_loops_of_a_rollout_read_weights_and_caches_as_they_lie(chips, tensor, batch):
-    """Reading texts and decoding replies want them in different orders. Columns of the MLP don't fill tiles of 128."""
+@pytest.mark.parametrize(
+    ("chips", "tensor", "batch", "group"), [(8, 2, 8, 1), (8, 8, 16, 1), (1, 1, 24, 1), (8, 2, 32, 4)]
+)
+def test_loops_of_a_rollout_read_weights_and_caches_as_they_lie(chips, tensor, batch, group):
+    """Reading texts and decoding replies want them in different orders. Columns of the MLP don't fill tiles of 128.
+
+    What attention sums over a prefix that a group shares stays with its heads.
+    """
     config = dataclasses.replace(
         CONFIG, hidden_size=1024, intermediate_size=1216 * tensor, num_layers=5, num_heads=16, num_kv_heads=2 * tensor
     )
     model = Qwen2(config, dtype=jnp.bfloat16, attention="chunked")
     mesh = make_mesh(chips // tensor, 1, tensor, devices=topology_devices("v5e:2x4")[:chips])
-    text = lower_turns(mesh, model, batch=batch, capacity=2048).compile().as_text()
+    text = lower_turns(mesh, model, batch=batch, capacity=2048, group=group).compile().as_text()
     assert Module.parse(text).copied("play", lambda name: None, lambda name: 1) == {}
     ops = operations(text)
     cache = config.num_layers * (batch * tensor // chips) * 2 * 2048 * config.head_dim
     assert any(op.largest == cache for op in ops), "the caches are there"
+    assert max((op.largest for op in gathers(ops)), default=0) <= batch * tensor, "of each row's likeliest token"
     kernel = config.num_layers * config.hidden_size * min(1216, config.num_heads * config.head_dim // tensor)
     for op in ops:
         of_all_layers = op.shapes and op.shapes[0][1][:1] == (config.num_layers,)
