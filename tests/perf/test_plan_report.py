@@ -138,7 +138,7 @@ def test_what_a_run_takes():
 def test_the_table_of_the_page_is_what_a_plan_would_say_of_its_rows():
     page = (Path(__file__).resolve().parents[2] / "docs" / "pods.md").read_text(encoding="utf-8")
     rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if re.match(r"\| (PPO|GRPO)", line)]
-    assert len(rows) == 15
+    assert len(rows) == 16
     costs = []
     for *_, chips, _, _, step, _, days, hours in rows:
         count, seconds = int(re.search(r", (\d+)", chips)[1]), float(step.removesuffix(" s").replace(",", ""))
