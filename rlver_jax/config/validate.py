@@ -59,13 +59,17 @@ def unflatten(flat: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict, num_devices: int | None = None, needs: Sequence[str] = MODELS) -> None:
+def validate(
+    config: ConfigDict, num_devices: int | None = None, needs: Sequence[str] = MODELS, plays: bool = True
+) -> None:
     """Checks each field of a config against the table of `config.fields`, and fields against each other.
 
     Args:
         config: what will run.
         num_devices: of the mesh; None skips what depends on it.
         needs: models that will be loaded; the folders of others may be gone.
+        plays: whether dialogues are played, and perhaps learned from by reinforcement; False skips what only limits
+            and batches of a rollout can get wrong.
 
     Raises:
         ConfigError: with one line for every fault.
@@ -76,7 +80,8 @@ def validate(config: ConfigDict, num_devices: int | None = None, needs: Sequence
         alone = dict(_choices_and_ranges(values))
         # Fields beyond their ranges are left out of the checks across fields, which may divide by them.
         sound = values | {name: FIELDS[name].default for name in alone}
-        across = [*_emotion(sound), *_lengths(sound), *_learning(sound), *_mesh(sound, num_devices)]
+        across = [*_emotion(sound), *_mesh(sound, num_devices)]
+        across += [*_lengths(sound), *_learning(sound)] if plays else []
         across += [*_local(sound)] or [*_paths(sound, needs)]
         across += [*_remote(sound), *target_faults(sound)]
         faults = [*alone.values(), *(fault for fault in across if not any(name in fault for name in alone))]

@@ -184,6 +184,14 @@ def test_mesh_faults(fields, parts):
         assert part in message, message
 
 
+def test_limits_of_dialogues_that_nobody_plays_are_not_looked_at():
+    config = get_config()
+    config.rollout.max_turns, config.rollout.batch, config.rollout.group = 500, 7, 2
+    with pytest.raises(ConfigError, match=r"max_turns=500(?s:.)*rollout.batch=7"):
+        validate(config)
+    validate(config, plays=False)
+
+
 def test_all_faults_are_listed_at_once():
     message = faults(changed(policy__mode="x", rollout__top_k=-1, emotion__initial=100))
     assert message.count("\n  - ") == 3

@@ -352,6 +352,7 @@ def test_a_loss_that_is_no_number_stops_the_run(logs, tmp_path, capsys):
 def test_a_user_without_its_appraisal_leaves_the_prompts_to_play_it(logs, tmp_path, capsys):
     """And the figures of its change are plain: no appraisal gave it away."""
     fields = {"sft__appraisal": False, "train__steps": 1, "sft__soft": 2}
+    fields |= {"rollout__max_turns": 500, "rollout__batch": 7}  # as a rollout they would be refused
     assert sft.main(command(tmp_path / "run", "user", logs, **fields)) == 0
     capsys.readouterr()
     (row, *_) = read_metrics(tmp_path / "run" / "metrics.jsonl")
