@@ -17,7 +17,7 @@ from typing import IO, Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-_NARROWEST = 20  # columns
+_NARROWEST, _WIDEST = 20, 200  # columns
 # Invisible characters that terminals, browsers and searches obey, and those that UTF-8 or XML forbid.
 _INVISIBLE = re.compile(
     "["
@@ -65,9 +65,11 @@ def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
             _accept_any_character(stream)
             if name != "stdin":
                 setattr(sys, name, _FailSafeStream(stream))
-    width, height = _size()
-    options: dict[str, Any] = {"width": width, "height": height, "emoji": False}  # file:x:1 is no picture of an x
-    return _PlainConsole(soft_wrap=soft_wrap, **options), _PlainConsole(stderr=True, soft_wrap=True, **options)
+    options: dict[str, Any] = {"emoji": False}  # file:x:1 is no picture of an x
+    return (
+        _PlainConsole(soft_wrap=soft_wrap, **_size(sys.stdout), **options),
+        _PlainConsole(stderr=True, soft_wrap=True, **_size(sys.stderr), **options),
+    )
 
 
 class _FailSafeStream:
@@ -131,9 +133,14 @@ def _accept_any_character(stream: io.TextIOWrapper) -> None:
         stream.reconfigure(**changes)
 
 
-def _size() -> tuple[int | None, int | None]:
-    """Columns and lines; None leaves them to `rich`, which takes COLUMNS and LINES as they are."""
+def _size(stream: IO[str]) -> dict[str, int]:
+    """Columns and lines for `rich`; none leave them to it: it asks a terminal, and takes COLUMNS and LINES as they are.
+
+    A file has room for the widest table, whose cells would be cut short at rich's 80 columns.
+    """
     texts = [os.environ.get(name, "80") for name in ("COLUMNS", "LINES")]
     sizes = [int(text) if text.isascii() and text.isdigit() else 0 for text in texts]
     fine = sizes[0] >= _NARROWEST and sizes[1] > 0
-    return (None, None) if fine else (80, 25)
+    if stream.isatty() or "COLUMNS" in os.environ:
+        return {} if fine else {"width": 80, "height": 25}
+    return {"width": _WIDEST, "height": 25}

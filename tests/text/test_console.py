@@ -109,10 +109,11 @@ def test_a_full_disk(talker, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "width"),
     [
+        ({}, 200),  # a file: no cell of a table is cut short
         ({"COLUMNS": "1"}, 80),
         ({"COLUMNS": "0"}, 80),
         ({"COLUMNS": "²"}, 80),
-        ({"LINES": "0"}, 80),
+        ({"LINES": "0"}, 200),
         ({"COLUMNS": "33"}, 33),
     ],
     ids=str,
