@@ -65,10 +65,9 @@ def consoles(soft_wrap: bool = False) -> tuple[Console, Console]:
             _accept_any_character(stream)
             if name != "stdin":
                 setattr(sys, name, _FailSafeStream(stream))
-    options: dict[str, Any] = {"emoji": False}  # file:x:1 is no picture of an x
-    return (
-        _PlainConsole(soft_wrap=soft_wrap, **_size(sys.stdout), **options),
-        _PlainConsole(stderr=True, soft_wrap=True, **_size(sys.stderr), **options),
+    return (  # without emoji: file:x:1 is no picture of an x
+        _PlainConsole(soft_wrap=soft_wrap, emoji=False, **_size(sys.stdout)),
+        _PlainConsole(stderr=True, soft_wrap=True, emoji=False, **_size(sys.stderr)),
     )
 
 
@@ -133,7 +132,7 @@ def _accept_any_character(stream: io.TextIOWrapper) -> None:
         stream.reconfigure(**changes)
 
 
-def _size(stream: IO[str]) -> dict[str, int]:
+def _size(stream: IO[str]) -> dict[str, Any]:
     """Columns and lines for `rich`; none leave them to it: it asks a terminal, and takes COLUMNS and LINES as they are.
 
     A file has room for the widest table, whose cells would be cut short at rich's 80 columns.
