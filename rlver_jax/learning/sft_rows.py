@@ -32,6 +32,8 @@ class Example:
     field: Int[np.ndarray, " q"]  # index into the fields' names
     choices: Int[np.ndarray, " c"]  # place of the first option's first token
     changes: Int[np.ndarray, " c"]  # as logged, -10 to 10
+    emotions: Int[np.ndarray, " c"]  # before each change
+    replies: Int[np.ndarray, " c"]  # number of the reply that each change is about, from 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,6 +58,8 @@ class Choices(NamedTuple):
 
     first: Int[np.ndarray, "*b K"]  # as `Example.choices`; 0: none
     change: Int[np.ndarray, "*b K"]
+    emotion: Int[np.ndarray, "*b K"]  # before it
+    reply: Int[np.ndarray, "*b K"]  # number of the reply that it is about, from 0
 
 
 class Capacity(NamedTuple):
@@ -88,7 +92,7 @@ def pack_rows(
     whole = {name: np.zeros((count, length), np.int32) for name in ("tokens", "positions", "branch", "segment")}
     listed = {name: np.zeros((count, capacity.targets_in(length)), np.int32) for name in ("at", "target", "field")}
     listed["share"] = np.zeros((count, capacity.targets_in(length)), np.float32)
-    first, change = (np.zeros((count, capacity.choices_in(length)), np.int32) for _ in range(2))
+    chosen = Choices(*(np.zeros((count, capacity.choices_in(length)), np.int32) for _ in Choices._fields))
     filled, targets, choices = (np.zeros(count, np.int64) for _ in range(3))
     for one, row, start in zip(examples, assignment.row.tolist(), assignment.start.tolist(), strict=True):
         here = slice(start, start + len(one))
@@ -101,10 +105,12 @@ def pack_rows(
         for name in ("target", "share", "field"):
             listed[name][row, there] = getattr(one, name)
         among = slice(choices[row], choices[row] + len(one.choices))
-        first[row, among], change[row, among] = one.choices + start, one.changes
+        columns = (one.choices + start, one.changes, one.emotions, one.replies)
+        for whole_column, column in zip(chosen, columns, strict=True):
+            whole_column[row, among] = column
         targets[row], choices[row] = there.stop, among.stop
     padding = np.arange(length) >= filled[:, None]
     whole["segment"] = np.where(padding, filled[:, None], whole["segment"]).astype(np.int32)
     fold = lambda x: x.reshape(-1, width, *x.shape[1:])  # noqa: E731
     rows = Rows(**{name: fold(x) for name, x in (whole | listed).items()})
-    return rows, Choices(fold(first), fold(change))
+    return rows, Choices(*map(fold, chosen))

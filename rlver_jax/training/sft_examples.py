@@ -114,13 +114,12 @@ class UserExamples:
             Target(query.previous, query.token, 1.0, self.fields.index(self._queried[query.field]))
             for query in packed.queries
         ]
-        changes = [turn.change for turn in turns if turn.appraisal is not None]
+        appraised = [turn for turn in turns if turn.appraisal is not None]
         field = self.fields.index(CHANGE)
-        for choice, change in zip(packed.choices, changes, strict=True):
-            targets += [
-                Target(choice.first - 1 + offset, token, share, field) for offset, token, share in self._pairs[change]
-            ]
-        return _example(one, packed, targets, [choice.first for choice in packed.choices], changes)
+        for choice, turn in zip(packed.choices, appraised, strict=True):
+            pairs = self._pairs[turn.change]
+            targets += [Target(choice.first - 1 + offset, token, share, field) for offset, token, share in pairs]
+        return _example(one, packed, targets, [choice.first for choice in packed.choices], appraised)
 
     def _turns(self, record: Record) -> list[LoggedTurn]:
         rules, turns = self._agents.spec.rules, []
@@ -278,7 +277,11 @@ def _reach(packed: ReplaySequence) -> int:
 
 
 def _example(
-    one: Transcript, packed: ReplaySequence, targets: Sequence[Target], choices: Sequence[int], changes: Sequence[int]
+    one: Transcript,
+    packed: ReplaySequence,
+    targets: Sequence[Target],
+    choices: Sequence[int],
+    appraised: Sequence[LoggedTurn],
 ) -> Example | None:
     if not targets:
         return None
@@ -286,5 +289,7 @@ def _example(
     at, token, share, field = zip(*targets, strict=True)
     return Example(
         one.record["profile"], ints(packed.tokens), ints(packed.positions), ints(packed.branch),
-        ints(at), ints(token), np.array(share, np.float32), ints(field), ints(choices), ints(changes),
+        ints(at), ints(token), np.array(share, np.float32), ints(field), ints(choices),
+        ints([turn.change for turn in appraised]), ints([turn.emotion_before for turn in appraised]),
+        ints([turn.turn for turn in appraised]),
     )  # fmt: skip

@@ -195,7 +195,8 @@ class Fitter(RunLoop):
         real = choices.first > 0
         if self.fit.options is not None and real.any():
             logprobs = np.stack([logprobs for _, logprobs in fetched])
-            agreement = change_agreement(expected_change(logprobs[real]), choices.change[real])
+            logged = (choices.change[real], choices.emotion[real], choices.reply[real])
+            agreement = change_agreement(expected_change(logprobs[real]), *logged)
             suffix = "_given_appraisal" if self.fit.teaches_appraisal else ""
             metrics |= {f"held_out/change_{name}{suffix}": value for name, value in agreement.items()}
         return metrics | {"time/held_out_s": time.monotonic() - began}

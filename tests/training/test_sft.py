@@ -252,9 +252,15 @@ def test_agreement_by_hand():
     p[0, [10, 12]] = np.log([0.25, 0.75])  # 0 and +2
     p[1, [0, 20]] = -3.0  # -10 and +10, not normalized
     np.testing.assert_allclose(expected_change(p), [1.5, 0.0], atol=1e-12)
-    result = change_agreement(np.array([1.0, 2.0, 3.0, 4.0]), np.array([-5, 0, 5, 1]))
-    assert result == pytest.approx({"spearman": 0.8, "mae": (6 + 2 + 2 + 3) / 4})
-    assert math.isnan(change_agreement(np.ones(3), np.arange(3))["spearman"])
+    emotion, reply = np.array([40, 30, 40, 50]), np.array([0, 1, 0, 1])
+    result = change_agreement(np.array([1.0, 2.0, 3.0, 4.0]), np.array([-5, 0, 5, 1]), emotion, reply)
+    # Ranks 1 2 3 4, 1 2 4 3 and 2.5 1 2.5 4: r of the first two 0.8, with the third 3 and 1.5 by sqrt(22.5).
+    u, c = 3 / math.sqrt(22.5), 1.5 / math.sqrt(22.5)
+    partial = (0.8 - u * c) / math.sqrt((1 - u * u) * (1 - c * c))
+    wanted = {"spearman": 0.8, "partial_spearman": partial, "first_replies_spearman": 1.0, "mae": (6 + 2 + 2 + 3) / 4}
+    assert result == pytest.approx(wanted)
+    never = change_agreement(np.ones(3), np.arange(3), np.arange(3), np.zeros(3))
+    assert all(math.isnan(value) for name, value in never.items() if name != "mae")
 
 
 def spoil(name, lines):
@@ -356,7 +362,8 @@ def test_a_user_without_its_appraisal_leaves_the_prompts_to_play_it(logs, tmp_pa
     assert sft.main(command(tmp_path / "run", "user", logs, **fields)) == 0
     capsys.readouterr()
     (row, *_) = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert {name for name in row if "change_" in name} == {"held_out/change_spearman", "held_out/change_mae"}
+    figures = ("spearman", "partial_spearman", "first_replies_spearman", "mae")
+    assert {name for name in row if "change_" in name} == {f"held_out/change_{figure}" for figure in figures}
     prompts = tmp_path / "run" / "prompts"
     play = ["--config=configs/debug.py", f"--config.user.prompts={prompts}", "--config.eval.num_profiles=1"]
     assert evaluate.main([*play, f"--out={tmp_path / 'played'}"]) == 0

@@ -72,6 +72,8 @@ def test_a_users_own_log_is_read_as_it_was_played(log):
         chosen = sum(user["change_logprobs"][user["change"] + 10] for user in users)
         assert logprobs[len(wanted) :].sum() == pytest.approx(chosen, abs=1e-3), "the change's targets"
         assert example.changes.tolist() == [user["change"] for user in users]
+        assert example.emotions.tolist() == [one.record["initial_emotion"], *(user["emotion"] for user in users[:-1])]
+        assert example.replies.tolist() == list(range(len(users)))
     assert tokens > 200
 
 
@@ -164,6 +166,8 @@ def test_a_turn_without_a_field_is_not_learned_and_later_turns_are_the_same(log)
             a, b = (getattr(example, name)[turn(example, t)] for example in (without, whole))
             np.testing.assert_array_equal(a, b)
     assert len(without.changes) == len(whole.changes) - 1
+    assert without.replies.tolist() == whole.replies.tolist()[1:], "the first reply's change is not there"
+    assert without.emotions.tolist() == whole.emotions.tolist()[1:]
     messages[2]["appraisal"], messages[2]["considerations"] = record["messages"][2]["appraisal"], {}
     unsaid = make.example(dataclasses.replace(one, record=record | {"messages": messages}))
     assert plain(unsaid) == plain(whole)
