@@ -171,7 +171,9 @@ LOSS = {
     "importance_cap": Field(
         0.0, "with recompute: truncated importance weights sampler -> trainer, e.g. 2; 0: off", range=COUNT
     ),
-    "vocab_chunk": Field(8192, "logits of each position that exist at a time", range=POSITIVE, unit="tokens"),
+    "vocab_chunk": Field(
+        8192, "logits of each position that exist at a time", range=POSITIVE, unit="tokens", free=True
+    ),
 }
 
 REFERENCE = {
@@ -221,6 +223,7 @@ TRAIN = {
         "parts of a minibatch whose gradients are summed: less memory, same result; by share_rows as many as it takes",
         range=POSITIVE,
         unit="parts",
+        free=True,
     ),
     "share_rows": Field(
         True,

@@ -58,6 +58,7 @@ def trained_model(**own: Field) -> dict[str, Field]:
             "none",
             "what the backward pass keeps: none (all) | dots (weight products) | full (layer inputs)",
             ("none", "dots", "full"),
+            free=True,
         ),
         **own,
     )

@@ -32,7 +32,8 @@ class Field:
         range: (lowest, highest) number, each None for no bound of its own.
         unit: of a number.
         path: whether it says where files lie; the hosts of a run may keep the same files in different places.
-        free: whether it may change when an interrupted run resumes, since it changes nothing that is computed.
+        free: whether it may change when an interrupted run resumes, since it changes nothing that is computed, beyond
+            rounding.
         unused: {name of another field: its values that leave this one without effect, or `AllBut` those that don't}.
     """
 

@@ -46,9 +46,10 @@ class Unbroken:
     seconds: dict[str, float]
 
 
-def start(workdir: Path, steps: int = STEPS, evaluated: int = 4) -> subprocess.Popen:
+def start(workdir: Path, steps: int = STEPS, evaluated: int = 4, **changes: object) -> subprocess.Popen:
     """A run in a process of its own."""
     fields = FIELDS | {"train.steps": steps, "eval.every": evaluated}
+    fields |= {name.replace("__", "."): value for name, value in changes.items()}
     fields = [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "rlver_jax.train", f"--config={debug.__file__}", f"--workdir={workdir}"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -76,6 +77,21 @@ def short(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     return undisturbed(tmp_path_factory.mktemp("unbroken"), STEPS, 4)
+
+
+def test_a_run_goes_on_with_less_memory(short, tmp_path):
+    """As after a step that ran out of it; what is recomputed or summed in parts differs by rounding."""
+    folder = tmp_path / "run"
+    less = {"policy__remat": "full", "train__microbatches": 2, "loss__vocab_chunk": 64}
+    for steps, changes in ((2, {}), (3, less)):
+        run = start(folder, steps, 0, **changes)
+        printed = run.communicate(timeout=600)[0]
+        assert run.returncode == 0, printed
+    wanted, row = read_metrics(short.folder / "metrics.jsonl")[2], read_metrics(folder / "metrics.jsonl")[2]
+    assert row["step"] == wanted["step"] == 3
+    for name in ("policy/loss", "policy/grad_norm", "reward/mean"):
+        assert row[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
+    assert json.loads((folder / "config.json").read_text())["policy.remat"] == "full"
 
 
 def state_of(folder: Path, step: int) -> dict[str, np.ndarray]:
