@@ -127,9 +127,21 @@ def _tried(reward: str, metrics: str, judge: str) -> OwnFunctions:
     for record, profile in sample_dialogues() if own else ():
         try:
             own.entries(record, profile, evaluation=True)
+            for function in own.reward:
+                _try_twice(function, record, profile)
         except OwnFunctionError as error:
             raise ConfigError(f"tried on a made-up dialogue (rlver_jax/dialogues/own_sample.py): {error}") from error
     return own
+
+
+def _try_twice(function: OwnFunction, record: Record, profile: Profile) -> None:
+    """A reward that is not the same for the same dialogue can't be re-derived from a log."""
+    once, twice = (_called(function, record, profile)["value"] for _ in range(2))
+    if once != twice:
+        raise OwnFunctionError(
+            f"{function.field}={function.name}: returned {once!r:.200}, and then {twice!r:.200}, for the same dialogue; "
+            f"expected the same, or no log can be verified"
+        )
 
 
 def with_entries(record: Record, entries: Sequence[Entry]) -> Record:
@@ -199,7 +211,9 @@ def _called(function: OwnFunction, record: Mapping[str, Any], profile: Profile) 
         raise OwnFunctionError(f"{where}: raised {type(error).__name__}: {error} ({location})") from error
     checked = _value(function.field, value, record["turns"])
     if checked is _WRONG:
-        raise OwnFunctionError(f"{where}: returned {value!r:.200}, expected {_EXPECTED[function.field]}")
+        turns, count = record["turns"], f", {len(value)} long" if isinstance(value, list | tuple) else ""
+        each = f" ({turns} here: of emotions the first one was before any turn)" if function.field == REWARD else ""
+        raise OwnFunctionError(f"{where}: returned {value!r:.200}{count}, expected {_EXPECTED[function.field]}{each}")
     return {"field": function.field, "function": function.name, "source": function.source, "value": checked}
 
 

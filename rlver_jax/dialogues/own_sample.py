@@ -1,6 +1,7 @@
-"""Two short made-up dialogues, on which functions of a user's own are tried before anything is compiled.
+"""Short made-up dialogues, on which functions of a user's own are tried before anything is compiled.
 
-The first ends in a goodbye of the user, the second breaks the think format, so that no reaction follows its last reply.
+The first ends in a goodbye of the user; the second breaks the think format, so that no reaction follows its last reply;
+the third ends at the turn limit, where the user says nothing more.
 """
 
 from typing import Any
@@ -16,9 +17,11 @@ def sample_dialogues() -> list[tuple[Record, Profile]]:
     """Dialogues as a log has them, each with its profile."""
     goodbye = [_reply("You stayed when others left."), _reaction("Thank you, goodbye.", 6, 40)]
     broken = [_reply("", violation=True)]
+    silent = [_reply("You stayed when others left."), _reaction(None, 6, 40)]
     return [
         (_record([*_begin(), *goodbye], [30, 34, 40], "goodbye"), _PROFILE),
         (_record([*_begin(), *broken], [30, 34, 34], "format", violation=True), _PROFILE),
+        (_record([*_begin(), *silent], [30, 34, 40], "turn_limit"), _PROFILE),
     ]
 
 
@@ -55,9 +58,11 @@ def _reply(content: str, *, violation: bool = False) -> Record:
     return message | {"stopped": True, "violation": violation}
 
 
-def _reaction(content: str, change: int, emotion: int) -> Record:
+def _reaction(content: str | None, change: int, emotion: int) -> Record:
+    """`content`: what the user says; None: nothing, and considers nothing."""
     fields: dict[str, Any] = {name: {} for name in REACTION_FIELDS}
     numbers = {"tokens": [5], "all_tokens": [5, 4], "logprobs": [-1.0] * 2, "raw_logprobs": [-1.0] * 2}
-    told = {"appraisal": {"content": "It asks."}, "considerations": {"tone": "open"}}
+    numbers = numbers if content else dict.fromkeys(numbers, [])
+    told = {"appraisal": {"content": "It asks."}, "considerations": {"tone": "open"} if content else {}}
     message = {"role": "user", "content": content, "change": change, "emotion": emotion, **told}
-    return message | fields | numbers | {"stopped": True, "change_logprobs": [-3.0] * len(CHANGES)}
+    return message | fields | numbers | {"stopped": content is not None, "change_logprobs": [-3.0] * len(CHANGES)}

@@ -60,12 +60,13 @@ def test_samples_are_dialogues_of_a_log():
         assert list(record_faults(record)) == []
         assert record["profile"] == profile.id
         ends.append(record["end_reason"])
-    assert ends == ["goodbye", "format"]
+    assert ends == ["goodbye", "format", "turn_limit"]
+    assert sample_dialogues()[2][0]["messages"][-1]["content"] is None
 
 
 def test_the_pages_functions_by_hand(mine):
     own = OwnFunctions.of(config_with(**NAMES))
-    (first, profile), (broken, _) = sample_dialogues()
+    (first, profile), (broken, _), _ = sample_dialogues()
     first["messages"][1]["content"] = "Was the long shift hard? " + "word " * 41
     scored = own.apply([first, broken], [profile] * 2, evaluation=True)
     assert [record["reward"] for record in scored] == [pytest.approx(0.3), 0.0], "40 of 100, a long reply; format"
@@ -108,7 +109,9 @@ def test_what_a_log_says_otherwise_is_named(mine):
     ("body", "message"),
     [
         ("return 'good'", "returned 'good', expected a number, or a list with a number for each turn"),
-        ("return [0.1]", r"returned \[0.1\], expected"),
+        ("return [0.1]", r"returned \[0.1\], 1 long, expected .* for each turn \(2 here: of emotions the first one"),
+        ("return sum(len(m['content']) for m in dialogue['messages'])", "'NoneType' has no len"),
+        ("import random; return random.random()", r"returned 0\.\d+, and then 0\.\d+, for the same dialogue"),
         ("return float('nan')", "returned nan, expected"),
         ("return dialogue['no']", r"raised KeyError: 'no' \(.*f\.py:2\)"),
         ("return len(dialogue['messages'][2]['content'][99])", "raised IndexError"),
