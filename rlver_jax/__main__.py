@@ -19,7 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlver_jax import __version__
+try:
+    from rlver_jax import __version__
+except ImportError:  # Python takes a folder without __init__.py for a package without contents
+    sys.exit(
+        "rlver_jax: the folder rlver_jax in the working folder, probably a clone, hides the installed package; "
+        "use the command `rlver`, or change into that folder"
+    )
 from rlver_jax.text.console import consoles
 
 PACKAGE = "rlver_jax"

@@ -55,6 +55,17 @@ def test_versions():
     assert out == f"rlver_jax {rlver_jax.__version__} · Python {python} · JAX {metadata.version('jax')}\n"
 
 
+def test_a_clone_in_the_working_folder_hides_the_package_and_says_so(tmp_path):
+    """As Python's editable installs look for a package: after the working folder."""
+    (tmp_path / "rlver_jax").mkdir()
+    main = Path(rlver_jax.__file__).with_name("__main__.py")
+    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')"]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rlver_jax: the folder rlver_jax in the working folder, probably a clone, hides ")
+
+
 @pytest.mark.parametrize("word", ["--help", "--version", "nonsense"])
 def test_nothing_slow_is_imported_to_say_so(word):
     """Python's own start, and rich: no JAX, no NumPy, no command."""

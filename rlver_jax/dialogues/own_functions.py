@@ -139,8 +139,8 @@ def _try_twice(function: OwnFunction, record: Record, profile: Profile) -> None:
     once, twice = (_called(function, record, profile)["value"] for _ in range(2))
     if once != twice:
         raise OwnFunctionError(
-            f"{function.field}={function.name}: returned {once!r:.200}, and then {twice!r:.200}, for the same dialogue; "
-            f"expected the same, or no log can be verified"
+            f"{function.field}={function.name}: returned {once!r:.200}, and then {twice!r:.200}, for one dialogue; "
+            "expected the same value, or no log can be verified"
         )
 
 

@@ -62,7 +62,7 @@ def _reaction(content: str | None, change: int, emotion: int) -> Record:
     """`content`: what the user says; None: nothing, and considers nothing."""
     fields: dict[str, Any] = {name: {} for name in REACTION_FIELDS}
     numbers = {"tokens": [5], "all_tokens": [5, 4], "logprobs": [-1.0] * 2, "raw_logprobs": [-1.0] * 2}
-    numbers = numbers if content else dict.fromkeys(numbers, [])
+    numbers = numbers if content else {name: [] for name in numbers}
     told = {"appraisal": {"content": "It asks."}, "considerations": {"tone": "open"} if content else {}}
     message = {"role": "user", "content": content, "change": change, "emotion": emotion, **told}
     return message | fields | numbers | {"stopped": content is not None, "change_logprobs": [-3.0] * len(CHANGES)}

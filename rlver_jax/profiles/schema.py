@@ -23,6 +23,8 @@ PathLike = str | os.PathLike[str]
 Paths = PathLike | Iterable[PathLike]
 
 MAX_FAULTS_SHOWN = 20
+# Fields that may be absent: spelt otherwise they would be passed over without a word.
+_OPTIONAL = {"firsttalk": "first_talk", "topic": "topic"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # How published scenes end: a heading, then `***` and the hidden intention.
@@ -71,11 +73,12 @@ class Profile:
 
         Without `task` the hidden intention is the sentence that the scene ends with.
 
-        Raises `ProfileError` with every fault of the object; keys that no profile has are not looked at.
+        Raises `ProfileError` with every fault of the object; keys that are far from a profile's are not looked at.
         """
         if not isinstance(obj, dict):
             raise ProfileError([f"found {_describe(obj)}, expected a JSON object with the fields of a profile"])
         taker = _Taker(obj)
+        taker.spelling()
         sage = "history" in obj or ("character" in obj and "main_cha" not in obj)
         profile = cls(
             id=taker.text("id"),
@@ -259,6 +262,13 @@ class _Taker:
     def __init__(self, obj: Mapping[str, Any]):
         self.obj = obj
         self.faults: list[str] = []
+
+    def spelling(self) -> None:
+        """Notes keys that are an optional field's but for case and what joins its words: firstTalk, first-talk."""
+        for key in self.obj:
+            meant = _OPTIONAL.get(re.sub(r"[\W_]", "", key).lower(), key)
+            if meant != key:
+                self.faults.append(f"found field {_cut(key)!r}, expected {meant!r}")
 
     def text(self, name: str) -> str:
         """A required text; the empty string stands in where there is a fault."""

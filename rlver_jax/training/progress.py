@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Self
 
 import numpy as np
 from rich.console import Console
@@ -33,9 +34,16 @@ class TrainingProgress(Meter):
     def __init__(self, console: Console, total: int, done: int):
         """Of `total` steps, `done` were done before this process began."""
         super().__init__(console, total, self.begins, completed=done, times=False)
-        self._total = total
+        self._total, self._done = total, done
         self._course: list[float] = []
         self._times = [time.monotonic()]
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        # Nothing else is seen for as long as the first step and its compilation take.
+        line = "the first step compiles: that takes minutes, in which nothing is printed"
+        self.show(self._done, self.begins, line=line if self._done < self._total else "")
+        return self
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a step have come."""

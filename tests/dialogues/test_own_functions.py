@@ -111,7 +111,7 @@ def test_what_a_log_says_otherwise_is_named(mine):
         ("return 'good'", "returned 'good', expected a number, or a list with a number for each turn"),
         ("return [0.1]", r"returned \[0.1\], 1 long, expected .* for each turn \(2 here: of emotions the first one"),
         ("return sum(len(m['content']) for m in dialogue['messages'])", "'NoneType' has no len"),
-        ("import random; return random.random()", r"returned 0\.\d+, and then 0\.\d+, for the same dialogue"),
+        ("import random; return random.random()", r"returned 0\.\d+, and then 0\.\d+, for one dialogue"),
         ("return float('nan')", "returned nan, expected"),
         ("return dialogue['no']", r"raised KeyError: 'no' \(.*f\.py:2\)"),
         ("return len(dialogue['messages'][2]['content'][99])", "raised IndexError"),

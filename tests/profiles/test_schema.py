@@ -135,6 +135,8 @@ FAULTS = [
     (rlver(cha_group="内向"), "the text", "expected a list of texts"),
     (rlver(cha_group=["内向", 3]), "the number 3 in item 2 of field 'cha_group'", "expected a text"),
     (rlver(first_talk=""), "empty text in field 'first_talk'", "at least one visible character"),
+    (rlver() | {"firstTalk": "Hello."}, "found field 'firstTalk'", "expected 'first_talk'"),
+    (rlver() | {"first talk": "Hello."}, "found field 'first talk'", "expected 'first_talk'"),
     (rlver(player="\ud83d"), "half of a surrogate pair", "expected whole characters"),
     (rlver(task="另一个愿望"), "'另一个愿望'", "expected the same sentence in both"),
     (sage(history=[]), "a list [] in field 'history'", "opened by one of role 'user'"),

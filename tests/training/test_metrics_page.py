@@ -42,7 +42,7 @@ def composed_names() -> set[str]:
     keys |= {f"{model}/grad_norm" for model in ("policy", "critic")}
     keys |= {f"remote/{name}" for name in RemoteUsers.costs(SimpleNamespace(_prices=(0, 0)), [])}
     keys |= {f"traffic/{name}" for name in _TRAFFIC}
-    agreement = change_agreement(np.arange(3.0), np.arange(3.0))
+    agreement = change_agreement(*np.zeros((4, 3)))
     return keys | {f"held_out/change_{name}{suffix}" for name in agreement for suffix in ("", "_given_appraisal")}
 
 

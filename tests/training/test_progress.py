@@ -43,6 +43,7 @@ def shown(clock, terminal: bool, seconds) -> str:
 def test_a_file_gets_a_line_a_step(clock):
     lines = shown(clock, False, [60, 2, 4]).splitlines()
     assert lines == [
+        "the first step compiles: that takes minutes, in which nothing is printed",
         "step 3/12 · emotion 41.3 · reward 0.413 · 60.0 s · 15 tokens/s · ETA 0:09:00",
         "step 4/12 · emotion 41.3 · reward 0.413 · 2.0 s · 450 tokens/s · ETA 0:04:08",
         "step 5/12 · emotion 41.3 · reward 0.413 · 4.0 s · 225 tokens/s · ETA 0:02:34",

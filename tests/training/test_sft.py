@@ -94,7 +94,8 @@ def test_a_run_learns_and_says_so(unbroken, role):
         assert all(math.isfinite(row[f"sft/loss_{name}"]) for name in fields)
     assert {name for name in rows[0] if "loss_" in name} == {f"held_out/loss_{name}" for name in fields}
     assert np.mean([row["sft/loss"] for row in rows[-2:]]) < np.mean([row["sft/loss"] for row in rows[1:3]])
-    agreement = {f"held_out/change_{name}_given_appraisal" for name in ("spearman", "mae")}
+    names = ("spearman", "partial_spearman", "first_replies_spearman", "mae")
+    agreement = {f"held_out/change_{name}_given_appraisal" for name in names}
     assert {name for name in rows[0] if "change_" in name} == (agreement if role == "user" else set())
     assert rows[-1]["data/epoch"] == pytest.approx(STEPS * 4 / learned_of(unbroken(role), role))
     checkpoints = Checkpoints.reader(unbroken(role) / "checkpoints")
