@@ -59,11 +59,11 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 
     config, options = run_arguments(argv, __doc__, define)
     config.sft.role, config.sft.data = options.role or config.sft.role, options.data or config.sft.data
-    validate(config, needs=(), plays=False)
+    validate(config, needs=(), plays=())
     settle_role(config)
     check_fitting(config)
     if not RunFolder(Path(options.workdir)).resumes_without_base(flatten(config)):
-        validate(config, needs=("policy", config.sft.role), plays=False)
+        validate(config, needs=("policy", config.sft.role), plays=())
         fetch({"policy": (config.policy.path, config.policy.init == "path")})
     return config, options.workdir
 

@@ -24,7 +24,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlver_jax.config.hub import fetch
-from rlver_jax.config.validate import MODELS, check_training, flatten, validate
+from rlver_jax.config.validate import MODELS, PLAYED, check_training, flatten, validate
 from rlver_jax.miniature.gold import gold_judge
 from rlver_jax.parallel import distributed
 from rlver_jax.parallel.mesh import make_mesh
@@ -56,7 +56,7 @@ def _arguments(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     run = RunFolder(Path(options.workdir))
     needs = [model for model in MODELS if model != "policy" or not run.resumes_without_base(flatten(config))]
     needs = [model for model in needs if model != "user" or not config.remote.user.url]
-    validate(config, jax.device_count(), needs)
+    validate(config, jax.device_count(), needs, PLAYED if config.eval.every else PLAYED[:1])
     check_training(config)
     check_learning(config)
     fetch({name: folder for name, folder in folders_of(config).items() if name in needs})

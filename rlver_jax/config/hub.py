@@ -4,7 +4,6 @@ A name is ORG/NAME or ORG/NAME@REVISION (a branch, a tag or a commit). What the 
 asking the hub again: a run that is started twice reads the same weights, and needs no network the second time.
 """
 
-import difflib
 import functools
 import json
 import os
@@ -53,7 +52,7 @@ def fault(path: str) -> str:
     if is_name(bare := path.rstrip("/")):
         return f"no such folder; for the model of that name on the Hugging Face hub write {bare}"
     what = "is a file, expected a folder" if os.path.exists(path) else "no such folder"
-    close = _nearest(path)
+    close = paths.nearest(path, Path.is_dir)
     hint = f"; did you mean {close}?" if close else ""
     return f"{what}{hint or ', and no name on the Hugging Face hub, such as Qwen/Qwen2.5-7B-Instruct'}"
 
@@ -122,17 +121,6 @@ def _of_cache(folder: Path) -> str:
     current = top / "snapshots" / ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
     one = str(current) if current and current.is_dir() else ", ".join(snapshots[:3]) or "(there is none: fetch it)"
     return f"is a cached repository of the Hugging Face hub; name {match['org']}/{match['name']}, or its folder {one}"
-
-
-def _nearest(path: str) -> Path | None:
-    """The folder beside a path that is nearly called so."""
-    parent = Path(path).parent
-    try:
-        beside = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    except OSError:
-        return None
-    close = difflib.get_close_matches(Path(path).name, beside, 1)
-    return parent / close[0] if close else None
 
 
 def _environment() -> tuple[str, str, bool]:
@@ -255,7 +243,7 @@ def _explained(error: Exception, name: str, endpoint: str, cache: str) -> str:
 
     hub, (repository, _, revision) = endpoint or constants.ENDPOINT, name.partition("@")
     taken = "no such folder, so it was taken for a model on the Hugging Face hub"
-    close = _nearest(name)
+    close = paths.nearest(name, Path.is_dir)
     hint = f". Did you mean {close}?" if close else ""
     kinds = {one.__name__ for one in type(error).__mro__}
     if "GatedRepoError" in kinds:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlver_jax.config.paths import nearest
 from rlver_jax.config.validate import ConfigError
 
 FIELDS = ("reward.function", "metrics.functions", "eval.judge")  # that name such functions
@@ -65,7 +67,21 @@ def _load(field: str, name: str, folder: str) -> OwnFunction:
         hint = f"did you mean {close[0]}?" if close else f"it defines {', '.join(known) or 'no function'}"
         what = "is no function" if hasattr(module, function) else "is not there"
         raise ConfigError(f"{field}={name!r}: {function} {what}; {hint}")
+    _check_arguments(field, name, attribute)
     return OwnFunction(field, name, attribute, hashlib.sha256(file.read_bytes()).hexdigest()[:16])
+
+
+def _check_arguments(field: str, name: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # some that are written in C don't tell it
+    try:
+        signature.bind({}, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{field}={name!r}: takes {signature}, expected two arguments, (dialogue, profile): {error}"
+        ) from None
 
 
 @functools.cache
@@ -74,7 +90,9 @@ def _module(field: str, name: str, where: str, folder: str) -> tuple[Path, Modul
     if where.endswith(".py"):
         file = Path(folder, where)
         if not file.is_file():
-            raise ConfigError(f"{field}={name!r}: {file} is no file; expected FILE.py:FUNCTION")
+            close = nearest(file)
+            hint = f"did you mean {close}?" if close else "expected FILE.py:FUNCTION"
+            raise ConfigError(f"{field}={name!r}: {file} is no file; {hint}")
         own = f"rlver_jax_own_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(own, file)
         assert spec is not None

@@ -4,8 +4,11 @@ Files are read and written by many libraries, most of which know nothing of URLs
 first checkpoint, and `Path("gs://…")` is a folder called `gs:`. So only local paths are taken, buckets mounted.
 """
 
+import contextlib
+import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 # One slash is left of two where a URL went through `Path`. Any scheme is one with two; with one only those that exist.
@@ -17,6 +20,7 @@ _URL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _HUB = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface|hf)\.co/)([\w.-]+/[\w.-]+)", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.[a-z]+$")  # in which two names should not resemble each other
 _LONGEST_NAME, _LONGEST = 255, 4095  # bytes: NAME_MAX and PATH_MAX of Linux
 _BESIDE = ".tmp"  # what `runs.files` appends to a file's name while it writes
 
@@ -85,6 +89,19 @@ def check_file_to_write(path: str | os.PathLike[str]) -> None:
         raise PathError(f"{path}: may not be written; name another file, or change permissions")
     if len(os.fsencode(file.name + _BESIDE)) > _LONGEST_NAME:
         raise PathError(f"{path}: the file's name is too long; name a shorter one")
+
+
+def nearest(path: str | os.PathLike[str], wanted: Callable[[Path], bool] = Path.is_file) -> Path | None:
+    """What is there and nearly called so, file or folder as is `wanted`; in a folder that is nearly called so, too."""
+    path = Path(path)
+    with contextlib.suppress(OSError):
+        parent = path.parent if path.parent.is_dir() else nearest(path.parent, Path.is_dir)
+        if parent is None or (parent != path.parent and wanted(parent / path.name)):
+            return parent and parent / path.name
+        names = {_SUFFIX.sub("", one.name): one for one in sorted(parent.iterdir()) if wanted(one)}
+        close = difflib.get_close_matches(_SUFFIX.sub("", path.name), names, 1)
+        return names[close[0]] if close else None
+    return None
 
 
 def cache_folder(*parts: str) -> Path | None:

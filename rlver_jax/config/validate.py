@@ -21,6 +21,7 @@ from rlver_jax.config.lora_fields import CONFIG_FILE, rounding_faults, target_fa
 from rlver_jax.parallel.mesh import ATTENTION_DATA, AXES, resolve_mesh_shape, resolve_sampling_shape
 
 MODELS = ("policy", "user", "critic", "reference")  # that a `path` names: a folder, or a name on the Hugging Face hub
+PLAYED = ("rollout", "eval")  # sections of dialogues with limits of their own
 SHOWN = 5  # faults of a config that was not given by hand
 INT32, FLOAT32 = 2**31 - 1, 3.4028235e38  # the largest of each
 
@@ -60,7 +61,10 @@ def unflatten(flat: dict[str, Any]) -> ConfigDict:
 
 
 def validate(
-    config: ConfigDict, num_devices: int | None = None, needs: Sequence[str] = MODELS, plays: bool = True
+    config: ConfigDict,
+    num_devices: int | None = None,
+    needs: Sequence[str] = MODELS,
+    plays: Sequence[str] = PLAYED,
 ) -> None:
     """Checks each field of a config against the table of `config.fields`, and fields against each other.
 
@@ -68,8 +72,7 @@ def validate(
         config: what will run.
         num_devices: of the mesh; None skips what depends on it.
         needs: models that will be loaded; the folders of others may be gone.
-        plays: whether dialogues are played, and perhaps learned from by reinforcement; False skips what only limits
-            and batches of a rollout can get wrong.
+        plays: sections whose dialogues are played; none skips all that limits and batches of rollouts can get wrong.
 
     Raises:
         ConfigError: with one line for every fault.
@@ -81,7 +84,7 @@ def validate(
         # Fields beyond their ranges are left out of the checks across fields, which may divide by them.
         sound = values | {name: FIELDS[name].default for name in alone}
         across = [*_emotion(sound), *_mesh(sound, num_devices)]
-        across += [*_lengths(sound), *_learning(sound)] if plays else []
+        across += [*_lengths(sound, plays), *_learning(sound)] if plays else []
         across += [*_local(sound)] or [*_paths(sound, needs)]
         across += [*_remote(sound), *target_faults(sound)]
         faults = [*alone.values(), *(fault for fault in across if not any(name in fault for name in alone))]
@@ -173,11 +176,11 @@ def _emotion(values: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _lengths(values: dict[str, Any]) -> Iterator[str]:
+def _lengths(values: dict[str, Any], plays: Sequence[str]) -> Iterator[str]:
     context, say = values["rollout.context"], values["rollout.say_tokens"]
     think = values["rollout.think_tokens"] if values["policy.mode"] == "think" else 0
     reply = values["user.reply_tokens"]
-    for name in ("rollout.max_turns", "eval.max_turns"):
+    for name in (f"{section}.max_turns" for section in plays):
         # History keeps says and replies; one thought at a time lies on top of it.
         least = values[name] * (say + reply) + think
         if least > context:
@@ -268,7 +271,9 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
         if values[name] and not _is(Path.is_file, f"{values[name]}/{CONFIG_FILE}"):
             yield f"{name}={shown(values[name])}: no folder with {CONFIG_FILE}; expected one that peft has saved"
     if values["user.prompts"] and not is_folder(values["user.prompts"]):
-        yield f"user.prompts={shown(values['user.prompts'])}: no such folder"
+        close = paths.nearest(values["user.prompts"], Path.is_dir)
+        hint = f"did you mean {close}?" if close else "expected a folder with prompts of your own (docs/profiles.md)"
+        yield f"user.prompts={shown(values['user.prompts'])}: no such folder; {hint}"
     elif values["user.prompts"] and "user" in needs and paths.sage_folder(values["user.prompts"]):
         yield from _sage(values)
     for name, split in DEFAULT_SPLITS.items():
@@ -285,7 +290,9 @@ def _paths(values: dict[str, Any], needs: Sequence[str]) -> Iterator[str]:
 def _files(name: str, value: str, expected: str) -> Iterator[str]:
     for file in profile_files(value):
         if not _is(Path.is_file, file):
-            yield f"{name}={shown(value)}: {shortened(file)} is not a file; expected {expected}"
+            close = paths.nearest(file)
+            hint = f"did you mean {close}?" if close else f"expected {expected}"
+            yield f"{name}={shown(value)}: {shortened(file)} is not a file; {hint}"
 
 
 def _sage(values: dict[str, Any]) -> Iterator[str]:

@@ -170,7 +170,7 @@ def _judge_config(arg: str, config: ConfigDict | None, prompts: str | None) -> t
     if prompts is not None:
         judge.user.prompts = prompts
     try:
-        validate(judge, jax.device_count(), ["user"], plays=False)
+        validate(judge, jax.device_count(), ["user"], plays=())
         _check_there(judge)
     except (ValueError, OSError) as error:
         raise ConfigError(f"judge {arg}: {error}") from error
@@ -223,7 +223,7 @@ def _arguments(argv: Sequence[str], usage: str | None) -> tuple[ConfigDict | Non
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         config, options, rest = config_from_flags(argv, usage, define)
         sage_option.take(config if options.agreement else None, options)
-        validate(config, jax.device_count(), ["user"], plays=False)
+        validate(config, jax.device_count(), ["user"], plays=())
     else:
         options, rest = parse_flags(argv, usage, define)
         sage_option.take(None, options)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rlver_jax.config.paths import nearest
 from rlver_jax.profiles.intentions import HiddenIntention, Kind, known_intention
 from rlver_jax.text.strict_json import half_character, repeats
 
@@ -216,7 +217,9 @@ def open_file(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        remedy = "check the path, or download RLVER's train_profile.jsonl from its public repository"
+        close = nearest(path)
+        otherwise = "check the path, or download RLVER's train_profile.jsonl from its public repository"
+        remedy = f"did you mean {close}?" if close else otherwise
         raise ProfileError([f"{path}: found no such file, expected a JSONL file of profiles; {remedy}"]) from None
     except OSError as error:
         raise _unreadable(path, error) from None

@@ -7,7 +7,8 @@
 
 `check` reads FILEs in RLVER's or SAGE's schema, or what the config's data.train and data.eval name. Beyond faults of
 the schema it warns of profiles in another language than the prompts', of tasks that are no known hidden intention, of
-profiles that are there twice, and of personas that --eval shares. Without a config the prompts are ours, in the
+profiles that are there twice, of personas that --eval shares, and, with a config that names both models, of profiles
+that leave no room for a turn in rollout.context. Without a config the prompts are ours, in the
 profiles' language.
 `show` prints the prompts of both sides for one profile, as they are rendered, with their tokens by the config's
 models, of which it reads the tokenizers alone.
@@ -19,6 +20,7 @@ be used.
 """
 
 import collections
+import difflib
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,15 +32,17 @@ from ml_collections import ConfigDict
 from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.flags import config_from_flags, define_path, define_paths, local_paths, parse_flags
 from rlver_jax.config.validate import ConfigError
+from rlver_jax.decoding.cache import LM
 from rlver_jax.profiles.check import LOOKED_AT, is_chinese, likely_language
 from rlver_jax.profiles.schema import Profile, read_profiles
 from rlver_jax.profiles.seeds import read_seeds
 from rlver_jax.profiles.sources import open_profiles
 from rlver_jax.reports.profiles_generate import generate
-from rlver_jax.rollout.agents import emotion_rules
+from rlver_jax.rollout.agents import Agents, emotion_rules, make_model, tokenizers_differ
 from rlver_jax.text.chat import ChatTemplate
 from rlver_jax.text.command import Command, run_command
 from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rlver_jax.training.setup import rollout_spec
 from rlver_jax.user.profile_warnings import check
 from rlver_jax.user.prompts import Prompts, load_prompts
 
@@ -85,12 +89,13 @@ def _check(command: Command, argv: Sequence[str]) -> int:
         prompts = load_prompts(config.data.language, config.user.prompts or None)
     else:
         prompts = load_prompts(likely_language(next(iter(sets.values()))))
+    agents = config and _agents(config)
     warnings = []
     for field, profiles in sets.items():
         command.print(f"{field}: {_summary(prompts, profiles)}")
         others = [other for other in sets if other != field]
         held_out = sets[others[0]] if others and field == next(iter(sets)) else ()
-        warnings += check(prompts, profiles, field, held_out)
+        warnings += [*check(prompts, profiles, field, held_out), *_too_long(agents, profiles, field)]
     for text in warnings:
         command.print(f"warning: {text}")
     command.print(f"{len(warnings)} warning{'s' * (len(warnings) != 1)}" if warnings else "nothing is odd")
@@ -131,7 +136,7 @@ def _show(command: Command, argv: Sequence[str]) -> int:
     profiles = list({profile.id: profile for profile in selected}.values())  # two fields may name one file
     wanted = [profile for profile in profiles if options.profile in ("", profile.id)]
     if not wanted:
-        raise ConfigError(f"--profile={options.profile}: no profile has that id; the first one has {profiles[0].id}")
+        raise ConfigError(f"--profile={options.profile}: no profile has that id; {_meant(options.profile, profiles)}")
     prompts = load_prompts(config.data.language, config.user.prompts or None)
     if prompts.sage:
         raise ConfigError(
@@ -142,8 +147,15 @@ def _show(command: Command, argv: Sequence[str]) -> int:
         command.print(f"=== {title}: {_counted(tokenizers[side], messages)}")
         for message in messages:
             command.print(f"[{message['role']}]\n{message['content']}\n")
-    command.print(_widths(config, prompts, profiles[:LOOKED_AT], tokenizers["user"]))
-    return 0
+    warnings = _too_long(_agents(config), profiles, "warning")
+    for text in (*warnings, _widths(config, prompts, profiles[:LOOKED_AT], tokenizers["user"])):
+        command.print(text)
+    return 1 if warnings else 0
+
+
+def _meant(given: str, profiles: Sequence[Profile]) -> str:
+    close = difflib.get_close_matches(given, [profile.id for profile in profiles[:LOOKED_AT]], 1)
+    return f"did you mean {close[0]}?" if close else f"the first one has {profiles[0].id}"
 
 
 def _generate(command: Command, argv: Sequence[str]) -> int:
@@ -185,6 +197,28 @@ def _counted(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, str]])
     if tokenizer is None:
         return "tokens unknown, no model is named"
     return f"{len(ChatTemplate(tokenizer).conversation(messages))} tokens"
+
+
+def _agents(config: ConfigDict) -> Agents | None:
+    """Both models without weights, as a training would play them; None where tokens don't pass between two models."""
+    at_endpoint = any(config.remote[side].url for side in ("user", "policy"))
+    if at_endpoint or not (config.policy.path and config.user.path) or tokenizers_differ(config):
+        return None
+
+    def load(section: ConfigDict, name: str, *_: object) -> tuple[LM, Tokenizer]:
+        return LM({}, make_model(section, name)), load_tokenizer(section.path)
+
+    return Agents.load(config, rollout_spec(config), load=load, adapt=lambda *_: {})
+
+
+def _too_long(agents: Agents | None, profiles: Sequence[Profile], field: str) -> list[str]:
+    """What a training would say of profiles that leave no room for a turn."""
+    try:
+        if agents is not None:
+            agents.tokens(profiles[:LOOKED_AT])
+    except ValueError as error:
+        return [f"{field}: {error}"]
+    return []
 
 
 def _widths(config: ConfigDict, prompts: Prompts, profiles: Sequence[Profile], tokenizer: Tokenizer | None) -> str:

@@ -316,8 +316,8 @@ class Agents:
             )
         if length + room > self.spec.context:
             raise ValueError(
-                f"profile {longest.id} takes {length} tokens and a turn may take {room} more, but rollout.context is "
-                f"{self.spec.context}; raise it to {length + room} for one turn at least"
+                f"prompt and first words of profile {longest.id} take {length} tokens, and a turn may take {room} "
+                f"more, but rollout.context is {self.spec.context}; raise it to {length + room} for one turn at least"
             )
 
     def play(self, profiles: Profiles, key: Key[Array, ""], limits: RolloutLimits) -> Dialogues:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.config.datasets import profile_files
 from rlver_jax.config.fields import FIELDS, FREE_FIELDS, PATHS
-from rlver_jax.config.paths import check_folder_to_write
+from rlver_jax.config.paths import check_folder_to_write, nearest
 from rlver_jax.config.validate import ConfigError, flatten, unflatten
 from rlver_jax.parallel import distributed
 from rlver_jax.runs.files import write_json
@@ -234,7 +234,9 @@ class RunFolder:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise ValueError(f"{self.path}: holds no {CONFIG}; expected the --workdir of a training run") from error
+            close = nearest(self.path, lambda folder: (folder / CONFIG).is_file())
+            hint = f"did you mean {close}?" if close else "expected the --workdir of a training run"
+            raise ValueError(f"{self.path}: holds no {CONFIG}; {hint}") from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: is no config of a run ({error}); restore it, or name another folder") from error
 

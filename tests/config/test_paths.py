@@ -8,10 +8,19 @@ import pytest
 from absl import flags
 from ml_collections.config_flags import config_flags
 
+from configs.base import get_config
 from rlver_jax.config import fields
 from rlver_jax.config import flags as command_line
 from rlver_jax.config.fields import FIELDS, PATHS
-from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
+from rlver_jax.config.paths import (
+    PathError,
+    cache_folder,
+    check_file_to_write,
+    check_folder_to_write,
+    fault,
+    local,
+    nearest,
+)
 from rlver_jax.config.validate import ConfigError, flatten, validate
 
 PACKAGE = Path(command_line.__file__).parents[1]
@@ -260,3 +269,38 @@ def test_a_home_that_is_no_path_gets_no_folder(home, monkeypatch):
     monkeypatch.setenv("HOME", home)
     assert cache_folder("a") is None
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "is_meant"),
+    [
+        ("support/trian.jsonl", "support/train.jsonl"),
+        ("suport/train.jsonl", "support/train.jsonl"),
+        ("suport/tran.jsonl", "support/train.jsonl"),
+        ("support/prompt", None),  # a folder, but a file is wanted
+        ("elsewhere/train.jsonl", None),
+        ("/no/such/folder/train.jsonl", None),
+    ],
+)
+def test_what_is_nearly_called_so_is_found(given, is_meant, tmp_path):
+    (tmp_path / "support/prompts").mkdir(parents=True)
+    (tmp_path / "support/train.jsonl").touch()
+    assert nearest(tmp_path / given) == (is_meant and tmp_path / is_meant)
+    assert nearest(tmp_path / "support/prompt", Path.is_dir) == tmp_path / "support/prompts"
+
+
+def test_a_config_says_what_is_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "support/prompts").mkdir(parents=True)
+    (tmp_path / "support/train.jsonl").touch()
+    config = get_config()
+    config.data.train, config.data.eval = "support/trian.jsonl", "none.jsonl"
+    config.user.prompts = "support/prompt"
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    for line in (
+        "data.train='support/trian.jsonl': support/trian.jsonl is not a file; did you mean support/train.jsonl?",
+        "data.eval='none.jsonl': none.jsonl is not a file; expected JSONL profiles",
+        "user.prompts='support/prompt': no such folder; did you mean support/prompts?",
+    ):
+        assert line in str(caught.value)

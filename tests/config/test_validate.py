@@ -193,7 +193,14 @@ def test_limits_of_dialogues_that_nobody_plays_are_not_looked_at():
     config.rollout.max_turns, config.rollout.batch, config.rollout.group = 500, 7, 2
     with pytest.raises(ConfigError, match=r"max_turns=500(?s:.)*rollout.batch=7"):
         validate(config)
-    validate(config, plays=False)
+    validate(config, plays=())
+
+
+def test_limits_of_an_evaluation_that_a_training_does_not_play_are_not_looked_at():
+    config = changed(eval__max_turns=500)
+    with pytest.raises(ConfigError, match="eval.max_turns=500"):
+        validate(config)
+    validate(config, plays=("rollout",))
 
 
 def test_all_faults_are_listed_at_once():

@@ -123,11 +123,17 @@ def test_a_reward_that_does_not_work_is_refused_at_the_start(body, message, tmp_
         OwnFunctions.of(config_with(reward__function=f"{tmp_path}/f.py:f"))
 
 
+OTHERS = "def one(dialogue):\n    return 1\n\n\ndef three(dialogue, profile, scale):\n    return 1\n"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("f.py", "expected FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION"),
-        ("gone.py:f", "gone.py is no file"),
+        ("gone.py:f", "gone.py is no file; expected FILE.py:FUNCTION"),
+        ("borken.py:f", "borken.py is no file; did you mean"),
+        ("f.py:one", "takes (dialogue), expected two arguments, (dialogue, profile): too many positional arguments"),
+        ("f.py:three", "takes (dialogue, profile, scale), expected two arguments, (dialogue, profile): missing"),
         ("f.py:goood", "goood is not there; did you mean good?"),
         ("f.py:number", "number is no function"),
         ("broken.py:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
@@ -137,7 +143,7 @@ def test_a_reward_that_does_not_work_is_refused_at_the_start(body, message, tmp_
 )
 def test_a_name_that_leads_nowhere_is_explained(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "f.py").write_text("number = 3\n\n\ndef good(dialogue, profile):\n    return 1\n")
+    (tmp_path / "f.py").write_text("number = 3\n\n\ndef good(dialogue, profile):\n    return 1\n" + OTHERS)
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     with pytest.raises(ConfigError, match=re.escape(message)):
         OwnFunctions.of(config_with(reward__function=name))

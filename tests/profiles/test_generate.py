@@ -76,7 +76,8 @@ def test_an_endpoint_writes_profiles_that_are_new_and_checked(tmp_path, capsys):
     assert "3 x first_talk: fewer than 12 characters" in told
     assert "2 x resembles another profile" in told
     assert "12 requests (0 asked again)" in told
-    assert main(["check", str(out / "train.jsonl"), f"--eval={out}/test.jsonl", *FLAGS]) == 0
+    roomy = [*FLAGS, "--config.rollout.context=6144"]
+    assert main(["check", str(out / "train.jsonl"), f"--eval={out}/test.jsonl", *roomy]) == 0
     assert main(["generate", f"--seeds={tmp_path}/seeds.json", f"--out={tmp_path}", "--count=1", *FLAGS, *remote]) == 2
     assert "is not empty" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from rlver_jax.user.profile_warnings import profile_warnings
 from rlver_jax.user.prompts import load_prompts
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "profiles.md"
-TOLD = ["--config=configs/debug.py:direct", "--config.data.language=en"]
+TOLD = ["--config=configs/debug.py:direct", "--config.data.language=en", "--config.rollout.context=6144"]
 
 
 def write_example(folder: Path) -> Path:
@@ -64,6 +64,21 @@ def test_both_prompts_are_shown_with_their_tokens(support, capsys):
     chat = ChatTemplate(load_tokenizer(debug.WORLD))
     tokens = len(chat.conversation([{"role": "system", "content": system}, cue]))
     assert f"=== the user, boots: {tokens} tokens" in out
+
+
+@pytest.mark.parametrize("action", ["check", "show"])
+def test_a_profile_that_leaves_no_room_is_said_before_a_training_says_it(support, action, capsys):
+    flags = [*told(support), "--config.rollout.context=704"]
+    assert main([action, f"{support}/train.jsonl", *flags]) == 1
+    out = capsys.readouterr().out
+    said = re.search(
+        r"warning: .*profile \w+ take (\d+) tokens, and a turn may take (\d+) more, .* is 704; raise it", out
+    )
+    longest = max(map(int, re.findall(r"takes \d+ to (\d+) tokens", out)), default=int(said[1]) - 3)
+    assert int(said[1]) >= longest
+    wide = int(said[1]) + int(said[2])
+    assert main([action, f"{support}/train.jsonl", *told(support), f"--config.rollout.context={wide}"]) == 0
+    assert main([action, f"{support}/train.jsonl", *told(support), f"--config.rollout.context={wide - 1}"]) == 1
 
 
 def test_what_is_odd_is_said_one_by_one(support, tmp_path, capsys):

@@ -73,7 +73,9 @@ def test_wrong_numbers_of_ids_are_refused(agents):
 
 def test_a_profile_without_room_is_refused_by_name(agents):
     long = dataclasses.replace(make_profiles(3)[1], id="the-long-one", persona="felt awful " * 150)
-    with pytest.raises(ValueError, match=r"profile the-long-one takes \d+ tokens .* rollout.context is 704; raise it"):
+    with pytest.raises(
+        ValueError, match=r"of profile the-long-one take \d+ tokens, .* rollout.context is 704; raise it"
+    ):
         agents.encode([*make_profiles(2), long], range(6))
     wider = Agents.build(
         agents.policy, agents.user, agents.tokenizer, agents.prompts, dataclasses.replace(SPEC, context=1500), **HOW
