@@ -11,7 +11,7 @@ profiles that are there twice, of personas that --eval shares, and, with a confi
 that leave no room for a turn in rollout.context. Without a config the prompts are ours, in the
 profiles' language.
 `show` prints the prompts of both sides for one profile, as they are rendered, with their tokens by the config's
-models, of which it reads the tokenizers alone.
+models, of which it reads the tokenizers alone; then the scripts that the user completes.
 `generate` has a model write profiles into DIR/train.jsonl and DIR/test.jsonl, from personas, topics and hidden
 intentions: the config's user.path on the device, or remote.user at an endpoint. See docs/profiles.md.
 
@@ -45,6 +45,7 @@ from rlver_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlver_jax.training.setup import rollout_spec
 from rlver_jax.user.profile_warnings import check
 from rlver_jax.user.prompts import Prompts, load_prompts
+from rlver_jax.user.prompts.shorten import script_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,6 +148,8 @@ def _show(command: Command, argv: Sequence[str]) -> int:
         command.print(f"=== {title}: {_counted(tokenizers[side], messages)}")
         for message in messages:
             command.print(f"[{message['role']}]\n{message['content']}\n")
+    for name, script in (("appraisal", prompts.appraisal), ("reply", prompts.reply)):
+        command.print(f"=== {name}.script, which the user completes in every turn\n{script_text(script)}\n")
     warnings = _too_long(_agents(config), profiles, "warning")
     for text in (*warnings, _widths(config, prompts, profiles[:LOOKED_AT], tokenizers["user"])):
         command.print(text)

@@ -64,6 +64,8 @@ def test_both_prompts_are_shown_with_their_tokens(support, capsys):
     chat = ChatTemplate(load_tokenizer(debug.WORLD))
     tokens = len(chat.conversation([{"role": "system", "content": system}, cue]))
     assert f"=== the user, boots: {tokens} tokens" in out
+    for name in ("appraisal", "reply"):
+        assert (support / f"prompts/{name}.script").read_text("utf-8") in out
 
 
 @pytest.mark.parametrize("action", ["check", "show"])

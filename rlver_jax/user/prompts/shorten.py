@@ -39,18 +39,18 @@ def write_prompts(prompts: Prompts, own: str, folder: Path) -> None:
         if (Path(own) / name).exists():
             shutil.copyfile(Path(own) / name, folder / name)
     for name, script in ((APPRAISAL, prompts.appraisal), (REPLY, prompts.reply)):
-        (folder / name).write_text(_text(script), encoding="utf-8")
+        (folder / name).write_text(script_text(script), encoding="utf-8")
 
 
 def _without(script: tuple[Part, ...], wanted: Wanted) -> str:
-    text = _text(script)
+    text = script_text(script)
     for name in free_fields(script):
         if not wanted(name):
             text = re.sub(rf"^.*<<free:{name}>>\n", "", text, flags=re.MULTILINE)
     return text
 
 
-def _text(script: tuple[Part, ...]) -> str:
+def script_text(script: tuple[Part, ...]) -> str:
     """The script as its file has it."""
     marks = {"text": "{}", "slot": "{{{}}}", "free": "<<free:{}>>\n", "choose": "<<choose:{}>>\n"}
     return "".join(marks[part.kind].format(part.value) for part in script)
