@@ -15,7 +15,7 @@ from rlver_jax.reports.sources import Outline, Run
 from rlver_jax.rollout.end_reason import END_REASONS
 from rlver_jax.user.emotion import SAGE
 
-OUTCOMES = ("success", "neither", "failure")  # by SAGE's borders: 100, and below 10
+OUTCOMES = ("success", "between", "failure")  # by SAGE's borders: 100, and below 10
 MOST_TURNS = 100  # that charts show
 PART = 4  # the first and the last of so many parts of a run's logged steps are compared
 
@@ -150,7 +150,9 @@ def _overview(run: Run, groups: Sequence[Group]) -> dict[str, str]:
     values["dialogues in its logs"] = str(sum(len(log.records) for log in run.logs))
     if groups:
         if run.training:
-            values["logged steps compared"] = _arrow(group.name.rpartition(" · ")[2] for group in groups)
+            played = {frozenset(record["profile"] for record in group.records) for group in groups}
+            others = ", of different profiles" if len(played) > 1 else ""
+            values["logged steps compared"] = _arrow(group.name.rpartition(" · ")[2] for group in groups) + others
         finals = [np.array([record["emotion"] for record in group.records], float) for group in groups]
         values["final emotion, mean ± deviation"] = _arrow(f"{x.mean():.1f} ± {x.std():.1f}" for x in finals)
         shares = [outcome_shares(group.records) for group in groups]

@@ -68,13 +68,13 @@ def test_a_run_of_thousands_of_steps_draws_a_bounded_number_of_points(tmp_path):
 
 def test_outcomes_and_ends_are_stacked_to_the_whole(small_run):
     outcomes, ends = by_step(read_runs([small_run]))
-    assert tips(outcomes)[0] == "step 1 · success 25%, neither 62%, failure 12%"
+    assert tips(outcomes)[0] == "step 1 · success 25%, between 62%, failure 12%"
     assert tips(ends)[1] == "step 2 · success 25%, turn limit 75%"
     bars = list(ET.fromstring(outcomes.chart.markup()).iter("rect"))
     heights = [
         # the first rectangle of a class is the legend's
         float([bar for bar in bars if bar.get("class") == f"bar {part}"][1].get("height"))
-        for part in ("success", "neither", "failure")
+        for part in ("success", "between", "failure")
     ]
     assert heights == pytest.approx([sum(heights) * share for share in (0.25, 0.625, 0.125)], abs=0.2)
     assert sum(heights) == pytest.approx(outcomes.chart.bottom - outcomes.chart.top, abs=0.2)

@@ -117,7 +117,7 @@ def test_dialogues_are_filtered(opened):
     assert opened.count == "22 of 448 dialogues", "numbers 0, 3, …, 63"
     opened.choose(step="60", outcome="success")
     assert opened.count == "0 of 448 dialogues", "the last emotion is 40 + 6 · 6 = 76"
-    opened.choose(outcome="neither")
+    opened.choose(outcome="between")
     assert opened.count == "22 of 448 dialogues"
     opened.choose(intention="all", outcome="all", step="all")
     assert opened.page.locator(".list button[data-index]").count() == 100

@@ -59,13 +59,13 @@ def test_a_trajectory_is_quartiles_and_mean_and_an_ended_dialogue_keeps_its_emot
 def test_outcomes_follow_sages_borders():
     assert [outcome(emotion) for emotion in (0, 9, 10, 99, 100)] == [
         *("failure", "failure"),
-        *("neither", "neither"),
+        *("between", "between"),
         "success",
     ]
     records = [
         record(0, "p", [40, e], end) for e, end in ((100, "success"), (5, "failure"), (50, "goodbye"), (9, "failure"))
     ]
-    assert outcome_shares(records) == {"success": 0.25, "neither": 0.25, "failure": 0.5}
+    assert outcome_shares(records) == {"success": 0.25, "between": 0.25, "failure": 0.5}
     ends = end_shares(records)
     assert ends == {"success": 0.25, "failure": 0.5, "goodbye": 0.25, "turn_limit": 0, "format": 0, "context": 0}
 
@@ -117,6 +117,13 @@ def test_the_table_says_what_each_run_has(small_run, tmp_path):
     assert table["logged steps compared"] == ["step 1 → step 2", ""]
     assert table["seconds a step, median"] == ["3.0", ""]
     assert table["turns, mean"] == ["2.00 → 2.00", "2.00"]
+
+
+def test_steps_of_different_profiles_are_called_so(tmp_path):
+    rows = [row(1, 45.0), row(2, 55.0)]
+    fewer = write_run(tmp_path / "fewer", rows, {1: make_records(0, 6), 2: make_records(6, 5)})
+    runs = read_runs([fewer])
+    assert dict(overview(runs, groups(runs)))["logged steps compared"] == ["step 1 → step 2, of different profiles"]
 
 
 @pytest.mark.parametrize(("other", "differ"), [({"a": 1, "b": 3, "c": 0}, ["b"]), ({"a": 1, "b": 2}, [])])
