@@ -11,6 +11,7 @@ import httpx2 as httpx
 # Bytes, as they come and decoded. A long answer has 0.1 MB; whoever asks for logprobs of every token may get some MB.
 LONGEST = 8 * 2**20
 CODINGS = "gzip, deflate"  # what we ask for, and decode
+HEADER = 2  # bytes that tell zlib's format and gzip's from bare deflate
 
 
 class BodyFault(Exception):
@@ -50,6 +51,7 @@ class _Decoder:
         if self.coding not in ("identity", "gzip", "x-gzip", "deflate"):
             raise BodyFault(f"a body encoded as {self.coding[:40]!r}; expected {CODINGS} or none")
         self._stream = None if self.coding == "identity" else zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
+        self._head = b""  # what has come before a header can be told
         self._begun = False
 
     def decoded(self, chunk: bytes, most: int) -> bytes:
@@ -58,18 +60,28 @@ class _Decoder:
             return chunk[:most]
         if self._stream.eof:
             return b""
-        try:
-            decoded = self._stream.decompress(chunk, most)
-        except zlib.error as error:
-            if self._begun or self.coding != "deflate":
-                raise BodyFault(f"a body that is not {self.coding}, as it says ({error})") from None
-            self._stream = zlib.decompressobj(wbits=-zlib.MAX_WBITS)  # some servers leave out zlib's header
+        if not self._begun:
+            self._head = chunk = self._head + chunk
+            if len(chunk) < HEADER:
+                return b""
             self._begun = True
-            return self.decoded(chunk, most)
-        self._begun = True
-        return decoded
+            if self.coding == "deflate" and not _has_header(chunk):
+                self._stream = zlib.decompressobj(wbits=-zlib.MAX_WBITS)  # some servers leave out zlib's header
+        try:
+            return self._stream.decompress(chunk, most)
+        except zlib.error as error:
+            raise BodyFault(f"a body that is not {self.coding}, as it says ({error})") from None
 
     @property
     def complete(self) -> bool:
         """Whether the coding has come to its end."""
-        return self._stream is None or self._stream.eof or not self._begun
+        return self._stream is None or self._stream.eof or not self._head
+
+
+def _has_header(data: bytes) -> bool:
+    """Whether data begins as zlib's or gzip's format does, not with bare deflate."""
+    try:
+        zlib.decompressobj(wbits=32 + zlib.MAX_WBITS).decompress(data[:HEADER])
+    except zlib.error:
+        return False
+    return True

@@ -19,6 +19,7 @@ import pytest
 
 from rlver_jax.decoding.script import parse_script
 from rlver_jax.endpoints.answer_cache import AnswerCache, request_key
+from rlver_jax.endpoints.body import _Decoder
 from rlver_jax.endpoints.client import Client, Endpoint
 from rlver_jax.endpoints.errors import EndpointError, Unavailable
 from rlver_jax.endpoints.usage import Usage, priced, summed
@@ -128,6 +129,7 @@ LONG = {  # headers, a piece of the body, how many times it is sent
 MEASURE = """
 import asyncio, json, re, sys
 from rlver_jax.endpoints.answer_cache import AnswerCache
+from rlver_jax.endpoints.body import _Decoder
 from rlver_jax.endpoints.client import Client, Endpoint
 async def run(count):
     client = Client(Endpoint(sys.argv[1], "m", first_wait=0.01, deadline=100), AnswerCache(None))
@@ -206,6 +208,25 @@ def test_compressed_answers(server, cache, wbits, pieces):
     server.raw = lambda handler: drip(handler, [head, *cut], 0)
     (answer,), _ = ask(server.url, cache)
     assert answer.text == "é" * 5000
+
+
+@pytest.mark.parametrize("wbits", [31, 15, -15])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_pieces_of_any_size_are_decoded(wbits, size):
+    """Each is a chunk of its own, as a slow connection delivers them: a header may be cut in the middle."""
+    text = b"any length of text " * 99
+    stream = zlib.compressobj(wbits=wbits)
+    data = stream.compress(text) + stream.flush()
+    decoder = _Decoder("gzip" if wbits == 31 else "deflate")
+    assert b"".join(decoder.decoded(data[i : i + size], 10**6) for i in range(0, len(data), size)) == text
+    assert decoder.complete
+
+
+def test_a_body_of_half_a_header_is_not_complete():
+    decoder = _Decoder("gzip")
+    assert decoder.complete, "nothing came"
+    assert decoder.decoded(b"\x1f", 9) == b""
+    assert not decoder.complete
 
 
 @pytest.mark.parametrize(
