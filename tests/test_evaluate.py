@@ -279,8 +279,8 @@ def test_dialogues_of_unknown_origin_are_refused(world, done, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--config.eval.btch=3"], "eval.btch=3: unknown field; did you mean batch?"),
-        (["--config.evl.batch=3"], "evl.batch=3: unknown field; did you mean eval?"),
+        (["--config.eval.btch=3"], "eval.btch=3: unknown field; did you mean eval.batch?"),
+        (["--config.evl.batch=3"], "evl.batch=3: unknown field; did you mean eval.batch?"),
         (["--config.eval.batch=many"], "invalid literal"),
         (["--config.policy.mode=thikn"], "did you mean 'think'"),
         (["--no_such_flag=1"], "Unknown command line flag 'no_such_flag'"),

@@ -96,7 +96,7 @@ def test_a_script_trains_reads_recomputes_and_plays(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"train.stpes": 1}, r"train\.stpes: unknown field; configs/base\.py has all fields"),
+        ({"train.stpes": 1}, r"train\.stpes: unknown field; did you mean train\.steps\?"),
         ({"train": 1}, "train: unknown field"),
         ({"train.steps": "many"}, "configs/debug.py: .*field 'steps'"),
     ],

@@ -22,7 +22,7 @@ from rlver_jax.config.extras import install_command
 from rlver_jax.config.fields import PATHS, TABLE, get_config
 from rlver_jax.config.paths import PathError, cache_folder, check_file_to_write, check_folder_to_write, fault, local
 from rlver_jax.config.schema import listing, without_effect
-from rlver_jax.config.validate import ConfigError, flatten, shortened
+from rlver_jax.config.validate import ConfigError, flatten, shortened, unknown_field
 
 Define = Callable[[flags.FlagValues], None]
 
@@ -215,7 +215,7 @@ def load_config(file: str, fields: Mapping[str, Any] | None = None) -> ConfigDic
     """
     config = config_from_flags([f"--config={file}"], "")[0]
     if unknown := sorted((fields or {}).keys() - flatten(config).keys()):
-        raise ConfigError(f"{', '.join(unknown)}: unknown field; configs/base.py has all fields")
+        raise ConfigError("; ".join(f"{name}: {unknown_field(name)}" for name in unknown))
     try:
         config.update_from_flattened_dict(dict(fields or {}))
     except TypeError as error:
@@ -287,9 +287,7 @@ def _explained(error: BaseException, argv: Sequence[str]) -> str:
     overrides = [arg.lstrip("-").removeprefix("config.") for arg in argv if re.match(r"--?config\.", arg)]
     unknown = [field for field in overrides if _base_value(field) is None]
     if unknown and not isinstance(error, OSError):
-        close = re.search(r'Did you mean "(\w+)"', text)  # how ml_collections reports --config.no.such=field
-        hint = f"did you mean {close[1]}? " if close else ""
-        return f"{', '.join(map(without_credentials, unknown))}: unknown field; {hint}configs/base.py has all fields"
+        return "; ".join(f"{without_credentials(one)}: {unknown_field(one.split('=')[0])}" for one in unknown)
     if isinstance(error, flags.Error | OSError):
         match = re.match(r"flag --config\.([\w.]+)=", text)
         wanted = f"; expected {_WANTED[type(_base_value(match[1]))]}" if match else ""

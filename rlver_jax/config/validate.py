@@ -92,10 +92,11 @@ def validate(
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def unknown_field(name: str, fields: Iterable[str]) -> str:
+def unknown_field(name: str) -> str:
     """What to say of a field, or a part of a config, that doesn't exist."""
-    close = difflib.get_close_matches(name, fields, 1, 0.5)
-    return f"unknown field; {f'did you mean {close[0]}?' if close else 'see configs/base.py for all fields'}"
+    close = difflib.get_close_matches(name, FIELDS, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown field; {hint}configs/base.py has all fields"
 
 
 def _defaults() -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _defaults() -> dict[str, Any]:
 def _names_and_types(values: dict[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if name not in FIELDS:
-            yield f"{name}={shown(value)}: {unknown_field(name, FIELDS)}"
+            yield f"{name}={shown(value)}: {unknown_field(name)}"
             continue
         wanted = type(FIELDS[name].default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):

@@ -128,8 +128,9 @@ class MetricsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._board:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+            for name, value in row.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
             self._board.flush()
         if self._wandb:
             self._wandb.log(dict(metrics), step=step)

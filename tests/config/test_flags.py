@@ -171,7 +171,8 @@ def test_wrong_values_are_refused_by_their_fields_name(name):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("eval.btch=3", "eval.btch=3: unknown field; did you mean batch?"),
+        ("eval.btch=3", "eval.btch=3: unknown field; did you mean eval.batch?"),
+        ("checkpoint.keep=3", "checkpoint.keep=3: unknown field; did you mean checkpoint.keep_last?"),
         ("emotion.thresholds.0=3", "emotion.thresholds.0=3: unknown field"),
         ("policy.path.x=3", "policy.path.x=3: unknown field"),
         ("rollout=3", "--config.rollout=3: .*expected its fields one by one"),

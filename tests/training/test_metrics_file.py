@@ -115,7 +115,8 @@ def scalars(folder):
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
-    write(tmp_path, [(1, {"a": 0.5}), (2, {"a": 0.25, "b/c": 4.0})], tensorboard=True)
+    """All but those that are no numbers, which it would complain about."""
+    write(tmp_path, [(1, {"a": 0.5}), (2, {"a": 0.25, "b/c": 4.0, "d": float("nan")})], tensorboard=True)
     assert scalars(tmp_path / "tensorboard") == [(1, "a", 0.5), (2, "a", 0.25), (2, "b/c", 4.0)]
 
 
