@@ -78,7 +78,10 @@ def examples_of(config: ConfigDict, agents: Agents) -> Examples:
     c = config.sft
     if c.role == USER:
         limits = {"field_tokens": config.user.field_tokens, "reply_tokens": config.user.reply_tokens}
-        return UserExamples(agents, **limits, soft=c.soft)
+        make = UserExamples(agents, **limits, soft=c.soft)
+        weights = dict(zip(make.fields, field_weights(c.weights, make.fields), strict=True))
+        make.replies = any(weights[name] for name in agents.tables[1].reply.names)
+        return make
     limits = {"min_change": c.min_change, "say_tokens": config.rollout.say_tokens}
     if c.logged_mode:
         return LoggedModeExamples({mode: _in_mode(agents, mode) for mode in MODES}, **limits)

@@ -79,6 +79,10 @@ class UserExamples:
 
     A turn whose texts lack a field of the script is not learned: the user would be taught to leave it out. One without
     considerations is learned up to its change. Later turns read what was said all the same.
+
+    Attributes:
+        replies: whether considerations and replies are learned. Otherwise a turn ends at its change: what follows it is
+            read by later turns alone.
     """
 
     def __init__(self, agents: Agents, *, field_tokens: int, reply_tokens: int, soft: int):
@@ -93,6 +97,7 @@ class UserExamples:
         self.left_out: collections.Counter[str] = collections.Counter()
         self._pairs = {change: change_pairs(tables.options, soft_targets(change, soft)) for change in CHANGES}
         self._packer = Packer(tables, agents.spec.rules.band)
+        self.replies = True
         self._line_end = agents.tokenizer.encode("\n")
         if len(self._line_end) != 1:
             raise ConfigError(f"the tokenizer writes a line end as {len(self._line_end)} tokens; expected one")
@@ -129,7 +134,7 @@ class UserExamples:
             considered = self._lines(self._reply[:-1], user, "consideration")
             completion = self._line(user["content"] or "", user["all_tokens"], user["stopped"], self._reply_tokens)
             whole = completion is not None and considered is not None and appraisal is not None
-            lines = [*considered, completion] if whole else []  # type: ignore[misc]
+            lines = [*considered, completion] if whole and self.replies else []  # type: ignore[misc]
             words = list(completion.text_tokens) if completion is not None else []
             say = message_tokens(self._agents.tokenizer, reply)
             change, after = rules.clamp(user["change"]), within(user["emotion"])

@@ -187,6 +187,15 @@ def test_profiles_are_held_out_by_their_ids_whatever_the_lines(logs, tmp_path):
     assert len(again.learned) + len(again.held_out) == len(records) + 2
 
 
+def test_replies_that_weigh_nothing_are_not_read(logs):
+    rows, weightless = {}, "tone=0,reply=0"
+    for weights in ("", "reply=0", weightless):
+        loaded, make = load({"sft.role": "user", "sft.weights": weights}, logs)
+        rows[weights] = sum(map(len, loaded.learned))
+        assert make.replies == (weights != weightless)
+    assert rows[weightless] < rows["reply=0"] == rows[""]
+
+
 def test_held_out_dialogues_are_measured_evenly(logs):
     every, _ = load({"sft.held_out": 0.7}, logs)
     sampled, _ = load({"sft.held_out": 0.7, "sft.eval_dialogues": 3}, logs)

@@ -51,6 +51,20 @@ def forced(lm, examples, make, length=704):
     return results
 
 
+def test_without_replies_changes_are_judged_the_same(log):
+    """What was said is read by later turns, in rows without the reply script."""
+    agents, dialogues = log
+    whole, short = user_examples(agents), user_examples(agents)
+    short.replies = False
+    examples, shorter = ([make.example(one) for one in dialogues] for make in (whole, short))
+    assert sum(map(len, shorter)) < 0.8 * sum(map(len, examples))
+    every, some = forced(agents.user, examples, whole), forced(agents.user, shorter, short)
+    for one, (_, expected), (_, actual) in zip(shorter, every, some, strict=True):
+        count = len(one.changes)
+        np.testing.assert_allclose(actual[:count], expected[:count], atol=1e-5)
+        assert {short.fields[field] for field in one.field} == {"content", "feeling", "change"}
+
+
 def test_a_users_own_log_is_read_as_it_was_played(log):
     """Teacher forcing gives the logged log-probabilities of every token of every field, and of all 21 options."""
     agents, dialogues = log
