@@ -105,6 +105,7 @@ def test_a_second_training_is_refused_and_a_killed_one_is_followed_at_once(tmp_p
     assert not (tmp_path / "lock").exists()
 
 
+@pytest.mark.long
 def test_who_was_suspended_on_another_host_ends_before_it_writes(tmp_path):
     with started(*training(tmp_path, 500), host="elsewhere") as one:
         wait_until(lambda: rows(tmp_path) > 2, one)

@@ -128,7 +128,7 @@ def test_memory_at_qwen_size():
     assert extra[0] <= extra[1] / 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_values_at_qwen_size():
     arrays = problem(2, 512, 151_936, 896, scale=0.05)
     mine, plain = compiled_pair(*arrays)

@@ -198,7 +198,7 @@ def test_splash_kernels_for_tpu(topology, width, dtype, length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_an_update_with_splash_attention_for_tpu(topology, scan):
     """Of rows that dialogues share: weights are gathered as with any attention."""

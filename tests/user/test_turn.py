@@ -147,7 +147,7 @@ def test_hostile_replies_change_nothing_but_what_is_heard(user_lm, tables, bpe):
         assert bpe.decode(body) == text if text not in LONG else body == bpe.encode(text)[:80]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_repetitions_are_heard_and_appraised(user_lm, tables, bpe):
     emotions = np.array([50, 60], np.int32)
     width = max(len(bpe.encode(text)) for text in LONG)
