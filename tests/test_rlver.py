@@ -161,4 +161,7 @@ def test_signals_reach_the_training(number, tmp_path):
         assert "stopped by a signal: the same command resumes\nw\n" in out
     else:
         assert process.returncode == 130
-        assert err.splitlines()[-1] == "train: interrupted; the same command resumes in w"
+        assert (
+            err.splitlines()[-1]
+            == "train: interrupted; the same command resumes in w after the last checkpoint, if there is one"
+        )

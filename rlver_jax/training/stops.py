@@ -16,7 +16,9 @@ ENDINGS = {
     CollapseError: Ending(1, "stopped by an alarm at {error}. Its checkpoints stay in {output}"),
     StoppedError: Ending(1, "stopped {error}. What was done is saved in {output}"),
     LostLockError: Ending(1),
-    KeyboardInterrupt: Ending(130, "interrupted; the same command resumes in {output}"),
+    KeyboardInterrupt: Ending(
+        130, "interrupted; the same command resumes in {output} after the last checkpoint, if there is one"
+    ),
 }
 
 

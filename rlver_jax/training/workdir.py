@@ -161,8 +161,8 @@ class RunFolder:
         unknown = [contents.described(name) for name in now if name not in known]
         if unknown:
             report(
-                f"{self.path}: begun by an older version of rlver_jax, which kept no fingerprint of "
-                f"{listed(unknown, ', ')}: taken as they are now"
+                f"{self.path}: no fingerprint of {listed(unknown, ', ')} (begun by an older version, or removed): "
+                f"taken as they are now"
             )
         return known | now
 
